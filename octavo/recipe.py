@@ -1,0 +1,263 @@
+"""What to quantize, and how: a `Recipe` is a `Scheme` and the rules that say which layers get it.
+
+    Recipe.of("w8a16")                                              every layer that the scheme covers
+    Recipe.of("w8a16", ignore=["re:.*down_proj"])                   but these
+    Recipe.of("w8a16", include=["Embedding", "lm_head"])            and the kinds that are opt-in
+    Recipe.of("w8a16", overrides={"model.layers.0": Scheme.of("w8a16", group_size=64)})
+
+A pattern in `targets`, `ignore` or `overrides` is one of
+
+    "model.layers.0.mlp"   the exact name of a module, or of a container above it
+    "re:.*down_proj"       a regular expression, matched from the start of the module's name (as vLLM matches)
+    "Linear"               a layer kind (targets and ignore only)
+    predicate(name, module) -> bool     any callable (not in files)
+
+This file imports nothing but the standard library, so that the command line can show help without loading torch.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from octavo.errors import RecipeError
+
+__all__ = ["DEFAULT_TARGETS", "OPT_IN_TARGETS", "PRESETS", "Pattern", "Recipe", "Scheme", "WeightArgs", "pattern_matches"]
+
+Pattern = str | Callable[[str, Any], bool]
+
+DEFAULT_TARGETS = (
+    "Linear",
+    "Conv1D",
+    "Conv1d",
+    "Conv2d",
+    "Conv3d",
+    "ConvTranspose1d",
+    "ConvTranspose2d",
+    "ConvTranspose3d",
+    "MultiheadAttention",
+)
+"""Layer kinds that a preset quantizes. `Conv1D` is transformers' transposed linear layer (GPT-2)."""
+
+OPT_IN_TARGETS = ("Embedding", "OutputHead")
+"""Layer kinds quantized only when `include` (or `targets`) names them, or a module of theirs."""
+
+WeightGranularity = Literal["per_channel", "per_group"]
+
+
+@dataclasses.dataclass(frozen=True)
+class WeightArgs:
+    """How a weight [N, K] becomes int8: one scale a row (per_channel), or one for `group_size` columns (per_group).
+
+    Layer kinds without a K axis of their own (convolutions, embeddings) are always per_channel.
+    """
+
+    granularity: WeightGranularity = "per_channel"
+    group_size: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.granularity not in ("per_channel", "per_group"):
+            raise RecipeError(f"weight.granularity is {self.granularity!r}, expected 'per_channel' or 'per_group'")
+        if (self.granularity == "per_group") != (self.group_size is not None):
+            raise RecipeError(
+                f"weight.group_size is {self.group_size} with granularity {self.granularity!r}; "
+                "per_group needs a group_size and per_channel has none"
+            )
+        if self.group_size is not None and (not isinstance(self.group_size, int) or self.group_size < 1):
+            raise RecipeError(f"weight.group_size is {self.group_size!r}, expected a positive whole number")
+
+
+@dataclasses.dataclass(frozen=True)
+class Scheme:
+    """What is int8 and what is float in a layer. `name` is the word of the presets: w8a16 = weight int8, input float."""
+
+    name: str = "w8a16"
+    weight: WeightArgs = dataclasses.field(default_factory=WeightArgs)
+
+    def __post_init__(self) -> None:
+        if self.name not in PRESETS:
+            raise RecipeError(f"unknown scheme {self.name!r}; valid: {', '.join(sorted(PRESETS))}")
+
+    @classmethod
+    def of(cls, name: str, *, group_size: int | None = None) -> Scheme:
+        """The preset `name`, with its weights per_group if a `group_size` is given."""
+        weight = WeightArgs() if group_size is None else WeightArgs("per_group", group_size)
+        return cls(name, weight)
+
+    def __str__(self) -> str:
+        group = f" g{self.weight.group_size}" if self.weight.group_size else ""
+        return f"{self.name}{group}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """A dict of JSON types that `from_dict` reads back to an equal scheme."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: str | Mapping[str, Any]) -> Scheme:
+        """A scheme from a preset name or from `to_dict`'s form. An unknown key is a RecipeError listing the valid ones."""
+        if isinstance(data, str):
+            return cls(data)
+        _check_keys("scheme", data, cls)
+        weight = data.get("weight", {})
+        _check_keys("scheme.weight", weight, WeightArgs)
+        return cls(data.get("name", "w8a16"), WeightArgs(**weight))
+
+
+PRESETS: dict[str, str] = {
+    "w8a16": "int8 weights, one scale per output channel; activations stay in the model's 16 (or 32) bits",
+}
+"""Preset schemes, with the line that `octavo quantize --help` shows."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """A scheme and the rules for which layers get it.
+
+    targets: layer kinds and patterns; a layer is quantized when one of them matches. A kind that is opt-in
+        (`OPT_IN_TARGETS`) matches by its kind or when a pattern names the module itself.
+    ignore: patterns and kinds that stay float; stronger than targets.
+    overrides: (pattern, scheme) pairs; the first that matches a module replaces the recipe's scheme there.
+    Raises: RecipeError for a value of the wrong type, an empty pattern or a regular expression that does not compile.
+    """
+
+    scheme: Scheme = dataclasses.field(default_factory=Scheme)
+    targets: tuple[Pattern, ...] = DEFAULT_TARGETS
+    ignore: tuple[Pattern, ...] = ()
+    overrides: tuple[tuple[Pattern, Scheme], ...] = ()
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.scheme, Scheme):
+            raise RecipeError(f"scheme is {self.scheme!r}, expected a Scheme; Recipe.of('w8a16') takes a preset's name")
+        for field in ("targets", "ignore"):
+            value = getattr(self, field)
+            if isinstance(value, str) or not isinstance(value, Iterable):
+                raise RecipeError(f"{field} is {value!r}, expected a list of patterns; write [{value!r}]")
+            object.__setattr__(self, field, tuple(value))
+            for pattern in getattr(self, field):
+                _check_pattern(field, pattern)
+        items = self.overrides.items() if isinstance(self.overrides, Mapping) else self.overrides
+        object.__setattr__(self, "overrides", tuple((pattern, scheme) for pattern, scheme in items))
+        for pattern, scheme in self.overrides:
+            _check_pattern("overrides", pattern)
+            if not isinstance(scheme, Scheme):
+                raise RecipeError(f"overrides[{pattern!r}] is {scheme!r}, expected a Scheme")
+
+    @classmethod
+    def of(
+        cls,
+        scheme: str | Scheme | Recipe,
+        *,
+        ignore: Iterable[Pattern] = (),
+        include: Iterable[Pattern] = (),
+        overrides: Mapping[Pattern, Scheme] | None = None,
+        group_size: int | None = None,
+    ) -> Recipe:
+        """A recipe from a preset's name, a Scheme or another Recipe, with `ignore`, `include` and `overrides` added."""
+        for field, value in (("ignore", ignore), ("include", include)):
+            if isinstance(value, str):
+                raise RecipeError(f"{field} is {value!r}, expected a list of patterns; write [{value!r}]")
+        if isinstance(scheme, str):
+            scheme = Scheme.of(scheme, group_size=group_size)
+        elif group_size is not None:
+            raise RecipeError(f"group_size={group_size} goes with a preset's name; set it in the Scheme that was given")
+        base = scheme if isinstance(scheme, Recipe) else cls(scheme)
+        return dataclasses.replace(
+            base,
+            targets=(*base.targets, *include),
+            ignore=(*base.ignore, *ignore),
+            overrides=(*base.overrides, *(overrides or {}).items()),
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """A dict of JSON types that `from_dict` reads back to an equal recipe. Raises RecipeError for a predicate."""
+        for field, patterns in self._patterns():
+            for pattern in patterns:
+                if not isinstance(pattern, str):
+                    raise RecipeError(f"{field} holds the predicate {pattern!r}, which a file cannot; use a 're:' pattern")
+        return {
+            "scheme": self.scheme.to_dict(),
+            "targets": list(self.targets),
+            "ignore": list(self.ignore),
+            "overrides": {pattern: scheme.to_dict() for pattern, scheme in self.overrides},
+        }
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Recipe:
+        """A recipe from `to_dict`'s form; `scheme` may be a preset's name. An unknown key is a RecipeError."""
+        _check_keys("recipe", data, cls)
+        values = dict(data)
+        if "scheme" in values:
+            values["scheme"] = Scheme.from_dict(values["scheme"])
+        overrides = values.get("overrides", {})
+        if not isinstance(overrides, Mapping):
+            raise RecipeError(f"recipe.overrides is {overrides!r}, expected a mapping of pattern to scheme")
+        values["overrides"] = tuple((pattern, Scheme.from_dict(scheme)) for pattern, scheme in overrides.items())
+        return cls(**values)
+
+    @classmethod
+    def from_file(cls, path: str | Path) -> Recipe:
+        """A recipe from a .json, .yaml or .yml file. Raises RecipeError naming the file for anything wrong with it."""
+        path = Path(path)
+        try:
+            text = path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise RecipeError(f"{path}: cannot read the recipe: {error}") from error
+        if path.suffix == ".json":
+            try:
+                data = json.loads(text)
+            except json.JSONDecodeError as error:
+                raise RecipeError(f"{path}: not valid JSON: {error}") from error
+        elif path.suffix in (".yaml", ".yml"):
+            import yaml
+
+            try:
+                data = yaml.safe_load(text)
+            except yaml.YAMLError as error:
+                raise RecipeError(f"{path}: not valid YAML: {error}") from error
+        else:
+            raise RecipeError(f"{path}: a recipe ends in .json, .yaml or .yml, got {path.suffix!r}")
+        try:
+            return cls.from_dict(data)
+        except RecipeError as error:
+            raise RecipeError(f"{path}: {error}") from error
+
+    def _patterns(self) -> tuple[tuple[str, tuple[Pattern, ...]], ...]:
+        return (
+            ("targets", self.targets),
+            ("ignore", self.ignore),
+            ("overrides", tuple(pattern for pattern, _ in self.overrides)),
+        )
+
+
+def pattern_matches(pattern: Pattern, name: str, module: Any = None) -> bool:
+    """Whether a pattern (not a layer kind) matches the module called `name`: see this file's head."""
+    if not isinstance(pattern, str):
+        return bool(pattern(name, module))
+    if pattern.startswith("re:"):
+        return re.match(pattern[3:], name) is not None
+    return name == pattern or name.startswith(pattern + ".")
+
+
+def _check_pattern(field: str, pattern: Pattern) -> None:
+    if callable(pattern):
+        return
+    if not isinstance(pattern, str) or not pattern.strip():
+        raise RecipeError(f"{field} holds {pattern!r}, expected a module's name, 're:...' or a predicate")
+    if pattern.startswith("re:"):
+        try:
+            re.compile(pattern[3:])
+        except re.error as error:
+            raise RecipeError(f"{field}: {pattern!r} is not a regular expression: {error}") from error
+
+
+def _check_keys(where: str, data: Any, cls: type) -> None:
+    if not isinstance(data, Mapping):
+        raise RecipeError(f"{where} is {data!r}, expected a mapping")
+    valid = [field.name for field in dataclasses.fields(cls)]
+    unknown = [key for key in data if key not in valid]
+    if unknown:
+        raise RecipeError(f"{where}: unknown key {unknown[0]!r}; valid: {', '.join(valid)}")
