@@ -165,7 +165,7 @@ def quantize_weight(
     codes = torch.empty((n, k), dtype=torch.int8, device=weight.device)
     scales = []
     for start in range(0, n, step):
-        chunk = rows[start : start + step].float()
+        chunk = rows[start : start + step].to(torch.float32, copy=True)
         largest = amax(chunk, granularity, group_size=group_size, name=name)
         scale = _scale_of(largest, weight.dtype, value_range)
         blocks, per_block = _align(chunk, scale, name)
