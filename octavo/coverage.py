@@ -1,0 +1,183 @@
+"""What became int8, what stayed float, and why: a row for every float parameter that a model has or had.
+
+`quantize` returns a `Coverage`; `coverage(model)` makes one for any model at any time.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from collections.abc import Iterator
+from typing import Any
+
+from torch import nn
+
+from octavo.modules import QuantModule, TiedQuantEmbedding, TiedQuantLinear
+from octavo.tables import Table, human_bytes, human_percent, render
+
+__all__ = ["REASONS_ATTRIBUTE", "Coverage", "Row", "coverage"]
+
+REASONS_ATTRIBUTE = "_octavo_reasons"
+"""Attribute of a quantized model: {parameter name: (reason that it stayed float, whether the recipe asked for it)}."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """The fate of one float parameter.
+
+    name: its name in the float model. kind: class of its layer. shape: its shape in the float model.
+    bytes_before, bytes_after: in memory; for an int8 weight the codes and the scales.
+    scheme: how it was quantized, or None if it is float.
+    reason: why it is float, or whose table it shares; None for an int8 weight of its own.
+    asked: for a float parameter, whether the recipe asked for it (ignored, opt-in and not opted in, or 1-D: no scheme
+        covers biases and norms).
+    """
+
+    name: str
+    kind: str
+    shape: tuple[int, ...]
+    bytes_before: int
+    bytes_after: int
+    scheme: str | None
+    reason: str | None
+    asked: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Coverage:
+    """All rows, in the order of the model's modules. `print` it for a table; `.to_json()` for a program."""
+
+    rows: tuple[Row, ...]
+
+    @property
+    def bytes_before(self) -> int:
+        """Bytes of all float parameters before quantizing."""
+        return sum(row.bytes_before for row in self.rows)
+
+    @property
+    def bytes_after(self) -> int:
+        """Bytes of the same parameters now."""
+        return sum(row.bytes_after for row in self.rows)
+
+    @property
+    def quantized_fraction(self) -> float:
+        """Share of the original bytes that is int8 now, 0 to 1."""
+        return self._share(row for row in self.rows if row.scheme)
+
+    @property
+    def unasked_fraction(self) -> float:
+        """Share of the original bytes that is float for a reason that the recipe did not ask for, 0 to 1."""
+        return self._share(row for row in self.rows if not row.scheme and not row.asked)
+
+    def _share(self, rows: Iterator[Row]) -> float:
+        total = self.bytes_before
+        return sum(row.bytes_before for row in rows) / total if total else 0.0
+
+    def float_reasons(self) -> dict[str, int]:
+        """Reason -> bytes that stayed float for it, largest first."""
+        reasons: dict[str, int] = {}
+        for row in self.rows:
+            if not row.scheme:
+                reasons[row.reason or ""] = reasons.get(row.reason or "", 0) + row.bytes_before
+        return dict(sorted(reasons.items(), key=lambda item: -item[1]))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Totals and rows as JSON types."""
+        return {
+            "bytes_before": self.bytes_before,
+            "bytes_after": self.bytes_after,
+            "quantized_fraction": self.quantized_fraction,
+            "unasked_fraction": self.unasked_fraction,
+            "rows": [dataclasses.asdict(row) for row in self.rows],
+        }
+
+    def to_json(self) -> str:
+        """`to_dict` as JSON text."""
+        return json.dumps(self.to_dict(), indent=1)
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> Coverage:
+        """A Coverage from `to_dict`'s form."""
+        return cls(tuple(Row(**{**row, "shape": tuple(row["shape"])}) for row in data["rows"]))
+
+    def table(self) -> Table:
+        """One line for each family of parameters: those whose names and fates differ in numbers only."""
+        families: dict[tuple[Any, ...], list[Row]] = {}
+        for row in self.rows:
+            family = re.sub(r"\b\d+\b", "*", row.name)
+            families.setdefault((family, row.kind, row.shape, row.scheme, row.reason), []).append(row)
+        lines = []
+        for (family, kind, shape, scheme, reason), rows in families.items():
+            lines.append(
+                (
+                    rows[0].name if len(rows) == 1 else f"{family}  x{len(rows)}",
+                    kind,
+                    " x ".join(map(str, shape)),
+                    human_bytes(sum(row.bytes_before for row in rows)),
+                    human_bytes(sum(row.bytes_after for row in rows)),
+                    scheme or "float",
+                    reason or "",
+                )
+            )
+        total = (
+            "total", "", "", human_bytes(self.bytes_before), human_bytes(self.bytes_after),
+            f"{human_percent(self.quantized_fraction)} int8", "",
+        )  # fmt: skip
+        return Table("Coverage", ("parameter", "kind", "shape", "before", "after", "scheme", "note"), (*lines, total))
+
+    def __str__(self) -> str:
+        return render(self.table())
+
+
+def coverage(model: nn.Module) -> Coverage:
+    """A row for every float parameter that `model` has, or had before its layers became int8.
+
+    model: any module, quantized or not; not modified.
+    """
+    reasons: dict[str, tuple[str, bool]] = getattr(model, REASONS_ATTRIBUTE, {})
+    rows: list[Row] = []
+    owners: dict[int, str] = {}
+    for prefix, module in model.named_modules():
+        if isinstance(module, QuantModule):
+            rows.extend(_int8_rows(prefix, module, owners))
+        for short, parameter in module._parameters.items():
+            if parameter is None or not parameter.is_floating_point():
+                continue
+            name = f"{prefix}.{short}" if prefix else short
+            kind = module.replaces if isinstance(module, QuantModule) else type(module).__name__
+            tied = owners.get(id(parameter))
+            owners.setdefault(id(parameter), name)
+            reason, asked = reasons.get(name) or _why_float(module, parameter)
+            rows.append(
+                Row(
+                    name, kind, tuple(parameter.shape),
+                    0 if tied else parameter.nbytes, 0 if tied else parameter.nbytes, None,
+                    f"tied to {tied}" if tied else reason, asked,
+                )  # fmt: skip
+            )
+    return Coverage(tuple(rows))
+
+
+def _int8_rows(prefix: str, module: QuantModule, owners: dict[int, str]) -> Iterator[Row]:
+    if isinstance(module, (TiedQuantLinear, TiedQuantEmbedding)):
+        owner = owners.get(id(module.weight), "another layer")
+        yield Row(
+            f"{prefix}.weight", module.replaces, tuple(module.weight.shape), 0, 0, str(module.scheme), f"tied to {owner}"
+        )
+    for param, (codes, scale) in module.codes().items():
+        name = f"{prefix}.{param}" if prefix else param
+        owners.setdefault(id(codes), name)
+        before = codes.numel() * module.float_dtype.itemsize
+        after = codes.nbytes + scale.nbytes
+        yield Row(name, module.replaces, tuple(codes.shape), before, after, str(module.scheme), None)
+
+
+def _why_float(module: nn.Module, parameter: nn.Parameter) -> tuple[str, bool]:
+    if isinstance(module, (nn.RNNBase, nn.RNNCellBase)):
+        return f"recurrent weights ({type(module).__name__}) have no int8 layer", False
+    if parameter.dim() <= 1:
+        return "1-D: biases and norms stay float", True
+    if parameter.dim() == 3:
+        return f"3-D parameter of {type(module).__name__}, which is not a layer kind that octavo knows", False
+    return f"{type(module).__name__} is not a layer kind that octavo knows", False

@@ -1,0 +1,130 @@
+"""THE table of layer kinds: which float layers become which int8 layers, and how their weights are laid out.
+
+    kind                parameters that become int8                 replaced by               codes
+    Linear              weight [N, K]                               QuantLinear               [N, K]
+    OutputHead          weight [V, H], a Linear (opt-in)            QuantLinear               [V, H]
+    Conv1D              weight [K, N] (transformers, GPT-2)         QuantLinear               [N, K], transposed
+    Conv1d/2d/3d        weight [N, C/groups, *k]                    QuantConv                 [N, C/groups, *k]
+    ConvTranspose1d..   weight [C, N/groups, *k]                    QuantConvTranspose        [N, C/groups, *k]
+    Embedding           weight [V, H] (opt-in)                      QuantEmbedding            [V, H]
+    MultiheadAttention  in_proj_weight [3E, E] or q/k/v_proj_weight QuantMultiheadAttention   as the parameter
+
+Codes have the output channels first, so that a scale always belongs to a row. To add a kind: one row here, one
+module in `modules.py`, one op in `ops/`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from octavo import modules
+from octavo.primitives import quantize_weight
+from octavo.recipe import Scheme
+
+__all__ = ["KINDS", "LayerKind", "kind_of", "why_not"]
+
+
+def _as_is(weight: Tensor, layer: nn.Module) -> Tensor:
+    return weight
+
+
+def _transposed(weight: Tensor, layer: nn.Module) -> Tensor:
+    return weight.T
+
+
+def _output_channels_first(weight: Tensor, layer: nn.Module) -> Tensor:
+    groups: int = layer.groups  # type: ignore[assignment]
+    channels, per_group, *kernel = weight.shape
+    return weight.unflatten(0, (groups, channels // groups)).transpose(1, 2).reshape(groups * per_group, -1, *kernel)
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerKind:
+    """One row of the table.
+
+    name: the word for it in recipes and reports.
+    classes: names of the float classes; a subclass counts if it does not change `forward`.
+    params: parameters that become int8, those of them that the layer has.
+    module: the int8 layer.
+    rows: brings a parameter into the layout of its codes, output channels first.
+    per_group: whether its weight has a K axis that can be cut into groups.
+    """
+
+    name: str
+    classes: tuple[str, ...]
+    module: type[modules.QuantModule]
+    params: tuple[str, ...] = ("weight",)
+    rows: Callable[[Tensor, nn.Module], Tensor] = _as_is
+    per_group: bool = False
+
+    def params_of(self, layer: nn.Module) -> tuple[str, ...]:
+        """The parameters of `layer` that become int8."""
+        return tuple(name for name in self.params if getattr(layer, name, None) is not None)
+
+    def effective(self, scheme: Scheme) -> Scheme:
+        """`scheme` as this kind can have it: per_channel where there is no K axis to group."""
+        return scheme if self.per_group else Scheme(scheme.name)
+
+    def quantize_param(self, layer: nn.Module, param: str, weight: Tensor, scheme: Scheme, name: str) -> tuple[Tensor, Tensor]:
+        """Codes (int8, output channels first) and scale (fp32) of `weight`, the parameter `param` of `layer`."""
+        args = self.effective(scheme).weight
+        rows = self.rows(weight, layer)
+        return quantize_weight(rows, args.granularity, group_size=args.group_size, name=name)
+
+
+KINDS: tuple[LayerKind, ...] = (
+    LayerKind("Linear", ("Linear", "NonDynamicallyQuantizableLinear"), modules.QuantLinear, per_group=True),
+    LayerKind("Conv1D", ("Conv1D",), modules.QuantLinear, rows=_transposed, per_group=True),
+    LayerKind("Conv1d", ("Conv1d",), modules.QuantConv),
+    LayerKind("Conv2d", ("Conv2d",), modules.QuantConv),
+    LayerKind("Conv3d", ("Conv3d",), modules.QuantConv),
+    LayerKind("ConvTranspose1d", ("ConvTranspose1d",), modules.QuantConvTranspose, rows=_output_channels_first),
+    LayerKind("ConvTranspose2d", ("ConvTranspose2d",), modules.QuantConvTranspose, rows=_output_channels_first),
+    LayerKind("ConvTranspose3d", ("ConvTranspose3d",), modules.QuantConvTranspose, rows=_output_channels_first),
+    LayerKind("Embedding", ("Embedding",), modules.QuantEmbedding),
+    LayerKind(
+        "MultiheadAttention",
+        ("MultiheadAttention",),
+        modules.QuantMultiheadAttention,
+        params=("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight"),
+        per_group=True,
+    ),
+)
+
+_HOMES = ("torch.nn.", "transformers.pytorch_utils")
+"""Where the float classes live: a class of the same name elsewhere is another class."""
+
+
+def kind_of(layer: nn.Module) -> LayerKind | None:
+    """The row of the table that `layer` is an instance of, by its class or a base class; None if there is none."""
+    for base in type(layer).__mro__:
+        if base.__module__.startswith(_HOMES):
+            for kind in KINDS:
+                if base.__name__ in kind.classes:
+                    return kind
+    return None
+
+
+def why_not(layer: nn.Module, kind: LayerKind) -> str | None:
+    """The reason why `layer`, of that kind, cannot be swapped for its int8 layer; None if it can."""
+    if parametrize.is_parametrized(layer):
+        return "its weight is computed by a parametrization (weight_norm, ...); remove_parametrizations first"
+    known = next(base for base in type(layer).__mro__ if base.__module__.startswith(_HOMES) and base.__name__ in kind.classes)
+    if type(layer).forward is not known.forward:
+        return f"{type(layer).__name__} has a forward of its own, which a plain {kind.name} would not do"
+    if "forward" in layer.__dict__:
+        return "its forward was replaced on the instance (by accelerate's hooks, for one); quantize before dispatching"
+    for param in kind.params_of(layer):
+        if param not in layer._parameters:
+            return f"its {param} is not a parameter but computed elsewhere (an old-style weight_norm?)"
+    if kind.name == "Embedding" and layer.max_norm is not None:
+        return "max_norm renormalizes the float table at every lookup"
+    for param in kind.params_of(layer):
+        dtype = getattr(layer, param).dtype
+        if not dtype.is_floating_point or dtype.itemsize == 1:
+            return f"its {param} is {dtype}, already a low-precision type"
+    return None

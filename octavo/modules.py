@@ -1,0 +1,349 @@
+"""The int8 layers that stand in for float ones. `print(model)` shows them; a `forward` is one op call.
+
+    QuantLinear              nn.Linear and transformers' Conv1D (its weight is stored transposed: [N, K] here)
+    QuantConv                nn.Conv1d/2d/3d
+    QuantConvTranspose       nn.ConvTranspose1d/2d/3d
+    QuantEmbedding           nn.Embedding
+    QuantMultiheadAttention  nn.MultiheadAttention: its packed input projections; its out_proj is a QuantLinear
+    TiedQuantLinear,         a layer whose weight is another's: it holds no codes of its own, in memory or on disk
+    TiedQuantEmbedding
+
+A float parameter `P` becomes two buffers, `P` (int8 codes, output channels first) and `P_scale` (fp32). They keep
+their dtypes under `.half()`, `.to(dtype)` and autocast. A bias stays the float parameter that it was.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from octavo import ops
+from octavo.errors import QuantizeError
+from octavo.recipe import Scheme
+
+__all__ = [
+    "QuantConv",
+    "QuantConvTranspose",
+    "QuantEmbedding",
+    "QuantLinear",
+    "QuantModule",
+    "QuantMultiheadAttention",
+    "TiedQuantEmbedding",
+    "TiedQuantLinear",
+]
+
+Codes = Mapping[str, tuple[Tensor, Tensor]]
+"""Parameter name -> (codes int8 [N, ...], scale fp32 [N, 1] or [N, K/g])."""
+
+
+class QuantModule(nn.Module):
+    """What all int8 layers share.
+
+    quantized_params: the parameters that are int8 here, by the names that they had in the float layer.
+    scheme: how they were quantized.
+    float_dtype: the dtype that they had, in which their scales are stored on disk.
+    replaces: kind of the float layer ("Linear", ...), for reports and for the checkpoint's config; set by the swap.
+    """
+
+    quantized_params: tuple[str, ...]
+    scheme: Scheme
+    float_dtype: torch.dtype
+    replaces: str
+
+    def __init__(self, layer: nn.Module, codes: Codes, scheme: Scheme, float_dtype: torch.dtype) -> None:
+        super().__init__()
+        self.quantized_params = tuple(codes)
+        self.scheme = scheme
+        self.float_dtype = float_dtype
+        for name, (weight, scale) in codes.items():
+            if weight.dtype != torch.int8 or scale.dtype != torch.float32:
+                raise QuantizeError(
+                    f"{name}: codes are {weight.dtype} and the scale is {scale.dtype}, expected int8 and fp32"
+                )
+            self.register_buffer(name, weight)
+            self.register_buffer(f"{name}_scale", scale)
+        self.register_parameter("bias", getattr(layer, "bias", None))
+        self.train(layer.training)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+        # `fn` moves and casts. A scale goes through it as an int32 view, so that it is moved but never cast: in fp16
+        # or bf16 it would no longer be the scale that the codes were fitted to.
+        scales = {f"{name}_scale": self._buffers.pop(f"{name}_scale", None) for name in self.quantized_params}
+        super()._apply(fn, recurse)
+        for name, scale in scales.items():
+            if scale is not None:
+                self._buffers[name] = fn(scale.view(torch.int32)).view(torch.float32)
+        for name in self.quantized_params:
+            codes = self._buffers.get(name)
+            if codes is not None and codes.dtype != torch.int8:
+                raise QuantizeError(
+                    f"{type(self).__name__}.{name}: int8 codes were cast to {codes.dtype}, which loses their meaning; "
+                    "use .to(dtype) or .half(), which leave them alone, instead of .type(dtype)"
+                )
+        return self
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+        for name in self.quantized_params:
+            value = state_dict.get(prefix + name)
+            if value is not None and value.dtype != torch.int8:
+                raise QuantizeError(
+                    f"{prefix}{name}: the state dict holds {value.dtype}, expected int8 codes; load float weights "
+                    "into the float model and quantize that"
+                )
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+    def codes(self) -> dict[str, tuple[Tensor, Tensor]]:
+        """Parameter name -> (codes int8, scale fp32): the tensors themselves, not copies."""
+        return {name: (getattr(self, name), getattr(self, f"{name}_scale")) for name in self.quantized_params}
+
+
+class QuantLinear(QuantModule):
+    """y = x W^T + b with int8 W.
+
+    weight: int8 [N, K]. weight_scale: fp32 [N, 1] or [N, K/g]. bias: [N] float or None.
+    """
+
+    weight: Tensor
+    weight_scale: Tensor
+
+    def __init__(self, layer: nn.Module, codes: Codes, scheme: Scheme, float_dtype: torch.dtype) -> None:
+        super().__init__(layer, codes, scheme, float_dtype)
+        self.out_features, self.in_features = self.weight.shape
+
+    def forward(self, input: Tensor) -> Tensor:
+        """[..., K] float -> [..., N] of the same dtype."""
+        return ops.w8a16_linear(input, self.weight, self.weight_scale, self.bias)
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, {self.scheme}"
+
+
+class QuantEmbedding(QuantModule):
+    """Lookup in an int8 table; only the rows looked up are dequantized.
+
+    weight: int8 [V, H]. weight_scale: fp32 [V, 1].
+    """
+
+    weight: Tensor
+    weight_scale: Tensor
+    _output_dtype: Tensor
+
+    def __init__(self, layer: nn.Module, codes: Codes, scheme: Scheme, float_dtype: torch.dtype) -> None:
+        super().__init__(layer, codes, scheme, float_dtype)
+        self.num_embeddings, self.embedding_dim = self.weight.shape
+        self.padding_idx = layer.padding_idx
+        # An empty tensor that `.half()` and `.to(dtype)` cast along with the rest of the model: the lookup's dtype.
+        self.register_buffer("_output_dtype", torch.empty(0, dtype=float_dtype), persistent=False)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """[...] int -> [..., H] of the dtype that the model was cast to."""
+        return ops.w8a16_embedding(input, self.weight, self.weight_scale, self._output_dtype.dtype)
+
+    def extra_repr(self) -> str:
+        return f"{self.num_embeddings}, {self.embedding_dim}, {self.scheme}"
+
+
+class _Tied:
+    """Takes codes and scale from the layer that owns them, so that the two share one table wherever they are moved."""
+
+    _owner: tuple[QuantModule]  # in a tuple, so that the owner is not registered as a submodule
+
+    @property
+    def weight(self) -> Tensor:
+        return self._owner[0].weight  # type: ignore[return-value]
+
+    @property
+    def weight_scale(self) -> Tensor:
+        return self._owner[0].weight_scale  # type: ignore[return-value]
+
+
+class TiedQuantLinear(_Tied, QuantLinear):
+    """A QuantLinear (such as an output head) whose weight is another layer's."""
+
+    def __init__(self, layer: nn.Module, owner: QuantModule) -> None:
+        self._owner = (owner,)
+        QuantModule.__init__(self, layer, {}, owner.scheme, owner.float_dtype)
+        self.out_features, self.in_features = self.weight.shape
+
+
+class TiedQuantEmbedding(_Tied, QuantEmbedding):
+    """A QuantEmbedding whose table is another layer's."""
+
+    def __init__(self, layer: nn.Module, owner: QuantModule) -> None:
+        self._owner = (owner,)
+        QuantEmbedding.__init__(self, layer, {}, owner.scheme, owner.float_dtype)
+
+
+class QuantConv(QuantModule):
+    """Convolution with int8 weights, one scale for each output channel.
+
+    weight: int8 [N, C/groups, *k]. weight_scale: fp32 [N, 1]. bias: [N] float or None.
+    """
+
+    weight: Tensor
+    weight_scale: Tensor
+
+    def __init__(self, layer: nn.Module, codes: Codes, scheme: Scheme, float_dtype: torch.dtype) -> None:
+        super().__init__(layer, codes, scheme, float_dtype)
+        for name in ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups"):
+            setattr(self, name, getattr(layer, name))
+        self.padding_mode = layer.padding_mode
+        self.output_padding = layer.output_padding
+        self._explicit_padding = getattr(layer, "_reversed_padding_repeated_twice", [])
+
+    def forward(self, input: Tensor) -> Tensor:
+        """[B, C, *D] or [C, *D] float -> [B, N, *D'] or [N, *D'] of the same dtype."""
+        batched, x = self._batched(input)
+        if self.padding_mode != "zeros":
+            x, padding = F.pad(x, self._explicit_padding, mode=self.padding_mode), [0] * len(self.stride)
+        elif isinstance(self.padding, str):  # "same" may pad one side more than the other; "valid" pads nothing
+            x, padding = F.pad(x, self._explicit_padding), [0] * len(self.stride)
+        else:
+            padding = self.padding
+        y = ops.w8a16_conv(
+            x, self.weight, self.weight_scale, self.bias, self.stride, padding, self.dilation, self.groups
+        )
+        return y if batched else y.squeeze(0)
+
+    def _batched(self, input: Tensor) -> tuple[bool, Tensor]:
+        dims = len(self.kernel_size) + 2
+        if input.dim() not in (dims - 1, dims) or input.shape[-dims + 1] != self.in_channels:
+            raise QuantizeError(
+                f"input: shape is {list(input.shape)}, expected [B, {self.in_channels}, *D] or "
+                f"[{self.in_channels}, *D] with {dims - 2} dimensions in D"
+            )
+        return input.dim() == dims, input if input.dim() == dims else input.unsqueeze(0)
+
+    def extra_repr(self) -> str:
+        return (
+            f"{self.in_channels}, {self.out_channels}, kernel_size={tuple(self.kernel_size)}, stride={self.stride}, "
+            f"padding={self.padding}, dilation={self.dilation}, groups={self.groups}, "
+            f"padding_mode={self.padding_mode!r}, bias={self.bias is not None}, {self.scheme}"
+        )
+
+
+class QuantConvTranspose(QuantConv):
+    """Transposed convolution with int8 weights, one scale for each output channel.
+
+    weight: int8 [N, C/groups, *k], output channels first (torch's float layout is [C, N/groups, *k]).
+    weight_scale: fp32 [N, 1]. bias: [N] float or None.
+    """
+
+    # Both use nothing but the layer's geometry, which has the same names here.
+    _output_padding = nn.modules.conv._ConvTransposeNd._output_padding
+
+    def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
+        """[B, C, *D] or [C, *D] float -> [B, N, *D'] or [N, *D'] of the same dtype; `output_size` as in nn."""
+        batched, x = self._batched(input)
+        output_padding = self._output_padding(
+            input, output_size, self.stride, self.padding, self.kernel_size, len(self.kernel_size), self.dilation
+        )
+        y = ops.w8a16_conv_transpose(
+            x, self.weight, self.weight_scale, self.bias, self.stride, self.padding, self.dilation, output_padding,
+            self.groups,
+        )  # fmt: skip
+        return y if batched else y.squeeze(0)
+
+
+class QuantMultiheadAttention(QuantModule):
+    """nn.MultiheadAttention with int8 projections; the attention itself is torch's, in float.
+
+    in_proj_weight: int8 [3E, E] (or q_proj_weight [E, E], k_proj_weight [E, kdim], v_proj_weight [E, vdim]), each
+    with `*_scale` fp32 [N, 1] or [N, K/g]. in_proj_bias: [3E] float or None. out_proj: any layer E -> E.
+    """
+
+    def __init__(self, layer: nn.Module, codes: Codes, scheme: Scheme, float_dtype: torch.dtype) -> None:
+        super().__init__(layer, codes, scheme, float_dtype)
+        for name in ("embed_dim", "num_heads", "head_dim", "kdim", "vdim", "dropout", "batch_first", "add_zero_attn"):
+            setattr(self, name, getattr(layer, name))
+        # torch's fused encoder path reads the float weights; it asks for this attribute first.
+        self._qkv_same_embed_dim = False
+        self.in_proj_bias = layer.in_proj_bias
+        self.bias_k, self.bias_v = layer.bias_k, layer.bias_v
+        self.out_proj = layer.out_proj
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_padding_mask: Tensor | None = None,
+        need_weights: bool = True,
+        attn_mask: Tensor | None = None,
+        average_attn_weights: bool = True,
+        is_causal: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        """As nn.MultiheadAttention: query [B, L, E], key [B, S, kdim], value [B, S, vdim] if batch_first."""
+        batched = query.dim() == 3
+        if not batched:
+            query, key, value = (x.unsqueeze(0) for x in (query, key, value))
+            key_padding_mask = None if key_padding_mask is None else key_padding_mask.unsqueeze(0)
+        elif not self.batch_first:
+            query, key, value = (x.transpose(0, 1) for x in (query, key, value))
+        q, k, v = self._project(query, key, value)
+        mask = self._mask(q, k, key_padding_mask, attn_mask, is_causal)
+        if self.bias_k is not None:
+            k = torch.cat([k, self.bias_k.to(k.dtype).expand(k.shape[0], 1, -1)], dim=1)
+            v = torch.cat([v, self.bias_v.to(v.dtype).expand(v.shape[0], 1, -1)], dim=1)
+        q, k, v = (x.unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2) for x in (q, k, v))
+        if self.add_zero_attn:
+            k, v = F.pad(k, (0, 0, 0, 1)), F.pad(v, (0, 0, 0, 1))
+        if mask is not None:  # the appended bias and zero positions are open to all queries
+            mask = F.pad(mask, (0, k.shape[2] - mask.shape[-1]))
+        dropout = self.dropout if self.training else 0.0
+        weights = None
+        if need_weights:
+            logits = q @ k.transpose(-2, -1) * self.head_dim**-0.5
+            weights = torch.softmax(logits if mask is None else logits + mask, dim=-1)
+            weights = F.dropout(weights, dropout)
+            heads = weights @ v
+        else:
+            heads = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
+        y = self.out_proj(heads.transpose(1, 2).flatten(2))
+        if weights is not None and average_attn_weights:
+            weights = weights.mean(dim=1)
+        if not batched:
+            return y.squeeze(0), None if weights is None else weights.squeeze(0)
+        return (y if self.batch_first else y.transpose(0, 1)), weights
+
+    def _project(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        biases = (None,) * 3 if self.in_proj_bias is None else self.in_proj_bias.chunk(3)
+        if "in_proj_weight" in self.quantized_params:
+            if query is key and key is value:
+                y = ops.w8a16_linear(query, self.in_proj_weight, self.in_proj_weight_scale, self.in_proj_bias)
+                return y.chunk(3, dim=-1)
+            weights = self.in_proj_weight.chunk(3)
+            scales = self.in_proj_weight_scale.chunk(3)
+        else:
+            weights = (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight)
+            scales = (self.q_proj_weight_scale, self.k_proj_weight_scale, self.v_proj_weight_scale)
+        q, k, v = (
+            ops.w8a16_linear(x, weight, scale, bias)
+            for x, weight, scale, bias in zip((query, key, value), weights, scales, biases, strict=True)
+        )
+        return q, k, v
+
+    def _mask(
+        self, q: Tensor, k: Tensor, key_padding_mask: Tensor | None, attn_mask: Tensor | None, is_causal: bool
+    ) -> Tensor | None:
+        """The two masks as one to be added to the logits: broadcastable to [B, heads, L, S], or None."""
+        if is_causal and attn_mask is None:
+            raise QuantizeError("is_causal=True is a hint about attn_mask, which is None; pass the causal attn_mask")
+        total = None
+        for mask, name in ((attn_mask, "attn_mask"), (key_padding_mask, "key_padding_mask")):
+            if mask is None:
+                continue
+            mask = F._canonical_mask(mask, name, None, "", q.dtype)
+            if name == "key_padding_mask":
+                mask = mask[:, None, None, :]
+            elif mask.dim() == 3:
+                mask = mask.unflatten(0, (q.shape[0], self.num_heads))
+            total = mask if total is None else total + mask
+        return total
+
+    def extra_repr(self) -> str:
+        return f"embed_dim={self.embed_dim}, num_heads={self.num_heads}, {self.scheme}"

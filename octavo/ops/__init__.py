@@ -1,0 +1,278 @@
+"""THE table of ops: schema, fake kernel, gradient and Python wrapper of each, with shapes.
+
+    op                      x, indices            weight (codes)        weight_scale   result
+    w8a16_linear            [..., K] float        int8 [N, K]           fp32 [N, K/g]  [..., N] dtype of x
+    w8a16_conv              [B, C, *D] float      int8 [N, C/groups, *k]  fp32 [N, 1]  [B, N, *D'] dtype of x
+    w8a16_conv_transpose    [B, C, *D] float      int8 [N, C/groups, *k]  fp32 [N, 1]  [B, N, *D'] dtype of x
+    w8a16_embedding         [...] int             int8 [V, H]           fp32 [V, 1]    [..., H] dtype asked for
+
+Each computes sum(code * x), accumulated in fp32, *then* multiplies by the scale, adds the bias and rounds once to
+the output dtype: where the float model does not overflow fp16, neither does this. (K/g is 1 for per_channel. With
+per_group the scale belongs inside the sum, so code * scale is formed in fp32 first.)
+
+The schemas are defined here and `reference.py` answers on every device. A native backend registers its kernel for
+its own device key of the same op, from a file of its own beside `reference.py`, and adds itself to `_BACKENDS`;
+nothing else changes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from octavo.errors import OctavoError, QuantizeError
+from octavo.ops import reference
+
+__all__ = [
+    "OPS",
+    "Serving",
+    "backends",
+    "w8a16_conv",
+    "w8a16_conv_transpose",
+    "w8a16_embedding",
+    "w8a16_linear",
+]
+
+_CONVOLUTION = (
+    "(Tensor x, Tensor weight, Tensor weight_scale, Tensor? bias, SymInt[] stride, SymInt[] padding, "
+    "SymInt[] dilation, {output_padding}SymInt groups) -> Tensor"
+)
+
+OPS: dict[str, str] = {
+    "w8a16_linear": "(Tensor x, Tensor weight, Tensor weight_scale, Tensor? bias) -> Tensor",
+    "w8a16_conv": _CONVOLUTION.format(output_padding=""),
+    "w8a16_conv_transpose": _CONVOLUTION.format(output_padding="SymInt[] output_padding, "),
+    "w8a16_embedding": "(Tensor indices, Tensor weight, Tensor weight_scale, ScalarType dtype) -> Tensor",
+}
+"""Name -> schema of every op, in the namespace `torch.ops.octavo`."""
+
+_library = torch.library.Library("octavo", "DEF")
+for _name, _schema in OPS.items():
+    _library.define(_name + _schema)
+    _library.impl(_name, getattr(reference, _name), "CompositeExplicitAutograd")
+
+_linear = torch.ops.octavo.w8a16_linear.default
+_conv = torch.ops.octavo.w8a16_conv.default
+_conv_transpose = torch.ops.octavo.w8a16_conv_transpose.default
+_embedding = torch.ops.octavo.w8a16_embedding.default
+
+
+# -- wrappers: what modules call ------------------------------------------------------------------------------------
+
+
+def w8a16_linear(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None = None) -> Tensor:
+    """y = (x @ weight.T) * weight_scale.T + bias, with int8 weights.
+
+    x: [..., K] bf16, fp16, fp32 or fp64; cast to the autocast dtype inside autocast.
+    weight: int8 [N, K]. weight_scale: fp32 [N, 1] or, per_group, [N, K/g]. bias: [N] float, or None.
+    Returns: [..., N] of x's dtype.
+    Raises: QuantizeError if x is not floating point or its last size is not K.
+    """
+    return _linear(_autocast(x), weight, weight_scale, bias)
+
+
+def w8a16_conv(
+    x: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> Tensor:
+    """`torch.nn.functional.conv1d/2d/3d` with int8 weights, one scale for each output channel.
+
+    x: [B, C, *D] float. weight: int8 [N, C/groups, *k]. weight_scale: fp32 [N, 1]. bias: [N] float, or None.
+    Returns: [B, N, *D'] of x's dtype.
+    """
+    return _conv(_autocast(x), weight, weight_scale, bias, stride, padding, dilation, groups)
+
+
+def w8a16_conv_transpose(
+    x: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    output_padding: Sequence[int],
+    groups: int,
+) -> Tensor:
+    """`torch.nn.functional.conv_transpose1d/2d/3d` with int8 weights, one scale for each output channel.
+
+    x: [B, C, *D] float. weight: int8 [N, C/groups, *k], output channels first (torch's float layout is
+    [C, N/groups, *k]). weight_scale: fp32 [N, 1]. bias: [N] float, or None.
+    Returns: [B, N, *D'] of x's dtype.
+    """
+    return _conv_transpose(
+        _autocast(x), weight, weight_scale, bias, stride, padding, dilation, output_padding, groups
+    )
+
+
+def w8a16_embedding(indices: Tensor, weight: Tensor, weight_scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """Rows of an int8 table; only the rows looked up are dequantized.
+
+    indices: [...] int32 or int64. weight: int8 [V, H]. weight_scale: fp32 [V, 1].
+    Returns: [..., H] of `dtype`.
+    """
+    return _embedding(indices, weight, weight_scale, dtype)
+
+
+def _autocast(x: Tensor) -> Tensor:
+    device = x.device.type
+    if torch.is_autocast_enabled(device) and x.is_floating_point() and x.dtype != torch.float64:
+        return x.to(torch.get_autocast_dtype(device))
+    return x
+
+
+# -- fake kernels: shapes for torch.compile and torch.export ---------------------------------------------------------
+
+
+@torch.library.register_fake("octavo::w8a16_linear", lib=_library)
+def _linear_fake(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None) -> Tensor:
+    reference.check_input(x, weight)
+    return x.new_empty((*x.shape[:-1], weight.shape[0]))
+
+
+@torch.library.register_fake("octavo::w8a16_conv", lib=_library)
+def _conv_fake(
+    x: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> Tensor:
+    y = torch.ops.aten.convolution(
+        x, weight.to(x.dtype), None, stride, padding, dilation, False, [0] * len(stride), groups
+    )
+    return x.new_empty(y.shape)
+
+
+@torch.library.register_fake("octavo::w8a16_conv_transpose", lib=_library)
+def _conv_transpose_fake(
+    x: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    output_padding: Sequence[int],
+    groups: int,
+) -> Tensor:
+    layout = reference.rows_to_transposed(weight, groups).to(x.dtype)
+    y = torch.ops.aten.convolution(x, layout, None, stride, padding, dilation, True, output_padding, groups)
+    return x.new_empty(y.shape)
+
+
+@torch.library.register_fake("octavo::w8a16_embedding", lib=_library)
+def _embedding_fake(indices: Tensor, weight: Tensor, weight_scale: Tensor, dtype: torch.dtype) -> Tensor:
+    return weight.new_empty((*indices.shape, weight.shape[1]), dtype=dtype)
+
+
+# -- gradients: to the input and the bias, so that adapters can be trained on a frozen int8 base ------------------------
+
+
+def _refuse_weight_gradient(ctx: torch.autograd.function.FunctionCtx) -> None:
+    if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:  # type: ignore[attr-defined]
+        raise OctavoError(
+            "a gradient of an int8 weight or of its scale was asked for (requires_grad is set on weight_scale); int8 "
+            "codes are frozen: train an adapter beside the layer, its bias, or the float model before quantizing"
+        )
+
+
+def _bias_gradient(grad: Tensor, channel: int, bias_dtype: torch.dtype | None) -> Tensor | None:
+    if bias_dtype is None:
+        return None
+    return grad.float().sum([d for d in range(grad.dim()) if d != channel % grad.dim()]).to(bias_dtype)
+
+
+def _save(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    _refuse_weight_gradient(ctx)
+    x, weight, weight_scale, bias, *ctx.geometry = inputs
+    ctx.save_for_backward(x, weight, weight_scale)
+    ctx.bias_dtype = None if bias is None or not ctx.needs_input_grad[3] else bias.dtype
+
+
+def _linear_backward(ctx, grad):  # type: ignore[no-untyped-def]
+    _, weight, weight_scale = ctx.saved_tensors
+    dx = None
+    if ctx.needs_input_grad[0]:
+        dx = reference.linear_input_gradient(grad, weight, weight_scale)
+    return dx, None, None, _bias_gradient(grad, -1, ctx.bias_dtype)
+
+
+def _conv_backward(ctx, grad):  # type: ignore[no-untyped-def]
+    x, weight, weight_scale = ctx.saved_tensors
+    stride, padding, dilation, groups = ctx.geometry
+    dx = None
+    if ctx.needs_input_grad[0]:
+        dx = reference.conv_input_gradient(
+            grad, x, weight, weight_scale, stride, padding, dilation, False, [0] * len(stride), groups
+        )
+    return dx, None, None, _bias_gradient(grad, 1, ctx.bias_dtype), None, None, None, None
+
+
+def _conv_transpose_backward(ctx, grad):  # type: ignore[no-untyped-def]
+    x, weight, weight_scale = ctx.saved_tensors
+    stride, padding, dilation, output_padding, groups = ctx.geometry
+    dx = None
+    if ctx.needs_input_grad[0]:
+        dx = reference.conv_input_gradient(
+            grad, x, reference.rows_to_transposed(weight, groups), weight_scale, stride, padding, dilation, True,
+            output_padding, groups,
+        )  # fmt: skip
+    return dx, None, None, _bias_gradient(grad, 1, ctx.bias_dtype), None, None, None, None, None
+
+
+for _name, _backward in (
+    ("w8a16_linear", _linear_backward),
+    ("w8a16_conv", _conv_backward),
+    ("w8a16_conv_transpose", _conv_transpose_backward),
+):
+    torch.library.register_autograd(f"octavo::{_name}", _backward, setup_context=_save, lib=_library)
+
+
+# -- who serves -----------------------------------------------------------------------------------------------------------
+
+_BACKENDS: dict[str, dict[str, str]] = {}
+"""device type -> {op: backend's name}, filled by the files of native kernels; what is not here is the reference."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Serving:
+    """Which backend answers `op` on `device`, and why that one."""
+
+    op: str
+    device: str
+    backend: str
+    why: str
+
+
+def backends() -> list[Serving]:
+    """Which kernels serve which op on the devices of this machine, and why.
+
+    Raises: QuantizeError if the environment variable OCTAVO_BACKEND has a value that is not known.
+    """
+    forced = os.environ.get("OCTAVO_BACKEND")
+    if forced not in (None, "", "reference"):
+        raise QuantizeError(f"OCTAVO_BACKEND is {forced!r}; expected 'reference' or nothing (the best that is there)")
+    rows = []
+    for device in ("cpu", *(["cuda"] if torch.cuda.is_available() else [])):
+        native = {} if forced else _BACKENDS.get(device, {})
+        for op in OPS:
+            if op in native:
+                rows.append(Serving(op, device, native[op], "registered for this device"))
+            else:
+                why = "forced by OCTAVO_BACKEND" if forced else "no native kernel for this device in this version"
+                rows.append(Serving(op, device, "reference", why))
+    return rows

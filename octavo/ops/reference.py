@@ -1,0 +1,159 @@
+"""Every op in plain torch: right on every device, and the result that native kernels are held to.
+
+The arithmetic is that of `primitives.py`; shapes stand in the table of `octavo.ops`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from octavo.errors import QuantizeError
+from octavo.primitives import dequantize
+
+__all__ = [
+    "check_input",
+    "conv_input_gradient",
+    "linear_input_gradient",
+    "rows_to_transposed",
+    "w8a16_conv",
+    "w8a16_conv_transpose",
+    "w8a16_embedding",
+    "w8a16_linear",
+]
+
+_BLOCK_ELEMENTS = 1 << 19
+"""Codes are widened to fp32 in blocks of rows of this many elements, which stay in the cache: at M = 1 a layer then
+reads one byte a weight from memory, and no float copy of a weight ever exists."""
+
+
+def w8a16_linear(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None) -> Tensor:
+    check_input(x, weight)
+    n, k = weight.shape
+    wide = _accumulator(x)
+    rows = x.reshape(-1, k).to(wide)
+    y = torch.empty((rows.shape[0], n), dtype=wide, device=x.device)
+    per_channel = weight_scale.shape[1] == 1
+    step = max(1, _BLOCK_ELEMENTS // max(k, 1))
+    for start in range(0, n, step):
+        codes, scale = weight[start : start + step], weight_scale[start : start + step]
+        if per_channel:
+            y[:, start : start + step] = (rows @ codes.to(wide).T) * scale.T
+        else:
+            y[:, start : start + step] = rows @ dequantize(codes, scale).to(wide).T
+    if bias is not None:
+        y += bias
+    return y.to(x.dtype).view(*x.shape[:-1], n)
+
+
+def linear_input_gradient(grad: Tensor, weight: Tensor, weight_scale: Tensor) -> Tensor:
+    """dx = (grad * scale) @ codes: grad [..., N] float -> [..., K] of grad's dtype."""
+    wide = _accumulator(grad)
+    if weight_scale.shape[1] == 1:
+        dx = (grad.to(wide) * weight_scale.T.squeeze(0)) @ weight.to(wide)
+    else:
+        dx = grad.to(wide) @ dequantize(weight, weight_scale).to(wide)
+    return dx.to(grad.dtype)
+
+
+def w8a16_conv(
+    x: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> Tensor:
+    check_float(x)
+    wide = _accumulator(x)
+    y = torch.ops.aten.convolution(
+        x.to(wide), weight.to(wide), None, stride, padding, dilation, False, [0] * len(stride), groups
+    )
+    return _finish(y, weight_scale, bias, x.dtype)
+
+
+def w8a16_conv_transpose(
+    x: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    output_padding: Sequence[int],
+    groups: int,
+) -> Tensor:
+    check_float(x)
+    wide = _accumulator(x)
+    layout = rows_to_transposed(weight, groups).to(wide)
+    y = torch.ops.aten.convolution(x.to(wide), layout, None, stride, padding, dilation, True, output_padding, groups)
+    return _finish(y, weight_scale, bias, x.dtype)
+
+
+def conv_input_gradient(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    transposed: bool,
+    output_padding: Sequence[int],
+    groups: int,
+) -> Tensor:
+    """Gradient of a (transposed) convolution to its input, `weight` in torch's own layout: x's shape and dtype."""
+    wide = _accumulator(x)
+    scaled = grad.to(wide) * _per_channel(weight_scale, grad.dim())
+    dx, _, _ = torch.ops.aten.convolution_backward(
+        scaled, x.to(wide), weight.to(wide), None, stride, padding, dilation, transposed, output_padding, groups,
+        [True, False, False],
+    )  # fmt: skip
+    return dx.to(x.dtype)
+
+
+def w8a16_embedding(indices: Tensor, weight: Tensor, weight_scale: Tensor, dtype: torch.dtype) -> Tensor:
+    return (weight[indices].float() * weight_scale[indices]).to(dtype)
+
+
+def rows_to_transposed(weight: Tensor, groups: int) -> Tensor:
+    """[N, C/groups, *k], output channels first, as torch's conv_transpose layout [C, N/groups, *k]."""
+    n, c = weight.shape[0] // groups, weight.shape[1]
+    return weight.unflatten(0, (groups, n)).transpose(1, 2).reshape(groups * c, n, *weight.shape[2:])
+
+
+def check_float(x: Tensor) -> None:
+    if not x.is_floating_point():
+        raise QuantizeError(
+            f"x: dtype is {x.dtype}, expected bf16, fp16 or fp32; if the model's code casts its input to "
+            "`layer.weight.dtype`, put that layer on the ignore list"
+        )
+
+
+def check_input(x: Tensor, weight: Tensor) -> None:
+    """Raise QuantizeError unless x is floating point [..., K] with the K of weight [N, K]."""
+    check_float(x)
+    if x.dim() == 0 or x.shape[-1] != weight.shape[1]:
+        raise QuantizeError(
+            f"x: shape is {list(x.shape)}, expected [..., {weight.shape[1]}] for an int8 weight of shape "
+            f"{list(weight.shape)}"
+        )
+
+
+def _accumulator(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def _per_channel(values: Tensor, dims: int) -> Tensor:
+    return values.reshape(1, -1, *([1] * (dims - 2)))
+
+
+def _finish(y: Tensor, weight_scale: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    y = y * _per_channel(weight_scale, y.dim())
+    if bias is not None:
+        y += _per_channel(bias, y.dim())
+    return y.to(dtype)

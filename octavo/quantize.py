@@ -1,0 +1,355 @@
+"""Turn the layers of a model into int8 layers, in place, one at a time.
+
+`plan` decides the fate of every layer and changes nothing; `quantize` carries the plan out. Files are quantized by
+the same plan, made on a model without weights (`formats/stream.py`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import warnings
+from collections.abc import Callable, Iterable, Mapping
+
+from torch import Tensor, nn
+
+from octavo.coverage import REASONS_ATTRIBUTE, Coverage, coverage
+from octavo.errors import OctavoWarning, QuantizeError, RecipeError
+from octavo.layers import KINDS, LayerKind, kind_of, why_not
+from octavo.modules import QuantModule, TiedQuantEmbedding, TiedQuantLinear
+from octavo.recipe import DEFAULT_TARGETS, OPT_IN_TARGETS, Pattern, Recipe, Scheme, pattern_matches
+from octavo.weight_readers import weight_readers
+
+__all__ = ["Decision", "Progress", "install", "plan", "quantize", "settle"]
+
+Progress = Callable[[int, int], None]
+"""Called with (steps done, steps in all) as the work goes on."""
+
+_KIND_NAMES = {kind.name for kind in KINDS} | {*OPT_IN_TARGETS}
+_UNASKED_LIMIT = 0.05
+
+
+@dataclasses.dataclass
+class Decision:
+    """The fate of one layer.
+
+    name: of the layer in the model. kind: its row of the table. label: the kind's name, or "OutputHead".
+    scheme: how it is to be quantized, or None: then `reason` says why not, and `asked` whether the recipe said so.
+    owner: name of the layer whose codes this one shares, for a tied weight; None for a layer with its own.
+    """
+
+    name: str
+    kind: LayerKind
+    label: str
+    scheme: Scheme | None
+    reason: str | None = None
+    asked: bool = False
+    owner: str | None = None
+
+
+def quantize(
+    model: nn.Module,
+    scheme: str | Scheme | Recipe,
+    *,
+    ignore: Iterable[Pattern] = (),
+    include: Iterable[Pattern] = (),
+    overrides: Mapping[Pattern, Scheme] | None = None,
+    group_size: int | None = None,
+    progress: Progress | None = None,
+) -> Coverage:
+    """Quantize the layers of `model` in place; each float weight is freed before the next is touched.
+
+    model: any module with its weights loaded, on any device.
+    scheme: a preset's name ("w8a16"), a Scheme or a Recipe; see octavo.recipe for `ignore`, `include`, `overrides`
+        and `group_size`, which are added to it.
+    Returns: what became int8, what stayed float, and why.
+    Raises: RecipeError for an unknown scheme or a pattern that matches nothing; QuantizeError for a model that is
+        already quantized, on `meta`, itself a single layer, or that holds NaN or inf. The plan is checked before
+        anything is changed; a weight with NaN or inf stops at its layer, with the layers before it already int8.
+    Warns: OctavoWarning if more than 5% of the bytes stay float for a reason that the recipe did not ask for.
+    """
+    recipe = Recipe.of(scheme, ignore=ignore, include=include, overrides=overrides, group_size=group_size)
+    for name, parameter in model.named_parameters():
+        if parameter.is_meta:
+            raise QuantizeError(
+                f"{name} is on the meta device and has no values; load the weights first, or quantize the checkpoint's "
+                "files with octavo.quantize_checkpoint"
+            )
+    decisions = plan(model, recipe)
+    install(model, decisions, progress=progress)
+    report = settle(model, decisions)
+    warn_unasked(report)
+    return report
+
+
+def warn_unasked(report: Coverage) -> None:
+    """Warn if more than 5% of the bytes stayed float for a reason that the recipe did not ask for."""
+    if report.unasked_fraction > _UNASKED_LIMIT:
+        unasked: dict[str, int] = {}
+        for row in report.rows:
+            if not row.scheme and not row.asked and row.reason:
+                unasked[row.reason] = unasked.get(row.reason, 0) + row.bytes_before
+        reasons = sorted(unasked, key=lambda reason: -unasked[reason])[:3]
+        warnings.warn(
+            f"{report.unasked_fraction:.1%} of the model's bytes stay float although the recipe did not ask for it: "
+            + "; ".join(f"{reason} ({unasked[reason] / report.bytes_before:.1%})" for reason in reasons),
+            OctavoWarning,
+            stacklevel=3,
+        )
+
+
+# -- deciding -------------------------------------------------------------------------------------------------------
+
+
+def plan(model: nn.Module, recipe: Recipe) -> list[Decision]:
+    """The fate of every layer of a known kind, in the order of the model's modules; `model` may be on `meta`.
+
+    Raises: RecipeError, QuantizeError as `quantize` does.
+    """
+    if any(isinstance(module, QuantModule) for module in model.modules()):
+        raise QuantizeError("the model already holds int8 layers; quantize a float model (octavo.coverage shows them)")
+    if kind_of(model) is not None:
+        raise QuantizeError(
+            f"the model is itself a {type(model).__name__}, which cannot be replaced in place; wrap it in nn.Sequential"
+        )
+    layers = {name: layer for name, layer in model.named_modules() if kind_of(layer) is not None}
+    _check_patterns(model, recipe, layers)
+    heads = _output_heads(model, layers)
+    readers = weight_readers(model)
+    decisions = {}
+    for name, layer in layers.items():
+        kind = kind_of(layer)
+        assert kind is not None
+        label = "OutputHead" if name in heads else kind.name
+        decisions[name] = _decide(name, layer, kind, label, recipe, readers.get(name))
+    _keep_attention_whole(model, decisions)
+    _tie(model, decisions, layers)
+    for name, decision in decisions.items():
+        _check_groups(decision, layers[name])
+    return list(decisions.values())
+
+
+def _decide(
+    name: str, layer: nn.Module, kind: LayerKind, label: str, recipe: Recipe, reader: str | None
+) -> Decision:
+    decision = Decision(name, kind, label, None)
+    for pattern in recipe.ignore:
+        if _selects(pattern, name, layer, label):
+            shown = pattern if isinstance(pattern, str) else getattr(pattern, "__name__", "a predicate")
+            decision.reason, decision.asked = f"ignored by {shown!r}", True
+            return decision
+    if not any(_selects(pattern, name, layer, label) for pattern in recipe.targets):
+        opt_in = label in OPT_IN_TARGETS
+        decision.reason = f"opt-in: include {label!r} to quantize it" if opt_in else f"{label} is not among the targets"
+        decision.asked = True
+        return decision
+    decision.reason = why_not(layer, kind)
+    if decision.reason is None and reader is not None:
+        decision.reason = f"{reader} reads its weight directly instead of calling it"
+    if decision.reason is None:
+        chosen = (scheme for pattern, scheme in recipe.overrides if pattern_matches(pattern, name, layer))
+        decision.scheme = kind.effective(next(chosen, recipe.scheme))
+    return decision
+
+
+def _selects(pattern: Pattern, name: str, layer: nn.Module, label: str) -> bool:
+    """Whether a pattern of `targets` or `ignore` selects the layer. A kind selects its label, so that "Linear" leaves
+    the output head to those who name it."""
+    if isinstance(pattern, str) and pattern in _KIND_NAMES:
+        return pattern == label
+    return pattern_matches(pattern, name, layer)
+
+
+def _check_patterns(model: nn.Module, recipe: Recipe, layers: dict[str, nn.Module]) -> None:
+    modules = dict(model.named_modules())
+    labels = {kind.name for layer in layers.values() if (kind := kind_of(layer))}
+    if _output_heads(model, layers):
+        labels.add("OutputHead")
+    for field, patterns in (
+        ("ignore", recipe.ignore),
+        ("targets (include)", [pattern for pattern in recipe.targets if pattern not in DEFAULT_TARGETS]),
+        ("overrides", [pattern for pattern, _ in recipe.overrides]),
+    ):
+        for pattern in patterns:
+            if isinstance(pattern, str) and pattern in _KIND_NAMES and field != "overrides":
+                matches = pattern in labels
+            else:
+                matches = any(pattern_matches(pattern, name, module) for name, module in modules.items() if name)
+            if not matches:
+                close = difflib.get_close_matches(str(pattern).removeprefix("re:"), [*modules, *_KIND_NAMES], n=3, cutoff=0.5)
+                hint = f"; did you mean {', '.join(map(repr, close))}?" if close else ""
+                raise RecipeError(
+                    f"{field}: {pattern!r} matches no layer of this model{hint} Expected a module's name, a 're:' "
+                    f"pattern matched from the start of the name, or a kind ({', '.join(sorted(labels)) or 'none here'})"
+                )
+
+
+_HEAD_NAMES = ("lm_head", "embed_out", "output_head")
+
+
+def _output_heads(model: nn.Module, layers: dict[str, nn.Module]) -> set[str]:
+    """Names of the layers that produce the logits over a vocabulary: what the model's `get_output_embeddings` says,
+    a linear layer that shares an embedding's table, or one called lm_head."""
+    said: set[int] = set()
+    for module in model.modules():
+        ask = getattr(module, "get_output_embeddings", None)
+        try:
+            head = ask() if callable(ask) else None
+        except (AttributeError, NotImplementedError):
+            head = None  # transformers' base classes ask a submodule that not every model has
+        if isinstance(head, nn.Module):
+            said.update(id(part) for part in head.modules())
+    tables = {id(layer.weight) for layer in layers.values() if isinstance(layer, nn.Embedding)}
+    return {
+        name
+        for name, layer in layers.items()
+        if isinstance(layer, nn.Linear)
+        and (id(layer) in said or name.rpartition(".")[2] in _HEAD_NAMES or id(layer._parameters.get("weight")) in tables)
+    }
+
+
+def _keep_attention_whole(model: nn.Module, decisions: dict[str, Decision]) -> None:
+    """A float nn.MultiheadAttention reads the weight of its out_proj itself, so that must stay float with it."""
+    for decision in decisions.values():
+        parent = decisions.get(decision.name.rpartition(".")[0])
+        if parent and parent.kind.name == "MultiheadAttention" and not parent.scheme and decision.scheme:
+            decision.scheme, decision.asked = None, parent.asked
+            decision.reason = f"{parent.name}, which reads its weight directly, stays float"
+
+
+def _tie(model: nn.Module, decisions: dict[str, Decision], layers: dict[str, nn.Module]) -> None:
+    """Layers that share a weight get one fate: one table of codes, owned by the first of them, or all stay float."""
+    users: dict[int, list[str]] = {}
+    for name, module in model.named_modules():
+        for short, parameter in module._parameters.items():
+            if parameter is not None:
+                users.setdefault(id(parameter), []).append(f"{name}.{short}" if name else short)
+    for names in users.values():
+        if len(names) == 1:
+            continue
+        members = [decisions.get(name.rpartition(".")[0]) for name in names]
+        known = [member for member in members if member is not None]
+        wanted = [member for member in known if member.scheme]
+        if not wanted or all(name.endswith("bias") for name in names):
+            continue
+        ignored = [member for member in known if member.reason and member.reason.startswith("ignored by")]
+        if ignored:
+            raise RecipeError(
+                f"{ignored[0].name} is ignored but shares its weight with {wanted[0].name}, which is not; "
+                "ignore both or neither"
+            )
+        blocked = next((member for member in known if not member.scheme and not member.asked), None)
+        if len(known) < len(members) or blocked or any(member.kind.name not in ("Linear", "Embedding") for member in known):
+            other = blocked.name if blocked else next(n for n in names if n.rpartition(".")[0] != wanted[0].name)
+            for member in wanted:
+                member.scheme, member.reason = None, f"shares its weight with {other}, which stays float"
+            continue
+        # One table is one scheme; an embedding's rows cannot be cut into groups.
+        scheme = min((member.kind.effective(wanted[0].scheme or Scheme()) for member in known), key=str)
+        for member in known:
+            member.scheme, member.reason, member.asked = scheme, None, False
+            member.owner = None if member is known[0] else known[0].name
+
+
+def _check_groups(decision: Decision, layer: nn.Module) -> None:
+    group_size = decision.scheme.weight.group_size if decision.scheme else None
+    if group_size is None:
+        return
+    for param in decision.kind.params_of(layer):
+        k = decision.kind.rows(getattr(layer, param), layer).shape[-1]
+        if k % group_size:
+            raise RecipeError(
+                f"{decision.name}.{param}: group_size={group_size} does not divide K={k}; choose a divisor of every K, "
+                "or give this layer a scheme of its own with overrides"
+            )
+
+
+# -- doing ------------------------------------------------------------------------------------------------------------
+
+
+def install(
+    model: nn.Module,
+    decisions: list[Decision],
+    *,
+    progress: Progress | None = None,
+) -> None:
+    """Swap the layers that `decisions` says for int8 ones, one at a time. On `meta` this makes the empty skeleton."""
+    places = _places(model)
+    owners: dict[str, QuantModule] = {}
+    todo = [decision for decision in decisions if decision.scheme]
+    # Owners of shared tables first; then from the last to the first, which puts a child before its parent: an
+    # attention block takes its out_proj over as it finds it.
+    ordered = sorted(reversed(todo), key=lambda decision: decision.owner is not None)
+    for done, decision in enumerate(ordered, 1):
+        layer = model.get_submodule(decision.name)
+        assert decision.scheme is not None
+        swap(places.pop(id(layer)), layer, int8_layer(decision, layer, owners))
+        owners[decision.name] = model.get_submodule(decision.name)  # type: ignore[assignment]
+        if progress:
+            progress(done, len(ordered))
+    _switch_off_fused_encoder(model)
+
+
+def int8_layer(decision: Decision, layer: nn.Module, owners: Mapping[str, QuantModule]) -> QuantModule:
+    """The int8 layer for `layer`, with the codes of its weights (or its owner's)."""
+    assert decision.scheme is not None
+    new: QuantModule
+    if decision.owner is not None:
+        tied = TiedQuantEmbedding if decision.kind.name == "Embedding" else TiedQuantLinear
+        new = tied(layer, owners[decision.owner])
+    else:
+        params = decision.kind.params_of(layer)
+        codes = {
+            param: decision.kind.quantize_param(
+                layer, param, getattr(layer, param).detach(), decision.scheme, f"{decision.name}.{param}"
+            )
+            for param in params
+        }
+        new = decision.kind.module(layer, codes, decision.scheme, getattr(layer, params[0]).dtype)
+    new.replaces = decision.kind.name
+    return new
+
+
+def settle(model: nn.Module, decisions: list[Decision]) -> Coverage:
+    """Leave the reasons of the float layers on the model, for `coverage`, and return the coverage."""
+    reasons = {}
+    for decision in decisions:
+        if decision.reason is not None:
+            layer = model.get_submodule(decision.name)
+            for param in decision.kind.params_of(layer):
+                reasons[f"{decision.name}.{param}"] = (decision.reason, decision.asked)
+    setattr(model, REASONS_ATTRIBUTE, reasons)
+    return coverage(model)
+
+
+def _places(model: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:
+    """id of a module -> every (parent, attribute) that holds it: one module may stand in several places."""
+    places: dict[int, list[tuple[nn.Module, str]]] = {}
+    for parent in model.modules():
+        for attribute, child in parent._modules.items():
+            if child is not None:
+                places.setdefault(id(child), []).append((parent, attribute))
+    return places
+
+
+_HOOKS = (
+    "_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs", "_backward_hooks", "_backward_pre_hooks", "_is_full_backward_hook",
+)  # fmt: skip
+
+
+def swap(places: list[tuple[nn.Module, str]], layer: nn.Module, new: QuantModule) -> None:
+    """Put `new` wherever `layer` stood, with the hooks that were registered on it."""
+    for hooks in _HOOKS:
+        setattr(new, hooks, getattr(layer, hooks))
+    for parent, attribute in places:
+        setattr(parent, attribute, new)
+
+
+def _switch_off_fused_encoder(model: nn.Module) -> None:
+    """nn.TransformerEncoderLayer has a fused path that hands float weights to a kernel; off where a layer is int8."""
+    for module in model.modules():
+        if isinstance(module, nn.TransformerEncoderLayer) and any(isinstance(m, QuantModule) for m in module.modules()):
+            module.activation_relu_or_gelu = 0
+        if isinstance(module, nn.TransformerEncoder) and any(isinstance(m, QuantModule) for m in module.modules()):
+            module.use_nested_tensor = False
