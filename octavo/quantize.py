@@ -11,16 +11,17 @@ import difflib
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 
-from torch import Tensor, nn
+import torch
+from torch import nn
 
 from octavo.coverage import REASONS_ATTRIBUTE, Coverage, coverage
 from octavo.errors import OctavoWarning, QuantizeError, RecipeError
 from octavo.layers import KINDS, LayerKind, kind_of, why_not
-from octavo.modules import QuantModule, TiedQuantEmbedding, TiedQuantLinear
+from octavo.modules import Codes, QuantModule, TiedQuantEmbedding, TiedQuantLinear
 from octavo.recipe import DEFAULT_TARGETS, OPT_IN_TARGETS, Pattern, Recipe, Scheme, pattern_matches
 from octavo.weight_readers import weight_readers
 
-__all__ = ["Decision", "Progress", "install", "plan", "quantize", "settle"]
+__all__ = ["CodesOf", "Decision", "Progress", "install", "plan", "quantize", "quantized_codes", "settle", "warn_unasked"]
 
 Progress = Callable[[int, int], None]
 """Called with (steps done, steps in all) as the work goes on."""
@@ -267,10 +268,28 @@ def _check_groups(decision: Decision, layer: nn.Module) -> None:
 # -- doing ------------------------------------------------------------------------------------------------------------
 
 
+CodesOf = Callable[[Decision, nn.Module], tuple[Codes, torch.dtype]]
+"""Gives the codes of a float layer's weights, and the dtype that the weights have (or had)."""
+
+
+def quantized_codes(decision: Decision, layer: nn.Module) -> tuple[Codes, torch.dtype]:
+    """The codes of `layer`'s own weights; on `meta`, empty ones of the right shapes."""
+    assert decision.scheme is not None
+    params = decision.kind.params_of(layer)
+    codes = {
+        param: decision.kind.quantize_param(
+            layer, param, getattr(layer, param).detach(), decision.scheme, f"{decision.name}.{param}"
+        )
+        for param in params
+    }
+    return codes, getattr(layer, params[0]).dtype
+
+
 def install(
     model: nn.Module,
     decisions: list[Decision],
     *,
+    codes_of: CodesOf = quantized_codes,
     progress: Progress | None = None,
 ) -> None:
     """Swap the layers that `decisions` says for int8 ones, one at a time. On `meta` this makes the empty skeleton."""
@@ -283,29 +302,25 @@ def install(
     for done, decision in enumerate(ordered, 1):
         layer = model.get_submodule(decision.name)
         assert decision.scheme is not None
-        swap(places.pop(id(layer)), layer, int8_layer(decision, layer, owners))
-        owners[decision.name] = model.get_submodule(decision.name)  # type: ignore[assignment]
+        new = owners[decision.name] = _int8_layer(decision, layer, codes_of, owners)
+        swap(places.pop(id(layer)), layer, new)
         if progress:
             progress(done, len(ordered))
     _switch_off_fused_encoder(model)
 
 
-def int8_layer(decision: Decision, layer: nn.Module, owners: Mapping[str, QuantModule]) -> QuantModule:
-    """The int8 layer for `layer`, with the codes of its weights (or its owner's)."""
+def _int8_layer(
+    decision: Decision, layer: nn.Module, codes_of: CodesOf, owners: Mapping[str, QuantModule]
+) -> QuantModule:
     assert decision.scheme is not None
     new: QuantModule
-    if decision.owner is not None:
-        tied = TiedQuantEmbedding if decision.kind.name == "Embedding" else TiedQuantLinear
-        new = tied(layer, owners[decision.owner])
+    if decision.owner is None:
+        codes, float_dtype = codes_of(decision, layer)
+        new = decision.kind.module(layer, codes, decision.scheme, float_dtype)
+    elif decision.kind.name == "Embedding":
+        new = TiedQuantEmbedding(layer, owners[decision.owner])
     else:
-        params = decision.kind.params_of(layer)
-        codes = {
-            param: decision.kind.quantize_param(
-                layer, param, getattr(layer, param).detach(), decision.scheme, f"{decision.name}.{param}"
-            )
-            for param in params
-        }
-        new = decision.kind.module(layer, codes, decision.scheme, getattr(layer, params[0]).dtype)
+        new = TiedQuantLinear(layer, owners[decision.owner])
     new.replaces = decision.kind.name
     return new
 
