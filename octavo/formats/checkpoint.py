@@ -1,0 +1,548 @@
+"""Sharded safetensors in and out, one tensor in memory at a time, whole or not at all.
+
+A checkpoint is a folder of
+
+    config.json                              what the model is
+    model.safetensors                        its tensors, or
+    model-00001-of-00002.safetensors, ...    its tensors in shards, with
+    model.safetensors.index.json             {"metadata": {"total_size": ...}, "weight_map": {tensor: shard}}
+    tokenizer.json, README.md, ...           companions: everything that is not weights
+
+and a .safetensors file is [header's length: 8 bytes][header: JSON, padded with spaces to 8 bytes][data]. The header
+says each tensor's dtype, shape and place in the data, so that all of it can be written before the first tensor
+exists (`CheckpointWriter`), and one tensor can be read without touching the others (`CheckpointReader`).
+
+Tensors are read with plain file reads. A mapped file would do as well, but its pages count as resident memory until
+it is unmapped: reading a 256 MiB shard tensor by tensor through a mapping was seen to add 395 MiB to the peak,
+and 32 MiB this way.
+
+Outputs are built next to their destination under a hidden name and renamed when complete (`new_folder`, `new_file`):
+whoever kills the run, the destination holds all of it or does not exist.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import errno
+import json
+import math
+import os
+import secrets
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from io import BufferedReader
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import torch
+from huggingface_hub import split_state_dict_into_shards_factory
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from octavo.errors import CheckpointError
+
+__all__ = [
+    "CheckpointReader",
+    "CheckpointWriter",
+    "TensorInfo",
+    "copy_companions",
+    "new_file",
+    "new_folder",
+]
+
+_DTYPES: dict[str, torch.dtype] = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E4M3FNUZ": torch.float8_e4m3fnuz,
+    "F8_E5M2": torch.float8_e5m2,
+    "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
+    "F8_E8M0": torch.float8_e8m0fnu,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U64": torch.uint64,
+    "U32": torch.uint32,
+    "U16": torch.uint16,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+    "C64": torch.complex64,
+}
+_DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+
+_PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
+_OTHER_SUFFIXES = (".safetensors", ".gguf", ".h5", ".msgpack", ".onnx", ".onnx_data", ".ot", ".tflite")
+_WEIGHT_SUFFIXES = _PICKLE_SUFFIXES + _OTHER_SUFFIXES
+
+
+@dataclasses.dataclass(frozen=True)
+class TensorInfo:
+    """One tensor of a checkpoint, as its shard's header describes it. `nbytes` is its size on disk in bytes."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    nbytes: int
+    file: Path
+
+
+class CheckpointReader:
+    """The tensors of a checkpoint, read one at a time.
+
+    path: a folder with model.safetensors, with model.safetensors.index.json and its shards, or with one set of
+        safetensors under another name; or one .safetensors file, which then stands for itself alone.
+    Raises: CheckpointError naming the file for a folder or file that is missing, a shard that is missing, truncated or
+        corrupt, and an index that disagrees with its shards or leads out of the folder. All headers are read and
+        checked here, so a damaged checkpoint is known before any work starts.
+
+    names: the tensors, shard by shard, in the order of their bytes.
+    metadata: the free-form strings of the shards' headers, such as {"format": "pt"}.
+    config: config.json's content; None where there is none, and for a lone file.
+
+    A context manager: leaving it closes the shards.
+    """
+
+    names: list[str]
+    metadata: dict[str, str]
+    config: dict[str, Any] | None
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.names = []
+        self.metadata = {}
+        self._infos: dict[str, TensorInfo] = {}
+        self._starts: dict[str, int] = {}
+        self._open_files: dict[Path, BufferedReader] = {}
+        files, weight_map = _find_shards(self.path)
+        for file in files:
+            self._add_shard(file)
+        if weight_map is not None:
+            _check_weight_map(self.path, weight_map, self._infos)
+        config_file = self.path / "config.json"
+        self.config = _read_json(config_file) if config_file.is_file() else None
+
+    def _add_shard(self, file: Path) -> None:
+        header, data_start = _read_header(file)
+        self.metadata.update(header.pop("__metadata__", None) or {})
+        for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+            if name in self._infos:
+                raise CheckpointError(
+                    f"{file}: holds tensor {name!r}, which {self._infos[name].file.name} holds too; "
+                    "expected each tensor once: remove the shard that does not belong to this checkpoint"
+                )
+            if entry["dtype"] not in _DTYPES:
+                raise CheckpointError(
+                    f"{file}: tensor {name!r} is of dtype {entry['dtype']}, expected one of {', '.join(_DTYPES)}"
+                )
+            begin, end = entry["data_offsets"]
+            self._infos[name] = TensorInfo(name, _DTYPES[entry["dtype"]], tuple(entry["shape"]), end - begin, file)
+            self._starts[name] = data_start + begin
+            self.names.append(name)
+
+    def info(self, name: str) -> TensorInfo:
+        """What the header says of tensor `name`; reads nothing. Raises CheckpointError for an unknown name."""
+        if name not in self._infos:
+            known = f"it has {len(self.names)}, such as {self.names[:3]}"
+            raise CheckpointError(f"{self.path}: has no tensor {name!r}; {known}")
+        return self._infos[name]
+
+    def tensor(self, name: str) -> Tensor:
+        """Tensor `name`, of `info(name)`'s dtype and shape, in fresh memory on the CPU that is the caller's own.
+
+        Raises: CheckpointError for an unknown name, and for a shard that became shorter or unreadable meanwhile.
+        """
+        info = self.info(name)
+        data = torch.empty(info.nbytes, dtype=torch.uint8)
+        try:
+            if info.file not in self._open_files:
+                self._open_files[info.file] = info.file.open("rb")
+            file = self._open_files[info.file]
+            file.seek(self._starts[name])
+            got = file.readinto(data.numpy().data)
+        except OSError as error:
+            raise CheckpointError(f"{info.file}: cannot read tensor {name!r}: {error.strerror}") from error
+        if got != info.nbytes:
+            raise CheckpointError(
+                f"{info.file}: ends within tensor {name!r}: got {got} bytes, expected {info.nbytes}; "
+                "the file changed while it was read"
+            )
+        return data.view(info.dtype).view(info.shape)
+
+    def close(self) -> None:
+        """Close the shards. `names`, `info`, `metadata` and `config` stay."""
+        for file in self._open_files.values():
+            file.close()
+        self._open_files.clear()
+
+    def __enter__(self) -> CheckpointReader:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
+
+
+def _find_shards(path: Path) -> tuple[list[Path], dict[str, str] | None]:
+    """The shards that make up the checkpoint at `path`, and the index's tensor-to-shard map if it has one."""
+    if path.is_file():
+        if path.suffix != ".safetensors":
+            raise CheckpointError(f"{path}: is not a .safetensors file, expected one, or a checkpoint's folder")
+        return [path], None
+    if not path.is_dir():
+        raise CheckpointError(f"{path}: no such file or folder; expected a checkpoint's folder or a .safetensors file")
+    if (path / "model.safetensors").is_file():
+        return [path / "model.safetensors"], None
+    indexes = sorted(path.glob("*.safetensors.index.json"))
+    if path / "model.safetensors.index.json" in indexes:
+        indexes = [path / "model.safetensors.index.json"]
+    if len(indexes) == 1:
+        weight_map = _read_weight_map(indexes[0])
+        return [path / shard for shard in sorted(set(weight_map.values()))], weight_map
+    files = sorted(path.glob("*.safetensors"))
+    if len(files) == 1 and not indexes:
+        return files, None
+    if files or indexes:
+        found = ", ".join(file.name for file in (indexes or files)[:5])
+        raise CheckpointError(
+            f"{path}: holds several sets of weights ({found}) and neither model.safetensors nor "
+            "model.safetensors.index.json to say which is meant; give the path of one .safetensors file"
+        )
+    pickles = sorted(file.name for file in path.iterdir() if file.suffix in _PICKLE_SUFFIXES)
+    if pickles:
+        raise CheckpointError(
+            f"{path}: holds pickles ({', '.join(pickles[:3])}), expected safetensors; convert them once, with "
+            "from_pretrained(path).save_pretrained(new_path) of the model's class in transformers, or with "
+            "torch.load(file, weights_only=True) and safetensors.torch.save_file"
+        )
+    raise CheckpointError(f"{path}: holds no weights, expected model.safetensors or model.safetensors.index.json")
+
+
+def _read_weight_map(index: Path) -> dict[str, str]:
+    weight_map = _read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(v, str) for v in weight_map.values()):
+        raise CheckpointError(f"{index}: has no usable weight_map, expected {{tensor's name: shard's file name}}")
+    shards = sorted(set(weight_map.values()))
+    for shard in shards:
+        # Not resolved: in the Hub's cache each file is a link that leads out of the folder, and rightly so.
+        if PurePosixPath(shard).is_absolute() or ".." in PurePosixPath(shard).parts or "\\" in shard or ":" in shard:
+            raise CheckpointError(
+                f"{index}: names the shard {shard!r}, which leads out of the folder, expected a file's name within it; "
+                "do not trust this checkpoint"
+            )
+    missing = [shard for shard in shards if not (index.parent / shard).is_file()]
+    if missing:
+        raise CheckpointError(
+            f"{index}: {len(missing)} of its {len(shards)} shards are missing: {', '.join(missing[:3])}; "
+            "download them again"
+        )
+    return weight_map
+
+
+def _check_weight_map(folder: Path, weight_map: Mapping[str, str], infos: Mapping[str, TensorInfo]) -> None:
+    for name, shard in weight_map.items():
+        if name not in infos or infos[name].file != folder / shard:
+            raise CheckpointError(
+                f"{folder}: its index says that {shard} holds tensor {name!r}, and it does not; "
+                "shards and index are of different versions: download the checkpoint again"
+            )
+    extra = [name for name in infos if name not in weight_map]
+    if extra:
+        raise CheckpointError(
+            f"{folder}: {len(extra)} tensors in its shards are not in its index, such as {extra[0]!r} in "
+            f"{infos[extra[0]].file.name}; shards and index are of different versions: download the checkpoint again"
+        )
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise CheckpointError(f"{file}: cannot be read as JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{file}: holds a JSON {type(content).__name__}, expected an object")
+    return content
+
+
+def _read_header(file: Path) -> tuple[dict[str, Any], int]:
+    """The header of a .safetensors file, and where its data starts. Raises CheckpointError naming the file."""
+    try:
+        # safetensors checks that the header is sound and that the file is exactly as long as the header says.
+        with safe_open(file, framework="pt"):
+            pass
+        with file.open("rb") as stream:
+            length = int.from_bytes(stream.read(8), "little")
+            header: dict[str, Any] = json.loads(stream.read(length))
+    except (SafetensorError, OSError) as error:
+        with contextlib.suppress(OSError), file.open("rb") as stream:
+            if stream.read(24) == b"version https://git-lfs.":
+                raise CheckpointError(
+                    f"{file}: is a git-lfs pointer, expected the weights it stands for; run `git lfs pull` there"
+                ) from error
+        raise CheckpointError(
+            f"{file}: is not a whole safetensors file ({error}); it is truncated or corrupt: download or copy it again"
+        ) from error
+    return header, 8 + length
+
+
+class CheckpointWriter:
+    """Writes a planned set of tensors as safetensors into `folder`, from one tensor in memory at a time.
+
+    folder: an existing folder, such as `new_folder` yields.
+    plan: tensor's name -> (dtype, shape) of every tensor that will be written.
+    max_shard_size: in bytes, or as "5GB"; a tensor that is larger gets a shard of its own.
+    metadata: strings for the shards' headers.
+    Raises: CheckpointError for an empty plan, a dtype that safetensors has no word for, a max_shard_size that says no
+        size, and a disk without room for the plan.
+
+    Shards are cut and named as huggingface_hub does, and their headers are written here. Within a shard tensors lie
+    in the order of the plan, wider dtypes first, so that each starts at a multiple of its element size.
+    A context manager: leaving it without an exception is `close`.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        plan: Mapping[str, tuple[torch.dtype, tuple[int, ...]]],
+        *,
+        max_shard_size: int | str = "5GB",
+        metadata: Mapping[str, str] | None = None,
+    ) -> None:
+        self.folder = Path(folder)
+        self._plan = {name: (dtype, tuple(shape)) for name, (dtype, shape) in plan.items()}
+        for name, (dtype, _) in self._plan.items():
+            if dtype not in _DTYPE_NAMES:
+                raise CheckpointError(f"tensor {name!r} is of dtype {dtype}, which safetensors cannot hold")
+        if not self._plan:
+            raise CheckpointError(f"{self.folder}: there is no tensor to write")
+        try:
+            split = split_state_dict_into_shards_factory(
+                self._plan,
+                get_storage_size=lambda planned: _nbytes(*planned),
+                filename_pattern="model{suffix}.safetensors",
+                max_shard_size=max_shard_size,
+            )
+        except ValueError as error:
+            raise CheckpointError(
+                f"max_shard_size is {max_shard_size!r}, expected a number of bytes or a size such as '5GB': {error}"
+            ) from error
+        self._shards = split.filename_to_tensors
+        self._total_size = int(split.metadata["total_size"])
+        self._places: dict[str, tuple[Path, int]] = {}
+        self._missing = dict.fromkeys(self._plan)
+        free = shutil.disk_usage(self.folder).free
+        if free < self._total_size:
+            raise CheckpointError(
+                f"{self.folder}: the disk is full: {free / 1e6:.0f} MB are free, {self._total_size / 1e6:.0f} MB are "
+                "needed; free some space or choose another disk"
+            )
+        for shard, names in self._shards.items():
+            self._write_header(self.folder / shard, names, dict(metadata or {"format": "pt"}))
+
+    def _write_header(self, file: Path, names: list[str], metadata: dict[str, str]) -> None:
+        header: dict[str, Any] = {"__metadata__": metadata}
+        offset = 0
+        starts = {}
+        for name in sorted(names, key=lambda name: -self._plan[name][0].itemsize):
+            dtype, shape = self._plan[name]
+            end = offset + _nbytes(dtype, shape)
+            header[name] = {"dtype": _DTYPE_NAMES[dtype], "shape": list(shape), "data_offsets": [offset, end]}
+            starts[name], offset = offset, end
+        text = json.dumps(header, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)
+        with file.open("xb") as stream:
+            stream.write(len(text).to_bytes(8, "little") + text)
+            stream.truncate(8 + len(text) + offset)
+        self._places.update({name: (file, 8 + len(text) + start) for name, start in starts.items()})
+
+    def write(self, name: str, tensor: Tensor) -> None:
+        """Write one tensor, in any order. `tensor`: of the planned dtype and shape, any strides and device.
+
+        Raises: CheckpointError for a name that is not planned or already written, another dtype or shape than planned,
+            and a tensor on meta.
+        """
+        if name not in self._missing:
+            why = "was written already" if name in self._plan else "is not in the plan"
+            raise CheckpointError(f"{self.folder}: tensor {name!r} {why}, expected each planned tensor once")
+        if (tensor.dtype, tuple(tensor.shape)) != self._plan[name]:
+            raise CheckpointError(
+                f"{self.folder}: tensor {name!r} is {tensor.dtype} {list(tensor.shape)}, "
+                f"planned was {self._plan[name][0]} {list(self._plan[name][1])}"
+            )
+        if tensor.is_meta:
+            raise CheckpointError(f"{self.folder}: tensor {name!r} is on meta, without data; load the weights first")
+        file, start = self._places[name]
+        with file.open("r+b") as stream:
+            stream.seek(start)
+            stream.write(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        del self._missing[name]
+
+    def close(self) -> None:
+        """Check that all planned tensors are there, write the index if there are shards, and fsync.
+
+        Raises: CheckpointError naming planned tensors that were not written.
+        """
+        if self._missing:
+            raise CheckpointError(
+                f"{self.folder}: {len(self._missing)} of {len(self._plan)} planned tensors were not written, "
+                f"such as {next(iter(self._missing))!r}"
+            )
+        if len(self._shards) > 1:
+            weight_map = {name: self._places[name][0].name for name in self._plan}
+            index = {"metadata": {"total_size": self._total_size}, "weight_map": weight_map}
+            text = json.dumps(index, indent=2) + "\n"
+            (self.folder / "model.safetensors.index.json").write_text(text, encoding="utf-8")
+        _sync_tree(self.folder)
+
+    def __enter__(self) -> CheckpointWriter:
+        return self
+
+    def __exit__(self, exc_type: type[BaseException] | None, *exc_info: object) -> None:
+        if exc_type is None:
+            self.close()
+
+
+def _nbytes(dtype: torch.dtype, shape: tuple[int, ...]) -> int:
+    return dtype.itemsize * math.prod(shape)
+
+
+@contextlib.contextmanager
+def new_folder(dst: str | Path) -> Iterator[Path]:
+    """Build the folder `dst` whole or not at all: yields a hidden folder next to it, which becomes `dst` at the end.
+
+    dst: must not exist, but for an empty folder; parents are created.
+    Raises: CheckpointError if `dst` exists, cannot be created, or the disk fills up meanwhile. After any exception in
+        the body nothing is left of it. (A run that is killed leaves the hidden folder, which is in nobody's way.)
+    """
+    with _replacing(Path(dst), lambda dst: any(dst.iterdir()) if dst.is_dir() else dst.exists()) as temporary:
+        temporary.mkdir()
+        yield temporary
+
+
+@contextlib.contextmanager
+def new_file(dst: str | Path) -> Iterator[Path]:
+    """As `new_folder` for one file: yields the path of a hidden file to write, which becomes `dst` at the end."""
+    with _replacing(Path(dst), Path.exists) as temporary:
+        temporary.touch()
+        yield temporary
+
+
+@contextlib.contextmanager
+def _replacing(given: Path, is_taken: Callable[[Path], bool]) -> Iterator[Path]:
+    dst = given.resolve()
+    temporary = dst.parent / f".{dst.name}.{secrets.token_hex(4)}.tmp"
+    try:
+        if is_taken(dst):
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(dst))
+        dst.parent.mkdir(parents=True, exist_ok=True)
+        yield temporary
+        _sync_tree(temporary)
+        temporary.replace(dst)
+        _sync(dst.parent)
+    except OSError as error:
+        explained = _explain(error, given, dst)
+        if explained is None:
+            raise
+        raise explained from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+
+
+def _explain(error: OSError, given: Path, dst: Path) -> CheckpointError | None:
+    """The user's error behind an OSError met while `dst` was built; None if it is not about `dst`."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        free = shutil.disk_usage(next(folder for folder in dst.parents if folder.is_dir())).free
+        return CheckpointError(
+            f"{given}: the disk is full ({error.strerror}, {free / 1e6:.0f} MB are free), nothing was kept; "
+            "free some space or choose another disk"
+        )
+    about = {str(path) for path in (error.filename, error.filename2) if path}
+    if error.errno in (errno.EEXIST, errno.ENOTEMPTY) and str(dst) in about:
+        return CheckpointError(f"{given}: already exists; choose another path or remove it")
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG):
+        where = ", ".join(sorted(about)) or str(dst)
+        return CheckpointError(
+            f"{given}: not written: {where}: {error.strerror}; choose another path or change the permissions"
+        )
+    return None
+
+
+def _sync_tree(path: Path) -> None:
+    for folder, _, files in os.walk(path):
+        for name in files:
+            _sync(Path(folder, name))
+    _sync(path)
+
+
+def _sync(path: Path) -> None:
+    """Wait until the disk holds the file, or the folder's list of names."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def copy_companions(src: str | Path, dst: str | Path) -> list[str]:
+    """Copy what belongs to a checkpoint beside its weights: tokenizer, generation config, chat templates, code, README.
+
+    src: a checkpoint's folder; links are followed (files in the Hub's cache are links). For a lone file: nothing.
+    dst: an existing folder.
+    Returns: the copied files' names, relative to `src`, sorted.
+    Raises: CheckpointError naming a file that cannot be read.
+
+    Left out: weights in any format and their indexes; config.json, which whoever writes the weights writes; hidden
+    files; and folders that hold weights, which are other exports of the model (onnx/, checkpoint-500/), unless
+    modules.json names them as parts of it (the 2_Dense/ of a sentence-transformers model): those are copied whole.
+    """
+    src, dst = Path(src), Path(dst)
+    if not src.is_dir():
+        return []
+    parts = _sentence_transformers_parts(src)
+    chosen = [
+        file
+        for entry in src.iterdir()
+        if entry.name != "config.json" and not _is_clutter(entry.name)
+        for file in _companion_files(entry, whole=entry.name in parts)
+    ]
+    names = sorted(file.relative_to(src).as_posix() for file in chosen)
+    for name in names:
+        (dst / name).parent.mkdir(parents=True, exist_ok=True)
+        try:
+            shutil.copyfile(src / name, dst / name)
+        except FileNotFoundError as error:
+            raise CheckpointError(
+                f"{src / name}: is a link to a file that is not there; download it again or remove it"
+            ) from error
+    return names
+
+
+def _sentence_transformers_parts(src: Path) -> set[str]:
+    """The subfolders that modules.json, [{"idx", "name", "path", "type"}, ...], makes parts of the model."""
+    modules = src / "modules.json"
+    if not modules.is_file():
+        return set()
+    try:
+        return {str(module["path"]) for module in json.loads(modules.read_text(encoding="utf-8"))}
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError, TypeError, KeyError) as error:
+        raise CheckpointError(f"{modules}: expected a JSON list of objects with a path: {error!r}") from error
+
+
+def _companion_files(entry: Path, *, whole: bool) -> list[Path]:
+    if not entry.is_dir():
+        return [] if _is_weights(entry) else [entry]
+    inside = (file for file in entry.rglob("*") if not file.is_dir())
+    files = [file for file in inside if not any(map(_is_clutter, file.relative_to(entry).parts))]
+    return files if whole or not any(map(_is_weights, files)) else []
+
+
+def _is_clutter(name: str) -> bool:
+    return name.startswith(".") or name == "__pycache__"
+
+
+def _is_weights(file: Path) -> bool:
+    return file.suffix in _WEIGHT_SUFFIXES or file.name.endswith(".index.json")
