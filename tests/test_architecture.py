@@ -202,7 +202,7 @@ def test_a_wrong_way_is_seen(module: str, source: str, why: str) -> None:
         ("octavo.recipe", "def f():\n    import yaml"),
         (
             "octavo.report",
-            "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from octavo.coverage import Coverage",
+            "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from octavo.coverage import C",
         ),
         ("octavo.integrations.transformers", "import transformers\nfrom octavo.formats import checkpoint"),
         ("octavo.cli.main", "import rich\nimport octavo\nprint(1)"),
