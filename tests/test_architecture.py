@@ -162,6 +162,12 @@ def test_every_file_has_a_place(module: str) -> None:
     )
 
 
+def test_every_folder_is_a_package() -> None:
+    # setuptools leaves a folder without one out of the wheel, and only those who install it would notice.
+    folders = {path.parent for path in SOURCES.values()}
+    assert [folder for folder in sorted(folders) if not (folder / "__init__.py").exists()] == []
+
+
 @pytest.mark.parametrize("module", SOURCES)
 def test_imports_go_down(module: str) -> None:
     if room_of(module) in ROOMS:

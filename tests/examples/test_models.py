@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -99,5 +100,5 @@ def test_smollm2_is_a_plain_bf16_checkpoint_that_knows_its_capitals(smollm2: Pat
 
 def test_text_is_prose(text: str) -> None:
     assert len(text) > 100_000
-    assert len(text.split("\n\n")) > 500
-    assert sum(char.isalpha() or char == " " for char in text) > 0.9 * len(text)
+    assert len(re.findall(r"\n\s*\n", text)) > 500
+    assert sum(char.isalpha() or char == " " for char in text) > 0.85 * len(text)
