@@ -163,7 +163,7 @@ def test_every_file_has_a_place(module: str) -> None:
 
 
 def test_every_folder_is_a_package() -> None:
-    # setuptools leaves a folder without one out of the wheel, and only those who install it would notice.
+    # Without an __init__.py nothing says what the folder is for, and any other installed project could add to it.
     folders = {path.parent for path in SOURCES.values()}
     assert [folder for folder in sorted(folders) if not (folder / "__init__.py").exists()] == []
 
