@@ -156,7 +156,7 @@ class CheckpointReader:
         Raises: CheckpointError for an unknown name, and for a shard that became shorter or unreadable meanwhile.
         """
         info = self.info(name)
-        data = torch.empty(info.nbytes, dtype=torch.uint8)
+        data = torch.empty(info.nbytes, dtype=torch.uint8, device="cpu")  # whatever the caller's default is
         try:
             if info.file not in self._open_files:
                 self._open_files[info.file] = info.file.open("rb")

@@ -1,0 +1,402 @@
+"""The pack-quantized layout, against the compressed-tensors package and transformers themselves."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from octavo.errors import CheckpointError
+from octavo.formats.checkpoint import CheckpointReader, CheckpointWriter
+from octavo.formats.compressed_tensors import (
+    check_readable,
+    decode,
+    encode,
+    pack,
+    packed_layout,
+    quantization_config,
+    unpack,
+)
+from octavo.primitives import choose_scale, dequantize, quantize_weight
+from octavo.recipe import Scheme
+
+CHANNEL = Scheme.of("w8a16")
+GROUP_32 = Scheme.of("w8a16", group_size=32)
+
+
+def random_codes(*shape: int) -> Tensor:
+    return torch.randint(-128, 128, shape, dtype=torch.int8)
+
+
+# -- packing ----------------------------------------------------------------------------------------------------------
+
+
+@given(st.integers(1, 9), st.integers(1, 70))
+def test_pack_and_unpack_are_those_of_the_package(n: int, k: int) -> None:
+    helpers = pytest.importorskip("compressed_tensors.compressors.pack_quantized.helpers")
+    codes = random_codes(n, k)
+    theirs = helpers.pack_to_int32(codes, 8)
+    ours = pack(codes)
+    assert ours.dtype == theirs.dtype and torch.equal(ours, theirs)
+    assert torch.equal(unpack(theirs, (n, k)), helpers.unpack_from_int32(theirs, 8, torch.Size((n, k))))
+
+
+@given(st.lists(st.integers(0, 7), min_size=1, max_size=4))
+def test_codes_of_any_shape_come_back(shape: list[int]) -> None:
+    codes = random_codes(*shape)
+    back = unpack(pack(codes), shape)
+    assert back.dtype == torch.int8 and back.is_contiguous() and torch.equal(back, codes)
+
+
+def test_a_word_holds_its_codes_lowest_bits_first_and_zeros_past_the_row() -> None:
+    codes = torch.tensor([[-128, -1, 0, 127, 1, 2]], dtype=torch.int8)
+    words = [0 | 127 << 8 | 128 << 16 | 255 << 24, 129 | 130 << 8]
+    assert [word % 2**32 for word in pack(codes)[0].tolist()] == words
+
+
+def test_codes_of_any_strides_are_packed_and_left_alone() -> None:
+    codes = random_codes(6, 4, 8)
+    for view in (codes.transpose(0, 2), codes[::2, 1:3, ::3]):
+        before = view.clone()
+        assert torch.equal(pack(view), pack(view.contiguous()))
+        assert torch.equal(view, before)
+
+
+@pytest.mark.parametrize(
+    ("packed", "shape"),
+    [
+        (torch.zeros(2, 2, dtype=torch.int32), (2, 9)),
+        (torch.zeros(2, 2, dtype=torch.int32), (3, 8)),
+        (torch.zeros(2, 2, dtype=torch.int64), (2, 8)),
+        (torch.zeros(2, 8, dtype=torch.int32), (2, 2, 8)),
+        (torch.zeros(4, dtype=torch.int32), (4, 4)),
+        (torch.zeros(2, 2, dtype=torch.int32), ()),
+        (torch.zeros(2, 2, dtype=torch.int32), (-2, -8)),
+    ],
+)
+def test_packed_codes_of_another_shape_are_refused_by_name(packed: Tensor, shape: tuple[int, ...]) -> None:
+    with pytest.raises(CheckpointError, match=r"mlp\.weight_packed: "):
+        unpack(packed, shape, name="mlp.weight_packed")
+
+
+# -- one weight -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize(
+    ("shape", "group_size"), [((6, 70), None), ((6, 96), 32), ((8, 3, 3, 3), None), ((5, 1, 7), None)]
+)
+def test_a_weight_comes_back_bit_for_bit_and_as_planned(
+    shape: tuple[int, ...], group_size: int | None, dtype: torch.dtype
+) -> None:
+    weight = torch.randn(shape).to(dtype)
+    codes, scale = quantize_weight(weight, "per_group" if group_size else "per_channel", group_size=group_size)
+    tensors = encode("in_proj_weight", codes, scale, dtype)
+    layout = packed_layout("in_proj_weight", shape, tuple(scale.shape), dtype)
+    assert {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()} == layout
+    assert list(layout) == ["in_proj_weight_packed", "in_proj_weight_scale", "in_proj_weight_shape"]
+
+    codes_back, scale_back, dtype_back = decode("in_proj_weight", {**tensors, "unrelated": torch.zeros(1)})
+    assert torch.equal(codes_back, codes)
+    assert scale_back.dtype == torch.float32 and torch.equal(scale_back, scale)
+    assert dtype_back == dtype
+
+
+@pytest.mark.parametrize("group_size", [None, 32])
+def test_the_package_decompresses_our_weight_to_codes_times_scale(group_size: int | None) -> None:
+    pytest.importorskip("compressed_tensors")
+    from compressed_tensors.compressors import BaseCompressor
+    from compressed_tensors.quantization import QuantizationScheme
+
+    config = quantization_config({"m": ("Linear", GROUP_32 if group_size else CHANNEL)}, [], ecosystem=True)
+    scheme = QuantizationScheme.model_validate(config["config_groups"]["group_0"])
+    weight = torch.randn(8, 96).bfloat16()
+    codes, scale = quantize_weight(weight, "per_group" if group_size else "per_channel", group_size=group_size)
+    tensors = encode("weight", codes, scale, torch.bfloat16)
+    compressor = BaseCompressor.load_from_registry("pack-quantized")
+    theirs = compressor.decompress(dict(tensors), scheme)["weight"]
+    assert torch.equal(theirs, dequantize(codes, scale, torch.bfloat16))
+
+
+def test_a_scale_that_its_dtype_cannot_hold_is_refused() -> None:
+    scale = torch.full((2, 1), 1 / 3)
+    with pytest.raises(CheckpointError, match=r"mlp\.weight_scale: has values that torch.bfloat16 cannot hold"):
+        encode("mlp.weight", random_codes(2, 4), scale, torch.bfloat16)
+    assert torch.equal(encode("mlp.weight", random_codes(2, 4), scale, torch.float32)["mlp.weight_scale"], scale)
+
+
+def set_to(suffix: str, value: Any) -> Callable[[dict[str, Tensor]], object]:
+    return lambda tensors: tensors.update({f"a.weight_{suffix}": torch.as_tensor(value)})
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda tensors: tensors.pop("a.weight_packed"), r"a\.weight_packed: is missing"),
+        (lambda tensors: tensors.pop("a.weight_scale"), r"a\.weight_scale: is missing"),
+        (lambda tensors: tensors.pop("a.weight_shape"), r"a\.weight_shape: is missing"),
+        (set_to("zero_point", [[0]]), r"a\.weight_zero_point: means asymmetric"),
+        (set_to("g_idx", [0]), r"a\.weight_g_idx: means groups in activation order"),
+        (
+            set_to("packed", torch.zeros(4, 1, dtype=torch.int32)),
+            r"a\.weight_packed: .*\[4, 1\], expected .*\[4, 2\]",
+        ),
+        (set_to("shape", [4, 9]), r"a\.weight_packed: .*\[4, 3\] for a weight of shape \[4, 9\]"),
+        (set_to("shape", [[4, 8]]), r"a\.weight_shape: is torch.int64 \[1, 2\]"),
+        (set_to("shape", [4.0, 8.0]), r"a\.weight_shape: is torch.float32"),
+        (set_to("scale", torch.ones(4)), r"a\.weight_scale: is torch.float32 \[4\], expected .*\[4, 1\]"),
+        (set_to("scale", torch.ones(8, 1)), r"a\.weight_scale: is torch.float32 \[8, 1\]"),
+        (set_to("scale", torch.ones(4, 3)), r"a\.weight_scale: is torch.float32 \[4, 3\].*divide the 8 columns"),
+        (set_to("scale", torch.ones(4, 0)), r"a\.weight_scale: is torch.float32 \[4, 0\]"),
+        (set_to("scale", torch.ones(4, 1, dtype=torch.int32)), r"a\.weight_scale: is torch.int32"),
+        (set_to("scale", torch.full((4, 1), torch.nan)), r"a\.weight_scale: holds NaN or inf"),
+    ],
+)
+def test_a_damaged_weight_is_refused_by_the_tensors_name(
+    damage: Callable[[dict[str, Tensor]], object], message: str
+) -> None:
+    tensors = encode("a.weight", random_codes(4, 8), torch.ones(4, 1), torch.float32)
+    decode("a.weight", tensors)
+    damage(tensors)
+    with pytest.raises(CheckpointError, match=message):
+        decode("a.weight", tensors)
+
+
+# -- quantization_config ----------------------------------------------------------------------------------------------
+
+
+def test_one_scheme_is_one_group_by_class() -> None:
+    layers = {"embed": ("Embedding", CHANNEL), "a": ("Linear", CHANNEL), "b": ("Linear", CHANNEL)}
+    assert quantization_config(layers, ["lm_head"], ecosystem=True) == {
+        "quant_method": "compressed-tensors",
+        "format": "pack-quantized",
+        "quantization_status": "compressed",
+        "config_groups": {
+            "group_0": {
+                "targets": ["Embedding", "Linear"],
+                "weights": {
+                    "num_bits": 8,
+                    "type": "int",
+                    "symmetric": True,
+                    "strategy": "channel",
+                    "group_size": None,
+                    "dynamic": False,
+                },
+                "input_activations": None,
+                "output_activations": None,
+            }
+        },
+        "ignore": ["lm_head"],
+        "kv_cache_scheme": None,
+        "global_compression_ratio": None,
+    }
+
+
+def test_several_schemes_are_groups_of_exact_names() -> None:
+    layers = {"a": ("Linear", CHANNEL), "b": ("Linear", GROUP_32), "c": ("Linear", CHANNEL)}
+    groups = quantization_config(layers, [], ecosystem=True)["config_groups"]
+    assert {name: group["targets"] for name, group in groups.items()} == {"group_0": ["a", "c"], "group_1": ["b"]}
+    assert [group["weights"]["strategy"] for group in groups.values()] == ["channel", "group"]
+    assert [group["weights"]["group_size"] for group in groups.values()] == [None, 32]
+
+
+def test_the_head_is_targeted_by_name_and_foreign_layers_are_not_passed_off_as_theirs() -> None:
+    layers = {"a": ("Linear", CHANNEL), "lm_head": ("OutputHead", CHANNEL)}
+    config = quantization_config(layers, [], ecosystem=True)
+    assert config["config_groups"]["group_0"]["targets"] == ["lm_head", "Linear"]
+    assert quantization_config({"conv": ("Conv2d", CHANNEL)}, [], ecosystem=False)["quant_method"] == "octavo"
+
+
+@pytest.mark.parametrize("schemes", [(CHANNEL,), (GROUP_32,), (CHANNEL, GROUP_32)])
+def test_the_real_packages_accept_the_config(schemes: tuple[Scheme, ...]) -> None:
+    pytest.importorskip("compressed_tensors")
+    pytest.importorskip("transformers")
+    from compressed_tensors.quantization import QuantizationConfig
+    from transformers.utils.quantization_config import CompressedTensorsConfig
+
+    layers = {f"layer.{i}": ("Linear", scheme) for i, scheme in enumerate(schemes)}
+    config = json.loads(json.dumps(quantization_config(layers, ["lm_head"], ecosystem=True)))
+    parsed = QuantizationConfig.model_validate(config)
+    assert parsed.format == "pack-quantized" and parsed.ignore == ["lm_head"]
+    for i, scheme in enumerate(schemes):
+        weights = parsed.config_groups[f"group_{i}"].weights
+        assert (weights.num_bits, weights.type, weights.symmetric) == (8, "int", True)
+        assert (weights.strategy, weights.group_size) == (
+            ("group", 32) if scheme.weight.group_size else ("channel", None)
+        )
+    assert CompressedTensorsConfig(**config).quantization_config == parsed
+    check_readable(config, "config.json")
+    check_readable(parsed.model_dump(mode="json"), "config.json")
+
+
+LLM_COMPRESSOR = {
+    "config_groups": {
+        "group_0": {
+            "format": "pack-quantized",
+            "input_activations": None,
+            "output_activations": None,
+            "targets": ["Linear"],
+            "weights": {
+                "actorder": "static",
+                "block_structure": None,
+                "dynamic": False,
+                "group_size": 128,
+                "num_bits": 8,
+                "observer": "minmax",
+                "observer_kwargs": {},
+                "strategy": "group",
+                "symmetric": True,
+                "type": "int",
+            },
+        }
+    },
+    "format": "pack-quantized",
+    "global_compression_ratio": None,
+    "ignore": ["lm_head"],
+    "kv_cache_scheme": None,
+    "quant_method": "compressed-tensors",
+    "quantization_status": "compressed",
+    "sparsity_config": {},
+    "transform_config": {},
+    "version": "0.13.0",
+}
+"""As llm-compressor 0.9 writes W8A16."""
+
+
+def edited(path: str, value: Any) -> dict[str, Any]:
+    config = json.loads(json.dumps(LLM_COMPRESSOR))
+    node = config
+    *parents, last = path.split("/")
+    for key in parents:
+        node = node[key]
+    node[last] = value
+    return config
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        LLM_COMPRESSOR,
+        edited("format", "mixed-precision"),
+        edited("config_groups/group_0/format", None),
+        edited("config_groups/group_0/weights/strategy", "channel"),
+        edited("sparsity_config", {"format": "dense", "global_sparsity": 0.1}),
+        edited("quantization_status", "frozen"),
+    ],
+)
+def test_w8a16_of_llm_compressor_is_readable(config: dict[str, Any]) -> None:
+    check_readable(config, "config.json")
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        ("quant_method", "gptq", "quant_method 'gptq'"),
+        ("quant_method", None, "quant_method None"),
+        ("config_groups", {}, "config_groups {}"),
+        ("config_groups/group_0", ["Linear"], r"config_groups.group_0 \['Linear'\]"),
+        ("config_groups/group_0/format", "int-quantized", "format 'int-quantized' for config_groups.group_0"),
+        ("config_groups/group_0/weights", None, r"group_0.weights None"),
+        ("config_groups/group_0/weights/num_bits", 4, r"weights.num_bits 4, expected 8"),
+        ("config_groups/group_0/weights/type", "float", r"weights.type 'float'"),
+        ("config_groups/group_0/weights/symmetric", False, r"weights.symmetric False, expected True"),
+        (
+            "config_groups/group_0/weights/strategy",
+            "tensor",
+            r"weights.strategy 'tensor', expected 'channel' or",
+        ),
+        ("config_groups/group_0/weights/actorder", "group", r"weights.actorder 'group'"),
+        ("config_groups/group_0/weights/dynamic", True, r"weights.dynamic True"),
+        ("config_groups/group_0/input_activations", {"num_bits": 8}, r"input_activations \(quantized activations\)"),
+        ("config_groups/group_0/output_activations", {"num_bits": 8}, r"output_activations \(quantized activations\)"),
+        ("kv_cache_scheme", {"num_bits": 8}, "kv_cache_scheme"),
+        ("sparsity_config", {"format": "sparse-24-bitmask"}, "sparse-24-bitmask"),
+        ("transform_config", {"config_groups": {}}, "transform_config"),
+    ],
+)
+def test_what_octavo_cannot_run_is_refused_by_what_was_found(path: str, value: Any, message: str) -> None:
+    with pytest.raises(CheckpointError, match=rf"^dir/config\.json: quantization_config has .*{message}"):
+        check_readable(edited(path, value), "dir/config.json")
+
+
+# -- the whole --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("scheme", ["channel", "group", "mixed", "with_head"])
+def test_transformers_loads_the_checkpoint_and_computes_with_our_weights(
+    tmp_path: Path, scheme: str, dtype: torch.dtype
+) -> None:
+    pytest.importorskip("compressed_tensors")
+    transformers = pytest.importorskip("transformers")
+    config = transformers.LlamaConfig(
+        vocab_size=64,
+        hidden_size=64,
+        intermediate_size=96 if scheme in ("group", "mixed") else 70,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        tie_word_embeddings=False,
+        dtype=dtype,
+    )
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+    modules = {name: module for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
+    head = modules.pop("lm_head")
+    layers = {
+        name: ("Linear", GROUP_32 if scheme == "group" or (scheme == "mixed" and "mlp" in name) else CHANNEL)
+        for name in modules
+    }
+    if scheme == "with_head":
+        modules["lm_head"] = head
+        layers["lm_head"] = ("OutputHead", CHANNEL)
+
+    tensors = {
+        name: tensor for name, tensor in model.state_dict().items() if name.removesuffix(".weight") not in layers
+    }
+    for name, module in modules.items():
+        group_size = layers[name][1].weight.group_size
+        codes, scale = quantize_weight(
+            module.weight.detach(), "per_group" if group_size else "per_channel", group_size=group_size
+        )
+        tensors |= encode(f"{name}.weight", codes, scale, dtype)
+        module.weight.data = dequantize(codes, scale, dtype)
+    with CheckpointWriter(tmp_path, {n: (t.dtype, tuple(t.shape)) for n, t in tensors.items()}) as writer:
+        for name, tensor in tensors.items():
+            writer.write(name, tensor)
+    ignore = [] if scheme == "with_head" else ["lm_head"]
+    as_dict = {**config.to_dict(), "quantization_config": quantization_config(layers, ignore, ecosystem=True)}
+    as_dict["architectures"] = ["LlamaForCausalLM"]
+    (tmp_path / "config.json").write_text(json.dumps(as_dict))
+
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    tokens = torch.arange(12).view(1, 12)
+    with torch.no_grad():
+        assert torch.equal(loaded(tokens).logits, model(tokens).logits)
+
+
+def test_a_weight_that_the_package_compressed_is_read(tmp_path: Path) -> None:
+    """compressed-tensors' own codes use -128 and amax / 127.5; they are read as they are."""
+    pytest.importorskip("compressed_tensors")
+    from compressed_tensors.compressors import BaseCompressor
+    from compressed_tensors.quantization import QuantizationScheme
+
+    scheme = QuantizationScheme.model_validate(LLM_COMPRESSOR["config_groups"]["group_0"])
+    weight = torch.rand(6, 256) - 0.5
+    weight[:, ::128] = -127.5 / 128
+    scale = choose_scale(weight, "per_group", group_size=128, value_range="full")
+    compressor = BaseCompressor.load_from_registry("pack-quantized")
+    theirs = compressor.compress({"weight": weight, "weight_scale": scale}, scheme)
+    with CheckpointWriter(tmp_path, {f"m.{n}": (t.dtype, tuple(t.shape)) for n, t in theirs.items()}) as writer:
+        for name, tensor in theirs.items():
+            writer.write(f"m.{name}", tensor)
+    with CheckpointReader(tmp_path) as reader:
+        codes, scale_back, _ = decode("m.weight", {name: reader.tensor(name) for name in reader.names})
+    assert int(codes.min()) == -128
+    assert torch.equal(dequantize(codes, scale_back), compressor.decompress(theirs, scheme)["weight"])
