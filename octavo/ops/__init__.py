@@ -7,8 +7,9 @@
     w8a16_embedding         [...] int             int8 [V, H]           fp32 [V, 1]    [..., H] dtype asked for
 
 Each computes sum(code * x), accumulated in fp32, *then* multiplies by the scale, adds the bias and rounds once to
-the output dtype: where the float model does not overflow fp16, neither does this. (K/g is 1 for per_channel. With
-per_group the scale belongs inside the sum, so code * scale is formed in fp32 first.)
+the output dtype: where the float model does not overflow fp16, neither does this, inside autocast too. (K/g is 1 for
+per_channel. With per_group the scale belongs inside the sum, so code * scale is formed in fp32 first.) Results are
+contiguous, whatever the strides of the input.
 
 The schemas are defined here and `reference.py` answers on every device. A native backend registers its kernel for
 its own device key of the same op, from a file of its own beside `reference.py`, and adds itself to `_BACKENDS`;
@@ -110,9 +111,7 @@ def w8a16_conv_transpose(
     [C, N/groups, *k]). weight_scale: fp32 [N, 1]. bias: [N] float, or None.
     Returns: [B, N, *D'] of x's dtype.
     """
-    return _conv_transpose(
-        _autocast(x), weight, weight_scale, bias, stride, padding, dilation, output_padding, groups
-    )
+    return _conv_transpose(_autocast(x), weight, weight_scale, bias, stride, padding, dilation, output_padding, groups)
 
 
 def w8a16_embedding(indices: Tensor, weight: Tensor, weight_scale: Tensor, dtype: torch.dtype) -> Tensor:
@@ -179,7 +178,7 @@ def _embedding_fake(indices: Tensor, weight: Tensor, weight_scale: Tensor, dtype
     return weight.new_empty((*indices.shape, weight.shape[1]), dtype=dtype)
 
 
-# -- gradients: to the input and the bias, so that adapters can be trained on a frozen int8 base ------------------------
+# -- gradients: to the input and the bias, so that adapters can be trained on a frozen int8 base ---------------------
 
 
 def _refuse_weight_gradient(ctx: torch.autograd.function.FunctionCtx) -> None:
@@ -193,7 +192,9 @@ def _refuse_weight_gradient(ctx: torch.autograd.function.FunctionCtx) -> None:
 def _bias_gradient(grad: Tensor, channel: int, bias_dtype: torch.dtype | None) -> Tensor | None:
     if bias_dtype is None:
         return None
-    return grad.float().sum([d for d in range(grad.dim()) if d != channel % grad.dim()]).to(bias_dtype)
+    others = [d for d in range(grad.dim()) if d != channel % grad.dim()]
+    total = grad.sum(others, dtype=reference.accumulator(grad)) if others else grad
+    return total.to(bias_dtype)
 
 
 def _save(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
@@ -242,7 +243,20 @@ for _name, _backward in (
     torch.library.register_autograd(f"octavo::{_name}", _backward, setup_context=_save, lib=_library)
 
 
-# -- who serves -----------------------------------------------------------------------------------------------------------
+def _embedding_save(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    _refuse_weight_gradient(ctx)
+
+
+def _embedding_backward(ctx, grad):  # type: ignore[no-untyped-def]
+    raise AssertionError("a lookup has no input with a gradient, and the table's was refused")
+
+
+torch.library.register_autograd(
+    "octavo::w8a16_embedding", _embedding_backward, setup_context=_embedding_save, lib=_library
+)
+
+
+# -- who serves ------------------------------------------------------------------------------------------------------
 
 _BACKENDS: dict[str, dict[str, str]] = {}
 """device type -> {op: backend's name}, filled by the files of native kernels; what is not here is the reference."""

@@ -5,15 +5,20 @@ The arithmetic is that of `primitives.py`; shapes stand in the table of `octavo.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+import math
+from collections.abc import Callable, Sequence
+from typing import Concatenate, ParamSpec
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from octavo.errors import QuantizeError
 from octavo.primitives import dequantize
 
 __all__ = [
+    "accumulator",
     "check_input",
     "conv_input_gradient",
     "linear_input_gradient",
@@ -29,11 +34,26 @@ _BLOCK_ELEMENTS = 1 << 19
 reads one byte a weight from memory, and no float copy of a weight ever exists."""
 
 
+_Rest = ParamSpec("_Rest")
+
+
+def _in_full_precision(compute: Callable[Concatenate[Tensor, _Rest], Tensor]) -> Callable[..., Tensor]:
+    """Keep autocast out of `compute`: it would round the products to 16 bits before the scale is applied to them."""
+
+    @functools.wraps(compute)
+    def run(first: Tensor, *args: _Rest.args, **kwargs: _Rest.kwargs) -> Tensor:
+        with torch.autocast(first.device.type, enabled=False):
+            return compute(first, *args, **kwargs)
+
+    return run
+
+
+@_in_full_precision
 def w8a16_linear(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None) -> Tensor:
     check_input(x, weight)
     n, k = weight.shape
-    wide = _accumulator(x)
-    rows = x.reshape(-1, k).to(wide)
+    wide = accumulator(x)
+    rows = x.reshape(math.prod(x.shape[:-1]), k).to(wide)
     y = torch.empty((rows.shape[0], n), dtype=wide, device=x.device)
     per_channel = weight_scale.shape[1] == 1
     step = max(1, _BLOCK_ELEMENTS // max(k, 1))
@@ -48,9 +68,10 @@ def w8a16_linear(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor |
     return y.to(x.dtype).view(*x.shape[:-1], n)
 
 
+@_in_full_precision
 def linear_input_gradient(grad: Tensor, weight: Tensor, weight_scale: Tensor) -> Tensor:
     """dx = (grad * scale) @ codes: grad [..., N] float -> [..., K] of grad's dtype."""
-    wide = _accumulator(grad)
+    wide = accumulator(grad)
     if weight_scale.shape[1] == 1:
         dx = (grad.to(wide) * weight_scale.T.squeeze(0)) @ weight.to(wide)
     else:
@@ -58,6 +79,7 @@ def linear_input_gradient(grad: Tensor, weight: Tensor, weight_scale: Tensor) ->
     return dx.to(grad.dtype)
 
 
+@_in_full_precision
 def w8a16_conv(
     x: Tensor,
     weight: Tensor,
@@ -69,13 +91,14 @@ def w8a16_conv(
     groups: int,
 ) -> Tensor:
     check_float(x)
-    wide = _accumulator(x)
+    wide = accumulator(x)
     y = torch.ops.aten.convolution(
         x.to(wide), weight.to(wide), None, stride, padding, dilation, False, [0] * len(stride), groups
     )
     return _finish(y, weight_scale, bias, x.dtype)
 
 
+@_in_full_precision
 def w8a16_conv_transpose(
     x: Tensor,
     weight: Tensor,
@@ -88,12 +111,13 @@ def w8a16_conv_transpose(
     groups: int,
 ) -> Tensor:
     check_float(x)
-    wide = _accumulator(x)
+    wide = accumulator(x)
     layout = rows_to_transposed(weight, groups).to(wide)
     y = torch.ops.aten.convolution(x.to(wide), layout, None, stride, padding, dilation, True, output_padding, groups)
     return _finish(y, weight_scale, bias, x.dtype)
 
 
+@_in_full_precision
 def conv_input_gradient(
     grad: Tensor,
     x: Tensor,
@@ -107,7 +131,7 @@ def conv_input_gradient(
     groups: int,
 ) -> Tensor:
     """Gradient of a (transposed) convolution to its input, `weight` in torch's own layout: x's shape and dtype."""
-    wide = _accumulator(x)
+    wide = accumulator(x)
     scaled = grad.to(wide) * _per_channel(weight_scale, grad.dim())
     dx, _, _ = torch.ops.aten.convolution_backward(
         scaled, x.to(wide), weight.to(wide), None, stride, padding, dilation, transposed, output_padding, groups,
@@ -117,7 +141,7 @@ def conv_input_gradient(
 
 
 def w8a16_embedding(indices: Tensor, weight: Tensor, weight_scale: Tensor, dtype: torch.dtype) -> Tensor:
-    return (weight[indices].float() * weight_scale[indices]).to(dtype)
+    return (F.embedding(indices, weight).float() * F.embedding(indices, weight_scale)).to(dtype)
 
 
 def rows_to_transposed(weight: Tensor, groups: int) -> Tensor:
@@ -144,7 +168,8 @@ def check_input(x: Tensor, weight: Tensor) -> None:
         )
 
 
-def _accumulator(x: Tensor) -> torch.dtype:
+def accumulator(x: Tensor) -> torch.dtype:
+    """The dtype that sums over x are accumulated in: fp32, and fp64 for fp64."""
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
@@ -156,4 +181,4 @@ def _finish(y: Tensor, weight_scale: Tensor, bias: Tensor | None, dtype: torch.d
     y = y * _per_channel(weight_scale, y.dim())
     if bias is not None:
         y += _per_channel(bias, y.dim())
-    return y.to(dtype)
+    return y.to(dtype).contiguous()
