@@ -14,7 +14,7 @@ their dtypes under `.half()`, `.to(dtype)` and autocast. A bias stays the float 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -53,6 +53,7 @@ class QuantModule(nn.Module):
     scheme: Scheme
     float_dtype: torch.dtype
     replaces: str
+    bias: nn.Parameter | None
 
     def __init__(self, layer: nn.Module, codes: Codes, scheme: Scheme, float_dtype: torch.dtype) -> None:
         super().__init__()
@@ -70,21 +71,26 @@ class QuantModule(nn.Module):
         self.train(layer.training)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
-        # `fn` moves and casts. A scale goes through it as an int32 view, so that it is moved but never cast: in fp16
-        # or bf16 it would no longer be the scale that the codes were fitted to.
-        scales = {f"{name}_scale": self._buffers.pop(f"{name}_scale", None) for name in self.quantized_params}
-        super()._apply(fn, recurse)
-        for name, scale in scales.items():
-            if scale is not None:
-                self._buffers[name] = fn(scale.view(torch.int32)).view(torch.float32)
-        for name in self.quantized_params:
-            codes = self._buffers.get(name)
-            if codes is not None and codes.dtype != torch.int8:
+        # `fn` moves and casts. An empty tensor of codes tells what it would do to them, before it does it.
+        for name, (codes, _) in self.codes().items():
+            cast = fn(torch.empty(0, dtype=torch.int8, device=codes.device)).dtype
+            if cast != torch.int8:
                 raise QuantizeError(
-                    f"{type(self).__name__}.{name}: int8 codes were cast to {codes.dtype}, which loses their meaning; "
+                    f"{type(self).__name__}.{name}: int8 codes would be cast to {cast}, which loses their meaning; "
                     "use .to(dtype) or .half(), which leave them alone, instead of .type(dtype)"
                 )
+        # A scale goes through `fn` as an int32 view, so that it is moved but never cast: in fp16 or bf16 it would no
+        # longer be the scale that the codes were fitted to.
+        self._view_scales(torch.int32)
+        try:
+            super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        finally:
+            self._view_scales(torch.float32)
         return self
+
+    def _view_scales(self, dtype: torch.dtype) -> None:
+        for name, (_, scale) in self.codes().items():
+            self._buffers[f"{name}_scale"] = scale.view(dtype)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         for name in self.quantized_params:
@@ -94,6 +100,9 @@ class QuantModule(nn.Module):
                     f"{prefix}{name}: the state dict holds {value.dtype}, expected int8 codes; load float weights "
                     "into the float model and quantize that"
                 )
+            scale = state_dict.get(f"{prefix}{name}_scale")
+            if scale is not None:  # files hold it in the model's dtype, and `assign=True` would take that over
+                state_dict[f"{prefix}{name}_scale"] = scale.float()
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def codes(self) -> dict[str, tuple[Tensor, Tensor]]:
@@ -119,7 +128,10 @@ class QuantLinear(QuantModule):
         return ops.w8a16_linear(input, self.weight, self.weight_scale, self.bias)
 
     def extra_repr(self) -> str:
-        return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, {self.scheme}"
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
+            f"{self.scheme}"
+        )
 
 
 class QuantEmbedding(QuantModule):
@@ -154,14 +166,20 @@ class _Tied:
 
     @property
     def weight(self) -> Tensor:
-        return self._owner[0].weight  # type: ignore[return-value]
+        return self._owner[0].codes()["weight"][0]
+
+    @weight.setter
+    def weight(self, value: Tensor) -> None:
+        # transformers' tie_weights assigns the owner's table to those that share it; that is what is so already.
+        if value is not self._owner[0].weight:
+            raise QuantizeError(f"this {type(self).__name__} shares the table of another layer; assign to that one")
 
     @property
     def weight_scale(self) -> Tensor:
-        return self._owner[0].weight_scale  # type: ignore[return-value]
+        return self._owner[0].codes()["weight"][1]
 
 
-class TiedQuantLinear(_Tied, QuantLinear):
+class TiedQuantLinear(_Tied, QuantLinear):  # type: ignore[misc, override]  # read-only: they are the owner's
     """A QuantLinear (such as an output head) whose weight is another layer's."""
 
     def __init__(self, layer: nn.Module, owner: QuantModule) -> None:
@@ -170,7 +188,7 @@ class TiedQuantLinear(_Tied, QuantLinear):
         self.out_features, self.in_features = self.weight.shape
 
 
-class TiedQuantEmbedding(_Tied, QuantEmbedding):
+class TiedQuantEmbedding(_Tied, QuantEmbedding):  # type: ignore[misc, override]
     """A QuantEmbedding whose table is another layer's."""
 
     def __init__(self, layer: nn.Module, owner: QuantModule) -> None:
@@ -186,22 +204,33 @@ class QuantConv(QuantModule):
 
     weight: Tensor
     weight_scale: Tensor
+    in_channels: int
+    out_channels: int
+    kernel_size: tuple[int, ...]
+    stride: tuple[int, ...]
+    padding: tuple[int, ...] | str
+    dilation: tuple[int, ...]
+    groups: int
+    padding_mode: str
+    output_padding: tuple[int, ...]
 
     def __init__(self, layer: nn.Module, codes: Codes, scheme: Scheme, float_dtype: torch.dtype) -> None:
         super().__init__(layer, codes, scheme, float_dtype)
-        for name in ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups"):
+        for name in (
+            "in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups", "padding_mode",
+            "output_padding",
+        ):  # fmt: skip
             setattr(self, name, getattr(layer, name))
-        self.padding_mode = layer.padding_mode
-        self.output_padding = layer.output_padding
-        self._explicit_padding = getattr(layer, "_reversed_padding_repeated_twice", [])
+        self._explicit_padding: list[int] = getattr(layer, "_reversed_padding_repeated_twice", [])
 
     def forward(self, input: Tensor) -> Tensor:
         """[B, C, *D] or [C, *D] float -> [B, N, *D'] or [N, *D'] of the same dtype."""
         batched, x = self._batched(input)
+        padding: Sequence[int] = [0] * len(self.stride)
         if self.padding_mode != "zeros":
-            x, padding = F.pad(x, self._explicit_padding, mode=self.padding_mode), [0] * len(self.stride)
+            x = F.pad(x, self._explicit_padding, mode=self.padding_mode)
         elif isinstance(self.padding, str):  # "same" may pad one side more than the other; "valid" pads nothing
-            x, padding = F.pad(x, self._explicit_padding), [0] * len(self.stride)
+            x = F.pad(x, self._explicit_padding)
         else:
             padding = self.padding
         y = ops.w8a16_conv(
@@ -233,15 +262,17 @@ class QuantConvTranspose(QuantConv):
     weight_scale: fp32 [N, 1]. bias: [N] float or None.
     """
 
-    # Both use nothing but the layer's geometry, which has the same names here.
-    _output_padding = nn.modules.conv._ConvTransposeNd._output_padding
+    padding: tuple[int, ...]
 
     def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
         """[B, C, *D] or [C, *D] float -> [B, N, *D'] or [N, *D'] of the same dtype; `output_size` as in nn."""
         batched, x = self._batched(input)
-        output_padding = self._output_padding(
-            input, output_size, self.stride, self.padding, self.kernel_size, len(self.kernel_size), self.dilation
-        )
+        # It uses nothing but the layer's geometry, which has the same names here.
+        output_padding = nn.modules.conv._ConvTransposeNd._output_padding(
+            self,  # type: ignore[arg-type]
+            input, output_size, list(self.stride), list(self.padding), list(self.kernel_size), len(self.kernel_size),
+            list(self.dilation),
+        )  # fmt: skip
         y = ops.w8a16_conv_transpose(
             x, self.weight, self.weight_scale, self.bias, self.stride, self.padding, self.dilation, output_padding,
             self.groups,
@@ -256,15 +287,27 @@ class QuantMultiheadAttention(QuantModule):
     with `*_scale` fp32 [N, 1] or [N, K/g]. in_proj_bias: [3E] float or None. out_proj: any layer E -> E.
     """
 
+    embed_dim: int
+    num_heads: int
+    head_dim: int
+    kdim: int
+    vdim: int
+    dropout: float
+    batch_first: bool
+    add_zero_attn: bool
+    in_proj_bias: nn.Parameter | None
+    bias_k: nn.Parameter | None
+    bias_v: nn.Parameter | None
+    out_proj: nn.Module
+
     def __init__(self, layer: nn.Module, codes: Codes, scheme: Scheme, float_dtype: torch.dtype) -> None:
         super().__init__(layer, codes, scheme, float_dtype)
         for name in ("embed_dim", "num_heads", "head_dim", "kdim", "vdim", "dropout", "batch_first", "add_zero_attn"):
             setattr(self, name, getattr(layer, name))
         # torch's fused encoder path reads the float weights; it asks for this attribute first.
         self._qkv_same_embed_dim = False
-        self.in_proj_bias = layer.in_proj_bias
-        self.bias_k, self.bias_v = layer.bias_k, layer.bias_v
-        self.out_proj = layer.out_proj
+        for name in ("in_proj_bias", "bias_k", "bias_v", "out_proj"):
+            setattr(self, name, getattr(layer, name))
 
     def forward(
         self,
@@ -285,8 +328,8 @@ class QuantMultiheadAttention(QuantModule):
         elif not self.batch_first:
             query, key, value = (x.transpose(0, 1) for x in (query, key, value))
         q, k, v = self._project(query, key, value)
-        mask = self._mask(q, k, key_padding_mask, attn_mask, is_causal)
-        if self.bias_k is not None:
+        mask = self._mask(q, key_padding_mask, attn_mask, is_causal)
+        if self.bias_k is not None and self.bias_v is not None:
             k = torch.cat([k, self.bias_k.to(k.dtype).expand(k.shape[0], 1, -1)], dim=1)
             v = torch.cat([v, self.bias_v.to(v.dtype).expand(v.shape[0], 1, -1)], dim=1)
         q, k, v = (x.unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2) for x in (q, k, v))
@@ -311,39 +354,34 @@ class QuantMultiheadAttention(QuantModule):
         return (y if self.batch_first else y.transpose(0, 1)), weights
 
     def _project(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        biases = (None,) * 3 if self.in_proj_bias is None else self.in_proj_bias.chunk(3)
-        if "in_proj_weight" in self.quantized_params:
+        biases = [None] * 3 if self.in_proj_bias is None else self.in_proj_bias.chunk(3)
+        codes = list(self.codes().values())
+        if len(codes) == 1:
+            weight, scale = codes[0]
             if query is key and key is value:
-                y = ops.w8a16_linear(query, self.in_proj_weight, self.in_proj_weight_scale, self.in_proj_bias)
-                return y.chunk(3, dim=-1)
-            weights = self.in_proj_weight.chunk(3)
-            scales = self.in_proj_weight_scale.chunk(3)
-        else:
-            weights = (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight)
-            scales = (self.q_proj_weight_scale, self.k_proj_weight_scale, self.v_proj_weight_scale)
+                q, k, v = ops.w8a16_linear(query, weight, scale, self.in_proj_bias).chunk(3, dim=-1)
+                return q, k, v
+            codes = list(zip(weight.chunk(3), scale.chunk(3), strict=True))
         q, k, v = (
             ops.w8a16_linear(x, weight, scale, bias)
-            for x, weight, scale, bias in zip((query, key, value), weights, scales, biases, strict=True)
+            for x, (weight, scale), bias in zip((query, key, value), codes, biases, strict=True)
         )
         return q, k, v
 
     def _mask(
-        self, q: Tensor, k: Tensor, key_padding_mask: Tensor | None, attn_mask: Tensor | None, is_causal: bool
+        self, q: Tensor, key_padding_mask: Tensor | None, attn_mask: Tensor | None, is_causal: bool
     ) -> Tensor | None:
         """The two masks as one to be added to the logits: broadcastable to [B, heads, L, S], or None."""
         if is_causal and attn_mask is None:
             raise QuantizeError("is_causal=True is a hint about attn_mask, which is None; pass the causal attn_mask")
-        total = None
-        for mask, name in ((attn_mask, "attn_mask"), (key_padding_mask, "key_padding_mask")):
-            if mask is None:
-                continue
-            mask = F._canonical_mask(mask, name, None, "", q.dtype)
-            if name == "key_padding_mask":
-                mask = mask[:, None, None, :]
-            elif mask.dim() == 3:
-                mask = mask.unflatten(0, (q.shape[0], self.num_heads))
-            total = mask if total is None else total + mask
-        return total
+        attn = F._canonical_mask(attn_mask, "attn_mask", None, "", q.dtype)
+        if attn is not None and attn.dim() == 3:
+            attn = attn.unflatten(0, (q.shape[0], self.num_heads))
+        padding = F._canonical_mask(key_padding_mask, "key_padding_mask", None, "", q.dtype)
+        if padding is None:
+            return attn
+        padding = padding[:, None, None, :]
+        return padding if attn is None else attn + padding
 
     def extra_repr(self) -> str:
         return f"embed_dim={self.embed_dim}, num_heads={self.num_heads}, {self.scheme}"
