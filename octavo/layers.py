@@ -69,7 +69,9 @@ class LayerKind:
         """`scheme` as this kind can have it: per_channel where there is no K axis to group."""
         return scheme if self.per_group else Scheme(scheme.name)
 
-    def quantize_param(self, layer: nn.Module, param: str, weight: Tensor, scheme: Scheme, name: str) -> tuple[Tensor, Tensor]:
+    def quantize_param(
+        self, layer: nn.Module, param: str, weight: Tensor, scheme: Scheme, name: str
+    ) -> tuple[Tensor, Tensor]:
         """Codes (int8, output channels first) and scale (fp32) of `weight`, the parameter `param` of `layer`."""
         args = self.effective(scheme).weight
         rows = self.rows(weight, layer)
@@ -99,6 +101,10 @@ _HOMES = ("torch.nn.", "transformers.pytorch_utils")
 """Where the float classes live: a class of the same name elsewhere is another class."""
 
 
+_KEPT = ("bias", "in_proj_bias", "bias_k", "bias_v")
+"""Float parameters that an int8 layer takes over as they are."""
+
+
 def kind_of(layer: nn.Module) -> LayerKind | None:
     """The row of the table that `layer` is an instance of, by its class or a base class; None if there is none."""
     for base in type(layer).__mro__:
@@ -113,14 +119,22 @@ def why_not(layer: nn.Module, kind: LayerKind) -> str | None:
     """The reason why `layer`, of that kind, cannot be swapped for its int8 layer; None if it can."""
     if parametrize.is_parametrized(layer):
         return "its weight is computed by a parametrization (weight_norm, ...); remove_parametrizations first"
-    known = next(base for base in type(layer).__mro__ if base.__module__.startswith(_HOMES) and base.__name__ in kind.classes)
-    if type(layer).forward is not known.forward:
-        return f"{type(layer).__name__} has a forward of its own, which a plain {kind.name} would not do"
+    known = next(
+        base for base in type(layer).__mro__ if base.__module__.startswith(_HOMES) and base.__name__ in kind.classes
+    )
+    for method in ("forward", "_conv_forward"):
+        if getattr(type(layer), method, None) is not getattr(known, method, None):
+            return f"{type(layer).__name__} has a {method} of its own, which a plain {kind.name} would not do"
     if "forward" in layer.__dict__:
         return "its forward was replaced on the instance (by accelerate's hooks, for one); quantize before dispatching"
-    for param in kind.params_of(layer):
-        if param not in layer._parameters:
-            return f"its {param} is not a parameter but computed elsewhere (an old-style weight_norm?)"
+    for param in (*kind.params_of(layer), "bias"):
+        if getattr(layer, param, None) is not None and param not in layer._parameters:
+            return f"its {param} is not a parameter but computed elsewhere (an old-style weight_norm or pruning?)"
+    own = layer._parameters.keys() - {*kind.params, *_KEPT}
+    if own:
+        return (
+            f"{type(layer).__name__} has parameters of its own ({', '.join(sorted(own))}), as no plain {kind.name} has"
+        )
     if kind.name == "Embedding" and layer.max_norm is not None:
         return "max_norm renormalizes the float table at every lookup"
     for param in kind.params_of(layer):
