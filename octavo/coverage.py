@@ -11,12 +11,13 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
-from octavo.modules import QuantModule, TiedQuantEmbedding, TiedQuantLinear
+from octavo.layers import kind_of
+from octavo.modules import QuantConvTranspose, QuantModule, TiedQuantEmbedding, TiedQuantLinear
 from octavo.tables import Table, human_bytes, human_percent, render
 
-__all__ = ["REASONS_ATTRIBUTE", "Coverage", "Row", "coverage"]
+__all__ = ["REASONS_ATTRIBUTE", "Coverage", "Row", "coverage", "why_float"]
 
 REASONS_ATTRIBUTE = "_octavo_reasons"
 """Attribute of a quantized model: {parameter name: (reason that it stayed float, whether the recipe asked for it)}."""
@@ -148,13 +149,18 @@ def coverage(model: nn.Module) -> Coverage:
             kind = module.replaces if isinstance(module, QuantModule) else type(module).__name__
             tied = owners.get(id(parameter))
             owners.setdefault(id(parameter), name)
-            reason, asked = reasons.get(name) or _why_float(module, parameter)
+            reason, asked = reasons.get(name) or why_float(module, parameter)
             rows.append(
                 Row(
-                    name, kind, tuple(parameter.shape),
-                    0 if tied else parameter.nbytes, 0 if tied else parameter.nbytes, None,
-                    f"tied to {tied}" if tied else reason, asked,
-                )  # fmt: skip
+                    name,
+                    kind,
+                    tuple(parameter.shape),
+                    0 if tied else parameter.nbytes,
+                    0 if tied else parameter.nbytes,
+                    None,
+                    f"tied to {tied}" if tied else reason,
+                    asked,
+                )
             )
     return Coverage(tuple(rows))
 
@@ -163,21 +169,40 @@ def _int8_rows(prefix: str, module: QuantModule, owners: dict[int, str]) -> Iter
     if isinstance(module, (TiedQuantLinear, TiedQuantEmbedding)):
         owner = owners.get(id(module.weight), "another layer")
         yield Row(
-            f"{prefix}.weight", module.replaces, tuple(module.weight.shape), 0, 0, str(module.scheme), f"tied to {owner}"
+            f"{prefix}.weight",
+            module.replaces,
+            _float_shape(module, module.weight),
+            0,
+            0,
+            str(module.scheme),
+            f"tied to {owner}",
         )
     for param, (codes, scale) in module.codes().items():
         name = f"{prefix}.{param}" if prefix else param
         owners.setdefault(id(codes), name)
         before = codes.numel() * module.float_dtype.itemsize
         after = codes.nbytes + scale.nbytes
-        yield Row(name, module.replaces, tuple(codes.shape), before, after, str(module.scheme), None)
+        yield Row(name, module.replaces, _float_shape(module, codes), before, after, str(module.scheme), None)
 
 
-def _why_float(module: nn.Module, parameter: nn.Parameter) -> tuple[str, bool]:
+def _float_shape(module: QuantModule, codes: Tensor) -> tuple[int, ...]:
+    """The shape that the parameter had before its output channels were brought to the front."""
+    n, *rest = codes.shape
+    if module.replaces == "Conv1D":
+        return (*rest, n)
+    if isinstance(module, QuantConvTranspose):
+        return (rest[0] * module.groups, n // module.groups, *rest[1:])
+    return (n, *rest)
+
+
+def why_float(module: nn.Module, parameter: Tensor) -> tuple[str, bool]:
+    """Why `parameter` of `module` is float if no recipe says it; and whether that is what one would ask for."""
     if isinstance(module, (nn.RNNBase, nn.RNNCellBase)):
         return f"recurrent weights ({type(module).__name__}) have no int8 layer", False
-    if parameter.dim() <= 1:
+    if sum(size > 1 for size in parameter.shape) <= 1:
         return "1-D: biases and norms stay float", True
+    if kind_of(module) is not None:
+        return "not quantized", True
     if parameter.dim() == 3:
         return f"3-D parameter of {type(module).__name__}, which is not a layer kind that octavo knows", False
     return f"{type(module).__name__} is not a layer kind that octavo knows", False

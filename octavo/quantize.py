@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Mapping
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from octavo.coverage import REASONS_ATTRIBUTE, Coverage, coverage
 from octavo.errors import OctavoWarning, QuantizeError, RecipeError
@@ -21,7 +22,18 @@ from octavo.modules import Codes, QuantModule, TiedQuantEmbedding, TiedQuantLine
 from octavo.recipe import DEFAULT_TARGETS, OPT_IN_TARGETS, Pattern, Recipe, Scheme, pattern_matches
 from octavo.weight_readers import weight_readers
 
-__all__ = ["CodesOf", "Decision", "Progress", "install", "plan", "quantize", "quantized_codes", "settle", "warn_unasked"]
+__all__ = [
+    "CodesOf",
+    "Decision",
+    "Progress",
+    "install",
+    "output_heads",
+    "plan",
+    "quantize",
+    "quantized_codes",
+    "settle",
+    "warn_unasked",
+]
 
 Progress = Callable[[int, int], None]
 """Called with (steps done, steps in all) as the work goes on."""
@@ -70,17 +82,25 @@ def quantize(
     Warns: OctavoWarning if more than 5% of the bytes stay float for a reason that the recipe did not ask for.
     """
     recipe = Recipe.of(scheme, ignore=ignore, include=include, overrides=overrides, group_size=group_size)
-    for name, parameter in model.named_parameters():
-        if parameter.is_meta:
-            raise QuantizeError(
-                f"{name} is on the meta device and has no values; load the weights first, or quantize the checkpoint's "
-                "files with octavo.quantize_checkpoint"
-            )
+    _refuse_missing_values(model)
     decisions = plan(model, recipe)
     install(model, decisions, progress=progress)
     report = settle(model, decisions)
     warn_unasked(report)
     return report
+
+
+def _refuse_missing_values(model: nn.Module) -> None:
+    for name, parameter in model.named_parameters():
+        if is_lazy(parameter):
+            raise QuantizeError(
+                f"{name} belongs to a lazy layer and has no shape yet; run the model once on an input, then quantize"
+            )
+        if parameter.is_meta:
+            raise QuantizeError(
+                f"{name} is on the meta device and has no values; load the weights first, or quantize the checkpoint's "
+                "files with octavo.quantize_checkpoint"
+            )
 
 
 def warn_unasked(report: Coverage) -> None:
@@ -115,7 +135,7 @@ def plan(model: nn.Module, recipe: Recipe) -> list[Decision]:
         )
     layers = {name: layer for name, layer in model.named_modules() if kind_of(layer) is not None}
     _check_patterns(model, recipe, layers)
-    heads = _output_heads(model, layers)
+    heads = output_heads(model)
     readers = weight_readers(model)
     decisions = {}
     for name, layer in layers.items():
@@ -130,9 +150,7 @@ def plan(model: nn.Module, recipe: Recipe) -> list[Decision]:
     return list(decisions.values())
 
 
-def _decide(
-    name: str, layer: nn.Module, kind: LayerKind, label: str, recipe: Recipe, reader: str | None
-) -> Decision:
+def _decide(name: str, layer: nn.Module, kind: LayerKind, label: str, recipe: Recipe, reader: str | None) -> Decision:
     decision = Decision(name, kind, label, None)
     for pattern in recipe.ignore:
         if _selects(pattern, name, layer, label):
@@ -164,7 +182,7 @@ def _selects(pattern: Pattern, name: str, layer: nn.Module, label: str) -> bool:
 def _check_patterns(model: nn.Module, recipe: Recipe, layers: dict[str, nn.Module]) -> None:
     modules = dict(model.named_modules())
     labels = {kind.name for layer in layers.values() if (kind := kind_of(layer))}
-    if _output_heads(model, layers):
+    if output_heads(model):
         labels.add("OutputHead")
     for field, patterns in (
         ("ignore", recipe.ignore),
@@ -177,22 +195,28 @@ def _check_patterns(model: nn.Module, recipe: Recipe, layers: dict[str, nn.Modul
             else:
                 matches = any(pattern_matches(pattern, name, module) for name, module in modules.items() if name)
             if not matches:
-                close = difflib.get_close_matches(str(pattern).removeprefix("re:"), [*modules, *_KIND_NAMES], n=3, cutoff=0.5)
-                hint = f"; did you mean {', '.join(map(repr, close))}?" if close else ""
+                close = difflib.get_close_matches(
+                    str(pattern).removeprefix("re:"), [*modules, *_KIND_NAMES], n=3, cutoff=0.5
+                )
+                hint = f"; did you mean {', '.join(map(repr, close))}?" if close else "."
                 raise RecipeError(
                     f"{field}: {pattern!r} matches no layer of this model{hint} Expected a module's name, a 're:' "
-                    f"pattern matched from the start of the name, or a kind ({', '.join(sorted(labels)) or 'none here'})"
+                    "pattern matched from the start of the name, or a kind "
+                    f"({', '.join(sorted(labels)) or 'none here'})"
                 )
 
 
 _HEAD_NAMES = ("lm_head", "embed_out", "output_head")
 
 
-def _output_heads(model: nn.Module, layers: dict[str, nn.Module]) -> set[str]:
+def output_heads(model: nn.Module) -> set[str]:
     """Names of the layers that produce the logits over a vocabulary: what the model's `get_output_embeddings` says,
     a linear layer that shares an embedding's table, or one called lm_head."""
     said: set[int] = set()
+    tables: set[int] = set()
     for module in model.modules():
+        if isinstance(module, nn.Embedding):
+            tables.add(id(module._parameters.get("weight")))
         ask = getattr(module, "get_output_embeddings", None)
         try:
             head = ask() if callable(ask) else None
@@ -200,12 +224,13 @@ def _output_heads(model: nn.Module, layers: dict[str, nn.Module]) -> set[str]:
             head = None  # transformers' base classes ask a submodule that not every model has
         if isinstance(head, nn.Module):
             said.update(id(part) for part in head.modules())
-    tables = {id(layer.weight) for layer in layers.values() if isinstance(layer, nn.Embedding)}
     return {
         name
-        for name, layer in layers.items()
+        for name, layer in model.named_modules()
         if isinstance(layer, nn.Linear)
-        and (id(layer) in said or name.rpartition(".")[2] in _HEAD_NAMES or id(layer._parameters.get("weight")) in tables)
+        and (
+            id(layer) in said or name.rpartition(".")[2] in _HEAD_NAMES or id(layer._parameters.get("weight")) in tables
+        )
     }
 
 
@@ -240,7 +265,11 @@ def _tie(model: nn.Module, decisions: dict[str, Decision], layers: dict[str, nn.
                 "ignore both or neither"
             )
         blocked = next((member for member in known if not member.scheme and not member.asked), None)
-        if len(known) < len(members) or blocked or any(member.kind.name not in ("Linear", "Embedding") for member in known):
+        if (
+            len(known) < len(members)
+            or blocked
+            or any(member.kind.name not in ("Linear", "Embedding") for member in known)
+        ):
             other = blocked.name if blocked else next(n for n in names if n.rpartition(".")[0] != wanted[0].name)
             for member in wanted:
                 member.scheme, member.reason = None, f"shares its weight with {other}, which stays float"
@@ -304,6 +333,9 @@ def install(
         assert decision.scheme is not None
         new = owners[decision.name] = _int8_layer(decision, layer, codes_of, owners)
         swap(places.pop(id(layer)), layer, new)
+        for child in new.children():  # taken over from `layer`: it now stands in `new`
+            if id(child) in places:
+                places[id(child)] = [(new if parent is layer else parent, at) for parent, at in places[id(child)]]
         if progress:
             progress(done, len(ordered))
     _switch_off_fused_encoder(model)
@@ -321,7 +353,7 @@ def _int8_layer(
         new = TiedQuantEmbedding(layer, owners[decision.owner])
     else:
         new = TiedQuantLinear(layer, owners[decision.owner])
-    new.replaces = decision.kind.name
+    new.replaces = decision.label
     return new
 
 
