@@ -26,7 +26,16 @@ from typing import Any, Literal
 
 from octavo.errors import RecipeError
 
-__all__ = ["DEFAULT_TARGETS", "OPT_IN_TARGETS", "PRESETS", "Pattern", "Recipe", "Scheme", "WeightArgs", "pattern_matches"]
+__all__ = [
+    "DEFAULT_TARGETS",
+    "OPT_IN_TARGETS",
+    "PRESETS",
+    "Pattern",
+    "Recipe",
+    "Scheme",
+    "WeightArgs",
+    "pattern_matches",
+]
 
 Pattern = str | Callable[[str, Any], bool]
 
@@ -73,7 +82,7 @@ class WeightArgs:
 
 @dataclasses.dataclass(frozen=True)
 class Scheme:
-    """What is int8 and what is float in a layer. `name` is the word of the presets: w8a16 = weight int8, input float."""
+    """What is int8 and what is float in a layer. `name` is a preset's: w8a16 = weight int8, input float."""
 
     name: str = "w8a16"
     weight: WeightArgs = dataclasses.field(default_factory=WeightArgs)
@@ -98,7 +107,7 @@ class Scheme:
 
     @classmethod
     def from_dict(cls, data: str | Mapping[str, Any]) -> Scheme:
-        """A scheme from a preset name or from `to_dict`'s form. An unknown key is a RecipeError listing the valid ones."""
+        """A scheme from a preset name or `to_dict`'s form. An unknown key is a RecipeError listing the valid ones."""
         if isinstance(data, str):
             return cls(data)
         _check_keys("scheme", data, cls)
@@ -177,7 +186,9 @@ class Recipe:
         for field, patterns in self._patterns():
             for pattern in patterns:
                 if not isinstance(pattern, str):
-                    raise RecipeError(f"{field} holds the predicate {pattern!r}, which a file cannot; use a 're:' pattern")
+                    raise RecipeError(
+                        f"{field} holds the predicate {pattern!r}, which a file cannot; use a 're:' pattern"
+                    )
         return {
             "scheme": self.scheme.to_dict(),
             "targets": list(self.targets),
