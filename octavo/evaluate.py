@@ -142,7 +142,7 @@ def compare(
                 progress(count, total)
     if not output.positions:
         raise EvaluateError(
-            f"batches: {count} batches with no position to compare, expected at least one that is not padding"
+            f"batches: got {count} with no position to compare in them, expected at least one that is not padding"
         )
     return output.comparison(count, tallies)
 
@@ -204,8 +204,6 @@ class _LayerTally:
             self.problem = self.problem or "runs more often in the int8 model than in the float model"
             return
         reference = self.kept.pop(0)
-        if self.problem:
-            return
         if reference is None or value is None:
             self.problem = "its output has no floating-point tensor"
         elif reference.shape != value.shape:
@@ -494,7 +492,7 @@ def _judged(*models: Model) -> Iterator[None]:
 def _layers_to_compare(float_model: Model, int8_model: Model) -> dict[str, _LayerTally]:
     if not isinstance(float_model, nn.Module) or not isinstance(int8_model, nn.Module):
         return {}
-    in_float = {name for name, _ in float_model.named_modules(remove_duplicate=False)}
+    in_float = {name for name, _ in float_model.named_modules()}
     return {
         name: _LayerTally(
             type(module).__name__, "" if name in in_float else "the float model has no module of this name"

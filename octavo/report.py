@@ -69,7 +69,7 @@ class Comparison:
             ("cosine, mean", f"{self.cosine_mean:.6f}"),
             ("cosine, lowest", f"{self.cosine_min:.6f}"),
         ]
-        title = f"int8 against float: {self.batches} batches, {self.positions} positions"
+        title = f"int8 against float (batches: {self.batches}, positions: {self.positions})"
         tables = [Table(title, ("measure", "value"), tuple(measures), "lr")]
         if self.layers:
             worst = self.worst_layers(count)

@@ -293,6 +293,14 @@ def test_forbidden_tokens_count_as_equal() -> None:
         assert getattr(found, name) == pytest.approx(getattr(plain, name), rel=1e-12)
 
 
+def test_rounding_carries_no_measure_past_its_bound() -> None:
+    f = 30 * torch.randn(200, 1, 7, dtype=torch.float64)
+    for row, other in zip(f, f * (1 + 1e-15), strict=True):
+        found = compare(fixed(row), fixed(other), [torch.zeros(1)])
+        assert found.kl is not None and 0 <= found.kl < 1e-12
+        assert 1 - 1e-12 < found.cosine_min <= 1.0
+
+
 def test_cosine_of_rows_of_zeros() -> None:
     f, q = torch.zeros(2, 3), torch.zeros(2, 3)
     q[1, 0] = 1e-30
@@ -360,7 +368,8 @@ def test_padded_positions_do_not_count() -> None:
 
 def test_a_mask_does_not_touch_a_pooled_output() -> None:
     batch = {"attention_mask": torch.tensor([[1, 0, 0], [1, 1, 0], [1, 1, 1]])}
-    assert compare(fixed(torch.randn(3, 3)), fixed(torch.randn(3, 3)), [batch]).positions == 3
+    for columns in (3, 5):
+        assert compare(fixed(torch.randn(3, columns)), fixed(torch.randn(3, columns)), [batch]).positions == 3
 
 
 def test_a_mask_that_fits_no_output_is_a_warning_once() -> None:
@@ -404,10 +413,10 @@ def test_outputs_that_cannot_be_compared(f: Any, q: Any, why: str) -> None:
     [
         (torch.ones(3, 2), r"batches is one Tensor, .* write \[batch\]"),
         ({"x": torch.ones(1)}, "batches is one dict"),
-        ([], "0 batches with no position"),
+        ([], "got 0 with no position"),
         (["text"], "batch 0: the float model was to be fed a str"),
-        ([{"attention_mask": torch.zeros(1, 2)}], "1 batches with no position"),
-        ([torch.ones(0, 2)], "1 batches with no position"),
+        ([{"attention_mask": torch.zeros(1, 2)}], "got 1 with no position"),
+        ([torch.ones(0, 2)], "got 1 with no position"),
     ],
 )
 def test_batches_that_cannot_be_fed(batches: Any, why: str) -> None:

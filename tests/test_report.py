@@ -11,7 +11,7 @@ FOUND = Comparison(3, 120, 0.00123, 0.9875, 28.21, 0.99987, 0.9912, LAYERS, (Not
 
 def test_str_shows_the_measures_the_worst_layers_and_what_is_missing() -> None:
     assert str(FOUND) == (
-        "int8 against float: 3 batches, 120 positions\n"
+        "int8 against float (batches: 3, positions: 120)\n"
         "measure                    value\n"
         "--------------------------------\n"
         "KL(float || int8)   0.00123 nats\n"
