@@ -7,6 +7,8 @@
 
 from octavo.coverage import Coverage, coverage
 from octavo.errors import CheckpointError, MissingExtra, OctavoError, OctavoWarning, QuantizeError, RecipeError
+from octavo.formats import save
+from octavo.integrations.hub import load, quantize_checkpoint
 from octavo.ops import backends
 from octavo.quantize import quantize
 from octavo.recipe import Recipe, Scheme, WeightArgs
@@ -26,5 +28,8 @@ __all__ = [
     "WeightArgs",
     "backends",
     "coverage",
+    "load",
     "quantize",
+    "quantize_checkpoint",
+    "save",
 ]

@@ -54,7 +54,9 @@ def _paths_read(cls: type) -> dict[str, str]:
 
 def _reads(method: ast.FunctionDef) -> set[str]:
     minds_int8 = {
-        path for path in _weights(method, harmless=False) if f"self.{path}.weight.dtype != torch.int8" in ast.unparse(method)
+        path
+        for path in _weights(method, harmless=False)
+        if f"self.{path}.weight.dtype != torch.int8" in ast.unparse(method)
     }
     return _weights(method, harmless=True) - minds_int8
 
@@ -62,7 +64,9 @@ def _reads(method: ast.FunctionDef) -> set[str]:
 def _weights(method: ast.FunctionDef, *, harmless: bool) -> set[str]:
     """Paths p of `self.p.weight` in `method`, without the harmless ones if so asked."""
     spared = {
-        id(node.value) for node in ast.walk(method) if harmless and isinstance(node, ast.Attribute) and node.attr in _HARMLESS
+        id(node.value)
+        for node in ast.walk(method)
+        if harmless and isinstance(node, ast.Attribute) and node.attr in _HARMLESS
     }
     paths = set()
     for node in ast.walk(method):

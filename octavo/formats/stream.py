@@ -1,0 +1,207 @@
+"""Quantize a checkpoint from file to file, one tensor at a time: no model is built, memory is twice the largest tensor.
+
+What a tensor is (a linear layer, an embedding, a transposed GPT-2 layer) is not guessed from its name: a skeleton of
+the model, without weights, says so, and the plan made on it is the one that `quantize` makes on a model. The result
+is bit-identical to quantizing the loaded model and saving it.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from octavo.coverage import Coverage, Row, why_float
+from octavo.errors import CheckpointError
+from octavo.formats import compressed_tensors as layout
+from octavo.formats import Rename, quantization_config, write_descriptions
+from octavo.formats.checkpoint import CheckpointReader, CheckpointWriter, copy_companions, new_folder
+from octavo.quantize import Decision, Progress, plan, warn_unasked
+from octavo.recipe import Recipe, Scheme
+
+__all__ = ["quantize_files"]
+
+def quantize_files(
+    src: str | Path,
+    dst: str | Path,
+    recipe: Recipe,
+    skeleton: nn.Module,
+    *,
+    rename: Rename = lambda name: name,
+    max_shard_size: int | str = "5GB",
+    progress: Progress | None = None,
+) -> Coverage:
+    """Quantize the safetensors checkpoint `src` into the new folder `dst`.
+
+    src: a float checkpoint's folder, or one .safetensors file. dst: must not exist.
+    skeleton: the model that the checkpoint is of, with or without weights (on `meta`); not modified.
+    rename: how names on disk become names of the skeleton, where they differ.
+    Returns: the coverage, with bytes as on disk.
+    Raises: CheckpointError for a source that is damaged, already quantized or not of this model, and for a
+        destination that exists or cannot be written whole; RecipeError and QuantizeError as `octavo.quantize` does.
+    Warns: OctavoWarning as `octavo.quantize` and `octavo.save` do.
+    """
+    with CheckpointReader(src) as reader:
+        _refuse_quantized(reader)
+        tensors = _Tensors(reader, skeleton, plan(skeleton, recipe), rename)
+        with new_folder(dst) as temporary:
+            copy_companions(src, temporary)
+            with CheckpointWriter(temporary, tensors.stored(), max_shard_size=max_shard_size) as writer:
+                for done, name in enumerate(tensors.kept, 1):
+                    for stored_name, stored in tensors.encode(name).items():
+                        writer.write(stored_name, stored)
+                    if progress:
+                        progress(done, len(tensors.kept))
+            config = dict(reader.config or {})
+            report = Coverage(tuple(tensors.rows()))
+            config["quantization_config"] = quantization_config(
+                tensors.layers(), tensors.unquantized(), ecosystem="model_type" in config
+            )
+            write_descriptions(temporary, config, report)
+    warn_unasked(report)
+    return report
+
+
+def _refuse_quantized(reader: CheckpointReader) -> None:
+    method = ((reader.config or {}).get("quantization_config") or {}).get("quant_method")
+    low = [name for name in reader.names if reader.info(name).dtype.itemsize == 1 and "weight" in name]
+    if method or low or any(name.endswith("weight_packed") for name in reader.names):
+        found = f"quant_method {method!r}" if method else f"tensor {low[0]!r}" if low else "packed weights"
+        raise CheckpointError(f"{reader.path}: is already quantized ({found}); give the float checkpoint")
+
+
+class _Tensors:
+    """The tensors of a float checkpoint, and what becomes of each under a plan."""
+
+    def __init__(
+        self, reader: CheckpointReader, skeleton: nn.Module, decisions: list[Decision], rename: Rename
+    ) -> None:
+        self._reader = reader
+        self._skeleton = skeleton
+        self._modules = dict(skeleton.named_modules())
+        self._decisions = {decision.name: decision for decision in decisions}
+        self._param = {name: rename(name) for name in reader.names}
+        self._shapes: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {}
+        self._first: dict[int, str] = {}
+        self.kept = [name for name in reader.names if not self._is_copy(name)]
+        for name in self.kept:
+            if self._scheme(name):
+                self._shapes[name] = self._int8_shapes(name)
+
+    def _layer_of(self, name: str) -> tuple[Decision | None, nn.Module | None, str]:
+        prefix, _, short = (self._param[name] or "").rpartition(".")
+        decision = self._decisions.get(prefix)
+        return decision, self._modules[prefix] if decision else None, short
+
+    def _owner(self, name: str) -> Tensor | None:
+        """The parameter or buffer of the skeleton that the tensor is loaded into, None if there is none."""
+        prefix, _, short = (self._param[name] or "").rpartition(".")
+        module = self._modules.get(prefix)
+        if module is None:
+            return None
+        parameter = module._parameters.get(short)
+        return module._buffers.get(short) if parameter is None else parameter
+
+    def _scheme(self, name: str) -> Scheme | None:
+        decision, layer, short = self._layer_of(name)
+        if decision is None or layer is None or short not in decision.kind.params_of(layer):
+            return None
+        return decision.scheme
+
+    def _is_copy(self, name: str) -> bool:
+        """Whether the tensor is a second copy of one that the model holds once (a tied output head)."""
+        owner = self._owner(name)
+        if owner is None:
+            return False
+        first = self._first.setdefault(id(owner), name)
+        if first == name:
+            return False
+        if not torch.equal(self._reader.tensor(first), self._reader.tensor(name)):
+            raise CheckpointError(
+                f"{self._reader.path}: {name!r} and {first!r} differ, and the model ties them to one weight; "
+                "set tie_word_embeddings to false in config.json if both are meant"
+            )
+        return True
+
+    def _int8_shapes(self, name: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Shapes of the codes and of the scale, which follow from the skeleton's."""
+        decision, layer, short = self._layer_of(name)
+        assert decision and decision.scheme and layer is not None
+        expected, info = tuple(getattr(layer, short).shape), self._reader.info(name)
+        if info.shape != expected:
+            raise CheckpointError(f"{info.file}: {name!r} has shape {list(info.shape)}, the model's {list(expected)}")
+        if not info.dtype.is_floating_point:
+            raise CheckpointError(f"{info.file}: {name!r} is {info.dtype}, expected a float weight")
+        empty = torch.empty(info.shape, dtype=info.dtype, device="meta")
+        codes, scale = decision.kind.quantize_param(layer, short, empty, decision.scheme, name)
+        return tuple(codes.shape), tuple(scale.shape)
+
+    def stored(self) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+        """Every tensor that will be written -> (dtype, shape)."""
+        planned: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
+        for name in self.kept:
+            info = self._reader.info(name)
+            if name in self._shapes:
+                planned.update(layout.packed_layout(name, *self._shapes[name], info.dtype))
+            else:
+                planned[name] = (info.dtype, info.shape)
+        return planned
+
+    def encode(self, name: str) -> dict[str, Tensor]:
+        """Read tensor `name`, and quantize it if that is its fate: what to write."""
+        tensor = self._reader.tensor(name)
+        if name not in self._shapes:
+            return {name: tensor}
+        decision, layer, short = self._layer_of(name)
+        assert decision and decision.scheme and layer is not None
+        dtype = tensor.dtype
+        codes, scale = decision.kind.quantize_param(layer, short, tensor, decision.scheme, name)
+        del tensor  # the float weight is not needed while the codes are packed
+        return layout.encode(name, codes, scale, dtype)
+
+    def rows(self) -> list[Row]:
+        """The coverage: a row for every float tensor on disk."""
+        return [self._row(name) for name in self._reader.names if self._reader.info(name).dtype.is_floating_point]
+
+    def _row(self, name: str) -> Row:
+        info, param = self._reader.info(name), self._param[name] or ""
+        module = self._modules.get(param.rpartition(".")[0])
+        owner = self._owner(name)
+        if name in self._shapes:
+            decision = self._layer_of(name)[0]
+            assert decision is not None
+            codes, scale = (torch.Size(shape).numel() for shape in self._shapes[name])
+            after = codes + scale * info.dtype.itemsize
+            return Row(name, decision.label, info.shape, info.nbytes, after, str(decision.scheme), None)
+        if module is None or owner is None:
+            reason = f"not a parameter of {type(self._skeleton).__name__} as it lies on disk"
+            return Row(name, "?", info.shape, info.nbytes, info.nbytes, None, reason)
+        kind = type(module).__name__
+        if name not in self.kept:
+            scheme = self._scheme(name)
+            tied = f"tied to {self._first[id(owner)]}"
+            return Row(name, kind, info.shape, 0, 0, str(scheme) if scheme else None, tied, asked=True)
+        decision = self._layer_of(name)[0]
+        decided = decision is not None and decision.reason is not None and name.endswith("weight")
+        reason, asked = (decision.reason, decision.asked) if decision and decided else why_float(module, owner)
+        return Row(name, kind, info.shape, info.nbytes, info.nbytes, None, reason, asked)
+
+    def layers(self) -> dict[str, tuple[str, Scheme]]:
+        """Int8 layer's name, as the checkpoint has it -> (kind, scheme)."""
+        layers = {}
+        for name in self._shapes:
+            decision = self._layer_of(name)[0]
+            assert decision and decision.scheme
+            layers[name.rpartition(".")[0]] = (decision.label, decision.scheme)
+        return layers
+
+    def unquantized(self) -> list[str]:
+        """Names of the linear layers that hold no codes of their own."""
+        int8 = {(self._param[name] or "").rpartition(".")[0] for name in self._shapes}
+        return [
+            name
+            for name, module in self._modules.items()
+            if isinstance(module, nn.Linear) and name not in int8
+        ]
+

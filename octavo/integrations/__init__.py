@@ -1,0 +1,1 @@
+"""The edge: where octavo meets other people's libraries. Nothing below imports from here."""

@@ -1,0 +1,215 @@
+"""From a path or a Hub id to a model, and from a float checkpoint to an int8 one.
+
+A source is a local checkpoint folder, the id of a model on the Hugging Face Hub ("org/name"), or a .gguf file (read
+and dequantized by transformers).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from octavo import formats
+from octavo.coverage import Coverage
+from octavo.errors import CheckpointError, MissingExtra
+from octavo.formats.checkpoint import CheckpointReader
+from octavo.formats.stream import quantize_files
+from octavo.quantize import Progress, quantize
+from octavo.recipe import Pattern, Recipe, Scheme
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+__all__ = ["load", "load_tokenizer", "quantize_checkpoint", "resolve", "skeleton"]
+
+
+def load(path: str | Path, *, model: nn.Module | None = None, progress: Progress | None = None, **options: Any) -> nn.Module:
+    """Load a checkpoint, its int8 layers running as int8.
+
+    path: a folder that `octavo.save` or `octavo.quantize_checkpoint` wrote, or another int8 compressed-tensors
+        checkpoint that octavo can run; a folder, Hub id or .gguf file. A float checkpoint loads as float.
+    model: for anything that is not a transformers model: the float model of the same structure, freshly built, on
+        `meta` or not; it is changed in place and returned.
+    options: for `from_pretrained` of transformers (`dtype`, `device_map`, `trust_remote_code`, ...).
+    Returns: the model, in eval mode if transformers built it.
+    Raises: CheckpointError for a source that is missing, damaged or in a format that octavo cannot run; MissingExtra
+        if transformers is needed and not installed.
+    """
+    if model is not None:
+        return formats.load_into(resolve(path), model, progress=progress)
+    source = resolve(path)
+    if source.suffix == ".gguf":
+        return _load_gguf(source, **options)
+    with CheckpointReader(source) as reader:
+        int8 = formats.int8_names(reader)
+    config = _config(source, options.get("trust_remote_code", False))
+    model_class = _model_class(config, source)
+    if int8:
+        from octavo.integrations.transformers import METHOD
+
+        config.quantization_config = {**config.quantization_config, "quant_method": METHOD}
+    loaded: nn.Module = model_class.from_pretrained(source, config=config, **options)
+    return loaded
+
+
+def load_tokenizer(path: str | Path) -> Any:
+    """The tokenizer of a source, by transformers. Raises CheckpointError if it has none that can be loaded."""
+    transformers = _transformers("to load a tokenizer")
+    source = resolve(path)
+    try:
+        if source.suffix == ".gguf":
+            return transformers.AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
+        return transformers.AutoTokenizer.from_pretrained(source)
+    except (OSError, ValueError, KeyError) as error:
+        raise CheckpointError(f"{path}: its tokenizer cannot be loaded: {error}") from error
+
+
+def quantize_checkpoint(
+    src: str | Path,
+    dst: str | Path,
+    scheme: str | Scheme | Recipe,
+    *,
+    ignore: Iterable[Pattern] = (),
+    include: Iterable[Pattern] = (),
+    overrides: Mapping[Pattern, Scheme] | None = None,
+    group_size: int | None = None,
+    model: nn.Module | None = None,
+    max_shard_size: int | str = "5GB",
+    trust_remote_code: bool = False,
+    progress: Progress | None = None,
+) -> Coverage:
+    """Quantize a float checkpoint into the new folder `dst`, one tensor at a time, without building the model.
+
+    src: a folder or Hub id with safetensors, or a .gguf file (which is dequantized in memory, in bf16).
+    dst: must not exist (an empty folder may).
+    scheme, ignore, include, overrides, group_size: as for `octavo.quantize`.
+    model: a skeleton that says what the tensors are, for a checkpoint that is not a transformers model; on `meta` or
+        not, it is not modified.
+    Returns: what became int8, what stayed float and why, in bytes on disk. Peak memory is about twice the largest
+        tensor; the result is bit-identical to quantizing the loaded model and saving it.
+    Raises: CheckpointError, RecipeError, QuantizeError as `octavo.quantize` and `octavo.save` do; MissingExtra if
+        transformers is needed and not installed. Nothing is left of `dst` after an error.
+    """
+    recipe = Recipe.of(scheme, ignore=ignore, include=include, overrides=overrides, group_size=group_size)
+    source = resolve(src)
+    if source.suffix == ".gguf":
+        loaded = _load_gguf(source)
+        report = quantize(loaded, recipe, progress=progress)
+        formats.save(loaded, dst, tokenizer=load_tokenizer(source), max_shard_size=max_shard_size)
+        return report
+    if model is not None:
+        return quantize_files(source, dst, recipe, model, max_shard_size=max_shard_size, progress=progress)
+    from octavo.integrations.transformers import renaming
+
+    built = skeleton(source, trust_remote_code=trust_remote_code)
+    return quantize_files(
+        source, dst, recipe, built, rename=renaming(built), max_shard_size=max_shard_size, progress=progress
+    )
+
+
+# -- sources --------------------------------------------------------------------------------------------------------------
+
+_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+_WANTED = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.py", "*.md", "*.tiktoken")
+
+
+def resolve(source: str | Path) -> Path:
+    """The local folder or file of a source; a Hub id is downloaded (or found in the local cache).
+
+    Raises: CheckpointError if there is no such path and the Hub does not have it or cannot be reached.
+    """
+    path = Path(source)
+    if path.exists():
+        return path
+    if isinstance(source, Path) or not _HUB_ID.fullmatch(source) or path.suffix == ".gguf":
+        raise CheckpointError(f"{source}: no such file or folder")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
+
+    try:
+        return Path(snapshot_download(source, allow_patterns=list(_WANTED)))
+    except RepositoryNotFoundError as error:
+        raise CheckpointError(
+            f"{source}: neither a local path nor a model on the Hub that you may read; check the name, or log in with "
+            "`hf auth login` for a private one"
+        ) from error
+    except (LocalEntryNotFoundError, HfHubHTTPError, HFValidationError, OSError) as error:
+        raise CheckpointError(
+            f"{source}: not a local path, not in the local cache, and the Hub cannot be reached; connect, or download "
+            f"the model elsewhere and give its folder ({type(error).__name__})"
+        ) from error
+
+
+def _transformers(what_for: str) -> Any:
+    try:
+        import transformers
+    except ImportError as error:
+        raise MissingExtra(f"transformers is needed {what_for}: pip install 'octavo[hf]'") from error
+    return transformers
+
+
+def _config(folder: Path, trust_remote_code: bool) -> Any:
+    transformers = _transformers("to build the model; for a model of your own, pass model=")
+    if not (folder / "config.json").is_file():
+        raise CheckpointError(
+            f"{folder}: has no config.json, so what model it is of is not known; pass model=, a freshly built one"
+        )
+    try:
+        return transformers.AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError) as error:
+        raise CheckpointError(
+            f"{folder / 'config.json'}: transformers cannot read it: {error}; for a model that is not one of "
+            "transformers', pass model=, a freshly built one"
+        ) from error
+
+
+def _model_class(config: Any, folder: Path) -> Any:
+    """The class that the config's first architecture names."""
+    transformers = _transformers("to build the model")
+    name = (config.architectures or [None])[0]
+    found = getattr(transformers, name, None) if name else None
+    if found is not None:
+        return found
+    for auto_class, reference in (getattr(config, "auto_map", None) or {}).items():
+        if name and reference.endswith(f".{name}"):
+            return getattr(transformers, auto_class)
+    raise CheckpointError(
+        f"{folder / 'config.json'}: architectures is {config.architectures}, which transformers {transformers.__version__} "
+        "does not have; upgrade transformers, or pass model=, a freshly built one"
+    )
+
+
+def skeleton(folder: str | Path, *, trust_remote_code: bool = False) -> PreTrainedModel:
+    """The transformers model of a checkpoint folder, on `meta`: its structure without any weights."""
+    folder = Path(folder)
+    config = _config(folder, trust_remote_code)
+    model_class = _model_class(config, folder)
+    with torch.device("meta"):
+        if hasattr(model_class, "_from_config"):
+            model = model_class._from_config(config)
+        else:
+            model = model_class.from_config(config, trust_remote_code=trust_remote_code)
+    model.tie_weights()
+    return model  # type: ignore[no-any-return]
+
+
+def _load_gguf(file: Path, **options: Any) -> Any:
+    transformers = _transformers("to read a .gguf file")
+    try:
+        from transformers import AutoModelForCausalLM, GgufConfig
+
+        options.setdefault("dtype", torch.bfloat16)
+        model = AutoModelForCausalLM.from_pretrained(
+            file.parent, gguf_file=file.name, quantization_config=GgufConfig(dequantize=True), **options
+        )
+    except ImportError as error:
+        raise MissingExtra(f"{file}: reading it needs the gguf package: pip install 'octavo[hf]' ({error})") from error
+    except (OSError, ValueError, KeyError) as error:
+        raise CheckpointError(f"{file}: transformers {transformers.__version__} cannot load it: {error}") from error
+    model.config._name_or_path = ""  # the file's folder is not this model's checkpoint
+    return model

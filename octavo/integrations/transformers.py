@@ -1,0 +1,221 @@
+"""Quantize while transformers loads, and load int8 as int8.
+
+    from octavo.integrations.transformers import OctavoConfig
+    model = AutoModelForCausalLM.from_pretrained(id, quantization_config=OctavoConfig("w8a16"))
+    model.save_pretrained("out/"); AutoModelForCausalLM.from_pretrained("out/")     # real int8 again
+
+Importing this module registers the quantization method "octavo" with transformers. Tensors on disk are laid out as
+compressed-tensors' pack-quantized, whichever way they were saved; `octavo.save` writes a config that vLLM and
+transformers without octavo read, `save_pretrained` one that brings transformers here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import ConversionOps, WeightConverter, WeightRenaming, rename_source_key
+from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from octavo import formats
+from octavo.errors import CheckpointError
+from octavo.formats import compressed_tensors as layout
+from octavo.formats.checkpoint import CheckpointReader
+from octavo.modules import QuantModule
+from octavo.quantize import Decision, install, plan, settle, warn_unasked
+from octavo.recipe import Pattern, Recipe, Scheme
+
+__all__ = ["OctavoConfig", "OctavoQuantizer"]
+
+METHOD = "octavo"
+
+
+@register_quantization_config(METHOD)
+class OctavoConfig(QuantizationConfigMixin):  # type: ignore[misc]
+    """`quantization_config` for `from_pretrained`: the recipe to quantize with while loading.
+
+    scheme, ignore, include, overrides, group_size: as for `octavo.quantize`.
+    Raises: RecipeError for an unknown scheme, key or pattern.
+    """
+
+    def __init__(
+        self,
+        scheme: str | Scheme | Recipe | Mapping[str, Any] = "w8a16",
+        *,
+        ignore: Iterable[Pattern] = (),
+        include: Iterable[Pattern] = (),
+        overrides: Mapping[Pattern, Scheme] | None = None,
+        group_size: int | None = None,
+    ) -> None:
+        self.quant_method = METHOD
+        base = Recipe.from_dict(scheme) if isinstance(scheme, Mapping) else scheme
+        self.recipe = Recipe.of(base, ignore=ignore, include=include, overrides=overrides, group_size=group_size)
+        self.layout: dict[str, Any] = {}
+
+    @classmethod
+    def of_checkpoint(cls, config: Any) -> OctavoConfig:
+        """The config of an int8 checkpoint, whose recipe lies in its tensors."""
+        made = cls()
+        made.layout = dict(config if isinstance(config, Mapping) else config.to_dict())
+        return made
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
+        """What transformers calls with the quantization_config of a config.json."""
+        made = cls.of_checkpoint(config_dict)
+        return (made, kwargs) if return_unused_kwargs else made
+
+    def to_dict(self) -> dict[str, Any]:
+        """What lands in config.json."""
+        return {**self.layout, "quant_method": METHOD}
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        return self.to_dict()
+
+
+class _QuantizeParameter(ConversionOps):  # type: ignore[misc]
+    """Float weight, as just read from disk -> codes and scale."""
+
+    def __init__(self, quantizer: OctavoQuantizer) -> None:
+        self.quantizer = quantizer
+
+    def convert(self, input_dict: dict[str, Any], *, full_layer_name: str, **_: Any) -> dict[str, Tensor]:
+        (value,) = input_dict.values()
+        weight = value[0] if isinstance(value, list) else value
+        decision, layer, module = self.quantizer.target(full_layer_name)
+        assert decision.scheme is not None
+        param = full_layer_name.rpartition(".")[2]
+        codes, scale = decision.kind.quantize_param(layer, param, weight, decision.scheme, full_layer_name)
+        module.float_dtype = weight.dtype
+        return {full_layer_name: codes, f"{full_layer_name}_scale": scale}
+
+
+class _UnpackParameter(ConversionOps):  # type: ignore[misc]
+    """Packed codes and scale, as on disk -> codes and fp32 scale."""
+
+    def __init__(self, quantizer: OctavoQuantizer) -> None:
+        # transformers leaves the dtype of what is loaded alone if an operation has this attribute
+        self.hf_quantizer = quantizer
+
+    def convert(self, input_dict: dict[str, Any], *, full_layer_name: str, **_: Any) -> dict[str, Tensor]:
+        tensors = {name: value[0] if isinstance(value, list) else value for name, value in input_dict.items()}
+        stored = {
+            f"{full_layer_name}{part}": next(t for name, t in tensors.items() if name.endswith(part))
+            for part in ("_packed", "_scale", "_shape")
+        }
+        codes, scale, dtype = layout.decode(full_layer_name, stored)
+        self.hf_quantizer.target(full_layer_name)[2].float_dtype = dtype
+        return {full_layer_name: codes, f"{full_layer_name}_scale": scale}
+
+
+@register_quantizer(METHOD)
+class OctavoQuantizer(HfQuantizer):  # type: ignore[misc]
+    """The hooks that transformers calls while it loads a model."""
+
+    requires_calibration = False
+    quantization_config: OctavoConfig
+    serialized_names = {"weight": ["weight_packed", "weight_scale", "weight_shape"]}  # noqa: RUF012
+
+    def __init__(self, quantization_config: OctavoConfig, **kwargs: Any) -> None:
+        super().__init__(quantization_config, **kwargs)
+        self._decisions: list[Decision] = []
+        self._targets: dict[str, tuple[Decision, nn.Module]] = {}
+        self._model: PreTrainedModel | None = None
+
+    def _process_model_before_weight_loading(
+        self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **kwargs: Any
+    ) -> None:
+        """Swap the layers of the empty model; the weights then find their int8 places."""
+        _tie(model)
+        if self.pre_quantized:
+            self._decisions = _stored_decisions(model, checkpoint_files or [])
+        else:
+            self._decisions = plan(model, self.quantization_config.recipe)
+        for decision in self._decisions:
+            if decision.scheme and decision.owner is None:
+                layer = model.get_submodule(decision.name)
+                self._targets.update({f"{decision.name}.{p}": (decision, layer) for p in decision.kind.params_of(layer)})
+        install(model, self._decisions)
+        for decision in self._decisions:
+            if decision.owner is not None:  # tied for good: transformers need not, and could not, tie it again
+                model.all_tied_weights_keys.pop(f"{decision.name}.weight", None)
+        self._model = model
+
+    def target(self, name: str) -> tuple[Decision, nn.Module, QuantModule]:
+        """Of the int8 parameter `name`: its decision, the float layer that stood there, the int8 layer."""
+        decision, layer = self._targets[name]
+        assert self._model is not None
+        module = self._model.get_submodule(decision.name)
+        assert isinstance(module, QuantModule)
+        return decision, layer, module
+
+    def param_needs_quantization(self, model: PreTrainedModel, param_name: str, **kwargs: Any) -> bool:
+        return param_name in self._targets
+
+    def get_quantize_ops(self) -> ConversionOps:
+        return _QuantizeParameter(self)
+
+    def get_load_operations(self) -> dict[str, type[ConversionOps]]:
+        return {"deserialize": _UnpackParameter}
+
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
+        self._model = None
+        self._targets = {}
+        if self.pre_quantized:
+            settle(model, [])
+        else:
+            warn_unasked(settle(model, self._decisions))
+        return model
+
+    def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, Tensor], dict[str, str]]:
+        """What `save_pretrained` writes, and the config that says how it is laid out."""
+        self.quantization_config.layout = formats.describe_layout(model, ecosystem=False)
+        return formats.state_dict(model), {}
+
+    def is_serializable(self) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        """Adapters on the frozen int8 base can be trained: gradients reach the inputs."""
+        return True
+
+    @property
+    def is_compileable(self) -> bool:
+        return True
+
+
+def _stored_decisions(model: PreTrainedModel, files: list[str]) -> list[Decision]:
+    if not files:
+        raise CheckpointError("the int8 checkpoint has no safetensors files; octavo reads no others")
+    with CheckpointReader(Path(files[0]).parent) as reader:
+        return formats.stored_decisions(reader, model, formats.int8_names(reader, renaming(model)))
+
+
+def _tie(model: PreTrainedModel) -> None:
+    """Tie the weights of the empty model, which transformers puts off until they are loaded: layers that share a
+    weight get one int8 table."""
+    for target, source in model.all_tied_weights_keys.items():
+        parent, _, name = target.rpartition(".")
+        setattr(model.get_submodule(parent), name, model.get_parameter(source))
+
+
+def renaming(model: PreTrainedModel) -> Callable[[str], str | None]:
+    """Names on disk -> names in the model, by the rules that transformers loads with; None for a part of a tensor."""
+    rules = get_model_conversion_mapping(model)
+    renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
+    converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
+    state = model.state_dict()
+
+    def rename(name: str) -> str | None:
+        renamed, converted = rename_source_key(name, renamings, converters, model.base_model_prefix, state)
+        if renamed not in state and name in state:
+            return name
+        return None if converted is not None else renamed
+
+    return rename
