@@ -1,0 +1,133 @@
+"""gpt-fast's int8 weight-only checkpoints, read and written bit for bit.
+
+gpt-fast (quantize.py, `WeightOnlyInt8QuantHandler`) keeps a state dict in one .pth file, in which each linear layer has
+
+    <name>.weight   int8 [N, K]     code = clamp(round(w / scale), -128, 127)
+    <name>.scales   [N]             scale = max(amax / 127.5, 2**-23) in fp32, stored in the weight's dtype
+    <name>.bias     [N]             if the layer has one
+
+and everything else is as in the float model. The codes are fitted to the fp32 scale and not to the stored one:
+`primitives.Range` "full". A model with octavo's own codes can be written too; gpt-fast runs any codes and scales.
+"""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from octavo.errors import CheckpointError, QuantizeError
+from octavo.formats.checkpoint import new_file
+from octavo.layers import kind_of, why_not
+from octavo.modules import Codes, QuantLinear, QuantModule
+from octavo.primitives import quantize_weight
+from octavo.quantize import Decision, install
+from octavo.recipe import Scheme
+
+__all__ = ["load", "read", "save", "state_dict"]
+
+
+def state_dict(model: nn.Module) -> dict[str, Tensor]:
+    """gpt-fast's quantized state dict of `model`; what its `create_quantized_state_dict` returns.
+
+    model: a float model, whose linear layers are quantized by gpt-fast's own formula; or one with octavo's int8
+        linear layers (per_channel), whose codes are taken as they are. Not modified.
+    Returns: name -> tensor, as in the head of this file.
+    Raises: QuantizeError for int8 layers that gpt-fast does not have: other kinds than linear, or per_group.
+    """
+    tensors = dict(model.state_dict())
+    for name, module in model.named_modules():
+        if isinstance(module, QuantModule):
+            if not isinstance(module, QuantLinear) or module.weight_scale.shape[1] != 1:
+                raise QuantizeError(
+                    f"{name}: is an int8 {module.replaces} ({module.scheme}); gpt-fast has int8 linear layers with one "
+                    "scale for each output channel only: quantize again with ignore=, or without group_size"
+                )
+            tensors[f"{name}.weight"] = module.weight
+            tensors[f"{name}.scales"] = tensors.pop(f"{name}.weight_scale", module.weight_scale)
+            tensors[f"{name}.scales"] = tensors[f"{name}.scales"].squeeze(1).to(module.float_dtype)
+        elif isinstance(module, nn.Linear):
+            codes, scale = quantize_weight(module.weight.detach(), value_range="full", name=f"{name}.weight")
+            tensors[f"{name}.weight"], tensors[f"{name}.scales"] = codes, scale.squeeze(1).to(module.weight.dtype)
+    return tensors
+
+
+def save(model: nn.Module, file: str | Path) -> Path:
+    """Write `state_dict(model)` as a .pth file, whole or not at all.
+
+    Raises: CheckpointError if the file exists or cannot be written; QuantizeError as `state_dict` does.
+    """
+    tensors = state_dict(model)
+    with new_file(file) as temporary:
+        torch.save(tensors, temporary)
+    return Path(file)
+
+
+def read(file: str | Path) -> dict[str, Tensor]:
+    """The state dict in a .pth file, read with weights_only: nothing in the file is executed.
+
+    Raises: CheckpointError for a file that is missing, damaged, holds anything but tensors, or has no int8 weights.
+    """
+    try:
+        tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError, ValueError) as error:
+        raise CheckpointError(f"{file}: is not a state dict that can be read safely: {error}") from error
+    if not isinstance(tensors, dict) or not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
+        raise CheckpointError(f"{file}: holds something else than a state dict of tensors, as gpt-fast writes")
+    if not any(name.endswith(".scales") for name in tensors):
+        raise CheckpointError(f"{file}: has no <name>.scales; expected gpt-fast's int8 checkpoint, this one is float")
+    return tensors
+
+
+def load(file: str | Path, model: nn.Module) -> nn.Module:
+    """Load gpt-fast's int8 state dict into a freshly built float model of the same structure, in place.
+
+    model: with any weights, or on `meta`. Its linear layers become QuantLinear with the file's codes.
+    Returns: `model`.
+    Raises: CheckpointError, before the model is changed, for a file that cannot be read or does not fit the model.
+    """
+    tensors = read(file)
+    codes = {
+        name.removesuffix(".scales"): (tensors[name.removesuffix(".scales") + ".weight"], tensors[name])
+        for name in tensors
+        if name.endswith(".scales") and name.removesuffix(".scales") + ".weight" in tensors
+    }
+    decisions = [_decision(str(file), model, name, *pair) for name, pair in codes.items()]
+    int8 = {f"{name}.{part}" for name in codes for part in ("weight", "scales")}
+    floats = {name: tensor for name, tensor in tensors.items() if name not in int8}
+    expected = {name: tensor.shape for name, tensor in model.state_dict().items() if name not in int8}
+    for name in (*expected, *floats):
+        if name not in floats or name not in expected or floats[name].shape != expected[name]:
+            raise CheckpointError(
+                f"{file}: does not fit the model: {name!r} is {_shape(floats, name)} in the file and "
+                f"{list(expected[name]) if name in expected else 'missing'} in the model"
+            )
+
+    def codes_of(decision: Decision, layer: nn.Module) -> tuple[Codes, torch.dtype]:
+        weight, scales = codes[decision.name]
+        return {"weight": (weight.clone(), scales.float().unsqueeze(1))}, scales.dtype
+
+    install(model, decisions, codes_of=codes_of)
+    model.load_state_dict({name: tensor.clone() for name, tensor in floats.items()}, strict=False, assign=True)
+    return model
+
+
+def _decision(file: str, model: nn.Module, name: str, weight: Tensor, scales: Tensor) -> Decision:
+    layer = dict(model.named_modules()).get(name)
+    kind = kind_of(layer) if layer is not None else None
+    if layer is None or kind is None or kind.name != "Linear" or why_not(layer, kind):
+        raise CheckpointError(f"{file}: has int8 weights for {name!r}, which is no plain linear layer of the model")
+    n, k = layer.weight.shape
+    if weight.dtype != torch.int8 or tuple(weight.shape) != (n, k) or tuple(scales.shape) != (n,):
+        raise CheckpointError(
+            f"{file}: {name} has a weight of {weight.dtype} {list(weight.shape)} and scales {list(scales.shape)}, "
+            f"expected torch.int8 [{n}, {k}] and [{n}]"
+        )
+    return Decision(name, kind, kind.name, Scheme("w8a16"))
+
+
+def _shape(tensors: Mapping[str, Tensor], name: str) -> object:
+    return list(tensors[name].shape) if name in tensors else "missing"
