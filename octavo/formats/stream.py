@@ -15,12 +15,14 @@ from torch import Tensor, nn
 from octavo.coverage import Coverage, Row, why_float
 from octavo.errors import CheckpointError
 from octavo.formats import compressed_tensors as layout
-from octavo.formats import Rename, quantization_config, write_descriptions
 from octavo.formats.checkpoint import CheckpointReader, CheckpointWriter, copy_companions, new_folder
+from octavo.formats.loading import Rename
+from octavo.formats.saving import quantization_config, write_descriptions
 from octavo.quantize import Decision, Progress, plan, warn_unasked
 from octavo.recipe import Recipe, Scheme
 
 __all__ = ["quantize_files"]
+
 
 def quantize_files(
     src: str | Path,
@@ -183,8 +185,9 @@ class _Tensors:
             tied = f"tied to {self._first[id(owner)]}"
             return Row(name, kind, info.shape, 0, 0, str(scheme) if scheme else None, tied, asked=True)
         decision = self._layer_of(name)[0]
-        decided = decision is not None and decision.reason is not None and name.endswith("weight")
-        reason, asked = (decision.reason, decision.asked) if decision and decided else why_float(module, owner)
+        reason, asked = why_float(module, owner)
+        if decision and decision.reason and param.rpartition(".")[2] in decision.kind.params_of(module):
+            reason, asked = decision.reason, decision.asked
         return Row(name, kind, info.shape, info.nbytes, info.nbytes, None, reason, asked)
 
     def layers(self) -> dict[str, tuple[str, Scheme]]:
@@ -199,9 +202,4 @@ class _Tensors:
     def unquantized(self) -> list[str]:
         """Names of the linear layers that hold no codes of their own."""
         int8 = {(self._param[name] or "").rpartition(".")[0] for name in self._shapes}
-        return [
-            name
-            for name, module in self._modules.items()
-            if isinstance(module, nn.Linear) and name not in int8
-        ]
-
+        return [name for name, module in self._modules.items() if isinstance(module, nn.Linear) and name not in int8]

@@ -28,7 +28,9 @@ if TYPE_CHECKING:
 __all__ = ["load", "load_tokenizer", "quantize_checkpoint", "resolve", "skeleton"]
 
 
-def load(path: str | Path, *, model: nn.Module | None = None, progress: Progress | None = None, **options: Any) -> nn.Module:
+def load(
+    path: str | Path, *, model: nn.Module | None = None, progress: Progress | None = None, **options: Any
+) -> nn.Module:
     """Load a checkpoint, its int8 layers running as int8.
 
     path: a folder that `octavo.save` or `octavo.quantize_checkpoint` wrote, or another int8 compressed-tensors
@@ -112,7 +114,7 @@ def quantize_checkpoint(
     )
 
 
-# -- sources --------------------------------------------------------------------------------------------------------------
+# -- sources ----------------------------------------------------------------------------------------------------------
 
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 _WANTED = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.py", "*.md", "*.tiktoken")
@@ -129,7 +131,12 @@ def resolve(source: str | Path) -> Path:
     if isinstance(source, Path) or not _HUB_ID.fullmatch(source) or path.suffix == ".gguf":
         raise CheckpointError(f"{source}: no such file or folder")
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
+    from huggingface_hub.errors import (
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+    )
 
     try:
         return Path(snapshot_download(source, allow_patterns=list(_WANTED)))
@@ -179,8 +186,8 @@ def _model_class(config: Any, folder: Path) -> Any:
         if name and reference.endswith(f".{name}"):
             return getattr(transformers, auto_class)
     raise CheckpointError(
-        f"{folder / 'config.json'}: architectures is {config.architectures}, which transformers {transformers.__version__} "
-        "does not have; upgrade transformers, or pass model=, a freshly built one"
+        f"{folder / 'config.json'}: architectures is {config.architectures}, which transformers "
+        f"{transformers.__version__} does not have; upgrade transformers, or pass model=, a freshly built one"
     )
 
 

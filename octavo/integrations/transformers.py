@@ -139,7 +139,9 @@ class OctavoQuantizer(HfQuantizer):  # type: ignore[misc]
         for decision in self._decisions:
             if decision.scheme and decision.owner is None:
                 layer = model.get_submodule(decision.name)
-                self._targets.update({f"{decision.name}.{p}": (decision, layer) for p in decision.kind.params_of(layer)})
+                self._targets.update(
+                    {f"{decision.name}.{p}": (decision, layer) for p in decision.kind.params_of(layer)}
+                )
         install(model, self._decisions)
         for decision in self._decisions:
             if decision.owner is not None:  # tied for good: transformers need not, and could not, tie it again
