@@ -3,21 +3,27 @@
     report = octavo.quantize(model, "w8a16")      in place; what became int8, what did not, and why
     octavo.save(model, "out/")                    safetensors in the compressed-tensors layout
     model = octavo.load("out/")                   runs int8 as it lies on disk
+
+The names are loaded when they are first used (PEP 562), so that the command line answers before torch is there. A
+program exported with int8 layers needs only their ops: `import octavo.ops`, then `torch.export.load`.
 """
 
-from octavo.coverage import Coverage, coverage
-from octavo.errors import CheckpointError, MissingExtra, OctavoError, OctavoWarning, QuantizeError, RecipeError
-from octavo.formats import save
-from octavo.integrations.hub import load, quantize_checkpoint
-from octavo.ops import backends
-from octavo.quantize import quantize
-from octavo.recipe import Recipe, Scheme, WeightArgs
+# ruff: noqa: F403, F405 -- what api.py names is checked by a test, and only type checkers read this import
+
+import sys
+import types
+import typing
+
+if typing.TYPE_CHECKING:
+    from octavo.api import *
 
 __version__ = "0.1.0"
 
 __all__ = [
     "CheckpointError",
+    "Comparison",
     "Coverage",
+    "EvaluateError",
     "MissingExtra",
     "OctavoError",
     "OctavoWarning",
@@ -27,9 +33,37 @@ __all__ = [
     "Scheme",
     "WeightArgs",
     "backends",
+    "compare",
     "coverage",
     "load",
+    "perplexity",
     "quantize",
     "quantize_checkpoint",
     "save",
+    "sqnr",
 ]
+
+
+def __getattr__(name: str) -> typing.Any:
+    if name not in __all__:
+        raise AttributeError(f"module 'octavo' has no attribute {name!r}")
+    from octavo import api
+
+    value = getattr(api, name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+class _Package(types.ModuleType):
+    """Importing octavo/quantize.py would put that module in the place of the function `octavo.quantize`."""
+
+    def __setattr__(self, name: str, value: object) -> None:
+        if not (name in __all__ and isinstance(value, types.ModuleType)):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package

@@ -28,8 +28,8 @@ LAYERS = (
     ("coverage", "calibrate", "smooth", "quantize"),
     # 4 disk and judgement
     ("formats", "report", "evaluate"),
-    # 5 edge; "" is octavo/__init__.py, the public names
-    ("integrations", "", "cli", "__main__"),
+    # 5 edge; api is what the public names of octavo/__init__.py, "", stand for
+    ("integrations", "api", "", "cli", "__main__"),
 )
 ROOMS = [room for layer in LAYERS for room in layer]
 

@@ -17,13 +17,20 @@ import torch
 before = set(sys.modules)
 start = time.perf_counter()
 import octavo
+from octavo import *
 seconds = time.perf_counter() - start
 print(json.dumps([seconds, sorted(set(sys.modules) - before)]))
 """
 
 
+def test_the_package_itself_does_not_wait_for_torch() -> None:
+    # `octavo --help` imports octavo first.
+    probe = "import sys, octavo; assert 'torch' not in sys.modules; octavo.quantize; assert 'torch' in sys.modules"
+    subprocess.run([sys.executable, "-c", probe], check=True)
+
+
 def probe() -> tuple[float, list[str]]:
-    """Seconds that `import octavo` took in a fresh interpreter, and the modules that it brought."""
+    """Seconds that `import octavo` and its names took in a fresh interpreter, and the modules that they brought."""
     run = subprocess.run([sys.executable, "-c", PROBE], capture_output=True, text=True, check=True)
     seconds, modules = json.loads(run.stdout)
     return seconds, modules

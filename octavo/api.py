@@ -1,0 +1,20 @@
+"""What `octavo.NAME` stands for: the public names, each from the file that it lives in."""
+
+from __future__ import annotations
+
+from octavo.coverage import Coverage as Coverage
+from octavo.coverage import coverage as coverage
+from octavo.errors import CheckpointError as CheckpointError
+from octavo.errors import MissingExtra as MissingExtra
+from octavo.errors import OctavoError as OctavoError
+from octavo.errors import OctavoWarning as OctavoWarning
+from octavo.errors import QuantizeError as QuantizeError
+from octavo.errors import RecipeError as RecipeError
+from octavo.formats import save as save
+from octavo.integrations.hub import load as load
+from octavo.integrations.hub import quantize_checkpoint as quantize_checkpoint
+from octavo.ops import backends as backends
+from octavo.quantize import quantize as quantize
+from octavo.recipe import Recipe as Recipe
+from octavo.recipe import Scheme as Scheme
+from octavo.recipe import WeightArgs as WeightArgs
