@@ -5,11 +5,15 @@ from __future__ import annotations
 from octavo.coverage import Coverage as Coverage
 from octavo.coverage import coverage as coverage
 from octavo.errors import CheckpointError as CheckpointError
+from octavo.errors import EvaluateError as EvaluateError
 from octavo.errors import MissingExtra as MissingExtra
 from octavo.errors import OctavoError as OctavoError
 from octavo.errors import OctavoWarning as OctavoWarning
 from octavo.errors import QuantizeError as QuantizeError
 from octavo.errors import RecipeError as RecipeError
+from octavo.evaluate import compare as compare
+from octavo.evaluate import perplexity as perplexity
+from octavo.evaluate import sqnr as sqnr
 from octavo.formats import save as save
 from octavo.integrations.hub import load as load
 from octavo.integrations.hub import quantize_checkpoint as quantize_checkpoint
@@ -18,3 +22,4 @@ from octavo.quantize import quantize as quantize
 from octavo.recipe import Recipe as Recipe
 from octavo.recipe import Scheme as Scheme
 from octavo.recipe import WeightArgs as WeightArgs
+from octavo.report import Comparison as Comparison

@@ -4,6 +4,7 @@
       RecipeError      (ValueError)   a scheme, recipe or pattern that cannot be honoured
       QuantizeError    (ValueError)   a model or tensor that cannot be quantized as asked
       CheckpointError  (ValueError)   a file or folder that is missing, damaged or of another format
+      EvaluateError    (ValueError)   inputs or outputs that cannot be judged
       MissingExtra     (ImportError)  an optional package is needed for what was asked
 
     OctavoWarning      (UserWarning)  the work was done, but not as well as one would expect
@@ -15,6 +16,7 @@ from __future__ import annotations
 
 __all__ = [
     "CheckpointError",
+    "EvaluateError",
     "MissingExtra",
     "OctavoError",
     "OctavoWarning",
@@ -37,6 +39,10 @@ class QuantizeError(OctavoError, ValueError):
 
 class CheckpointError(OctavoError, ValueError):
     """A file or folder that is missing, damaged or of another format."""
+
+
+class EvaluateError(OctavoError, ValueError):
+    """Inputs or outputs that cannot be judged."""
 
 
 class MissingExtra(OctavoError, ImportError):

@@ -27,10 +27,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from octavo.errors import OctavoError, OctavoWarning
+from octavo.errors import EvaluateError, OctavoWarning
 from octavo.report import Comparison, LayerQuality, NotCompared
 
-__all__ = ["EvaluateError", "compare", "perplexity", "sqnr"]
+__all__ = ["compare", "perplexity", "sqnr"]
 
 Model = Callable[..., Any]
 Progress = Callable[[int, int], None]
@@ -40,10 +40,6 @@ _CHUNK_ELEMENTS = 1 << 16
 """Outputs are widened in pieces of this many elements (512 KiB in float64), which stay in the cache; a float64 copy of
 the logits over a large vocabulary would be the peak of the memory. Measured on [512, 49152] logits, 2 cores: `compare`
 takes 0.2 to 0.3 s for them in pieces of 2**16, 0.5 to 0.6 s in pieces of 2**22."""
-
-
-class EvaluateError(OctavoError, ValueError):
-    """Models, tokens or batches that cannot be judged."""
 
 
 def perplexity(model: Model, token_ids: Tensor, *, window: int = 512, progress: Progress | None = None) -> float:
