@@ -1,1 +1,86 @@
-"""The command line: `octavo VERB ...`."""
+"""The command line: `octavo VERB ...`, also `python -m octavo VERB ...`.
+
+    quantize SRC DST    a float checkpoint becomes an int8 one
+    inspect PATH        what is in a checkpoint
+    eval PATH           perplexity, and what quantizing cost
+    generate PATH       let a language model write
+    bench PATH          speed and memory, next to the original's
+    backends            which kernels serve
+
+One file a verb. A verb returns an `Answer`; how it is shown is `terminal.py`'s matter, and errors are told here: one
+paragraph and exit code 1 (2 for usage, 130 when interrupted).
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+
+from octavo import __version__
+from octavo.cli import backends, bench, evaluate, generate, inspect, quantize
+from octavo.cli.terminal import Terminal
+from octavo.errors import OctavoError
+
+__all__ = ["main"]
+
+_INTERRUPTED = 130
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command with `argv` (by default the process's own arguments); returns the exit code."""
+    parser = new_parser()
+    try:
+        args = parser.parse_args(argv)
+    except SystemExit as stop:  # argparse has said all that there is to say
+        return int(stop.code or 0)
+    if args.verb is None:
+        parser.print_help(sys.stderr)
+        return 2
+    terminal = Terminal(json=args.json, debug=args.debug)
+    with terminal.quiet():
+        try:
+            terminal.show(args.run(args, terminal))
+            sys.stdout.flush()
+        except KeyboardInterrupt:
+            terminal.complain("error", "interrupted")
+            return _INTERRUPTED
+        except BrokenPipeError:  # whoever read the output has had enough of it
+            with contextlib.suppress(OSError):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 1
+        except Exception as error:
+            if args.debug:
+                traceback.print_exception(error)
+            else:
+                terminal.complain("error", _in_words(error))
+            return 1
+    return 0
+
+
+def new_parser() -> argparse.ArgumentParser:
+    """The parser of the whole command; what it parses has `run`, the function of the verb."""
+    parser = argparse.ArgumentParser(
+        prog="octavo",
+        description="Folds models to eight bits: half the memory of bf16, with the accuracy measured and shown.",
+        epilog="`octavo VERB --help` tells more of each, with an example.",
+    )
+    parser.add_argument("--version", action="version", version=f"octavo {__version__}")
+    verbs = parser.add_subparsers(dest="verb", metavar="VERB", title="verbs")
+    for verb in (quantize, inspect, evaluate, generate, bench, backends):
+        verb.add_parser(verbs)
+    return parser
+
+
+def _in_words(error: Exception) -> str:
+    if isinstance(error, OctavoError):
+        return str(error)
+    if isinstance(error, ModuleNotFoundError):
+        return f"the package {error.name} is needed for this: pip install 'octavo[hf]'"
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{error.filename}: {error.strerror}"
+    text = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+    return f"{text} (octavo did not expect this; --debug shows where it happened)"

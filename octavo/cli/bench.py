@@ -1,0 +1,253 @@
+"""`octavo bench PATH`: a language model's speed and memory, next to the original's.
+
+Each model lives in a process of its own (`bench_worker.py`), and they take turns: prefill and decode of one, then of
+the other, round after round, so that what else the machine does falls on both. Medians of the rounds are reported.
+
+    prefill           tokens of the prompt / time to the first token
+    decode            tokens after the first / their time, batch 1, greedy, with a KV cache
+    weights read      bytes of weights that one token reads x decode's tokens per second. All weights are read for each
+                      token, but of an embedding table that is only looked up, one row; the KV cache is not counted
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import multiprocessing
+import random
+import statistics
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from octavo.cli.machine import machine_line
+from octavo.cli.terminal import Terminal
+from octavo.cli.verb import Answer, CommandError, Verbs, add_device, device_of, new_verb, positive
+from octavo.tables import Table, human_bytes, human_percent
+
+if TYPE_CHECKING:
+    from octavo.cli.bench_worker import Loaded, Round
+
+__all__ = ["Measured", "add_parser", "run"]
+
+T = TypeVar("T")
+
+
+def add_parser(verbs: Verbs) -> None:
+    """`octavo bench`."""
+    parser = new_verb(
+        verbs, "bench", "time a language model, and tell its memory, next to the original's",
+        "octavo bench smollm2-int8 --baseline HuggingFaceTB/SmolLM2-135M-Instruct --threads 8", run,
+    )  # fmt: skip
+    parser.add_argument("path", metavar="PATH", help="checkpoint folder, Hub id or .gguf file; int8 or float")
+    parser.add_argument("--baseline", metavar="PATH", help="the original, timed in the same run")
+    parser.add_argument("--prompt-tokens", metavar="N", type=positive, default=512, help="in the prompt (default 512)")
+    parser.add_argument("--new-tokens", metavar="N", type=positive, default=64, help="to decode (default 64)")
+    parser.add_argument("--repeats", metavar="N", type=positive, default=5, help="rounds for each model (default 5)")
+    parser.add_argument("--threads", metavar="N", type=positive, help="of torch (default: as torch decides)")
+    add_device(parser)
+
+
+@dataclasses.dataclass(frozen=True)
+class Measured:
+    """A model and its rounds. The properties are medians."""
+
+    path: str
+    loaded: Loaded
+    rounds: tuple[Round, ...]
+    peak_bytes: int
+    prompt_tokens: int
+    new_tokens: int
+
+    @property
+    def first_token_s(self) -> float:
+        """Seconds from the prompt to the first token."""
+        return statistics.median(one.first_token_s for one in self.rounds)
+
+    @property
+    def prefill_tokens_per_s(self) -> float:
+        """Tokens of the prompt per second."""
+        return self.prompt_tokens / self.first_token_s
+
+    @property
+    def decode_tokens_per_s(self) -> float | None:
+        """Tokens after the first per second; None if only one was asked for."""
+        if self.new_tokens < 2:
+            return None
+        return (self.new_tokens - 1) / statistics.median(one.decode_s for one in self.rounds)
+
+    @property
+    def weight_bytes_per_s(self) -> float | None:
+        """Bytes of weights read per second of decode; None where that is not known."""
+        if self.loaded.token_bytes is None or self.decode_tokens_per_s is None:
+            return None
+        return self.loaded.token_bytes * self.decode_tokens_per_s
+
+    def to_dict(self) -> dict[str, Any]:
+        """The medians, and every round."""
+        loaded = dataclasses.asdict(self.loaded)
+        loaded.pop("machine")
+        return {
+            "path": self.path,
+            "load_s": loaded.pop("seconds"),
+            **loaded,
+            "peak_bytes": self.peak_bytes,
+            "first_token_s": self.first_token_s,
+            "prefill_tokens_per_s": self.prefill_tokens_per_s,
+            "decode_tokens_per_s": self.decode_tokens_per_s,
+            "weight_bytes_per_s": self.weight_bytes_per_s,
+            "rounds": [dataclasses.asdict(one) for one in self.rounds],
+        }
+
+
+def run(args: argparse.Namespace, terminal: Terminal) -> Answer:
+    """Time the models in turns."""
+    device = device_of(args)
+    paths = [args.path] if args.baseline is None else [args.path, args.baseline]
+    with contextlib.ExitStack() as stack:
+        workers = [stack.enter_context(_worker(path)) for path in paths]
+        loaded = [_load(terminal, worker, path, device, args) for worker, path in zip(workers, paths, strict=True)]
+        ids = _prompt(args, loaded)
+        with terminal.progress("timing") as progress:
+            steps = (args.repeats + 1) * len(workers)
+            agreement, rounds = _measure(workers, ids, args, lambda done: progress(done, steps))
+        from octavo.cli import bench_worker
+
+        peaks = [worker(bench_worker.peak_memory) for worker in workers]
+    measured = [
+        Measured(path, *facts, args.prompt_tokens, args.new_tokens)
+        for path, facts in zip(paths, zip(loaded, rounds, peaks, strict=True), strict=True)
+    ]
+    machine = loaded[0].machine
+    return Answer(
+        {
+            "machine": machine,
+            "prompt_tokens": args.prompt_tokens,
+            "new_tokens": args.new_tokens,
+            "repeats": args.repeats,
+            "models": [one.to_dict() for one in measured],
+            "top1_agreement": agreement,
+        },
+        (_table(measured, args), _notes(measured, agreement, machine)),
+    )
+
+
+# -- the processes --------------------------------------------------------------------------------------------------
+
+
+Worker = Callable[..., Any]
+"""Called with a function of `bench_worker` and its arguments, which then runs in the model's process."""
+
+
+@contextlib.contextmanager
+def _worker(path: str) -> Iterator[Worker]:
+    from octavo.cli import bench_worker
+
+    # Not forked: a copy of this process would count as the model's memory.
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=context, initializer=bench_worker.prepare) as pool:
+
+        def call(function: Callable[..., T], *args: Any) -> T:
+            try:
+                return pool.submit(function, *args).result()
+            except BrokenProcessPool as error:
+                raise CommandError(
+                    f"{path}: the process that ran this model was ended from outside, for lack of memory perhaps; "
+                    "free some, or time the models one by one"
+                ) from error
+
+        yield call
+
+
+def _load(terminal: Terminal, worker: Worker, path: str, device: str, args: argparse.Namespace) -> Loaded:
+    from octavo.cli import bench_worker
+
+    with terminal.progress(f"loading {path}"):
+        loaded: Loaded = worker(bench_worker.load, path, device, args.threads)
+    needed = args.prompt_tokens + args.new_tokens
+    if loaded.positions is not None and needed > loaded.positions:
+        raise CommandError(
+            f"--prompt-tokens and --new-tokens make {needed}, and {path} holds {loaded.positions} tokens; ask for fewer"
+        )
+    return loaded
+
+
+def _prompt(args: argparse.Namespace, loaded: list[Loaded]) -> list[int]:
+    """Random tokens: speed does not depend on what they say."""
+    vocabulary = min(one.vocabulary for one in loaded)
+    chance = random.Random(0)
+    return [chance.randrange(vocabulary) for _ in range(args.prompt_tokens)]
+
+
+def _measure(
+    workers: list[Worker], ids: list[int], args: argparse.Namespace, progress: Callable[[int], None]
+) -> tuple[float | None, list[tuple[Round, ...]]]:
+    """Share of the prompt's positions on which the two models choose the same token, and each model's rounds."""
+    from octavo.cli import bench_worker
+
+    done = 0
+    chosen = [worker(bench_worker.predictions, ids) for worker in workers]
+    rounds: list[list[Round]] = [[] for _ in workers]
+    for repeat in range(args.repeats + 1):
+        for worker, kept in zip(workers, rounds, strict=True):
+            one = worker(bench_worker.time_round, ids, args.new_tokens)
+            if repeat:  # the first is to warm up
+                kept.append(one)
+            done += 1
+            progress(done)
+    agreement = None
+    if len(chosen) == 2:
+        agreement = sum(a == b for a, b in zip(*chosen, strict=True)) / len(ids)
+    return agreement, [tuple(kept) for kept in rounds]
+
+
+# -- for people -----------------------------------------------------------------------------------------------------
+
+
+def _table(measured: list[Measured], args: argparse.Namespace) -> Table:
+    rows: list[tuple[str, list[float | None], Callable[[float], str]]] = [
+        ("weights in memory", [one.loaded.weight_bytes for one in measured], lambda value: human_bytes(int(value))),
+        ("peak memory", [one.peak_bytes for one in measured], lambda value: human_bytes(int(value))),
+        ("load time", [one.loaded.seconds for one in measured], "{:.2f} s".format),
+        ("time to first token", [one.first_token_s * 1e3 for one in measured], "{:.1f} ms".format),
+        ("prefill", [one.prefill_tokens_per_s for one in measured], "{:.1f} tokens/s".format),
+        ("decode", [one.decode_tokens_per_s for one in measured], "{:.1f} tokens/s".format),
+        (
+            "weights read in decode",
+            [one.weight_bytes_per_s for one in measured],
+            lambda value: f"{human_bytes(int(value))}/s",
+        ),
+    ]
+    title = f"{args.prompt_tokens} tokens in, {args.new_tokens} out, batch 1; medians of {args.repeats} rounds"
+    columns = ("", *(one.path for one in measured), *(["ratio"] if len(measured) == 2 else []))
+    cells = tuple((name, *_cells(values, write)) for name, values, write in rows)
+    return Table(title, columns, cells, "l" + "r" * (len(columns) - 1))
+
+
+def _cells(values: list[float | None], write: Callable[[float], str]) -> list[str]:
+    cells = ["-" if value is None else write(value) for value in values]
+    if len(values) == 2:
+        model, baseline = values
+        cells.append(f"{model / baseline:.2f}x" if model is not None and baseline else "-")
+    return cells
+
+
+def _notes(measured: list[Measured], agreement: float | None, machine: dict[str, Any]) -> str:
+    lines = []
+    if agreement is not None:
+        lines.append(f"Top-1 agreement of the two on the prompt: {human_percent(agreement)} of the positions.")
+    lines += [f"octavo ops of {one.path} served by: {_served(one)}" for one in measured if one.loaded.served_by]
+    if not any(one.loaded.served_by for one in measured):
+        lines.append("octavo ops served by: none, no layer is int8")
+    lines.append(
+        "Weights read: bytes that a token needs (of an embedding table, one row) x decode's tokens/s"
+        + ("." if all(one.loaded.token_bytes for one in measured) else "; not known for a mixture of experts.")
+    )
+    lines.append(machine_line(machine))
+    return "\n".join(lines)
+
+
+def _served(one: Measured) -> str:
+    return f"{', '.join(one.loaded.served_by)}, on {one.loaded.device}"

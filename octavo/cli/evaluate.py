@@ -1,0 +1,120 @@
+"""`octavo eval PATH`: a language model's perplexity on a text, and what quantizing it cost."""
+
+from __future__ import annotations
+
+import argparse
+import platform
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from octavo.cli.terminal import Terminal
+from octavo.cli.text import sample_text
+from octavo.cli.verb import Answer, CommandError, Verbs, add_device, device_of, new_verb, positive
+from octavo.tables import Table
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from octavo.report import Comparison
+
+__all__ = ["add_parser", "run"]
+
+_WORST_LAYERS = 5
+
+
+def add_parser(verbs: Verbs) -> None:
+    """`octavo eval`."""
+    parser = new_verb(
+        verbs, "eval", "measure a language model's perplexity, and what quantizing it cost",
+        "octavo eval smollm2-int8 --baseline HuggingFaceTB/SmolLM2-135M-Instruct", run,
+    )  # fmt: skip
+    parser.add_argument("path", metavar="PATH", help="checkpoint folder, Hub id or .gguf file; int8 or float")
+    parser.add_argument("--baseline", metavar="PATH", help="the original, to compare with on the same tokens")
+    parser.add_argument("--text", metavar="FILE", help="text to judge on, UTF-8 (default: Python's own documentation)")
+    parser.add_argument(
+        "--window", metavar="W", type=positive, default=512, help="tokens that the model sees at once (default 512)"
+    )
+    parser.add_argument(
+        "--tokens", metavar="N", type=positive, default=8192, help="judge on the text's first N tokens (default 8192)"
+    )
+    add_device(parser)
+
+
+def run(args: argparse.Namespace, terminal: Terminal) -> Answer:
+    """Perplexity of both models, and the comparison of them, over the same windows."""
+    if args.window < 2:
+        raise CommandError(f"--window is {args.window}, expected at least 2: the first token predicts the next")
+    text, text_name = _text(args.text)
+    device = device_of(args)
+    with terminal.progress(f"loading {args.path}"):
+        from octavo.integrations.generation import load_causal, load_language_model, token_ids
+
+        model, tokenizer = load_language_model(args.path, device=device)
+        ids = token_ids(tokenizer, text, limit=args.tokens, window=args.window)
+    if len(ids) < 2:
+        raise CommandError(f"{text_name} has {len(ids)} tokens, expected at least 2")
+    baseline = comparison = None
+    perplexities = [_perplexity(terminal, model, ids, args.window, args.path)]
+    if args.baseline is not None:
+        with terminal.progress(f"loading {args.baseline}"):
+            baseline = load_causal(args.baseline, device=device)
+        perplexities.append(_perplexity(terminal, baseline, ids, args.window, args.baseline))
+        comparison = _compare(terminal, baseline, model, ids, args.window)
+    where = f"{len(ids)} tokens of {text_name}, in windows of {args.window}"
+    return Answer(
+        _data(args, len(ids), text_name, perplexities, comparison),
+        tuple(_shown(args, where, perplexities, comparison)),
+    )
+
+
+def _text(file: str | None) -> tuple[str, str]:
+    if file is None:
+        return sample_text(), f"Python {platform.python_version()}'s documentation (pydoc_data.topics)"
+    try:
+        return Path(file).read_text(encoding="utf-8"), file
+    except UnicodeDecodeError as error:
+        raise CommandError(f"--text {file}: is not UTF-8 text ({error.reason} at byte {error.start})") from error
+
+
+def _perplexity(terminal: Terminal, model: Any, ids: Tensor, window: int, name: str) -> float:
+    from octavo.evaluate import perplexity
+
+    with terminal.progress(f"perplexity of {name}") as progress:
+        return perplexity(model, ids, window=window, progress=progress)
+
+
+def _compare(terminal: Terminal, baseline: Any, model: Any, ids: Tensor, window: int) -> Comparison:
+    from octavo.evaluate import compare
+
+    # A last window of one token predicts nothing: perplexity leaves it out too.
+    windows = [ids[start : start + window].unsqueeze(0) for start in range(0, len(ids) - 1, window)]
+    with terminal.progress("comparing") as progress:
+        return compare(baseline, model, windows, progress=progress)
+
+
+def _data(
+    args: argparse.Namespace, tokens: int, text_name: str, perplexities: list[float], comparison: Comparison | None
+) -> dict[str, Any]:
+    data: dict[str, Any] = {
+        "path": args.path, "text": text_name, "tokens": tokens, "window": args.window, "perplexity": perplexities[0],
+    }  # fmt: skip
+    if comparison is None:
+        return data
+    return {
+        **data,
+        "baseline": args.baseline,
+        "baseline_perplexity": perplexities[1],
+        "ratio": perplexities[0] / perplexities[1],
+        "comparison": comparison.to_dict(),
+    }
+
+
+def _shown(
+    args: argparse.Namespace, where: str, perplexities: list[float], comparison: Comparison | None
+) -> list[Table | str]:
+    rows = [(args.path, f"{perplexities[0]:.4f}", "")]
+    if comparison is not None:
+        change = perplexities[0] / perplexities[1] - 1
+        rows = [(args.baseline, f"{perplexities[1]:.4f}", ""), (args.path, f"{perplexities[0]:.4f}", f"{change:+.2%}")]
+    shown: list[Table | str] = [Table(f"Perplexity on {where}", ("model", "perplexity", "change"), tuple(rows), "lrr")]
+    return shown if comparison is None else [*shown, *comparison.tables(_WORST_LAYERS)]

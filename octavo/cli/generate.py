@@ -1,0 +1,99 @@
+"""`octavo generate PATH --prompt TEXT`: a language model writes, and what it writes is seen as it comes."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import sys
+from typing import TYPE_CHECKING, Any
+
+from octavo.cli.terminal import Terminal
+from octavo.cli.verb import Answer, Verbs, add_device, device_of, new_verb, positive
+
+if TYPE_CHECKING:
+    from octavo.integrations.generation import Generated
+
+__all__ = ["add_parser", "run"]
+
+
+def add_parser(verbs: Verbs) -> None:
+    """`octavo generate`."""
+    parser = new_verb(
+        verbs, "generate", "let a language model answer a prompt",
+        "octavo generate smollm2-int8 --prompt 'Why is the sky blue?' --max-new-tokens 64", run,
+    )  # fmt: skip
+    parser.add_argument("path", metavar="PATH", help="checkpoint folder, Hub id or .gguf file; int8 or float")
+    parser.add_argument("--prompt", metavar="TEXT", type=_some_text, required=True, help="what to answer or to go on")
+    parser.add_argument(
+        "--max-new-tokens", metavar="N", type=positive, default=128, help="stop there at the latest (default 128)"
+    )
+    parser.add_argument(
+        "--temperature", metavar="T", type=_temperature, default=0.0, help="0 (default): the likeliest token each time"
+    )
+    parser.add_argument("--seed", metavar="N", type=int, default=0, help="for a temperature above 0 (default 0)")
+    parser.add_argument("--raw", action="store_true", help="go on with the text itself, without the chat template")
+    add_device(parser)
+
+
+def run(args: argparse.Namespace, terminal: Terminal) -> Answer:
+    """Stream the text to stdout; with --json it is in the answer."""
+    device = device_of(args)
+    with terminal.progress(f"loading {args.path}"):
+        from octavo.integrations.generation import generate, load_language_model
+
+        model, tokenizer = load_language_model(args.path, device=device)
+    written = generate(
+        model,
+        tokenizer,
+        args.prompt,
+        max_new_tokens=args.max_new_tokens,
+        temperature=args.temperature,
+        seed=args.seed,
+        raw=args.raw,
+        on_text=(lambda piece: None) if args.json else _write,
+    )
+    if not args.json:
+        _write("\n")
+    terminal.remark(_statistics(written))
+    return Answer(_data(args, written), ())
+
+
+def _write(piece: str) -> None:
+    sys.stdout.write(piece)
+    sys.stdout.flush()
+
+
+def _data(args: argparse.Namespace, written: Generated) -> dict[str, Any]:
+    return {
+        "path": args.path,
+        "prompt": args.prompt,
+        **dataclasses.asdict(written),
+        "tokens_per_s": written.tokens_per_s,
+    }
+
+
+def _statistics(written: Generated) -> str:
+    speed = "" if written.tokens_per_s is None else f", then {written.tokens_per_s:.1f} tokens/s"
+    return (
+        f"[{written.new_tokens} tokens after a prompt of {written.prompt_tokens}; the first in "
+        f"{written.first_token_s:.2f} s{speed}]"
+    )
+
+
+def _some_text(text: str) -> str:
+    if not text.strip():
+        raise ValueError(text)
+    return text
+
+
+_some_text.__name__ = "text"
+
+
+def _temperature(text: str) -> float:
+    value = float(text)
+    if not 0 <= value < float("inf"):
+        raise ValueError(text)
+    return value
+
+
+_temperature.__name__ = "temperature (0 or more)"

@@ -1,0 +1,284 @@
+"""`octavo inspect PATH`: what is in a checkpoint, read from its files without building a model.
+
+What is float and why is told by the coverage that octavo leaves beside its weights; of checkpoints that others wrote,
+by their config: its targets and its list of what to ignore.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import math
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from octavo.cli.terminal import Terminal
+from octavo.cli.verb import Answer, Verbs, new_verb
+from octavo.errors import CheckpointError
+from octavo.recipe import pattern_matches
+from octavo.tables import Table, human_bytes, human_percent
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from octavo.coverage import Coverage, Row
+    from octavo.formats.checkpoint import CheckpointReader
+
+__all__ = ["ScaleRange", "add_parser", "run"]
+
+
+def add_parser(verbs: Verbs) -> None:
+    """`octavo inspect`."""
+    parser = new_verb(
+        verbs, "inspect", "show what is in a checkpoint: schemes, bytes, what is float and why, the scales",
+        "octavo inspect smollm2-int8", run,
+    )  # fmt: skip
+    parser.add_argument("path", metavar="PATH", help="checkpoint folder, .safetensors file or Hub id; int8 or float")
+
+
+def run(args: argparse.Namespace, terminal: Terminal) -> Answer:
+    """Read the headers, the scales and the config of the checkpoint."""
+    from octavo.formats import int8_names
+    from octavo.formats.checkpoint import CheckpointReader
+    from octavo.integrations.hub import resolve
+
+    with terminal.progress(f"reading {args.path}") as progress, CheckpointReader(resolve(args.path)) as reader:
+        config = (reader.config or {}).get("quantization_config") or {}
+        dtypes = _dtypes(reader)
+        problem = None
+        try:
+            int8 = list(int8_names(reader).values())
+        except CheckpointError as error:
+            int8, problem = [], str(error)
+        report = _coverage(reader, int8, config) if int8 else None
+        scales = _scale_ranges(reader, int8, progress)
+    kind = "unreadable" if problem else "int8" if int8 else "float"
+    return Answer(
+        {
+            "path": args.path,
+            "kind": kind,
+            "problem": problem,
+            "quant_method": config.get("quant_method"),
+            "format": config.get("format"),
+            "bytes": sum(row["bytes"] for row in dtypes),
+            "dtypes": dtypes,
+            "schemes": _schemes(report) if report else [],
+            "scales": [dataclasses.asdict(scale) for scale in scales],
+            "coverage": report.to_dict() if report else None,
+        },
+        tuple(_shown(args.path, kind, problem, config, dtypes, report, scales)),
+    )
+
+
+def _shown(
+    path: str,
+    kind: str,
+    problem: str | None,
+    config: Mapping[str, Any],
+    dtypes: list[dict[str, Any]],
+    report: Coverage | None,
+    scales: list[ScaleRange],
+) -> Iterable[Table | str]:
+    size = human_bytes(sum(row["bytes"] for row in dtypes))
+    tensors = sum(row["tensors"] for row in dtypes)
+    if kind == "float":
+        yield f"{path}: a float checkpoint, {size} in {tensors} tensors. No weight in it is int8."
+    elif kind == "unreadable":
+        yield f"{path}: quantized, {size} in {tensors} tensors, and not in a way that octavo can run: {problem}"
+    else:
+        method, layout = config.get("quant_method"), config.get("format")
+        yield f"{path}: an int8 checkpoint, {size} in {tensors} tensors; {layout} layout, quant_method {method}."
+    dtype_rows = tuple((row["dtype"], str(row["tensors"]), human_bytes(row["bytes"])) for row in dtypes)
+    yield Table("Tensors on disk", ("dtype", "tensors", "bytes"), dtype_rows, "lrr")
+    if report:
+        yield _scheme_table(report)
+        yield report.table()
+    if scales:
+        yield _scale_table(scales)
+    if kind == "float":
+        yield f"To make it int8:   octavo quantize {path} OUT"
+
+
+def _dtypes(reader: CheckpointReader) -> list[dict[str, Any]]:
+    counts: dict[str, list[int]] = {}
+    for name in reader.names:
+        info = reader.info(name)
+        counts.setdefault(str(info.dtype).removeprefix("torch."), []).append(info.nbytes)
+    ordered = sorted(counts.items(), key=lambda item: -sum(item[1]))
+    return [{"dtype": dtype, "tensors": len(sizes), "bytes": sum(sizes)} for dtype, sizes in ordered]
+
+
+# -- what is int8, what is float, and why ---------------------------------------------------------------------------
+
+
+def _coverage(reader: CheckpointReader, int8: list[str], config: Mapping[str, Any]) -> Coverage:
+    """The coverage that octavo left beside the weights, or one that follows from names and config."""
+    from octavo.coverage import Coverage
+    from octavo.formats import COVERAGE_FILE
+
+    folder = reader.path if reader.path.is_dir() else reader.path.parent
+    if (folder / COVERAGE_FILE).is_file():
+        return _left_coverage(folder / COVERAGE_FILE)
+    parts = {f"{name}_{part}" for name in int8 for part in ("packed", "scale", "shape")}
+    floats = [name for name in reader.names if name not in parts and reader.info(name).dtype.is_floating_point]
+    rows = [_int8_row(reader, name) for name in int8] + [_float_row(reader, name, config) for name in floats]
+    return Coverage(tuple(sorted(rows, key=lambda row: _natural(row.name))))
+
+
+def _left_coverage(file: Path) -> Coverage:
+    from octavo.coverage import Coverage
+
+    try:
+        return Coverage.from_dict(json.loads(file.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise CheckpointError(
+            f"{file}: is not a coverage that octavo wrote ({error!r}); remove it, and it is inferred from the config"
+        ) from error
+
+
+def _int8_row(reader: CheckpointReader, name: str) -> Row:
+    from octavo.coverage import Row
+    from octavo.formats.loading import scheme_of
+
+    shape = tuple(reader.tensor(f"{name}_shape").tolist())
+    scale = reader.info(f"{name}_scale")
+    after = reader.info(f"{name}_packed").nbytes + scale.nbytes
+    return Row(name, "", shape, math.prod(shape) * scale.dtype.itemsize, after, str(scheme_of(reader, name)), None)
+
+
+def _float_row(reader: CheckpointReader, name: str, config: Mapping[str, Any]) -> Row:
+    from octavo.coverage import Row
+
+    info = reader.info(name)
+    return Row(name, "", info.shape, info.nbytes, info.nbytes, None, _why_float(name, info.shape, config))
+
+
+def _why_float(name: str, shape: tuple[int, ...], config: Mapping[str, Any]) -> str:
+    if sum(size > 1 for size in shape) <= 1:
+        return "1-D: biases and norms stay float"
+    module = name.rpartition(".")[0]
+    for pattern in config.get("ignore") or ():
+        if pattern_matches(pattern, module):
+            return f"the config ignores {pattern!r}"
+    groups = (config.get("config_groups") or {}).values()
+    targets = sorted({target for group in groups for target in group.get("targets") or ()})
+    shown = ", ".join(targets[:3]) + (f" and {len(targets) - 3} more" if len(targets) > 3 else "")
+    return f"not among the config's targets ({shown})"
+
+
+def _natural(name: str) -> list[tuple[bool, int, str]]:
+    """Order in which layer 2 comes before layer 10."""
+    return [(part.isdigit(), int(part) if part.isdigit() else 0, part) for part in name.split(".")]
+
+
+def _schemes(report: Coverage) -> list[dict[str, Any]]:
+    """A line for each scheme, and one for what is float: parameters and bytes."""
+    lines: dict[str, dict[str, Any]] = {}
+    for row in report.rows:
+        line = lines.setdefault(
+            row.scheme or "float", {"scheme": row.scheme, "parameters": 0, "bytes_before": 0, "bytes": 0}
+        )
+        line["parameters"] += 1
+        line["bytes_before"] += row.bytes_before
+        line["bytes"] += row.bytes_after
+    return sorted(lines.values(), key=lambda line: -line["bytes_before"])
+
+
+def _scheme_table(report: Coverage) -> Table:
+    rows = tuple(
+        (
+            line["scheme"] or "float",
+            str(line["parameters"]),
+            human_bytes(line["bytes_before"]),
+            human_bytes(line["bytes"]),
+            human_percent(line["bytes_before"] / report.bytes_before if report.bytes_before else 0.0),
+        )
+        for line in _schemes(report)
+    )
+    return Table("Schemes", ("scheme", "parameters", "float bytes", "bytes now", "of the float bytes"), rows, "lrrrr")
+
+
+# -- scales ---------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class ScaleRange:
+    """The scales of a family of weights (those whose names differ in numbers only).
+
+    zero, subnormal, negative, not_finite: how many are not as they should be. Subnormal is meant in the dtype that they
+    are stored in: such a scale has lost bits. ones: how many are exactly 1, which is what a row of zeros gets.
+    """
+
+    family: str
+    tensors: int
+    dtype: str
+    count: int
+    minimum: float
+    median: float
+    maximum: float
+    zero: int
+    subnormal: int
+    negative: int
+    not_finite: int
+    ones: int
+
+
+def _scale_ranges(reader: CheckpointReader, int8: list[str], progress: Any) -> list[ScaleRange]:
+    import torch
+
+    families: dict[str, list[Tensor]] = {}
+    for done, name in enumerate(int8, 1):
+        families.setdefault(re.sub(r"\b\d+\b", "*", name), []).append(reader.tensor(f"{name}_scale"))
+        progress(done, len(int8))
+    ranges = []
+    for family, tensors in families.items():
+        stored = torch.cat([tensor.flatten() for tensor in tensors])
+        if not stored.numel():
+            continue
+        tiny = torch.finfo(stored.dtype).tiny
+        scale = stored.double()
+        ranges.append(
+            ScaleRange(
+                family,
+                len(tensors),
+                str(stored.dtype).removeprefix("torch."),
+                scale.numel(),
+                scale.min().item(),
+                scale.median().item(),
+                scale.max().item(),
+                zero=int((scale == 0).sum()),
+                subnormal=int(((scale != 0) & (scale.abs() < tiny)).sum()),
+                negative=int((scale < 0).sum()),
+                not_finite=int((~scale.isfinite()).sum()),
+                ones=int((scale == 1).sum()),
+            )
+        )
+    return ranges
+
+
+def _scale_table(scales: list[ScaleRange]) -> Table:
+    rows = tuple(
+        (
+            f"{scale.family}  x{scale.tensors}" if scale.tensors > 1 else scale.family,
+            f"{scale.minimum:.3g}",
+            f"{scale.median:.3g}",
+            f"{scale.maximum:.3g}",
+            _oddities(scale),
+        )
+        for scale in scales
+    )
+    return Table("Scales", ("weight", "min", "median", "max", "odd"), rows, "lrrrl")
+
+
+def _oddities(scale: ScaleRange) -> str:
+    counts = {
+        "zero": scale.zero,
+        "subnormal": scale.subnormal,
+        "negative": scale.negative,
+        "NaN or inf": scale.not_finite,
+        "exactly 1 (rows of zeros)": scale.ones,
+    }
+    return ", ".join(f"{count} {what}" for what, count in counts.items() if count)

@@ -1,0 +1,84 @@
+"""What every verb of the command line has, and what it answers with.
+
+A verb is a file with two functions:
+
+    add_parser(verbs)          its arguments, its one-line description and an example, through `new_verb`
+    run(args, terminal)        does the work and returns an Answer; torch is imported here, not before
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from octavo.errors import OctavoError
+from octavo.tables import Table
+
+if TYPE_CHECKING:
+    from octavo.cli.terminal import Terminal
+
+__all__ = ["Answer", "CommandError", "Run", "Verbs", "add_device", "device_of", "new_verb", "positive"]
+
+Verbs = Any
+"""What `argparse.ArgumentParser.add_subparsers` returns; its class is private."""
+
+
+class CommandError(OctavoError, ValueError):
+    """Arguments that are well-formed and cannot be honoured here."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Answer:
+    """What a verb found.
+
+    data: for programs, printed by --json. shown: for people, in order, on stdout.
+    """
+
+    data: Mapping[str, Any]
+    shown: tuple[Table | str, ...]
+
+
+Run = Callable[[argparse.Namespace, "Terminal"], Answer]
+
+
+def new_verb(verbs: Verbs, name: str, line: str, example: str, run: Run) -> argparse.ArgumentParser:
+    """The parser of `octavo NAME`, with the options that every verb has."""
+    parser: argparse.ArgumentParser = verbs.add_parser(
+        name,
+        help=line,
+        description=f"{line[0].upper()}{line[1:]}.",
+        epilog=f"example:\n  {example}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object on stdout, and nothing else there")
+    parser.add_argument("--debug", action="store_true", help="show tracebacks, and the warnings and logs of libraries")
+    parser.set_defaults(run=run)
+    return parser
+
+
+def positive(text: str) -> int:
+    """An argument that is a whole number of at least 1."""
+    number = int(text)
+    if number < 1:
+        raise ValueError(text)
+    return number
+
+
+positive.__name__ = "positive whole number"  # argparse says: invalid positive whole number value: '0'
+
+
+def add_device(parser: argparse.ArgumentParser) -> None:
+    """The option --device of the verbs that run a model."""
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="where to run (default: cuda if there is one)")
+
+
+def device_of(args: argparse.Namespace) -> str:
+    """The device that --device asks for, or the best that there is. Raises CommandError for one that is not there."""
+    import torch
+
+    has_cuda = torch.cuda.is_available()
+    if args.device == "cuda" and not has_cuda:
+        raise CommandError("--device is cuda, and torch finds no CUDA device here; expected cpu, or a torch with CUDA")
+    return str(args.device or ("cuda" if has_cuda else "cpu"))

@@ -1,0 +1,169 @@
+"""Causal language models of transformers, float or int8 alike: load one with its tokenizer, feed it text, let it write.
+
+model, tokenizer = load_language_model("out/")
+ids = token_ids(tokenizer, text, limit=8192, window=512)
+written = generate(model, tokenizer, "What is an octavo?", on_text=print)
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+from transformers.utils import logging
+
+from octavo.errors import CheckpointError
+from octavo.formats.checkpoint import CheckpointReader
+from octavo.integrations.hub import load, load_tokenizer, resolve
+
+__all__ = ["Generated", "generate", "load_causal", "load_language_model", "token_ids"]
+
+
+def load_language_model(path: str | Path, *, device: str = "cpu") -> tuple[Any, Any]:
+    """A causal language model in eval mode, and its tokenizer.
+
+    path: as for `octavo.load`. Raises: CheckpointError as `octavo.load` does, for a source without a tokenizer, and for
+        a model of another kind, before its weights are loaded.
+    """
+    source = resolve(path)
+    _refuse_other_kinds(source)
+    tokenizer = load_tokenizer(source)
+    return load_causal(source, device=device), tokenizer
+
+
+def load_causal(path: str | Path, *, device: str = "cpu") -> Any:
+    """A causal language model in eval mode, without a tokenizer. path, Raises: as for `load_language_model`."""
+    source = resolve(path)
+    _refuse_other_kinds(source)
+    with _no_progress_bar():
+        return load(source).to(device)
+
+
+def _refuse_other_kinds(source: Path) -> None:
+    if source.suffix == ".gguf":
+        return
+    with CheckpointReader(source) as reader:
+        config = reader.config or {}
+    name = (config.get("architectures") or [""])[0]
+    model_class = getattr(transformers, name, None) if name else None
+    # A class that transformers does not have is `load`'s to refuse, or the checkpoint's own code.
+    if model_class is not None and (config.get("is_encoder_decoder") or not model_class.can_generate()):
+        raise CheckpointError(
+            f"{source}: holds a {name}, expected a causal language model (one that continues text); "
+            "octavo.compare judges models of any kind in Python"
+        )
+
+
+@contextlib.contextmanager
+def _no_progress_bar() -> Iterator[None]:
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+
+
+def token_ids(tokenizer: Any, text: str, *, limit: int, window: int) -> Tensor:
+    """The first `limit` tokens of `text`, for windows of `window` tokens that a model reads one by one.
+
+    Where the tokenizer begins a text with a token of its own (BOS), each window begins with it.
+    Returns: int64 [T], T <= limit.
+    """
+    ids = tokenizer(text, add_special_tokens=False, verbose=False).input_ids[:limit]
+    begin = tokenizer.bos_token_id
+    if begin is not None and tokenizer("a").input_ids[:1] == [begin]:
+        step = window - 1
+        ids = [token for start in range(0, len(ids), step) for token in (begin, *ids[start : start + step])][:limit]
+    return torch.tensor(ids, dtype=torch.int64)
+
+
+@dataclasses.dataclass(frozen=True)
+class Generated:
+    """What a model wrote, and how long it took.
+
+    first_token_s: from the start until the first new token was there. decode_s: from then until the last.
+    """
+
+    text: str
+    prompt_tokens: int
+    new_tokens: int
+    first_token_s: float
+    decode_s: float
+
+    @property
+    def tokens_per_s(self) -> float | None:
+        """Tokens after the first, per second; None if there are none."""
+        return (self.new_tokens - 1) / self.decode_s if self.new_tokens > 1 and self.decode_s > 0 else None
+
+
+def generate(
+    model: Any,
+    tokenizer: Any,
+    prompt: str,
+    *,
+    max_new_tokens: int = 128,
+    temperature: float = 0.0,
+    seed: int = 0,
+    raw: bool = False,
+    on_text: Callable[[str], None] = lambda piece: None,
+) -> Generated:
+    """Let `model` continue `prompt` until it ends by itself or after `max_new_tokens`.
+
+    temperature: 0 takes the likeliest token each time; otherwise tokens are drawn, with `seed`, which is then the seed
+        of torch's global generator.
+    raw: feed the prompt as it is; otherwise as a user's message, if the tokenizer has a chat template.
+    on_text: called with each piece of text as soon as whole words are there.
+    """
+    inputs = _inputs(tokenizer, prompt, raw).to(model.device)
+    streamer = _Streamer(tokenizer, on_text)
+    sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
+    torch.manual_seed(seed)
+    start = time.perf_counter()
+    with torch.no_grad():
+        model.generate(**inputs, **sampling, max_new_tokens=max_new_tokens, streamer=streamer)
+    times = streamer.times
+    return Generated(
+        "".join(streamer.pieces),
+        prompt_tokens=inputs["input_ids"].shape[-1],
+        new_tokens=len(times),
+        first_token_s=times[0] - start,
+        decode_s=times[-1] - times[0],
+    )
+
+
+def _inputs(tokenizer: Any, prompt: str, raw: bool) -> Any:
+    if raw or not tokenizer.chat_template:
+        return tokenizer(prompt, return_tensors="pt")
+    message = [{"role": "user", "content": prompt}]
+    return tokenizer.apply_chat_template(message, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+
+
+class _Streamer(transformers.TextStreamer):
+    """Hands on each piece of text, and notes when each token came."""
+
+    def __init__(self, tokenizer: Any, on_text: Callable[[str], None]) -> None:
+        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        self._on_text = on_text
+        self._awaits_prompt = True
+        self.times: list[float] = []
+        self.pieces: list[str] = []
+
+    def put(self, value: Tensor) -> None:
+        if self._awaits_prompt:
+            self._awaits_prompt = False
+        else:
+            self.times.append(time.perf_counter())
+        super().put(value)
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        self.pieces.append(text)
+        self._on_text(text)
