@@ -7,26 +7,30 @@ object on stdout. Libraries that log, warn or draw bars of their own are kept qu
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import logging
+import re
 import shutil
 import sys
 import textwrap
 import threading
 import warnings
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING
 
 from octavo.cli.verb import Answer
 from octavo.errors import OctavoWarning
 from octavo.tables import Table, render, to_json
 
-if TYPE_CHECKING:
-    from rich.table import Table as Grid
-
 __all__ = ["Terminal"]
 
 _PATIENCE = 1.0
 """Seconds that work may take before a progress bar appears."""
+
+_GAP = 3
+"""Blanks between two columns of a rendered table."""
+
+_NARROWEST = 8
+"""Characters that a column keeps, however narrow the terminal."""
 
 
 class Terminal:
@@ -53,9 +57,7 @@ class Terminal:
         if isinstance(part, str):
             print(part)
         elif sys.stdout.isatty():
-            from rich.console import Console
-
-            Console().print(_folding(part))
+            print(render(_folded(part, shutil.get_terminal_size().columns)))
         else:
             print(render(part))
 
@@ -84,6 +86,8 @@ class Terminal:
         from rich.console import Console
         from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
+        # A bar needs some 50 characters beside what it is for.
+        label = textwrap.shorten(label, max(20, shutil.get_terminal_size().columns - 50), placeholder="...")
         columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
         bar = Progress(*columns, console=Console(stderr=True), transient=True)
         task = bar.add_task(label, total=None)
@@ -116,16 +120,25 @@ class Terminal:
             logging.disable(disabled)
 
 
-def _folding(table: Table) -> Grid:
-    """The table for a terminal: cells that do not fit are folded."""
-    from rich import box
-    from rich.table import Table as Grid
-    from rich.text import Text
+def _folded(table: Table, width: int) -> Table:
+    """The table with its widest columns folded so far that it fits into `width`, if it does not."""
+    rows = (table.columns, *table.rows)
+    widths = [max(map(len, cells)) for cells in zip(*rows, strict=True)]
+    room = width - _GAP * (len(widths) - 1)
+    while sum(widths) > room and max(widths) > _NARROWEST:
+        widths[widths.index(max(widths))] -= 1
+    columns, *folded = [tuple(_fold(cell, size) for cell, size in zip(row, widths, strict=True)) for row in rows]
+    return dataclasses.replace(table, columns=columns, rows=tuple(folded))
 
-    grid = Grid(title=Text(table.title, style="bold"), title_justify="left", box=box.SIMPLE_HEAD, show_edge=False)
-    for name, side in zip(table.columns, table.align or "l" * len(table.columns), strict=True):
-        # A Text is shown as it is; a str would be read as rich's markup, which eats a shape such as [n].
-        grid.add_column(Text(name), justify="right" if side == "r" else "left", overflow="fold")
-    for row in table.rows:
-        grid.add_row(*(Text(cell) for cell in row))
-    return grid
+
+def _fold(cell: str, width: int) -> str:
+    """The cell in lines of at most `width` characters, broken after a space or punctuation where there is one."""
+    lines = [""]
+    for piece in re.findall(r"[^ ._/-]*[ ._/-]|[^ ._/-]+", cell):
+        if len((lines[-1] + piece).rstrip()) > width and lines[-1]:
+            lines.append("")
+        while len(piece.rstrip()) > width:
+            lines[-1], piece = piece[:width], piece[width:]
+            lines.append("")
+        lines[-1] += piece
+    return "\n".join(line.rstrip() for line in lines)
