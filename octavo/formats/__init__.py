@@ -11,6 +11,7 @@ gpt_fast.py            gpt-fast's own layout, a state dict in a .pth file
 from octavo.formats.loading import Rename, int8_names, load_into, restore_reasons, stored_decisions
 from octavo.formats.saving import (
     COVERAGE_FILE,
+    OnDisk,
     describe_layout,
     quantization_config,
     save,
@@ -20,6 +21,7 @@ from octavo.formats.saving import (
 
 __all__ = [
     "COVERAGE_FILE",
+    "OnDisk",
     "Rename",
     "describe_layout",
     "int8_names",

@@ -24,7 +24,7 @@ from octavo.modules import Codes
 from octavo.quantize import Decision, Progress, install, output_heads
 from octavo.recipe import Scheme, WeightArgs
 
-__all__ = ["Rename", "int8_names", "load_into", "restore_reasons", "stored_decisions"]
+__all__ = ["Rename", "int8_names", "load_into", "restore_reasons", "scheme_of", "stored_decisions"]
 
 Rename = Callable[[str], str | None]
 """Name of a tensor on disk -> name of the parameter that it is loaded into; None if it is a part of one."""
@@ -82,12 +82,17 @@ def read_codes(reader: CheckpointReader, name: str) -> tuple[Tensor, Tensor, tor
     return layout.decode(name, {part: reader.tensor(part) for part in parts})
 
 
-def restore_reasons(model: nn.Module, folder: Path) -> None:
+def restore_reasons(model: nn.Module, folder: Path, rename: Rename = lambda name: name) -> None:
     """Give a loaded model the reasons that its float layers had when it was quantized."""
     file = folder / COVERAGE_FILE
     if file.is_file():
-        rows = Coverage.from_dict(json.loads(file.read_text(encoding="utf-8"))).rows
-        reasons = {row.name: (row.reason, row.asked) for row in rows if row.reason and not row.scheme}
+        try:
+            rows = Coverage.from_dict(json.loads(file.read_text(encoding="utf-8"))).rows
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise CheckpointError(f"{file}: cannot be read: {error!r}; remove it, it only tells why") from error
+        reasons = {
+            rename(row.name) or row.name: (row.reason, row.asked) for row in rows if row.reason and not row.scheme
+        }
         setattr(model, REASONS_ATTRIBUTE, reasons)
 
 

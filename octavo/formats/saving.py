@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +25,17 @@ from octavo.formats import compressed_tensors as layout
 from octavo.formats.checkpoint import CheckpointWriter, copy_companions, new_folder
 from octavo.modules import QuantModule
 from octavo.quantize import Progress
-from octavo.recipe import Scheme
+from octavo.recipe import OPT_IN_TARGETS, Scheme
 
-__all__ = ["COVERAGE_FILE", "describe_layout", "quantization_config", "save", "state_dict", "write_descriptions"]
+__all__ = [
+    "COVERAGE_FILE",
+    "OnDisk",
+    "describe_layout",
+    "quantization_config",
+    "save",
+    "state_dict",
+    "write_descriptions",
+]
 
 COVERAGE_FILE = "octavo_coverage.json"
 """Beside the weights: what is float, and why (`Coverage.to_json`)."""
@@ -37,12 +45,18 @@ ECOSYSTEM_KINDS = frozenset({"Linear", "OutputHead"})
 octavo's own quant_method, so that no other reader takes it for what it is not."""
 
 
+OnDisk = Callable[[dict[str, Tensor]], Mapping[str, Tensor]]
+"""Tensors under their names in the model -> the same tensors under their names on disk. A float tensor may come back
+as several, which the model's library merges when it loads them."""
+
+
 def save(
     model: nn.Module,
     folder: str | Path,
     *,
     tokenizer: Any = None,
     max_shard_size: int | str = "5GB",
+    on_disk: OnDisk | None = None,
     progress: Progress | None = None,
 ) -> Path:
     """Write a quantized model as a checkpoint folder: safetensors, config.json, tokenizer and generation files.
@@ -52,15 +66,15 @@ def save(
     tokenizer: tokenizer or processor to save along. Without one, the files beside the model's own checkpoint are
         copied, if it was loaded from a local folder.
     max_shard_size: bytes, or "5GB".
+    on_disk: gives the tensors the names that they have on disk, where those differ from the model's.
     Returns: the folder's path.
     Raises: QuantizeError if no layer is int8; CheckpointError if the folder exists or cannot be written whole.
     Warns: OctavoWarning if a layer's kind keeps transformers and vLLM from loading the folder.
     """
     report = coverage(model)
-    layers = _int8_layers(model)
-    if not layers:
+    if not _int8_layers(model):
         raise QuantizeError("the model has no int8 layer to save; call octavo.quantize(model, 'w8a16') first")
-    tensors = dict(_stored(model, layers))
+    tensors, names, parts = _renamed(_stored(model), on_disk)
     with new_folder(folder) as temporary:
         plan: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
         for name, (tensor, scale, dtype) in tensors.items():
@@ -69,58 +83,84 @@ def save(
             else:
                 plan.update(layout.packed_layout(name, tuple(tensor.shape), tuple(scale.shape), dtype))
         with CheckpointWriter(temporary, plan, max_shard_size=max_shard_size) as writer:
-            for done, (name, (tensor, scale, dtype)) in enumerate(tensors.items(), 1):
-                encoded = {name: tensor} if scale is None else layout.encode(name, tensor, scale, dtype)
-                for stored_name, stored in encoded.items():
-                    writer.write(stored_name, stored)
+            for done, (name, stored) in enumerate(tensors.items(), 1):
+                for stored_name, encoded in _encode(name, stored).items():
+                    writer.write(stored_name, encoded)
                 if progress:
                     progress(done, len(tensors))
         config = _describe_model(model, temporary, tokenizer)
-        is_transformers = "model_type" in config
-        config["quantization_config"] = describe_layout(model, ecosystem=is_transformers)
+        config["quantization_config"] = quantization_config(
+            *_described(model), ecosystem="model_type" in config, names=names, parts=parts
+        )
         write_descriptions(temporary, config, report)
     return Path(folder)
 
 
 def state_dict(model: nn.Module) -> dict[str, Tensor]:
-    """All tensors of a quantized model as `save` lays them out, in memory: int8 weights packed, shared ones once."""
-    layers = _int8_layers(model)
+    """All tensors of a quantized model as `save` lays them out, in memory, under their names in the model: int8
+    weights packed, shared ones once."""
     encoded: dict[str, Tensor] = {}
-    for name, (tensor, scale, dtype) in _stored(model, layers):
-        encoded.update({name: tensor} if scale is None else layout.encode(name, tensor, scale, dtype))
+    for name, stored in _stored(model).items():
+        encoded.update(_encode(name, stored))
     return encoded
 
 
-def describe_layout(model: nn.Module, *, ecosystem: bool) -> dict[str, Any]:
-    """The `quantization_config` of a quantized model. ecosystem: whether others may read it, if its layers allow."""
+def describe_layout(model: nn.Module) -> dict[str, Any]:
+    """The `quantization_config` of a quantized model, marked as for octavo only."""
+    return quantization_config(*_described(model), ecosystem=False)
+
+
+def quantization_config(
+    layers: Mapping[str, tuple[str, Scheme]],
+    unquantized: Iterable[str],
+    *,
+    ecosystem: bool,
+    names: Mapping[str, str] | None = None,
+    parts: Collection[str] = (),
+) -> dict[str, Any]:
+    """config.json's `quantization_config`, marked as octavo's own if something in it is beyond other readers.
+
+    layers: int8 layer's name -> (its kind, its scheme). unquantized: names of linear and embedding layers that hold
+        no codes of their own.
+    ecosystem: whether other readers may load it, if the layers' kinds allow.
+    names: layer's name in the model -> on disk, where it differs. To leave a layer alone a reader needs the name that
+        it goes by: transformers the model's, vLLM the one on disk.
+    parts: names on disk of float tensors that the model holds merged with others (the experts of a layer).
+    Warns: OctavoWarning if `ecosystem` was hoped for and something forbids it.
+    """
+    foreign = sorted({kind for kind, _ in layers.values()} - ECOSYSTEM_KINDS)
+    if ecosystem and (foreign or parts):
+        found = f"int8 layers of kind {', '.join(foreign)}" if foreign else f"merged float tensors ({min(parts)}, ...)"
+        warnings.warn(
+            f"{found} are read by octavo only: transformers and vLLM will not load this checkpoint"
+            + (f". For one that they load, {_without(foreign)}" if foreign and not parts else ""),
+            OctavoWarning,
+            stacklevel=4,
+        )
+    ignore = [*unquantized, *(part.rpartition(".")[0] for part in sorted(parts))]
+    ignore += [names[name] for name in unquantized if name in names] if names else []
+    return layout.quantization_config(layers, dict.fromkeys(ignore), ecosystem=ecosystem and not foreign and not parts)
+
+
+def _without(kinds: list[str]) -> str:
+    """How to quantize without layers of those kinds: what is opt-in was included, the rest has to be ignored."""
+    ignored = [kind for kind in kinds if kind not in OPT_IN_TARGETS]
+    ways = [f"with ignore={ignored}"] if ignored else []
+    if len(ignored) < len(kinds):
+        ways.append("include no embedding, nor a head that shares its weight")
+    return "quantize " + " and ".join(ways) if ignored else ways[0]
+
+
+def _described(model: nn.Module) -> tuple[dict[str, tuple[str, Scheme]], list[str]]:
+    """Of a quantized model: the layers that hold codes, as `quantization_config` takes them, and those that do not."""
     layers = _int8_layers(model)
     owners = {name: (layer.replaces, layer.scheme) for name, layer in layers.items() if layer.codes()}
-    # Linear layers that hold no codes of their own: a reader of the config must leave them alone.
-    unquantized = [
+    others = [
         name
         for name, module in model.named_modules()
         if isinstance(module, nn.Linear) or (name in layers and name not in owners)
     ]
-    return quantization_config(owners, unquantized, ecosystem=ecosystem)
-
-
-def quantization_config(
-    layers: Mapping[str, tuple[str, Scheme]], unquantized: list[str], *, ecosystem: bool
-) -> dict[str, Any]:
-    """config.json's `quantization_config`, marked as octavo's own if a layer's kind is beyond other readers.
-
-    layers: int8 layer's name -> (its kind, its scheme). unquantized: names of Linear layers without codes.
-    Warns: OctavoWarning if `ecosystem` was hoped for and a layer's kind forbids it.
-    """
-    foreign = sorted({kind for kind, _ in layers.values()} - ECOSYSTEM_KINDS)
-    if ecosystem and foreign:
-        warnings.warn(
-            f"int8 layers of kind {', '.join(foreign)} are read by octavo only: transformers and vLLM will not load "
-            f"this checkpoint. For one that they load, quantize with ignore={foreign}",
-            OctavoWarning,
-            stacklevel=4,
-        )
-    return layout.quantization_config(layers, unquantized, ecosystem=ecosystem and not foreign)
+    return owners, others
 
 
 def _int8_layers(model: nn.Module) -> dict[str, QuantModule]:
@@ -131,20 +171,43 @@ Stored = tuple[Tensor, Tensor | None, torch.dtype]
 """A float tensor (scale None), or codes with their scale and the dtype that the scale has on disk."""
 
 
-def _stored(model: nn.Module, layers: Mapping[str, QuantModule]) -> Iterable[tuple[str, Stored]]:
+def _stored(model: nn.Module) -> dict[str, Stored]:
     """What goes to disk, in the order of the model: codes with their scales, and each shared tensor once."""
     codes: dict[str, Stored] = {}
-    for prefix, layer in layers.items():
+    for prefix, layer in _int8_layers(model).items():
         for param, (weight, scale) in layer.codes().items():
             codes[f"{prefix}.{param}"] = (weight, scale, layer.float_dtype)
-    scales = {f"{name}_scale" for name in codes}
     state = model.state_dict()
-    copies = _copies(state, getattr(model, "all_tied_weights_keys", None) or {})
-    for name, tensor in state.items():
-        if name in codes:
-            yield name, codes[name]
-        elif name not in scales and name not in copies:
-            yield name, (tensor, None, tensor.dtype)
+    left_out = _copies(state, getattr(model, "all_tied_weights_keys", None) or {})
+    left_out |= {f"{name}_scale" for name in codes}
+    return {
+        name: codes.get(name) or (tensor, None, tensor.dtype) for name, tensor in state.items() if name not in left_out
+    }
+
+
+def _renamed(tensors: dict[str, Stored], on_disk: OnDisk | None) -> tuple[dict[str, Stored], dict[str, str], list[str]]:
+    """`tensors` under their names on disk; layer's name in the model -> on disk where it differs; names of the parts
+    that a tensor was cut into."""
+    if on_disk is None:
+        return tensors, {}, []
+    origin = {id(stored[0]): name for name, stored in tensors.items()}
+    renamed: dict[str, Stored] = {}
+    names: dict[str, str] = {}
+    parts: list[str] = []
+    for name, tensor in on_disk({name: stored[0] for name, stored in tensors.items()}).items():
+        before = origin.get(id(tensor))
+        if before is None:
+            parts.append(name)
+        elif before != name:
+            names[before.rpartition(".")[0]] = name.rpartition(".")[0]
+        renamed[name] = tensors[before] if before else (tensor, None, tensor.dtype)
+    assert sum(stored[1] is not None for stored in renamed.values()) == sum(s[1] is not None for s in tensors.values())
+    return renamed, names, parts
+
+
+def _encode(name: str, stored: Stored) -> dict[str, Tensor]:
+    tensor, scale, dtype = stored
+    return {name: tensor} if scale is None else layout.encode(name, tensor, scale, dtype)
 
 
 def _copies(state: Mapping[str, Tensor], tied: Mapping[str, str]) -> set[str]:
@@ -169,11 +232,19 @@ def _describe_model(model: Any, folder: Path, tokenizer: Any) -> dict[str, Any]:
     described = json.loads(config.to_json_string())
     described.pop("quantization_config", None)
     described["architectures"] = [type(model).__name__]
+    described["dtype"] = _dtype_of(model)
     if getattr(model, "can_generate", lambda: False)() and model.generation_config is not None:
         model.generation_config.save_pretrained(folder)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
     return described
+
+
+def _dtype_of(model: nn.Module) -> str:
+    """The model's dtype as config.json says it: that of its first float parameter, or what the first int8 one had."""
+    floats = (parameter.dtype for parameter in model.parameters() if parameter.is_floating_point())
+    was_float = (layer.float_dtype for layer in _int8_layers(model).values())
+    return str(next(floats, None) or next(was_float)).removeprefix("torch.")
 
 
 def write_descriptions(folder: Path, config: dict[str, Any], report: Coverage) -> None:

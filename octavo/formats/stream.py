@@ -7,6 +7,7 @@ is bit-identical to quantizing the loaded model and saving it.
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import torch
@@ -58,7 +59,11 @@ def quantize_files(
             config = dict(reader.config or {})
             report = Coverage(tuple(tensors.rows()))
             config["quantization_config"] = quantization_config(
-                tensors.layers(), tensors.unquantized(), ecosystem="model_type" in config
+                tensors.layers(),
+                tensors.unquantized(),
+                ecosystem="model_type" in config,
+                names=tensors.names(),
+                parts=tensors.parts,
             )
             write_descriptions(temporary, config, report)
     warn_unasked(report)
@@ -84,12 +89,51 @@ class _Tensors:
         self._modules = dict(skeleton.named_modules())
         self._decisions = {decision.name: decision for decision in decisions}
         self._param = {name: rename(name) for name in reader.names}
+        self.parts = [name for name, param in self._param.items() if param is None]
         self._shapes: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {}
-        self._first: dict[int, str] = {}
+        self._refuse_other_shapes()
+        self._refuse_missing()
+        self._own = self._own_names()
         self.kept = [name for name in reader.names if not self._is_copy(name)]
         for name in self.kept:
             if self._scheme(name):
                 self._shapes[name] = self._int8_shapes(name)
+
+    def _refuse_other_shapes(self) -> None:
+        for name in self._reader.names:
+            owner, info = self._owner(name), self._reader.info(name)
+            if owner is not None and tuple(owner.shape) != info.shape:
+                raise CheckpointError(
+                    f"{info.file}: {name!r} has shape {list(info.shape)}, the model's {list(owner.shape)}; "
+                    "config.json and the weights are of different models"
+                )
+
+    def _refuse_missing(self) -> None:
+        """A parameter that the files lack would get random values when they are loaded."""
+        if self.parts:
+            return  # which parameters these make up, only the library that merges them knows
+        there = {id(self._owner(name)) for name in self._reader.names}
+        optional = getattr(self._skeleton, "_keys_to_ignore_on_load_missing", None) or ()
+        missing = [
+            name
+            for name, parameter in self._skeleton.named_parameters()
+            if id(parameter) not in there and not any(re.search(pattern, name) for pattern in optional)
+        ]
+        if missing:
+            raise CheckpointError(
+                f"{self._reader.path}: {len(missing)} parameters of {type(self._skeleton).__name__} are missing, such "
+                f"as {missing[0]!r}; download the checkpoint again, or correct architectures in its config.json"
+            )
+
+    def _own_names(self) -> dict[int, str]:
+        """id of a parameter -> the name on disk that it is kept under, if the checkpoint has it under several."""
+        tied = getattr(self._skeleton, "all_tied_weights_keys", None) or {}
+        own: dict[int, str] = {}
+        for name in sorted(self._reader.names, key=lambda name: self._param[name] in tied):
+            owner = self._owner(name)
+            if owner is not None:
+                own.setdefault(id(owner), name)
+        return own
 
     def _layer_of(self, name: str) -> tuple[Decision | None, nn.Module | None, str]:
         prefix, _, short = (self._param[name] or "").rpartition(".")
@@ -114,14 +158,12 @@ class _Tensors:
     def _is_copy(self, name: str) -> bool:
         """Whether the tensor is a second copy of one that the model holds once (a tied output head)."""
         owner = self._owner(name)
-        if owner is None:
+        if owner is None or self._own[id(owner)] == name:
             return False
-        first = self._first.setdefault(id(owner), name)
-        if first == name:
-            return False
-        if not torch.equal(self._reader.tensor(first), self._reader.tensor(name)):
+        own = self._own[id(owner)]
+        if not torch.equal(self._reader.tensor(own), self._reader.tensor(name)):
             raise CheckpointError(
-                f"{self._reader.path}: {name!r} and {first!r} differ, and the model ties them to one weight; "
+                f"{self._reader.path}: {name!r} and {own!r} differ, and the model ties them to one weight; "
                 "set tie_word_embeddings to false in config.json if both are meant"
             )
         return True
@@ -130,9 +172,7 @@ class _Tensors:
         """Shapes of the codes and of the scale, which follow from the skeleton's."""
         decision, layer, short = self._layer_of(name)
         assert decision and decision.scheme and layer is not None
-        expected, info = tuple(getattr(layer, short).shape), self._reader.info(name)
-        if info.shape != expected:
-            raise CheckpointError(f"{info.file}: {name!r} has shape {list(info.shape)}, the model's {list(expected)}")
+        info = self._reader.info(name)
         if not info.dtype.is_floating_point:
             raise CheckpointError(f"{info.file}: {name!r} is {info.dtype}, expected a float weight")
         empty = torch.empty(info.shape, dtype=info.dtype, device="meta")
@@ -182,7 +222,7 @@ class _Tensors:
         kind = type(module).__name__
         if name not in self.kept:
             scheme = self._scheme(name)
-            tied = f"tied to {self._first[id(owner)]}"
+            tied = f"tied to {self._own[id(owner)]}"
             return Row(name, kind, info.shape, 0, 0, str(scheme) if scheme else None, tied, asked=True)
         decision = self._layer_of(name)[0]
         reason, asked = why_float(module, owner)
@@ -191,15 +231,25 @@ class _Tensors:
         return Row(name, kind, info.shape, info.nbytes, info.nbytes, None, reason, asked)
 
     def layers(self) -> dict[str, tuple[str, Scheme]]:
-        """Int8 layer's name, as the checkpoint has it -> (kind, scheme)."""
+        """Name of a layer that holds codes -> (kind, scheme)."""
         layers = {}
         for name in self._shapes:
             decision = self._layer_of(name)[0]
             assert decision and decision.scheme
-            layers[name.rpartition(".")[0]] = (decision.label, decision.scheme)
+            layers[decision.name] = (decision.label, decision.scheme)
         return layers
 
     def unquantized(self) -> list[str]:
-        """Names of the linear layers that hold no codes of their own."""
-        int8 = {(self._param[name] or "").rpartition(".")[0] for name in self._shapes}
-        return [name for name, module in self._modules.items() if isinstance(module, nn.Linear) and name not in int8]
+        """Names of the linear and tied layers that hold no codes of their own."""
+        int8 = self.layers()
+        tied = {name for name, decision in self._decisions.items() if decision.scheme}
+        return [
+            name
+            for name, module in self._modules.items()
+            if name not in int8 and (isinstance(module, nn.Linear) or name in tied)
+        ]
+
+    def names(self) -> dict[str, str]:
+        """Layer's name in the model -> on disk, where it differs."""
+        layers = {(param or "").rpartition(".")[0]: name.rpartition(".")[0] for name, param in self._param.items()}
+        return {name: on_disk for name, on_disk in layers.items() if name and name != on_disk}

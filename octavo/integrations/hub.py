@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +26,7 @@ from octavo.recipe import Pattern, Recipe, Scheme
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["load", "load_tokenizer", "quantize_checkpoint", "resolve", "skeleton"]
+__all__ = ["load", "load_tokenizer", "quantize_checkpoint", "resolve", "save", "skeleton"]
 
 
 def load(
@@ -55,8 +56,15 @@ def load(
         from octavo.integrations.transformers import METHOD
 
         config.quantization_config = {**config.quantization_config, "quant_method": METHOD}
-    loaded: nn.Module = model_class.from_pretrained(source, config=config, **options)
-    return loaded
+    options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}  # both are errors, below
+    loaded, info = model_class.from_pretrained(source, config=config, **options)
+    for what, names in (("are missing", info["missing_keys"]), ("have other shapes", info["mismatched_keys"])):
+        if names:
+            raise CheckpointError(
+                f"{source}: {len(names)} parameters of {type(loaded).__name__} {what}, such as {min(names)!r}; "
+                "download or quantize the checkpoint again"
+            )
+    return loaded  # type: ignore[no-any-return]
 
 
 def load_tokenizer(path: str | Path) -> Any:
@@ -69,6 +77,35 @@ def load_tokenizer(path: str | Path) -> Any:
         return transformers.AutoTokenizer.from_pretrained(source)
     except (OSError, ValueError, KeyError) as error:
         raise CheckpointError(f"{path}: its tokenizer cannot be loaded: {error}") from error
+
+
+def save(
+    model: nn.Module,
+    folder: str | Path,
+    *,
+    tokenizer: Any = None,
+    max_shard_size: int | str = "5GB",
+    progress: Progress | None = None,
+) -> Path:
+    """Write a quantized model as a checkpoint folder: safetensors, config.json, tokenizer and generation files.
+
+    model: has at least one int8 layer. For a transformers model the folder loads in transformers and vLLM.
+    folder: must not exist (an empty one may).
+    tokenizer: tokenizer or processor to save along. Without one, the files beside the model's own checkpoint are
+        copied, if it was loaded from a local folder.
+    max_shard_size: bytes, or "5GB".
+    Returns: the folder's path.
+    Raises: QuantizeError if no layer is int8; CheckpointError if the folder exists or cannot be written whole.
+    Warns: OctavoWarning if a layer's kind keeps transformers and vLLM from loading the folder.
+    """
+    on_disk = None
+    if hasattr(model, "save_pretrained") and hasattr(model, "base_model_prefix"):
+        from octavo.integrations import transformers
+
+        on_disk = partial(transformers.on_disk, model)
+    return formats.save(
+        model, folder, tokenizer=tokenizer, max_shard_size=max_shard_size, on_disk=on_disk, progress=progress
+    )
 
 
 def quantize_checkpoint(
@@ -102,7 +139,7 @@ def quantize_checkpoint(
     if source.suffix == ".gguf":
         loaded = _load_gguf(source)
         report = quantize(loaded, recipe, progress=progress)
-        formats.save(loaded, dst, tokenizer=load_tokenizer(source), max_shard_size=max_shard_size)
+        save(loaded, dst, tokenizer=load_tokenizer(source), max_shard_size=max_shard_size)
         return report
     if model is not None:
         return quantize_files(source, dst, recipe, model, max_shard_size=max_shard_size, progress=progress)
@@ -117,6 +154,8 @@ def quantize_checkpoint(
 # -- sources ----------------------------------------------------------------------------------------------------------
 
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+_HUB_TIMEOUT = 10.0
+"""Seconds that the Hub has to answer."""
 _WANTED = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.py", "*.md", "*.tiktoken")
 
 
@@ -130,26 +169,33 @@ def resolve(source: str | Path) -> Path:
         return path
     if isinstance(source, Path) or not _HUB_ID.fullmatch(source) or path.suffix == ".gguf":
         raise CheckpointError(f"{source}: no such file or folder")
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import (
-        HfHubHTTPError,
-        HFValidationError,
-        LocalEntryNotFoundError,
-        RepositoryNotFoundError,
-    )
+    return _download(source)
+
+
+def _download(hub_id: str) -> Path:
+    from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
 
     try:
-        return Path(snapshot_download(source, allow_patterns=list(_WANTED)))
+        # Asked first and with a limit, because snapshot_download waits for a silent network without end.
+        revision = HfApi().model_info(hub_id, timeout=_HUB_TIMEOUT).sha
     except RepositoryNotFoundError as error:
         raise CheckpointError(
-            f"{source}: neither a local path nor a model on the Hub that you may read; check the name, or log in with "
+            f"{hub_id}: neither a local path nor a model on the Hub that you may read; check the name, or log in with "
             "`hf auth login` for a private one"
         ) from error
-    except (LocalEntryNotFoundError, HfHubHTTPError, HFValidationError, OSError) as error:
-        raise CheckpointError(
-            f"{source}: not a local path, not in the local cache, and the Hub cannot be reached; connect, or download "
-            f"the model elsewhere and give its folder ({type(error).__name__})"
-        ) from error
+    except Exception as error:  # offline, a proxy, a server's error: what is raised differs between releases
+        try:
+            return Path(snapshot_download(hub_id, allow_patterns=list(_WANTED), local_files_only=True))
+        except LocalEntryNotFoundError:
+            raise CheckpointError(
+                f"{hub_id}: not a local path, not in the local cache, and the Hub cannot be reached; connect, or "
+                f"download the model elsewhere and give its folder ({type(error).__name__}: {error})"
+            ) from error
+    try:
+        return Path(snapshot_download(hub_id, revision=revision, allow_patterns=list(_WANTED)))
+    except (HfHubHTTPError, OSError) as error:
+        raise CheckpointError(f"{hub_id}: cannot be downloaded: {error}") from error
 
 
 def _transformers(what_for: str) -> Any:

@@ -15,22 +15,29 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import ConversionOps, WeightConverter, WeightRenaming, rename_source_key
+from transformers.core_model_loading import (
+    ConversionOps,
+    WeightConverter,
+    WeightRenaming,
+    rename_source_key,
+    revert_weight_conversion,
+)
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from octavo import formats
-from octavo.errors import CheckpointError
+from octavo.errors import CheckpointError, OctavoError
 from octavo.formats import compressed_tensors as layout
 from octavo.formats.checkpoint import CheckpointReader
 from octavo.modules import QuantModule
 from octavo.quantize import Decision, install, plan, settle, warn_unasked
 from octavo.recipe import Pattern, Recipe, Scheme
 
-__all__ = ["OctavoConfig", "OctavoQuantizer"]
+__all__ = ["OctavoConfig", "OctavoQuantizer", "on_disk", "renaming"]
 
 METHOD = "octavo"
 
@@ -90,7 +97,10 @@ class _QuantizeParameter(ConversionOps):  # type: ignore[misc]
         decision, layer, module = self.quantizer.target(full_layer_name)
         assert decision.scheme is not None
         param = full_layer_name.rpartition(".")[2]
-        codes, scale = decision.kind.quantize_param(layer, param, weight, decision.scheme, full_layer_name)
+        try:
+            codes, scale = decision.kind.quantize_param(layer, param, weight, decision.scheme, full_layer_name)
+        except OctavoError as error:
+            return self.quantizer.put_off(error, full_layer_name)
         module.float_dtype = weight.dtype
         return {full_layer_name: codes, f"{full_layer_name}_scale": scale}
 
@@ -108,7 +118,10 @@ class _UnpackParameter(ConversionOps):  # type: ignore[misc]
             f"{full_layer_name}{part}": next(t for name, t in tensors.items() if name.endswith(part))
             for part in ("_packed", "_scale", "_shape")
         }
-        codes, scale, dtype = layout.decode(full_layer_name, stored)
+        try:
+            codes, scale, dtype = layout.decode(full_layer_name, stored)
+        except OctavoError as error:
+            return self.hf_quantizer.put_off(error, full_layer_name)
         self.hf_quantizer.target(full_layer_name)[2].float_dtype = dtype
         return {full_layer_name: codes, f"{full_layer_name}_scale": scale}
 
@@ -126,6 +139,8 @@ class OctavoQuantizer(HfQuantizer):  # type: ignore[misc]
         self._decisions: list[Decision] = []
         self._targets: dict[str, tuple[Decision, nn.Module]] = {}
         self._model: PreTrainedModel | None = None
+        self._folder: Path | None = None
+        self._error: OctavoError | None = None
 
     def _process_model_before_weight_loading(
         self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **kwargs: Any
@@ -133,7 +148,12 @@ class OctavoQuantizer(HfQuantizer):  # type: ignore[misc]
         """Swap the layers of the empty model; the weights then find their int8 places."""
         _tie(model)
         if self.pre_quantized:
-            self._decisions = _stored_decisions(model, checkpoint_files or [])
+            if not checkpoint_files:
+                raise CheckpointError("the int8 checkpoint has no safetensors files; octavo reads no others")
+            self._folder = Path(checkpoint_files[0]).parent
+            with CheckpointReader(self._folder) as reader:
+                int8 = formats.int8_names(reader, renaming(model))
+                self._decisions = formats.stored_decisions(reader, model, int8)
         else:
             self._decisions = plan(model, self.quantization_config.recipe)
         for decision in self._decisions:
@@ -156,6 +176,17 @@ class OctavoQuantizer(HfQuantizer):  # type: ignore[misc]
         assert isinstance(module, QuantModule)
         return decision, layer, module
 
+    def put_off(self, error: OctavoError, name: str) -> dict[str, Tensor]:
+        """Keep `error` until the loading is over: transformers would swallow it and raise another that tells nothing.
+        Returns: something for `name` to be until then."""
+        self._error = self._error or error
+        module = self.target(name)[2]
+        codes, scale = module.codes()[name.rpartition(".")[2]]
+        return {
+            name: torch.zeros_like(codes, device="cpu"),
+            f"{name}_scale": torch.ones_like(scale, device="cpu"),
+        }
+
     def param_needs_quantization(self, model: PreTrainedModel, param_name: str, **kwargs: Any) -> bool:
         return param_name in self._targets
 
@@ -166,17 +197,19 @@ class OctavoQuantizer(HfQuantizer):  # type: ignore[misc]
         return {"deserialize": _UnpackParameter}
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
+        if self._error is not None:
+            raise self._error
         self._model = None
         self._targets = {}
-        if self.pre_quantized:
-            settle(model, [])
+        if self._folder is not None:
+            formats.restore_reasons(model, self._folder, renaming(model))
         else:
             warn_unasked(settle(model, self._decisions))
         return model
 
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, Tensor], dict[str, str]]:
         """What `save_pretrained` writes, and the config that says how it is laid out."""
-        self.quantization_config.layout = formats.describe_layout(model, ecosystem=False)
+        self.quantization_config.layout = formats.describe_layout(model)
         return formats.state_dict(model), {}
 
     def is_serializable(self) -> bool:
@@ -190,13 +223,6 @@ class OctavoQuantizer(HfQuantizer):  # type: ignore[misc]
     @property
     def is_compileable(self) -> bool:
         return True
-
-
-def _stored_decisions(model: PreTrainedModel, files: list[str]) -> list[Decision]:
-    if not files:
-        raise CheckpointError("the int8 checkpoint has no safetensors files; octavo reads no others")
-    with CheckpointReader(Path(files[0]).parent) as reader:
-        return formats.stored_decisions(reader, model, formats.int8_names(reader, renaming(model)))
 
 
 def _tie(model: PreTrainedModel) -> None:
@@ -221,3 +247,8 @@ def renaming(model: PreTrainedModel) -> Callable[[str], str | None]:
         return None if converted is not None else renamed
 
     return rename
+
+
+def on_disk(model: PreTrainedModel, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors under their names in the model -> under their names on disk, as `save_pretrained` would write them."""
+    return dict(revert_weight_conversion(model, tensors))
