@@ -36,7 +36,6 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 import torch
-from huggingface_hub import split_state_dict_into_shards_factory
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -310,6 +309,8 @@ class CheckpointWriter:
         max_shard_size: int | str = "5GB",
         metadata: Mapping[str, str] | None = None,
     ) -> None:
+        from huggingface_hub import split_state_dict_into_shards_factory
+
         self.folder = Path(folder)
         self._plan = {name: (dtype, tuple(shape)) for name, (dtype, shape) in plan.items()}
         for name, (dtype, _) in self._plan.items():
