@@ -12,8 +12,6 @@ os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 import importlib.util
-import pydoc_data.topics
-import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -22,6 +20,7 @@ import pytest
 import torch
 
 from examples.models import minilm_folder, smollm2_checkpoint
+from octavo.cli.text import sample_text
 
 # A red test must be the doing of the change under test: examples are the same in each run. To search for new ones:
 # pytest --hypothesis-profile=default
@@ -74,11 +73,7 @@ def text() -> str:
     """A third of a megabyte of English paragraphs: Python's own documentation, or the file that OCTAVO_TEXT names."""
     if path := os.environ.get("OCTAVO_TEXT"):
         return Path(path).read_text(encoding="utf-8")
-    topics = "\n\n".join(pydoc_data.topics.topics[name] for name in sorted(pydoc_data.topics.topics))
-    topics = re.sub(r"(?<=\w)-\n\s*(?=\w)", "-", topics)
-    paragraphs = (re.sub(r"\s+", " ", paragraph).strip() for paragraph in re.split(r"\n\s*\n", topics))
-    # Grammar, code and headings are not sentences.
-    return "\n\n".join(p for p in paragraphs if len(p) > 80 and p.endswith((".", ":")) and "::=" not in p)
+    return sample_text()
 
 
 def _need(*packages: str) -> None:

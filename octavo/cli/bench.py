@@ -107,7 +107,7 @@ def run(args: argparse.Namespace, terminal: Terminal) -> Answer:
     device = device_of(args)
     paths = [args.path] if args.baseline is None else [args.path, args.baseline]
     with contextlib.ExitStack() as stack:
-        workers = [stack.enter_context(_worker(path)) for path in paths]
+        workers = [stack.enter_context(_worker(path, args.debug)) for path in paths]
         loaded = [_load(terminal, worker, path, device, args) for worker, path in zip(workers, paths, strict=True)]
         ids = _prompt(args, loaded)
         with terminal.progress("timing") as progress:
@@ -142,12 +142,12 @@ Worker = Callable[..., Any]
 
 
 @contextlib.contextmanager
-def _worker(path: str) -> Iterator[Worker]:
+def _worker(path: str, debug: bool) -> Iterator[Worker]:
     from octavo.cli import bench_worker
 
     # Not forked: a copy of this process would count as the model's memory.
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(1, mp_context=context, initializer=bench_worker.prepare) as pool:
+    with ProcessPoolExecutor(1, mp_context=context, initializer=bench_worker.prepare, initargs=(debug,)) as pool:
 
         def call(function: Callable[..., T], *args: Any) -> T:
             try:

@@ -21,7 +21,6 @@ from torch import Tensor, nn
 
 from octavo.cli.machine import describe_machine
 from octavo.cli.terminal import Terminal
-from octavo.integrations.generation import load_causal
 from octavo.modules import QuantEmbedding, QuantModule, TiedQuantEmbedding
 from octavo.ops import backends
 
@@ -35,7 +34,7 @@ _state: dict[str, Any] = {}
 class Loaded:
     """What is known of a model once it is loaded.
 
-    seconds: that loading took, imports not counted. weight_bytes: all that it holds in memory. token_bytes: of weights
+    seconds: from the files to a model that can run. weight_bytes: all that it holds in memory. token_bytes: of weights
     read for one token of decode, or None if that depends on the token (a mixture of experts). positions: how many
     tokens it can hold, None if it does not say. served_by: backends of octavo's ops in it; empty for a float model.
     """
@@ -58,14 +57,17 @@ class Round:
     decode_s: float
 
 
-def prepare() -> None:
-    """Called first in the process: an interrupt ends it without a word, libraries keep quiet."""
+def prepare(debug: bool) -> None:
+    """Called first in the process: an interrupt ends it without a word, and libraries keep quiet unless `debug`."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
-    Terminal().quiet().__enter__()
+    Terminal(debug=debug).quiet().__enter__()
 
 
 def load(path: str, device: str, threads: int | None) -> Loaded:
     """Load the model of this process, and describe it."""
+    # Here, and not above: transformers is imported once `prepare` keeps it quiet.
+    from octavo.integrations.generation import load_causal
+
     if threads is not None:
         torch.set_num_threads(threads)
     start = time.perf_counter()
