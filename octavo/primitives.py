@@ -156,6 +156,9 @@ def quantize_weight(
         [1] (per_tensor).
     Raises: QuantizeError as `amax` does.
     """
+    if weight.is_meta:  # the shapes only
+        scale = torch.empty(_blocks(weight, granularity, group_size, name).shape[:-1], device="meta")
+        return torch.empty_like(weight, dtype=torch.int8, memory_format=torch.contiguous_format), scale
     if granularity not in ("per_channel", "per_group") or weight.dim() < 2 or weight.numel() == 0:
         scale = choose_scale(weight, granularity, group_size=group_size, value_range=value_range, name=name)
         return quantize(weight, scale, value_range=value_range, name=name), scale
