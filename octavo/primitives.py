@@ -65,7 +65,7 @@ def amax(x: Tensor, granularity: Granularity, *, group_size: int | None = None, 
         raise QuantizeError(f"{name}: dtype is {x.dtype}, expected a floating point tensor (fp32, bf16, fp16, fp64)")
     blocks = _blocks(x, granularity, group_size, name)
     if blocks.shape[-1] == 0:
-        largest = torch.zeros(blocks.shape[:-1], device=x.device)
+        largest = torch.zeros(blocks.shape[:-1], dtype=torch.float32, device=x.device)
     else:
         largest = blocks.abs().amax(-1).float()
     if not x.is_meta and not bool(torch.isfinite(largest).all()):
@@ -157,7 +157,9 @@ def quantize_weight(
     Raises: QuantizeError as `amax` does.
     """
     if weight.is_meta:  # the shapes only
-        scale = torch.empty(_blocks(weight, granularity, group_size, name).shape[:-1], device="meta")
+        scale = torch.empty(
+            _blocks(weight, granularity, group_size, name).shape[:-1], dtype=torch.float32, device="meta"
+        )
         return torch.empty_like(weight, dtype=torch.int8, memory_format=torch.contiguous_format), scale
     if granularity not in ("per_channel", "per_group") or weight.dim() < 2 or weight.numel() == 0:
         scale = choose_scale(weight, granularity, group_size=group_size, value_range=value_range, name=name)
