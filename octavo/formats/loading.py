@@ -82,6 +82,13 @@ def read_codes(reader: CheckpointReader, name: str) -> tuple[Tensor, Tensor, tor
     return layout.decode(name, {part: reader.tensor(part) for part in parts})
 
 
+def _check_codes(reader: CheckpointReader, name: str) -> None:
+    """Raise what `read_codes` would for damaged codes or scales, without reading the codes."""
+    packed = reader.info(f"{name}_packed")
+    parts = {part: reader.tensor(part) for part in (f"{name}_scale", f"{name}_shape")}
+    layout.decode(name, {packed.name: torch.empty(packed.shape, dtype=packed.dtype, device="meta"), **parts})
+
+
 def restore_reasons(model: nn.Module, folder: Path, rename: Rename = lambda name: name) -> None:
     """Give a loaded model the reasons that its float layers had when it was quantized."""
     file = folder / COVERAGE_FILE
@@ -109,7 +116,7 @@ def stored_decisions(reader: CheckpointReader, model: nn.Module, int8: Mapping[s
     """What to swap in a float model: the layers that own int8 weights in the checkpoint, and those tied to one.
 
     int8: as `int8_names` gives it.
-    Raises: CheckpointError for int8 weights that no layer of the model can have, or of another shape.
+    Raises: CheckpointError for int8 weights that are damaged, that no layer of the model can have, or of another shape.
     """
     where = str(reader.path)
     decisions: dict[str, Decision] = {}
@@ -126,6 +133,7 @@ def stored_decisions(reader: CheckpointReader, model: nn.Module, int8: Mapping[s
         got = reader.tensor(f"{on_disk}_shape").tolist()
         if got != list(rows.shape):
             raise CheckpointError(f"{where}: {on_disk!r} has shape {got}, the model's has {list(rows.shape)}")
+        _check_codes(reader, on_disk)
         label = "OutputHead" if prefix in heads else kind.name
         decisions[prefix] = Decision(prefix, kind, label, scheme_of(reader, on_disk))
         owner_of[id(getattr(layer, param))] = prefix
@@ -143,8 +151,10 @@ def _float_places(
 ) -> dict[str, list[tuple[nn.Module, str]]]:
     """Float tensor of the checkpoint -> every (module, attribute) of the model that it belongs to."""
     where = str(reader.path)
-    swapped = {f"{d.name}.{p}" for d in decisions for p in d.kind.params_of(model.get_submodule(d.name))}
+    layers = [(decision, model.get_submodule(decision.name)) for decision in decisions]
+    int8_ids = {id(getattr(layer, param)) for decision, layer in layers for param in decision.kind.params_of(layer)}
     state = model.state_dict(keep_vars=True)
+    swapped = {name for name, tensor in state.items() if id(tensor) in int8_ids}  # one layer may have several names
     sharing: dict[int, list[tuple[nn.Module, str]]] = {}
     for name, tensor in state.items():
         prefix, _, short = name.rpartition(".")

@@ -118,10 +118,7 @@ class _UnpackParameter(ConversionOps):  # type: ignore[misc]
             f"{full_layer_name}{part}": next(t for name, t in tensors.items() if name.endswith(part))
             for part in ("_packed", "_scale", "_shape")
         }
-        try:
-            codes, scale, dtype = layout.decode(full_layer_name, stored)
-        except OctavoError as error:
-            return self.hf_quantizer.put_off(error, full_layer_name)
+        codes, scale, dtype = layout.decode(full_layer_name, stored)
         self.hf_quantizer.target(full_layer_name)[2].float_dtype = dtype
         return {full_layer_name: codes, f"{full_layer_name}_scale": scale}
 

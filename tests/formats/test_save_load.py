@@ -1,0 +1,397 @@
+"""`save` and `load` of any module, and what a saved folder holds. Models of transformers: tests/integrations."""
+
+from __future__ import annotations
+
+import copy
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+import octavo
+from octavo import CheckpointError, OctavoWarning, QuantizeError
+from octavo.formats import COVERAGE_FILE, load_into, state_dict
+from octavo.formats import save as save_plain
+from tests.tiny_models import Net, build, llama, tokens
+
+
+def quantized(**options: Any) -> Net:
+    model = Net().eval()
+    octavo.quantize(model, "w8a16", **options)
+    return model
+
+
+def on_meta(make: Callable[[], nn.Module]) -> nn.Module:
+    with torch.device("meta"):
+        return make()
+
+
+def bits(model: nn.Module) -> dict[str, Tensor]:
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def assert_same(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
+    assert a.keys() == b.keys()
+    for name in a:
+        assert a[name].dtype == b[name].dtype, name
+        assert torch.equal(a[name], b[name]), name
+
+
+# -- any module -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("meta", [False, True], ids=["built", "meta"])
+@pytest.mark.parametrize("include", [[], ["lm_head"], ["Embedding", "lm_head"]], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_any_module_comes_back_bit_for_bit(tmp_path: Path, dtype: torch.dtype, include: list[str], meta: bool) -> None:
+    model = Net().to(dtype)
+    model(torch.randint(0, 50, (4, 9)))  # batch norm's statistics are no longer what a fresh model has
+    octavo.quantize(model.eval(), "w8a16", include=include)
+    assert octavo.save(model, tmp_path / "out") == tmp_path / "out"
+    fresh = on_meta(Net) if meta else Net()
+    loaded = octavo.load(tmp_path / "out", model=fresh).eval()
+    assert loaded is fresh
+    assert_same(loaded.state_dict(), model.state_dict())
+    inputs = torch.randint(0, 50, (2, 9))
+    assert torch.equal(loaded(inputs), model(inputs))
+    assert octavo.coverage(loaded) == octavo.coverage(model)
+    if include:
+        assert loaded.lm_head.weight is loaded.embedding.weight
+    else:
+        assert loaded.lm_head.weight is loaded.embedding.weight
+        assert isinstance(loaded.lm_head.weight, nn.Parameter) and loaded.lm_head.weight.requires_grad
+
+
+def test_mixed_schemes_come_back(tmp_path: Path) -> None:
+    model = quantized(overrides={"encoder.linear1": octavo.Scheme.of("w8a16", group_size=4)})
+    octavo.save(model, tmp_path / "out")
+    loaded = octavo.load(tmp_path / "out", model=Net())
+    assert loaded.encoder.linear1.scheme == octavo.Scheme.of("w8a16", group_size=4)
+    assert_same(loaded.state_dict(), model.state_dict())
+
+
+def test_a_shared_weight_is_on_disk_once(tmp_path: Path) -> None:
+    octavo.save(quantized(), tmp_path / "float")
+    octavo.save(quantized(include=["lm_head"]), tmp_path / "int8")
+    assert {n for n in load_file(tmp_path / "float/model.safetensors") if "embedding" in n or "head" in n} == {
+        "embedding.weight"
+    }
+    assert {n for n in load_file(tmp_path / "int8/model.safetensors") if "embedding" in n or "head" in n} == {
+        "embedding.weight_packed",
+        "embedding.weight_scale",
+        "embedding.weight_shape",
+    }
+
+
+def test_of_shared_names_the_one_that_the_model_calls_its_source_is_kept() -> None:
+    class HeadFirst(nn.Module):
+        all_tied_weights_keys = {"head.weight": "table.weight"}  # noqa: RUF012
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.head = nn.Linear(4, 6, bias=False)
+            self.table = nn.Embedding(6, 4)
+            self.head.weight = self.table.weight
+            self.body = nn.Linear(4, 4)
+
+    model = HeadFirst()
+    octavo.quantize(model, "w8a16")
+    assert "table.weight" in state_dict(model)
+    assert "head.weight" not in state_dict(model)
+
+
+def test_two_layers_that_are_one_module_and_equal_but_separate_weights(tmp_path: Path) -> None:
+    def make() -> nn.Module:
+        shared = nn.Linear(8, 8)
+        return nn.Sequential(shared, nn.Linear(8, 8), shared, nn.LayerNorm(8), nn.LayerNorm(8))
+
+    model = make()
+    octavo.quantize(model, "w8a16")
+    octavo.save(model, tmp_path / "out")
+    loaded = octavo.load(tmp_path / "out", model=make())
+    assert loaded[0] is loaded[2]
+    assert loaded[3].weight is not loaded[4].weight  # their values are equal, their storage is not
+    x = torch.randn(3, 8)
+    assert torch.equal(loaded(x), model(x))
+
+
+def test_the_model_is_not_modified_by_saving(tmp_path: Path) -> None:
+    model = quantized(include=["lm_head"])
+    before = bits(model)
+    octavo.save(model, tmp_path / "out")
+    assert_same(bits(model), before)
+
+
+def test_steps_are_reported_in_both_directions(tmp_path: Path) -> None:
+    saving: list[tuple[int, int]] = []
+    loading: list[tuple[int, int]] = []
+    octavo.save(quantized(), tmp_path / "out", progress=lambda *step: saving.append(step))
+    octavo.load(tmp_path / "out", model=Net(), progress=lambda *step: loading.append(step))
+    for steps in (saving, loading):
+        assert [done for done, _ in steps] == list(range(1, len(steps) + 1))
+        assert {total for _, total in steps} == {len(steps)}
+
+
+def test_shards(tmp_path: Path) -> None:
+    model = quantized()
+    octavo.save(model, tmp_path / "out", max_shard_size=2000)
+    index = json.loads((tmp_path / "out/model.safetensors.index.json").read_text())
+    shards = sorted({*index["weight_map"].values()})
+    assert len(shards) > 2
+    stored: dict[str, Tensor] = {}
+    for shard in shards:
+        with safe_open(tmp_path / "out" / shard, framework="pt") as file:
+            assert {name for name, s in index["weight_map"].items() if s == shard} == set(file.keys())
+            stored |= {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 -- it is no dict
+    assert_same(stored, state_dict(model))
+    assert_same(octavo.load(tmp_path / "out", model=Net()).state_dict(), model.state_dict())
+
+
+def test_what_lies_in_the_folder(tmp_path: Path) -> None:
+    model = quantized()
+    octavo.save(model, tmp_path / "out")
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        "config.json",
+        "model.safetensors",
+        COVERAGE_FILE,
+    ]
+    config = json.loads((tmp_path / "out/config.json").read_text())
+    assert set(config) == {"quantization_config"}
+    assert config["quantization_config"]["quant_method"] == "octavo"  # no other program can build this model
+    assert octavo.Coverage.from_dict(json.loads((tmp_path / "out" / COVERAGE_FILE).read_text())) == octavo.coverage(
+        model
+    )
+
+
+# -- errors -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_float_model_is_not_saved(tmp_path: Path) -> None:
+    with pytest.raises(QuantizeError, match=r"no int8 layer to save; call octavo\.quantize"):
+        octavo.save(Net(), tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_existing_folder_is_not_touched(tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/mine.txt").write_text("mine")
+    with pytest.raises(CheckpointError, match=r"out: already exists"):
+        octavo.save(quantized(), tmp_path / "out")
+    assert [p.name for p in tmp_path.rglob("*")] == ["out", "mine.txt"]
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError(28, "No space left on device")], ids=["killed", "full"])
+def test_an_interrupted_save_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: type[BaseException] | BaseException
+) -> None:
+    model = quantized()
+    written: list[str] = []
+    from octavo.formats.checkpoint import CheckpointWriter
+
+    write = CheckpointWriter.write
+
+    def fail_late(self: CheckpointWriter, name: str, tensor: Tensor) -> None:
+        written.append(name)
+        if len(written) == 5:
+            raise error
+        write(self, name, tensor)
+
+    monkeypatch.setattr(CheckpointWriter, "write", fail_late)
+    with pytest.raises((KeyboardInterrupt, CheckpointError)) as raised:
+        octavo.save(model, tmp_path / "out")
+    assert isinstance(raised.value, KeyboardInterrupt) or "the disk is full" in str(raised.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+def without(name: str) -> Callable[[dict[str, Tensor]], object]:
+    return lambda tensors: tensors.pop(name)
+
+
+def with_(name: str, tensor: Tensor) -> Callable[[dict[str, Tensor]], object]:
+    return lambda tensors: tensors.update({name: tensor})
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (without("norm.running_mean"), r"1 tensors the checkpoint lacks, such as 'norm\.running_mean'"),
+        (without("out.bias"), r"1 tensors the checkpoint lacks, such as 'out\.bias'"),
+        (with_("new.weight", torch.zeros(2)), r"1 tensors the model lacks, such as 'new\.weight'"),
+        (with_("out.bias", torch.zeros(3)), r"'out\.bias' has shape \[3\], the model's has \[16\]"),
+        (without("out.weight_scale"), r"has no tensor 'out\.weight_scale'"),
+        (without("out.weight_packed"), r"the model lacks, such as 'out\.weight_(scale|shape)'"),
+        (with_("out.weight_packed", torch.zeros(16, 9, dtype=torch.int32)), r"out\.weight_packed: .*expected"),
+        (with_("out.weight_scale", torch.full((16, 1), torch.nan)), r"out\.weight_scale: holds NaN or inf"),
+        (with_("out.weight", torch.zeros(16, 6)), r"the model lacks, such as 'out\.weight'"),
+        (
+            with_("out.weight_shape", torch.tensor([6, 16])),
+            r"'out\.weight' has shape \[6, 16\], the model's .*\[16, 6\]",
+        ),
+    ],
+)
+def test_a_checkpoint_that_does_not_fit_leaves_the_model_as_it_was(
+    tmp_path: Path, edit: Callable[[dict[str, Tensor]], object], message: str
+) -> None:
+    octavo.save(quantized(), tmp_path / "out")
+    tensors = load_file(tmp_path / "out/model.safetensors")
+    edit(tensors)
+    save_file(tensors, tmp_path / "out/model.safetensors")
+    model = Net()
+    before, classes = bits(model), [type(module) for module in model.modules()]
+    with pytest.raises(CheckpointError, match=message):
+        octavo.load(tmp_path / "out", model=model)
+    assert [type(module) for module in model.modules()] == classes
+    assert_same(bits(model), before)
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        (lambda: Net(hidden=32), r"has shape .*, the model's"),
+        (lambda: nn.Sequential(nn.Linear(3, 3)), r"int8 codes for 'conv\.weight', and the model has no such layer"),
+        (quantized, r"the model has no such layer|already"),
+    ],
+    ids=["wider", "another", "int8"],
+)
+def test_a_model_of_another_structure_is_refused(tmp_path: Path, model: Callable[[], nn.Module], message: str) -> None:
+    octavo.save(quantized(), tmp_path / "out")
+    made = model()
+    before = bits(made)
+    with pytest.raises(CheckpointError, match=message):
+        octavo.load(tmp_path / "out", model=made)
+    assert_same(bits(made), before)
+
+
+def test_a_buffer_that_no_file_holds_needs_a_built_model(tmp_path: Path) -> None:
+    class WithTable(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(4, 4)
+            self.register_buffer("table", torch.arange(4.0), persistent=False)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.layer(x) + self.table
+
+    model = WithTable()
+    octavo.quantize(model, "w8a16")
+    octavo.save(model, tmp_path / "out")
+    x = torch.randn(2, 4)
+    assert torch.equal(octavo.load(tmp_path / "out", model=WithTable())(x), model(x))
+    with pytest.raises(CheckpointError, match=r"does not hold table .*buffers that are not saved.*not on meta"):
+        octavo.load(tmp_path / "out", model=on_meta(WithTable))
+
+
+def test_a_damaged_coverage_file_is_named(tmp_path: Path) -> None:
+    octavo.save(quantized(), tmp_path / "out")
+    (tmp_path / "out" / COVERAGE_FILE).write_text("{")
+    with pytest.raises(CheckpointError, match=rf"{COVERAGE_FILE}: cannot be read"):
+        load_into(tmp_path / "out", Net())
+    (tmp_path / "out" / COVERAGE_FILE).unlink()
+    load_into(tmp_path / "out", Net())
+
+
+# -- transformers models: what is written ------------------------------------------------------------------------------
+
+
+def test_config_says_how_it_is_quantized_and_in_which_dtype(tmp_path: Path) -> None:
+    model = build(llama, torch.bfloat16)
+    octavo.quantize(model, "w8a16")
+    octavo.save(model, tmp_path / "out")
+    config = json.loads((tmp_path / "out/config.json").read_text())
+    assert config["architectures"] == ["LlamaForCausalLM"]
+    assert config["dtype"] == "bfloat16"
+    assert config["quantization_config"]["quant_method"] == "compressed-tensors"
+    assert config["quantization_config"]["ignore"] == ["lm_head"]
+    assert config["quantization_config"]["config_groups"]["group_0"]["targets"] == ["Linear"]
+
+
+@pytest.mark.parametrize(
+    ("options", "advice"),
+    [
+        ({"include": ["Embedding"]}, "include no embedding, nor a head that shares its weight"),
+        ({"include": ["lm_head"]}, "include no embedding, nor a head that shares its weight"),
+    ],
+)
+def test_the_advice_for_a_checkpoint_that_others_load_is_one_that_works(
+    tmp_path: Path, options: dict[str, Any], advice: str
+) -> None:
+    model = build(llama, tie_word_embeddings=True)
+    octavo.quantize(model, "w8a16", **options)
+    with pytest.warns(OctavoWarning, match=advice) as caught:
+        octavo.save(model, tmp_path / "out")
+    assert caught[0].filename == __file__
+    assert json.loads((tmp_path / "out/config.json").read_text())["quantization_config"]["quant_method"] == "octavo"
+
+
+def test_for_convolutions_the_advice_is_to_ignore_them(tmp_path: Path) -> None:
+    from tests.tiny_models import whisper
+
+    model = build(whisper)
+    octavo.quantize(model, "w8a16", include=["Embedding"])
+    with pytest.warns(OctavoWarning, match=r"with ignore=\['Conv1d'\] and include no embedding"):
+        octavo.save(model, tmp_path / "with")
+    model = build(whisper)
+    octavo.quantize(model, "w8a16", ignore=["Conv1d"])
+    octavo.save(model, tmp_path / "without")  # a warning would be an error here
+
+
+def companions(folder: Path) -> dict[str, str]:
+    files = {"tokenizer.json": "{}", "chat_template.jinja": "{{ x }}", "generation_config.json": '{"top_k": 7}'}
+    for name, content in files.items():
+        (folder / name).write_text(content)
+    return files
+
+
+def test_the_files_beside_the_models_own_checkpoint_come_along(tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    build(llama).save_pretrained(tmp_path / "float")
+    files = companions(tmp_path / "float")
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "float")
+    octavo.quantize(model, "w8a16")
+    octavo.save(model, tmp_path / "out")
+    for name in files:
+        assert (tmp_path / "out" / name).is_file(), name
+    assert (tmp_path / "out/chat_template.jinja").read_text() == files["chat_template.jinja"]
+    assert json.loads((tmp_path / "out/generation_config.json").read_text())["top_k"] == 7
+    assert not (tmp_path / "out/model.safetensors.index.json").exists()
+
+
+def test_a_tokenizer_that_was_given_is_saved_instead(tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    tokenizers = pytest.importorskip("tokenizers")
+    made = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0, "b": 1, "?": 2}, unk_token="?"))
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=made, unk_token="?")
+    tokenizer.chat_template = "{{ messages }}"
+    build(llama).save_pretrained(tmp_path / "float")
+    companions(tmp_path / "float")
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "float")
+    octavo.quantize(model, "w8a16")
+    octavo.save(model, tmp_path / "out", tokenizer=tokenizer)
+    back = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert back.get_vocab() == {"a": 0, "b": 1, "?": 2}
+    assert back.chat_template == "{{ messages }}"
+
+
+def test_a_transformers_model_is_also_loaded_as_any_module(tmp_path: Path) -> None:
+    model = build(llama, torch.bfloat16)
+    fresh = copy.deepcopy(model)
+    octavo.quantize(model, "w8a16")
+    octavo.save(model, tmp_path / "out")
+    ids = tokens()
+    assert torch.equal(octavo.load(tmp_path / "out", model=fresh)(ids).logits, model(ids).logits)
+
+
+def test_formats_alone_save_what_octavo_saves_for_a_plain_module(tmp_path: Path) -> None:
+    model = quantized()
+    octavo.save(model, tmp_path / "a")
+    save_plain(model, tmp_path / "b")
+    for file in (tmp_path / "a").iterdir():
+        assert file.read_bytes() == (tmp_path / "b" / file.name).read_bytes()
+    shutil.rmtree(tmp_path / "a")

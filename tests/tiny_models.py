@@ -1,0 +1,150 @@
+"""Models of every shape that a checkpoint can have, small enough to be built in a test."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+VOCABULARY = 96
+TEXT: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 42,  # four codes a word: 42 columns do not fill the last one
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+}
+VISION: dict[str, Any] = {
+    "hidden_size": 32,
+    "intermediate_size": 40,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 4,
+    "image_size": 16,
+    "patch_size": 4,
+}
+
+
+class Net(nn.Module):
+    """No transformers model: convolutions, batch norm's buffers, attention, a head tied to the embedding."""
+
+    def __init__(self, hidden: int = 16) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(50, hidden)
+        self.conv = nn.Conv1d(hidden, 8, 3)
+        self.norm = nn.BatchNorm1d(8)
+        self.encoder = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+        self.up = nn.ConvTranspose1d(8, 6, 2, groups=2)
+        self.out = nn.Linear(6, hidden)
+        self.lm_head = nn.Linear(hidden, 50, bias=False)
+        self.lm_head.weight = self.embedding.weight
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.norm(self.conv(self.embedding(tokens).transpose(1, 2))).transpose(1, 2)
+        x = self.up(self.encoder(x).transpose(1, 2)).transpose(1, 2)
+        return self.lm_head(self.out(x))
+
+
+def tokens(*shape: int) -> Tensor:
+    return torch.randint(3, VOCABULARY - 2, shape or (2, 9))
+
+
+def llama(**changes: Any) -> Any:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    return LlamaForCausalLM(LlamaConfig(**{**TEXT, "num_key_value_heads": 2, "tie_word_embeddings": False, **changes}))
+
+
+def tied_llama(**changes: Any) -> Any:
+    return llama(tie_word_embeddings=True, **changes)
+
+
+def qwen2() -> Any:
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    return Qwen2ForCausalLM(Qwen2Config(**TEXT, num_key_value_heads=2))
+
+
+def gpt2() -> Any:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    config = GPT2Config(n_embd=32, n_layer=2, n_head=4, vocab_size=VOCABULARY, bos_token_id=1, eos_token_id=2)
+    return GPT2LMHeadModel(config)
+
+
+def bert() -> Any:
+    from transformers import BertConfig, BertModel
+
+    return BertModel(BertConfig(**TEXT))
+
+
+def bert_lm() -> Any:
+    from transformers import BertConfig, BertForMaskedLM
+
+    return BertForMaskedLM(BertConfig(**TEXT))
+
+
+def t5() -> Any:
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    config = T5Config(d_model=32, d_kv=8, d_ff=40, num_layers=2, num_heads=4, vocab_size=VOCABULARY)
+    return T5ForConditionalGeneration(config)
+
+
+def vit() -> Any:
+    from transformers import ViTConfig, ViTForImageClassification
+
+    return ViTForImageClassification(ViTConfig(**VISION))
+
+
+def whisper() -> Any:
+    from transformers import WhisperConfig, WhisperForConditionalGeneration
+
+    config = WhisperConfig(
+        d_model=32,
+        encoder_layers=1,
+        decoder_layers=1,
+        encoder_attention_heads=4,
+        decoder_attention_heads=4,
+        encoder_ffn_dim=40,
+        decoder_ffn_dim=40,
+        vocab_size=VOCABULARY,
+        num_mel_bins=8,
+        max_source_positions=16,
+        max_target_positions=16,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+        decoder_start_token_id=1,
+        suppress_tokens=None,
+        begin_suppress_tokens=None,
+    )
+    return WhisperForConditionalGeneration(config)
+
+
+def llava() -> Any:
+    """Its tensors have other names on disk than in the model."""
+    from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+
+    config = LlavaConfig(
+        text_config=LlamaConfig(**TEXT, num_key_value_heads=2),
+        vision_config=CLIPVisionConfig(**VISION, projection_dim=32),
+        image_token_index=VOCABULARY - 1,
+    )
+    return LlavaForConditionalGeneration(config)
+
+
+def mixtral() -> Any:
+    """On disk each expert has its own tensors, in the model they are merged."""
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    return MixtralForCausalLM(MixtralConfig(**TEXT, num_key_value_heads=2, num_local_experts=4))
+
+
+def build(make: Callable[..., Any], dtype: torch.dtype = torch.float32, **changes: Any) -> Any:
+    """The model with reproducible weights, in eval mode; skips the test where transformers is missing."""
+    pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    return make(**changes).to(dtype).eval()
