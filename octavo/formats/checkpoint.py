@@ -28,6 +28,7 @@ import errno
 import json
 import math
 import os
+import re
 import secrets
 import shutil
 from collections.abc import Callable, Iterator, Mapping
@@ -319,6 +320,8 @@ class CheckpointWriter:
         if not self._plan:
             raise CheckpointError(f"{self.folder}: there is no tensor to write")
         try:
+            if not re.fullmatch(r"[1-9]\d*[A-Za-z]*", str(max_shard_size)):
+                raise ValueError("it is not a positive whole number")
             split = split_state_dict_into_shards_factory(
                 self._plan,
                 get_storage_size=lambda planned: _nbytes(*planned),

@@ -71,10 +71,12 @@ def quantize_files(
 
 
 def _refuse_quantized(reader: CheckpointReader) -> None:
-    method = ((reader.config or {}).get("quantization_config") or {}).get("quant_method")
+    config = (reader.config or {}).get("quantization_config")
     low = [name for name in reader.names if reader.info(name).dtype.itemsize == 1 and "weight" in name]
-    if method or low or any(name.endswith("weight_packed") for name in reader.names):
-        found = f"quant_method {method!r}" if method else f"tensor {low[0]!r}" if low else "packed weights"
+    packed = [name for name in reader.names if name.endswith("weight_packed")]
+    if config or low or packed:
+        method = config.get("quant_method") if isinstance(config, dict) else None
+        found = f"quant_method {method!r}" if config else f"tensor {(low or packed)[0]!r}"
         raise CheckpointError(f"{reader.path}: is already quantized ({found}); give the float checkpoint")
 
 
@@ -232,12 +234,12 @@ class _Tensors:
 
     def layers(self) -> dict[str, tuple[str, Scheme]]:
         """Name of a layer that holds codes -> (kind, scheme)."""
-        layers = {}
-        for name in self._shapes:
-            decision = self._layer_of(name)[0]
-            assert decision and decision.scheme
-            layers[decision.name] = (decision.label, decision.scheme)
-        return layers
+        with_codes = {(self._param[name] or "").rpartition(".")[0] for name in self._shapes}
+        return {
+            decision.name: (decision.label, decision.scheme)
+            for decision in self._decisions.values()
+            if decision.scheme and decision.name in with_codes
+        }
 
     def unquantized(self) -> list[str]:
         """Names of the linear and tied layers that hold no codes of their own."""
