@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from octavo.cli.machine import describe_machine
 from octavo.cli.terminal import Terminal
-from octavo.modules import QuantEmbedding, QuantModule, TiedQuantEmbedding
+from octavo.modules import QuantEmbedding, QuantModule, TiedQuantEmbedding, TiedQuantLinear
 from octavo.ops import backends
 
 __all__ = ["Loaded", "Round", "bytes_per_token", "load", "peak_memory", "predictions", "prepare", "time_round"]
@@ -110,7 +110,7 @@ def _weights(model: nn.Module) -> Iterator[Tensor]:
 
 def _own_weights(module: nn.Module) -> Iterator[Tensor]:
     yield from (parameter for parameter in module._parameters.values() if parameter is not None)
-    if isinstance(module, TiedQuantEmbedding):
+    if isinstance(module, TiedQuantEmbedding | TiedQuantLinear):
         yield from (module.weight, module.weight_scale)
     elif isinstance(module, QuantModule):
         for codes, scale in module.codes().values():

@@ -1,0 +1,95 @@
+"""`octavo eval` measures what float64 arithmetic on transformers' own logits measures."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from octavo.cli.text import sample_text
+
+Run = Callable[..., Any]
+
+
+def expected_perplexity(folder: Path, tokens: int, window: int) -> float:
+    import transformers
+
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder).float()
+    ids = transformers.AutoTokenizer.from_pretrained(folder)(sample_text()).input_ids[:tokens]
+    losses = []
+    for start in range(0, tokens - 1, window):
+        piece = torch.tensor(ids[start : start + window])
+        with torch.no_grad():
+            logits = model(piece.unsqueeze(0)).logits[0].double()
+        losses.append(F.cross_entropy(logits[:-1], piece[1:], reduction="none"))
+    return math.exp(torch.cat(losses).mean())
+
+
+def test_perplexity_of_a_float_model(run: Run, tiny: Path) -> None:
+    data = run("eval", tiny, "--tokens", 200, "--window", 64, "--json").data
+    # The command runs the model in bf16, as it is stored.
+    assert data["perplexity"] == pytest.approx(expected_perplexity(tiny, 200, 64), rel=2e-2)
+    assert data["tokens"] == 200 and "pydoc_data.topics" in data["text"] and "baseline" not in data
+
+
+def test_a_model_against_itself_costs_nothing(run: Run, tiny: Path) -> None:
+    data = run("eval", tiny, "--baseline", tiny, "--tokens", 129, "--window", 64, "--json").data
+    comparison = data["comparison"]
+    assert data["ratio"] == 1 and comparison["kl"] == 0 and comparison["top1"] == 1
+    assert comparison["sqnr_db"] is None and comparison["cosine_min"] == pytest.approx(1)
+    # 129 tokens are two windows: the last token alone predicts nothing.
+    assert (comparison["batches"], comparison["positions"]) == (2, 128)
+
+
+def test_int8_against_float(run: Run, tiny: Path, tiny_int8: Path) -> None:
+    data = run("eval", tiny_int8, "--baseline", tiny, "--tokens", 128, "--window", 64, "--json").data
+    assert data["ratio"] == pytest.approx(data["perplexity"] / data["baseline_perplexity"])
+    assert 0 < data["comparison"]["kl"] < 0.01 and data["comparison"]["sqnr_db"] > 20
+    assert len(data["comparison"]["layers"]) == 14
+
+
+def test_people_see_the_change_and_the_worst_five(run: Run, tiny: Path, tiny_int8: Path) -> None:
+    shown = run("eval", tiny_int8, "--baseline", tiny, "--tokens", 64, "--window", 32)
+    assert shown.code == 0 and shown.err == ""
+    lines = shown.out.splitlines()
+    assert "64 tokens of Python" in lines[0] and "windows of 32" in lines[0]
+    (line,) = (line for line in lines if line.startswith(str(tiny_int8)))
+    assert line.endswith("%")
+    assert "KL(float || int8)" in shown.out and "top-1 agreement" in shown.out
+    assert "The 5 layers of lowest SQNR, of 14" in shown.out
+
+
+def test_a_text_of_one_s_own(run: Run, tiny: Path, tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("The quick brown fox jumps over the lazy dog, and again. " * 4)
+    data = run("eval", tiny, "--text", text, "--json").data
+    assert data["text"] == str(text) and 2 < data["tokens"] < 300
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [(b"\xff\xfe\x00", "is not UTF-8"), (b"", "has 0 tokens"), (None, "No such file")],
+    ids=["bytes", "empty", "missing"],
+)
+def test_a_text_that_is_none(content: bytes | None, words: str, run: Run, tiny: Path, tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    if content is not None:
+        text.write_bytes(content)
+    shown = run("eval", tiny, "--text", text)
+    assert shown.code == 1 and shown.out == "" and words in shown.err and str(text) in shown.err
+
+
+def test_a_window_of_one_is_refused(run: Run, tiny: Path) -> None:
+    shown = run("eval", tiny, "--window", 1)
+    assert shown.code == 1 and "--window is 1" in shown.err
+
+
+def test_a_device_that_is_not_there(run: Run, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    shown = run("eval", tiny, "--device", "cuda")
+    assert shown.code == 1 and "--device is cuda" in shown.err

@@ -1,0 +1,47 @@
+"""`octavo generate` writes what transformers' own generate writes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import transformers
+
+Run = Callable[..., Any]
+PROMPT = "The names in Python"
+
+
+@pytest.fixture(scope="module")
+def continuation(tiny: Path) -> str:
+    """The first 12 tokens that follow the prompt, by transformers alone."""
+    model = transformers.AutoModelForCausalLM.from_pretrained(tiny)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tiny)
+    inputs = tokenizer(PROMPT, return_tensors="pt")
+    ids = model.generate(**inputs, max_new_tokens=12, do_sample=False, pad_token_id=1)
+    return tokenizer.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+
+
+def test_the_text_is_on_stdout_and_the_statistics_are_beside_it(run: Run, tiny: Path, continuation: str) -> None:
+    shown = run("generate", tiny, "--prompt", PROMPT, "--max-new-tokens", 12)
+    assert shown.code == 0
+    assert shown.out == continuation + "\n"
+    assert shown.err.count("\n") == 1 and "tokens/s" in shown.err
+
+
+def test_json_holds_the_text_and_the_statistics(run: Run, tiny: Path, continuation: str) -> None:
+    shown = run("generate", tiny, "--prompt", PROMPT, "--max-new-tokens", 12, "--json")
+    data = shown.data
+    assert shown.err == "" and data["text"] == continuation
+    assert 1 <= data["new_tokens"] <= 12 and data["first_token_s"] > 0
+    assert data["tokens_per_s"] == pytest.approx((data["new_tokens"] - 1) / data["decode_s"])
+
+
+def test_a_seed_makes_sampling_repeatable(run: Run, tiny: Path) -> None:
+    argv = ("generate", tiny, "--prompt", PROMPT, "--max-new-tokens", 8, "--temperature", 2, "--json", "--seed")
+    assert run(*argv, 1).data["text"] == run(*argv, 1).data["text"] != run(*argv, 2).data["text"]
+
+
+def test_int8_generates_too(run: Run, tiny_int8: Path) -> None:
+    assert run("generate", tiny_int8, "--prompt", PROMPT, "--max-new-tokens", 3, "--json").data["new_tokens"] >= 1

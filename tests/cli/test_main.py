@@ -1,0 +1,188 @@
+"""The command as a whole: help, exit codes, errors in words, quiet libraries."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import shlex
+import subprocess
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import octavo
+from octavo.cli import backends, new_parser
+from octavo.cli.verb import Answer
+
+VERBS = ("quantize", "inspect", "eval", "generate", "bench", "backends")
+Run = Callable[..., Any]
+
+
+def verb_parsers() -> dict[str, argparse.ArgumentParser]:
+    (action,) = (a for a in new_parser()._actions if isinstance(a, argparse._SubParsersAction))
+    return dict(action.choices)
+
+
+def test_the_verbs_are_the_verbs() -> None:
+    assert tuple(verb_parsers()) == VERBS
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_help_describes_in_one_line_and_its_example_parses(verb: str, run: Run) -> None:
+    shown = run(verb, "--help")
+    assert shown.code == 0 and shown.err == ""
+    description = str(verb_parsers()[verb].description)
+    assert description.endswith(".") and len(description) < 90 and description in shown.out
+    head, _, example = shown.out.partition("example:\n")
+    assert all(option in head for option in ("--json", "--debug"))
+    program, *argv = shlex.split(example)
+    assert program == "octavo"
+    assert new_parser().parse_args(argv).verb == verb
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_argument_is_explained(verb: str) -> None:
+    assert [a.dest for a in verb_parsers()[verb]._actions if not a.help] == []
+
+
+def test_help_waits_for_no_library() -> None:
+    code = (
+        "import sys; from octavo.cli import main; main(['--help']); main(['bench', '--help']); "
+        "sys.exit(repr({'torch', 'transformers', 'rich', 'numpy', 'huggingface_hub'} & set(sys.modules)))"
+    )
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert found.stderr.strip() == "set()"
+
+
+def test_python_m_octavo() -> None:
+    found = subprocess.run(
+        [sys.executable, "-W", "error", "-m", "octavo", "backends", "--json"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert {row["op"] for row in json.loads(found.stdout)["ops"]} >= {"w8a16_linear", "w8a16_conv"}
+    assert found.stderr == ""
+
+
+def test_no_verb_shows_the_help_and_is_a_usage_error(run: Run) -> None:
+    shown = run()
+    assert shown.code == 2 and shown.out == "" and "quantize" in shown.err
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["fold"],
+        ["quantize", "only-a-source"],
+        ["quantize", "a", "b", "--scheme", "w3"],
+        ["quantize", "a", "b", "--group-size", "0"],
+        ["generate", "a"],
+        ["generate", "a", "--prompt", " "],
+        ["generate", "a", "--prompt", "x", "--temperature", "-1"],
+        ["generate", "a", "--prompt", "x", "--temperature", "nan"],
+        ["bench", "a", "--repeats", "0"],
+        ["eval", "a", "--device", "tpu"],
+    ],
+    ids=" ".join,
+)
+def test_usage_errors(argv: list[str], run: Run) -> None:
+    shown = run(*argv)
+    assert shown.code == 2 and shown.out == "" and "usage: octavo" in shown.err
+
+
+def test_version(run: Run) -> None:
+    assert run("--version").out == f"octavo {octavo.__version__}\n"
+
+
+@pytest.mark.parametrize("verb", ["quantize", "inspect", "eval", "generate", "bench"])
+@pytest.mark.parametrize("options", [[], ["--json"]], ids=["people", "json"])
+def test_a_missing_source_is_one_paragraph(verb: str, options: list[str], run: Run, tmp_path: Path) -> None:
+    missing = tmp_path / "nowhere"
+    more = {"quantize": [tmp_path / "out"], "generate": ["--prompt", "x"]}.get(verb, [])
+    shown = run(verb, missing, *more, *options)
+    assert shown.code == 1 and shown.out == ""
+    assert shown.err == f"error: {missing}: no such file or folder\n"
+    assert list(tmp_path.iterdir()) == []
+
+
+def failing(error: BaseException) -> Callable[..., Answer]:
+    def run(args: argparse.Namespace, terminal: object) -> Answer:
+        raise error
+
+    return run
+
+
+def with_run(monkeypatch: pytest.MonkeyPatch, function: Callable[..., Answer]) -> None:
+    """`octavo backends` does as `function` does."""
+    monkeypatch.setattr(backends, "run", function)
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (octavo.RecipeError("ignore:\n  'x' matches nothing"), "ignore: 'x' matches nothing"),
+        (
+            ModuleNotFoundError("No module named 'gguf'", name="gguf"),
+            "the package gguf is needed for this: pip install",
+        ),
+        (PermissionError(13, "Permission denied", "/root/x"), "/root/x: Permission denied"),
+        (ZeroDivisionError("division by zero"), "ZeroDivisionError: division by zero (octavo did not expect this"),
+        (MemoryError(), "MemoryError (octavo did not expect this"),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, Exception) else "",
+)
+def test_errors_are_told_in_words(error: Exception, words: str, monkeypatch: pytest.MonkeyPatch, run: Run) -> None:
+    with_run(monkeypatch, failing(error))
+    shown = run("backends")
+    assert shown.code == 1 and shown.out == ""
+    assert shown.err.startswith(f"error: {words}") and shown.err.count("\n") == 1
+
+
+def test_debug_shows_the_traceback(monkeypatch: pytest.MonkeyPatch, run: Run) -> None:
+    with_run(monkeypatch, failing(octavo.RecipeError("no")))
+    shown = run("backends", "--debug")
+    assert shown.code == 1 and shown.out == ""
+    assert shown.err.startswith("Traceback") and "RecipeError: no" in shown.err
+
+
+def test_an_interrupt_is_130(monkeypatch: pytest.MonkeyPatch, run: Run) -> None:
+    with_run(monkeypatch, failing(KeyboardInterrupt()))
+    assert run("backends").code == 130
+
+
+def noisy(args: argparse.Namespace, terminal: object) -> Answer:
+    warnings.warn("5% stays\nfloat", octavo.OctavoWarning, stacklevel=1)
+    warnings.warn("deprecated", FutureWarning, stacklevel=1)
+    logging.getLogger("somebody").warning("noise")
+    return Answer({"done": True}, ("done",))
+
+
+def test_only_warnings_of_octavo_are_seen_and_each_is_a_line(monkeypatch: pytest.MonkeyPatch, run: Run) -> None:
+    with_run(monkeypatch, noisy)
+    shown = run("backends")
+    assert (shown.code, shown.out, shown.err) == (0, "done\n", "warning: 5% stays float\n")
+    assert run("backends", "--json").data == {"done": True}
+    # What was quiet for the command is as it was again.
+    assert logging.root.manager.disable == logging.NOTSET
+    with pytest.warns(FutureWarning, match="again"):
+        warnings.warn("again", FutureWarning, stacklevel=1)
+
+
+def test_a_reader_who_has_enough_is_no_error(tiny_int8: Path) -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-m", "octavo", "inspect", tiny_int8],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None and process.stderr is not None
+    process.stdout.close()
+    assert process.stderr.read() == ""
+    process.stderr.close()
+    assert process.wait() == 1

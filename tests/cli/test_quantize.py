@@ -1,0 +1,85 @@
+"""`octavo quantize` writes what `octavo.quantize_checkpoint` writes, and says what it did."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import octavo
+
+Run = Callable[..., Any]
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_the_folder_is_the_library_s(run: Run, tiny: Path, tmp_path: Path) -> None:
+    data = run("quantize", tiny, tmp_path / "cli", "--ignore", "re:.*down_proj", "--group-size", 16, "--json").data
+    report = octavo.quantize_checkpoint(tiny, tmp_path / "api", "w8a16", ignore=["re:.*down_proj"], group_size=16)
+    assert files(tmp_path / "cli") == files(tmp_path / "api")
+    assert data["coverage"] == json.loads(report.to_json())
+    assert data["scheme"] == "w8a16 g16" and data["seconds"] > 0
+
+
+def test_people_see_the_families_the_sizes_and_what_to_do_next(run: Run, tiny: Path, tmp_path: Path) -> None:
+    out = tmp_path / "with a blank"
+    shown = run("quantize", tiny, out)
+    assert shown.code == 0 and shown.err == ""
+    assert "model.layers.*.mlp.down_proj.weight  x2" in shown.out and "opt-in: include 'Embedding'" in shown.out
+    weights = sum(path.stat().st_size for path in out.glob("*.safetensors"))
+    before = sum(path.stat().st_size for path in tiny.glob("*.safetensors"))
+    (after,) = (line for line in shown.out.splitlines() if line.startswith("after"))
+    percent = float(after.split(",")[1].split("%")[0])
+    # Of the files, headers are a part; the difference is smaller than a tenth of a model that is this small.
+    assert percent == pytest.approx(100 * weights / before, rel=0.1)
+    assert f"octavo eval '{out}' --baseline {tiny}" in shown.out
+
+
+@pytest.mark.parametrize("suffix", [".json", ".yaml"])
+def test_a_recipe_file(suffix: str, run: Run, tiny: Path, tmp_path: Path) -> None:
+    recipe = tmp_path / f"recipe{suffix}"
+    recipe.write_text(json.dumps({"scheme": {"weight": {"granularity": "per_group", "group_size": 32}}}))
+    data = run("quantize", tiny, tmp_path / "out", "--recipe", recipe, "--ignore", "re:.*mlp", "--json").data
+    rows = data["coverage"]["rows"]
+    assert {row["scheme"] for row in rows if "self_attn" in row["name"]} == {"w8a16 g32"}
+    assert {row["reason"] for row in rows if ".mlp." in row["name"]} == {"ignored by 're:.*mlp'"}
+
+
+def test_max_shard_size_cuts_shards(run: Run, tiny: Path, tmp_path: Path) -> None:
+    assert run("quantize", tiny, tmp_path / "out", "--max-shard-size", "20KB").code == 0
+    assert len(list((tmp_path / "out").glob("model-*-of-*.safetensors"))) > 1
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--ignore", "nothing.here"], "'nothing.here' matches no layer"),
+        (["--group-size", "7"], "group_size=7 does not divide"),
+        (["--recipe", "nowhere.json"], "nowhere.json"),
+        (["--recipe", "x.json", "--scheme", "w8a16"], "--scheme and --recipe are both given"),
+        (["--recipe", "x.json", "--group-size", "8"], "--group-size and --recipe are both given"),
+        (["--max-shard-size", "much"], "max_shard_size is 'much'"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_errors_leave_nothing_behind(options: list[str], words: str, run: Run, tiny: Path, tmp_path: Path) -> None:
+    shown = run("quantize", tiny, tmp_path / "out", *options)
+    assert shown.code == 1 and shown.out == ""
+    assert words in shown.err and shown.err.startswith("error: ")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_int8_source_and_a_folder_that_exists_are_refused(
+    run: Run, tiny: Path, tiny_int8: Path, tmp_path: Path
+) -> None:
+    shown = run("quantize", tiny_int8, tmp_path / "out")
+    assert shown.code == 1 and "already quantized" in shown.err
+    before = files(tiny_int8)
+    shown = run("quantize", tiny, tiny_int8)
+    assert shown.code == 1 and str(tiny_int8) in shown.err
+    assert files(tiny_int8) == before
