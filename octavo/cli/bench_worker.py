@@ -5,6 +5,7 @@ The functions here run in that process, one after the other; the model that `loa
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import inspect
 import re
@@ -28,6 +29,8 @@ __all__ = ["Loaded", "Round", "bytes_per_token", "load", "peak_memory", "predict
 
 _state: dict[str, Any] = {}
 """The model of this process, under "model"."""
+
+_open_until_exit = contextlib.ExitStack()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,7 +63,7 @@ class Round:
 def prepare(debug: bool) -> None:
     """Called first in the process: an interrupt ends it without a word, and libraries keep quiet unless `debug`."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
-    Terminal(debug=debug).quiet().__enter__()
+    _open_until_exit.enter_context(Terminal(debug=debug).quiet())
 
 
 def load(path: str, device: str, threads: int | None) -> Loaded:

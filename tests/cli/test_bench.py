@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import json
 import os
 import signal
-from collections.abc import Callable, Iterator
+import subprocess
+import sys
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -23,7 +25,6 @@ from octavo.cli.terminal import Terminal
 from octavo.cli.verb import CommandError
 from tests.tiny_models import TEXT, build, llama, mixtral, tied_llama
 
-Run = Callable[..., Any]
 HIDDEN, INNER, VOCABULARY, LAYERS = (
     TEXT[key] for key in ("hidden_size", "intermediate_size", "vocab_size", "num_hidden_layers")
 )
@@ -114,11 +115,13 @@ def test_what_is_not_known_is_not_made_up() -> None:
     assert bench._cells([1.0, 2.0], str) == ["1.0", "2.0", "0.50x"]
 
 
-def test_both_models_in_one_run(run: Run, tiny: Path, tiny_int8: Path) -> None:
-    sizes = ("--prompt-tokens", 16, "--new-tokens", 4, "--repeats", 2, "--threads", 1)
-    shown = run("bench", tiny_int8, "--baseline", tiny, *sizes, "--json")
-    assert shown.code == 0 and shown.err == ""
-    data = shown.data
+def test_both_models_in_one_run(tiny: Path, tiny_int8: Path) -> None:
+    sizes = ["--prompt-tokens", "16", "--new-tokens", "4", "--repeats", "2", "--threads", "1", "--json"]
+    # A process of its own, so that what its children say on stderr is seen.
+    command = [sys.executable, "-m", "octavo", "bench", tiny_int8, "--baseline", tiny, *sizes]
+    shown = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert shown.stderr == ""
+    data = json.loads(shown.stdout)
     int8, base = data["models"]
     assert (int8["path"], base["path"]) == (str(tiny_int8), str(tiny))
     assert int8["served_by"] == ["reference"] and base["served_by"] == []
