@@ -2,7 +2,8 @@
 
 What a tensor is (a linear layer, an embedding, a transposed GPT-2 layer) is not guessed from its name: a skeleton of
 the model, without weights, says so, and the plan made on it is the one that `quantize` makes on a model. The result
-is bit-identical to quantizing the loaded model and saving it.
+is bit-identical to quantizing the loaded model and saving it, but for tensors that the model has no place for (a head
+of another task, say): those are copied as they are, and reported.
 """
 
 from __future__ import annotations

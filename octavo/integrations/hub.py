@@ -58,10 +58,11 @@ def load(
         config.quantization_config = {**config.quantization_config, "quant_method": METHOD}
     options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}  # both are errors, below
     loaded, info = model_class.from_pretrained(source, config=config, **options)
-    for what, names in (("are missing", info["missing_keys"]), ("have other shapes", info["mismatched_keys"])):
+    other = [f"{name} (is {list(got)}, expected {list(needed)})" for name, got, needed in info["mismatched_keys"]]
+    for what, names in (("are missing", info["missing_keys"]), ("have other shapes", other)):
         if names:
             raise CheckpointError(
-                f"{source}: {len(names)} parameters of {type(loaded).__name__} {what}, such as {min(names)!r}; "
+                f"{source}: {len(names)} parameters of {type(loaded).__name__} {what}, such as {min(names)}; "
                 "download or quantize the checkpoint again"
             )
     return loaded  # type: ignore[no-any-return]

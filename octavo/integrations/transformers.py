@@ -97,7 +97,12 @@ class _QuantizeParameter(ConversionOps):  # type: ignore[misc]
         decision, layer, module = self.quantizer.target(full_layer_name)
         assert decision.scheme is not None
         param = full_layer_name.rpartition(".")[2]
+        expected = getattr(layer, param).shape
         try:
+            if weight.shape != expected:
+                raise CheckpointError(
+                    f"{full_layer_name}: has shape {list(weight.shape)} in the checkpoint, the model's {list(expected)}"
+                )
             codes, scale = decision.kind.quantize_param(layer, param, weight, decision.scheme, full_layer_name)
         except OctavoError as error:
             return self.quantizer.put_off(error, full_layer_name)
@@ -198,6 +203,8 @@ class OctavoQuantizer(HfQuantizer):  # type: ignore[misc]
             raise self._error
         self._model = None
         self._targets = {}
+        # What is kept here save_pretrained would undo; the codes are packed for it by `get_state_dict_and_metadata`.
+        model._weight_conversions = [rule for rule in model._weight_conversions or () if not _unpacks(rule)]
         if self._folder is not None:
             formats.restore_reasons(model, self._folder, renaming(model))
         else:
@@ -220,6 +227,10 @@ class OctavoQuantizer(HfQuantizer):  # type: ignore[misc]
     @property
     def is_compileable(self) -> bool:
         return True
+
+
+def _unpacks(rule: Any) -> bool:
+    return any(isinstance(operation, _UnpackParameter) for operation in getattr(rule, "operations", ()))
 
 
 def _tie(model: PreTrainedModel) -> None:

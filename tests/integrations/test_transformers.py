@@ -1,0 +1,308 @@
+"""OctavoConfig: int8 while transformers loads, and int8 again from what `save_pretrained` wrote."""
+
+from __future__ import annotations
+
+import copy
+import json
+import pickle
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+import octavo
+from octavo import CheckpointError, OctavoWarning, QuantizeError, Recipe, RecipeError, Scheme
+from octavo.modules import QuantEmbedding, QuantLinear, QuantModule
+from tests import tiny_models
+from tests.tiny_models import build, llama, tokens
+
+transformers = pytest.importorskip("transformers")
+
+from octavo.integrations.transformers import OctavoConfig  # noqa: E402 -- needs transformers
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*stay float although:octavo.OctavoWarning")
+
+
+def source_of(folder: Path, make: Callable[..., Any] = llama, dtype: torch.dtype = torch.bfloat16, **kw: Any) -> Any:
+    """A float checkpoint in folder/float; returns its model's class."""
+    model = build(make, dtype, **kw)
+    model.save_pretrained(folder / "float")
+    return type(model)
+
+
+def expected_of(cls: Any, folder: Path, **options: Any) -> Any:
+    """The float checkpoint, loaded by transformers alone and then quantized."""
+    model = cls.from_pretrained(folder / "float")
+    octavo.quantize(model, "w8a16", **options)
+    return model
+
+
+def assert_same(ours: nn.Module, theirs: nn.Module) -> None:
+    one, other = ours.state_dict(), theirs.state_dict()
+    assert one.keys() == other.keys()
+    for name in one:
+        assert one[name].dtype == other[name].dtype, name
+        assert torch.equal(one[name], other[name]), name
+    classes = [[(name, type(m)) for name, m in model.named_modules()] for model in (ours, theirs)]
+    assert classes[0] == classes[1]
+
+
+CASES = [
+    (tiny_models.llama, {}),
+    (tiny_models.llama, {"include": ["lm_head"]}),
+    (tiny_models.llama, {"group_size": 2}),
+    (
+        tiny_models.llama,
+        {"ignore": ["re:.*down_proj"], "overrides": {"re:.*self_attn": Scheme.of("w8a16", group_size=4)}},
+    ),
+    (tiny_models.tied_llama, {}),
+    (tiny_models.tied_llama, {"include": ["lm_head"]}),
+    (tiny_models.gpt2, {}),
+    (tiny_models.bert, {}),
+    (tiny_models.bert_lm, {"include": ["Embedding"]}),
+    (tiny_models.t5, {"include": ["Embedding"]}),
+    (tiny_models.whisper, {}),
+    (tiny_models.vit, {}),
+    (tiny_models.llava, {}),
+    (tiny_models.mixtral, {}),
+]
+
+
+@pytest.mark.parametrize(
+    ("make", "options"),
+    CASES,
+    ids=lambda value: value.__name__ if callable(value) else ",".join(map(str, value)) or "-",
+)
+def test_while_loading_is_load_then_quantize_and_comes_back(
+    tmp_path: Path, make: Callable[[], Any], options: dict[str, Any]
+) -> None:
+    cls = source_of(tmp_path, make)
+    expected = expected_of(cls, tmp_path, **options)
+    model = cls.from_pretrained(tmp_path / "float", quantization_config=OctavoConfig("w8a16", **options))
+    assert_same(model, expected)
+    assert octavo.coverage(model) == octavo.coverage(expected)
+    assert not model.training
+
+    model.save_pretrained(tmp_path / "saved")
+    again = cls.from_pretrained(tmp_path / "saved")
+    assert_same(again, expected)
+    # No float copy of an int8 weight exists, here or in the file.
+    int8 = {name for name, module in again.named_modules() if isinstance(module, QuantModule) and module.codes()}
+    assert int8 and not any(name.endswith("weight") and p.dim() > 1 for n in int8 for name, p in
+                            again.get_submodule(n).named_parameters(recurse=False))  # fmt: skip
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", OctavoWarning)
+        octavo.save(model, tmp_path / "octavo")
+    ours, theirs = (load_file(tmp_path / name / "model.safetensors") for name in ("octavo", "saved"))
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_in_the_other_dtypes(tmp_path: Path, dtype: torch.dtype) -> None:
+    cls = source_of(tmp_path, llama, dtype)
+    model = cls.from_pretrained(tmp_path / "float", quantization_config=OctavoConfig())
+    assert_same(model, expected_of(cls, tmp_path))
+    assert model.model.layers[0].mlp.up_proj.float_dtype == dtype
+
+
+def test_saved_in_shards_tied_and_with_everything_int8(tmp_path: Path) -> None:
+    cls = source_of(tmp_path, tiny_models.tied_llama)
+    config = OctavoConfig("w8a16", include=["lm_head"])
+    model = cls.from_pretrained(tmp_path / "float", quantization_config=config)
+    model.save_pretrained(tmp_path / "saved", max_shard_size="5KB")
+    index = json.loads((tmp_path / "saved/model.safetensors.index.json").read_text())
+    assert len({*index["weight_map"].values()}) > 2
+    assert not any("lm_head" in name for name in index["weight_map"])
+    again = cls.from_pretrained(tmp_path / "saved")
+    assert_same(again, model)
+    assert again.lm_head.weight is again.model.embed_tokens.weight
+    assert isinstance(again.model.embed_tokens, QuantEmbedding)
+    assert all(p.dim() < 2 for p in again.parameters())
+    ids = tokens()
+    with torch.no_grad():
+        assert torch.equal(again(ids).logits, model(ids).logits)
+
+
+def test_a_third_generation_is_the_first(tmp_path: Path) -> None:
+    cls = source_of(tmp_path)
+    cls.from_pretrained(tmp_path / "float", quantization_config=OctavoConfig()).save_pretrained(tmp_path / "one")
+    cls.from_pretrained(tmp_path / "one").save_pretrained(tmp_path / "two")
+    assert (tmp_path / "one/model.safetensors").read_bytes() == (tmp_path / "two/model.safetensors").read_bytes()
+    assert (tmp_path / "one/config.json").read_text() == (tmp_path / "two/config.json").read_text()
+    assert_same(octavo.load(tmp_path / "two"), expected_of(cls, tmp_path))  # and octavo alone loads it
+
+
+def test_through_the_auto_class_with_a_device_map_and_generate(tmp_path: Path) -> None:
+    cls = source_of(tmp_path)
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "float", quantization_config=OctavoConfig("w8a16"), device_map="cpu"
+    )
+    expected = expected_of(cls, tmp_path)
+    assert_same(model, expected)
+    assert isinstance(model.model.layers[1].mlp.down_proj, QuantLinear)
+    ids = tokens(1, 5)
+    options = {"max_new_tokens": 6, "do_sample": False}
+    assert torch.equal(model.generate(ids, **options), expected.generate(ids, **options))
+
+
+def test_copies_and_pickles_answer_the_same(tmp_path: Path) -> None:
+    cls = source_of(tmp_path, tiny_models.tied_llama)
+    config = OctavoConfig("w8a16", include=["lm_head"], ignore=[lambda name, module: name.endswith("k_proj")])
+    model = cls.from_pretrained(tmp_path / "float", quantization_config=config)
+    ids = tokens()
+    with torch.no_grad():
+        expected = model(ids).logits
+        copied = copy.deepcopy(model)
+        assert copied.lm_head.weight is copied.model.embed_tokens.weight
+        assert torch.equal(copied(ids).logits, expected)
+        model.save_pretrained(tmp_path / "saved")  # a predicate is not saved: what it chose lies in the tensors
+        again = cls.from_pretrained(tmp_path / "saved")
+        assert torch.equal(pickle.loads(pickle.dumps(again))(ids).logits, expected)
+    assert isinstance(again.model.layers[0].self_attn.k_proj, nn.Linear)
+
+
+def test_what_octavo_wrote_is_loaded_by_either(tmp_path: Path) -> None:
+    cls = source_of(tmp_path, tiny_models.gpt2)
+    with pytest.warns(OctavoWarning, match="read by octavo only"):
+        octavo.quantize_checkpoint(tmp_path / "float", tmp_path / "int8", "w8a16")
+    assert_same(cls.from_pretrained(tmp_path / "int8"), expected_of(cls, tmp_path))
+
+
+# -- the config -------------------------------------------------------------------------------------------------------
+
+
+def test_the_recipe_may_come_in_any_form(tmp_path: Path) -> None:
+    recipe = Recipe.of("w8a16", ignore=["re:.*mlp"])
+    for given in (recipe, recipe.to_dict()):
+        assert OctavoConfig(given).recipe == recipe
+    assert OctavoConfig(Scheme.of("w8a16", group_size=8)).recipe.scheme.weight.group_size == 8
+    assert OctavoConfig("w8a16", group_size=8).recipe == Recipe.of("w8a16", group_size=8)
+    assert OctavoConfig().recipe == Recipe.of("w8a16")
+
+
+def test_the_config_on_disk_says_what_is_int8(tmp_path: Path) -> None:
+    cls = source_of(tmp_path)
+    model = cls.from_pretrained(tmp_path / "float", quantization_config=OctavoConfig(ignore=["re:.*mlp"]))
+    model.save_pretrained(tmp_path / "saved")
+    written = json.loads((tmp_path / "saved/config.json").read_text())["quantization_config"]
+    assert written["quant_method"] == "octavo"
+    assert "model.layers.0.mlp.up_proj" in written["ignore"] and "lm_head" in written["ignore"]
+    assert written["config_groups"]["group_0"]["targets"] == ["Linear"]
+    assert json.loads(json.dumps(model.config.to_dict()["quantization_config"])) == written
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: OctavoConfig("w4a4"), "unknown scheme 'w4a4'; valid"),
+        (lambda: OctavoConfig("w8a16", ignore="lm_head"), r"write \['lm_head'\]"),
+        (lambda: OctavoConfig({"shceme": "w8a16"}), "unknown key 'shceme'; valid: scheme"),
+        (lambda: OctavoConfig("w8a16", ignore=["re:("]), "not a regular expression"),
+    ],
+    ids=["scheme", "string", "key", "regex"],
+)
+def test_a_recipe_that_is_none_is_known_at_once(make: Callable[[], Any], message: str) -> None:
+    with pytest.raises(RecipeError, match=message):
+        make()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"ignore": ["re:.*gate_projj"]}, r"ignore: 're:\.\*gate_projj' matches no layer of this model; did you mean"),
+        ({"include": ["re:nothing"]}, r"'re:nothing' matches no layer"),
+        ({"group_size": 5}, r"group_size=5 does not divide K=32"),
+    ],
+    ids=["ignore", "include", "group"],
+)
+def test_a_recipe_that_does_not_fit_the_model_is_readable(
+    tmp_path: Path, options: dict[str, Any], message: str
+) -> None:
+    cls = source_of(tmp_path)
+    with pytest.raises(RecipeError, match=message):
+        cls.from_pretrained(tmp_path / "float", quantization_config=OctavoConfig("w8a16", **options))
+
+
+@pytest.mark.parametrize(("value", "found"), [(torch.nan, "NaN"), (torch.inf, "inf")])
+def test_a_weight_that_cannot_be_quantized_is_named(tmp_path: Path, value: float, found: str) -> None:
+    cls = source_of(tmp_path)
+    file = tmp_path / "float/model.safetensors"
+    tensors = load_file(file)
+    name = "model.layers.1.mlp.up_proj.weight"
+    tensors[name][3, 4] = value
+    save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(QuantizeError, match=rf"^{name}: holds {found}"):
+        cls.from_pretrained(tmp_path / "float", quantization_config=OctavoConfig())
+
+
+def test_more_than_a_few_float_bytes_are_a_warning(tmp_path: Path) -> None:
+    cls = source_of(tmp_path, tiny_models.mixtral)
+    with pytest.warns(OctavoWarning, match="stay float although the recipe did not ask for it"):
+        cls.from_pretrained(tmp_path / "float", quantization_config=OctavoConfig())
+
+
+def damage(folder: Path, edit: Callable[[dict[str, Tensor]], object]) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    edit(tensors)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (lambda t: t["model.layers.0.mlp.up_proj.weight_scale"].fill_(torch.nan), r"up_proj\.weight_scale: holds NaN"),
+        (lambda t: t.pop("model.layers.0.mlp.up_proj.weight_shape"), r"no tensor '.*up_proj\.weight_shape'"),
+        (
+            lambda t: t.update({"model.layers.0.mlp.up_proj.weight_packed": torch.zeros(42, 3, dtype=torch.int32)}),
+            r"up_proj\.weight_packed: is torch\.int32 \[42, 3\], expected torch\.int32 \[42, 8\]",
+        ),
+    ],
+    ids=["nan", "missing", "shape"],
+)
+def test_a_damaged_int8_checkpoint_is_named(
+    tmp_path: Path, edit: Callable[[dict[str, Tensor]], object], message: str
+) -> None:
+    cls = source_of(tmp_path)
+    cls.from_pretrained(tmp_path / "float", quantization_config=OctavoConfig()).save_pretrained(tmp_path / "saved")
+    damage(tmp_path / "saved", edit)
+    with pytest.raises(CheckpointError, match=message):
+        cls.from_pretrained(tmp_path / "saved")
+
+
+@pytest.mark.parametrize("shape", [(96, 32), (42, 31)])
+def test_a_float_weight_of_another_shape_is_an_error(tmp_path: Path, shape: tuple[int, int]) -> None:
+    cls = source_of(tmp_path)
+    damage(tmp_path / "float", lambda t: t.update({"model.layers.0.mlp.up_proj.weight": torch.zeros(shape)}))
+    with pytest.raises(CheckpointError, match=r"up_proj\.weight: has shape .*the model's \[42, 32\]"):
+        cls.from_pretrained(tmp_path / "float", quantization_config=OctavoConfig())
+
+
+def test_gradients_reach_an_adapter_on_the_int8_base(tmp_path: Path) -> None:
+    cls = source_of(tmp_path, llama, torch.float32)
+    model = cls.from_pretrained(tmp_path / "float", quantization_config=OctavoConfig())
+    assert model.hf_quantizer.is_trainable
+    embeddings = model.get_input_embeddings()(tokens()).detach().requires_grad_()
+    model(inputs_embeds=embeddings).logits.sum().backward()
+    assert embeddings.grad is not None and embeddings.grad.abs().sum() > 0
+
+
+@pytest.mark.slow
+def test_a_real_model(tmp_path: Path, smollm2: Path) -> None:
+    model = transformers.AutoModelForCausalLM.from_pretrained(smollm2, quantization_config=OctavoConfig("w8a16"))
+    assert_same(model, _quantized(smollm2))
+    model.save_pretrained(tmp_path / "saved")
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
+    assert_same(again, model)
+    assert sum(isinstance(module, QuantLinear) for module in again.modules()) == 210
+
+
+def _quantized(source: Path) -> Any:
+    model = transformers.AutoModelForCausalLM.from_pretrained(source)
+    octavo.quantize(model, "w8a16")
+    return model
