@@ -2,85 +2,184 @@
 
     target_dtype = self.patch_embedding.weight.dtype        (CLIP, SigLIP, Qwen-VL: the input would be cast to int8)
     F.linear(x, self.embed_tokens.weight)                   (a head written by hand: codes used without their scale)
+    for block in self.blocks: block.output.weight.div_(2)   (RWKV rescales its layers)
 
 An int8 layer in that place would give wrong numbers without an error, so such layers stay float with this reason.
-Found by reading the source of the model's own classes: every `self.a.b.weight` outside of constructors and weight
-initialization, but not the uses that are harmless (`.device`, `.shape`, `.data_ptr()`) or that already mind int8
-(transformers' `self.wo.weight.dtype != torch.int8`).
+Found by reading the source of the model's own classes: every `self.a.b.weight` (also through a local name, a loop or
+an index) outside of constructors and the like. Spared are uses that are harmless (`.device`, `.shape`), that already
+mind int8 (transformers' `self.wo.weight.dtype != torch.int8`), or that stand under an `if` that is false as this
+model is configured (BLOOM reads its weights only if `self.pretraining_tp > 1 and self.slow_but_exact`).
+
+What it cannot see: weights handed to or found by code outside the model's classes.
 """
 
 from __future__ import annotations
 
 import ast
+import dataclasses
 import functools
 import inspect
+import operator
+import re
 import textwrap
+from collections.abc import Iterator
+from typing import Any
 
 from torch import nn
 
+from octavo.layers import KINDS
+
 __all__ = ["weight_readers"]
 
-_NOT_RUNNING = {"__init__", "_init_weights", "reset_parameters", "_reset_parameters", "tie_weights", "extra_repr"}
+_WEIGHTS = {param for kind in KINDS for param in kind.params}
+_NOT_RUNNING = re.compile(r"init|reset_parameters|resize|tie_weights|extra_repr|^set_")
 _HARMLESS = {"device", "shape", "size", "data_ptr", "is_meta", "dim", "ndim", "numel", "requires_grad"}
+
+
+@dataclasses.dataclass(frozen=True)
+class _Read:
+    """`self.path.weight` in `method`, under `conditions`. In the path, "*" stands for an index that is not constant."""
+
+    path: tuple[str, ...]
+    method: str
+    conditions: tuple[ast.expr, ...]
 
 
 def weight_readers(model: nn.Module) -> dict[str, str]:
     """Module name -> the method (Class.method) that reads its weight directly, for the modules of `model`."""
-    found = {}
+    found: dict[str, str] = {}
+    names = {id(module): name for name, module in model.named_modules()}
+    places = dict(model.named_modules(remove_duplicate=False))  # one layer may stand in several
     for name, module in model.named_modules():
         if type(module).__module__.startswith(("torch.", "octavo.")):
             continue
-        for path, method in _paths_read(type(module)).items():
-            found[f"{name}.{path}" if name else path] = f"{type(module).__name__}.{method}"
+        for read in _reads_of_class(type(module)):  # type: ignore[arg-type]  # a class is hashable
+            if all(_truth(condition, module) is not False for condition in read.conditions):
+                method = f"{type(module).__name__}.{read.method}"
+                path = ".".join((name, *read.path) if name else read.path)
+                if "*" in read.path:
+                    pattern = re.compile(re.escape(path).replace(r"\*", r"[^.]+"))
+                    read_layers = [layer for place, layer in places.items() if pattern.fullmatch(place)]
+                else:
+                    read_layers = [places[path]] if path in places else []
+                found.update((names[id(layer)], method) for layer in read_layers)
     return found
 
 
 @functools.cache
-def _paths_read(cls: type) -> dict[str, str]:
-    """'a.b' -> method, for every `self.a.b.weight` that the methods of `cls` read."""
-    paths: dict[str, str] = {}
-    for base in reversed(cls.__mro__):
+def _reads_of_class(cls: Any) -> tuple[_Read, ...]:
+    reads: list[_Read] = []
+    for base in cls.__mro__:
         if base.__module__.startswith(("torch.", "builtins")):
             continue
         try:
             tree = ast.parse(textwrap.dedent(inspect.getsource(base)))
         except (OSError, TypeError, SyntaxError):
             continue  # no source to read (a class from a notebook or a compiled module)
-        for method in ast.walk(tree):
-            if isinstance(method, ast.FunctionDef) and method.name not in _NOT_RUNNING:
-                paths.update({path: method.name for path in _reads(method)})
-    return paths
+        for definition in tree.body:
+            for method in definition.body if isinstance(definition, ast.ClassDef) else ():
+                if isinstance(method, ast.FunctionDef) and not _NOT_RUNNING.search(method.name):
+                    reads.extend(_reads_of_method(method))
+    return tuple(reads)
 
 
-def _reads(method: ast.FunctionDef) -> set[str]:
-    minds_int8 = {
-        path
-        for path in _weights(method, harmless=False)
-        if f"self.{path}.weight.dtype != torch.int8" in ast.unparse(method)
-    }
-    return _weights(method, harmless=True) - minds_int8
-
-
-def _weights(method: ast.FunctionDef, *, harmless: bool) -> set[str]:
-    """Paths p of `self.p.weight` in `method`, without the harmless ones if so asked."""
-    spared = {
-        id(node.value)
-        for node in ast.walk(method)
-        if harmless and isinstance(node, ast.Attribute) and node.attr in _HARMLESS
-    }
-    paths = set()
+def _reads_of_method(method: ast.FunctionDef) -> Iterator[_Read]:
+    text = ast.unparse(method)
+    names: dict[str, tuple[str, ...]] = {"self": ()}
     for node in ast.walk(method):
-        if isinstance(node, ast.Attribute) and node.attr == "weight" and id(node) not in spared:
-            path = _path(node.value)
-            if path:
-                paths.add(path)
-    return paths
+        if isinstance(node, ast.Assign) and len(node.targets) == 1:
+            _bind(node.targets[0], _path(node.value, names), names)
+        elif isinstance(node, ast.For | ast.comprehension):
+            _bind_loop(node.target, node.iter, names)
+    for path, conditions in _reads(method, (), names):
+        if f"self.{'.'.join(path)}.weight.dtype != torch.int8" not in text:
+            yield _Read(path, method.name, conditions)
 
 
-def _path(node: ast.expr) -> str | None:
-    """'a.b' of the expression `self.a.b`; None for anything else."""
-    parts: list[str] = []
-    while isinstance(node, ast.Attribute):
-        parts.append(node.attr)
-        node = node.value
-    return ".".join(reversed(parts)) if parts and isinstance(node, ast.Name) and node.id == "self" else None
+def _bind(target: ast.expr, path: tuple[str, ...] | None, names: dict[str, tuple[str, ...]]) -> None:
+    if isinstance(target, ast.Name) and path:
+        names[target.id] = path
+
+
+def _bind_loop(target: ast.expr, iterated: ast.expr, names: dict[str, tuple[str, ...]]) -> None:
+    """The names that `for target in iterated` gives to parts of self, through `enumerate` and `zip` too."""
+    if isinstance(iterated, ast.Call) and isinstance(iterated.func, ast.Name) and isinstance(target, ast.Tuple):
+        if iterated.func.id == "enumerate" and len(target.elts) == 2:
+            _bind_loop(target.elts[1], iterated.args[0], names)
+        elif iterated.func.id == "zip":
+            for each, part in zip(target.elts, iterated.args, strict=False):
+                _bind_loop(each, part, names)
+    elif path := _path(iterated, names):
+        _bind(target, (*path, "*"), names)
+
+
+def _path(node: ast.expr, names: dict[str, tuple[str, ...]]) -> tuple[str, ...] | None:
+    """('a', '0', 'b') of the expression `self.a[0].b`; None for what is not a part of self."""
+    if isinstance(node, ast.Name):
+        return names.get(node.id)
+    if isinstance(node, ast.Attribute):
+        path = _path(node.value, names)
+        return None if path is None else (*path, node.attr)
+    if isinstance(node, ast.Subscript):
+        path = _path(node.value, names)
+        if path is None or isinstance(node.slice, ast.Slice):
+            return path
+        return (*path, str(node.slice.value) if isinstance(node.slice, ast.Constant) else "*")
+    return None
+
+
+def _reads(
+    node: ast.AST, conditions: tuple[ast.expr, ...], names: dict[str, tuple[str, ...]]
+) -> Iterator[tuple[tuple[str, ...], tuple[ast.expr, ...]]]:
+    """Paths p of `self.p.weight` in and below `node`, each with the conditions that it stands under."""
+    if isinstance(node, ast.If | ast.IfExp):
+        yield from _reads(node.test, conditions, names)
+        for branch, condition in ((node.body, node.test), (node.orelse, ast.UnaryOp(ast.Not(), node.test))):
+            for statement in branch if isinstance(branch, list) else [branch]:
+                yield from _reads(statement, (*conditions, condition), names)
+        return
+    if isinstance(node, ast.Attribute):
+        if node.attr in _WEIGHTS and (path := _path(node.value, names)):
+            yield path, conditions
+        if node.attr in _HARMLESS and isinstance(node.value, ast.Attribute) and node.value.attr in _WEIGHTS:
+            return
+    for child in ast.iter_child_nodes(node):
+        yield from _reads(child, conditions, names)
+
+
+_COMPARE = {
+    ast.Eq: operator.eq, ast.NotEq: operator.ne, ast.Lt: operator.lt, ast.LtE: operator.le,
+    ast.Gt: operator.gt, ast.GtE: operator.ge, ast.Is: operator.is_, ast.IsNot: operator.is_not,
+}  # fmt: skip
+_UNKNOWN = object()
+
+
+def _truth(test: ast.expr, module: nn.Module) -> bool | None:
+    """Whether `test` holds for `module` as it is configured; None if it depends on more than its settings."""
+    match test:
+        case ast.BoolOp(op=op, values=values):
+            decisive = isinstance(op, ast.Or)
+            truths = [_truth(value, module) for value in values]
+            return decisive if decisive in truths else None if None in truths else not decisive
+        case ast.UnaryOp(op=ast.Not(), operand=operand):
+            truth = _truth(operand, module)
+            return None if truth is None else not truth
+        case ast.Compare(left=left, ops=[op], comparators=[right]) if type(op) in _COMPARE:
+            a, b = _setting(left, module), _setting(right, module)
+            comparable = type(a) is type(b) or isinstance(op, ast.Eq | ast.NotEq | ast.Is | ast.IsNot)
+            return None if _UNKNOWN in (a, b) or not comparable else bool(_COMPARE[type(op)](a, b))
+    value = _setting(test, module)
+    return None if value is _UNKNOWN else bool(value)
+
+
+def _setting(node: ast.expr, module: nn.Module) -> Any:
+    """The value of a constant or of `self.a.b`, if it is a plain value that running the model does not change."""
+    if isinstance(node, ast.Constant):
+        return node.value
+    path = _path(node, {"self": ()})
+    if not isinstance(node, ast.Attribute) or not path or path[0] == "training":
+        return _UNKNOWN
+    value = vars(module).get(path[0], _UNKNOWN)
+    for attribute in path[1:]:
+        value = _UNKNOWN if isinstance(value, nn.Module) else getattr(value, attribute, _UNKNOWN)
+    return value if value is None or isinstance(value, bool | int | float | str) else _UNKNOWN
