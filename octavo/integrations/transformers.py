@@ -4,7 +4,9 @@
     model = AutoModelForCausalLM.from_pretrained(id, quantization_config=OctavoConfig("w8a16"))
     model.save_pretrained("out/"); AutoModelForCausalLM.from_pretrained("out/")     # real int8 again
 
-Importing this module registers the quantization method "octavo" with transformers. Tensors on disk are laid out as
+Importing this module registers the quantization method "octavo" with transformers. A program that only loads such a
+checkpoint needs the import too, or `octavo.load`, which does it: transformers alone warns of an "Unknown quantization
+type" and goes on with random weights. Tensors on disk are laid out as
 compressed-tensors' pack-quantized, whichever way they were saved; `octavo.save` writes a config that vLLM and
 transformers without octavo read, `save_pretrained` one that brings transformers here.
 """
@@ -85,7 +87,15 @@ class OctavoConfig(QuantizationConfigMixin):  # type: ignore[misc]
         return self.to_dict()
 
 
-class _QuantizeParameter(ConversionOps):  # type: ignore[misc]
+class _SharedOp(ConversionOps):  # type: ignore[misc]
+    """A conversion without state of its own: transformers copies the operations for every parameter, and a copy would
+    drag the quantizer and the whole model along."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        return self
+
+
+class _QuantizeParameter(_SharedOp):
     """Float weight, as just read from disk -> codes and scale."""
 
     def __init__(self, quantizer: OctavoQuantizer) -> None:
@@ -110,7 +120,7 @@ class _QuantizeParameter(ConversionOps):  # type: ignore[misc]
         return {full_layer_name: codes, f"{full_layer_name}_scale": scale}
 
 
-class _UnpackParameter(ConversionOps):  # type: ignore[misc]
+class _UnpackParameter(_SharedOp):
     """Packed codes and scale, as on disk -> codes and fp32 scale."""
 
     def __init__(self, quantizer: OctavoQuantizer) -> None:
