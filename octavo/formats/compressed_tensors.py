@@ -158,7 +158,7 @@ def quantization_config(
     ignore: names of the modules of those classes that stay float.
     ecosystem: whether transformers and vLLM can load every layer, which is so for linear ones (for embeddings the
         layout has a place too, but transformers 5.23 fails on them and vLLM reads them in a few models); otherwise
-        quant_method is "octavo", so that they refuse the checkpoint instead of misreading it.
+        quant_method is "octavo", which they warn that they do not know, instead of misreading it.
 
     Only keys that every released reader accepts are written: their schema forbids unknown ones.
     """

@@ -126,8 +126,11 @@ def quantization_config(
     names: layer's name in the model -> on disk, where it differs. To leave a layer alone a reader needs the name that
         it goes by: transformers the model's, vLLM the one on disk.
     parts: names on disk of float tensors that the model holds merged with others (the experts of a layer).
+    Raises: QuantizeError if no layer holds codes.
     Warns: OctavoWarning if `ecosystem` was hoped for and something forbids it.
     """
+    if not layers:
+        raise QuantizeError("no layer of the model is int8, so there is no int8 checkpoint to write; widen the recipe")
     foreign = sorted({kind for kind, _ in layers.values()} - ECOSYSTEM_KINDS)
     if ecosystem and (foreign or parts):
         found = f"int8 layers of kind {', '.join(foreign)}" if foreign else f"merged float tensors ({min(parts)}, ...)"

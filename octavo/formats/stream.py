@@ -49,6 +49,14 @@ def quantize_files(
     with CheckpointReader(src) as reader:
         _refuse_quantized(reader)
         tensors = _Tensors(reader, skeleton, plan(skeleton, recipe), rename)
+        config = dict(reader.config or {})
+        config["quantization_config"] = quantization_config(
+            tensors.layers(),
+            tensors.unquantized(),
+            ecosystem="model_type" in config,
+            names=tensors.names(),
+            parts=tensors.parts,
+        )
         with new_folder(dst) as temporary:
             copy_companions(src, temporary)
             with CheckpointWriter(temporary, tensors.stored(), max_shard_size=max_shard_size) as writer:
@@ -57,15 +65,7 @@ def quantize_files(
                         writer.write(stored_name, stored)
                     if progress:
                         progress(done, len(tensors.kept))
-            config = dict(reader.config or {})
             report = Coverage(tuple(tensors.rows()))
-            config["quantization_config"] = quantization_config(
-                tensors.layers(),
-                tensors.unquantized(),
-                ecosystem="model_type" in config,
-                names=tensors.names(),
-                parts=tensors.parts,
-            )
             write_descriptions(temporary, config, report)
     warn_unasked(report)
     return report
@@ -147,7 +147,7 @@ class _Tensors:
         """The parameter or buffer of the skeleton that the tensor is loaded into, None if there is none."""
         prefix, _, short = (self._param[name] or "").rpartition(".")
         module = self._modules.get(prefix)
-        if module is None:
+        if module is None or short in module._non_persistent_buffers_set:
             return None
         parameter = module._parameters.get(short)
         return module._buffers.get(short) if parameter is None else parameter

@@ -357,6 +357,8 @@ def test_a_recipe_that_does_not_fit_is_known_before_anything_is_written(tmp_path
     ):
         with pytest.raises(RecipeError, match=message):
             octavo.quantize_checkpoint(source, tmp_path / "out", "w8a16", **options)
+    with pytest.raises(QuantizeError, match="no layer of the model is int8"):
+        octavo.quantize_checkpoint(source, tmp_path / "out", "w8a16", ignore=["re:.*"])
     with pytest.raises(RecipeError, match="unknown scheme 'w4a4'; valid: "):
         octavo.quantize_checkpoint(source, tmp_path / "out", "w4a4")
     assert [path.name for path in tmp_path.iterdir()] == ["source"]

@@ -275,6 +275,13 @@ def test_a_damaged_int8_checkpoint_is_named(
         cls.from_pretrained(tmp_path / "saved")
 
 
+def test_a_model_without_an_int8_layer_is_not_saved_as_int8(tmp_path: Path) -> None:
+    cls = source_of(tmp_path)
+    model = cls.from_pretrained(tmp_path / "float", quantization_config=OctavoConfig(ignore=["re:.*"]))
+    with pytest.raises(QuantizeError, match="no layer of the model is int8"):
+        model.save_pretrained(tmp_path / "saved")
+
+
 @pytest.mark.parametrize("shape", [(96, 32), (42, 31)])
 def test_a_float_weight_of_another_shape_is_an_error(tmp_path: Path, shape: tuple[int, int]) -> None:
     cls = source_of(tmp_path)
