@@ -104,7 +104,7 @@ def _scale_of(largest: Tensor, dtype: torch.dtype, value_range: Range) -> Tensor
     rounded = scale.to(stored)
     # Near the smallest numbers of a dtype rounding down may cost a large part of the scale (or all of it): the largest
     # values would then clip. One step up of the stored dtype is the nearest scale that holds them.
-    clips = largest > rounded.float() * (_QMAX + 0.5)
+    clips = largest / rounded.float() > _QMAX + 0.5
     step_up = (rounded.view(_SAME_WIDTH_INT[stored]) + 1).view(stored)
     scale = torch.where(clips, step_up, rounded).float()
     return torch.where(largest == 0, 1.0, scale)
