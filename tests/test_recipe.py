@@ -1,0 +1,231 @@
+"""Recipes: what may be written, what is refused, and that what is written is read back."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from octavo.errors import RecipeError
+from octavo.recipe import DEFAULT_TARGETS, OPT_IN_TARGETS, PRESETS, Recipe, Scheme, WeightArgs, pattern_matches
+
+schemes = st.builds(Scheme.of, st.sampled_from(sorted(PRESETS)), group_size=st.none() | st.integers(1, 4096))
+patterns = st.sampled_from(["lm_head", "model.layers.0", "re:.*down_proj", "Linear", "Embedding"])
+recipes = st.builds(
+    Recipe.of,
+    schemes,
+    ignore=st.lists(patterns, max_size=3),
+    include=st.lists(patterns, max_size=3),
+    overrides=st.dictionaries(patterns, schemes, max_size=3),
+)
+
+
+# -- what is written is read back --------------------------------------------------------------------------------------
+
+
+@given(recipes)
+def test_a_recipe_survives_json(recipe: Recipe) -> None:
+    assert Recipe.from_dict(json.loads(json.dumps(recipe.to_dict()))) == recipe
+
+
+@given(schemes)
+def test_a_scheme_survives_json(scheme: Scheme) -> None:
+    assert Scheme.from_dict(json.loads(json.dumps(scheme.to_dict()))) == scheme
+
+
+@pytest.mark.parametrize("suffix", [".json", ".yaml", ".yml"])
+def test_files(tmp_path: Path, suffix: str) -> None:
+    path = tmp_path / f"recipe{suffix}"
+    path.write_text(
+        json.dumps({"scheme": "w8a16", "ignore": ["re:.*down_proj"]})
+        if suffix == ".json"
+        else "scheme: w8a16\nignore:\n  - 're:.*down_proj'\n"
+    )
+    assert Recipe.from_file(path) == Recipe.of("w8a16", ignore=["re:.*down_proj"])
+
+
+def test_a_whole_recipe_in_yaml(tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(
+        """
+        scheme: {name: w8a16, weight: {granularity: per_group, group_size: 64}}
+        targets: [Linear, Embedding]
+        ignore: [lm_head]
+        overrides:
+          model.layers.0: w8a16
+        """
+    )
+    recipe = Recipe.from_file(path)
+    assert recipe.scheme == Scheme.of("w8a16", group_size=64)
+    assert recipe.targets == ("Linear", "Embedding")
+    assert recipe.overrides == (("model.layers.0", Scheme.of("w8a16")),)
+
+
+# -- what is in a recipe ---------------------------------------------------------------------------------------------
+
+
+def test_the_defaults() -> None:
+    recipe = Recipe.of("w8a16")
+    assert recipe == Recipe()
+    assert recipe.scheme == Scheme("w8a16", WeightArgs("per_channel", None))
+    assert recipe.targets == DEFAULT_TARGETS
+    assert not set(OPT_IN_TARGETS) & set(DEFAULT_TARGETS)
+
+
+def test_of_adds_to_a_recipe() -> None:
+    base = Recipe.of("w8a16", ignore=["a"], include=["Embedding"], overrides={"b": Scheme.of("w8a16", group_size=32)})
+    more = Recipe.of(base, ignore=["c"], include=["OutputHead"], overrides={"d": Scheme()})
+    assert more.ignore == ("a", "c")
+    assert more.targets == (*DEFAULT_TARGETS, "Embedding", "OutputHead")
+    assert [pattern for pattern, _ in more.overrides] == ["b", "d"]
+    assert base.ignore == ("a",), "a recipe is not changed by what is made of it"
+
+
+def test_of_takes_a_scheme() -> None:
+    scheme = Scheme.of("w8a16", group_size=128)
+    assert Recipe.of(scheme).scheme is scheme
+    assert Recipe.of("w8a16", group_size=128).scheme == scheme
+    assert str(scheme) == "w8a16 g128"
+    assert str(Scheme()) == "w8a16"
+
+
+def test_frozen() -> None:
+    with pytest.raises(AttributeError):
+        Recipe().ignore = ("a",)  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(
+    ("pattern", "name", "expected"),
+    [
+        ("model.layers.1", "model.layers.1", True),
+        ("model.layers.1", "model.layers.1.mlp.up", True),
+        ("model.layers.1", "model.layers.10", False),
+        ("model.layers.1", "encoder.model.layers.1", False),
+        ("mlp", "model.mlp", False),
+        ("re:.*down_proj", "model.layers.0.mlp.down_proj", True),
+        ("re:down_proj", "model.layers.0.mlp.down_proj", False),  # matched from the start, as vLLM matches
+        ("re:model", "model.layers.0.mlp.down_proj", True),  # but not to the end
+        (r"re:model\.layers\.[01]\.", "model.layers.1.mlp", True),
+        (r"re:model\.layers\.[01]\.", "model.layers.12.mlp", False),
+    ],
+)
+def test_patterns(pattern: str, name: str, expected: bool) -> None:
+    assert pattern_matches(pattern, name) is expected
+
+
+def test_a_predicate_sees_name_and_module() -> None:
+    module = object()
+    assert pattern_matches(lambda name, other: name == "a" and other is module, "a", module)
+    assert not pattern_matches(lambda name, other: name == "a", "b", module)
+
+
+# -- what is refused -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ({"schema": "w8a16"}, "recipe: unknown key 'schema'; valid: scheme, targets, ignore, overrides"),
+        ({"scheme": "w4a16"}, f"unknown scheme 'w4a16'; valid: {', '.join(sorted(PRESETS))}"),
+        ({"scheme": {"nam": "w8a16"}}, "scheme: unknown key 'nam'; valid: name, weight"),
+        (
+            {"scheme": {"weight": {"groups": 1}}},
+            "scheme.weight: unknown key 'groups'; valid: granularity, group_size",
+        ),
+        ({"scheme": {"weight": {"granularity": "per_tensor"}}}, "weight.granularity is 'per_tensor', expected"),
+        ({"scheme": {"weight": {"granularity": "per_group"}}}, "per_group needs a group_size"),
+        ({"scheme": {"weight": {"group_size": 64}}}, "weight.group_size is 64 with granularity 'per_channel'"),
+        (
+            {"scheme": {"weight": {"granularity": "per_group", "group_size": "64"}}},
+            "weight.group_size is '64', expected a positive whole number",
+        ),
+        ({"scheme": 8}, "scheme is 8, expected a mapping"),
+        ({"ignore": "lm_head"}, r"ignore is 'lm_head', expected a list of patterns; write \['lm_head'\]"),
+        ({"ignore": 3}, "ignore is 3, expected a list"),
+        ({"ignore": [""]}, "ignore holds '', expected a module's name"),
+        ({"targets": [None]}, "targets holds None"),
+        ({"ignore": ["re:("]}, r"ignore: 're:\(' is not a regular expression"),
+        ({"overrides": ["a"]}, r"recipe.overrides is \['a'\], expected a mapping"),
+        ({"overrides": {"a": "w2"}}, "unknown scheme 'w2'"),
+        (["w8a16"], r"recipe is \['w8a16'\], expected a mapping"),
+    ],
+)
+def test_from_dict_refuses(data: Any, message: str) -> None:
+    with pytest.raises(RecipeError, match=message):
+        Recipe.from_dict(data)
+
+
+@pytest.mark.parametrize("field", ["ignore", "include"])
+def test_of_refuses_one_string(field: str) -> None:
+    """It would be read as a list of letters."""
+    with pytest.raises(RecipeError, match=rf"{field} is 'lm_head', expected a list of patterns; write \['lm_head'\]"):
+        Recipe.of("w8a16", **{field: "lm_head"})  # type: ignore[arg-type]
+
+
+def test_of_refuses_a_group_size_beside_a_scheme() -> None:
+    with pytest.raises(RecipeError, match="group_size=64 goes with a preset's name"):
+        Recipe.of(Scheme(), group_size=64)
+
+
+@pytest.mark.parametrize("group_size", [0, -1, 1.5])
+def test_group_sizes_are_positive(group_size: Any) -> None:
+    with pytest.raises(RecipeError, match="expected a positive whole number"):
+        Scheme.of("w8a16", group_size=group_size)
+
+
+def test_recipe_refuses_what_is_no_scheme() -> None:
+    with pytest.raises(RecipeError, match=r"scheme is 'w8a16', expected a Scheme; Recipe.of\('w8a16'\)"):
+        Recipe("w8a16")  # type: ignore[arg-type]
+    with pytest.raises(RecipeError, match=r"overrides\['a'\] is 'w8a16', expected a Scheme"):
+        Recipe(overrides={"a": "w8a16"})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("field", ["targets", "ignore", "overrides"])
+def test_a_predicate_does_not_fit_in_a_file(field: str) -> None:
+    def deep(name: str, module: Any) -> bool:
+        return name.count(".") > 3
+
+    value: Any = {deep: Scheme()} if field == "overrides" else [deep]
+    with pytest.raises(RecipeError, match=f"{field} holds the predicate .*deep.*, which a file cannot"):
+        Recipe(**{field: value}).to_dict()
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("a.json", "{", "a.json: not valid JSON"),
+        ("a.yaml", "a: [", "a.yaml: not valid YAML"),
+        ("a.toml", "", "a.toml: a recipe ends in .json, .yaml or .yml, got '.toml'"),
+        ("a.yaml", "ignored: [x]", "a.yaml: recipe: unknown key 'ignored'"),
+        ("a.yaml", "", "a.yaml: recipe is None, expected a mapping"),
+        ("a.json", '{"scheme": "w9"}', "a.json: unknown scheme 'w9'"),
+    ],
+)
+def test_a_wrong_file_is_named(tmp_path: Path, name: str, text: str, message: str) -> None:
+    path = tmp_path / name
+    path.write_text(text)
+    with pytest.raises(RecipeError, match=message):
+        Recipe.from_file(path)
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match=r"none.json: cannot read the recipe: .*No such file"):
+        Recipe.from_file(tmp_path / "none.json")
+
+
+def test_binary_is_no_recipe(tmp_path: Path) -> None:
+    path = tmp_path / "model.json"
+    path.write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(RecipeError, match="cannot read the recipe"):
+        Recipe.from_file(path)
+
+
+def test_torch_is_not_loaded() -> None:
+    code = "import sys, octavo.recipe; assert not {'torch', 'yaml', 'numpy'} & sys.modules.keys()"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[1])
