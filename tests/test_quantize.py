@@ -1,0 +1,330 @@
+"""plan, install and quantize: which layers become int8, that nothing changes when the plan is refused, and memory."""
+
+from __future__ import annotations
+
+import copy
+import subprocess
+import sys
+import textwrap
+import warnings
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.parametrizations import weight_norm
+
+import octavo
+from octavo import OctavoWarning, QuantizeError, Recipe, RecipeError, Scheme
+from octavo.modules import QuantConv, QuantEmbedding, QuantLinear, QuantModule, QuantMultiheadAttention
+from octavo.primitives import dequantize
+from octavo.quantize import output_heads, plan
+from tests.tiny_models import Net, bert, build, gpt2, llama, t5, tied_llama, tokens, vit, whisper
+
+
+def mlp() -> nn.Sequential:
+    return nn.Sequential(nn.Linear(24, 32), nn.ReLU(), nn.Linear(32, 8, bias=False))
+
+
+def with_dequantized_weights(model: nn.Module, int8: nn.Module) -> nn.Module:
+    """A copy of the float `model` whose weights are what the codes of `int8` stand for, by the definition."""
+    twin = copy.deepcopy(model)
+    for name, module in int8.named_modules():
+        if isinstance(module, QuantLinear):
+            layer = twin.get_submodule(name)
+            weight = dequantize(module.weight, module.weight_scale)
+            layer.weight.data = (weight if isinstance(layer, nn.Linear) else weight.T).to(layer.weight.dtype)
+    return twin
+
+
+def relative_error(actual: Tensor, expected: Tensor) -> float:
+    return float((actual.detach() - expected.detach()).norm() / expected.detach().norm())
+
+
+def test_in_place_with_the_values_of_the_definition() -> None:
+    model = mlp()
+    original = copy.deepcopy(model)
+    first = model[0]
+    report = octavo.quantize(model, "w8a16")
+    assert isinstance(model[0], QuantLinear) and isinstance(model[2], QuantLinear) and model[0] is not first
+    assert report.quantized_fraction == pytest.approx((24 * 32 + 32 * 8) / (24 * 32 + 32 * 8 + 32))
+    x = torch.randn(5, 24)
+    torch.testing.assert_close(model(x), with_dequantized_weights(original, model)(x))
+
+
+@pytest.mark.filterwarnings("ignore::octavo.OctavoWarning")  # in so small a ViT, position embeddings are over 5%
+@pytest.mark.parametrize("make", [llama, tied_llama, gpt2, bert, t5, vit, whisper])
+def test_real_architectures_stay_close_to_the_float_model(make: Any) -> None:
+    model = build(make)
+    inputs = {
+        vit: {"pixel_values": torch.randn(2, 3, 16, 16)},
+        whisper: {"input_features": torch.randn(1, 8, 32), "decoder_input_ids": tokens(1, 5)},
+        t5: {"input_ids": tokens(), "decoder_input_ids": tokens()},
+    }.get(make, {"input_ids": tokens()})
+    with torch.no_grad():
+        expected = model(**inputs)[0]
+        octavo.quantize(model, "w8a16")
+        actual = model(**inputs)[0]
+    assert 0 < relative_error(actual, expected) < 0.03
+    floats = [name for name, module in model.named_modules() if type(module) is nn.Linear]
+    assert set(floats) <= output_heads(model)
+
+
+def test_gpt2_layers_are_transposed_to_rows_of_output_channels() -> None:
+    model = build(gpt2)
+    float_weight = model.transformer.h[0].attn.c_attn.weight.detach().clone()
+    octavo.quantize(model, "w8a16")
+    layer = model.transformer.h[0].attn.c_attn
+    assert float_weight.shape == (32, 96) and layer.weight.shape == (96, 32) and layer.weight_scale.shape == (96, 1)
+    error = (dequantize(layer.weight, layer.weight_scale) - float_weight.T).abs()
+    assert bool((error <= layer.weight_scale * 0.5001).all())
+
+
+class TestWhatIsQuantized:
+    def test_head_and_embedding_are_opt_in(self) -> None:
+        model = build(llama)
+        octavo.quantize(model, "w8a16")
+        assert type(model.lm_head) is nn.Linear and type(model.model.embed_tokens) is nn.Embedding
+        model = build(llama)
+        octavo.quantize(model, "w8a16", include=["lm_head", "Embedding"])
+        assert isinstance(model.lm_head, QuantLinear) and isinstance(model.model.embed_tokens, QuantEmbedding)
+        assert octavo.coverage(model).quantized_fraction > 0.98
+
+    @pytest.mark.parametrize("named", [["lm_head"], ["OutputHead"], ["Embedding"], ["model.embed_tokens"]])
+    def test_a_tied_head_shares_one_table(self, named: list[str]) -> None:
+        model = build(tied_llama)
+        octavo.quantize(model, "w8a16", include=named)
+        assert model.lm_head.weight is model.model.embed_tokens.weight
+        assert not any("lm_head" in key for key in model.state_dict())
+
+    def test_a_tied_table_cannot_be_ignored_by_halves(self) -> None:
+        model = build(tied_llama)
+        with pytest.raises(RecipeError, match="ignore both or neither"):
+            octavo.quantize(model, "w8a16", include=["lm_head"], ignore=["model.embed_tokens"])
+
+    def test_ignore_by_name_container_expression_kind_and_predicate(self) -> None:
+        for ignore, stays in (
+            (["model.layers.0.mlp.up_proj"], {"model.layers.0.mlp.up_proj"}),
+            (["model.layers.1"], {f"model.layers.1.{part}" for part in _PARTS}),
+            (["re:.*down_proj"], {"model.layers.0.mlp.down_proj", "model.layers.1.mlp.down_proj"}),
+            ([lambda name, module: name.endswith("0.mlp.up_proj")], {"model.layers.0.mlp.up_proj"}),
+        ):
+            model = build(llama)
+            report = octavo.quantize(model, "w8a16", ignore=ignore)
+            floats = {name for name, module in model.named_modules() if type(module) is nn.Linear} - {"lm_head"}
+            assert floats == stays
+            assert all(row.asked for row in report.rows if row.name.removesuffix(".weight") in stays)
+        model = build(whisper)
+        octavo.quantize(model, "w8a16", ignore=["Conv1d"])
+        assert type(model.model.encoder.conv1) is nn.Conv1d and isinstance(
+            model.model.encoder.layers[0].fc1, QuantLinear
+        )
+
+    def test_overrides_give_a_layer_its_own_scheme(self) -> None:
+        model = build(llama)
+        octavo.quantize(model, "w8a16", overrides={"re:.*q_proj": Scheme.of("w8a16", group_size=8)})
+        attention = model.model.layers[0].self_attn
+        assert attention.q_proj.weight_scale.shape == (32, 4) and attention.k_proj.weight_scale.shape == (16, 1)
+
+    def test_one_module_in_two_places_is_replaced_in_both(self) -> None:
+        shared = nn.Linear(8, 8)
+        model = nn.ModuleDict({"a": shared, "b": nn.ModuleDict({"c": shared})})
+        octavo.quantize(model, "w8a16")
+        assert isinstance(model["a"], QuantLinear) and model["b"]["c"] is model["a"]
+
+    def test_hooks_stay_registered(self) -> None:
+        model, seen = mlp(), []
+        model[0].register_forward_hook(lambda module, args, output: seen.append(type(module)))
+        model[0].register_forward_pre_hook(lambda module, args: None)
+        octavo.quantize(model, "w8a16")
+        model(torch.randn(2, 24))
+        assert seen == [QuantLinear]
+
+    def test_mode_and_bias_parameters_are_kept(self) -> None:
+        model = mlp().eval()
+        bias = model[0].bias
+        bias.requires_grad_(False)
+        octavo.quantize(model, "w8a16")
+        assert model[0].bias is bias and not model[0].training
+
+
+_PARTS = [
+    *(f"self_attn.{part}_proj" for part in "qkvo"),
+    *(f"mlp.{part}_proj" for part in ("gate", "up", "down")),
+]
+
+
+class TestWhatStaysFloat:
+    def reason(self, model: nn.Module, name: str) -> str:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", OctavoWarning)
+            report = octavo.quantize(model, "w8a16", include=["Embedding"] if hasattr(model, "embedding") else [])
+        (row,) = [row for row in report.rows if row.name == name]
+        assert row.scheme is None and row.reason is not None
+        return row.reason
+
+    def test_a_subclass_with_its_own_forward(self) -> None:
+        class Doubled(nn.Linear):
+            def forward(self, input: Tensor) -> Tensor:
+                return 2 * super().forward(input)
+
+        class Renamed(nn.Linear):
+            pass
+
+        model = nn.ModuleDict({"a": Doubled(8, 8), "b": Renamed(8, 8)})
+        assert "forward" in self.reason(model, "a.weight")
+        assert isinstance(model["b"], QuantLinear)
+
+    def test_a_parametrized_weight(self) -> None:
+        model = nn.ModuleDict({"a": weight_norm(nn.Linear(8, 8)), "b": nn.Linear(8, 8)})
+        with pytest.warns(OctavoWarning):
+            octavo.quantize(model, "w8a16")
+        assert not isinstance(model["a"], QuantModule) and isinstance(model["b"], QuantModule)
+
+    def test_an_embedding_with_max_norm(self) -> None:
+        model = nn.ModuleDict({"embedding": nn.Embedding(9, 8, max_norm=1.0), "b": nn.Linear(8, 8)})
+        model.embedding = model["embedding"]
+        assert "max_norm" in self.reason(model, "embedding.weight")
+
+    def test_recurrent_and_bare_weights_are_listed_and_warned_of(self) -> None:
+        class Model(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.lstm = nn.LSTM(8, 8)
+                self.experts = nn.Parameter(torch.randn(4, 8, 8))
+                self.out = nn.Linear(8, 8)
+
+        model = Model()
+        with pytest.warns(OctavoWarning, match="stay float although the recipe did not ask"):
+            report = octavo.quantize(model, "w8a16")
+        reasons = {row.name: row.reason or "" for row in report.rows if not row.scheme}
+        assert "LSTM" in reasons["lstm.weight_ih_l0"] and "3-D" in reasons["experts"]
+        assert type(model.lstm) is nn.LSTM
+
+    def test_a_layer_whose_weight_is_read_behind_its_back(self) -> None:
+        class Casts(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.proj = nn.Linear(8, 8)
+                self.out = nn.Linear(8, 80)
+
+            def forward(self, x: Tensor) -> Tensor:
+                return self.out(self.proj(x.to(self.proj.weight.dtype)))
+
+        model = nn.Sequential(Casts())
+        with pytest.warns(OctavoWarning, match=r"Casts\.forward"):
+            octavo.quantize(model, "w8a16")
+        assert type(model[0].proj) is nn.Linear and isinstance(model[0].out, QuantLinear)
+
+    def test_no_warning_for_what_was_asked(self) -> None:
+        octavo.quantize(build(llama), "w8a16", ignore=["model.layers.0"])  # warnings are errors
+
+
+class TestAttention:
+    def test_all_of_it_or_none_of_it(self) -> None:
+        model = nn.ModuleDict({"a": nn.MultiheadAttention(8, 2), "b": nn.MultiheadAttention(8, 2)})
+        octavo.quantize(model, "w8a16", ignore=["b"])
+        assert isinstance(model["a"], QuantMultiheadAttention) and isinstance(model["a"].out_proj, QuantLinear)
+        assert type(model["b"]) is nn.MultiheadAttention and not isinstance(model["b"].out_proj, QuantLinear)
+
+    @pytest.mark.parametrize(
+        "ignore", [[], ["re:.*self_attn"], ["re:.*linear1"], ["MultiheadAttention", "re:.*linear2"]]
+    )
+    def test_the_fused_encoder_path_is_off_where_a_layer_is_int8(self, ignore: list[str]) -> None:
+        layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
+        model = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False).eval()
+        x, padding = torch.randn(3, 5, 16), torch.tensor([[False] * 5, [False] * 3 + [True] * 2, [False] * 5])
+        with torch.no_grad():
+            expected = model(x, src_key_padding_mask=padding)
+            octavo.quantize(model, "w8a16", ignore=ignore)
+            actual = model(x, src_key_padding_mask=padding)
+        assert 0 < relative_error(actual[~padding], expected[~padding]) < 0.03
+
+
+class TestRefusals:
+    """A refused plan leaves the model as it was."""
+
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            ({"scheme": "w4a16"}, "unknown scheme 'w4a16'; valid: w8a16"),
+            ({"ignore": ["modle.layers.0"]}, r"matches no layer of this model; did you mean .*model\.layers\.0"),
+            ({"ignore": ["re:nothing"]}, "matches no layer"),
+            ({"group_size": 5}, r"group_size=5 does not divide K=32"),
+            ({"overrides": {"nowhere": Scheme()}}, "overrides: 'nowhere' matches no layer"),
+        ],
+    )
+    def test_recipes_that_do_not_fit(self, options: dict[str, Any], message: str) -> None:
+        model = build(llama)
+        before = {name: (type(module), id(module)) for name, module in model.named_modules()}
+        with pytest.raises(RecipeError, match=message):
+            octavo.quantize(model, **{"scheme": "w8a16", **options})
+        assert {name: (type(module), id(module)) for name, module in model.named_modules()} == before
+
+    def test_twice(self) -> None:
+        model = mlp()
+        octavo.quantize(model, "w8a16")
+        with pytest.raises(QuantizeError, match="already holds int8"):
+            octavo.quantize(model, "w8a16")
+
+    def test_on_meta(self) -> None:
+        with torch.device("meta"):
+            model = mlp()
+        with pytest.raises(QuantizeError, match=r"0\.weight is on the meta device.*quantize_checkpoint"):
+            octavo.quantize(model, "w8a16")
+
+    def test_a_lone_layer(self) -> None:
+        with pytest.raises(QuantizeError, match=r"wrap it in nn\.Sequential"):
+            octavo.quantize(nn.Linear(4, 4), "w8a16")
+
+    @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+    def test_values_that_int8_cannot_hold_are_named(self, value: float) -> None:
+        model = mlp()
+        with torch.no_grad():
+            model[2].weight[3, 5] = value
+        with pytest.raises(QuantizeError, match=r"2\.weight: holds (NaN|inf)"):
+            octavo.quantize(model, "w8a16")
+
+
+def test_the_plan_of_a_skeleton_is_that_of_the_model() -> None:
+    model = build(tied_llama)
+    with torch.device("meta"):
+        skeleton = tied_llama()
+    skeleton.tie_weights()
+    recipe = Recipe.of("w8a16", include=["lm_head"], ignore=["re:.*q_proj"])
+    assert plan(skeleton, recipe) == plan(model, recipe)
+
+
+def test_progress_counts_to_the_end() -> None:
+    steps: list[tuple[int, int]] = []
+    octavo.quantize(mlp(), "w8a16", progress=lambda done, total: steps.append((done, total)))
+    assert steps == [(1, 2), (2, 2)]
+
+
+def test_every_kind_at_once() -> None:
+    model = Net().eval()
+    x = torch.randint(0, 50, (2, 9))
+    expected = model(x)
+    octavo.quantize(model, "w8a16", include=["lm_head"])
+    assert isinstance(model.conv, QuantConv) and isinstance(model.encoder.self_attn, QuantMultiheadAttention)
+    assert relative_error(model(x), expected) < 0.03
+
+
+@pytest.mark.slow
+def test_two_copies_of_a_model_never_exist() -> None:
+    program = """
+        import resource, torch, octavo
+        from torch import nn
+        layers = [nn.Linear(4096, 4096, bias=False, dtype=torch.bfloat16) for _ in range(32)]
+        model = nn.Sequential(*layers)
+        del layers
+        octavo.quantize(nn.Sequential(nn.Linear(8, 8)), "w8a16")
+        size = sum(p.nbytes for p in model.parameters())
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        octavo.quantize(model, "w8a16")
+        after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        print(size, after - before)
+    """
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(program)], capture_output=True, text=True, check=True)
+    size, rise = map(int, done.stdout.split())
+    assert size > 1e9 and rise < 0.1 * size
