@@ -22,7 +22,7 @@ from octavo import cli
 from octavo.tables import Table, human_bytes
 
 WORK = Path(".demo")
-TOKENS = "8192"
+TOKENS = "4096"
 PROMPT = "Explain in one paragraph why the sky is blue."
 VARIANTS = {
     "int8 linears": [],
