@@ -1,0 +1,160 @@
+"""The table of ops: every op is whole (schema, reference, fake, gradient), and who serves it is told."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from octavo import ops
+from octavo.errors import QuantizeError
+from octavo.ops import OPS, backends, reference
+from octavo.primitives import quantize_weight
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+def linear(dtype: torch.dtype, grad: bool) -> list[tuple[Any, ...]]:
+    codes, scale = quantize_weight(torch.randn(5, 12))
+    grouped, grouped_scale = quantize_weight(torch.randn(5, 12), "per_group", group_size=4)
+    bias = torch.randn(5, dtype=dtype, requires_grad=grad)
+    xs = [
+        torch.randn(3, 12),
+        torch.randn(2, 3, 12),
+        torch.randn(12),
+        torch.randn(0, 12),
+        torch.randn(12, 3).T,
+        torch.randn(2, 12, 3).transpose(1, 2),
+    ]
+    return [
+        (x.to(dtype).detach().requires_grad_(grad), *weights)
+        for x in xs
+        for weights in ((codes, scale, bias), (codes, scale, None), (grouped, grouped_scale, bias))
+    ]
+
+
+def images(dtype: torch.dtype, grad: bool) -> list[Tensor]:
+    x = torch.randn(2, 4, 6, 5).to(dtype)
+    return [
+        image.detach().requires_grad_(grad) for image in (x, x.to(memory_format=torch.channels_last), x[:, :, ::2, 1:])
+    ]
+
+
+def conv(dtype: torch.dtype, grad: bool) -> list[tuple[Any, ...]]:
+    bias = torch.randn(6, dtype=dtype, requires_grad=grad)
+    samples: list[tuple[Any, ...]] = []
+    for groups in (1, 2):
+        codes, scale = quantize_weight(torch.randn(6, 4 // groups, 2, 3))
+        samples += [(x, codes, scale, bias, [1, 2], [0, 1], [1, 1], groups) for x in images(dtype, grad)]
+    depthwise, scale = quantize_weight(torch.randn(4, 1, 3))
+    x = torch.randn(1, 4, 7).to(dtype).requires_grad_(grad)
+    return [*samples, (x, depthwise, scale, None, [1], [2], [2], 4)]
+
+
+def conv_transpose(dtype: torch.dtype, grad: bool) -> list[tuple[Any, ...]]:
+    bias = torch.randn(6, dtype=dtype, requires_grad=grad)
+    samples: list[tuple[Any, ...]] = []
+    for groups in (1, 2):
+        codes, scale = quantize_weight(torch.randn(6, 4 // groups, 2, 3))
+        samples += [(x, codes, scale, bias, [1, 2], [0, 1], [1, 1], [0, 1], groups) for x in images(dtype, grad)]
+    return samples
+
+
+def embedding(dtype: torch.dtype, grad: bool) -> list[tuple[Any, ...]]:
+    codes, scale = quantize_weight(torch.randn(11, 6))
+    indices = [torch.tensor(3), torch.randint(0, 11, (3, 2)), torch.randint(0, 11, (3, 2)).T, torch.empty(0, 2).long()]
+    return [(index, codes, scale, dtype) for index in indices]
+
+
+SAMPLES: dict[str, Callable[[torch.dtype, bool], list[tuple[Any, ...]]]] = {
+    "w8a16_linear": linear,
+    "w8a16_conv": conv,
+    "w8a16_conv_transpose": conv_transpose,
+    "w8a16_embedding": embedding,
+}
+
+
+def test_every_op_has_samples_here() -> None:
+    assert SAMPLES.keys() == OPS.keys()
+
+
+@pytest.mark.parametrize("name", OPS)
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_opcheck(name: str, dtype: torch.dtype, grad: bool) -> None:
+    """Schema, fake kernel and gradient say the same as the reference does."""
+    op = getattr(torch.ops.octavo, name).default
+    for sample in SAMPLES[name](dtype, grad):
+        torch.library.opcheck(op, sample, test_utils=("test_schema", "test_autograd_registration", "test_faketensor"))
+    # Traced with symbolic sizes, forward and backward: slow, so not for every sample.
+    torch.library.opcheck(op, SAMPLES[name](dtype, grad)[0], test_utils="test_aot_dispatch_dynamic")
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_every_op_has_reference_and_fake_for_every_device(name: str) -> None:
+    full = f"octavo::{name}"
+    assert torch._C._dispatch_has_kernel_for_dispatch_key(full, "CompositeExplicitAutograd")
+    assert torch._C._dispatch_has_kernel_for_dispatch_key(full, "Meta")
+    assert torch._C._dispatch_has_kernel_for_dispatch_key(full, "Autograd")
+    assert torch._C._dispatch_has_computed_kernel_for_dispatch_key(full, "CUDA")
+    assert callable(getattr(reference, name))
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_the_wrapper_is_documented_and_has_the_arguments_of_the_schema(name: str) -> None:
+    wrapper = getattr(ops, name)
+    schema = getattr(torch.ops.octavo, name).default._schema
+    assert list(inspect.signature(wrapper).parameters) == [argument.name for argument in schema.arguments]
+    assert wrapper.__doc__ and "Returns: [" in wrapper.__doc__
+    assert name in ops.__all__
+    assert name in (ops.__doc__ or ""), "the table at the head of octavo/ops/__init__.py has a line for each op"
+
+
+def test_no_op_changes_its_arguments_or_returns_one() -> None:
+    for name in OPS:
+        schema = getattr(torch.ops.octavo, name).default._schema
+        assert not schema.is_mutable
+        assert all(result.alias_info is None for result in schema.returns)
+
+
+# -- who serves -------------------------------------------------------------------------------------------------------
+
+
+def test_backends_tells_who_serves_and_why() -> None:
+    rows = backends()
+    assert [row.op for row in rows if row.device == "cpu"] == list(OPS)
+    assert all(row.backend and row.why for row in rows)
+
+
+def test_the_reference_can_be_forced(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OCTAVO_BACKEND", "reference")
+    assert {(row.backend, row.why) for row in backends()} == {("reference", "forced by OCTAVO_BACKEND")}
+
+
+def test_an_unknown_backend_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OCTAVO_BACKEND", "refrence")
+    with pytest.raises(QuantizeError, match="OCTAVO_BACKEND is 'refrence'; expected 'reference'"):
+        backends()
+
+
+def test_a_registered_backend_is_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(ops._BACKENDS, "cpu", {"w8a16_linear": "avx512"})
+    shown = {row.op: (row.backend, row.why) for row in backends() if row.device == "cpu"}
+    assert shown["w8a16_linear"] == ("avx512", "registered for this device")
+    assert shown["w8a16_conv"][0] == "reference"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", OPS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_reference_on_a_gpu(name: str, dtype: torch.dtype) -> None:
+    op = getattr(torch.ops.octavo, name).default
+    for sample in SAMPLES[name](dtype, False):
+        on_cpu = op(*sample)
+        on_gpu = op(*(value.cuda() if isinstance(value, Tensor) else value for value in sample))
+        assert on_gpu.is_cuda
+        torch.testing.assert_close(on_gpu.cpu(), on_cpu, rtol=2 * torch.finfo(dtype).eps, atol=1e-4)
