@@ -745,6 +745,7 @@ def test_an_exported_program_is_saved_and_loaded() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")  # torch's own, when inductor is imported
 def test_compile_to_machine_code() -> None:
     """Inductor asserts the strides that the fake kernels promise."""
     model = nn.Sequential(
