@@ -1,0 +1,218 @@
+"""The table of layer kinds: which layers are known, how their weights are laid out, and what keeps a layer float."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrizations, parametrize, prune
+
+from octavo import layers
+from octavo.layers import KINDS, kind_of, why_not
+from octavo.primitives import choose_scale
+from octavo.primitives import quantize as codes_of
+from octavo.recipe import DEFAULT_TARGETS, OPT_IN_TARGETS, Scheme
+
+
+class Plain(nn.Linear):
+    """A subclass that computes what its base class does."""
+
+    def describe(self) -> str:
+        return "plain"
+
+
+class Doubling(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * super().forward(x)
+
+
+class Standardized(nn.Conv2d):
+    """Weight standardization, in the way that leaves `forward` as it was."""
+
+    def _conv_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return super()._conv_forward(x, weight - weight.mean(), bias)
+
+
+class WithGate(nn.Linear):
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.gate = nn.Parameter(torch.ones(1))
+
+
+class Linear(nn.Module):
+    """Of the same name, from another home."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(3, 3))
+
+
+def test_every_target_of_a_recipe_is_a_kind() -> None:
+    names = {kind.name for kind in KINDS}
+    assert {*DEFAULT_TARGETS, *OPT_IN_TARGETS} == names | {"OutputHead"}
+
+
+def test_the_table_at_the_head_of_the_file_has_every_kind() -> None:
+    lines = (layers.__doc__ or "").splitlines()
+    for kind in KINDS:
+        family = re.sub(r"[123]d$", "1d", kind.name)
+        assert any(line.split()[:1] and line.split()[0].startswith(family) for line in lines), kind.name
+
+
+@pytest.mark.parametrize(
+    ("layer", "kind"),
+    [
+        (nn.Linear(3, 4), "Linear"),
+        (nn.MultiheadAttention(4, 2), "MultiheadAttention"),
+        (nn.MultiheadAttention(4, 2).out_proj, "Linear"),
+        (nn.Conv1d(2, 4, 1), "Conv1d"),
+        (nn.Conv2d(2, 4, 1), "Conv2d"),
+        (nn.Conv3d(2, 4, 1), "Conv3d"),
+        (nn.ConvTranspose1d(2, 4, 1), "ConvTranspose1d"),
+        (nn.ConvTranspose2d(2, 4, 1), "ConvTranspose2d"),
+        (nn.ConvTranspose3d(2, 4, 1), "ConvTranspose3d"),
+        (nn.Embedding(4, 2), "Embedding"),
+        (Plain(3, 4), "Linear"),
+        (Doubling(3, 4), "Linear"),
+        (Linear(), None),
+        (nn.Bilinear(2, 2, 2), None),
+        (nn.EmbeddingBag(4, 2), None),
+        (nn.LSTM(2, 2), None),
+        (nn.LayerNorm(4), None),
+        (nn.Identity(), None),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, nn.Module) else str(value),
+)
+def test_kind_of(layer: nn.Module, kind: str | None) -> None:
+    found = kind_of(layer)
+    assert (found and found.name) == kind
+
+
+def test_the_conv1d_of_transformers() -> None:
+    pytorch_utils = pytest.importorskip("transformers.pytorch_utils")
+    found = kind_of(pytorch_utils.Conv1D(4, 3))
+    assert found is not None and found.name == "Conv1D"
+
+
+# -- how weights are laid out -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("groups", [1, 2, 3])
+def test_a_transposed_convolution_has_one_scale_for_each_output_channel(groups: int) -> None:
+    layer = nn.ConvTranspose2d(2 * groups, 4 * groups, (2, 3), groups=groups)
+    kind = kind_of(layer)
+    assert kind is not None
+    codes, scale = kind.quantize_param(layer, "weight", layer.weight.detach(), Scheme(), "weight")
+    assert codes.shape == (4 * groups, 2, 2, 3)
+    assert scale.shape == (4 * groups, 1)
+    for channel in range(4 * groups):
+        group, inside = divmod(channel, 4)
+        filter_ = layer.weight.detach()[2 * group : 2 * group + 2, inside]  # the group's inputs, this output
+        expected = choose_scale(filter_, "per_tensor")
+        assert torch.equal(scale[channel], expected)
+        assert torch.equal(codes[channel], codes_of(filter_, expected))
+
+
+def test_conv1d_is_transposed() -> None:
+    pytorch_utils = pytest.importorskip("transformers.pytorch_utils")
+    layer = pytorch_utils.Conv1D(4, 6)  # weight [K=6, N=4]
+    kind = kind_of(layer)
+    assert kind is not None
+    codes, scale = kind.quantize_param(layer, "weight", layer.weight.detach(), Scheme.of("w8a16", group_size=3), "w")
+    assert (codes.shape, scale.shape) == ((4, 6), (4, 2))
+    assert torch.equal(scale[1, 0], choose_scale(layer.weight.detach()[:3, 1], "per_tensor")[0])
+
+
+def test_kinds_without_a_k_axis_stay_per_channel() -> None:
+    grouped = Scheme.of("w8a16", group_size=4)
+    assert [kind.name for kind in KINDS if kind.effective(grouped) == grouped] == [
+        "Linear",
+        "Conv1D",
+        "MultiheadAttention",
+    ]
+    assert all(kind.effective(grouped) in (grouped, Scheme()) for kind in KINDS)
+
+
+def test_the_parameters_of_attention() -> None:
+    kind = kind_of(nn.MultiheadAttention(8, 2))
+    assert kind is not None
+    assert kind.params_of(nn.MultiheadAttention(8, 2)) == ("in_proj_weight",)
+    assert kind.params_of(nn.MultiheadAttention(8, 2, kdim=4)) == ("q_proj_weight", "k_proj_weight", "v_proj_weight")
+
+
+# -- what keeps a layer float -----------------------------------------------------------------------------------------
+
+
+def instance_forward() -> nn.Module:
+    layer = nn.Linear(3, 4)
+    layer.forward = lambda x: x  # type: ignore[method-assign]
+    return layer
+
+
+def old_weight_norm() -> nn.Module:
+    with pytest.warns(FutureWarning, match="weight_norm"):
+        return nn.utils.weight_norm(nn.Linear(3, 4))
+
+
+def low_precision() -> nn.Module:
+    layer = nn.Linear(3, 4)
+    layer.weight = nn.Parameter(torch.zeros(4, 3).to(torch.float8_e4m3fn), requires_grad=False)
+    return layer
+
+
+def integer() -> nn.Module:
+    layer = nn.Linear(3, 4)
+    layer.weight = nn.Parameter(torch.zeros(4, 3, dtype=torch.int8), requires_grad=False)
+    return layer
+
+
+REASONS: list[tuple[Callable[[], nn.Module], str]] = [
+    (lambda: Doubling(3, 4), "Doubling has a forward of its own, which a plain Linear would not do"),
+    (lambda: Standardized(2, 4, 3), "Standardized has a _conv_forward of its own, which a plain Conv2d would not do"),
+    (lambda: WithGate(3, 4), r"WithGate has parameters of its own \(gate\), as no plain Linear has"),
+    (instance_forward, "its forward was replaced on the instance"),
+    (lambda: parametrizations.weight_norm(nn.Linear(3, 4)), "its weight is computed by a parametrization"),
+    (lambda: parametrizations.spectral_norm(nn.Conv1d(3, 4, 1)), "its weight is computed by a parametrization"),
+    (old_weight_norm, "its weight is not a parameter but computed elsewhere"),
+    (lambda: nn.utils.spectral_norm(nn.Linear(3, 4)), "its weight is not a parameter but computed elsewhere"),
+    (lambda: prune.l1_unstructured(nn.Linear(3, 4), "weight", 0.5), "its weight is not a parameter"),
+    (lambda: prune.l1_unstructured(nn.Linear(3, 4), "bias", 0.5), "its bias is not a parameter"),
+    (lambda: nn.Embedding(4, 3, max_norm=1.0), "max_norm renormalizes the float table at every lookup"),
+    (low_precision, "its weight is torch.float8_e4m3fn, already a low-precision type"),
+    (integer, "its weight is torch.int8, already a low-precision type"),
+]
+
+
+@pytest.mark.parametrize(("make", "reason"), REASONS, ids=[reason[:40] for _, reason in REASONS])
+@pytest.mark.filterwarnings("ignore:.*spectral_norm:FutureWarning")
+def test_why_not(make: Callable[[], nn.Module], reason: str) -> None:
+    layer = make()
+    kind = kind_of(layer)
+    assert kind is not None
+    assert re.match(reason, why_not(layer, kind) or "")
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        nn.Linear(3, 4),
+        nn.Linear(3, 4, bias=False),
+        Plain(3, 4),
+        nn.Conv2d(2, 4, 3),
+        nn.ConvTranspose1d(2, 4, 3),
+        nn.Embedding(4, 3, padding_idx=0, scale_grad_by_freq=True),
+        nn.MultiheadAttention(4, 2),
+        nn.MultiheadAttention(4, 2, add_bias_kv=True, kdim=3),
+        nn.Linear(3, 4, dtype=torch.float64),
+        parametrize.remove_parametrizations(parametrizations.weight_norm(nn.Linear(3, 4)), "weight"),
+    ],
+    ids=lambda layer: repr(layer).splitlines()[0],
+)
+def test_nothing_is_against(layer: nn.Module) -> None:
+    kind = kind_of(layer)
+    assert kind is not None
+    assert why_not(layer, kind) is None
