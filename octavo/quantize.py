@@ -137,20 +137,27 @@ def plan(model: nn.Module, recipe: Recipe) -> list[Decision]:
     _check_patterns(model, recipe, layers)
     heads = output_heads(model)
     readers = weight_readers(model)
-    decisions = {}
+    decisions: dict[str, Decision] = {}
+    obstacles: dict[str, str] = {}
     for name, layer in layers.items():
         kind = kind_of(layer)
         assert kind is not None
         label = "OutputHead" if name in heads else kind.name
-        decisions[name] = _decide(name, layer, kind, label, recipe, readers.get(name))
-    _keep_attention_whole(model, decisions)
-    _tie(model, decisions, layers)
+        if obstacle := why_not(layer, kind):
+            obstacles[name] = obstacle
+        elif name in readers:
+            obstacles[name] = f"{readers[name]} reads its weight directly instead of calling it"
+        decisions[name] = _decide(name, layer, kind, label, recipe, obstacles.get(name))
+    # Each may leave a layer float that the other has to know of; neither does anything more the third time.
+    for _ in range(2):
+        _keep_attention_whole(decisions, obstacles)
+        _tie(model, decisions, obstacles)
     for name, decision in decisions.items():
         _check_groups(decision, layers[name])
     return list(decisions.values())
 
 
-def _decide(name: str, layer: nn.Module, kind: LayerKind, label: str, recipe: Recipe, reader: str | None) -> Decision:
+def _decide(name: str, layer: nn.Module, kind: LayerKind, label: str, recipe: Recipe, obstacle: str | None) -> Decision:
     decision = Decision(name, kind, label, None)
     for pattern in recipe.ignore:
         if _selects(pattern, name, layer, label):
@@ -162,10 +169,8 @@ def _decide(name: str, layer: nn.Module, kind: LayerKind, label: str, recipe: Re
         decision.reason = f"opt-in: include {label!r} to quantize it" if opt_in else f"{label} is not among the targets"
         decision.asked = True
         return decision
-    decision.reason = why_not(layer, kind)
-    if decision.reason is None and reader is not None:
-        decision.reason = f"{reader} reads its weight directly instead of calling it"
-    if decision.reason is None:
+    decision.reason = obstacle
+    if obstacle is None:
         chosen = (scheme for pattern, scheme in recipe.overrides if pattern_matches(pattern, name, layer))
         decision.scheme = kind.effective(next(chosen, recipe.scheme))
     return decision
@@ -234,17 +239,22 @@ def output_heads(model: nn.Module) -> set[str]:
     }
 
 
-def _keep_attention_whole(model: nn.Module, decisions: dict[str, Decision]) -> None:
+def _keep_attention_whole(decisions: dict[str, Decision], obstacles: dict[str, str]) -> None:
     """A float nn.MultiheadAttention reads the weight of its out_proj itself, so that must stay float with it."""
     for decision in decisions.values():
         parent = decisions.get(decision.name.rpartition(".")[0])
-        if parent and parent.kind.name == "MultiheadAttention" and not parent.scheme and decision.scheme:
-            decision.scheme, decision.asked = None, parent.asked
-            decision.reason = f"{parent.name}, which reads its weight directly, stays float"
+        if parent and parent.kind.name == "MultiheadAttention" and not parent.scheme:
+            obstacles[decision.name] = f"{parent.name}, which reads its weight directly, stays float"
+            if decision.scheme:
+                decision.scheme, decision.owner = None, None
+                decision.reason, decision.asked = obstacles[decision.name], parent.asked
 
 
-def _tie(model: nn.Module, decisions: dict[str, Decision], layers: dict[str, nn.Module]) -> None:
-    """Layers that share a weight get one fate: one table of codes, owned by the first of them, or all stay float."""
+def _tie(model: nn.Module, decisions: dict[str, Decision], obstacles: dict[str, str]) -> None:
+    """Layers that share a weight get one fate: one table of codes, owned by the first of them, or all stay float.
+
+    A layer that is opt-in follows the one that it shares with, unless there is an obstacle to its being int8.
+    """
     users: dict[int, list[str]] = {}
     for name, module in model.named_modules():
         for short, parameter in module._parameters.items():
@@ -264,7 +274,7 @@ def _tie(model: nn.Module, decisions: dict[str, Decision], layers: dict[str, nn.
                 f"{ignored[0].name} is ignored but shares its weight with {wanted[0].name}, which is not; "
                 "ignore both or neither"
             )
-        blocked = next((member for member in known if not member.scheme and not member.asked), None)
+        blocked = next((member for member in known if member.name in obstacles), None)
         if (
             len(known) < len(members)
             or blocked
@@ -272,7 +282,10 @@ def _tie(model: nn.Module, decisions: dict[str, Decision], layers: dict[str, nn.
         ):
             other = blocked.name if blocked else next(n for n in names if n.rpartition(".")[0] != wanted[0].name)
             for member in wanted:
-                member.scheme, member.reason = None, f"shares its weight with {other}, which stays float"
+                member.scheme, member.owner = None, None
+                member.reason = obstacles[member.name] = f"shares its weight with {other}, which stays float"
+            if blocked and blocked.label in OPT_IN_TARGETS:
+                blocked.reason, blocked.asked = obstacles[blocked.name], False
             continue
         # One table is one scheme; an embedding's rows cannot be cut into groups.
         scheme = min((member.kind.effective(wanted[0].scheme or Scheme()) for member in known), key=str)
