@@ -16,10 +16,17 @@ from torch.nn.utils.parametrizations import weight_norm
 
 import octavo
 from octavo import OctavoWarning, QuantizeError, Recipe, RecipeError, Scheme
-from octavo.modules import QuantConv, QuantEmbedding, QuantLinear, QuantModule, QuantMultiheadAttention
+from octavo.modules import (
+    QuantConv,
+    QuantEmbedding,
+    QuantLinear,
+    QuantModule,
+    QuantMultiheadAttention,
+    TiedQuantLinear,
+)
 from octavo.primitives import dequantize
 from octavo.quantize import output_heads, plan
-from tests.tiny_models import Net, bert, build, gpt2, llama, t5, tied_llama, tokens, vit, whisper
+from tests.tiny_models import TEXT, VISION, Net, bert, build, gpt2, llama, t5, tied_llama, tokens, vit, whisper
 
 
 def mlp() -> nn.Sequential:
@@ -277,6 +284,14 @@ class TestRefusals:
         with pytest.raises(QuantizeError, match=r"wrap it in nn\.Sequential"):
             octavo.quantize(nn.Linear(4, 4), "w8a16")
 
+    def test_a_lazy_layer(self) -> None:
+        with pytest.raises(QuantizeError, match=r"0\.weight belongs to a lazy layer .* run the model once"):
+            octavo.quantize(nn.Sequential(nn.LazyLinear(4)), "w8a16")
+
+    def test_without_a_suggestion_the_sentence_ends(self) -> None:
+        with pytest.raises(RecipeError, match=r"'zzz' matches no layer of this model\. Expected .*\(Linear\)"):
+            octavo.quantize(mlp(), "w8a16", ignore=["zzz"])
+
     @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
     def test_values_that_int8_cannot_hold_are_named(self, value: float) -> None:
         model = mlp()
@@ -308,6 +323,170 @@ def test_every_kind_at_once() -> None:
     octavo.quantize(model, "w8a16", include=["lm_head"])
     assert isinstance(model.conv, QuantConv) and isinstance(model.encoder.self_attn, QuantMultiheadAttention)
     assert relative_error(model(x), expected) < 0.03
+
+
+class TestLayersThatHangTogether:
+    def test_a_shared_weight_is_one_table_in_attention_too(self) -> None:
+        first, second = nn.MultiheadAttention(8, 2), nn.MultiheadAttention(8, 2)
+        second.out_proj.weight = first.out_proj.weight
+        model = nn.ModuleList([first, second])
+        octavo.quantize(model, "w8a16")
+        assert isinstance(model[1].out_proj, TiedQuantLinear)
+        assert model[1].out_proj.weight is model[0].out_proj.weight
+
+    def test_attention_that_stays_float_keeps_the_layer_whose_weight_it_reads(self) -> None:
+        class Attention(nn.MultiheadAttention):
+            def forward(self, *args: Any, **kwargs: Any) -> Any:
+                return super().forward(*args, **kwargs)
+
+        model = nn.ModuleDict({"a": Attention(8, 2)})
+        with pytest.warns(OctavoWarning, match="a forward of its own"):
+            report = octavo.quantize(model, "w8a16")
+        (row,) = [row for row in report.rows if row.name == "a.out_proj.weight"]
+        assert row.reason == "a, which reads its weight directly, stays float"
+
+    @pytest.mark.filterwarnings("ignore::octavo.OctavoWarning")
+    @pytest.mark.parametrize("ignored", ["first", "second"])
+    def test_ignored_attention_is_left_alone_by_what_it_shares_with(self, ignored: str) -> None:
+        """The layer of its that is shared is not ignored itself, but read by what is."""
+        model = nn.ModuleDict({"first": nn.MultiheadAttention(8, 2), "second": nn.MultiheadAttention(8, 2)}).eval()
+        model["second"].out_proj.weight = model["first"].out_proj.weight
+        x = torch.randn(3, 2, 8)
+        expected = model[ignored](x, x, x)[0]
+        octavo.quantize(model, "w8a16", ignore=[lambda name, _: name == ignored])
+        torch.testing.assert_close(model[ignored](x, x, x)[0], expected)
+
+    def test_a_weight_shared_with_something_else_stays_float(self) -> None:
+        class Model(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.table = nn.Linear(8, 8, bias=False)
+                self.bare = self.table.weight
+                self.rest = nn.Linear(8, 400)
+
+        model = Model()
+        report = octavo.quantize(model, "w8a16")
+        assert type(model.table) is nn.Linear and isinstance(model.rest, QuantLinear)
+        assert {row.name: row.reason for row in report.rows if not row.scheme and "bias" not in row.name} == {
+            "bare": "Model is not a layer kind that octavo knows",
+            "table.weight": "tied to bare",
+        }
+
+    def test_packed_projections_that_are_shared_stay_float(self) -> None:
+        first, second = nn.MultiheadAttention(8, 2), nn.MultiheadAttention(8, 2)
+        second.in_proj_weight = first.in_proj_weight
+        model = nn.ModuleList([first, second]).eval()
+        x = torch.randn(3, 2, 8)
+        expected = model[1](x, x, x)[0]
+        with pytest.warns(OctavoWarning, match="shares its weight"):
+            octavo.quantize(model, "w8a16")
+        torch.testing.assert_close(model[1](x, x, x)[0], expected)
+
+    def test_a_shared_bias_keeps_nothing_from_being_quantized(self) -> None:
+        model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+        model[1].bias = model[0].bias
+        octavo.quantize(model, "w8a16")
+        assert all(isinstance(layer, QuantLinear) for layer in model)
+        assert model[1].bias is model[0].bias
+
+    def test_a_shared_table_has_one_scheme(self) -> None:
+        """An embedding cannot be cut into groups, so its head is not either."""
+        model = build(tied_llama)
+        octavo.quantize(model, "w8a16", include=["OutputHead"], group_size=2)
+        assert model.lm_head.weight_scale.shape == (96, 1)
+        assert model.model.layers[0].mlp.up_proj.weight_scale.shape == (42, 16)
+        model(tokens())
+
+    def test_a_layer_in_two_places_computes_in_both(self) -> None:
+        shared = nn.Linear(8, 8)
+        model = nn.Sequential(shared, nn.ReLU(), nn.Sequential(shared))
+        x = torch.randn(2, 8)
+        twin = copy.deepcopy(model)
+        octavo.quantize(model, "w8a16")
+        assert model[2][0] is model[0]
+        torch.testing.assert_close(model(x), with_dequantized_weights(twin, model)(x))
+
+
+class TestMoreOfTransformers:
+    def config(self, name: str, **options: Any) -> Any:
+        transformers = pytest.importorskip("transformers", reason="needs transformers: pip install 'octavo[hf]'")
+        return getattr(transformers, f"{name}Config")(**options)
+
+    def test_clip_keeps_the_convolution_whose_dtype_it_asks_for(self) -> None:
+        from transformers import CLIPVisionModel
+
+        config = self.config("CLIPVision", **{**VISION, "image_size": 32})
+        model = CLIPVisionModel(config).eval()
+        pixels = torch.randn(2, 3, 32, 32)
+        with torch.no_grad():
+            expected = model(pixels).last_hidden_state
+            with pytest.warns(OctavoWarning, match=r"CLIPVisionEmbeddings\.forward reads its weight directly"):
+                report = octavo.quantize(model, "w8a16")
+            actual = model(pixels).last_hidden_state
+        (row,) = [row for row in report.rows if row.name.endswith("patch_embedding.weight")]
+        assert row.scheme is None and row.reason is not None and "reads its weight directly" in row.reason
+        assert 0 < relative_error(actual, expected) < 0.03
+
+    def test_opt_shares_its_table(self) -> None:
+        from transformers import OPTForCausalLM
+
+        config = self.config(
+            "OPT", vocab_size=96, hidden_size=32, ffn_dim=40, num_hidden_layers=2, num_attention_heads=4,
+            word_embed_proj_dim=32, max_position_embeddings=32,
+        )  # fmt: skip
+        model = OPTForCausalLM(config).eval()
+        ids = tokens()
+        with torch.no_grad():
+            expected = model(ids).logits
+            with pytest.warns(OctavoWarning, match="OPTLearnedPositionalEmbedding has a forward of its own"):
+                report = octavo.quantize(model, "w8a16", include=["Embedding", "OutputHead"])
+            actual = model(ids).logits
+        positions = next(row for row in report.rows if "embed_positions" in row.name)
+        assert positions.reason is not None and "has a forward of its own" in positions.reason
+        assert model.lm_head.weight is model.model.decoder.embed_tokens.weight
+        assert 0 < relative_error(actual, expected) < 0.03
+
+    def test_gemma_scales_what_it_looks_up_so_its_shared_table_stays_float(self) -> None:
+        from transformers import Gemma3ForCausalLM
+
+        options = {**TEXT, "num_key_value_heads": 2, "head_dim": 8, "tie_word_embeddings": True}
+        model = Gemma3ForCausalLM(self.config("Gemma3Text", **options)).eval()
+        ids = tokens()
+        with torch.no_grad():
+            expected = model(ids).logits
+            with pytest.warns(OctavoWarning, match="Gemma3TextScaledWordEmbedding has a forward of its own"):
+                octavo.quantize(model, "w8a16", include=["OutputHead"])
+            actual = model(ids).logits
+        assert type(model.lm_head) is nn.Linear
+        assert 0 < relative_error(actual, expected) < 0.03
+
+    def test_mamba_keeps_what_its_kernels_read(self) -> None:
+        from transformers import MambaForCausalLM
+
+        config = self.config("Mamba", vocab_size=96, hidden_size=32, state_size=4, num_hidden_layers=2)
+        model = MambaForCausalLM(config).eval()
+        ids = tokens()
+        with torch.no_grad():
+            expected = model(ids, use_cache=False).logits
+            with pytest.warns(OctavoWarning, match=r"MambaMixer\.forward reads its weight directly"):
+                octavo.quantize(model, "w8a16")
+            actual = model(ids, use_cache=False).logits
+        mixer = model.backbone.layers[0].mixer
+        assert type(mixer.conv1d) is nn.Conv1d and isinstance(mixer.in_proj, QuantLinear)
+        assert 0 < relative_error(actual, expected) < 0.03
+
+    def test_bloom_is_quantized_whole(self) -> None:
+        """It reads two weights of each block in a branch that its configuration switches off."""
+        from transformers import BloomForCausalLM
+
+        model = BloomForCausalLM(self.config("Bloom", vocab_size=96, hidden_size=32, n_layer=2, n_head=4)).eval()
+        ids = tokens()
+        with torch.no_grad():
+            expected = model(ids).logits
+            octavo.quantize(model, "w8a16")
+            actual = model(ids).logits
+        assert {name for name, m in model.named_modules() if type(m) is nn.Linear} == {"lm_head"}
+        assert 0 < relative_error(actual, expected) < 0.03
 
 
 @pytest.mark.slow
