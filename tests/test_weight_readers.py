@@ -1,0 +1,260 @@
+"""Which layers are read instead of called: found in all the ways that code has, and nowhere else."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from octavo.weight_readers import weight_readers
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(self.up(x))
+
+
+class Base(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.proj, self.head = nn.Linear(4, 4), nn.Linear(4, 4)
+        self.blocks = nn.ModuleList([Block(), Block(), Block()])
+        self.attention = nn.MultiheadAttention(4, 2)
+        self.experts = nn.ModuleDict({"a": nn.Linear(4, 4), "b": nn.Linear(4, 4)})
+
+
+# -- ways to read -----------------------------------------------------------------------------------------------------
+
+
+class AsksItsDtype(Base):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.proj(x.to(self.proj.weight.dtype))
+
+
+class MultipliesByIt(Base):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.head.weight)
+
+
+class Deep(Base):
+    def helper(self) -> Any:
+        return self.blocks[1].up.weight.dtype
+
+
+class AnyIndex(Base):
+    def forward(self, x: Tensor, i: int) -> Tensor:
+        return x @ self.blocks[i].up.weight
+
+
+class Loop(Base):
+    def forward(self, x: Tensor) -> None:
+        for block in self.blocks:
+            block.down.weight.div_(2)
+
+
+class EnumeratedLoop(Base):
+    def forward(self, x: Tensor) -> None:
+        for i, block in enumerate(self.blocks[:2]):
+            block.down.weight.div_(2**i)
+
+
+class ZippedLoop(Base):
+    def forward(self, xs: list[Tensor]) -> list[Tensor]:
+        return [x @ block.up.weight for x, block in zip(xs, self.blocks, strict=True)]
+
+
+class LocalName(Base):
+    def forward(self, x: Tensor) -> Tensor:
+        layer = self.blocks[0].up
+        return x @ layer.weight
+
+
+class ByKey(Base):
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.experts["b"].weight
+
+
+class PackedAttention(Base):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.attention.in_proj_weight)
+
+
+class AttentionByHand(Base):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.attention.out_proj.weight)
+
+
+class Property(Base):
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.proj.weight.dtype
+
+
+class WhenTraining(Base):
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            return x @ self.proj.weight
+        return self.proj(x)
+
+
+class Switched(Base):
+    """Read in one configuration, called in the other."""
+
+    def __init__(self, slices: int = 1, exact: bool = False) -> None:
+        super().__init__()
+        self.slices, self.exact = slices, exact
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.slices > 1 and self.exact:
+            return F.linear(x, self.proj.weight[:, : self.slices])
+        else:
+            return self.proj(x)
+
+
+class Inherits(AsksItsDtype):
+    pass
+
+
+READS: list[tuple[nn.Module, dict[str, str]]] = [
+    (AsksItsDtype(), {"proj": "AsksItsDtype.forward"}),
+    (MultipliesByIt(), {"head": "MultipliesByIt.forward"}),
+    (Deep(), {"blocks.1.up": "Deep.helper"}),
+    (AnyIndex(), {f"blocks.{i}.up": "AnyIndex.forward" for i in range(3)}),
+    (Loop(), {f"blocks.{i}.down": "Loop.forward" for i in range(3)}),
+    (EnumeratedLoop(), {f"blocks.{i}.down": "EnumeratedLoop.forward" for i in range(3)}),
+    (ZippedLoop(), {f"blocks.{i}.up": "ZippedLoop.forward" for i in range(3)}),
+    (LocalName(), {"blocks.0.up": "LocalName.forward"}),
+    (ByKey(), {"experts.b": "ByKey.forward"}),
+    (PackedAttention(), {"attention": "PackedAttention.forward"}),
+    (AttentionByHand(), {"attention.out_proj": "AttentionByHand.forward"}),
+    (Property(), {"proj": "Property.dtype"}),
+    (WhenTraining(), {"proj": "WhenTraining.forward"}),
+    (Switched(slices=2, exact=True), {"proj": "Switched.forward"}),
+    (Inherits(), {"proj": "Inherits.forward"}),
+]
+
+
+@pytest.mark.parametrize(("model", "expected"), READS, ids=[type(model).__name__ for model, _ in READS])
+def test_found(model: nn.Module, expected: dict[str, str]) -> None:
+    assert weight_readers(model) == expected
+    nested = nn.ModuleDict({"inner": model})
+    assert weight_readers(nested) == {f"inner.{name}": method for name, method in expected.items()}
+
+
+# -- ways that do no harm ---------------------------------------------------------------------------------------------
+
+
+class OnlyCalls(Base):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.proj(x))
+
+
+class AsksWhereItIs(Base):
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.to(self.proj.weight.device)
+        assert x.shape[-1] == self.proj.weight.shape[1]
+        return self.proj(x)
+
+
+class MindsInt8(Base):
+    """As T5 does."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.dtype != self.proj.weight.dtype and self.proj.weight.dtype != torch.int8:
+            x = x.to(self.proj.weight.dtype)
+        return self.proj(x)
+
+
+class SetsUp(Base):
+    def __init__(self) -> None:
+        super().__init__()
+        self.head.weight = self.proj.weight
+
+    def _init_weights(self) -> None:
+        nn.init.zeros_(self.proj.weight)
+
+    def resize_token_embeddings(self, n: int) -> Tensor:
+        return self.proj.weight[:n]
+
+
+class OwnWeight(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.weight
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        OnlyCalls(),
+        AsksWhereItIs(),
+        MindsInt8(),
+        SetsUp(),
+        OwnWeight(),
+        Switched(),
+        Switched(slices=2),
+        Switched(exact=True),
+        nn.TransformerEncoderLayer(4, 2, 8),
+    ],
+    ids=lambda model: type(model).__name__,
+)
+def test_spared(model: nn.Module) -> None:
+    assert weight_readers(model) == {}
+
+
+def test_a_layer_in_two_places_is_found_by_its_first_name() -> None:
+    """T5's decoder reads `self.embed_tokens`, which the model calls `shared`."""
+    inner = AsksItsDtype()
+    model = nn.ModuleDict({"shared": inner.proj, "decoder": inner})
+    assert weight_readers(model) == {"shared": "AsksItsDtype.forward"}
+
+
+def test_classes_without_a_source_are_passed_over() -> None:
+    namespace: dict[str, Any] = {"Base": Base}
+    exec("class Typed(Base):\n    def forward(self, x):\n        return x @ self.proj.weight", namespace)
+    assert weight_readers(namespace["Typed"]()) == {}
+
+
+def test_a_setting_is_looked_up_in_a_configuration_too() -> None:
+    transformers = pytest.importorskip("transformers")
+    config = transformers.BloomConfig(vocab_size=16, hidden_size=8, n_layer=2, n_head=2)
+    assert weight_readers(transformers.BloomModel(config)) == {}
+    slow = transformers.BloomConfig(
+        vocab_size=16, hidden_size=8, n_layer=2, n_head=2, pretraining_tp=2, slow_but_exact=True
+    )
+    assert weight_readers(transformers.BloomModel(slow)) == {
+        f"h.{i}.{layer}": f"{method}.forward"
+        for i in range(2)
+        for layer, method in (("self_attention.dense", "BloomAttention"), ("mlp.dense_4h_to_h", "BloomMLP"))
+    }
+
+
+def test_rwkv_rescales_its_blocks() -> None:
+    transformers = pytest.importorskip("transformers")
+    config = transformers.RwkvConfig(vocab_size=16, hidden_size=8, num_hidden_layers=2)
+    assert set(weight_readers(transformers.RwkvModel(config))) == {
+        f"blocks.{i}.{layer}" for i in range(2) for layer in ("attention.output", "feed_forward.value")
+    }
+
+
+COMMON = ["Llama", "Qwen2", "Mistral", "GPT2", "Bert", "T5", "Phi3", "GPTNeoX", "Falcon", "Gemma3Text"]
+
+
+@pytest.mark.parametrize("name", COMMON)
+def test_common_models_have_no_readers(name: str) -> None:
+    """Found where there are none, the model would stay float."""
+    transformers = pytest.importorskip("transformers")
+    config = getattr(transformers, f"{name}Config")()
+    with torch.device("meta"):
+        model = transformers.AutoModel.from_config(config)
+    assert weight_readers(model) == {}
