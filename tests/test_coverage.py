@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import pickle
+import re
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -10,7 +14,7 @@ from torch import nn
 
 import octavo
 from octavo.coverage import Coverage
-from tests.tiny_models import Net, build, llama, tied_llama
+from tests.tiny_models import Net, build, gpt2, llama, tied_llama
 
 
 def test_a_row_for_every_float_parameter_by_its_old_name_and_shape() -> None:
@@ -19,6 +23,68 @@ def test_a_row_for_every_float_parameter_by_its_old_name_and_shape() -> None:
     report = octavo.quantize(model, "w8a16")
     assert {row.name: (row.shape, row.bytes_before) for row in report.rows} == before
     assert report.bytes_before == sum(nbytes for _, nbytes in before.values())
+
+
+def layers() -> nn.ModuleDict:
+    return nn.ModuleDict(
+        {
+            "linear": nn.Linear(8, 4),
+            "conv": nn.Conv2d(4, 6, 3, groups=2),
+            "up": nn.ConvTranspose1d(6, 9, 2, groups=3),
+            "attention": nn.MultiheadAttention(8, 2, kdim=4, add_bias_kv=True),
+            "embedding": nn.Embedding(5, 8),
+            "lstm": nn.LSTM(3, 4),
+            "norm": nn.BatchNorm1d(3),
+        }
+    )
+
+
+@pytest.mark.filterwarnings("ignore::octavo.OctavoWarning")
+def test_every_layer_kind_keeps_names_shapes_bytes_and_kinds() -> None:
+    """Also those whose codes lie in another order."""
+    model = layers()
+    before = [(name, tuple(p.shape), p.nbytes) for name, p in model.named_parameters()]
+    report = octavo.quantize(model, "w8a16", include=["Embedding"])
+    assert sorted((row.name, row.shape, row.bytes_before) for row in report.rows) == sorted(before)
+    kinds = {row.name: row.kind for row in report.rows if row.scheme}
+    assert kinds["up.weight"] == "ConvTranspose1d" and kinds["attention.k_proj_weight"] == "MultiheadAttention"
+    assert report.bytes_after == sum(
+        value.nbytes
+        for name, value in model.state_dict().items()
+        if "running" not in name and "num_batches" not in name
+    )
+
+
+def test_the_conv1d_of_gpt2_keeps_its_shape() -> None:
+    model = build(gpt2)
+    before = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    assert {row.name: row.shape for row in octavo.quantize(model, "w8a16").rows if row.bytes_before} == before
+
+
+@pytest.mark.parametrize(
+    ("make", "name", "reason", "asked"),
+    [
+        (lambda: nn.LSTM(3, 4), "weight_ih_l0", r"recurrent weights \(LSTM\) have no int8 layer", False),
+        (lambda: nn.GRUCell(3, 4), "weight_hh", r"recurrent weights \(GRUCell\) have no int8 layer", False),
+        (lambda: nn.Bilinear(2, 3, 4), "weight", "3-D parameter of Bilinear", False),
+        (lambda: nn.EmbeddingBag(5, 3), "weight", "EmbeddingBag is not a layer kind that octavo knows", False),
+        (lambda: nn.LayerNorm(4), "weight", "1-D: biases and norms stay float", True),
+        (lambda: nn.MultiheadAttention(4, 2, add_bias_kv=True), "bias_k", "1-D: biases and norms stay float", True),
+        (lambda: nn.Linear(4, 4), "weight", "not quantized", True),
+        (lambda: nn.Conv1d(4, 4, 3), "weight", "not quantized", True),
+    ],
+)
+def test_why_a_parameter_is_float(make: Callable[[], nn.Module], name: str, reason: str, asked: bool) -> None:
+    (row,) = [row for row in octavo.coverage(make()).rows if row.name == name]
+    assert row.scheme is None and row.bytes_after == row.bytes_before
+    assert re.match(reason, row.reason or "") and row.asked is asked
+
+
+def test_reasons_live_on_with_the_model() -> None:
+    model = build(llama)
+    report = octavo.quantize(model, "w8a16", ignore=["re:.*down_proj"])
+    assert octavo.coverage(copy.deepcopy(model)) == report
+    assert octavo.coverage(pickle.loads(pickle.dumps(model))) == report
 
 
 def test_bytes_after_are_those_in_memory() -> None:
