@@ -19,9 +19,9 @@ import ast
 import dataclasses
 import functools
 import inspect
+import linecache
 import operator
 import re
-import textwrap
 from collections.abc import Iterator
 from typing import Any
 
@@ -72,26 +72,54 @@ def _reads_of_class(cls: Any) -> tuple[_Read, ...]:
     for base in cls.__mro__:
         if base.__module__.startswith(("torch.", "builtins")):
             continue
-        try:
-            tree = ast.parse(textwrap.dedent(inspect.getsource(base)))
-        except (OSError, TypeError, SyntaxError):
-            continue  # no source to read (a class from a notebook or a compiled module)
-        for definition in tree.body:
-            for method in definition.body if isinstance(definition, ast.ClassDef) else ():
-                if isinstance(method, ast.FunctionDef) and not _NOT_RUNNING.search(method.name):
-                    reads.extend(_reads_of_method(method))
+        for method in _methods_of_class(base):
+            if not _NOT_RUNNING.search(method.name):
+                reads.extend(_reads_of_method(method))
     return tuple(reads)
 
 
+def _methods_of_class(cls: type) -> Iterator[ast.FunctionDef]:
+    try:
+        file = inspect.getsourcefile(cls)
+    except TypeError:
+        return  # no source to read (a class from a notebook or a compiled module)
+    for definition in _classes_of_file(file).get(cls.__qualname__, []) if file else []:
+        yield from (part for part in definition.body if isinstance(part, ast.FunctionDef))
+
+
+@functools.lru_cache(maxsize=8)  # a model's classes are in a few files, and syntax trees are large
+def _classes_of_file(file: str) -> dict[str, list[ast.ClassDef]]:
+    """Qualified name -> the classes of that name. (`inspect.getsource` would parse the file again for every class.)"""
+    classes: dict[str, list[ast.ClassDef]] = {}
+
+    def collect(node: ast.AST, prefix: str) -> None:
+        for child in ast.iter_child_nodes(node):
+            inner = prefix
+            if isinstance(child, ast.ClassDef):
+                classes.setdefault(prefix + child.name, []).append(child)
+                inner = f"{prefix}{child.name}."
+            elif isinstance(child, ast.FunctionDef):
+                inner = f"{prefix}{child.name}.<locals>."
+            if not isinstance(child, ast.expr):
+                collect(child, inner)
+
+    try:
+        collect(ast.parse("".join(linecache.getlines(file))), "")
+    except SyntaxError:
+        return {}  # not Python, such as a file of Cython
+    return classes
+
+
 def _reads_of_method(method: ast.FunctionDef) -> Iterator[_Read]:
-    text = ast.unparse(method)
     names: dict[str, tuple[str, ...]] = {"self": ()}
     for node in ast.walk(method):
         if isinstance(node, ast.Assign) and len(node.targets) == 1:
             _bind(node.targets[0], _path(node.value, names), names)
         elif isinstance(node, ast.For | ast.comprehension):
             _bind_loop(node.target, node.iter, names)
-    for path, conditions in _reads(method, (), names):
+    reads = list(_reads(method, (), names))
+    text = ast.unparse(method) if reads else ""
+    for path, conditions in reads:
         if f"self.{'.'.join(path)}.weight.dtype != torch.int8" not in text:
             yield _Read(path, method.name, conditions)
 
