@@ -22,7 +22,7 @@ from octavo import cli
 from octavo.tables import Table, human_bytes
 
 WORK = Path(".demo")
-TOKENS = "4096"
+TOKENS = "8192"
 PROMPT = "Explain in one paragraph why the sky is blue."
 VARIANTS = {
     "int8 linears": [],
@@ -38,6 +38,10 @@ def main() -> int:
         shutil.rmtree(out, ignore_errors=True)
         run("quantize", str(source), str(out), *options)
         judged = run_json("eval", str(out), "--baseline", str(source), "--tokens", TOKENS)
+        print(
+            f"perplexity {judged['perplexity']:.3f}, the original's is {judged['baseline_perplexity']:.3f}; "
+            f"KL {judged['comparison']['kl']:.4f} nats; {judged['comparison']['top1']:.1%} of next tokens the same"
+        )
         results[name] = {"folder": out, **judged}
     for name, result in results.items():
         print(f"\n{name} writes:\n")
@@ -54,7 +58,7 @@ def run(*command: str) -> None:
 
 
 def run_json(*command: str) -> dict[str, Any]:
-    """The same for its --json result, shown as the command itself shows it to people."""
+    """The same, for the command's result as a program gets it."""
     print(f"\n$ octavo {' '.join(command)}\n", flush=True)
     captured = io.StringIO()
     with contextlib.redirect_stdout(captured):
