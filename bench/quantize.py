@@ -99,18 +99,13 @@ def octavo_w8a16(model: nn.Module) -> object:
 
 
 def time_once(model: nn.Module, quantizer: Quantizer) -> dict[str, Any]:
-    """Seconds that `quantizer` takes, by the clock and of all processors together; and by how many bytes the process's
-    memory rose at its peak (None: not known)."""
+    """Seconds that `quantizer` takes, and by how many bytes the process's memory rose at its peak (None: not known)."""
     _give_back_free_memory()
     before = _memory("VmRSS") if _reset_peak() else None
-    start, cpu_start = time.perf_counter(), time.process_time()
+    start = time.perf_counter()
     quantizer(model)
-    seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - cpu_start
-    return {
-        "seconds": seconds,
-        "cpu_seconds": cpu_seconds,
-        "peak_rise": None if before is None else max(0, _memory("VmHWM") - before),
-    }
+    seconds = time.perf_counter() - start
+    return {"seconds": seconds, "peak_rise": None if before is None else max(0, _memory("VmHWM") - before)}
 
 
 def tables(found: dict[str, Any]) -> list[Table]:
