@@ -7,9 +7,8 @@ import os
 import subprocess
 import sys
 
-BUDGET = 0.150
-"""Seconds of CPU that octavo may add to `import torch`: 20 to 30 ms on a quiet machine, 50 the aim, and room for a busy
-one."""
+BUDGET = 0.050
+"""Seconds of CPU that octavo may add to `import torch`."""
 
 UNASKED = {"transformers", "triton", "lm_eval", "compressed_tensors", "gguf", "peft", "rich", "yaml", "huggingface_hub"}
 
