@@ -4,7 +4,8 @@
       RecipeError      (ValueError)   a scheme, recipe or pattern that cannot be honoured
       QuantizeError    (ValueError)   a model or tensor that cannot be quantized as asked
       CheckpointError  (ValueError)   a file or folder that is missing, damaged or of another format
-      EvaluateError    (ValueError)   inputs or outputs that cannot be judged
+      EvaluateError    (ValueError)   batches that a model cannot be run on, outputs that cannot be judged
+      CalibrateError   (ValueError)   activations or statistics that int8 inputs cannot be calibrated with
       MissingExtra     (ImportError)  an optional package is needed for what was asked
 
     OctavoWarning      (UserWarning)  the work was done, but not as well as one would expect
@@ -15,6 +16,7 @@ A message names the parameter or file, what was got, what was expected, and the 
 from __future__ import annotations
 
 __all__ = [
+    "CalibrateError",
     "CheckpointError",
     "EvaluateError",
     "MissingExtra",
@@ -42,7 +44,11 @@ class CheckpointError(OctavoError, ValueError):
 
 
 class EvaluateError(OctavoError, ValueError):
-    """Inputs or outputs that cannot be judged."""
+    """Batches that a model cannot be run on, outputs that cannot be judged."""
+
+
+class CalibrateError(OctavoError, ValueError):
+    """Activations or statistics that int8 inputs cannot be calibrated with."""
 
 
 class MissingExtra(OctavoError, ImportError):

@@ -18,7 +18,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import itertools
 import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
@@ -28,6 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from octavo.errors import EvaluateError, OctavoWarning
+from octavo.feeding import at_rest, check_batches, device_of, feed, padding_mask
 from octavo.report import Comparison, LayerQuality, NotCompared
 
 __all__ = ["compare", "perplexity", "sqnr"]
@@ -62,9 +62,9 @@ def perplexity(model: Model, token_ids: Tensor, *, window: int = 512, progress: 
             f"window is {window!r}, expected a whole number of at least 2: the first token predicts the next"
         )
     starts = range(0, len(ids) - 1, window)
-    device = _device_of(model, "model")
+    device = device_of(model, "model")
     total, predicted = 0.0, 0
-    with _judged(model):
+    with at_rest(model):
         for index, start in enumerate(starts):
             piece = ids[start : start + window].to(device)
             where = f"window {index} (tokens {start} to {start + len(piece) - 1})"
@@ -114,19 +114,16 @@ def compare(
     Memory: besides the models, both outputs of one batch, and a copy of the float output of every quantized layer for
     one batch; `layers=False` or smaller batches make it less. Sums are in float64.
     """
-    if isinstance(batches, Tensor | Mapping | str):
-        raise EvaluateError(
-            f"batches is one {type(batches).__name__}, expected an iterable of batches; for one batch write [batch]"
-        )
+    check_batches(batches)
     total = len(batches) if isinstance(batches, Sized) else 0
     tallies = _layers_to_compare(float_model, int8_model) if layers else {}
-    devices = _device_of(float_model, "float_model"), _device_of(int8_model, "int8_model")
+    devices = device_of(float_model, "float_model"), device_of(int8_model, "int8_model")
     output = _OutputTally()
     count = 0
-    with _judged(float_model, int8_model):
+    with at_rest(float_model, int8_model):
         for count, batch in enumerate(batches, start=1):
             where = f"batch {count - 1}"
-            mask = _padding_mask(batch)
+            mask = padding_mask(batch)
             with _hooks(float_model, tallies, _LayerTally.keep):
                 reference = _run(float_model, batch, devices[0], f"{where}: the float model")
             with _hooks(int8_model, tallies, functools.partial(_LayerTally.judge, mask=mask)):
@@ -372,12 +369,6 @@ def _without_padding(x: Tensor, mask: Tensor | None) -> Tensor:
     return x[mask.to(x.device)]
 
 
-def _padding_mask(batch: Any) -> Tensor | None:
-    """The batch's attention_mask as booleans, True where a position counts."""
-    mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
-    return mask.bool() if isinstance(mask, Tensor) else None
-
-
 def _token_row(token_ids: Tensor) -> Tensor:
     got = f"{token_ids.dtype} {list(token_ids.shape)}" if isinstance(token_ids, Tensor) else type(token_ids).__name__
     if not isinstance(token_ids, Tensor) or token_ids.dtype != torch.int64:
@@ -438,51 +429,7 @@ def _first_floating(output: Any) -> Tensor | None:
 
 
 def _run(model: Model, batch: Any, device: torch.device | None, who: str) -> tuple[Tensor, bool]:
-    if not isinstance(batch, Tensor | tuple | list | Mapping):
-        raise EvaluateError(
-            f"{who} was to be fed a {type(batch).__name__}; expected a tensor, a tuple of positional arguments or a "
-            "dict of keyword arguments"
-        )
-    batch = _to_device(batch, device)
-    if isinstance(batch, Tensor):
-        return _main_output(model(batch), who)
-    if isinstance(batch, Mapping):
-        return _main_output(model(**batch), who)
-    return _main_output(model(*batch), who)
-
-
-def _to_device(value: Any, device: torch.device | None) -> Any:
-    if isinstance(value, Tensor):
-        return value if device is None else value.to(device)
-    if isinstance(value, Mapping):
-        return {name: _to_device(item, device) for name, item in value.items()}
-    return [_to_device(item, device) for item in value] if type(value) in (tuple, list) else value
-
-
-def _device_of(model: Model, name: str) -> torch.device | None:
-    """Where a module's first parameter (or buffer) is; None for what has none."""
-    if not isinstance(model, nn.Module):
-        return None
-    first = next(itertools.chain(model.parameters(), model.buffers()), None)
-    if first is not None and first.is_meta:
-        raise EvaluateError(f"{name}: is on the meta device, which holds no values; load its weights first")
-    return None if first is None else first.device
-
-
-@contextlib.contextmanager
-def _judged(*models: Model) -> Iterator[None]:
-    """Eval mode without gradients; each module's own mode comes back at the end."""
-    roots = [model for model in models if isinstance(model, nn.Module)]
-    modes = [(module, module.training) for root in roots for module in root.modules()]
-    try:
-        for root in roots:
-            root.eval()
-        # Not inference_mode: what a module caches in its forward must stay an ordinary tensor.
-        with torch.no_grad():
-            yield
-    finally:
-        for module, training in modes:
-            module.training = training
+    return _main_output(feed(model, batch, device, who), who)
 
 
 def _layers_to_compare(float_model: Model, int8_model: Model) -> dict[str, _LayerTally]:

@@ -23,7 +23,7 @@ from torch.nn.utils import parametrize
 
 from octavo import modules
 from octavo.primitives import quantize_weight
-from octavo.recipe import Scheme
+from octavo.recipe import Scheme, WeightArgs
 
 __all__ = ["KINDS", "LayerKind", "kind_of", "why_not"]
 
@@ -52,6 +52,7 @@ class LayerKind:
     module: the int8 layer.
     rows: brings a parameter into the layout of its codes, output channels first.
     per_group: whether its weight has a K axis that can be cut into groups.
+    int8_input: whether it can have int8 inputs; the others take the weight's part of such a scheme.
     """
 
     name: str
@@ -60,14 +61,24 @@ class LayerKind:
     params: tuple[str, ...] = ("weight",)
     rows: Callable[[Tensor, nn.Module], Tensor] = _as_is
     per_group: bool = False
+    int8_input: bool = False
 
     def params_of(self, layer: nn.Module) -> tuple[str, ...]:
         """The parameters of `layer` that become int8."""
         return tuple(name for name in self.params if getattr(layer, name, None) is not None)
 
     def effective(self, scheme: Scheme) -> Scheme:
-        """`scheme` as this kind can have it: per_channel where there is no K axis to group."""
-        return scheme if self.per_group else Scheme(scheme.name)
+        """`scheme` as this kind can have it: w8a16 where inputs stay float, per_channel where there is no K axis."""
+        if self.int8_input:
+            return scheme
+        in_groups = self.per_group and scheme.weight.group_size is not None
+        return Scheme("w8a16", scheme.weight if in_groups else WeightArgs())
+
+    def module_for(self, scheme: Scheme) -> type[modules.QuantModule]:
+        """The class of the int8 layer under an effective scheme."""
+        if scheme.input is None:
+            return self.module
+        return modules.DynamicQuantLinear if scheme.input.dynamic else modules.StaticQuantLinear
 
     def quantize_param(
         self, layer: nn.Module, param: str, weight: Tensor, scheme: Scheme, name: str
@@ -75,12 +86,17 @@ class LayerKind:
         """Codes (int8, output channels first) and scale (fp32) of `weight`, the parameter `param` of `layer`."""
         args = self.effective(scheme).weight
         rows = self.rows(weight, layer)
-        return quantize_weight(rows, args.granularity, group_size=args.group_size, name=name)
+        codes, scale = quantize_weight(rows, args.granularity, group_size=args.group_size, name=name)
+        if args.granularity == "per_tensor":  # as the scale of every row, so that ops and files know one shape less
+            scale = scale.expand(len(rows), 1).contiguous()
+        return codes, scale
 
 
 KINDS: tuple[LayerKind, ...] = (
-    LayerKind("Linear", ("Linear", "NonDynamicallyQuantizableLinear"), modules.QuantLinear, per_group=True),
-    LayerKind("Conv1D", ("Conv1D",), modules.QuantLinear, rows=_transposed, per_group=True),
+    LayerKind(
+        "Linear", ("Linear", "NonDynamicallyQuantizableLinear"), modules.QuantLinear, per_group=True, int8_input=True
+    ),
+    LayerKind("Conv1D", ("Conv1D",), modules.QuantLinear, rows=_transposed, per_group=True, int8_input=True),
     LayerKind("Conv1d", ("Conv1d",), modules.QuantConv),
     LayerKind("Conv2d", ("Conv2d",), modules.QuantConv),
     LayerKind("Conv3d", ("Conv3d",), modules.QuantConv),

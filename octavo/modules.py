@@ -1,6 +1,8 @@
 """The int8 layers that stand in for float ones. `print(model)` shows them; a `forward` is one op call.
 
     QuantLinear              nn.Linear and transformers' Conv1D (its weight is stored transposed: [N, K] here)
+    DynamicQuantLinear       the same with int8 inputs, their scale that of the input at hand
+    StaticQuantLinear        the same with one scale for all inputs, chosen by calibration
     QuantConv                nn.Conv1d/2d/3d
     QuantConvTranspose       nn.ConvTranspose1d/2d/3d
     QuantEmbedding           nn.Embedding
@@ -23,15 +25,19 @@ from torch.nn import functional as F
 
 from octavo import ops
 from octavo.errors import QuantizeError
+from octavo.inputs import SharedInput
+from octavo.primitives import dequantize
 from octavo.recipe import Scheme
 
 __all__ = [
+    "DynamicQuantLinear",
     "QuantConv",
     "QuantConvTranspose",
     "QuantEmbedding",
     "QuantLinear",
     "QuantModule",
     "QuantMultiheadAttention",
+    "StaticQuantLinear",
     "TiedQuantEmbedding",
     "TiedQuantLinear",
 ]
@@ -47,12 +53,14 @@ class QuantModule(nn.Module):
     scheme: how they were quantized.
     float_dtype: the dtype that they had, in which their scales are stored on disk.
     replaces: kind of the float layer ("Linear", ...), for reports and for the checkpoint's config; set by the swap.
+    note: why the scheme is not the one that the recipe asked for, or None; set by the swap.
     """
 
     quantized_params: tuple[str, ...]
     scheme: Scheme
     float_dtype: torch.dtype
     replaces: str
+    note: str | None = None
     bias: nn.Parameter | None
 
     def __init__(self, layer: nn.Module, codes: Codes, scheme: Scheme, float_dtype: torch.dtype) -> None:
@@ -88,9 +96,15 @@ class QuantModule(nn.Module):
             self._view_scales(torch.float32)
         return self
 
+    def scale_names(self) -> tuple[str, ...]:
+        """Names of the buffers that are scales: fp32, whatever the dtype of the model."""
+        return tuple(f"{name}_scale" for name in self.quantized_params)
+
     def _view_scales(self, dtype: torch.dtype) -> None:
-        for name, (_, scale) in self.codes().items():
-            self._buffers[f"{name}_scale"] = scale.view(dtype)
+        for name in self.scale_names():
+            scale = self._buffers[name]
+            assert scale is not None
+            self._buffers[name] = scale.view(dtype)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         for name in self.quantized_params:
@@ -100,9 +114,10 @@ class QuantModule(nn.Module):
                     f"{prefix}{name}: the state dict holds {value.dtype}, expected int8 codes; load float weights "
                     "into the float model and quantize that"
                 )
-            scale = state_dict.get(f"{prefix}{name}_scale")
+        for name in self.scale_names():
+            scale = state_dict.get(prefix + name)
             if scale is not None:  # files hold it in the model's dtype, and `assign=True` would take that over
-                state_dict[f"{prefix}{name}_scale"] = scale.float()
+                state_dict[prefix + name] = scale.float()
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def codes(self) -> dict[str, tuple[Tensor, Tensor]]:
@@ -114,10 +129,12 @@ class QuantLinear(QuantModule):
     """y = x W^T + b with int8 W.
 
     weight: int8 [N, K]. weight_scale: fp32 [N, 1] or [N, K/g]. bias: [N] float or None.
+    fake: compute in fp32 with the dequantized weight (and input) instead of with int8 codes, to study what int8 does.
     """
 
     weight: Tensor
     weight_scale: Tensor
+    fake: bool = False
 
     def __init__(self, layer: nn.Module, codes: Codes, scheme: Scheme, float_dtype: torch.dtype) -> None:
         super().__init__(layer, codes, scheme, float_dtype)
@@ -125,13 +142,91 @@ class QuantLinear(QuantModule):
 
     def forward(self, input: Tensor) -> Tensor:
         """[..., K] float -> [..., N] of the same dtype."""
+        if self.fake:
+            return self._simulate(input, input.float())
         return ops.w8a16_linear(input, self.weight, self.weight_scale, self.bias)
+
+    def _simulate(self, input: Tensor, as_quantized: Tensor) -> Tensor:
+        bias = None if self.bias is None else self.bias.float()
+        return F.linear(as_quantized, dequantize(self.weight, self.weight_scale), bias).to(input.dtype)
 
     def extra_repr(self) -> str:
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
-            f"{self.scheme}"
+            f"{self.scheme}{', fake' if self.fake else ''}"
         )
+
+
+class DynamicQuantLinear(QuantLinear):
+    """y = x W^T + b with int8 W and int8 x, whose scale is found when x is there: per_token or per_tensor.
+
+    shared_input: by which layers that are fed the same tensor quantize it once; the swap gives a model's layers one.
+    """
+
+    def __init__(self, layer: nn.Module, codes: Codes, scheme: Scheme, float_dtype: torch.dtype) -> None:
+        super().__init__(layer, codes, scheme, float_dtype)
+        assert scheme.input is not None
+        self.shared_input = SharedInput()
+
+    def quantize_input(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Codes int8 [..., K] of x [..., K], and their scale: fp32 [..., 1] or [1]."""
+        assert self.scheme.input is not None
+        if self.scheme.input.granularity == "per_token":
+            return ops.quantize_per_token(x)
+        return ops.quantize_per_tensor(x)
+
+    def _key(self) -> object:
+        """What makes two layers quantize an input alike."""
+        return self.scheme.input
+
+    def forward(self, input: Tensor) -> Tensor:
+        """[..., K] float -> [..., N] of the same dtype (of autocast's, inside autocast)."""
+        if self.fake:
+            codes, scale = self.quantize_input(input)
+            rounded = dequantize(codes, scale)
+            return self._simulate(input, input.float() + (rounded - input.float()).detach())
+        x = ops.autocast(input)
+        codes, scale = self.shared_input.quantized(input, (self._key(), x.dtype), lambda _: self.quantize_input(x))
+        y = ops.w8a8_linear(codes, scale, self.weight, self.weight_scale, self.bias, x.dtype)
+        return ops.straight_through(y, input, self.weight, self.weight_scale)
+
+
+class StaticQuantLinear(DynamicQuantLinear):
+    """y = x W^T + b with int8 W and int8 x, whose scale was chosen by calibration.
+
+    input_scale: fp32 [1].
+    """
+
+    input_scale: Tensor
+
+    def __init__(self, layer: nn.Module, codes: Codes, scheme: Scheme, float_dtype: torch.dtype) -> None:
+        super().__init__(layer, codes, scheme, float_dtype)
+        self.register_buffer("input_scale", torch.ones(1, device=self.weight.device))
+        self._scale_value: float | None = None
+
+    def scale_names(self) -> tuple[str, ...]:
+        return (*super().scale_names(), "input_scale")
+
+    def quantize_input(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return ops.quantize_static(x, self.input_scale), self.input_scale
+
+    def _key(self) -> object:
+        if torch.compiler.is_compiling():
+            return None  # nothing is shared then
+        if self._scale_value is None:
+            self._scale_value = self.input_scale.item()
+        return self._scale_value
+
+    def set_input_scale(self, scale: Tensor) -> None:
+        """Take over a calibrated scale, fp32 [1], positive and finite."""
+        if scale.shape != (1,) or scale.dtype != torch.float32:
+            raise QuantizeError(f"input_scale: is {scale.dtype} {list(scale.shape)}, expected fp32 [1]")
+        self.input_scale = scale.to(self.weight.device)
+        self._scale_value = None
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self._scale_value = None
+        super()._load_from_state_dict(*args, **kwargs)
 
 
 class QuantEmbedding(QuantModule):

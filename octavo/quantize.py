@@ -12,14 +12,26 @@ import warnings
 from collections.abc import Callable, Iterable, Mapping
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from octavo.calibrate import Stats
 from octavo.coverage import REASONS_ATTRIBUTE, Coverage, coverage
-from octavo.errors import OctavoWarning, QuantizeError, RecipeError
+from octavo.errors import CalibrateError, OctavoWarning, QuantizeError, RecipeError
+from octavo.inputs import SharedInput
 from octavo.layers import KINDS, LayerKind, kind_of, why_not
-from octavo.modules import Codes, QuantModule, TiedQuantEmbedding, TiedQuantLinear
+from octavo.modules import (
+    Codes,
+    DynamicQuantLinear,
+    QuantLinear,
+    QuantModule,
+    StaticQuantLinear,
+    TiedQuantEmbedding,
+    TiedQuantLinear,
+)
+from octavo.observers import Observer, ObserverKind, check_observer
 from octavo.recipe import DEFAULT_TARGETS, OPT_IN_TARGETS, Pattern, Recipe, Scheme, pattern_matches
+from octavo.sensitivity import evenly, output_error, rounded_input, sqnr_db
 from octavo.weight_readers import weight_readers
 
 __all__ = [
@@ -48,7 +60,9 @@ class Decision:
 
     name: of the layer in the model. kind: its row of the table. label: the kind's name, or "OutputHead".
     scheme: how it is to be quantized, or None: then `reason` says why not, and `asked` whether the recipe said so.
+    note: why `scheme` is not the one that the recipe names, if it is another.
     owner: name of the layer whose codes this one shares, for a tied weight; None for a layer with its own.
+    input_scale: of a static input, fp32 [1].
     """
 
     name: str
@@ -57,7 +71,9 @@ class Decision:
     scheme: Scheme | None
     reason: str | None = None
     asked: bool = False
+    note: str | None = None
     owner: str | None = None
+    input_scale: Tensor | None = None
 
 
 def quantize(
@@ -68,6 +84,10 @@ def quantize(
     include: Iterable[Pattern] = (),
     overrides: Mapping[Pattern, Scheme] | None = None,
     group_size: int | None = None,
+    stats: Stats | None = None,
+    observer: ObserverKind = "absmax",
+    repair: bool = True,
+    fake: bool = False,
     progress: Progress | None = None,
 ) -> Coverage:
     """Quantize the layers of `model` in place; each float weight is freed before the next is touched.
@@ -75,16 +95,29 @@ def quantize(
     model: any module with its weights loaded, on any device.
     scheme: a preset's name ("w8a16"), a Scheme or a Recipe; see octavo.recipe for `ignore`, `include`, `overrides`
         and `group_size`, which are added to it.
+    stats: from `octavo.calibrate`; a scheme with static inputs needs them. A layer that they know nothing of gets
+        dynamic inputs, and its row of the coverage says so.
+    observer: what a static scale is taken from, "absmax", "percentile" or "mse"; see octavo.observers.
+    repair: whether a layer whose static error is catastrophic, measured on the rows that `stats` kept, gets dynamic
+        inputs (or, where those are no better, float ones) together with the layers that are fed the same tensor.
+    fake: let linear layers compute in float with what the codes stand for, to study what int8 does; real int8 gives the
+        same up to the rounding of sums.
     Returns: what became int8, what stayed float, and why.
     Raises: RecipeError for an unknown scheme or a pattern that matches nothing; QuantizeError for a model that is
-        already quantized, on `meta`, itself a single layer, or that holds NaN or inf. The plan is checked before
-        anything is changed; a weight with NaN or inf stops at its layer, with the layers before it already int8.
+        already quantized, on `meta`, itself a single layer, or that holds NaN or inf; CalibrateError for static inputs
+        without `stats`, or with those of another model. The plan is checked before anything is changed; a weight with
+        NaN or inf stops at its layer, with the layers before it already int8.
     Warns: OctavoWarning if more than 5% of the bytes stay float for a reason that the recipe did not ask for.
     """
     recipe = Recipe.of(scheme, ignore=ignore, include=include, overrides=overrides, group_size=group_size)
     _refuse_missing_values(model)
     decisions = plan(model, recipe)
+    fix_inputs(model, decisions, stats, observer=observer, repair=repair)
     install(model, decisions, progress=progress)
+    if fake:
+        for module in model.modules():
+            if isinstance(module, QuantLinear):
+                module.fake = True
     report = settle(model, decisions)
     warn_unasked(report)
     return report
@@ -172,7 +205,10 @@ def _decide(name: str, layer: nn.Module, kind: LayerKind, label: str, recipe: Re
     decision.reason = obstacle
     if obstacle is None:
         chosen = (scheme for pattern, scheme in recipe.overrides if pattern_matches(pattern, name, layer))
-        decision.scheme = kind.effective(next(chosen, recipe.scheme))
+        wanted = next(chosen, recipe.scheme)
+        decision.scheme = kind.effective(wanted)
+        if wanted.input and not decision.scheme.input:
+            decision.note = f"the inputs of a {label} stay float"
     return decision
 
 
@@ -307,6 +343,81 @@ def _check_groups(decision: Decision, layer: nn.Module) -> None:
             )
 
 
+# -- static inputs --------------------------------------------------------------------------------------------------
+
+
+CATASTROPHE_DB = 15.0
+"""Layers whose static inputs leave less SQNR than this are repaired."""
+
+
+def fix_inputs(
+    model: nn.Module, decisions: list[Decision], stats: Stats | None, *, observer: ObserverKind, repair: bool
+) -> None:
+    """Give the layers that are to have static inputs their scales, and other schemes to those that cannot have them.
+
+    Raises: CalibrateError as `quantize` does.
+    """
+    check_observer(observer)
+    static = {decision.name: decision for decision in decisions if decision.scheme and decision.scheme.is_static}
+    if not static:
+        return
+    if stats is None:
+        raise CalibrateError(
+            f"{next(iter(static.values())).scheme} has static inputs, and stats is None; pass stats=octavo.calibrate("
+            "model, batches), or take 'w8a8', which needs none"
+        )
+    if not any(name in stats.observers for name in static):
+        raise CalibrateError(f"stats know none of this model's layers (such as {min(static)!r}); calibrate this model")
+    done: set[str] = set()
+    for name in static:
+        if name not in done:
+            group = [static[sibling] for sibling in stats.siblings(name) if sibling in static]
+            _fix_group(model, group, stats, observer, repair)
+            done.update(decision.name for decision in group)
+
+
+def _fix_group(model: nn.Module, group: list[Decision], stats: Stats, observer: ObserverKind, repair: bool) -> None:
+    """The same for layers that are fed one tensor: one scale, and one fate."""
+    seen = stats.observers.get(group[0].name)
+    if seen is None or seen.largest() == 0:
+        why = "its inputs were all 0 in calibration" if seen else "no batch of the calibration reached it"
+        return _give(group, _dynamic(group[0]), f"{why}: a dynamic scale")
+    layer = model.get_submodule(group[0].name)
+    dtype = group[0].kind.params_of(layer) and layer.weight.dtype
+    scale = stats.input_scale(group[0].name, dtype, observer)
+    if repair and len(seen.rows):
+        scheme = group[0].scheme
+        static_db = min(_sqnr(model, decision, decision.scheme, seen, scale * 127) for decision in group)
+        if static_db < CATASTROPHE_DB:
+            dynamic = _dynamic(group[0])
+            dynamic_db = min(_sqnr(model, decision, dynamic, seen, scale * 127) for decision in group)
+            if dynamic_db >= CATASTROPHE_DB:
+                return _give(group, dynamic, f"a static scale leaves {static_db:.1f} dB: a dynamic one")
+            why = f"a static scale leaves {static_db:.1f} dB, a dynamic one {dynamic_db:.1f}: float inputs"
+            return _give(group, Scheme("w8a16", scheme.weight), why)
+    for decision in group:
+        decision.input_scale = scale
+    return None
+
+
+def _give(group: list[Decision], scheme: Scheme, note: str) -> None:
+    for decision in group:
+        decision.scheme, decision.note = scheme, note
+
+
+def _dynamic(decision: Decision) -> Scheme:
+    assert decision.scheme is not None
+    return Scheme("w8a8", decision.scheme.weight)
+
+
+def _sqnr(model: nn.Module, decision: Decision, scheme: Scheme | None, seen: Observer, largest: Tensor) -> float:
+    assert scheme is not None
+    layer = model.get_submodule(decision.name)
+    weight = evenly(decision.kind.rows(layer._parameters["weight"].detach(), layer))
+    x = seen.rows.to(weight.device).float()
+    return sqnr_db(output_error(weight, x @ weight.T, rounded_input(x, scheme, largest.to(x.device)), scheme))
+
+
 # -- doing ------------------------------------------------------------------------------------------------------------
 
 
@@ -337,6 +448,7 @@ def install(
     """Swap the layers that `decisions` says for int8 ones, one at a time. On `meta` this makes the empty skeleton."""
     places = _places(model)
     owners: dict[str, QuantModule] = {}
+    shared = SharedInput()
     todo = [decision for decision in decisions if decision.scheme]
     # Owners of shared tables first; then from the last to the first, which puts a child before its parent: an
     # attention block takes its out_proj over as it finds it.
@@ -344,7 +456,7 @@ def install(
     for done, decision in enumerate(ordered, 1):
         layer = model.get_submodule(decision.name)
         assert decision.scheme is not None
-        new = owners[decision.name] = _int8_layer(decision, layer, codes_of, owners)
+        new = owners[decision.name] = _int8_layer(decision, layer, codes_of, owners, shared)
         swap(places.pop(id(layer)), layer, new)
         for child in new.children():  # taken over from `layer`: it now stands in `new`
             if id(child) in places:
@@ -355,18 +467,22 @@ def install(
 
 
 def _int8_layer(
-    decision: Decision, layer: nn.Module, codes_of: CodesOf, owners: Mapping[str, QuantModule]
+    decision: Decision, layer: nn.Module, codes_of: CodesOf, owners: Mapping[str, QuantModule], shared: SharedInput
 ) -> QuantModule:
     assert decision.scheme is not None
     new: QuantModule
     if decision.owner is None:
         codes, float_dtype = codes_of(decision, layer)
-        new = decision.kind.module(layer, codes, decision.scheme, float_dtype)
+        new = decision.kind.module_for(decision.scheme)(layer, codes, decision.scheme, float_dtype)
+        if isinstance(new, DynamicQuantLinear):
+            new.shared_input = shared
+        if isinstance(new, StaticQuantLinear) and decision.input_scale is not None:
+            new.set_input_scale(decision.input_scale)
     elif decision.kind.name == "Embedding":
         new = TiedQuantEmbedding(layer, owners[decision.owner])
     else:
         new = TiedQuantLinear(layer, owners[decision.owner])
-    new.replaces = decision.label
+    new.replaces, new.note = decision.label, decision.note
     return new
 
 

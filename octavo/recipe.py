@@ -27,10 +27,13 @@ from typing import Any, Literal
 from octavo.errors import RecipeError
 
 __all__ = [
+    "ATTENTION",
     "DEFAULT_TARGETS",
     "OPT_IN_TARGETS",
     "PRESETS",
+    "InputArgs",
     "Pattern",
+    "Preset",
     "Recipe",
     "Scheme",
     "WeightArgs",
@@ -55,12 +58,22 @@ DEFAULT_TARGETS = (
 OPT_IN_TARGETS = ("Embedding", "OutputHead")
 """Layer kinds quantized only when `include` (or `targets`) names them, or a module of theirs."""
 
-WeightGranularity = Literal["per_channel", "per_group"]
+ATTENTION = ("float", "int8")
+"""How the two products of attention, Q K^T and P V, are computed."""
+
+WeightGranularity = Literal["per_channel", "per_group", "per_tensor"]
+InputGranularity = Literal["per_token", "per_tensor"]
+
+
+def _check_choice(field: str, value: object, valid: tuple[str, ...]) -> None:
+    if value not in valid:
+        raise RecipeError(f"{field} is {value!r}, expected one of {', '.join(map(repr, valid))}")
 
 
 @dataclasses.dataclass(frozen=True)
 class WeightArgs:
-    """How a weight [N, K] becomes int8: one scale a row (per_channel), or one for `group_size` columns (per_group).
+    """How a weight [N, K] becomes int8: one scale a row (per_channel), one for `group_size` columns of a row
+    (per_group), or one for all of it (per_tensor).
 
     Layer kinds without a K axis of their own (convolutions, embeddings) are always per_channel.
     """
@@ -69,37 +82,107 @@ class WeightArgs:
     group_size: int | None = None
 
     def __post_init__(self) -> None:
-        if self.granularity not in ("per_channel", "per_group"):
-            raise RecipeError(f"weight.granularity is {self.granularity!r}, expected 'per_channel' or 'per_group'")
+        _check_choice("weight.granularity", self.granularity, ("per_channel", "per_group", "per_tensor"))
         if (self.granularity == "per_group") != (self.group_size is not None):
             raise RecipeError(
                 f"weight.group_size is {self.group_size} with granularity {self.granularity!r}; "
-                "per_group needs a group_size and per_channel has none"
+                "per_group needs a group_size and the others have none"
             )
         if self.group_size is not None and (not isinstance(self.group_size, int) or self.group_size < 1):
             raise RecipeError(f"weight.group_size is {self.group_size!r}, expected a positive whole number")
 
 
 @dataclasses.dataclass(frozen=True)
+class InputArgs:
+    """How the input [..., K] of a linear layer becomes int8: one scale a row (per_token), or one for all (per_tensor).
+
+    dynamic: the scale is that of the input at hand. Otherwise it is fixed (static) beforehand by calibration, which
+        only a per_tensor scale can be.
+    """
+
+    granularity: InputGranularity = "per_token"
+    dynamic: bool = True
+
+    def __post_init__(self) -> None:
+        _check_choice("input.granularity", self.granularity, ("per_token", "per_tensor"))
+        if self.granularity == "per_token" and not self.dynamic:
+            raise RecipeError("input.dynamic is False with granularity 'per_token'; a static scale is 'per_tensor'")
+
+
+@dataclasses.dataclass(frozen=True)
+class Preset:
+    """What a scheme's name stands for; `line` is what `octavo quantize --help` says of it."""
+
+    weight: WeightArgs
+    input: InputArgs | None
+    line: str
+
+
+_PER_TENSOR = WeightArgs("per_tensor")
+
+PRESETS: dict[str, Preset] = {
+    "w8a16": Preset(
+        WeightArgs(), None, "int8 weights, a scale per output channel; activations stay in 16 (or 32) bits"
+    ),
+    "w8a8": Preset(WeightArgs(), InputArgs(), "int8 weights and int8 activations, a scale per token, found on the fly"),
+    "w8a8-static": Preset(
+        WeightArgs(), InputArgs("per_tensor", dynamic=False), "the same with one calibrated scale per layer's input"
+    ),
+    "o1": Preset(_PER_TENSOR, InputArgs(), "SmoothQuant-O1: weights per tensor, activations per token, dynamic"),
+    "o2": Preset(_PER_TENSOR, InputArgs("per_tensor"), "SmoothQuant-O2: both per tensor, activations dynamic"),
+    "o3": Preset(
+        _PER_TENSOR, InputArgs("per_tensor", dynamic=False), "SmoothQuant-O3: both per tensor, activations static"
+    ),
+}
+"""Preset schemes. O1 to O3: table 2 of SmoothQuant (Xiao et al., arXiv:2211.10438)."""
+
+
+@dataclasses.dataclass(frozen=True)
 class Scheme:
-    """What is int8 and what is float in a layer. `name` is a preset's: w8a16 = weight int8, input float."""
+    """What is int8 in a layer, and with which scales.
+
+    name: a preset's. weight, input: the preset's own where None is given; `input` stays None for w8a16, whose
+        activations are float. Only linear layers have int8 inputs; other kinds take the weight's part.
+    Raises: RecipeError for an unknown name, and for weights per_group under int8 inputs (no int8 kernel has them).
+    """
 
     name: str = "w8a16"
-    weight: WeightArgs = dataclasses.field(default_factory=WeightArgs)
+    weight: WeightArgs = None  # type: ignore[assignment]  # the preset's, see __post_init__
+    input: InputArgs | None = None
 
     def __post_init__(self) -> None:
         if self.name not in PRESETS:
-            raise RecipeError(f"unknown scheme {self.name!r}; valid: {', '.join(sorted(PRESETS))}")
+            raise RecipeError(f"unknown scheme {self.name!r}; valid: {', '.join(PRESETS)}")
+        preset = PRESETS[self.name]
+        if preset.input is None and self.input is not None:
+            raise RecipeError(
+                f"scheme {self.name!r} has float inputs, got input={self.input}; name 'w8a8' for int8 ones"
+            )
+        object.__setattr__(self, "weight", self.weight or preset.weight)
+        object.__setattr__(self, "input", self.input or preset.input)
+        if self.input and self.weight.group_size:
+            raise RecipeError(
+                f"scheme {self.name!r} has int8 inputs with weights per_group (group_size={self.weight.group_size}); "
+                "expected weights per_channel or per_tensor, or the scheme 'w8a16'"
+            )
 
     @classmethod
     def of(cls, name: str, *, group_size: int | None = None) -> Scheme:
         """The preset `name`, with its weights per_group if a `group_size` is given."""
-        weight = WeightArgs() if group_size is None else WeightArgs("per_group", group_size)
-        return cls(name, weight)
+        return cls(name) if group_size is None else cls(name, WeightArgs("per_group", group_size))
+
+    @property
+    def is_static(self) -> bool:
+        """Whether its inputs have a scale that calibration fixed."""
+        return self.input is not None and not self.input.dynamic
 
     def __str__(self) -> str:
-        group = f" g{self.weight.group_size}" if self.weight.group_size else ""
-        return f"{self.name}{group}"
+        preset = PRESETS[self.name]
+        weight = f"weight {self.weight.granularity}" if self.weight != preset.weight else ""
+        group = f"g{self.weight.group_size}" if self.weight.group_size else weight
+        given = self.input if self.input != preset.input else None
+        how = f"input {given.granularity} {'dynamic' if given.dynamic else 'static'}" if given else ""
+        return " ".join(filter(None, (self.name, group, how)))
 
     def to_dict(self) -> dict[str, Any]:
         """A dict of JSON types that `from_dict` reads back to an equal scheme."""
@@ -111,15 +194,12 @@ class Scheme:
         if isinstance(data, str):
             return cls(data)
         _check_keys("scheme", data, cls)
-        weight = data.get("weight", {})
-        _check_keys("scheme.weight", weight, WeightArgs)
-        return cls(data.get("name", "w8a16"), WeightArgs(**weight))
-
-
-PRESETS: dict[str, str] = {
-    "w8a16": "int8 weights, one scale per output channel; activations stay in the model's 16 (or 32) bits",
-}
-"""Preset schemes, with the line that `octavo quantize --help` shows."""
+        parts: dict[str, Any] = {}
+        for key, args in (("weight", WeightArgs), ("input", InputArgs)):
+            if data.get(key) is not None:
+                _check_keys(f"scheme.{key}", data[key], args)
+                parts[key] = args(**data[key])
+        return cls(data.get("name", "w8a16"), **parts)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,6 +210,7 @@ class Recipe:
         (`OPT_IN_TARGETS`) matches by its kind or when a pattern names the module itself.
     ignore: patterns and kinds that stay float; stronger than targets.
     overrides: (pattern, scheme) pairs; the first that matches a module replaces the recipe's scheme there.
+    attention: "float", or "int8" for Q K^T and P V as int8 products in every attention of a transformers model.
     Raises: RecipeError for a value of the wrong type, an empty pattern or a regular expression that does not compile.
     """
 
@@ -137,8 +218,10 @@ class Recipe:
     targets: tuple[Pattern, ...] = DEFAULT_TARGETS
     ignore: tuple[Pattern, ...] = ()
     overrides: tuple[tuple[Pattern, Scheme], ...] = ()
+    attention: str = "float"
 
     def __post_init__(self) -> None:
+        _check_choice("attention", self.attention, ATTENTION)
         if not isinstance(self.scheme, Scheme):
             raise RecipeError(f"scheme is {self.scheme!r}, expected a Scheme; Recipe.of('w8a16') takes a preset's name")
         for field in ("targets", "ignore"):
@@ -164,8 +247,10 @@ class Recipe:
         include: Iterable[Pattern] = (),
         overrides: Mapping[Pattern, Scheme] | None = None,
         group_size: int | None = None,
+        attention: str | None = None,
     ) -> Recipe:
-        """A recipe from a preset's name, a Scheme or another Recipe, with `ignore`, `include` and `overrides` added."""
+        """A recipe from a preset's name, a Scheme or another Recipe, with `ignore`, `include` and `overrides` added,
+        and `attention` replaced if it is given."""
         for field, value in (("ignore", ignore), ("include", include)):
             if isinstance(value, str):
                 raise RecipeError(f"{field} is {value!r}, expected a list of patterns; write [{value!r}]")
@@ -179,6 +264,7 @@ class Recipe:
             targets=(*base.targets, *include),
             ignore=(*base.ignore, *ignore),
             overrides=(*base.overrides, *(overrides or {}).items()),
+            attention=attention or base.attention,
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -194,6 +280,7 @@ class Recipe:
             "targets": list(self.targets),
             "ignore": list(self.ignore),
             "overrides": {pattern: scheme.to_dict() for pattern, scheme in self.overrides},
+            "attention": self.attention,
         }
 
     @classmethod

@@ -1,16 +1,19 @@
-"""What a judgement found: plain numbers and words, for people (`str`) and for programs (`to_json`). No torch here.
+"""What was measured: plain numbers and words, for people (`str`) and for programs (`to_json`). No torch here.
 
-`evaluate` measures and fills these in; the definitions of the measures are at the head of that file.
+`evaluate` fills in a Comparison, `smooth` a SmoothReport; the definitions of the measures are at the heads of those
+files and of `sensitivity`.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import math
+import re
 from typing import Any
 
 from octavo.tables import Table, human_percent, jsonable, to_json
 
-__all__ = ["Comparison", "LayerQuality", "NotCompared"]
+__all__ = ["Comparison", "LayerQuality", "NotCompared", "SmoothReport", "SmoothedPair"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,3 +94,87 @@ class Comparison:
     def to_json(self) -> str:
         """The comparison as strict JSON; an SQNR of inf is null."""
         return to_json(self)
+
+
+@dataclasses.dataclass(frozen=True)
+class SmoothedPair:
+    """A layer whose output was divided by factors, and the layers whose weights took them; or why it was left alone.
+
+    alpha: None if it was left alone, which `reason` says why.
+    amax_before, amax_after: largest magnitude of the sinks' input.
+    error_before, error_after: mean over tokens of |error|^2 / |output|^2 of the quantized sinks; None where calibration
+        kept no rows to measure it on.
+    """
+
+    source: str
+    sinks: tuple[str, ...]
+    alpha: float | None = None
+    amax_before: float | None = None
+    amax_after: float | None = None
+    error_before: float | None = None
+    error_after: float | None = None
+    reason: str | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class SmoothReport:
+    """What smoothing did, pair by pair in the model's order. `print` it for a table; `.to_json()` for a program."""
+
+    pairs: tuple[SmoothedPair, ...]
+
+    @property
+    def smoothed(self) -> tuple[SmoothedPair, ...]:
+        """The pairs that were folded."""
+        return tuple(pair for pair in self.pairs if pair.reason is None)
+
+    def table(self) -> Table:
+        """One line for each family of pairs: those whose names differ in numbers only. SQNR is -10 log10(error)."""
+        families: dict[tuple[Any, ...], list[SmoothedPair]] = {}
+        for pair in self.pairs:
+            sinks = tuple(dict.fromkeys(_in_general(sink) for sink in pair.sinks))
+            families.setdefault((_in_general(pair.source), sinks, pair.reason), []).append(pair)
+        columns = ("output of", "into", "alpha", "amax before", "after", "SQNR before", "after", "note")
+        rows = []
+        for (source, sinks, reason), pairs in families.items():
+            rows.append(
+                (
+                    source if len(pairs) == 1 else f"{source}  x{len(pairs)}",
+                    ", ".join(sink.rpartition(".")[2] for sink in sinks),
+                    _span([pair.alpha for pair in pairs], "{:.2g}"),
+                    _span([pair.amax_before for pair in pairs], "{:.3g}"),
+                    _span([pair.amax_after for pair in pairs], "{:.3g}"),
+                    _span([_db(pair.error_before) for pair in pairs], "{:.0f} dB"),
+                    _span([_db(pair.error_after) for pair in pairs], "{:.0f} dB"),
+                    reason or "",
+                )
+            )
+        return Table("Smoothing", columns, tuple(rows), "llrrrrrl")
+
+    def __str__(self) -> str:
+        return str(self.table())
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report in JSON's own types."""
+        return dict(jsonable(self))
+
+    def to_json(self) -> str:
+        """The report as strict JSON."""
+        return to_json(self)
+
+
+def _in_general(name: str) -> str:
+    return re.sub(r"\b\d+\b", "*", name)
+
+
+def _db(error: float | None) -> float | None:
+    if error is None:
+        return None
+    return math.inf if error == 0 else -10 * math.log10(error)
+
+
+def _span(values: list[float | None], form: str) -> str:
+    known = [value for value in values if value is not None]
+    if not known:
+        return ""
+    low, high = form.format(min(known)), form.format(max(known))
+    return low if low == high else f"{low} to {high}"

@@ -5,11 +5,18 @@
     w8a16_conv              [B, C, *D] float      int8 [N, C/groups, *k]  fp32 [N, 1]  [B, N, *D'] dtype of x
     w8a16_conv_transpose    [B, C, *D] float      int8 [N, C/groups, *k]  fp32 [N, 1]  [B, N, *D'] dtype of x
     w8a16_embedding         [...] int             int8 [V, H]           fp32 [V, 1]    [..., H] dtype asked for
+    w8a8_linear             [..., K] int8         int8 [N, K]           fp32 [N, 1]    [..., N] dtype asked for
 
-Each computes sum(code * x), accumulated in fp32, *then* multiplies by the scale, adds the bias and rounds once to
-the output dtype: where the float model does not overflow fp16, neither does this, inside autocast too. (K/g is 1 for
-per_channel. With per_group the scale belongs inside the sum, so code * scale is formed in fp32 first.) Results are
-contiguous, whatever the strides of the input.
+    op                      x                     result
+    quantize_per_token      [..., K] float        int8 [..., K], scale fp32 [..., 1]
+    quantize_per_tensor     [..., K] float        int8 [..., K], scale fp32 [1]
+    quantize_static         [..., K] float, scale fp32 [1]   int8 [..., K]
+
+Each w8a16 op computes sum(code * x), accumulated in fp32, *then* multiplies by the scale, adds the bias and rounds
+once to the output dtype: where the float model does not overflow fp16, neither does this, inside autocast too. (K/g is
+1 for per_channel. With per_group the scale belongs inside the sum, so code * scale is formed in fp32 first.)
+w8a8_linear sums in int32, exactly, then multiplies by both scales. Its input is quantized by an op of its own, so that
+layers which read the same tensor can share the codes (`octavo.inputs`). Results are contiguous, whatever the strides.
 
 The schemas are defined here and `reference.py` answers on every device. A native backend registers its kernel for
 its own device key of the same op, from a file of its own beside `reference.py`, and adds itself to `_BACKENDS`;
@@ -31,7 +38,13 @@ from octavo.ops import reference
 __all__ = [
     "OPS",
     "Serving",
+    "autocast",
     "backends",
+    "quantize_per_tensor",
+    "quantize_per_token",
+    "quantize_static",
+    "straight_through",
+    "w8a8_linear",
     "w8a16_conv",
     "w8a16_conv_transpose",
     "w8a16_embedding",
@@ -48,6 +61,12 @@ OPS: dict[str, str] = {
     "w8a16_conv": _CONVOLUTION.format(output_padding=""),
     "w8a16_conv_transpose": _CONVOLUTION.format(output_padding="SymInt[] output_padding, "),
     "w8a16_embedding": "(Tensor indices, Tensor weight, Tensor weight_scale, ScalarType dtype) -> Tensor",
+    "quantize_per_token": "(Tensor x) -> (Tensor, Tensor)",
+    "quantize_per_tensor": "(Tensor x) -> (Tensor, Tensor)",
+    "quantize_static": "(Tensor x, Tensor input_scale) -> Tensor",
+    "w8a8_linear": (
+        "(Tensor x, Tensor x_scale, Tensor weight, Tensor weight_scale, Tensor? bias, ScalarType dtype) -> Tensor"
+    ),
 }
 """Name -> schema of every op, in the namespace `torch.ops.octavo`."""
 
@@ -60,6 +79,10 @@ _linear = torch.ops.octavo.w8a16_linear.default
 _conv = torch.ops.octavo.w8a16_conv.default
 _conv_transpose = torch.ops.octavo.w8a16_conv_transpose.default
 _embedding = torch.ops.octavo.w8a16_embedding.default
+_per_token = torch.ops.octavo.quantize_per_token.default
+_per_tensor = torch.ops.octavo.quantize_per_tensor.default
+_static = torch.ops.octavo.quantize_static.default
+_w8a8_linear = torch.ops.octavo.w8a8_linear.default
 
 
 # -- wrappers: what modules call ------------------------------------------------------------------------------------
@@ -73,7 +96,7 @@ def w8a16_linear(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor |
     Returns: [..., N] of x's dtype.
     Raises: QuantizeError if x is not floating point or its last size is not K.
     """
-    return _linear(_autocast(x), weight, weight_scale, bias)
+    return _linear(autocast(x), weight, weight_scale, bias)
 
 
 def w8a16_conv(
@@ -91,7 +114,7 @@ def w8a16_conv(
     x: [B, C, *D] float. weight: int8 [N, C/groups, *k]. weight_scale: fp32 [N, 1]. bias: [N] float, or None.
     Returns: [B, N, *D'] of x's dtype.
     """
-    return _conv(_autocast(x), weight, weight_scale, bias, stride, padding, dilation, groups)
+    return _conv(autocast(x), weight, weight_scale, bias, stride, padding, dilation, groups)
 
 
 def w8a16_conv_transpose(
@@ -111,7 +134,7 @@ def w8a16_conv_transpose(
     [C, N/groups, *k]). weight_scale: fp32 [N, 1]. bias: [N] float, or None.
     Returns: [B, N, *D'] of x's dtype.
     """
-    return _conv_transpose(_autocast(x), weight, weight_scale, bias, stride, padding, dilation, output_padding, groups)
+    return _conv_transpose(autocast(x), weight, weight_scale, bias, stride, padding, dilation, output_padding, groups)
 
 
 def w8a16_embedding(indices: Tensor, weight: Tensor, weight_scale: Tensor, dtype: torch.dtype) -> Tensor:
@@ -123,7 +146,65 @@ def w8a16_embedding(indices: Tensor, weight: Tensor, weight_scale: Tensor, dtype
     return _embedding(indices, weight, weight_scale, dtype)
 
 
-def _autocast(x: Tensor) -> Tensor:
+def quantize_per_token(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Codes of an activation, with a scale for each row: scale = amax|x| / 127 over K, in fp32; 1 for a row of zeros.
+
+    x: [..., K] float; not modified.
+    Returns: codes int8 [..., K], scale fp32 [..., 1]. A row with NaN or inf gets a scale that is NaN or inf, which
+        makes what is computed from it NaN.
+    No gradient passes; see `straight_through`. Raises: QuantizeError if x is not floating point or 0-d.
+    """
+    return _per_token(x.detach() if x.requires_grad else x)
+
+
+def quantize_per_tensor(x: Tensor) -> tuple[Tensor, Tensor]:
+    """The same with one scale for all rows: codes int8 [..., K], scale fp32 [1]."""
+    return _per_tensor(x.detach() if x.requires_grad else x)
+
+
+def quantize_static(x: Tensor, input_scale: Tensor) -> Tensor:
+    """Codes of an activation under a scale that calibration chose; what it did not foresee is clamped to +-127.
+
+    x: [..., K] float; not modified. input_scale: fp32 [1]. NaN has no code: where x may hold it, quantize dynamically.
+    Returns: int8 [..., K]. Raises: QuantizeError if x is not floating point or 0-d.
+    """
+    return _static(x.detach() if x.requires_grad else x, input_scale)
+
+
+def w8a8_linear(
+    x: Tensor, x_scale: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    """y = (x @ weight.T) * x_scale * weight_scale.T + bias: an exact int32 sum, then fp32, rounded once to `dtype`.
+
+    x: int8 [..., K]. x_scale: fp32 [..., 1] or [1]. weight: int8 [N, K]. weight_scale: fp32 [N, 1].
+    bias: [N] float, or None. Returns: [..., N] of `dtype`.
+    Raises: QuantizeError if x is not int8 or its last size is not K.
+    """
+    return _w8a8_linear(x, x_scale, weight, weight_scale, bias, dtype)
+
+
+def straight_through(y: Tensor, x: Tensor, weight: Tensor, weight_scale: Tensor) -> Tensor:
+    """`y` with the gradient to `x` that a linear layer with the dequantized weight has: rounding passes it unchanged
+    (the straight-through estimator, Bengio et al., arXiv:1308.3432)."""
+    if torch.is_grad_enabled() and x.requires_grad:
+        return _StraightThrough.apply(y, x, weight, weight_scale)  # type: ignore[no-any-return, no-untyped-call]
+    return y
+
+
+class _StraightThrough(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, y, x, weight, weight_scale):  # type: ignore[no-untyped-def, override]
+        ctx.save_for_backward(weight, weight_scale)
+        ctx.dtype = x.dtype
+        return y.view_as(y)
+
+    @staticmethod
+    def backward(ctx, grad):  # type: ignore[no-untyped-def, override]
+        return grad, reference.linear_input_gradient(grad, *ctx.saved_tensors).to(ctx.dtype), None, None
+
+
+def autocast(x: Tensor) -> Tensor:
+    """`x` in the dtype that it has inside autocast, if that is on."""
     device = x.device.type
     if torch.is_autocast_enabled(device) and x.is_floating_point() and x.dtype != torch.float64:
         return x.to(torch.get_autocast_dtype(device))
@@ -176,6 +257,32 @@ def _conv_transpose_fake(
 @torch.library.register_fake("octavo::w8a16_embedding", lib=_library)
 def _embedding_fake(indices: Tensor, weight: Tensor, weight_scale: Tensor, dtype: torch.dtype) -> Tensor:
     return weight.new_empty((*indices.shape, weight.shape[1]), dtype=dtype)
+
+
+@torch.library.register_fake("octavo::quantize_per_token", lib=_library)
+def _per_token_fake(x: Tensor) -> tuple[Tensor, Tensor]:
+    reference.check_rows(x)
+    return x.new_empty(x.shape, dtype=torch.int8), x.new_empty((*x.shape[:-1], 1), dtype=torch.float32)
+
+
+@torch.library.register_fake("octavo::quantize_per_tensor", lib=_library)
+def _per_tensor_fake(x: Tensor) -> tuple[Tensor, Tensor]:
+    reference.check_rows(x)
+    return x.new_empty(x.shape, dtype=torch.int8), x.new_empty(1, dtype=torch.float32)
+
+
+@torch.library.register_fake("octavo::quantize_static", lib=_library)
+def _static_fake(x: Tensor, input_scale: Tensor) -> Tensor:
+    reference.check_rows(x)
+    return x.new_empty(x.shape, dtype=torch.int8)
+
+
+@torch.library.register_fake("octavo::w8a8_linear", lib=_library)
+def _w8a8_linear_fake(
+    x: Tensor, x_scale: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    reference.check_codes(x, weight)
+    return x.new_empty((*x.shape[:-1], weight.shape[0]), dtype=dtype)
 
 
 # -- gradients: to the input and the bias, so that adapters can be trained on a frozen int8 base ---------------------
@@ -248,6 +355,25 @@ for _name, _backward, _save in (
     ("w8a16_conv_transpose", _conv_transpose_backward, _save_conv),
 ):
     torch.library.register_autograd(f"octavo::{_name}", _backward, setup_context=_save, lib=_library)
+
+
+def _save_w8a8_linear(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    if any(ctx.needs_input_grad[i] for i in (1, 3)):
+        raise OctavoError(
+            "a gradient of a scale of an int8 layer was asked for (requires_grad is set on x_scale or weight_scale); "
+            "scales are frozen with their codes: train an adapter beside the layer, or its bias"
+        )
+    bias = inputs[4]
+    ctx.bias_dtype = None if bias is None or not ctx.needs_input_grad[4] else bias.dtype
+
+
+def _w8a8_linear_backward(ctx, grad):  # type: ignore[no-untyped-def]
+    return None, None, None, None, _bias_gradient(grad, -1, ctx.bias_dtype), None
+
+
+torch.library.register_autograd(
+    "octavo::w8a8_linear", _w8a8_linear_backward, setup_context=_save_w8a8_linear, lib=_library
+)
 
 
 def _embedding_save(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]

@@ -22,7 +22,11 @@ __all__ = [
     "check_input",
     "conv_input_gradient",
     "linear_input_gradient",
+    "quantize_per_tensor",
+    "quantize_per_token",
+    "quantize_static",
     "rows_to_transposed",
+    "w8a8_linear",
     "w8a16_conv",
     "w8a16_conv_transpose",
     "w8a16_embedding",
@@ -33,6 +37,8 @@ _BLOCK_ELEMENTS = 1 << 19
 """Codes are widened to fp32 in blocks of rows of this many elements, which stay in the cache: at M = 1 a layer then
 reads one byte a weight from memory, and no float copy of a weight ever exists."""
 
+
+_QMAX = 127
 
 _Rest = ParamSpec("_Rest")
 
@@ -53,7 +59,7 @@ def w8a16_linear(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor |
     check_input(x, weight)
     n, k = weight.shape
     wide = accumulator(x)
-    rows = x.reshape(math.prod(x.shape[:-1]), k).to(wide)
+    rows = x.reshape(math.prod(x.shape[:-1]), k).to(wide).contiguous()  # so that its strides change no bit
     y = torch.empty((rows.shape[0], n), dtype=wide, device=x.device)
     per_channel = weight_scale.shape[1] == 1
     step = max(1, _BLOCK_ELEMENTS // max(k, 1))
@@ -66,6 +72,70 @@ def w8a16_linear(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor |
     if bias is not None:
         y += bias
     return y.to(x.dtype).view(*x.shape[:-1], n)
+
+
+def quantize_per_token(x: Tensor) -> tuple[Tensor, Tensor]:
+    check_rows(x)
+    largest = x.abs().amax(-1, keepdim=True) if x.shape[-1] else x.new_zeros((*x.shape[:-1], 1))
+    scale = _input_scale(largest)
+    return _codes(x, scale), scale
+
+
+def quantize_per_tensor(x: Tensor) -> tuple[Tensor, Tensor]:
+    check_rows(x)
+    scale = _input_scale(x.abs().amax().reshape(1) if x.numel() else x.new_zeros(1))
+    return _codes(x, scale), scale
+
+
+def quantize_static(x: Tensor, input_scale: Tensor) -> Tensor:
+    check_rows(x)
+    return _codes(x, input_scale)
+
+
+def _input_scale(largest: Tensor) -> Tensor:
+    """amax / 127 in fp32; 1 for zeros. Neither NaN nor inf is looked for, which would wait for the device: either
+    makes the scale, and with it the output, NaN, as it would be in the float model."""
+    scale = largest.float() / _QMAX
+    return torch.where(scale == 0, 1.0, scale)
+
+
+def _codes(x: Tensor, scale: Tensor) -> Tensor:
+    # `contiguous`, for a broadcast or transposed x would hand its strides on to the codes.
+    return (x.float() / scale).round_().clamp_(-_QMAX, _QMAX).to(torch.int8).contiguous()
+
+
+@_in_full_precision
+def w8a8_linear(
+    x: Tensor, x_scale: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    check_codes(x, weight)
+    n, k = weight.shape
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    y = int8_matmul(x.reshape(math.prod(x.shape[:-1]), k), weight).to(wide)
+    # The scales multiply each other first: one rounding of their product, one of the sum times it.
+    y *= x_scale.reshape(-1, 1) * weight_scale.reshape(1, -1)
+    if bias is not None:
+        y += bias
+    return y.to(dtype).view(*x.shape[:-1], n)
+
+
+_EXACT_K = 1024
+"""127 * 127 * 1024 < 2**24: a sum of that many products of codes is exact in fp32."""
+
+
+def int8_matmul(x: Tensor, weight: Tensor) -> Tensor:
+    """x @ weight.T, exact: int8 [M, K], int8 [N, K] -> int32 [M, N] on any device."""
+    m, k = x.shape
+    n = weight.shape[0]
+    if x.device.type == "cpu" and m and n and k:
+        return torch._int_mm(x, weight.T)
+    if x.device.type == "cuda" and m > 16 and k and k % 8 == 0 and n % 8 == 0:  # what cuBLAS takes
+        return torch._int_mm(x, weight.T)
+    y = torch.zeros((m, n), dtype=torch.int32, device=x.device)
+    for start in range(0, k, _EXACT_K):
+        part = slice(start, start + _EXACT_K)
+        y += (x[:, part].float() @ weight[:, part].float().T).to(torch.int32)
+    return y
 
 
 @_in_full_precision
@@ -155,6 +225,22 @@ def check_float(x: Tensor) -> None:
         raise QuantizeError(
             f"x: dtype is {x.dtype}, expected bf16, fp16 or fp32; if the model's code casts its input to "
             "`layer.weight.dtype`, put that layer on the ignore list"
+        )
+
+
+def check_rows(x: Tensor) -> None:
+    """Raise QuantizeError unless x is floating point [..., K]."""
+    check_float(x)
+    if x.dim() == 0:
+        raise QuantizeError("x: is a 0-d tensor, expected [..., K]")
+
+
+def check_codes(x: Tensor, weight: Tensor) -> None:
+    """Raise QuantizeError unless x is int8 [..., K] with the K of weight [N, K]."""
+    if x.dtype != torch.int8 or x.dim() == 0 or x.shape[-1] != weight.shape[1]:
+        raise QuantizeError(
+            f"x: is {x.dtype} {list(x.shape)}, expected int8 [..., {weight.shape[1]}] for an int8 weight of shape "
+            f"{list(weight.shape)}"
         )
 
 

@@ -1,0 +1,87 @@
+"""Batches, and models that are run on them to be watched or judged: in eval mode, without gradients, left as they were.
+
+A batch is a tensor (the model's one argument), a tuple or list (positional arguments) or a dict (keyword arguments).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from octavo.errors import EvaluateError
+
+__all__ = ["at_rest", "check_batches", "device_of", "feed", "padding_mask"]
+
+
+def check_batches(batches: object) -> None:
+    """Raise EvaluateError for one batch where an iterable of them is expected."""
+    if isinstance(batches, Tensor | Mapping | str) or not isinstance(batches, Iterable):
+        raise EvaluateError(
+            f"batches is one {type(batches).__name__}, expected an iterable of batches; for one batch write [batch]"
+        )
+
+
+def feed(model: Callable[..., Any], batch: Any, device: torch.device | None, who: str) -> Any:
+    """What `model` returns for `batch`, whose tensors are moved to `device` (None: left where they are).
+
+    who: what an error calls the model. Raises: EvaluateError for a batch of another type.
+    """
+    if not isinstance(batch, Tensor | tuple | list | Mapping):
+        raise EvaluateError(
+            f"{who} was to be fed a {type(batch).__name__}; expected a tensor, a tuple of positional arguments or a "
+            "dict of keyword arguments"
+        )
+    batch = _to_device(batch, device)
+    if isinstance(batch, Tensor):
+        return model(batch)
+    if isinstance(batch, Mapping):
+        return model(**batch)
+    return model(*batch)
+
+
+def _to_device(value: Any, device: torch.device | None) -> Any:
+    if isinstance(value, Tensor):
+        return value if device is None else value.to(device)
+    if isinstance(value, Mapping):
+        return {name: _to_device(item, device) for name, item in value.items()}
+    return [_to_device(item, device) for item in value] if type(value) in (tuple, list) else value
+
+
+def device_of(model: Any, name: str) -> torch.device | None:
+    """Where a module's first parameter (or buffer) is; None for what has none.
+
+    Raises: EvaluateError, calling the model `name`, if that is `meta`.
+    """
+    if not isinstance(model, nn.Module):
+        return None
+    first = next(itertools.chain(model.parameters(), model.buffers()), None)
+    if first is not None and first.is_meta:
+        raise EvaluateError(f"{name}: is on the meta device, which holds no values; load its weights first")
+    return None if first is None else first.device
+
+
+@contextlib.contextmanager
+def at_rest(*models: Any) -> Iterator[None]:
+    """Eval mode without gradients; each module's own mode comes back at the end."""
+    roots = [model for model in models if isinstance(model, nn.Module)]
+    modes = [(module, module.training) for root in roots for module in root.modules()]
+    try:
+        for root in roots:
+            root.eval()
+        # Not inference_mode: what a module caches in its forward must stay an ordinary tensor.
+        with torch.no_grad():
+            yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def padding_mask(batch: Any, name: str = "attention_mask") -> Tensor | None:
+    """The batch's attention_mask [B, T] as booleans, True where a position counts; None if it has none."""
+    mask = batch.get(name) if isinstance(batch, Mapping) else None
+    return mask.bool() if isinstance(mask, Tensor) else None

@@ -1,0 +1,52 @@
+"""Quantized once, read by many: q/k/v, and gate/up, are fed the same tensor, and share one quantization of it.
+
+Who shares is not configured: a layer asks for the codes of the very tensor that it was given, and gets those that the
+layer before it had computed if that was the same tensor, unchanged since (same object, same version counter).
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["SharedInput"]
+
+Codes = tuple[Tensor, Tensor]
+
+
+class SharedInput:
+    """The codes of the tensor that was quantized last, as long as that tensor lives. One for each int8 model.
+
+    A lookup is skipped while a model is compiled (a compiler sees equal calls by itself) and for tensors of inference
+    mode, which do not count their versions.
+    """
+
+    def __init__(self) -> None:
+        self._last: tuple[weakref.ref[Tensor], tuple[Any, ...], Codes] | None = None
+
+    def quantized(self, x: Tensor, key: object, quantize: Callable[[Tensor], Codes]) -> Codes:
+        """`quantize(x)`, or what an equal call for the same tensor returned.
+
+        key: says how it is quantized; equal keys mean equal codes.
+        """
+        if torch.compiler.is_compiling() or x.is_inference():
+            return quantize(x)
+        wanted = (x._version, key)
+        last = self._last
+        if last is not None and last[0]() is x and last[1] == wanted:
+            return last[2]
+        codes = quantize(x)
+        self._last = (weakref.ref(x, self._forget), wanted, codes)
+        return codes
+
+    def _forget(self, dead: weakref.ref[Tensor]) -> None:
+        last = self._last
+        if last is not None and last[0] is dead:
+            self._last = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"_last": None}

@@ -1,0 +1,155 @@
+"""What calibration keeps of the activations that enter one layer: a little memory for any number of tokens.
+
+    amax        largest magnitude of each input channel                      fp32 [K]
+    histogram   how many values have which magnitude, over the whole tensor  int64 [8192]
+    rows        whole inputs of a few tokens, drawn evenly from all          [R, K], R <= `rows` of `observe`
+
+A bin of the histogram is a 32nd of an octave: the exponent and the five leading bits of the mantissa of |x| in fp32. It
+covers every fp32 number, so no range has to be known beforehand, and the histograms of two runs add up exactly.
+
+The largest magnitude that a static int8 input is to hold, by observer:
+
+    absmax      the largest that was seen
+    percentile  the smallest that a share of the values does not exceed
+    mse         the one whose rounding and clipping errors have the smallest sum of squares
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from octavo.errors import CalibrateError
+
+__all__ = ["OBSERVERS", "Observer", "ObserverKind", "check_observer", "observe"]
+
+ObserverKind = Literal["absmax", "percentile", "mse"]
+OBSERVERS: tuple[ObserverKind, ...] = get_args(ObserverKind)
+
+PERCENTILE = 99.99
+"""Of the values, that a static scale of the observer `percentile` holds without clipping."""
+
+_BINS = 8192
+_DROPPED_BITS = 18  # of fp32's 31 below the sign: 8 of exponent and 5 of mantissa remain
+_QMAX = 127
+
+
+def check_observer(kind: str) -> None:
+    """Raise CalibrateError for an observer that does not exist."""
+    if kind not in OBSERVERS:
+        raise CalibrateError(f"observer is {kind!r}, expected one of {', '.join(map(repr, OBSERVERS))}")
+
+
+@dataclasses.dataclass
+class Observer:
+    """The inputs of one layer so far; see the head of this file.
+
+    tokens: rows of [..., K] that were seen. order: int64 [R], a pseudo-random number of each kept row: those with the
+    smallest numbers are kept, which makes them an even sample, and the same one however the tokens were split up.
+    """
+
+    amax: Tensor
+    histogram: Tensor
+    rows: Tensor
+    order: Tensor
+    tokens: int
+
+    @classmethod
+    def of_amax(cls, amax: Tensor) -> Observer:
+        """One of which nothing but the channels' amax, fp32 [K], is known."""
+        none = torch.zeros(0, dtype=torch.int64)
+        return cls(amax, torch.zeros(_BINS, dtype=torch.int64), amax.new_zeros(0, len(amax)), none, 0)
+
+    def merged(self, other: Observer, rows: int) -> Observer:
+        """What one observer of both's tokens would have kept, at most `rows` of them."""
+        order = torch.cat([self.order, other.order])
+        kept = order.argsort()[:rows]
+        return Observer(
+            torch.maximum(self.amax, other.amax),  # NaN stays NaN
+            self.histogram + other.histogram,
+            torch.cat([self.rows, other.rows])[kept],
+            order[kept],
+            self.tokens + other.tokens,
+        )
+
+    def cpu(self) -> Observer:
+        """The same in the computer's own memory."""
+        return Observer(self.amax.cpu(), self.histogram.cpu(), self.rows.cpu(), self.order.cpu(), self.tokens)
+
+    def largest(self, kind: ObserverKind = "absmax", *, percentile: float = PERCENTILE) -> float:
+        """The magnitude that becomes code 127, by the observer `kind`; 0 if every input was 0.
+
+        percentile: for that observer, in percent. Raises: CalibrateError for an observer that does not exist.
+        """
+        check_observer(kind)
+        top = self.amax.max().item() if self.amax.numel() else 0.0
+        if kind == "absmax" or top == 0:
+            return top
+        if kind == "percentile":
+            return min(top, self._percentile(percentile))
+        return min(top, self._least_squares(top))
+
+    def _percentile(self, percentile: float) -> float:
+        seen = self.histogram.cumsum(0)
+        wanted = int(seen[-1].item() * min(max(percentile, 0.0), 100.0) / 100)
+        bin_ = int(torch.searchsorted(seen, wanted).clamp_max(_BINS - 1))
+        return _bin_values(torch.tensor([bin_]), upper=True).item()
+
+    def _least_squares(self, top: float) -> float:
+        """Over clipping points from a 64th of the top to the top, 32 an octave.
+
+        A value v is clipped to c (error v - c), or rounded to a multiple of c / 127: an error of v below half a step,
+        and of step / sqrt(12) in the mean above.
+        """
+        used = self.histogram.nonzero().squeeze(1)
+        count, value = self.histogram[used].double(), _bin_values(used)
+        points = top * 2.0 ** (-torch.arange(6 * 32, dtype=torch.float64) / 32)
+        step = points.unsqueeze(1) / _QMAX
+        rounding = torch.where(value < step / 2, value**2, step**2 / 12)
+        clipping = (value - points.unsqueeze(1)).clamp_min(0) ** 2
+        return points[(count * torch.where(clipping > 0, clipping, rounding)).sum(1).argmin()].item()
+
+    def divide(self, smooth_scale: Tensor) -> None:
+        """Follow the layer's input as it is divided by `smooth_scale`, fp32 [K], channel by channel.
+
+        The amax stays exact; of the histogram only that of the kept rows is known then, and takes its place.
+        """
+        self.amax = self.amax / smooth_scale
+        self.rows = (self.rows.float() / smooth_scale).to(self.rows.dtype)
+        self.histogram = _histogram(self.rows.float().abs())
+
+
+def observe(x: Tensor, seed: int, rows: int) -> Observer:
+    """The observer of one input alone.
+
+    x: [n, K] float. seed: another one for every input of a layer. rows: keep at most so many of `x`.
+    """
+    magnitude = x.detach().float().abs()
+    order = _order(len(x), seed, x.device)
+    kept = order.argsort()[:rows]
+    largest = magnitude.amax(0) if len(x) else magnitude.new_zeros(x.shape[1])
+    return Observer(largest, _histogram(magnitude), x.detach()[kept].clone(), order[kept], len(x))
+
+
+def _histogram(magnitude: Tensor) -> Tensor:
+    bins = magnitude.contiguous().view(torch.int32).reshape(-1) >> _DROPPED_BITS
+    return torch.bincount(bins, minlength=_BINS)
+
+
+def _bin_values(bins: Tensor, upper: bool = False) -> Tensor:
+    """The middle (or the upper end) of bins, fp64."""
+    bits = bins.to(torch.int32)
+    low = (bits << _DROPPED_BITS).view(torch.float32).double()
+    high = ((bits + 1) << _DROPPED_BITS).view(torch.float32).double()
+    return high if upper else (low + high) / 2
+
+
+def _order(n: int, seed: int, device: torch.device) -> Tensor:
+    """A pseudo-random number for each of n rows: SplitMix64 (Steele et al., 2014) of the seed and the row's index."""
+    z = torch.arange(n, device=device) + seed * 0x632BE59B % (1 << 40) * (1 << 20)
+    z = (z ^ (z >> 30)) * -0x40A7B892E31B1A47
+    z = (z ^ (z >> 27)) * -0x6B2FB644ECCEEE15
+    return (z ^ (z >> 31)) & 0x7FFFFFFFFFFFFFFF
