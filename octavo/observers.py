@@ -112,6 +112,15 @@ class Observer:
         clipping = (value - points.unsqueeze(1)).clamp_min(0) ** 2
         return points[(count * torch.where(clipping > 0, clipping, rounding)).sum(1).argmin()].item()
 
+    def typical_range(self) -> Tensor:
+        """Root mean square of each channel over the kept rows, each divided by its own largest value: fp32 [K].
+
+        How a channel compares with the largest of its token, in a usual token. A scale per token is set by that.
+        """
+        rows = self.rows.float()
+        rows = rows / rows.abs().amax(-1, keepdim=True).clamp_min(1e-30)
+        return rows.square().mean(0).sqrt()
+
     def divide(self, smooth_scale: Tensor) -> None:
         """Follow the layer's input as it is divided by `smooth_scale`, fp32 [K], channel by channel.
 

@@ -31,7 +31,7 @@ from octavo.modules import (
 )
 from octavo.observers import Observer, ObserverKind, check_observer
 from octavo.recipe import DEFAULT_TARGETS, OPT_IN_TARGETS, Pattern, Recipe, Scheme, pattern_matches
-from octavo.sensitivity import evenly, output_error, rounded_input, sqnr_db
+from octavo.sensitivity import CATASTROPHE_DB, evenly, output_error, rounded_input, sqnr_db
 from octavo.weight_readers import weight_readers
 
 __all__ = [
@@ -346,10 +346,6 @@ def _check_groups(decision: Decision, layer: nn.Module) -> None:
 # -- static inputs --------------------------------------------------------------------------------------------------
 
 
-CATASTROPHE_DB = 15.0
-"""Layers whose static inputs leave less SQNR than this are repaired."""
-
-
 def fix_inputs(
     model: nn.Module, decisions: list[Decision], stats: Stats | None, *, observer: ObserverKind, repair: bool
 ) -> None:
@@ -378,26 +374,25 @@ def fix_inputs(
 
 def _fix_group(model: nn.Module, group: list[Decision], stats: Stats, observer: ObserverKind, repair: bool) -> None:
     """The same for layers that are fed one tensor: one scale, and one fate."""
-    seen = stats.observers.get(group[0].name)
+    first = group[0]
+    assert first.scheme is not None
+    seen = stats.observers.get(first.name)
     if seen is None or seen.largest() == 0:
         why = "its inputs were all 0 in calibration" if seen else "no batch of the calibration reached it"
-        return _give(group, _dynamic(group[0]), f"{why}: a dynamic scale")
-    layer = model.get_submodule(group[0].name)
-    dtype = group[0].kind.params_of(layer) and layer.weight.dtype
-    scale = stats.input_scale(group[0].name, dtype, observer)
+        return _give(group, first.scheme.as_dynamic(), f"{why}: a dynamic scale")
+    scale = stats.input_scale(first.name, _weight(model, first).dtype, observer)
     if repair and len(seen.rows):
-        scheme = group[0].scheme
-        static_db = min(_sqnr(model, decision, decision.scheme, seen, scale * 127) for decision in group)
+        static_db, dynamic_db = (
+            min(_sqnr(model, decision, scheme, seen, scale * 127) for decision in group)
+            for scheme in (first.scheme, first.scheme.as_dynamic())
+        )
+        if static_db < CATASTROPHE_DB <= dynamic_db:
+            return _give(group, first.scheme.as_dynamic(), f"a static scale leaves {static_db:.1f} dB: a dynamic one")
         if static_db < CATASTROPHE_DB:
-            dynamic = _dynamic(group[0])
-            dynamic_db = min(_sqnr(model, decision, dynamic, seen, scale * 127) for decision in group)
-            if dynamic_db >= CATASTROPHE_DB:
-                return _give(group, dynamic, f"a static scale leaves {static_db:.1f} dB: a dynamic one")
             why = f"a static scale leaves {static_db:.1f} dB, a dynamic one {dynamic_db:.1f}: float inputs"
-            return _give(group, Scheme("w8a16", scheme.weight), why)
+            return _give(group, Scheme("w8a16", first.scheme.weight), why)
     for decision in group:
         decision.input_scale = scale
-    return None
 
 
 def _give(group: list[Decision], scheme: Scheme, note: str) -> None:
@@ -405,15 +400,16 @@ def _give(group: list[Decision], scheme: Scheme, note: str) -> None:
         decision.scheme, decision.note = scheme, note
 
 
-def _dynamic(decision: Decision) -> Scheme:
-    assert decision.scheme is not None
-    return Scheme("w8a8", decision.scheme.weight)
+def _weight(model: nn.Module, decision: Decision) -> Tensor:
+    weight = model.get_submodule(decision.name)._parameters["weight"]
+    assert weight is not None
+    return weight.detach()
 
 
-def _sqnr(model: nn.Module, decision: Decision, scheme: Scheme | None, seen: Observer, largest: Tensor) -> float:
-    assert scheme is not None
-    layer = model.get_submodule(decision.name)
-    weight = evenly(decision.kind.rows(layer._parameters["weight"].detach(), layer))
+def _sqnr(model: nn.Module, decision: Decision, scheme: Scheme, seen: Observer, largest: Tensor) -> float:
+    """Of the layer's output under `scheme`, in dB, on the rows that calibration kept; largest: fp32 [1], of a static
+    input."""
+    weight = evenly(decision.kind.rows(_weight(model, decision), model.get_submodule(decision.name)))
     x = seen.rows.to(weight.device).float()
     return sqnr_db(output_error(weight, x @ weight.T, rounded_input(x, scheme, largest.to(x.device)), scheme))
 

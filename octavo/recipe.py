@@ -176,6 +176,10 @@ class Scheme:
         """Whether its inputs have a scale that calibration fixed."""
         return self.input is not None and not self.input.dynamic
 
+    def as_dynamic(self) -> Scheme:
+        """The same weights with dynamic inputs, a scale per token."""
+        return Scheme("w8a8", self.weight)
+
     def __str__(self) -> str:
         preset = PRESETS[self.name]
         weight = f"weight {self.weight.granularity}" if self.weight != preset.weight else ""

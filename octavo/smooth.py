@@ -14,7 +14,7 @@ Where to fold is found by `octavo.pairs`.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal
 
 import torch
@@ -26,7 +26,7 @@ from octavo.layers import kind_of
 from octavo.pairs import Pair, Product, Sink, find_pairs, is_norm, products
 from octavo.recipe import Scheme
 from octavo.report import SmoothedPair, SmoothReport
-from octavo.sensitivity import evenly, output_error, rounded_input
+from octavo.sensitivity import CATASTROPHE_DB, evenly, output_error, rounded_input, sqnr_db
 
 __all__ = ["GRID", "smooth"]
 
@@ -34,7 +34,8 @@ Progress = Callable[[int, int], None]
 """Called with (pairs done, pairs in all)."""
 
 GRID = tuple(i / 20 for i in range(20))
-"""The values that alpha="auto" tries: 0, 0.05, ... 0.95."""
+"""The values that alpha="auto" tries: 0, 0.05, ... 0.95. It tries them with two ranges in the place of amax(x_j): that
+one, and the typical range of `Observer.typical_range`, which a few huge tokens do not sway."""
 
 
 def smooth(
@@ -43,6 +44,7 @@ def smooth(
     alpha: float | Literal["auto"] = 0.5,
     *,
     scheme: str | Scheme = "w8a8",
+    repair: bool = True,
     batch: Any = None,
     progress: Progress | None = None,
 ) -> SmoothReport:
@@ -52,6 +54,8 @@ def smooth(
     alpha: 0 to 1, how much of the difficulty moves from activations to weights; "auto" takes for each pair the value of
         `GRID` with the smallest error at the outputs of its layers, measured on the rows that `stats` kept.
     scheme: the quantization that "auto" measures, and the report's errors are of.
+    repair: as it will be given to `octavo.quantize`: whether layers that static inputs do not suit will get others. The
+        alpha of those is chosen for dynamic inputs.
     batch: an input to find and prove the pairs with; by default the first that `stats` were made of.
     Returns: each pair with its alpha and its effect; each norm that was left alone, with the reason.
     Raises: CalibrateError for statistics of another model, or without rows for "auto"; QuantizeError for an alpha that
@@ -60,16 +64,18 @@ def smooth(
     if alpha != "auto" and not (isinstance(alpha, float | int) and 0 <= alpha <= 1):
         raise QuantizeError(f"alpha is {alpha!r}, expected a number from 0 to 1, or 'auto'")
     chosen = Scheme.of(scheme) if isinstance(scheme, str) else scheme
+    schemes = (chosen, chosen.as_dynamic()) if chosen.is_static and repair else (chosen,)
     example = stats.example if batch is None else batch
     if example is None:
         raise CalibrateError("these statistics hold no example batch; pass one as batch=")
+    _refuse_int8(model)
     _check_stats(model, stats)
     before = products(model, example)
     done: list[SmoothedPair] = []
     folded: list[_Fold] = []
     pairs = find_pairs(model, example)
     for count, pair in enumerate(pairs, 1):
-        fold = _planned(model, pair, stats, alpha, chosen) if pair.reason is None else pair.reason
+        fold = _planned(model, pair, stats, alpha, schemes) if pair.reason is None else pair.reason
         if isinstance(fold, _Fold):
             why = fold.apply()
             if why is None:
@@ -90,6 +96,11 @@ def smooth(
     return SmoothReport(tuple(sorted(done, key=lambda row: order[row.source])))
 
 
+def _refuse_int8(model: nn.Module) -> None:
+    if any(hasattr(module, "quantized_params") for module in model.modules()):
+        raise QuantizeError("the model holds int8 layers, whose codes cannot be scaled; smooth it first, then quantize")
+
+
 def _check_stats(model: nn.Module, stats: Stats) -> None:
     modules = dict(model.named_modules())
     unknown = [name for name in stats.observers if name not in modules]
@@ -106,64 +117,76 @@ def _left_out(pair: Pair, why: str) -> SmoothedPair:
 # -- choosing the factors --------------------------------------------------------------------------------------------
 
 
-def _planned(model: nn.Module, pair: Pair, stats: Stats, alpha: float | Literal["auto"], scheme: Scheme) -> _Fold | str:
+def _planned(
+    model: nn.Module, pair: Pair, stats: Stats, alpha: float | Literal["auto"], schemes: Sequence[Scheme]
+) -> _Fold | str:
     """The fold of a pair, or why there is none."""
     assert pair.layout is not None
-    watched = [sink.layer for sink in pair.sinks if sink.layer in stats.observers]
-    watched = list(dict.fromkeys(watched))
+    watched = list(dict.fromkeys(sink.layer for sink in pair.sinks if sink.layer in stats.observers))
     if not watched:
         return "no batch of the calibration reached its layers"
-    weights = [_columns(model, sink) for sink in pair.sinks]
-    device = weights[0].device
-    amax_x = torch.stack([stats.observers[layer].amax for layer in watched]).amax(0).to(device)
-    amax_w = torch.stack([weight.abs().amax(0).float() for weight in weights]).amax(0)
-    if amax_x.shape != amax_w.shape:
-        return f"the statistics have {len(amax_x)} channels, the weights {len(amax_w)}"
-    channels = pair.layout.channels.to(device)
-    rows_x = _spread(amax_x, channels, len(pair.layout.rows))
-    rows_w = _spread(amax_w, channels, len(pair.layout.rows))
-    trial = _Trial(model, pair, stats, scheme, device)
-    if alpha == "auto":
-        if not trial.can_measure:
-            return "no rows of its input were kept to measure alpha on"
-        errors = {value: trial.error(_factors(rows_x, rows_w, value)[channels]) for value in GRID}
-        best = min(errors, key=lambda value: (errors[value], value))
+    columns = [_columns(model, sink) for sink in pair.sinks]
+    device = columns[0].device
+    seen = [stats.observers[layer] for layer in watched]
+    channels, rows = pair.layout.channels.to(device), len(pair.layout.rows)
+    if len(seen[0].amax) != len(channels):
+        return f"the statistics have {len(seen[0].amax)} channels, the weights {len(channels)}"
+
+    def by_row(values: Iterable[Tensor]) -> Tensor:
+        """The largest of what several weights or inputs have for the channels of each row: [K] each -> [S]."""
+        largest = torch.stack([value.to(device) for value in values]).amax(0)
+        return largest.new_zeros(rows).scatter_reduce_(0, channels, largest, "amax")
+
+    amax_w = by_row(weight.abs().amax(0).float() for weight in columns)
+    amax_x = by_row(observer.amax for observer in seen)
+    trial = _Trial(model, pair, stats, device)
+    if alpha != "auto":
+        best, factors = float(alpha), _factors(amax_x, amax_w, alpha)
+    elif trial.can_measure:
+        ranges = (amax_x, by_row(observer.typical_range() for observer in seen))
+        best, factors = _best_factors(trial, ranges, amax_w, channels, schemes)
     else:
-        best = float(alpha)
-    smooth_scale = _factors(rows_x, rows_w, best)
-    return _Fold(
-        model,
-        pair,
-        smooth_scale,
-        channels,
-        watched,
-        SmoothedPair(
-            pair.source,
-            tuple(sink.layer for sink in pair.sinks),
-            best,
-            amax_x.max().item(),
-            (amax_x / smooth_scale[channels]).max().item(),
-            trial.error(torch.ones_like(amax_x)) if trial.can_measure else None,
-            trial.error(smooth_scale[channels]) if trial.can_measure else None,
-        ),
+        return "no rows of its input were kept to measure alpha on"
+    report = SmoothedPair(
+        pair.source,
+        tuple(sink.layer for sink in pair.sinks),
+        best,
+        amax_x.max().item(),
+        (amax_x / factors).max().item(),
+        trial.error(torch.ones_like(factors)[channels], schemes[0]) if trial.can_measure else None,
+        trial.error(factors[channels], schemes[0]) if trial.can_measure else None,
     )
+    return _Fold(model, pair, factors, channels, watched, report)
 
 
-def _factors(amax_x: Tensor, amax_w: Tensor, alpha: float) -> Tensor:
+def _best_factors(
+    trial: _Trial, ranges: Iterable[Tensor], amax_w: Tensor, channels: Tensor, schemes: Sequence[Scheme]
+) -> tuple[float, Tensor]:
+    """The alpha of the grid, and its factors, with the smallest error under the first of the schemes that comes out of
+    it well enough to be kept; under the last if none does."""
+    candidates: dict[tuple[float, ...], tuple[float, Tensor]] = {}
+    for range_x in ranges:
+        for alpha in GRID:
+            factors = _factors(range_x, amax_w, alpha)
+            candidates.setdefault(tuple(factors.tolist()), (alpha, factors))  # many differ by less than a power of two
+    for scheme in schemes:
+        errors = [(trial.error(factors[channels], scheme), alpha) for alpha, factors in candidates.values()]
+        least = min(range(len(errors)), key=errors.__getitem__)
+        if sqnr_db(errors[least][0]) >= CATASTROPHE_DB:
+            break
+    return list(candidates.values())[least]
+
+
+def _factors(range_x: Tensor, amax_w: Tensor, alpha: float) -> Tensor:
     """s of each channel, fp32: the formula at the head of this file, to a power of two; 1 for a channel that was dead
     in calibration or that no weight reads."""
-    alive = (amax_x > 0) & (amax_w > 0)
-    log2 = alpha * amax_x.clamp_min(1e-12).log2() - (1 - alpha) * amax_w.clamp_min(1e-12).log2()
+    alive = (range_x > 0) & (amax_w > 0)
+    log2 = alpha * range_x.clamp_min(1e-12).log2() - (1 - alpha) * amax_w.clamp_min(1e-12).log2()
     import os
 
     if os.environ.get("NOPOW2"):
         return torch.where(alive, torch.exp2(log2), 1.0)
     return torch.where(alive, torch.exp2(log2.round().clamp(-24, 24)), 1.0)
-
-
-def _spread(values: Tensor, channels: Tensor, rows: int) -> Tensor:
-    """The largest value of the channels that each row feeds: [K] -> [S]."""
-    return values.new_zeros(rows).scatter_reduce_(0, channels, values, "amax")
 
 
 def _columns(model: nn.Module, sink: Sink) -> Tensor:
@@ -175,8 +198,7 @@ def _columns(model: nn.Module, sink: Sink) -> Tensor:
 class _Trial:
     """The error at the outputs of a pair's layers, for factors that might be folded."""
 
-    def __init__(self, model: nn.Module, pair: Pair, stats: Stats, scheme: Scheme, device: torch.device) -> None:
-        self._scheme = scheme
+    def __init__(self, model: nn.Module, pair: Pair, stats: Stats, device: torch.device) -> None:
         self._measured: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
         inputs: dict[int, Tensor] = {}
         for sink in pair.sinks:
@@ -190,14 +212,14 @@ class _Trial:
     def can_measure(self) -> bool:
         return bool(self._measured)
 
-    def error(self, s: Tensor) -> float:
+    def error(self, s: Tensor, scheme: Scheme) -> float:
         """Mean over the layers of the error with x / s and w * s quantized. s: fp32 [K]."""
         total = 0.0
         last: tuple[Tensor, Tensor] | None = None
         for x, weight, y, amax in self._measured:
             if last is None or last[0] is not x:
-                last = (x, rounded_input(x / s, self._scheme, (amax / s).amax()))
-            total += output_error(weight * s, y, last[1], self._scheme)
+                last = (x, rounded_input(x / s, scheme, (amax / s).amax()))
+            total += output_error(weight * s, y, last[1], scheme)
         return total / len(self._measured)
 
 
