@@ -1,6 +1,9 @@
 """Octavo folds any PyTorch model to eight bits: half the memory of bf16, with the accuracy measured and shown.
 
     report = octavo.quantize(model, "w8a16")      in place; what became int8, what did not, and why
+    stats = octavo.calibrate(model, batches)      for int8 activations: the ranges of the layers' inputs,
+    octavo.smooth(model, stats, alpha="auto")     outliers moved into the weights, the function preserved
+    octavo.quantize(model, "w8a8")
     octavo.save(model, "out/")                    safetensors in the compressed-tensors layout
     model = octavo.load("out/")                   runs int8 as it lies on disk
 
@@ -20,10 +23,12 @@ if typing.TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "CalibrateError",
     "CheckpointError",
     "Comparison",
     "Coverage",
     "EvaluateError",
+    "InputArgs",
     "MissingExtra",
     "OctavoError",
     "OctavoWarning",
@@ -31,8 +36,11 @@ __all__ = [
     "Recipe",
     "RecipeError",
     "Scheme",
+    "SmoothReport",
+    "Stats",
     "WeightArgs",
     "backends",
+    "calibrate",
     "compare",
     "coverage",
     "load",
@@ -40,6 +48,7 @@ __all__ = [
     "quantize",
     "quantize_checkpoint",
     "save",
+    "smooth",
     "sqnr",
 ]
 

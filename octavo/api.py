@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from octavo.calibrate import Stats as Stats
+from octavo.calibrate import calibrate as calibrate
 from octavo.coverage import Coverage as Coverage
 from octavo.coverage import coverage as coverage
+from octavo.errors import CalibrateError as CalibrateError
 from octavo.errors import CheckpointError as CheckpointError
 from octavo.errors import EvaluateError as EvaluateError
 from octavo.errors import MissingExtra as MissingExtra
@@ -19,7 +22,10 @@ from octavo.integrations.hub import quantize_checkpoint as quantize_checkpoint
 from octavo.integrations.hub import save as save
 from octavo.ops import backends as backends
 from octavo.quantize import quantize as quantize
+from octavo.recipe import InputArgs as InputArgs
 from octavo.recipe import Recipe as Recipe
 from octavo.recipe import Scheme as Scheme
 from octavo.recipe import WeightArgs as WeightArgs
 from octavo.report import Comparison as Comparison
+from octavo.report import SmoothReport as SmoothReport
+from octavo.smooth import smooth as smooth

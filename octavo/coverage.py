@@ -30,7 +30,7 @@ class Row:
     name: its name in the float model. kind: class of its layer. shape: its shape in the float model.
     bytes_before, bytes_after: in memory; for an int8 weight the codes and the scales.
     scheme: how it was quantized, or None if it is float.
-    reason: why it is float, or whose table it shares; None for an int8 weight of its own.
+    reason: why it is float, whose table it shares, or why its scheme is not the one that was asked for; else None.
     asked: for a float parameter, whether the recipe asked for it (ignored, opt-in and not opted in, or 1-D: no scheme
         covers biases and norms).
     """
@@ -182,7 +182,7 @@ def _int8_rows(prefix: str, module: QuantModule, owners: dict[int, str]) -> Iter
         owners.setdefault(id(codes), name)
         before = codes.numel() * module.float_dtype.itemsize
         after = codes.nbytes + scale.nbytes
-        yield Row(name, module.replaces, _float_shape(module, codes), before, after, str(module.scheme), None)
+        yield Row(name, module.replaces, _float_shape(module, codes), before, after, str(module.scheme), module.note)
 
 
 def _float_shape(module: QuantModule, codes: Tensor) -> tuple[int, ...]:

@@ -13,9 +13,23 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from octavo.errors import RecipeError
-from octavo.recipe import DEFAULT_TARGETS, OPT_IN_TARGETS, PRESETS, Recipe, Scheme, WeightArgs, pattern_matches
+from octavo.recipe import (
+    DEFAULT_TARGETS,
+    OPT_IN_TARGETS,
+    PRESETS,
+    InputArgs,
+    Recipe,
+    Scheme,
+    WeightArgs,
+    pattern_matches,
+)
 
-schemes = st.builds(Scheme.of, st.sampled_from(sorted(PRESETS)), group_size=st.none() | st.integers(1, 4096))
+weights = st.sampled_from(["per_channel", "per_tensor"]).map(WeightArgs)
+groups = st.integers(1, 4096).map(lambda size: WeightArgs("per_group", size))
+inputs = st.builds(InputArgs, st.sampled_from(["per_token", "per_tensor"])) | st.just(InputArgs("per_tensor", False))
+schemes = st.builds(Scheme, st.just("w8a16"), st.none() | weights | groups) | st.builds(
+    Scheme, st.sampled_from([name for name in PRESETS if name != "w8a16"]), st.none() | weights, st.none() | inputs
+)
 patterns = st.sampled_from(["lm_head", "model.layers.0", "re:.*down_proj", "Linear", "Embedding"])
 recipes = st.builds(
     Recipe.of,
@@ -23,6 +37,7 @@ recipes = st.builds(
     ignore=st.lists(patterns, max_size=3),
     include=st.lists(patterns, max_size=3),
     overrides=st.dictionaries(patterns, schemes, max_size=3),
+    attention=st.sampled_from(["float", "int8"]),
 )
 
 
@@ -37,6 +52,30 @@ def test_a_recipe_survives_json(recipe: Recipe) -> None:
 @given(schemes)
 def test_a_scheme_survives_json(scheme: Scheme) -> None:
     assert Scheme.from_dict(json.loads(json.dumps(scheme.to_dict()))) == scheme
+
+
+def test_what_the_presets_stand_for() -> None:
+    """SmoothQuant's table 2: the granularity of weights, of activations, and whether the latter is found on the fly."""
+    table = {
+        "w8a16": ("per_channel", None),
+        "w8a8": ("per_channel", ("per_token", True)),
+        "w8a8-static": ("per_channel", ("per_tensor", False)),
+        "o1": ("per_tensor", ("per_token", True)),
+        "o2": ("per_tensor", ("per_tensor", True)),
+        "o3": ("per_tensor", ("per_tensor", False)),
+    }
+    for name, (weight, activation) in table.items():
+        scheme = Scheme(name)
+        assert scheme.weight.granularity == weight
+        assert (scheme.input and (scheme.input.granularity, scheme.input.dynamic)) == activation
+        assert str(scheme) == name
+    assert set(table) == set(PRESETS)
+
+
+def test_a_scheme_in_words() -> None:
+    assert str(Scheme("w8a8", WeightArgs("per_tensor"))) == "w8a8 weight per_tensor"
+    assert str(Scheme("w8a8", input=InputArgs("per_tensor"))) == "w8a8 input per_tensor dynamic"
+    assert str(Scheme("w8a8-static").as_dynamic()) == "w8a8"
 
 
 @pytest.mark.parametrize("suffix", [".json", ".yaml", ".yml"])
@@ -132,13 +171,21 @@ def test_a_predicate_sees_name_and_module() -> None:
     ("data", "message"),
     [
         ({"schema": "w8a16"}, "recipe: unknown key 'schema'; valid: scheme, targets, ignore, overrides"),
-        ({"scheme": "w4a16"}, f"unknown scheme 'w4a16'; valid: {', '.join(sorted(PRESETS))}"),
+        ({"scheme": "w4a16"}, f"unknown scheme 'w4a16'; valid: {', '.join(PRESETS)}"),
         ({"scheme": {"nam": "w8a16"}}, "scheme: unknown key 'nam'; valid: name, weight"),
         (
             {"scheme": {"weight": {"groups": 1}}},
             "scheme.weight: unknown key 'groups'; valid: granularity, group_size",
         ),
-        ({"scheme": {"weight": {"granularity": "per_tensor"}}}, "weight.granularity is 'per_tensor', expected"),
+        ({"scheme": {"weight": {"granularity": "per_token"}}}, "weight.granularity is 'per_token', expected"),
+        ({"scheme": {"name": "w8a8", "input": {"granularity": "per_channel"}}}, "input.granularity is 'per_channel'"),
+        ({"scheme": {"name": "w8a8", "input": {"dynamic": False}}}, "a static scale is 'per_tensor'"),
+        ({"scheme": {"name": "w8a16", "input": {}}}, "scheme 'w8a16' has float inputs, got input="),
+        (
+            {"scheme": {"name": "w8a8", "weight": {"granularity": "per_group", "group_size": 64}}},
+            r"scheme 'w8a8' has int8 inputs with weights per_group \(group_size=64\); expected weights per_channel",
+        ),
+        ({"attention": "int4"}, "attention is 'int4', expected one of 'float', 'int8'"),
         ({"scheme": {"weight": {"granularity": "per_group"}}}, "per_group needs a group_size"),
         ({"scheme": {"weight": {"group_size": 64}}}, "weight.group_size is 64 with granularity 'per_channel'"),
         (

@@ -158,7 +158,7 @@ def quantize_per_token(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def quantize_per_tensor(x: Tensor) -> tuple[Tensor, Tensor]:
-    """The same with one scale for all rows: codes int8 [..., K], scale fp32 [1]."""
+    """The same with one scale for all rows. x: [..., K] float. Returns: codes int8 [..., K], scale fp32 [1]."""
     return _per_tensor(x.detach() if x.requires_grad else x)
 
 

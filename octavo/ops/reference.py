@@ -123,13 +123,17 @@ _EXACT_K = 1024
 """127 * 127 * 1024 < 2**24: a sum of that many products of codes is exact in fp32."""
 
 
+_HAS_INT_MM = ("cpu", "cuda")
+"""Devices on which torch has a product of int8 matrices; others, and shapes that it refuses (cuBLAS) or, for K = 1 on
+CPUs, gets wrong (torch 2.13 reads past the weight), take the way below."""
+
+
 def int8_matmul(x: Tensor, weight: Tensor) -> Tensor:
     """x @ weight.T, exact: int8 [M, K], int8 [N, K] -> int32 [M, N] on any device."""
     m, k = x.shape
     n = weight.shape[0]
-    if x.device.type == "cpu" and m and n and k:
-        return torch._int_mm(x, weight.T)
-    if x.device.type == "cuda" and m > 16 and k and k % 8 == 0 and n % 8 == 0:  # what cuBLAS takes
+    takes = k > 1 if x.device.type == "cpu" else m > 16 and k % 8 == 0 and n % 8 == 0
+    if x.device.type in _HAS_INT_MM and m and n and takes:
         return torch._int_mm(x, weight.T)
     y = torch.zeros((m, n), dtype=torch.int32, device=x.device)
     for start in range(0, k, _EXACT_K):
