@@ -84,10 +84,8 @@ class Stats:
         """
         tensors: dict[str, Tensor] = {}
         for name, seen in self.observers.items():
-            tensors |= {f"{name}:amax": seen.amax, f"{name}:histogram": seen.histogram, f"{name}:order": seen.order}
-            leader = self.siblings(name)[0]  # siblings were fed the same rows
-            if leader == name:
-                tensors[f"{name}:rows"] = seen.rows
+            if self.siblings(name)[0] == name:  # its siblings were fed the same
+                tensors |= {f"{name}:{part}": getattr(seen, part).contiguous() for part in _PARTS}
         about = {
             "format": _FORMAT,
             "tokens": {name: seen.tokens for name, seen in self.observers.items()},
@@ -95,7 +93,7 @@ class Stats:
             "shared": self.shared,
             "example": _flattened(self.example, tensors),
         }
-        _write_whole(Path(path), {name: t.contiguous() for name, t in tensors.items()}, about)
+        _write_whole(Path(path), tensors, about)
         return Path(path)
 
     @classmethod
@@ -111,9 +109,8 @@ class Stats:
             raise CalibrateError(f"{path}: holds no calibration statistics; make them with `octavo calibrate`")
         stats = cls({}, tuple(about["unreached"]), tuple(map(tuple, about["shared"])))
         for name, tokens in about["tokens"].items():
-            rows = tensors[f"{stats.siblings(name)[0]}:rows"]
-            amax, histogram, order = (tensors[f"{name}:{part}"] for part in ("amax", "histogram", "order"))
-            stats.observers[name] = Observer(amax, histogram, rows, order, tokens)
+            owner = stats.siblings(name)[0]
+            stats.observers[name] = Observer(**{part: tensors[f"{owner}:{part}"] for part in _PARTS}, tokens=tokens)
         stats.example = _restored(about["example"], tensors)
         return stats
 
@@ -220,7 +217,7 @@ class _Watch:
         call = self._calls[name] = self._calls.get(name, -1) + 1
         event, seen = self._observed(x, call)
         before = self.observers.get(name)
-        self.observers[name] = seen if before is None else before.merged(seen, self.rows)
+        self.observers[name] = dataclasses.replace(seen) if before is None else before.merged(seen, self.rows)
         self.history.setdefault(name, hashlib.blake2b(digest_size=16)).update(f"{event},".encode())
 
     def _observed(self, x: Tensor, call: int) -> tuple[int, Observer]:
@@ -311,6 +308,8 @@ def _merged(watch: _Watch, layers: Iterable[str], rows: int, example: Any) -> St
 # -- on disk ------------------------------------------------------------------------------------------------------
 
 _FORMAT = "octavo-stats-1"
+_PARTS = ("amax", "histogram", "rows", "order")
+"""The tensors of an Observer, by which they are called in the file."""
 
 
 def _flattened(value: Any, tensors: dict[str, Tensor]) -> Any:

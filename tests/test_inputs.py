@@ -1,0 +1,108 @@
+"""Layers that are fed one tensor quantize it once: counted, not assumed."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import pickle
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import octavo
+from octavo import ops
+from octavo.inputs import SharedInput
+
+
+class Counted:
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def __call__(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        self.calls += 1
+        return ops.quantize_per_token(x)
+
+
+def test_the_same_tensor_is_quantized_once() -> None:
+    shared, quantize, x = SharedInput(), Counted(), torch.randn(3, 4)
+    first = shared.quantized(x, "k", quantize)
+    assert shared.quantized(x, "k", quantize) is first
+    assert quantize.calls == 1
+    assert torch.equal(first[0], ops.quantize_per_token(x)[0])
+
+
+def test_another_key_tensor_or_version_is_quantized_anew() -> None:
+    shared, quantize, x = SharedInput(), Counted(), torch.randn(3, 4)
+    shared.quantized(x, "k", quantize)
+    shared.quantized(x, "other", quantize)
+    shared.quantized(x.clone(), "other", quantize)
+    assert quantize.calls == 3
+    shared.quantized(x, "k", quantize)
+    x.mul_(3)  # in place: the same object, another content
+    _, scale = shared.quantized(x, "k", quantize)
+    assert quantize.calls == 5
+    assert torch.equal(scale, ops.quantize_per_token(x)[1])
+
+
+def test_codes_die_with_their_tensor() -> None:
+    shared, x = SharedInput(), torch.randn(3, 4)
+    shared.quantized(x, "k", Counted())
+    assert shared._last is not None
+    del x
+    gc.collect()
+    assert shared._last is None
+
+
+def test_nothing_is_shared_where_versions_are_not_counted() -> None:
+    shared, quantize = SharedInput(), Counted()
+    with torch.inference_mode():
+        x = torch.randn(3, 4)
+        for _ in range(2):
+            shared.quantized(x, "k", quantize)
+    assert quantize.calls == 2
+
+
+def test_copies_start_empty() -> None:
+    shared, x = SharedInput(), torch.randn(3, 4)
+    shared.quantized(x, "k", Counted())
+    for twin in (copy.deepcopy(shared), pickle.loads(pickle.dumps(shared))):
+        assert twin._last is None
+        twin.quantized(x, "k", Counted())
+
+
+class Block(nn.Module):
+    """What is shared in a transformer: one input for q, k and v, one for gate and up."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.v, self.o = (nn.Linear(8, 8) for _ in range(4))
+        self.gate, self.up, self.down = nn.Linear(8, 16), nn.Linear(8, 16), nn.Linear(16, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.o(torch.tanh(self.q(x)) * self.k(x) + self.v(x))
+        return self.down(torch.sigmoid(self.gate(y)) * self.up(y))
+
+
+@pytest.mark.parametrize("scheme", ["w8a8", "o2", "w8a8-static"])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_a_block_quantizes_each_input_once(monkeypatch: pytest.MonkeyPatch, scheme: str, autocast: bool) -> None:
+    torch.manual_seed(0)
+    model, x = Block(), torch.randn(5, 8)
+    stats = octavo.calibrate(model, [x])
+    octavo.quantize(model, scheme, stats=stats, repair=False)
+    name = {"w8a8": "quantize_per_token", "o2": "quantize_per_tensor", "w8a8-static": "quantize_static"}[scheme]
+    real, calls = getattr(ops, name), []
+    monkeypatch.setattr(ops, name, lambda *args: calls.append(args[0].shape) or real(*args))
+    with torch.no_grad(), torch.autocast("cpu", enabled=autocast):
+        model(x)
+    assert [tuple(shape) for shape in calls] == [(5, 8), (5, 8), (5, 8), (5, 16)]
+
+
+def test_sharing_changes_no_bit(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    model, x = Block(), torch.randn(5, 8)
+    octavo.quantize(model, "w8a8")
+    shared = model(x)
+    monkeypatch.setattr(SharedInput, "quantized", lambda self, x, key, quantize: quantize(x))
+    assert torch.equal(model(x), shared)
