@@ -36,12 +36,7 @@ KNOWN_TEXTS = {"f0737ed31fc1329026e95cb8b98e19c2a182c39c240ab909dc31abf2f8af58e8
 
 
 def measure() -> dict[str, Any]:
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "octavo-tests"
-    try:
-        source = smollm2_checkpoint(cache)
-    except FileNotFoundError as reason:
-        raise Skipped(str(reason)) from reason
-    text, about = _text()
+    source, (text, about) = checkpoint(), known_text()
     model, tokenizer = load_language_model(source)
     ids = token_ids(tokenizer, text, limit=TOKENS, window=WINDOW)
     return {
@@ -136,7 +131,17 @@ def tables(found: dict[str, Any]) -> list[Table]:
     ]
 
 
-def _text() -> tuple[str, str]:
+def checkpoint() -> Path:
+    """SmolLM2-135M-Instruct in bf16. Raises Skipped where no source has it."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "octavo-tests"
+    try:
+        return smollm2_checkpoint(cache)
+    except FileNotFoundError as reason:
+        raise Skipped(str(reason)) from reason
+
+
+def known_text() -> tuple[str, str]:
+    """The text to judge on, and what it is."""
     path = os.environ.get("OCTAVO_TEXT")
     if path is None:
         return sample_text(), "Python's documentation (pydoc_data.topics)"

@@ -17,11 +17,12 @@ import sys
 import time
 from pathlib import Path
 
-from bench import audio, embeddings, language, quantize, speed, vision
+from bench import audio, embeddings, language, quantize, smoothquant, speed, vision
 from bench.record import FOLDER, Skipped, page, record
 
 BENCHMARKS = {
     "language": language,
+    "smoothquant": smoothquant,
     "embeddings": embeddings,
     "vision": vision,
     "audio": audio,
@@ -69,7 +70,7 @@ def _measure(name: str, threads: int) -> None:
 
 def _command(name: str, threads: int) -> str:
     text = os.environ.get("OCTAVO_TEXT")
-    prefix = f"OCTAVO_TEXT={Path(text).name} " if text and name == "language" else ""
+    prefix = f"OCTAVO_TEXT={Path(text).name} " if text and name in ("language", "smoothquant") else ""
     return f"{prefix}python -m bench.run {name} --threads {threads}"
 
 
