@@ -20,7 +20,7 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-__all__ = ["Table", "human_bytes", "human_percent", "jsonable", "markdown", "render", "to_json"]
+__all__ = ["Table", "human_bytes", "human_percent", "in_general", "jsonable", "markdown", "render", "to_json"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,6 +93,11 @@ def human_percent(fraction: float) -> str:
     if 0.9995 <= fraction < 1:
         return ">99.9%"
     return f"{fraction:.1%}"
+
+
+def in_general(name: str) -> str:
+    """A module's name with its numbers left open: what the layers of a family have in common."""
+    return re.sub(r"\b\d+\b", "*", name)
 
 
 def to_json(value: Any) -> str:

@@ -29,7 +29,7 @@ LAYERS = (
     # 4 disk and judgement
     ("formats", "evaluate"),
     # 5 edge; api is what the public names of octavo/__init__.py, "", stand for
-    ("integrations", "api", "", "cli", "__main__"),
+    ("plot", "integrations", "api", "", "cli", "__main__"),
 )
 ROOMS = [room for layer in LAYERS for room in layer]
 
@@ -46,7 +46,7 @@ WITHOUT_TORCH = {"errors", "tables", "recipe", "report"}
 """These import the standard library and each other: a command that only prints must not wait for torch to load."""
 
 ANYWHERE = {"torch", "numpy", "safetensors", "huggingface_hub"}
-LATE = {"yaml", "rich"}
+LATE = {"yaml", "rich", "matplotlib"}
 """Third parties for imports inside functions, in any room; those of ANYWHERE may also stand at the top of a file."""
 
 ONLY_IN = {
@@ -58,6 +58,7 @@ ONLY_IN = {
     "peft": "octavo.integrations",
     "triton": "octavo.ops.triton",
     "rich": "octavo.cli",
+    "matplotlib": "octavo.plot",
 }
 """Third party -> the prefix of the modules that may import it, at the top of the file too."""
 

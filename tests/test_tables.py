@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from octavo.tables import Table, human_bytes, human_percent, jsonable, markdown, render, to_json
+from octavo.tables import Table, human_bytes, human_percent, in_general, jsonable, markdown, render, to_json
 
 TABLE = Table("Coverage", ("name", "shape", "bytes"), (("a", "[64, 32]", "2 kB"), ("layers.0", "[n]", "512 kB")), "llr")
 
@@ -165,3 +165,10 @@ def test_importing_tables_does_not_load_rich():
     code = "import sys, octavo.tables; print('rich' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
+
+
+@pytest.mark.parametrize(
+    ("name", "general"), [("layers.0.up", "layers.*.up"), ("h.10.w1.2", "h.*.w1.*"), ("lm_head", "lm_head")]
+)
+def test_in_general_leaves_whole_numbers_open(name, general):
+    assert in_general(name) == general

@@ -1,6 +1,8 @@
 """The command line: `octavo VERB ...`, also `python -m octavo VERB ...`.
 
     quantize SRC DST    a float checkpoint becomes an int8 one
+    calibrate MODEL     run a float model on text, and keep its layers' input ranges
+    smooth SRC DST      activation outliers move into the weights
     inspect PATH        what is in a checkpoint
     eval PATH           perplexity, and what quantizing cost
     generate PATH       let a language model write
@@ -21,7 +23,7 @@ import traceback
 from collections.abc import Sequence
 
 from octavo import __version__
-from octavo.cli import backends, bench, evaluate, generate, inspect, quantize
+from octavo.cli import backends, bench, calibrate, evaluate, generate, inspect, quantize, smooth
 from octavo.cli.terminal import Terminal
 from octavo.errors import OctavoError
 
@@ -43,7 +45,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     terminal = Terminal(json=args.json, debug=args.debug)
     with terminal.quiet():
         try:
-            terminal.show(args.run(args, terminal))
+            answer = args.run(args, terminal)
+            if answer is not None:
+                terminal.show(answer)
             sys.stdout.flush()
         except KeyboardInterrupt:
             terminal.complain("error", "interrupted")
@@ -70,7 +74,7 @@ def new_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"octavo {__version__}")
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", title="verbs")
-    for verb in (quantize, inspect, evaluate, generate, bench, backends):
+    for verb in (quantize, calibrate, smooth, inspect, evaluate, generate, bench, backends):
         verb.add_parser(verbs)
     return parser
 

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import platform
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from octavo.cli.terminal import Terminal
-from octavo.cli.text import sample_text
+from octavo.cli.text import read_text
 from octavo.cli.verb import Answer, CommandError, Verbs, add_device, device_of, new_verb, positive
 from octavo.tables import Table
 
@@ -44,7 +42,7 @@ def run(args: argparse.Namespace, terminal: Terminal) -> Answer:
     """Perplexity of both models, and the comparison of them, over the same windows."""
     if args.window < 2:
         raise CommandError(f"--window is {args.window}, expected at least 2: the first token predicts the next")
-    text, text_name = _text(args.text)
+    text, text_name = read_text("--text", args.text)
     device = device_of(args)
     with terminal.progress(f"loading {args.path}"):
         from octavo.integrations.generation import load_causal, load_language_model, token_ids
@@ -65,15 +63,6 @@ def run(args: argparse.Namespace, terminal: Terminal) -> Answer:
         _data(args, len(ids), text_name, perplexities, comparison),
         tuple(_shown(args, where, perplexities, comparison)),
     )
-
-
-def _text(file: str | None) -> tuple[str, str]:
-    if file is None:
-        return sample_text(), f"Python {platform.python_version()}'s documentation (pydoc_data.topics)"
-    try:
-        return Path(file).read_text(encoding="utf-8"), file
-    except UnicodeDecodeError as error:
-        raise CommandError(f"--text {file}: is not UTF-8 text ({error.reason} at byte {error.start})") from error
 
 
 def _perplexity(terminal: Terminal, model: Any, ids: Tensor, window: int, name: str) -> float:

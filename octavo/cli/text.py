@@ -1,11 +1,20 @@
-"""English text that every Python has: the language's own documentation, in `pydoc_data.topics`."""
+"""Text for the verbs that read some: a file, or English that every Python has (its documentation, `pydoc_data.topics`).
+
+A .jsonl file has one JSON object a line, with a "text", or with "messages" for the model's chat template.
+"""
 
 from __future__ import annotations
 
+import json
+import platform
 import pydoc_data.topics
 import re
+from pathlib import Path
+from typing import Any
 
-__all__ = ["sample_text"]
+from octavo.cli.verb import CommandError
+
+__all__ = ["read_documents", "read_text", "sample_text"]
 
 
 def sample_text() -> str:
@@ -15,3 +24,43 @@ def sample_text() -> str:
     paragraphs = (re.sub(r"\s+", " ", paragraph).strip() for paragraph in re.split(r"\n\s*\n", topics))
     # Grammar, code and headings are not sentences.
     return "\n\n".join(p for p in paragraphs if len(p) > 80 and p.endswith((".", ":")) and "::=" not in p)
+
+
+def read_text(option: str, file: str | None) -> tuple[str, str]:
+    """The text of a file (None: the sample text), and what to call it.
+
+    option: through which the file was named. Raises: CommandError if it is not UTF-8; OSError if it cannot be read.
+    """
+    if file is None:
+        return sample_text(), f"Python {platform.python_version()}'s documentation (pydoc_data.topics)"
+    try:
+        return Path(file).read_text(encoding="utf-8"), file
+    except UnicodeDecodeError as error:
+        raise CommandError(f"{option} {file}: is not UTF-8 text ({error.reason} at byte {error.start})") from error
+
+
+def read_documents(option: str, file: str) -> list[Any]:
+    """The documents of a .jsonl file: a str for each "text", a list of dicts for each "messages"; blank lines aside.
+
+    option: through which the file was named. Raises: CommandError naming the line for anything else.
+    """
+    documents = []
+    for number, line in enumerate(read_text(option, file)[0].splitlines(), 1):
+        if line.strip():
+            documents.append(_document(line, f"{option} {file}, line {number}"))
+    if not documents:
+        raise CommandError(f"{option} {file}: is empty, expected one JSON object a line")
+    return documents
+
+
+def _document(line: str, where: str) -> Any:
+    try:
+        value = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise CommandError(f"{where}: is not JSON: {error}") from error
+    if isinstance(value, dict):
+        if isinstance(value.get("text"), str) and value["text"].strip():
+            return value["text"]
+        if isinstance(value.get("messages"), list) and value["messages"]:
+            return value["messages"]
+    raise CommandError(f'{where}: expected an object with a "text" that is not blank, or with "messages"')

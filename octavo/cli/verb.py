@@ -40,7 +40,8 @@ class Answer:
     shown: tuple[Table | str, ...]
 
 
-Run = Callable[[argparse.Namespace, "Terminal"], Answer]
+Run = Callable[[argparse.Namespace, "Terminal"], Answer | None]
+"""None: another process has the answer."""
 
 
 def new_verb(verbs: Verbs, name: str, line: str, example: str, run: Run) -> argparse.ArgumentParser:

@@ -19,7 +19,7 @@ import octavo
 from octavo.cli import backends, new_parser
 from octavo.cli.verb import Answer
 
-VERBS = ("quantize", "inspect", "eval", "generate", "bench", "backends")
+VERBS = ("quantize", "calibrate", "smooth", "inspect", "eval", "generate", "bench", "backends")
 Run = Callable[..., Any]
 
 
@@ -82,6 +82,11 @@ def test_no_verb_shows_the_help_and_is_a_usage_error(run: Run) -> None:
         ["quantize", "only-a-source"],
         ["quantize", "a", "b", "--scheme", "w3"],
         ["quantize", "a", "b", "--group-size", "0"],
+        ["quantize", "a", "b", "--smooth", "1.5"],
+        ["calibrate", "a"],
+        ["calibrate", "a", "-o", "b", "--text", "x", "--jsonl", "y"],
+        ["smooth", "a", "b", "--alpha", "high"],
+        ["smooth", "a", "b", "--scheme", "w8a16"],
         ["generate", "a"],
         ["generate", "a", "--prompt", " "],
         ["generate", "a", "--prompt", "x", "--temperature", "-1"],
@@ -100,11 +105,16 @@ def test_version(run: Run) -> None:
     assert run("--version").out == f"octavo {octavo.__version__}\n"
 
 
-@pytest.mark.parametrize("verb", ["quantize", "inspect", "eval", "generate", "bench"])
+@pytest.mark.parametrize("verb", ["quantize", "calibrate", "smooth", "inspect", "eval", "generate", "bench"])
 @pytest.mark.parametrize("options", [[], ["--json"]], ids=["people", "json"])
 def test_a_missing_source_is_one_paragraph(verb: str, options: list[str], run: Run, tmp_path: Path) -> None:
     missing = tmp_path / "nowhere"
-    more = {"quantize": [tmp_path / "out"], "generate": ["--prompt", "x"]}.get(verb, [])
+    more = {
+        "quantize": [tmp_path / "out"],
+        "smooth": [tmp_path / "out"],
+        "calibrate": ["-o", tmp_path / "out"],
+        "generate": ["--prompt", "x"],
+    }.get(verb, [])
     shown = run(verb, missing, *more, *options)
     assert shown.code == 1 and shown.out == ""
     assert shown.err == f"error: {missing}: no such file or folder\n"

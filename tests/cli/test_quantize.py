@@ -8,8 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import octavo
+from octavo.cli.text import sample_text
+from octavo.integrations.calibration import load_float, text_batches
 
 Run = Callable[..., Any]
 
@@ -72,6 +75,77 @@ def test_errors_leave_nothing_behind(options: list[str], words: str, run: Run, t
     assert shown.code == 1 and shown.out == ""
     assert words in shown.err and shown.err.startswith("error: ")
     assert list(tmp_path.iterdir()) == []
+
+
+SMALL = ("--samples", 4, "--seq-len", 32)
+
+
+def by_hand(folder: Path, scheme: str, alpha: Any, **options: Any) -> tuple[Any, octavo.SmoothReport]:
+    """The model that the command should make, and what smoothing did."""
+    model, tokenizer = load_float(folder)
+    stats = octavo.calibrate(model, text_batches(tokenizer, sample_text(), samples=4, seq_len=32))
+    report = octavo.smooth(model, stats, alpha, scheme=scheme)
+    octavo.quantize(model, scheme, stats=stats, **options)
+    return model, report
+
+
+def test_static_and_smooth_in_one_command(run: Run, tiny: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    data = run("quantize", tiny, out, "--scheme", "w8a8-static", "--smooth", "auto", *SMALL, "--json").data
+    model, report = by_hand(tiny, "w8a8-static", "auto")
+    assert data["smoothing"] == json.loads(report.to_json())
+    assert data["coverage"] == json.loads(octavo.coverage(model).to_json())
+    assert data["linear_inputs"] == {"static": 14, "dynamic": 0, "float": 0}
+    ids = torch.arange(48).unsqueeze(0)
+    with torch.no_grad():
+        assert torch.equal(octavo.load(out)(ids).logits, model(ids).logits)
+
+
+def test_smoothing_alone_and_statistics_made_before(run: Run, tiny: Path, tmp_path: Path) -> None:
+    stats = tmp_path / "stats.safetensors"
+    assert run("calibrate", tiny, *SMALL, "-o", stats).code == 0
+    options = ("--scheme", "w8a8", "--smooth", 0.5, "--calibration", stats)
+    data = run("quantize", tiny, tmp_path / "out", *options, "--json").data
+    assert data["smoothing"] == json.loads(by_hand(tiny, "w8a8", 0.5)[1].to_json()) and "linear_inputs" not in data
+
+
+def test_people_see_the_smoothing_and_the_static_inputs(run: Run, tiny: Path, tmp_path: Path) -> None:
+    options = ("--scheme", "w8a8-static", "--smooth", "auto", "--observer", "percentile", "--no-repair")
+    shown = run("quantize", tiny, tmp_path / "out", *options, *SMALL)
+    assert shown.code == 0 and shown.err == ""
+    coverage, smoothing, inputs = map(shown.out.index, ("Coverage", "Smoothing", "14 static, 0 dynamic, 0 float"))
+    assert coverage < smoothing < inputs
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--calibration", "x.txt"], "--calibration has no effect"),
+        (["--samples", "4"], "--samples has no effect"),
+        (["--seq-len", "4"], "--seq-len has no effect"),
+        (["--device", "cpu"], "--device has no effect"),
+        (["--scheme", "w8a8", "--smooth", "auto", "--observer", "mse"], "--observer has no effect"),
+        (["--scheme", "w8a8", "--smooth", "auto", "--no-repair"], "--no-repair has no effect"),
+        (["--smooth", "auto"], "--smooth is for int8 inputs, and scheme w8a16 has none"),
+        (["--scheme", "w8a8-static", "--observer", "median"], "observer is 'median'"),
+        (["--scheme", "w8a8-static", "--calibration", "nowhere.txt"], "nowhere.txt: No such file"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_options_that_mean_nothing_are_refused(
+    options: list[str], words: str, run: Run, tiny: Path, tmp_path: Path
+) -> None:
+    shown = run("quantize", tiny, tmp_path / "out", *options)
+    assert shown.code == 1 and shown.out == "" and words in shown.err and list(tmp_path.iterdir()) == []
+
+
+def test_a_static_scheme_refuses_what_it_cannot_use_before_it_works(
+    run: Run, tiny: Path, tiny_int8: Path, tmp_path: Path
+) -> None:
+    shown = run("quantize", tiny, tiny_int8, "--scheme", "w8a8-static", *SMALL)
+    assert shown.code == 1 and "already exists" in shown.err
+    shown = run("quantize", tiny_int8, tmp_path / "out", "--scheme", "w8a8-static", *SMALL)
+    assert shown.code == 1 and "is quantized already" in shown.err and list(tmp_path.iterdir()) == []
 
 
 def test_an_int8_source_and_a_folder_that_exists_are_refused(

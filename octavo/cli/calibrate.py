@@ -1,0 +1,159 @@
+"""`octavo calibrate MODEL`: run a language model on text, and keep what its layers' inputs are like.
+
+Under torchrun every process runs its share of the samples, and the first of them writes the file and the answer:
+
+    torchrun --nproc-per-node 4 -m octavo calibrate MODEL -o stats.safetensors
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import os
+import statistics
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from octavo.cli.sources import add_plot, add_samples, calibrated, check_outputs, ranges_of, source_of
+from octavo.cli.terminal import Terminal
+from octavo.cli.verb import Answer, Verbs, add_device, device_of, new_verb
+from octavo.plot import channel_ranges, outlier_ratio
+from octavo.tables import Table, in_general
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from octavo.calibrate import Stats
+
+__all__ = ["add_parser", "run"]
+
+
+def add_parser(verbs: Verbs) -> None:
+    """`octavo calibrate`."""
+    parser = new_verb(
+        verbs, "calibrate", "run a float language model on text, and keep its layers' input ranges",
+        "octavo calibrate HuggingFaceTB/SmolLM2-135M-Instruct --samples 128 -o stats.safetensors", run,
+    )  # fmt: skip
+    parser.add_argument("model", metavar="MODEL", help="checkpoint folder, Hub id or .gguf file; float")
+    text = parser.add_mutually_exclusive_group()
+    text.add_argument("--text", metavar="FILE", help="to run on, UTF-8 (default: Python's own documentation)")
+    text.add_argument("--jsonl", metavar="FILE", help='to run on: a line is {"text": ...} or {"messages": [...]}')
+    add_samples(parser)
+    parser.add_argument("-o", "--output", metavar="FILE", required=True, help="safetensors file to write")
+    parser.add_argument("--act-scales", metavar="FILE", help="write SmoothQuant's own act_scales .pt file too")
+    add_plot(parser)
+    add_device(parser)
+
+
+def run(args: argparse.Namespace, terminal: Terminal) -> Answer | None:
+    """Calibrate; under torchrun only the first process writes and answers."""
+    source = source_of(args)
+    check_outputs(args, args.output, args.act_scales)
+    with _processes(device_of(args)) as (rank, device):
+        if rank:
+            terminal = Terminal(json=True, debug=args.debug)  # a progress bar of the first process is enough
+        with terminal.progress(f"loading {args.model}"):
+            from octavo.integrations.calibration import load_float
+
+            model, tokenizer = load_float(args.model, device=device)
+        stats, samples = calibrated(args, terminal, source, model, tokenizer)
+        if rank:
+            return None
+        return _written(args, stats, source.name, samples)
+
+
+@contextlib.contextmanager
+def _processes(device: str) -> Iterator[tuple[int, str]]:
+    """This process's rank among those that torchrun started, and its device; without torchrun, 0 and `device`."""
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        yield 0, device
+        return
+    import torch
+
+    if device == "cuda":
+        device = f"cuda:{os.environ['LOCAL_RANK']}"
+        torch.cuda.set_device(device)
+    torch.distributed.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+    try:
+        yield torch.distributed.get_rank(), device
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def _written(args: argparse.Namespace, stats: Stats, text_name: str, samples: list[Tensor]) -> Answer:
+    stats.save(args.output)
+    if args.act_scales is not None:
+        stats.save_act_scales(args.act_scales)
+    if args.plot is not None:
+        channel_ranges(ranges_of(stats), None, args.plot)
+    rows = [_Row(name, seen.tokens, seen.amax.tolist()) for name, seen in stats.observers.items()]
+    tokens = sum(batch.numel() for batch in samples)
+    shown: list[Table | str] = [_table(rows, f"{tokens} tokens of {text_name}, in {len(samples)} samples")]
+    if stats.unreached:
+        shown.append(_table_of_unreached(stats.unreached))
+    shown.append(f"octavo quantize {args.model} DST --scheme w8a8-static --smooth auto --calibration {args.output}")
+    return Answer(
+        {
+            "model": args.model,
+            "text": text_name,
+            "samples": len(samples),
+            "tokens": tokens,
+            "output": args.output,
+            "layers": [row.to_dict() for row in rows],
+            "unreached": list(stats.unreached),
+        },
+        tuple(shown),
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Row:
+    """A layer's input. channels: amax of each, [K]."""
+
+    name: str
+    tokens: int
+    channels: list[float]
+
+    def to_dict(self) -> dict[str, Any]:
+        """For --json; `ratio` is null where more than half of the channels are dead."""
+        return {
+            "name": self.name,
+            "tokens": self.tokens,
+            "amax": max(self.channels),
+            "median_channel_amax": statistics.median(self.channels),
+            "ratio": outlier_ratio(self.channels),
+        }
+
+
+def _table(rows: list[_Row], where: str) -> Table:
+    """One line for each family of layers."""
+    families: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        families.setdefault(in_general(row.name), []).append(row.to_dict())
+    lines = tuple(
+        (
+            _family(family, [member["name"] for member in members]),
+            *(_span([member[key] for member in members]) for key in ("tokens", "amax", "median_channel_amax", "ratio")),
+        )
+        for family, members in families.items()
+    )
+    columns = ("input of", "tokens", "amax", "median channel's amax", "ratio")
+    return Table(f"Inputs on {where}", columns, lines, "lrrrr")
+
+
+def _table_of_unreached(names: tuple[str, ...]) -> Table:
+    families: dict[str, list[str]] = {}
+    for name in names:
+        families.setdefault(in_general(name), []).append(name)
+    lines = tuple((_family(family, members),) for family, members in families.items())
+    return Table(f"Layers that no sample reached, {len(names)}; they will have dynamic scales", ("layer",), lines)
+
+
+def _family(family: str, names: list[str]) -> str:
+    return names[0] if len(names) == 1 else f"{family}  x{len(names)}"
+
+
+def _span(values: list[float]) -> str:
+    low, high = (str(value) if isinstance(value, int) else f"{value:.3g}" for value in (min(values), max(values)))
+    return low if low == high else f"{low} to {high}"

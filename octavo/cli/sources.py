@@ -1,0 +1,148 @@
+"""What a model is calibrated on, for the verbs that need it: text, documents, or statistics that are there already."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from octavo.cli.terminal import Terminal
+from octavo.cli.text import read_documents, read_text
+from octavo.cli.verb import CommandError, positive
+from octavo.plot import new_figure
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from octavo.calibrate import Stats
+
+__all__ = [
+    "Source",
+    "add_calibration",
+    "add_plot",
+    "add_samples",
+    "calibrated",
+    "check_outputs",
+    "ranges_of",
+    "source_of",
+    "stats_of",
+]
+
+_SAMPLES = 64
+_SEQ_LEN = 512
+
+
+def add_calibration(parser: argparse.ArgumentParser) -> None:
+    """The option --calibration, and those that say how much of it."""
+    parser.add_argument(
+        "--calibration", metavar="FILE",
+        help="text, .jsonl or what `octavo calibrate` wrote (default: Python's own documentation)",
+    )  # fmt: skip
+    add_samples(parser)
+
+
+def add_samples(parser: argparse.ArgumentParser) -> None:
+    """The options that say how much of a text a model is run on."""
+    parser.add_argument(
+        "--samples", metavar="N", type=positive, help=f"spread evenly over the text (default {_SAMPLES})"
+    )
+    parser.add_argument(
+        "--seq-len", metavar="L", type=positive,
+        help=f"tokens of a sample (default {_SEQ_LEN}, or what the model holds)",
+    )  # fmt: skip
+
+
+def add_plot(parser: argparse.ArgumentParser) -> None:
+    """The option --plot."""
+    parser.add_argument("--plot", metavar="FILE", help="draw the channels' ranges of the most uneven inputs, as PNG")
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """What to calibrate on: one of the three. name: what to call it."""
+
+    name: str
+    text: str | None = None
+    documents: list[Any] | None = None
+    stats: Stats | None = None
+
+
+def source_of(args: argparse.Namespace) -> Source:
+    """The source that --text, --jsonl or --calibration names; by default the sample text.
+
+    Raises: CommandError for a file of another form, --seq-len 1, and --samples or --seq-len beside statistics;
+        CalibrateError for a safetensors file that holds no statistics.
+    """
+    if args.seq_len == 1:
+        raise CommandError("--seq-len is 1, expected at least 2: a token that follows none is not like the others")
+    given = [(f"--{name}", getattr(args, name, None)) for name in ("text", "jsonl", "calibration")]
+    option, file = next(((option, file) for option, file in given if file is not None), ("--text", None))
+    kind = "" if file is None or option == "--text" else ".jsonl" if option == "--jsonl" else Path(file).suffix
+    if file is not None and kind == ".safetensors":
+        return Source(file, stats=_stored(args, file))
+    if file is not None and kind == ".jsonl":
+        return Source(file, documents=read_documents(option, file))
+    text, name = read_text(option, file)
+    return Source(name, text=text)
+
+
+def _stored(args: argparse.Namespace, file: str) -> Stats:
+    for option, value in (("--samples", args.samples), ("--seq-len", args.seq_len)):
+        if value is not None:
+            raise CommandError(
+                f"{option} says how much of a text to run on, and --calibration {file} holds statistics; leave one out"
+            )
+    from octavo.calibrate import Stats
+
+    return Stats.load(file)
+
+
+def stats_of(args: argparse.Namespace, terminal: Terminal, source: Source, model: Any, tokenizer: Any) -> Stats:
+    """The statistics of a float model: those of the source, or new ones on its text."""
+    return source.stats or calibrated(args, terminal, source, model, tokenizer)[0]
+
+
+def calibrated(
+    args: argparse.Namespace, terminal: Terminal, source: Source, model: Any, tokenizer: Any
+) -> tuple[Stats, list[Tensor]]:
+    """New statistics, and the samples that they are of: int64 [1, T] each."""
+    from octavo.calibrate import calibrate
+    from octavo.integrations.calibration import document_batches, text_batches
+
+    samples, seq_len = args.samples or _SAMPLES, _seq_len(args, model)
+    with terminal.progress(f"calibrating on {source.name}") as progress:
+        if source.documents is not None:
+            batches = document_batches(tokenizer, source.documents, samples=samples, seq_len=seq_len)
+        else:
+            assert source.text is not None
+            batches = text_batches(tokenizer, source.text, samples=samples, seq_len=seq_len)
+        return calibrate(model, batches, progress=progress), batches
+
+
+def _seq_len(args: argparse.Namespace, model: Any) -> int:
+    from octavo.integrations.calibration import positions_of
+
+    positions = positions_of(model)
+    if args.seq_len is None:
+        return min(_SEQ_LEN, positions or _SEQ_LEN)
+    if positions is not None and args.seq_len > positions:
+        raise CommandError(f"--seq-len is {args.seq_len}, and the model holds {positions} tokens; ask for fewer")
+    return int(args.seq_len)
+
+
+def check_outputs(args: argparse.Namespace, *files: str | None) -> None:
+    """See before the work that `files` and --plot can be written after it.
+
+    Raises: CommandError for a folder that is not there; MissingExtra for --plot without matplotlib.
+    """
+    for file in (*files, args.plot):
+        if file is not None and not Path(file).parent.is_dir():
+            raise CommandError(f"{file}: there is no folder {Path(file).parent}; make it, or choose another")
+    if args.plot is not None:
+        new_figure()
+
+
+def ranges_of(stats: Stats) -> dict[str, list[float]]:
+    """Layer's name -> amax of each channel [K], as `octavo.plot` takes them."""
+    return {name: seen.amax.tolist() for name, seen in stats.observers.items()}

@@ -1,0 +1,114 @@
+"""Calibrating language models: the float model, and text as batches of token ids.
+
+model, tokenizer = load_float(path)
+stats = octavo.calibrate(model, text_batches(tokenizer, text, samples=64, seq_len=512))
+octavo.smooth(model, stats, "auto")
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from octavo.errors import CalibrateError, QuantizeError
+from octavo.integrations.generation import load_language_model, token_ids
+from octavo.modules import DynamicQuantLinear, QuantLinear, QuantModule, StaticQuantLinear
+
+__all__ = [
+    "Document",
+    "LinearInputs",
+    "document_batches",
+    "linear_inputs",
+    "load_float",
+    "positions_of",
+    "text_batches",
+]
+
+T = TypeVar("T")
+
+Document = str | Sequence[Mapping[str, Any]]
+"""A text, or the messages of a chat: [{"role": "user", "content": "..."}, ...]."""
+
+
+def load_float(path: str | Path, *, device: str = "cpu") -> tuple[Any, Any]:
+    """A float causal language model in its own dtype, in eval mode, and its tokenizer.
+
+    path: as for `octavo.load`. Raises: CheckpointError as `load_language_model` does; QuantizeError for an int8 one.
+    """
+    model, tokenizer = load_language_model(path, device=device)
+    if any(isinstance(module, QuantModule) for module in model.modules()):
+        raise QuantizeError(f"{path}: is quantized already; expected the float model that it was made of")
+    return model, tokenizer
+
+
+@dataclasses.dataclass(frozen=True)
+class LinearInputs:
+    """How many int8 linear layers of a model have inputs of which kind."""
+
+    static: int
+    dynamic: int
+    float: int
+
+
+def linear_inputs(model: nn.Module) -> LinearInputs:
+    """What became of the inputs of a quantized model's linear layers: `quantize` may have repaired some."""
+    layers = [module for module in model.modules() if isinstance(module, QuantLinear)]
+    static = sum(isinstance(layer, StaticQuantLinear) for layer in layers)
+    int8 = sum(isinstance(layer, DynamicQuantLinear) for layer in layers)  # of which the static ones are a kind
+    return LinearInputs(static, int8 - static, len(layers) - int8)
+
+
+def positions_of(model: Any) -> int | None:
+    """How many tokens the model can be fed at once; None where its config does not say."""
+    positions = getattr(model.config, "max_position_embeddings", None)
+    return positions if isinstance(positions, int) and positions > 0 else None
+
+
+def text_batches(tokenizer: Any, text: str, *, samples: int, seq_len: int) -> list[Tensor]:
+    """`samples` windows of `seq_len` tokens, spread evenly over the text; fewer if the text has no more.
+
+    Where the tokenizer begins a text with a token of its own (BOS), each window begins with it. seq_len: at least 2.
+    Returns: int64 [1, seq_len] each; one shorter window for a shorter text.
+    Raises: CalibrateError for a text without tokens.
+    """
+    ids = token_ids(tokenizer, text, limit=sys.maxsize, window=seq_len)
+    if not len(ids):
+        raise CalibrateError("the calibration text has no tokens; expected text that is like the model's later use")
+    windows = [window for window in ids.split(seq_len) if len(window) == seq_len] or [ids]
+    return [window.unsqueeze(0) for window in _spread(windows, samples)]
+
+
+def document_batches(tokenizer: Any, documents: Sequence[Document], *, samples: int, seq_len: int) -> list[Tensor]:
+    """`samples` of the documents, spread evenly over all, each cut to its first `seq_len` tokens.
+
+    A document is tokenized as the model expects it: a text begins with BOS if the tokenizer says so, messages go
+    through the chat template.
+    Returns: int64 [1, T] each, T <= seq_len.
+    Raises: CalibrateError for no documents, one without tokens, and messages that there is no chat template for.
+    """
+    if not documents:
+        raise CalibrateError("there are no documents to calibrate on, expected at least one")
+    batches = [_token_ids_of(tokenizer, document)[:seq_len] for document in _spread(documents, samples)]
+    if not all(batches):
+        raise CalibrateError("a calibration document has no tokens; leave empty documents out")
+    return [torch.tensor([ids], dtype=torch.int64) for ids in batches]
+
+
+def _token_ids_of(tokenizer: Any, document: Document) -> list[int]:
+    if isinstance(document, str):
+        return list(tokenizer(document, verbose=False).input_ids)
+    if not tokenizer.chat_template:
+        raise CalibrateError("a calibration document holds messages, and the tokenizer has no chat template; give text")
+    return list(tokenizer.apply_chat_template(document, return_dict=True)["input_ids"])
+
+
+def _spread(items: Sequence[T], count: int) -> list[T]:
+    """`count` of the items, evenly from the first on; all if there are no more."""
+    count = min(count, len(items))
+    return [items[i * len(items) // count] for i in range(count)]

@@ -1,0 +1,122 @@
+"""`octavo calibrate` writes what `octavo.calibrate` finds, also when several processes share the work."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from octavo.calibrate import Stats, calibrate
+from octavo.cli.text import sample_text
+from octavo.integrations.calibration import load_float, text_batches
+
+Run = Callable[..., Any]
+
+SMALL = ("--samples", 5, "--seq-len", 32)
+
+
+def same(a: Stats, b: Stats) -> bool:
+    return list(a.observers) == list(b.observers) and all(
+        torch.equal(seen.amax, b.observers[name].amax)
+        and torch.equal(seen.histogram, b.observers[name].histogram)
+        and seen.tokens == b.observers[name].tokens
+        for name, seen in a.observers.items()
+    )
+
+
+def test_the_file_is_the_library_s(run: Run, tiny: Path, tmp_path: Path) -> None:
+    data = run("calibrate", tiny, *SMALL, "-o", tmp_path / "stats.safetensors", "--json").data
+    model, tokenizer = load_float(tiny)
+    expected = calibrate(model, text_batches(tokenizer, sample_text(), samples=5, seq_len=32))
+    assert same(Stats.load(tmp_path / "stats.safetensors"), expected)
+    assert (data["samples"], data["tokens"], data["unreached"]) == (5, 160, [])
+    assert [layer["name"] for layer in data["layers"]] == list(expected.observers)
+    for layer in data["layers"]:
+        channels = expected.observers[layer["name"]].amax.double().numpy()
+        assert layer["amax"] == channels.max() and layer["tokens"] == 160
+        median = (sorted(channels)[len(channels) // 2 - 1] + sorted(channels)[len(channels) // 2]) / 2
+        assert layer["median_channel_amax"] == pytest.approx(median)
+        assert layer["ratio"] == pytest.approx(channels.max() / median)
+
+
+def test_people_see_families(run: Run, tiny: Path, tmp_path: Path) -> None:
+    shown = run("calibrate", tiny, *SMALL, "-o", tmp_path / "stats.safetensors")
+    assert shown.code == 0 and shown.err == ""
+    assert "160 tokens of Python" in shown.out and "in 5 samples" in shown.out
+    assert "model.layers.*.mlp.down_proj  x2" in shown.out and "--scheme w8a8-static --smooth auto" in shown.out
+
+
+def test_act_scales_and_a_plot(run: Run, tiny: Path, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    stats, scales, plot = tmp_path / "stats.safetensors", tmp_path / "scales.pt", tmp_path / "ranges.png"
+    assert run("calibrate", tiny, *SMALL, "-o", stats, "--act-scales", scales, "--plot", plot).code == 0
+    seen = Stats.load(stats).observers
+    loaded = torch.load(scales, weights_only=True)
+    assert list(loaded) == list(seen) and all(torch.equal(loaded[name], seen[name].amax) for name in seen)
+    assert plot.read_bytes().startswith(b"\x89PNG")
+
+
+def test_texts_of_one_s_own(run: Run, tiny: Path, tmp_path: Path) -> None:
+    text, lines = tmp_path / "text.txt", tmp_path / "lines.jsonl"
+    text.write_text("The quick brown fox jumps over the lazy dog. " * 20)
+    lines.write_text('{"text": "One document."}\n\n{"text": "Another, longer than that."}\n')
+    output = ("-o", tmp_path / "stats.safetensors", "--json")
+    assert run("calibrate", tiny, "--text", text, "--seq-len", 16, *output).data["text"] == str(text)
+    data = run("calibrate", tiny, "--jsonl", lines, *output).data
+    assert (data["text"], data["samples"]) == (str(lines), 2)
+
+
+def test_the_length_is_what_the_model_holds(run: Run, tiny: Path, tmp_path: Path) -> None:
+    output = ("-o", tmp_path / "stats.safetensors", "--json")
+    assert run("calibrate", tiny, "--samples", 1, *output).data["tokens"] == 256
+    shown = run("calibrate", tiny, "--seq-len", 257, *output)
+    assert shown.code == 1 and "--seq-len is 257, and the model holds 256" in shown.err
+
+
+def test_two_processes_find_what_one_finds(run: Run, tiny: Path, tmp_path: Path) -> None:
+    command = ["calibrate", str(tiny), *map(str, SMALL), "--json", "-o"]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "octavo"]
+    two = subprocess.run([*launch, *command, str(tmp_path / "two")], capture_output=True, text=True, timeout=100)
+    assert two.returncode == 0, two.stderr
+    one = run(*command, tmp_path / "one").data
+    assert {**json.loads(two.stdout), "output": one["output"]} == one  # one process answers
+    assert same(Stats.load(tmp_path / "two"), Stats.load(tmp_path / "one"))
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("", "is empty"),
+        ("{", "line 1: is not JSON"),
+        ('{"text": "a"}\n["b"]', "line 2: expected an object"),
+        ('{"text": " "}', "line 1: expected an object"),
+        ('{"messages": []}', "line 1: expected an object"),
+    ],
+    ids=["empty", "no json", "no object", "blank", "no messages"],
+)
+def test_a_jsonl_file_that_is_none(content: str, words: str, run: Run, tiny: Path, tmp_path: Path) -> None:
+    lines = tmp_path / "lines.jsonl"
+    lines.write_text(content)
+    shown = run("calibrate", tiny, "--jsonl", lines, "-o", tmp_path / "stats.safetensors")
+    assert shown.code == 1 and shown.out == "" and f"{lines}" in shown.err and words in shown.err
+    assert not (tmp_path / "stats.safetensors").exists()
+
+
+@pytest.mark.parametrize("option", ["-o", "--act-scales", "--plot"])
+def test_a_file_that_cannot_be_written_is_refused_before_the_work(option: str, run: Run, tmp_path: Path) -> None:
+    file = tmp_path / "nowhere" / "file"
+    shown = run("calibrate", tmp_path / "no model", "-o", tmp_path / "stats.safetensors", option, file)
+    assert shown.code == 1 and f"{file}: there is no folder" in shown.err
+
+
+def test_a_sample_of_one_token_and_an_int8_model_are_refused(run: Run, tiny_int8: Path, tmp_path: Path) -> None:
+    shown = run("calibrate", tiny_int8, "--seq-len", 1, "-o", tmp_path / "x")
+    assert shown.code == 1 and "--seq-len is 1" in shown.err
+    shown = run("calibrate", tiny_int8, "-o", tmp_path / "x")
+    assert shown.code == 1 and "is quantized already" in shown.err
