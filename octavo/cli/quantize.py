@@ -166,7 +166,7 @@ def _fold(
     args: argparse.Namespace, terminal: Terminal, recipe: Recipe, source: Source, model: Any, tokenizer: Any
 ) -> tuple[Coverage, SmoothReport | None]:
     """Calibrate, smooth if asked to, and quantize, in place."""
-    from octavo.quantize import quantize
+    from octavo.integrations.hub import quantize
     from octavo.smooth import smooth
 
     stats = stats_of(args, terminal, source, model, tokenizer)

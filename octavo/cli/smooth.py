@@ -63,13 +63,12 @@ def run(args: argparse.Namespace, terminal: Terminal) -> Answer:
 
     with new_folder(args.dst) as folder:
         with terminal.progress(f"loading {args.src}"):
-            from octavo.integrations.calibration import load_float
+            from octavo.integrations.calibration import load_float, save_float
 
             model, tokenizer = load_float(args.src, device=device)
         report = _smoothed(args, terminal, source, model, tokenizer)
         with terminal.progress(f"writing {args.dst}"):
-            model.save_pretrained(folder)
-            tokenizer.save_pretrained(folder)
+            save_float(model, tokenizer, folder)
     return Answer(
         {"source": args.src, "destination": args.dst, "calibration": source.name, "smoothing": report.to_dict()},
         (report.table(), f"octavo quantize {shlex.quote(args.dst)} INT8 --scheme {args.scheme}"),

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from octavo.errors import CalibrateError, QuantizeError
-from octavo.integrations.generation import load_language_model, token_ids
+from octavo.integrations.generation import load_language_model, no_progress_bar, token_ids
 from octavo.modules import DynamicQuantLinear, QuantLinear, QuantModule, StaticQuantLinear
 
 __all__ = [
@@ -27,6 +27,7 @@ __all__ = [
     "linear_inputs",
     "load_float",
     "positions_of",
+    "save_float",
     "text_batches",
 ]
 
@@ -112,3 +113,10 @@ def _spread(items: Sequence[T], count: int) -> list[T]:
     """`count` of the items, evenly from the first on; all if there are no more."""
     count = min(count, len(items))
     return [items[i * len(items) // count] for i in range(count)]
+
+
+def save_float(model: Any, tokenizer: Any, folder: str | Path) -> None:
+    """Write a float transformers model and its tokenizer into a folder, as a checkpoint that any runtime loads."""
+    with no_progress_bar():
+        model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)

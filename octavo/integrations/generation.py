@@ -23,7 +23,7 @@ from octavo.errors import CheckpointError
 from octavo.formats.checkpoint import CheckpointReader
 from octavo.integrations.hub import load, load_tokenizer, resolve
 
-__all__ = ["Generated", "generate", "load_causal", "load_language_model", "token_ids"]
+__all__ = ["Generated", "generate", "load_causal", "load_language_model", "no_progress_bar", "token_ids"]
 
 
 def load_language_model(path: str | Path, *, device: str = "cpu") -> tuple[Any, Any]:
@@ -42,7 +42,7 @@ def load_causal(path: str | Path, *, device: str = "cpu") -> Any:
     """A causal language model in eval mode, without a tokenizer. path, Raises: as for `load_language_model`."""
     source = resolve(path)
     _refuse_other_kinds(source)
-    with _no_progress_bar():
+    with no_progress_bar():
         return load(source).to(device)
 
 
@@ -62,7 +62,8 @@ def _refuse_other_kinds(source: Path) -> None:
 
 
 @contextlib.contextmanager
-def _no_progress_bar() -> Iterator[None]:
+def no_progress_bar() -> Iterator[None]:
+    """While open, transformers draws no progress bars of its own."""
     shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:

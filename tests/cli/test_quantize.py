@@ -117,6 +117,14 @@ def test_people_see_the_smoothing_and_the_static_inputs(run: Run, tiny: Path, tm
     assert coverage < smoothing < inputs
 
 
+@pytest.mark.parametrize("options", [("w8a8",), ("w8a8-static", *SMALL)], ids=["files", "model"])
+def test_attention_in_int8(options: tuple[Any, ...], run: Run, tiny: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    assert run("quantize", tiny, out, "--attention", "int8", "--scheme", *options).code == 0
+    config = json.loads((out / "config.json").read_text())
+    assert config["quantization_config"]["attention"] == "int8"
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [

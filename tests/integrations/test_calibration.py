@@ -16,6 +16,7 @@ from octavo.integrations.calibration import (
     linear_inputs,
     load_float,
     positions_of,
+    save_float,
     text_batches,
 )
 from tests.tiny_checkpoints import byte_level_tokenizer, language_model
@@ -75,6 +76,21 @@ def test_a_float_model_is_loaded_in_its_own_dtype_and_an_int8_one_refused(tmp_pa
     octavo.quantize_checkpoint(folder, tmp_path / "int8", "w8a16")
     with pytest.raises(QuantizeError, match="is quantized already"):
         load_float(tmp_path / "int8")
+
+
+def test_a_float_model_is_written_in_silence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    from transformers.utils import logging
+
+    model, tokenizer = load_float(language_model(tmp_path / "float"))
+    monkeypatch.setattr(logging, "_tqdm_active", True)
+    monkeypatch.setattr(logging.hf_hub_utils, "enable_progress_bars", lambda: None)  # the tests forbid the Hub's own
+    capfd.readouterr()
+    save_float(model, tokenizer, tmp_path / "again")
+    assert capfd.readouterr() == ("", "") and logging.is_progress_bar_enabled()
+    before, after = (folder / "model.safetensors" for folder in (tmp_path / "float", tmp_path / "again"))
+    assert before.read_bytes() == after.read_bytes()
 
 
 def test_inputs_are_counted_by_kind() -> None:
