@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -15,7 +14,7 @@ from torch import Tensor, nn
 
 from octavo.layers import kind_of
 from octavo.modules import QuantConvTranspose, QuantModule, TiedQuantEmbedding, TiedQuantLinear
-from octavo.tables import Table, human_bytes, human_percent, render
+from octavo.tables import Table, human_bytes, human_percent, in_general, render
 
 __all__ = ["REASONS_ATTRIBUTE", "Coverage", "Row", "coverage", "why_float"]
 
@@ -106,7 +105,7 @@ class Coverage:
         """One line for each family of parameters: those whose names and fates differ in numbers only."""
         families: dict[tuple[Any, ...], list[Row]] = {}
         for row in self.rows:
-            family = re.sub(r"\b\d+\b", "*", row.name)
+            family = in_general(row.name)
             families.setdefault((family, row.kind, row.shape, row.scheme, row.reason), []).append(row)
         lines = []
         for (family, kind, shape, scheme, reason), rows in families.items():

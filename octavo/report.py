@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import re
 from typing import Any
 
-from octavo.tables import Table, human_percent, jsonable, to_json
+from octavo.tables import Table, human_percent, in_general, jsonable, to_json
 
 __all__ = ["Comparison", "LayerQuality", "NotCompared", "SmoothReport", "SmoothedPair"]
 
@@ -131,8 +130,8 @@ class SmoothReport:
         """One line for each family of pairs: those whose names differ in numbers only. SQNR is -10 log10(error)."""
         families: dict[tuple[Any, ...], list[SmoothedPair]] = {}
         for pair in self.pairs:
-            sinks = tuple(dict.fromkeys(_in_general(sink) for sink in pair.sinks))
-            families.setdefault((_in_general(pair.source), sinks, pair.reason), []).append(pair)
+            sinks = tuple(dict.fromkeys(in_general(sink) for sink in pair.sinks))
+            families.setdefault((in_general(pair.source), sinks, pair.reason), []).append(pair)
         columns = ("output of", "into", "alpha", "amax before", "after", "SQNR before", "after", "note")
         rows = []
         for (source, sinks, reason), pairs in families.items():
@@ -160,10 +159,6 @@ class SmoothReport:
     def to_json(self) -> str:
         """The report as strict JSON."""
         return to_json(self)
-
-
-def _in_general(name: str) -> str:
-    return re.sub(r"\b\d+\b", "*", name)
 
 
 def _db(error: float | None) -> float | None:
