@@ -1,16 +1,18 @@
 """Which layer's output channels can be scaled down, and which weights up in return? Found by watching the model run.
 
 No architecture is listed here. The model runs once as it is; then, for each family of layers (those whose names differ
-in numbers only), once more with the output channels of that family divided by known powers of two. Wherever a tensor is
-multiplied by a weight, what arrives is held against what arrived before:
+in numbers only), once more with the output channels of that family multiplied by known powers of two. Wherever a tensor
+is multiplied by a weight, what arrives is held against what arrived before:
 
     unchanged                        that weight is not fed by the layer
-    divided by the same powers       it is a *sink*: its columns can take the factors back
+    multiplied by the same powers    it is a *sink*: its columns can take the factors back
     anything else                    a *leak*: the layer's output goes another way too (a residual, a softmax, ...)
 
 What arrived is then replaced by what had arrived before, so that one layer's trial does not reach the next. A layer
-with sinks and no leak is one side of a `Pair`. Powers of two scale exactly in every float dtype: a test for equality is
-a test for equality.
+with sinks and no leak is one side of a `Pair`. Powers of two scale exactly in every float dtype (but for the smallest
+numbers of fp16): a test for equality is a test for equality. They reach from 1/4 to 1024, so that an activation that is
+linear only near zero or only far from it (relu6, a clamp) is no way through, even if the example stays within its
+linear part.
 
 This finds norm -> {q, k, v}, norm -> {gate, up, router, experts}, up -> down and v -> o (grouped heads and the fused
 q/k/v of several layouts too), fc1 -> relu -> fc2, and, just as well, that BERT's norms have a residual for a second
@@ -81,7 +83,7 @@ def find_pairs(model: nn.Module, example: Any, progress: Callable[[int, int], No
     """
     device = device_of(model, "model")
     example = short(example)
-    with at_rest(model), _plain_experts(model):
+    with at_rest(model), _every_product_in_sight(model):
         base = _Run(model)
         with base.watching():
             output = feed(model, example, device, "the model")
@@ -96,7 +98,7 @@ def find_pairs(model: nn.Module, example: Any, progress: Callable[[int, int], No
 
 def products(model: nn.Module, example: Any) -> tuple[list[Product], list[Tensor]]:
     """Run `model` on `example`: every product with a weight, in order, and the floating-point outputs."""
-    with at_rest(model), _plain_experts(model):
+    with at_rest(model), _every_product_in_sight(model):
         run = _Run(model)
         with run.watching():
             output = feed(model, short(example), device_of(model, "model"), "the model")
@@ -168,7 +170,7 @@ class _Run(TorchDispatchMode):
     """Records the products of one run; or, given `expected`, tells `on_product` of them, which may replace x."""
 
     def __init__(self, model: nn.Module, on_product: Callable[[int, Sink, Tensor], Tensor] | None = None) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.products: list[Product] = []
         self._count = 0
         self._on_product = on_product
@@ -223,8 +225,20 @@ class _Run(TorchDispatchMode):
 
 
 @contextlib.contextmanager
+def _every_product_in_sight(model: Any) -> Iterator[None]:
+    """Without kernels that hide their products: those of torch's encoder layers, and of transformers' experts."""
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with _plain_experts(model):
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
+
+
+@contextlib.contextmanager
 def _plain_experts(model: Any) -> Iterator[None]:
-    """transformers' experts one after the other while this is open, and not in a kernel that hides its products."""
+    """transformers' experts one after the other while this is open."""
     config = getattr(model, "config", None)
     before = getattr(config, "_experts_implementation", None)
     switch = getattr(model, "set_experts_implementation", None)
@@ -238,14 +252,20 @@ def _plain_experts(model: Any) -> Iterator[None]:
         switch(before)
 
 
+_FOR_THE_MODEL_ITSELF = ("past_key_values", "encoder_last_hidden_state")
+"""What transformers' models return to be given back to them; only there are its factors undone."""
+
+
 def _floats(output: Any) -> list[Tensor]:
-    """The floating-point tensors of an output, however nested; a cache that is no container is left out."""
+    """The floating-point tensors of an output, however nested, without what only the model itself can read."""
     if isinstance(output, Tensor):
         return [output.detach().clone()] if output.is_floating_point() else []
     if isinstance(output, Mapping):
-        return [tensor for name, value in output.items() if name != "past_key_values" for tensor in _floats(value)]
+        return [t for name, value in output.items() if name not in _FOR_THE_MODEL_ITSELF for t in _floats(value)]
     if isinstance(output, tuple | list):
         return [tensor for value in output for tensor in _floats(value)]
+    if dataclasses.is_dataclass(output):
+        return _floats(vars(output))
     return []
 
 
@@ -262,6 +282,10 @@ class _Search:
         self._output = output
         self._run = run
         self._users = _users(model)
+        reached = {product.sink.param for product in self._base}
+        self._unreached = [
+            (name, p.shape) for name, p in model.named_parameters() if p.dim() >= 2 and name not in reached
+        ]
         self._norm_inputs: dict[str, list[Tensor]] = {}
         self._widths: dict[str, int] = {}
         self._order: list[str] = []
@@ -272,33 +296,35 @@ class _Search:
         """What enters the norms, and the sources in the order in which they run, with the width of their output."""
 
         def note(name: str) -> Callable[..., None]:
-            def hook(module: nn.Module, args: Any, output: Any) -> None:
+            def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
                 if isinstance(output, Tensor) and output.is_floating_point() and output.dim():
                     if name not in self._widths:
                         self._order.append(name)
                     self._widths[name] = output.shape[-1]
-                    if is_norm(module) and args and isinstance(args[0], Tensor):
-                        self._norm_inputs.setdefault(name, []).append(args[0].clone())
+                    x = _first_tensor(args, kwargs)
+                    if is_norm(module) and x is not None:
+                        self._norm_inputs.setdefault(name, []).append(x.clone())
 
             return hook
 
-        with _hooked(self._sources(), lambda name, module: module.register_forward_hook(note(name))):
+        with _hooked(self._sources(), lambda name, module: module.register_forward_hook(note(name), with_kwargs=True)):
             self._run()
 
     def _sources(self) -> dict[str, nn.Module]:
         found = {}
         for name, module in self._modules.items():
             kind = kind_of(module)
-            if is_norm(module) or (kind is not None and kind.int8_input):
+            linear = kind is not None and kind.int8_input and module._parameters.get("weight") is not None
+            if linear or is_norm(module):
                 found[name] = module
         return found
 
     def families(self) -> list[list[str]]:
-        """Sources whose names differ in numbers only, in the order in which the first of each runs."""
-        grouped: dict[str, list[str]] = {}
+        """Sources of one width whose names differ in numbers only, in the order in which the first of each runs."""
+        grouped: dict[tuple[str, int], list[str]] = {}
         for name in self._order:
             if self._width_is_known(name):
-                grouped.setdefault(re.sub(r"\b\d+\b", "*", name), []).append(name)
+                grouped.setdefault((_NUMBER.sub("*", name), self._widths[name]), []).append(name)
         return list(grouped.values())
 
     def _width_is_known(self, name: str) -> bool:
@@ -312,9 +338,8 @@ class _Search:
 
     def try_family(self, names: list[str]) -> None:
         """Find the pairs of the sources `names`."""
-        candidates = self._layouts(names[0])
         open_ = list(names)
-        for layout in candidates:
+        for layout in self._layouts(names[0]):
             for pair in self._trial(open_, layout):
                 known = self._found.get(pair.source)
                 if known is None or pair.reason is None:
@@ -334,26 +359,26 @@ class _Search:
         return [same, *(layout for k in sorted(widths) for layout in _partial_layouts(n, k, _numbers_of(parent)))]
 
     def _trial(self, names: list[str], layout: Layout) -> list[Pair]:
-        """Run the model with the outputs of `names` divided by powers of two, and see where they arrive."""
-        names = [name for name in names if self._widths[name] > int(layout.rows.max())]
-        trial = _Trial(self._base, self._norm_inputs, layout)
-        trial_run = _Run(self._model, trial.on_product)
+        """Run the model with the outputs of `names` multiplied by powers of two, and see where they arrive."""
         sources = {name: self._modules[name] for name in names}
         norms = {name: self._modules[name] for name in self._norm_inputs}
+        trial = _Trial(self._base, self._norm_inputs, layout, sources)
+        trial_run = _Run(self._model, trial.on_product)
         with (
-            _hooked(norms, lambda name, module: module.register_forward_pre_hook(trial.norm_hook(name))),
-            _hooked(sources, lambda name, module: module.register_forward_hook(trial.source_hook(name))),
+            _hooked(norms, lambda name, m: m.register_forward_pre_hook(trial.norm_hook(name), with_kwargs=True)),
+            _hooked(sources, lambda name, m: m.register_forward_hook(trial.source_hook(name))),
             trial_run.watching(),
         ):
             try:
                 output = _floats(self._run())
-            except (RuntimeError, ValueError, IndexError) as error:  # NaN where the model's own code forbids it
+            except (RuntimeError, ValueError, LookupError, AssertionError) as error:  # NaN where the model forbids it
                 trial.blame(f"the model fails without it: {error}")
                 output = self._output
-        for before, after in zip(self._output, output, strict=True):
-            if before.shape != after.shape or not _same(before, after):
-                trial.blame("reaches the model's output")
-        return [self._judged(name, layout, trial) for name in names]
+        changed = len(output) != len(self._output) or not all(map(_same, self._output, output))
+        suspects = [name for name in names if changed and len(names) > 1 and trial.is_clean(name)]
+        if changed and not suspects:
+            trial.blame("reaches the model's output")
+        return [self._trial([n], layout)[0] if n in suspects else self._judged(n, layout, trial) for n in names]
 
     def _judged(self, name: str, layout: Layout, trial: _Trial) -> Pair:
         if name in trial.leaks:
@@ -364,45 +389,66 @@ class _Search:
         for sink in sinks:
             if any(product.sink == sink and i not in trial.scaled[name] for i, product in enumerate(self._base)):
                 return Pair(name, reason=f"{sink.layer} is fed by other layers too")
-            others = [user for user in self._users[id(self._model.get_parameter(sink.param))] if user != sink.param]
+        own = [f"{name}.{param}" for param, value in self._modules[name]._parameters.items() if value is not None]
+        for param in (*own, *(sink.param for sink in sinks)):
+            others = [user for user in self._users[id(self._model.get_parameter(param))] if user != param]
             if others:
-                return Pair(name, reason=f"{sink.param} is also {others[0]}")
-        return Pair(name, layout, (*sinks, *self._unreached_like(sinks)))
+                return Pair(name, reason=f"{param} is also {others[0]}")
+        unreached = self._unreached_like(sinks)
+        if isinstance(unreached, str):
+            return Pair(name, reason=unreached)
+        return Pair(name, layout, (*sinks, *unreached))
 
-    def _unreached_like(self, sinks: tuple[Sink, ...]) -> list[Sink]:
-        """Weights that the example did not reach, but whose siblings are sinks: experts that were not routed to."""
-        reached = {product.sink.param for product in self._base}
-        like: dict[str, Sink] = {}
+    def _unreached_like(self, sinks: tuple[Sink, ...]) -> list[Sink] | str:
+        """Weights that the example did not reach, but several siblings of theirs: experts that were not routed to.
+        Where only one sibling was reached (is it one of several experts, or of several blocks?), why there is no pair.
+        """
+        siblings: dict[str, list[Sink]] = {}
         for sink in sinks:
-            pattern = re.sub(r"\\\.\d+(?=\\\.[^.]*\\\.weight$)", r"\\.\\d+", re.escape(sink.param))
-            for name, parameter in self._model.named_parameters():
-                if name not in reached and re.fullmatch(pattern, name):
-                    shape = self._model.get_parameter(sink.param).shape
-                    if parameter.shape == shape:
-                        like[name] = Sink(name, name.rpartition(".")[0], sink.axis)
-        return list(like.values())
+            for pattern in _patterns(sink.param):
+                siblings.setdefault(pattern, []).append(sink)
+        found = []
+        for name, shape in self._unreached:
+            like = max((siblings.get(pattern, []) for pattern in _patterns(name)), key=len, default=[])
+            if like and self._model.get_parameter(like[0].param).shape == shape:
+                if len(like) == 1:
+                    return f"{name}, which the example did not reach, may be fed by it like {like[0].param}"
+                found.append(Sink(name, name.rpartition(".")[0], like[0].axis))
+        return found
 
     def pairs(self) -> list[Pair]:
-        """What was found: all pairs, and the norms that have none."""
-        return [
-            self._found[name]
-            for name in self._order
-            if self._found[name].reason is None or is_norm(self._modules[name])
-        ]
+        """What was found: all pairs, no weight in two of them; and the norms that have none."""
+        feeder: dict[str, str] = {}
+        found = []
+        for name in self._order:
+            pair = self._found[name]
+            taken = next((sink.param for sink in pair.sinks if sink.param in feeder), None)
+            if taken is not None:
+                pair = Pair(name, reason=f"{taken} takes the factors of {feeder[taken]} already")
+            feeder.update((sink.param, name) for sink in pair.sinks)
+            if pair.reason is None or is_norm(self._modules[name]):
+                found.append(pair)
+        return found
 
 
 class _Trial:
-    """One run with scaled outputs: who reached what."""
+    """One run with scaled outputs: who reached what. Each source has powers of its own, by which it is known."""
 
-    def __init__(self, base: list[Product], norm_inputs: Mapping[str, list[Tensor]], layout: Layout) -> None:
+    def __init__(
+        self,
+        base: list[Product],
+        norm_inputs: Mapping[str, list[Tensor]],
+        layout: Layout,
+        sources: Mapping[str, nn.Module],
+    ) -> None:
         self._base = base
         self._norm_inputs = norm_inputs
         self._norm_calls = dict.fromkeys(norm_inputs, 0)
         self._layout = layout
-        generator = torch.Generator().manual_seed(len(layout.rows))
-        exponents = torch.randint(0, 4, (len(layout.rows),), generator=generator)
-        exponents[0] = 1  # so that something is scaled
-        self._powers = 2.0**exponents
+        self._powers = {
+            name: _powers(len(layout.rows), seed, module.get_parameter("weight").dtype)
+            for seed, (name, module) in enumerate(sources.items())
+        }
         self._active = ""
         self.leaks: dict[str, str] = {}
         self.sinks: dict[str, list[Sink]] = {}
@@ -413,31 +459,37 @@ class _Trial:
         if self._active:
             self.leaks.setdefault(self._active, reason)
 
+    def is_clean(self, name: str) -> bool:
+        """Whether a source has sinks, and was not blamed for anything."""
+        return name in self.sinks and name not in self.leaks
+
     def source_hook(self, name: str) -> Callable[..., Tensor]:
         def hook(module: nn.Module, args: Any, output: Tensor) -> Tensor:
             self._active = name
             self.scaled.setdefault(name, set())
             factors = torch.ones(output.shape[-1])
-            factors[self._layout.rows] = 1 / self._powers
+            factors[self._layout.rows] = self._powers[name]
             return output * factors.to(output)
 
         return hook
 
     def norm_hook(self, name: str) -> Callable[..., Any]:
-        def hook(module: nn.Module, args: Any) -> Any:
+        def hook(module: nn.Module, args: Any, kwargs: Any) -> Any:
             call = self._norm_calls[name]
             self._norm_calls[name] += 1
             known = self._norm_inputs[name]
-            if call >= len(known) or not args or known[call].shape != args[0].shape:
+            x = _first_tensor(args, kwargs)
+            if x is None or call >= len(known) or known[call].shape != x.shape:
                 self.blame("changes which layers run")
                 return None
-            if _same(known[call], args[0]):
+            if _same(known[call], x):
                 return None
             self.blame(f"also reaches {name} on another way (a residual?)")
             with contextlib.suppress(RuntimeError):  # in place, for the model's own code may hold the tensor
-                args[0].copy_(known[call])
+                x.copy_(known[call])
                 return None
-            return (known[call], *args[1:])
+            swapped = [known[call] if value is x else value for value in args]
+            return tuple(swapped), {key: known[call] if value is x else value for key, value in kwargs.items()}
 
         return hook
 
@@ -448,20 +500,45 @@ class _Trial:
         base = self._base[index].x
         if _same(base, x):
             return x
-        channels = self._layout.channels
-        if self._active and x.shape[-1] == len(channels) and _same(base, x * self._powers[channels].to(x)):
-            self.sinks.setdefault(self._active, []).append(sink)
-            self.scaled[self._active].add(index)
-        else:
+        source = self._source_of(x, base)
+        if source is None:
             self.blame(f"reaches {sink.layer} other than channel by channel")
+        else:
+            self.sinks.setdefault(source, []).append(sink)
+            self.scaled[source].add(index)
         return base.clone()
+
+    def _source_of(self, x: Tensor, base: Tensor) -> str | None:
+        """The source whose powers `base` was multiplied by, most likely that which ran last; None if there is none."""
+        channels = self._layout.channels
+        if x.shape[-1] != len(channels):
+            return None
+        for name in sorted(self.scaled, key=lambda name: name != self._active):
+            if _same(base, x / self._powers[name][channels].to(x)):
+                return name
+        return None
+
+
+def _powers(rows: int, seed: int, dtype: torch.dtype) -> Tensor:
+    """Random powers of two, 1/4 to 1024: fp32 [rows]. In fp16, where 1024 times an outlier is inf, 1/4 to 2."""
+    exponents = torch.randint(0, 4, (rows,), generator=torch.Generator().manual_seed(seed))
+    return 2.0 ** (exponents * (1 if dtype == torch.float16 else 4) - 2)
+
+
+def _first_tensor(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:
+    """The first floating-point tensor among a module's arguments."""
+    return next((v for v in (*args, *kwargs.values()) if isinstance(v, Tensor) and v.is_floating_point()), None)
 
 
 def _same(base: Tensor, x: Tensor) -> bool:
-    """Equal; on an accelerator, whose sums may differ between runs, nearly so."""
-    if base.device.type == "cpu":
+    """Equal; nearly so on an accelerator, whose sums may differ between runs, and in fp16, whose smallest numbers have
+    fewer digits."""
+    if base.device.type == "cpu" and base.dtype != torch.float16:
         return torch.equal(base, x)
-    return torch.allclose(base.float(), x.float(), rtol=1e-2, atol=1e-3 * float(base.abs().max()))
+    if base.shape != x.shape:
+        return False
+    largest = float(base.abs().max()) if base.numel() else 0.0
+    return torch.allclose(base.float(), x.float(), rtol=1e-2, atol=1e-3 * largest)
 
 
 def _near(name: str, product: Product) -> bool:
@@ -506,11 +583,21 @@ def _grouped(values: int, k: int, head: int) -> Tensor:
     return channel // (head * (k // values)) * head + channel % head
 
 
+_NUMBER = re.compile(r"\b\d+\b")
+
+
+def _patterns(name: str) -> list[str]:
+    """The name with each of its numbers in turn left open."""
+    return [f"{name[: found.start()]}*{name[found.end() :]}" for found in _NUMBER.finditer(name)]
+
+
 def _users(model: nn.Module) -> dict[int, list[str]]:
-    """id of a parameter -> the names of it."""
+    """id of a parameter -> its name in each module that holds it."""
     users: dict[int, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        users.setdefault(id(parameter), []).append(name)
+    for name, module in model.named_modules():
+        for own, parameter in module._parameters.items():
+            if parameter is not None:
+                users.setdefault(id(parameter), []).append(f"{name}.{own}" if name else own)
     return users
 
 
