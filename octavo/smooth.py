@@ -146,7 +146,7 @@ def _planned(
         ranges = (amax_x, by_row(observer.typical_range() for observer in seen))
         best, factors = _best_factors(trial, ranges, amax_w, channels, schemes)
     else:
-        return "no rows of its input were kept to measure alpha on"
+        return "nothing to choose alpha by: no layer that it feeds can be int8, or no rows of their input were kept"
     report = SmoothedPair(
         pair.source,
         tuple(sink.layer for sink in pair.sinks),
@@ -182,10 +182,6 @@ def _factors(range_x: Tensor, amax_w: Tensor, alpha: float) -> Tensor:
     in calibration or that no weight reads."""
     alive = (range_x > 0) & (amax_w > 0)
     log2 = alpha * range_x.clamp_min(1e-12).log2() - (1 - alpha) * amax_w.clamp_min(1e-12).log2()
-    import os
-
-    if os.environ.get("NOPOW2"):
-        return torch.where(alive, torch.exp2(log2), 1.0)
     return torch.where(alive, torch.exp2(log2.round().clamp(-24, 24)), 1.0)
 
 
@@ -200,12 +196,12 @@ class _Trial:
 
     def __init__(self, model: nn.Module, pair: Pair, stats: Stats, device: torch.device) -> None:
         self._measured: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
-        inputs: dict[int, Tensor] = {}
+        inputs: dict[tuple[str, ...], Tensor] = {}
         for sink in pair.sinks:
             seen = stats.observers.get(sink.layer)
-            if seen is not None and len(seen.rows) and _becomes_int8(model, sink):
+            if seen is not None and len(seen.rows) and _may_be_int8(model, sink):
                 weight = evenly(_columns(model, sink))
-                x = inputs.setdefault(id(seen.rows), seen.rows.to(device).float())
+                x = inputs.setdefault(stats.siblings(sink.layer), seen.rows.to(device).float())
                 self._measured.append((x, weight, x @ weight.T, seen.amax.to(device)))
 
     @property
@@ -223,9 +219,10 @@ class _Trial:
         return total / len(self._measured)
 
 
-def _becomes_int8(model: nn.Module, sink: Sink) -> bool:
+def _may_be_int8(model: nn.Module, sink: Sink) -> bool:
+    """Whether the layer is a linear one, or a stack of experts; a router is neither."""
     kind = kind_of(model.get_submodule(sink.layer))
-    return kind is not None and kind.int8_input
+    return model.get_parameter(sink.param).dim() == 3 or (kind is not None and kind.int8_input)
 
 
 # -- folding ---------------------------------------------------------------------------------------------------------
