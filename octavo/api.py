@@ -18,10 +18,10 @@ from octavo.evaluate import compare as compare
 from octavo.evaluate import perplexity as perplexity
 from octavo.evaluate import sqnr as sqnr
 from octavo.integrations.hub import load as load
+from octavo.integrations.hub import quantize as quantize
 from octavo.integrations.hub import quantize_checkpoint as quantize_checkpoint
 from octavo.integrations.hub import save as save
 from octavo.ops import backends as backends
-from octavo.quantize import quantize as quantize
 from octavo.recipe import InputArgs as InputArgs
 from octavo.recipe import Recipe as Recipe
 from octavo.recipe import Scheme as Scheme

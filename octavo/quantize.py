@@ -84,6 +84,7 @@ def quantize(
     include: Iterable[Pattern] = (),
     overrides: Mapping[Pattern, Scheme] | None = None,
     group_size: int | None = None,
+    attention: str | None = None,
     stats: Stats | None = None,
     observer: ObserverKind = "absmax",
     repair: bool = True,
@@ -95,6 +96,7 @@ def quantize(
     model: any module with its weights loaded, on any device.
     scheme: a preset's name ("w8a16"), a Scheme or a Recipe; see octavo.recipe for `ignore`, `include`, `overrides`
         and `group_size`, which are added to it.
+    attention: "int8" for Q K^T and P V as int8 products in every attention of a transformers model, "float" for none.
     stats: from `octavo.calibrate`; a scheme with static inputs needs them. A layer that they know nothing of gets
         dynamic inputs, and its row of the coverage says so.
     observer: what a static scale is taken from, "absmax", "percentile" or "mse"; see octavo.observers.
@@ -104,12 +106,14 @@ def quantize(
         same up to the rounding of sums.
     Returns: what became int8, what stayed float, and why.
     Raises: RecipeError for an unknown scheme or a pattern that matches nothing; QuantizeError for a model that is
-        already quantized, on `meta`, itself a single layer, or that holds NaN or inf; CalibrateError for static inputs
-        without `stats`, or with those of another model. The plan is checked before anything is changed; a weight with
-        NaN or inf stops at its layer, with the layers before it already int8.
+        already quantized, on `meta`, itself a single layer, that holds NaN or inf, or whose attention cannot be int8;
+        CalibrateError for static inputs without `stats`, or with those of another model. The plan is checked before
+        anything is changed; a weight with NaN or inf stops at its layer, with the layers before it already int8.
     Warns: OctavoWarning if more than 5% of the bytes stay float for a reason that the recipe did not ask for.
     """
-    recipe = Recipe.of(scheme, ignore=ignore, include=include, overrides=overrides, group_size=group_size)
+    recipe = Recipe.of(
+        scheme, ignore=ignore, include=include, overrides=overrides, group_size=group_size, attention=attention
+    )
     _refuse_missing_values(model)
     decisions = plan(model, recipe)
     fix_inputs(model, decisions, stats, observer=observer, repair=repair)
@@ -148,7 +152,7 @@ def warn_unasked(report: Coverage) -> None:
             f"{report.unasked_fraction:.1%} of the model's bytes stay float although the recipe did not ask for it: "
             + "; ".join(f"{reason} ({unasked[reason] / report.bytes_before:.1%})" for reason in reasons),
             OctavoWarning,
-            stacklevel=3,
+            stacklevel=4,  # the caller of octavo.quantize or quantize_checkpoint
         )
 
 

@@ -57,6 +57,7 @@ def save(
     tokenizer: Any = None,
     max_shard_size: int | str = "5GB",
     on_disk: OnDisk | None = None,
+    attention: str = "float",
     progress: Progress | None = None,
 ) -> Path:
     """Write a quantized model as a checkpoint folder: safetensors, config.json, tokenizer and generation files.
@@ -67,6 +68,7 @@ def save(
         copied, if it was loaded from a local folder.
     max_shard_size: bytes, or "5GB".
     on_disk: gives the tensors the names that they have on disk, where those differ from the model's.
+    attention: of the model, "float" or "int8".
     Returns: the folder's path.
     Raises: QuantizeError if no layer is int8; CheckpointError if the folder exists or cannot be written whole.
     Warns: OctavoWarning if a layer's kind keeps transformers and vLLM from loading the folder.
@@ -90,7 +92,7 @@ def save(
                     progress(done, len(tensors))
         config = _describe_model(model, temporary, tokenizer)
         config["quantization_config"] = quantization_config(
-            *_described(model), ecosystem="model_type" in config, names=names, parts=parts
+            *_described(model), ecosystem="model_type" in config, names=names, parts=parts, attention=attention
         )
         write_descriptions(temporary, config, report)
     return Path(folder)
@@ -105,9 +107,9 @@ def state_dict(model: nn.Module) -> dict[str, Tensor]:
     return encoded
 
 
-def describe_layout(model: nn.Module) -> dict[str, Any]:
+def describe_layout(model: nn.Module, attention: str = "float") -> dict[str, Any]:
     """The `quantization_config` of a quantized model, marked as for octavo only."""
-    return quantization_config(*_described(model), ecosystem=False)
+    return quantization_config(*_described(model), ecosystem=False, attention=attention)
 
 
 def quantization_config(
@@ -117,6 +119,7 @@ def quantization_config(
     ecosystem: bool,
     names: Mapping[str, str] | None = None,
     parts: Collection[str] = (),
+    attention: str = "float",
 ) -> dict[str, Any]:
     """config.json's `quantization_config`, marked as octavo's own if something in it is beyond other readers.
 
@@ -126,6 +129,8 @@ def quantization_config(
     names: layer's name in the model -> on disk, where it differs. To leave a layer alone a reader needs the name that
         it goes by: transformers the model's, vLLM the one on disk.
     parts: names on disk of float tensors that the model holds merged with others (the experts of a layer).
+    attention: written if it is not "float", under a key of octavo's own: other readers run such a model too, with
+        float attention.
     Raises: QuantizeError if no layer holds codes.
     Warns: OctavoWarning if `ecosystem` was hoped for and something forbids it.
     """
@@ -142,7 +147,9 @@ def quantization_config(
         )
     ignore = [*unquantized, *(part.rpartition(".")[0] for part in sorted(parts))]
     ignore += [names[name] for name in unquantized if name in names] if names else []
-    return layout.quantization_config(layers, dict.fromkeys(ignore), ecosystem=ecosystem and not foreign and not parts)
+    own = {} if attention == "float" else {"attention": attention}
+    shared = ecosystem and not foreign and not parts
+    return {**layout.quantization_config(layers, dict.fromkeys(ignore), ecosystem=shared), **own}
 
 
 def _without(kinds: list[str]) -> str:

@@ -56,6 +56,7 @@ def quantize_files(
             ecosystem="model_type" in config,
             names=tensors.names(),
             parts=tensors.parts,
+            attention=recipe.attention,
         )
         with new_folder(dst) as temporary:
             copy_companions(src, temporary)

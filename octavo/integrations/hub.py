@@ -6,11 +6,12 @@ and dequantized by transformers).
 
 from __future__ import annotations
 
+import inspect
 import re
-from collections.abc import Iterable, Mapping
-from functools import partial
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial, wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ParamSpec
 
 import torch
 from torch import nn
@@ -20,13 +21,41 @@ from octavo.coverage import Coverage
 from octavo.errors import CheckpointError, MissingExtra
 from octavo.formats.checkpoint import CheckpointReader
 from octavo.formats.stream import quantize_files
-from octavo.quantize import Progress, quantize
+from octavo.quantize import Progress
+from octavo.quantize import quantize as quantize_layers
 from octavo.recipe import Pattern, Recipe, Scheme
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["load", "load_tokenizer", "quantize_checkpoint", "resolve", "save", "skeleton"]
+__all__ = ["load", "load_tokenizer", "quantize", "quantize_checkpoint", "resolve", "save", "skeleton"]
+
+_Arguments = ParamSpec("_Arguments")
+
+
+def _attention_too(core: Callable[_Arguments, Coverage]) -> Callable[_Arguments, Coverage]:
+    """`core` is `octavo.quantize.quantize`; a recipe that asks for int8 attention gets it as well.
+
+    Whether the model's attention can be int8 is checked before anything is changed.
+    """
+
+    @wraps(core)
+    def quantize(*args: _Arguments.args, **kwargs: _Arguments.kwargs) -> Coverage:
+        given = inspect.signature(core).bind(*args, **kwargs).arguments
+        scheme = given["scheme"]
+        asked = given.get("attention") or (scheme.attention if isinstance(scheme, Recipe) else "float")
+        if asked != "int8":
+            return core(*args, **kwargs)
+        attention = _attention()
+        attention.check_int8_attention(given["model"])
+        report = core(*args, **kwargs)
+        attention.use_int8_attention(given["model"])
+        return report
+
+    return quantize
+
+
+quantize = _attention_too(quantize_layers)
 
 
 def load(
@@ -44,7 +73,10 @@ def load(
         if transformers is needed and not installed.
     """
     if model is not None:
-        return formats.load_into(resolve(path), model, progress=progress)
+        loaded = formats.load_into(resolve(path), model, progress=progress)
+        if _stored_attention(resolve(path)) == "int8":
+            _attention().use_int8_attention(loaded)
+        return loaded
     source = resolve(path)
     if source.suffix == ".gguf":
         return _load_gguf(source, **options)
@@ -99,13 +131,20 @@ def save(
     Raises: QuantizeError if no layer is int8; CheckpointError if the folder exists or cannot be written whole.
     Warns: OctavoWarning if a layer's kind keeps transformers and vLLM from loading the folder.
     """
-    on_disk = None
+    on_disk, attention = None, "float"
     if hasattr(model, "save_pretrained") and hasattr(model, "base_model_prefix"):
         from octavo.integrations import transformers
+        from octavo.integrations.attention import attention_of
 
-        on_disk = partial(transformers.on_disk, model)
+        on_disk, attention = partial(transformers.on_disk, model), attention_of(model)
     return formats.save(
-        model, folder, tokenizer=tokenizer, max_shard_size=max_shard_size, on_disk=on_disk, progress=progress
+        model,
+        folder,
+        tokenizer=tokenizer,
+        max_shard_size=max_shard_size,
+        on_disk=on_disk,
+        attention=attention,
+        progress=progress,
     )
 
 
@@ -143,10 +182,14 @@ def quantize_checkpoint(
         save(loaded, dst, tokenizer=load_tokenizer(source), max_shard_size=max_shard_size)
         return report
     if model is not None:
+        if recipe.attention == "int8":
+            _attention().check_int8_attention(model)
         return quantize_files(source, dst, recipe, model, max_shard_size=max_shard_size, progress=progress)
     from octavo.integrations.transformers import renaming
 
     built = skeleton(source, trust_remote_code=trust_remote_code)
+    if recipe.attention == "int8":
+        _attention().check_int8_attention(built)
     return quantize_files(
         source, dst, recipe, built, rename=renaming(built), max_shard_size=max_shard_size, progress=progress
     )
@@ -205,6 +248,20 @@ def _transformers(what_for: str) -> Any:
     except ImportError as error:
         raise MissingExtra(f"transformers is needed {what_for}: pip install 'octavo[hf]'") from error
     return transformers
+
+
+def _attention() -> Any:
+    _transformers("for attention='int8', which switches the attention of its models")
+    from octavo.integrations import attention
+
+    return attention
+
+
+def _stored_attention(folder: Path) -> str:
+    """How the model of a checkpoint folder computes its attention: "float" or "int8"."""
+    with CheckpointReader(folder) as reader:
+        config = (reader.config or {}).get("quantization_config") or {}
+    return config.get("attention", "float")  # type: ignore[no-any-return]
 
 
 def _config(folder: Path, trust_remote_code: bool) -> Any:

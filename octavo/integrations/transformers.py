@@ -35,6 +35,7 @@ from octavo import formats
 from octavo.errors import CheckpointError, OctavoError
 from octavo.formats import compressed_tensors as layout
 from octavo.formats.checkpoint import CheckpointReader
+from octavo.integrations.attention import attention_of, check_int8_attention, use_int8_attention
 from octavo.modules import QuantModule
 from octavo.quantize import Decision, install, plan, settle, warn_unasked
 from octavo.recipe import Pattern, Recipe, Scheme
@@ -72,6 +73,11 @@ class OctavoConfig(QuantizationConfigMixin):  # type: ignore[misc]
         made = cls()
         made.layout = dict(config if isinstance(config, Mapping) else config.to_dict())
         return made
+
+    @property
+    def attention(self) -> str:
+        """How the model's attention is computed: "float" or "int8"."""
+        return str(self.layout.get("attention", self.recipe.attention))
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
@@ -158,6 +164,8 @@ class OctavoQuantizer(HfQuantizer):  # type: ignore[misc]
         self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **kwargs: Any
     ) -> None:
         """Swap the layers of the empty model; the weights then find their int8 places."""
+        if self.quantization_config.attention == "int8":
+            check_int8_attention(model)
         _tie(model)
         if self.pre_quantized:
             if not checkpoint_files:
@@ -219,11 +227,13 @@ class OctavoQuantizer(HfQuantizer):  # type: ignore[misc]
             formats.restore_reasons(model, self._folder, renaming(model))
         else:
             warn_unasked(settle(model, self._decisions))
+        if self.quantization_config.attention == "int8":
+            use_int8_attention(model)
         return model
 
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, Tensor], dict[str, str]]:
         """What `save_pretrained` writes, and the config that says how it is laid out."""
-        self.quantization_config.layout = formats.describe_layout(model)
+        self.quantization_config.layout = formats.describe_layout(model, attention_of(model))
         return formats.state_dict(model), {}
 
     def is_serializable(self) -> bool:

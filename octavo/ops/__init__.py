@@ -12,15 +12,19 @@
     quantize_per_tensor     [..., K] float        int8 [..., K], scale fp32 [1]
     quantize_static         [..., K] float, scale fp32 [1]   int8 [..., K]
 
+    op                      query                 key, value                  mask                         result
+    int8_attention          [B, H, T, D] float    [B, KV, S, D] float         bool or float [B, H, T, S]   [B, H, T, D]
+
 Each w8a16 op computes sum(code * x), accumulated in fp32, *then* multiplies by the scale, adds the bias and rounds
 once to the output dtype: where the float model does not overflow fp16, neither does this, inside autocast too. (K/g is
 1 for per_channel. With per_group the scale belongs inside the sum, so code * scale is formed in fp32 first.)
 w8a8_linear sums in int32, exactly, then multiplies by both scales. Its input is quantized by an op of its own, so that
-layers which read the same tensor can share the codes (`octavo.inputs`). Results are contiguous, whatever the strides.
+layers which read the same tensor can share the codes (`octavo.inputs`). int8_attention quantizes its operands itself.
+Results are contiguous, whatever the strides.
 
-The schemas are defined here and `reference.py` answers on every device. A native backend registers its kernel for
-its own device key of the same op, from a file of its own beside `reference.py`, and adds itself to `_BACKENDS`;
-nothing else changes.
+The schemas are defined here; `reference.py` and `attention.py` answer on every device. A native backend registers its
+kernel for its own device key of the same op, from a file of its own beside `reference.py`, and adds itself to
+`_BACKENDS`; nothing else changes.
 """
 
 from __future__ import annotations
@@ -33,13 +37,14 @@ import torch
 from torch import Tensor
 
 from octavo.errors import OctavoError, QuantizeError
-from octavo.ops import reference
+from octavo.ops import attention, reference
 
 __all__ = [
     "OPS",
     "Serving",
     "autocast",
     "backends",
+    "int8_attention",
     "quantize_per_tensor",
     "quantize_per_token",
     "quantize_static",
@@ -67,14 +72,23 @@ OPS: dict[str, str] = {
     "w8a8_linear": (
         "(Tensor x, Tensor x_scale, Tensor weight, Tensor weight_scale, Tensor? bias, ScalarType dtype) -> Tensor"
     ),
+    "int8_attention": (
+        "(Tensor query, Tensor key, Tensor value, Tensor? mask, float scaling, float? softcap=None) -> Tensor"
+    ),
 }
 """Name -> schema of every op, in the namespace `torch.ops.octavo`."""
 
 _library = torch.library.Library("octavo", "DEF")
 for _name, _schema in OPS.items():
     _library.define(_name + _schema)
-    _library.impl(_name, getattr(reference, _name), "CompositeExplicitAutograd")
+    _body = attention.int8_attention if _name == "int8_attention" else getattr(reference, _name)
+    _library.impl(_name, _body, "CompositeExplicitAutograd")
 
+# No kernel of ours, only a gradient: it is not in the table.
+_library.define("straight_through(Tensor y, Tensor x, Tensor weight, Tensor weight_scale) -> Tensor")
+_library.impl("straight_through", lambda y, x, weight, weight_scale: y.clone(), "CompositeExplicitAutograd")
+
+_straight_through = torch.ops.octavo.straight_through.default
 _linear = torch.ops.octavo.w8a16_linear.default
 _conv = torch.ops.octavo.w8a16_conv.default
 _conv_transpose = torch.ops.octavo.w8a16_conv_transpose.default
@@ -83,6 +97,7 @@ _per_token = torch.ops.octavo.quantize_per_token.default
 _per_tensor = torch.ops.octavo.quantize_per_tensor.default
 _static = torch.ops.octavo.quantize_static.default
 _w8a8_linear = torch.ops.octavo.w8a8_linear.default
+_int8_attention = torch.ops.octavo.int8_attention.default
 
 
 # -- wrappers: what modules call ------------------------------------------------------------------------------------
@@ -183,24 +198,31 @@ def w8a8_linear(
     return _w8a8_linear(x, x_scale, weight, weight_scale, bias, dtype)
 
 
+def int8_attention(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float, softcap: float | None = None
+) -> Tensor:
+    """softmax(query @ key.T * scaling + mask) @ value with both products in int8; the formula is in `attention.py`
+    (after SmoothQuant, Xiao et al., arXiv:2211.10438, section 4).
+
+    query: [B, H, T, D] float. key: [B, KV, S, D] float. value: [B, KV, S, Dv] float. Query head h reads key and
+        value head h // (H / KV). None of them is modified.
+    mask: [B, H, T, S], or 1 in place of any of these: float, added to the scores, or bool, True where a query may
+        attend; None if everywhere. A causal attention needs its mask.
+    scaling: of the scores, usually D ** -0.5. softcap: bounds them before the mask, as softcap * tanh(score / softcap).
+    Returns: [B, H, T, Dv] of query's dtype; zeros for a row whose mask is False or -inf everywhere.
+    Memory: a few blocks of 16 MiB and the codes, whatever T and S.
+    Raises: QuantizeError for shapes that do not go together or operands that are not floating point; OctavoError when
+        a gradient is computed through it: it is for inference.
+    """
+    return _int8_attention(autocast(query), key, value, mask, scaling, softcap)
+
+
 def straight_through(y: Tensor, x: Tensor, weight: Tensor, weight_scale: Tensor) -> Tensor:
     """`y` with the gradient to `x` that a linear layer with the dequantized weight has: rounding passes it unchanged
     (the straight-through estimator, Bengio et al., arXiv:1308.3432)."""
     if torch.is_grad_enabled() and x.requires_grad:
-        return _StraightThrough.apply(y, x, weight, weight_scale)  # type: ignore[no-any-return, no-untyped-call]
+        return _straight_through(y, x, weight, weight_scale)
     return y
-
-
-class _StraightThrough(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, y, x, weight, weight_scale):  # type: ignore[no-untyped-def, override]
-        ctx.save_for_backward(weight, weight_scale)
-        ctx.dtype = x.dtype
-        return y.view_as(y)
-
-    @staticmethod
-    def backward(ctx, grad):  # type: ignore[no-untyped-def, override]
-        return grad, reference.linear_input_gradient(grad, *ctx.saved_tensors).to(ctx.dtype), None, None
 
 
 def autocast(x: Tensor) -> Tensor:
@@ -277,12 +299,25 @@ def _static_fake(x: Tensor, input_scale: Tensor) -> Tensor:
     return x.new_empty(x.shape, dtype=torch.int8)
 
 
+@torch.library.register_fake("octavo::straight_through", lib=_library)
+def _straight_through_fake(y: Tensor, x: Tensor, weight: Tensor, weight_scale: Tensor) -> Tensor:
+    return torch.empty_like(y)
+
+
 @torch.library.register_fake("octavo::w8a8_linear", lib=_library)
 def _w8a8_linear_fake(
     x: Tensor, x_scale: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, dtype: torch.dtype
 ) -> Tensor:
     reference.check_codes(x, weight)
     return x.new_empty((*x.shape[:-1], weight.shape[0]), dtype=dtype)
+
+
+@torch.library.register_fake("octavo::int8_attention", lib=_library)
+def _int8_attention_fake(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float, softcap: float | None = None
+) -> Tensor:
+    attention.check_heads(query, key, value, mask)
+    return query.new_empty((*query.shape[:3], value.shape[3]))
 
 
 # -- gradients: to the input and the bias, so that adapters can be trained on a frozen int8 base ---------------------
@@ -373,6 +408,31 @@ def _w8a8_linear_backward(ctx, grad):  # type: ignore[no-untyped-def]
 
 torch.library.register_autograd(
     "octavo::w8a8_linear", _w8a8_linear_backward, setup_context=_save_w8a8_linear, lib=_library
+)
+
+
+def _int8_attention_backward(ctx, grad):  # type: ignore[no-untyped-def]
+    raise OctavoError(
+        "a gradient through int8 attention was asked for, which is for inference; train with float attention "
+        "(model.set_attn_implementation('sdpa'))"
+    )
+
+
+torch.library.register_autograd("octavo::int8_attention", _int8_attention_backward, lib=_library)
+
+
+def _save_straight_through(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    _, x, weight, weight_scale = inputs
+    ctx.save_for_backward(weight, weight_scale)
+    ctx.dtype = x.dtype
+
+
+def _straight_through_backward(ctx, grad):  # type: ignore[no-untyped-def]
+    return grad, reference.linear_input_gradient(grad, *ctx.saved_tensors).to(ctx.dtype), None, None
+
+
+torch.library.register_autograd(
+    "octavo::straight_through", _straight_through_backward, setup_context=_save_straight_through, lib=_library
 )
 
 

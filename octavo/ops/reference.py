@@ -21,6 +21,8 @@ __all__ = [
     "accumulator",
     "check_input",
     "conv_input_gradient",
+    "in_full_precision",
+    "int8_matmul",
     "linear_input_gradient",
     "quantize_per_tensor",
     "quantize_per_token",
@@ -43,7 +45,7 @@ _QMAX = 127
 _Rest = ParamSpec("_Rest")
 
 
-def _in_full_precision(compute: Callable[Concatenate[Tensor, _Rest], Tensor]) -> Callable[..., Tensor]:
+def in_full_precision(compute: Callable[Concatenate[Tensor, _Rest], Tensor]) -> Callable[..., Tensor]:
     """Keep autocast out of `compute`: it would round the products to 16 bits before the scale is applied to them."""
 
     @functools.wraps(compute)
@@ -54,7 +56,7 @@ def _in_full_precision(compute: Callable[Concatenate[Tensor, _Rest], Tensor]) ->
     return run
 
 
-@_in_full_precision
+@in_full_precision
 def w8a16_linear(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None) -> Tensor:
     check_input(x, weight)
     n, k = weight.shape
@@ -104,7 +106,7 @@ def _codes(x: Tensor, scale: Tensor) -> Tensor:
     return (x.float() / scale).round_().clamp_(-_QMAX, _QMAX).to(torch.int8).contiguous()
 
 
-@_in_full_precision
+@in_full_precision
 def w8a8_linear(
     x: Tensor, x_scale: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, dtype: torch.dtype
 ) -> Tensor:
@@ -142,7 +144,7 @@ def int8_matmul(x: Tensor, weight: Tensor) -> Tensor:
     return y
 
 
-@_in_full_precision
+@in_full_precision
 def linear_input_gradient(grad: Tensor, weight: Tensor, weight_scale: Tensor) -> Tensor:
     """dx = (grad * scale) @ codes: grad [..., N] float -> [..., K] of grad's dtype."""
     wide = accumulator(grad)
@@ -153,7 +155,7 @@ def linear_input_gradient(grad: Tensor, weight: Tensor, weight_scale: Tensor) ->
     return dx.to(grad.dtype)
 
 
-@_in_full_precision
+@in_full_precision
 def w8a16_conv(
     x: Tensor,
     weight: Tensor,
@@ -172,7 +174,7 @@ def w8a16_conv(
     return _finish(y, weight_scale, bias, x.dtype)
 
 
-@_in_full_precision
+@in_full_precision
 def w8a16_conv_transpose(
     x: Tensor,
     weight: Tensor,
@@ -191,7 +193,7 @@ def w8a16_conv_transpose(
     return _finish(y, weight_scale, bias, x.dtype)
 
 
-@_in_full_precision
+@in_full_precision
 def conv_input_gradient(
     grad: Tensor,
     x: Tensor,

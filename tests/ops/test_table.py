@@ -12,7 +12,7 @@ from torch import Tensor
 
 from octavo import ops
 from octavo.errors import QuantizeError
-from octavo.ops import OPS, backends, reference
+from octavo.ops import OPS, attention, backends, reference
 from octavo.primitives import quantize_weight
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -89,6 +89,18 @@ def int8_linear(dtype: torch.dtype, grad: bool) -> list[tuple[Any, ...]]:
     return [*samples, (*ops.quantize_per_tensor(torch.randn(2, 3, 12)), codes, scale, None, dtype)]
 
 
+def int8_attention(dtype: torch.dtype, grad: bool) -> list[tuple[Any, ...]]:
+    """Without a gradient, which is refused."""
+    q, k, v = (torch.randn(2, heads, tokens, 8).to(dtype) for heads, tokens in ((4, 3), (2, 5), (2, 5)))
+    allowed = torch.rand(2, 1, 3, 5) < 0.7
+    return [
+        (q, k, v, None, 0.3),
+        (q, k, v, allowed, 0.3, 2.0),
+        (q.transpose(1, 2).contiguous().transpose(1, 2), k, v[..., :6], torch.randn(1, 4, 1, 5), 0.3),
+        (q[:, :, :0], k, v, None, 0.3),
+    ]
+
+
 SAMPLES: dict[str, Callable[[torch.dtype, bool], list[tuple[Any, ...]]]] = {
     "w8a16_linear": linear,
     "w8a16_conv": conv,
@@ -98,6 +110,7 @@ SAMPLES: dict[str, Callable[[torch.dtype, bool], list[tuple[Any, ...]]]] = {
     "quantize_per_tensor": activations,
     "quantize_static": static_activations,
     "w8a8_linear": int8_linear,
+    "int8_attention": int8_attention,
 }
 
 WITHOUT_GRADIENT = {"quantize_per_token", "quantize_per_tensor", "quantize_static"}
@@ -127,7 +140,7 @@ def test_every_op_has_reference_and_fake_for_every_device(name: str) -> None:
     assert torch._C._dispatch_has_kernel_for_dispatch_key(full, "Meta")
     assert torch._C._dispatch_has_kernel_for_dispatch_key(full, "Autograd") == (name not in WITHOUT_GRADIENT)
     assert torch._C._dispatch_has_computed_kernel_for_dispatch_key(full, "CUDA")
-    assert callable(getattr(reference, name))
+    assert callable(getattr(attention if name == "int8_attention" else reference, name))
 
 
 @pytest.mark.parametrize("name", OPS)

@@ -1,0 +1,128 @@
+"""Attention with both of its products in int8, in plain torch: right on every device.
+
+SmoothQuant's BMM (Xiao et al., arXiv:2211.10438, section 4), with scales found on the fly:
+
+    q, k, v         codes of query, key and value, a scale for each token of a head: sq [T, 1], sk [S, 1], sv [S, 1]
+    scores          (q @ k.T) * sq * sk.T * scaling                an exact int32 sum over D, then fp32
+    probabilities   softmax(softcap(scores) + mask)                fp32
+    p, sp [T, 1]    codes of probabilities * sv.T, a scale a row   so that sv, which varies along the sum, is inside it
+    result          (p @ v) * sp                                   an exact int32 sum over S, then fp32
+
+With a scale a token no token changes how another one is rounded: what padding holds and what comes later has no effect,
+and a key-value cache gives what computing everything anew gives. Folding sv into the probabilities before they are
+rounded spends their 127 steps on what reaches the result: a first token that draws most of the attention has a small
+value in most models, and would otherwise leave few steps for the rest.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from octavo.errors import QuantizeError
+from octavo.ops.reference import check_rows, in_full_precision, int8_matmul, quantize_per_token
+
+__all__ = ["check_heads", "fake_int8_attention", "int8_attention"]
+
+_BLOCK_SCORES = 1 << 22
+"""Rows of the query are taken in blocks of this many scores (16 MiB in fp32, a few of which live at a time)."""
+
+
+@in_full_precision
+def int8_attention(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float, softcap: float | None = None
+) -> Tensor:
+    check_heads(query, key, value, mask)
+    (batch, heads, rows, _), (kv_heads, tokens) = query.shape, key.shape[1:3]
+    # Heads that share a key stand below each other: [batch * kv_heads, heads / kv_heads * rows, ...].
+    q, q_scale = (_by_key(part, kv_heads) for part in quantize_per_token(query))
+    k, k_scale = (part.flatten(0, 1) for part in quantize_per_token(key))
+    v, v_scale = (part.flatten(0, 1) for part in quantize_per_token(value))
+    y = query.new_empty((batch, heads, rows, value.shape[3]))
+    step = max(1, _BLOCK_SCORES // max(1, batch * heads * tokens))
+    for start in range(0, rows, step):
+        block = slice(start, min(start + step, rows))
+        shape = (batch, heads, block.stop - start)
+        scores = _products(q[:, :, block].flatten(1, 2), k) * q_scale[:, :, block].flatten(1, 2)
+        scores *= k_scale.mT * scaling
+        weights = _probabilities(scores.view(*shape, tokens), _rows_of(mask, block), softcap)
+        p, p_scale = quantize_per_token(weights.view(scores.shape) * v_scale.mT)
+        y[:, :, block] = (_products(p, v.mT) * p_scale).view(*shape, value.shape[3])
+    return y
+
+
+@in_full_precision
+def fake_int8_attention(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float, softcap: float | None = None
+) -> Tensor:
+    """What `int8_attention` computes, simulated in float: every operand is rounded to its codes and multiplied back.
+
+    Arguments and result are those of `octavo.ops.int8_attention`; the two agree to the rounding of fp32 sums.
+    """
+    check_heads(query, key, value, mask)
+    shared = query.shape[1] // key.shape[1]
+    v, v_scale = (part.repeat_interleave(shared, 1) for part in quantize_per_token(value))
+    scores = _rounded(query) @ _rounded(key).repeat_interleave(shared, 1).mT * scaling
+    weights = _rounded(_probabilities(scores, mask, softcap) * v_scale.mT)
+    return (weights @ v.float()).to(query.dtype)
+
+
+def check_heads(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> None:
+    """Raise QuantizeError unless the shapes are those of one attention: see `octavo.ops.int8_attention`."""
+    for name, x in (("query", query), ("key", key), ("value", value)):
+        check_rows(x)
+        if x.dim() != 4:
+            raise QuantizeError(f"{name}: shape is {list(x.shape)}, expected [batch, heads, tokens, head size]")
+    batch, heads, rows, size = query.shape
+    _, kv_heads, tokens, _ = key.shape
+    if (
+        key.shape != (batch, kv_heads, tokens, size)
+        or value.shape[:3] != (batch, kv_heads, tokens)
+        or (heads % kv_heads if kv_heads else heads)
+    ):
+        raise QuantizeError(
+            f"key and value: shapes are {list(key.shape)} and {list(value.shape)}, expected [{batch}, KV, S, {size}] "
+            f"and [{batch}, KV, S, any] with {heads} a multiple of KV, for a query of shape {list(query.shape)}"
+        )
+    if mask is not None and not _broadcasts(mask, (batch, heads, rows, tokens)):
+        raise QuantizeError(
+            f"mask: shape is {list(mask.shape)}, expected [{batch}, {heads}, {rows}, {tokens}] or 1 in place of any of "
+            "these"
+        )
+
+
+def _broadcasts(mask: Tensor, shape: tuple[int, ...]) -> bool:
+    return mask.dim() == 4 and all(has in (1, wanted) for has, wanted in zip(mask.shape, shape, strict=True))
+
+
+def _by_key(x: Tensor, kv_heads: int) -> Tensor:
+    """[batch, heads, rows, n] -> [batch * kv_heads, heads / kv_heads, rows, n]."""
+    batch, heads, *rest = x.shape
+    return x.view(batch * kv_heads, heads // max(1, kv_heads), *rest)
+
+
+def _products(x: Tensor, weight: Tensor) -> Tensor:
+    """x @ weight.mT for each matrix of a batch, exact, in fp32: int8 [B, M, K], int8 [B, N, K] -> [B, M, N]."""
+    y = torch.empty((*x.shape[:2], weight.shape[1]), dtype=torch.float32, device=x.device)
+    for into, rows, columns in zip(y, x, weight, strict=True):
+        into.copy_(int8_matmul(rows, columns))
+    return y
+
+
+def _rows_of(mask: Tensor | None, block: slice) -> Tensor | None:
+    return mask if mask is None or mask.shape[2] == 1 else mask[:, :, block]
+
+
+def _probabilities(scores: Tensor, mask: Tensor | None, softcap: float | None) -> Tensor:
+    """softmax over the last axis, in fp32; zeros for a row that may attend to nothing (every score -inf)."""
+    if softcap is not None:
+        scores = (scores / softcap).tanh_() * softcap
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
+    nowhere = (scores == -torch.inf).all(-1, keepdim=True)
+    return scores.softmax(-1).masked_fill_(nowhere, 0)
+
+
+def _rounded(x: Tensor) -> Tensor:
+    codes, scale = quantize_per_token(x)
+    return codes * scale
