@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from octavo.layers import kind_of
-from octavo.modules import QuantConvTranspose, QuantModule, TiedQuantEmbedding, TiedQuantLinear
+from octavo.modules import QuantConvTranspose, QuantExperts, QuantModule, TiedQuantEmbedding, TiedQuantLinear
 from octavo.tables import Table, human_bytes, human_percent, in_general, render
 
 __all__ = ["REASONS_ATTRIBUTE", "Coverage", "Row", "coverage", "why_float"]
@@ -186,6 +186,8 @@ def _int8_rows(prefix: str, module: QuantModule, owners: dict[int, str]) -> Iter
 
 def _float_shape(module: QuantModule, codes: Tensor) -> tuple[int, ...]:
     """The shape that the parameter had before its output channels were brought to the front."""
+    if isinstance(module, QuantExperts):
+        return tuple(module.spec.rows(codes).shape)
     n, *rest = codes.shape
     if module.replaces == "Conv1D":
         return (*rest, n)

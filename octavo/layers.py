@@ -7,6 +7,7 @@
     Conv1d/2d/3d        weight [N, C/groups, *k]                    QuantConv                 [N, C/groups, *k]
     ConvTranspose1d..   weight [C, N/groups, *k]                    QuantConvTranspose        [N, C/groups, *k]
     Embedding           weight [V, H] (opt-in)                      QuantEmbedding            [V, H]
+    Experts             3-D weights, see octavo.experts             QuantExperts              [E, N, K]
     MultiheadAttention  in_proj_weight [3E, E] or q/k/v_proj_weight QuantMultiheadAttention   as the parameter
 
 Codes have the output channels first, so that a scale always belongs to a row. To add a kind: one row here, one
@@ -18,10 +19,12 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 
+import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from octavo import modules
+from octavo.experts import spec_of
 from octavo.primitives import quantize_weight
 from octavo.recipe import Scheme, WeightArgs
 
@@ -53,6 +56,7 @@ class LayerKind:
     rows: brings a parameter into the layout of its codes, output channels first.
     per_group: whether its weight has a K axis that can be cut into groups.
     int8_input: whether it can have int8 inputs; the others take the weight's part of such a scheme.
+    static_input: whether their scale can be static.
     """
 
     name: str
@@ -62,21 +66,26 @@ class LayerKind:
     rows: Callable[[Tensor, nn.Module], Tensor] = _as_is
     per_group: bool = False
     int8_input: bool = False
+    static_input: bool = False
 
     def params_of(self, layer: nn.Module) -> tuple[str, ...]:
         """The parameters of `layer` that become int8."""
-        return tuple(name for name in self.params if getattr(layer, name, None) is not None)
+        spec = spec_of(layer) if self.name == EXPERTS else None
+        params = spec.params if spec else self.params
+        return tuple(name for name in params if getattr(layer, name, None) is not None)
 
     def effective(self, scheme: Scheme) -> Scheme:
         """`scheme` as this kind can have it: w8a16 where inputs stay float, per_channel where there is no K axis."""
         if self.int8_input:
-            return scheme
+            scheme = scheme.as_dynamic() if scheme.is_static and not self.static_input else scheme
+            per_group = scheme.weight.group_size is not None and not self.per_group
+            return Scheme(scheme.name) if per_group else scheme
         in_groups = self.per_group and scheme.weight.group_size is not None
         return Scheme("w8a16", scheme.weight if in_groups else WeightArgs())
 
     def module_for(self, scheme: Scheme) -> type[modules.QuantModule]:
         """The class of the int8 layer under an effective scheme."""
-        if scheme.input is None:
+        if scheme.input is None or self.name == EXPERTS:
             return self.module
         return modules.DynamicQuantLinear if scheme.input.dynamic else modules.StaticQuantLinear
 
@@ -85,6 +94,8 @@ class LayerKind:
     ) -> tuple[Tensor, Tensor]:
         """Codes (int8, output channels first) and scale (fp32) of `weight`, the parameter `param` of `layer`."""
         args = self.effective(scheme).weight
+        if self.name == EXPERTS:
+            return _quantize_experts(layer, weight, args, name)
         rows = self.rows(weight, layer)
         codes, scale = quantize_weight(rows, args.granularity, group_size=args.group_size, name=name)
         if args.granularity == "per_tensor":  # as the scale of every row, so that ops and files know one shape less
@@ -92,11 +103,28 @@ class LayerKind:
         return codes, scale
 
 
+EXPERTS = "Experts"
+
+
+def _quantize_experts(layer: nn.Module, weight: Tensor, args: WeightArgs, name: str) -> tuple[Tensor, Tensor]:
+    """One expert after the other: codes int8 [E, N, K], scale fp32 [E, N, 1]."""
+    spec = spec_of(layer)
+    assert spec is not None
+    rows = spec.rows(weight)
+    codes = torch.empty(rows.shape, dtype=torch.int8, device=weight.device)
+    scale = torch.empty((*rows.shape[:2], 1), dtype=torch.float32, device=weight.device)
+    for e in range(len(rows)):
+        codes[e], scale[e] = quantize_weight(rows[e], args.granularity, name=f"{name}[{e}]")
+    return codes, scale
+
+
 KINDS: tuple[LayerKind, ...] = (
     LayerKind(
         "Linear", ("Linear", "NonDynamicallyQuantizableLinear"), modules.QuantLinear, per_group=True, int8_input=True
     ),
-    LayerKind("Conv1D", ("Conv1D",), modules.QuantLinear, rows=_transposed, per_group=True, int8_input=True),
+    LayerKind(
+        "Conv1D", ("Conv1D",), modules.QuantLinear, rows=_transposed, per_group=True, int8_input=True, static_input=True
+    ),
     LayerKind("Conv1d", ("Conv1d",), modules.QuantConv),
     LayerKind("Conv2d", ("Conv2d",), modules.QuantConv),
     LayerKind("Conv3d", ("Conv3d",), modules.QuantConv),
@@ -104,6 +132,7 @@ KINDS: tuple[LayerKind, ...] = (
     LayerKind("ConvTranspose2d", ("ConvTranspose2d",), modules.QuantConvTranspose, rows=_output_channels_first),
     LayerKind("ConvTranspose3d", ("ConvTranspose3d",), modules.QuantConvTranspose, rows=_output_channels_first),
     LayerKind("Embedding", ("Embedding",), modules.QuantEmbedding),
+    LayerKind(EXPERTS, (), modules.QuantExperts, params=(), int8_input=True),
     LayerKind(
         "MultiheadAttention",
         ("MultiheadAttention",),
@@ -121,6 +150,9 @@ _KEPT = ("bias", "in_proj_bias", "bias_k", "bias_v")
 """Float parameters that an int8 layer takes over as they are."""
 
 
+_EXPERTS_KIND = next(kind for kind in KINDS if kind.name == EXPERTS)
+
+
 def kind_of(layer: nn.Module) -> LayerKind | None:
     """The row of the table that `layer` is an instance of, by its class or a base class; None if there is none."""
     for base in type(layer).__mro__:
@@ -128,11 +160,25 @@ def kind_of(layer: nn.Module) -> LayerKind | None:
             for kind in KINDS:
                 if base.__name__ in kind.classes:
                     return kind
+    return _EXPERTS_KIND if spec_of(layer) is not None else None
+
+
+def _why_not_experts(layer: nn.Module) -> str | None:
+    if "forward" in layer.__dict__:
+        return "its forward was replaced on the instance (by accelerate's hooks, for one); quantize before dispatching"
+    spec = spec_of(layer)
+    assert spec is not None
+    for param in spec.params:
+        dtype = getattr(layer, param).dtype
+        if not dtype.is_floating_point or dtype.itemsize == 1:
+            return f"its {param} is {dtype}, already a low-precision type"
     return None
 
 
 def why_not(layer: nn.Module, kind: LayerKind) -> str | None:
     """The reason why `layer`, of that kind, cannot be swapped for its int8 layer; None if it can."""
+    if kind.name == EXPERTS:
+        return _why_not_experts(layer)
     if parametrize.is_parametrized(layer):
         return "its weight is computed by a parametrization (weight_norm, ...); remove_parametrizations first"
     known = next(

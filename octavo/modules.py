@@ -6,6 +6,7 @@
     QuantConv                nn.Conv1d/2d/3d
     QuantConvTranspose       nn.ConvTranspose1d/2d/3d
     QuantEmbedding           nn.Embedding
+    QuantExperts             a stack of experts, their weights 3-D: [E, N, K] here
     QuantMultiheadAttention  nn.MultiheadAttention: its packed input projections; its out_proj is a QuantLinear
     TiedQuantLinear,         a layer whose weight is another's: it holds no codes of its own, in memory or on disk
     TiedQuantEmbedding
@@ -16,6 +17,7 @@ their dtypes under `.half()`, `.to(dtype)` and autocast. A bias stays the float 
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -25,6 +27,7 @@ from torch.nn import functional as F
 
 from octavo import ops
 from octavo.errors import QuantizeError
+from octavo.experts import spec_of
 from octavo.inputs import SharedInput
 from octavo.primitives import dequantize
 from octavo.recipe import Scheme
@@ -34,6 +37,7 @@ __all__ = [
     "QuantConv",
     "QuantConvTranspose",
     "QuantEmbedding",
+    "QuantExperts",
     "QuantLinear",
     "QuantModule",
     "QuantMultiheadAttention",
@@ -373,6 +377,76 @@ class QuantConvTranspose(QuantConv):
             self.groups,
         )  # fmt: skip
         return y if batched else y.squeeze(0)
+
+
+class QuantExperts(QuantModule):
+    """A stack of experts with int8 weights; a token's rows are sorted by expert, and experts without rows not touched.
+
+    Each up and down weight of the float layer: int8 [E, N, K], output channels before input channels, with a scale
+    fp32 [E, N, 1]. Biases, activation, norm and settings are the float layer's; so is the gate between the projections.
+    """
+
+    def __init__(self, layer: nn.Module, codes: Codes, scheme: Scheme, float_dtype: torch.dtype) -> None:
+        super().__init__(layer, codes, scheme, float_dtype)
+        spec = spec_of(layer)
+        assert spec is not None
+        self.spec = spec
+        self.source_class = type(layer)
+        for name, value in vars(layer).items():  # what its gate may ask for
+            if name not in vars(self):
+                setattr(self, name, value)
+        for name, parameter in layer._parameters.items():
+            if name not in codes and name not in self._parameters:
+                self.register_parameter(name, parameter)
+        for name, child in layer._modules.items():
+            self.add_module(name, child)
+        self._names = list(inspect.signature(type(layer).forward).parameters)[1:]
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        """As the float layer's: see `octavo.experts.Routing`."""
+        given = dict(zip(self._names, args, strict=False)) | kwargs
+        x, *routing = (given[name] for name in self._names if name in given)
+        experts = next(self.buffers()).shape[0]
+        if self.spec.routing == "sorted":
+            per_expert = x.shape[0] // experts
+            ends = torch.arange(1, experts + 1, dtype=torch.int32, device=x.device) * per_expert
+            return self._run(x, torch.arange(len(x), device=x.device), ends)
+        index = routing[0]
+        top_k = index.shape[-1]
+        expert, order = index.reshape(-1).sort(stable=True)
+        # Not bincount: its result has as many entries as the largest index, which no compiler can know. An index of E
+        # or above (expert parallelism's sign for another process's) belongs to no expert, and sorts behind all.
+        counts = (expert.unsqueeze(1) == torch.arange(experts, device=x.device)).sum(0, dtype=torch.int32)
+        y = self._run(x, order // top_k, counts.cumsum(0, dtype=torch.int32))
+        by_token = torch.empty_like(y).index_copy_(0, order, y).view(*index.shape, y.shape[-1])
+        if self.spec.routing == "each":
+            return by_token
+        weighted = by_token.float() * routing[1].unsqueeze(-1).float()
+        return weighted.sum(-2).to(x.dtype)
+
+    def _run(self, x: Tensor, token: Tensor, ends: Tensor) -> Tensor:
+        """Rows x[token] [S, H], sorted by expert, through their experts: [S, H]."""
+        h = [self._project(x, name, self.spec.up_bias, ends, token) for name in self.spec.up]
+        gated = self.spec.gate(self, h[0] if len(h) == 1 else torch.cat(h, -1))
+        y = self._project(gated, self.spec.down, self.spec.down_bias, ends, None)
+        return y if self.spec.norm is None else getattr(self, self.spec.norm)(y)
+
+    def _project(self, x: Tensor, name: str, bias_name: str | None, ends: Tensor, token: Tensor | None) -> Tensor:
+        weight, scale = getattr(self, name), getattr(self, f"{name}_scale")
+        bias = None if bias_name is None else getattr(self, bias_name)
+        rows = x if token is None else x[token]
+        if self.scheme.input is None:
+            return ops.w8a16_experts_linear(rows, ends, weight, scale, bias)
+        cast = ops.autocast(x)
+        codes, x_scale = ops.quantize_per_token(cast)  # before they are gathered: a token's rows are all the same
+        if token is not None:
+            codes, x_scale = codes[token], x_scale[token]
+        y = ops.w8a8_experts_linear(codes, x_scale, ends, weight, scale, bias, cast.dtype)
+        return ops.straight_through(y, rows, weight, scale, ends)
+
+    def extra_repr(self) -> str:
+        shapes = ", ".join(f"{name}={list(codes.shape)}" for name, (codes, _) in self.codes().items())
+        return f"{self.source_class.__name__}, {shapes}, {self.scheme}"
 
 
 class QuantMultiheadAttention(QuantModule):

@@ -213,6 +213,8 @@ def _decide(name: str, layer: nn.Module, kind: LayerKind, label: str, recipe: Re
         decision.scheme = kind.effective(wanted)
         if wanted.input and not decision.scheme.input:
             decision.note = f"the inputs of a {label} stay float"
+        elif wanted.is_static and not decision.scheme.is_static:
+            decision.note = f"the inputs of {label} have dynamic scales"
     return decision
 
 

@@ -52,8 +52,10 @@ DEFAULT_TARGETS = (
     "ConvTranspose2d",
     "ConvTranspose3d",
     "MultiheadAttention",
+    "Experts",
 )
-"""Layer kinds that a preset quantizes. `Conv1D` is transformers' transposed linear layer (GPT-2)."""
+"""Layer kinds that a preset quantizes. `Conv1D` is transformers' transposed linear layer (GPT-2), `Experts` a stack of
+experts with 3-D weights."""
 
 OPT_IN_TARGETS = ("Embedding", "OutputHead")
 """Layer kinds quantized only when `include` (or `targets`) names them, or a module of theirs."""

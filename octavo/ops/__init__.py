@@ -7,6 +7,10 @@
     w8a16_embedding         [...] int             int8 [V, H]           fp32 [V, 1]    [..., H] dtype asked for
     w8a8_linear             [..., K] int8         int8 [N, K]           fp32 [N, 1]    [..., N] dtype asked for
 
+    op                      x, sorted by expert   ends            weight (codes)   weight_scale    result
+    w8a16_experts_linear    [S, K] float          int32 [E]       int8 [E, N, K]   fp32 [E, N, 1]  [S, N] dtype of x
+    w8a8_experts_linear     [S, K] int8           int32 [E]       int8 [E, N, K]   fp32 [E, N, 1]  [S, N] as asked
+
     op                      x                     result
     quantize_per_token      [..., K] float        int8 [..., K], scale fp32 [..., 1]
     quantize_per_tensor     [..., K] float        int8 [..., K], scale fp32 [1]
@@ -53,6 +57,7 @@ __all__ = [
     "w8a16_conv",
     "w8a16_conv_transpose",
     "w8a16_embedding",
+    "w8a16_experts_linear",
     "w8a16_linear",
 ]
 
@@ -69,6 +74,11 @@ OPS: dict[str, str] = {
     "quantize_per_token": "(Tensor x) -> (Tensor, Tensor)",
     "quantize_per_tensor": "(Tensor x) -> (Tensor, Tensor)",
     "quantize_static": "(Tensor x, Tensor input_scale) -> Tensor",
+    "w8a16_experts_linear": "(Tensor x, Tensor ends, Tensor weight, Tensor weight_scale, Tensor? bias) -> Tensor",
+    "w8a8_experts_linear": (
+        "(Tensor x, Tensor x_scale, Tensor ends, Tensor weight, Tensor weight_scale, Tensor? bias, ScalarType dtype) "
+        "-> Tensor"
+    ),
     "w8a8_linear": (
         "(Tensor x, Tensor x_scale, Tensor weight, Tensor weight_scale, Tensor? bias, ScalarType dtype) -> Tensor"
     ),
@@ -85,8 +95,8 @@ for _name, _schema in OPS.items():
     _library.impl(_name, _body, "CompositeExplicitAutograd")
 
 # No kernel of ours, only a gradient: it is not in the table.
-_library.define("straight_through(Tensor y, Tensor x, Tensor weight, Tensor weight_scale) -> Tensor")
-_library.impl("straight_through", lambda y, x, weight, weight_scale: y.clone(), "CompositeExplicitAutograd")
+_library.define("straight_through(Tensor y, Tensor x, Tensor weight, Tensor weight_scale, Tensor? ends) -> Tensor")
+_library.impl("straight_through", lambda y, x, weight, weight_scale, ends: y.clone(), "CompositeExplicitAutograd")
 
 _straight_through = torch.ops.octavo.straight_through.default
 _linear = torch.ops.octavo.w8a16_linear.default
@@ -97,6 +107,8 @@ _per_token = torch.ops.octavo.quantize_per_token.default
 _per_tensor = torch.ops.octavo.quantize_per_tensor.default
 _static = torch.ops.octavo.quantize_static.default
 _w8a8_linear = torch.ops.octavo.w8a8_linear.default
+_experts_linear = torch.ops.octavo.w8a16_experts_linear.default
+_int8_experts_linear = torch.ops.octavo.w8a8_experts_linear.default
 _int8_attention = torch.ops.octavo.int8_attention.default
 
 
@@ -161,6 +173,33 @@ def w8a16_embedding(indices: Tensor, weight: Tensor, weight_scale: Tensor, dtype
     return _embedding(indices, weight, weight_scale, dtype)
 
 
+def w8a16_experts_linear(
+    x: Tensor, ends: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None = None
+) -> Tensor:
+    """A linear layer of each expert for the rows that were routed to it; only the experts that have rows are touched.
+
+    x: [S, K] float, sorted by expert. ends: int32 [E], expert e has rows ends[e - 1] to ends[e] (as torch's
+    `_grouped_mm` takes them). weight: int8 [E, N, K]. weight_scale: fp32 [E, N, 1]. bias: [E, N] float, or None.
+    Returns: [S, N] of x's dtype; zeros for rows past the last end.
+    Raises: QuantizeError if x is not floating point or its last size is not K.
+    """
+    return _experts_linear(autocast(x), ends, weight, weight_scale, bias)
+
+
+def w8a8_experts_linear(
+    x: Tensor, x_scale: Tensor, ends: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None,
+    dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
+    """The same with int8 inputs: `w8a8_linear` of each expert for the rows that were routed to it.
+
+    x: int8 [S, K], sorted by expert. x_scale: fp32 [S, 1]. ends: int32 [E]. weight: int8 [E, N, K].
+    weight_scale: fp32 [E, N, 1]. bias: [E, N] float, or None.
+    Returns: [S, N] of `dtype`; zeros for rows past the last end.
+    Raises: QuantizeError if x is not int8 or its last size is not K.
+    """
+    return _int8_experts_linear(x, x_scale, ends, weight, weight_scale, bias, dtype)
+
+
 def quantize_per_token(x: Tensor) -> tuple[Tensor, Tensor]:
     """Codes of an activation, with a scale for each row: scale = amax|x| / 127 over K, in fp32; 1 for a row of zeros.
 
@@ -217,11 +256,11 @@ def int8_attention(
     return _int8_attention(autocast(query), key, value, mask, scaling, softcap)
 
 
-def straight_through(y: Tensor, x: Tensor, weight: Tensor, weight_scale: Tensor) -> Tensor:
+def straight_through(y: Tensor, x: Tensor, weight: Tensor, weight_scale: Tensor, ends: Tensor | None = None) -> Tensor:
     """`y` with the gradient to `x` that a linear layer with the dequantized weight has: rounding passes it unchanged
-    (the straight-through estimator, Bengio et al., arXiv:1308.3432)."""
+    (the straight-through estimator, Bengio et al., arXiv:1308.3432). ends: of a linear layer of experts."""
     if torch.is_grad_enabled() and x.requires_grad:
-        return _straight_through(y, x, weight, weight_scale)
+        return _straight_through(y, x, weight, weight_scale, ends)
     return y
 
 
@@ -299,8 +338,21 @@ def _static_fake(x: Tensor, input_scale: Tensor) -> Tensor:
     return x.new_empty(x.shape, dtype=torch.int8)
 
 
+@torch.library.register_fake("octavo::w8a16_experts_linear", lib=_library)
+def _experts_linear_fake(x: Tensor, ends: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None) -> Tensor:
+    return x.new_empty((x.shape[0], weight.shape[1]))
+
+
+@torch.library.register_fake("octavo::w8a8_experts_linear", lib=_library)
+def _int8_experts_linear_fake(
+    x: Tensor, x_scale: Tensor, ends: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None,
+    dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
+    return x.new_empty((x.shape[0], weight.shape[1]), dtype=dtype)
+
+
 @torch.library.register_fake("octavo::straight_through", lib=_library)
-def _straight_through_fake(y: Tensor, x: Tensor, weight: Tensor, weight_scale: Tensor) -> Tensor:
+def _straight_through_fake(y: Tensor, x: Tensor, weight: Tensor, weight_scale: Tensor, ends: Tensor | None) -> Tensor:
     return torch.empty_like(y)
 
 
@@ -421,14 +473,54 @@ def _int8_attention_backward(ctx, grad):  # type: ignore[no-untyped-def]
 torch.library.register_autograd("octavo::int8_attention", _int8_attention_backward, lib=_library)
 
 
+def _save_experts_linear(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    _, ends, weight, weight_scale, bias = inputs
+    ctx.save_for_backward(ends, weight, weight_scale)
+    ctx.bias_dtype = None if bias is None else bias.dtype
+
+
+def _experts_linear_backward(ctx, grad):  # type: ignore[no-untyped-def]
+    ends, weight, weight_scale = ctx.saved_tensors
+    dx = reference.experts_input_gradient(grad, ends, weight, weight_scale) if ctx.needs_input_grad[0] else None
+    return dx, None, None, None, _experts_bias_gradient(grad, ends, ctx.bias_dtype)
+
+
+def _save_int8_experts_linear(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    _, _, ends, _, _, bias, _ = inputs
+    ctx.save_for_backward(ends)
+    ctx.bias_dtype = None if bias is None else bias.dtype
+
+
+def _int8_experts_linear_backward(ctx, grad):  # type: ignore[no-untyped-def]
+    (ends,) = ctx.saved_tensors
+    return None, None, None, None, None, _experts_bias_gradient(grad, ends, ctx.bias_dtype), None
+
+
+def _experts_bias_gradient(grad: Tensor, ends: Tensor, dtype: torch.dtype | None) -> Tensor | None:
+    return None if dtype is None else reference.experts_bias_gradient(grad, ends).to(dtype)
+
+
+torch.library.register_autograd(
+    "octavo::w8a16_experts_linear", _experts_linear_backward, setup_context=_save_experts_linear, lib=_library
+)
+torch.library.register_autograd(
+    "octavo::w8a8_experts_linear", _int8_experts_linear_backward, setup_context=_save_int8_experts_linear, lib=_library
+)
+
+
 def _save_straight_through(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    _, x, weight, weight_scale = inputs
-    ctx.save_for_backward(weight, weight_scale)
+    _, x, weight, weight_scale, ends = inputs
+    ctx.save_for_backward(weight, weight_scale, ends)
     ctx.dtype = x.dtype
 
 
 def _straight_through_backward(ctx, grad):  # type: ignore[no-untyped-def]
-    return grad, reference.linear_input_gradient(grad, *ctx.saved_tensors).to(ctx.dtype), None, None
+    weight, weight_scale, ends = ctx.saved_tensors
+    if ends is None:
+        dx = reference.linear_input_gradient(grad, weight, weight_scale)
+    else:
+        dx = reference.experts_input_gradient(grad, ends, weight, weight_scale)
+    return grad, dx.to(ctx.dtype), None, None, None
 
 
 torch.library.register_autograd(

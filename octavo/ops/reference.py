@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Concatenate, ParamSpec
 
 import torch
@@ -21,6 +21,8 @@ __all__ = [
     "accumulator",
     "check_input",
     "conv_input_gradient",
+    "experts_bias_gradient",
+    "experts_input_gradient",
     "in_full_precision",
     "int8_matmul",
     "linear_input_gradient",
@@ -28,10 +30,12 @@ __all__ = [
     "quantize_per_token",
     "quantize_static",
     "rows_to_transposed",
+    "w8a8_experts_linear",
     "w8a8_linear",
     "w8a16_conv",
     "w8a16_conv_transpose",
     "w8a16_embedding",
+    "w8a16_experts_linear",
     "w8a16_linear",
 ]
 
@@ -142,6 +146,52 @@ def int8_matmul(x: Tensor, weight: Tensor) -> Tensor:
         part = slice(start, start + _EXACT_K)
         y += (x[:, part].float() @ weight[:, part].float().T).to(torch.int32)
     return y
+
+
+def w8a16_experts_linear(x: Tensor, ends: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None) -> Tensor:
+    check_input(x, weight[0])
+    y = x.new_zeros((len(x), weight.shape[1]))
+    for e, rows in _routed(ends):
+        y[rows] = w8a16_linear(x[rows], weight[e], weight_scale[e], None if bias is None else bias[e])
+    return y
+
+
+def w8a8_experts_linear(
+    x: Tensor, x_scale: Tensor, ends: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None,
+    dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
+    check_codes(x, weight[0])
+    y = x.new_zeros((len(x), weight.shape[1]), dtype=dtype)
+    for e, rows in _routed(ends):
+        y[rows] = w8a8_linear(
+            x[rows], x_scale[rows], weight[e], weight_scale[e], None if bias is None else bias[e], dtype
+        )
+    return y
+
+
+def experts_input_gradient(grad: Tensor, ends: Tensor, weight: Tensor, weight_scale: Tensor) -> Tensor:
+    """dx of a grouped linear layer: grad [S, N] float -> [S, K] of grad's dtype."""
+    dx = grad.new_zeros((len(grad), weight.shape[2]))
+    for e, rows in _routed(ends):
+        dx[rows] = linear_input_gradient(grad[rows], weight[e], weight_scale[e])
+    return dx
+
+
+def experts_bias_gradient(grad: Tensor, ends: Tensor) -> Tensor:
+    """The sum of each expert's rows: grad [S, N] float -> [E, N] of the dtype that sums are accumulated in."""
+    total = torch.zeros((len(ends), grad.shape[1]), dtype=accumulator(grad), device=grad.device)
+    for e, rows in _routed(ends):
+        total[e] = grad[rows].sum(0, dtype=total.dtype)
+    return total
+
+
+def _routed(ends: Tensor) -> Iterator[tuple[int, slice]]:
+    """The experts that have rows, and which."""
+    start = 0
+    for e, end in enumerate(ends.tolist()):
+        if end > start:
+            yield e, slice(start, end)
+        start = end
 
 
 @in_full_precision
