@@ -47,6 +47,7 @@ __all__ = [
     "perplexity",
     "quantize",
     "quantize_checkpoint",
+    "register_experts",
     "save",
     "smooth",
     "sqnr",

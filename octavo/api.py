@@ -17,6 +17,7 @@ from octavo.errors import RecipeError as RecipeError
 from octavo.evaluate import compare as compare
 from octavo.evaluate import perplexity as perplexity
 from octavo.evaluate import sqnr as sqnr
+from octavo.experts import register_experts as register_experts
 from octavo.integrations.hub import load as load
 from octavo.integrations.hub import quantize as quantize
 from octavo.integrations.hub import quantize_checkpoint as quantize_checkpoint

@@ -12,14 +12,17 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from octavo.experts import routers
 from octavo.layers import kind_of
 from octavo.modules import QuantConvTranspose, QuantExperts, QuantModule, TiedQuantEmbedding, TiedQuantLinear
 from octavo.tables import Table, human_bytes, human_percent, in_general, render
 
-__all__ = ["REASONS_ATTRIBUTE", "Coverage", "Row", "coverage", "why_float"]
+__all__ = ["REASONS_ATTRIBUTE", "ROUTER_REASON", "Coverage", "Row", "coverage", "why_float"]
 
 REASONS_ATTRIBUTE = "_octavo_reasons"
 """Attribute of a quantized model: {parameter name: (reason that it stayed float, whether the recipe asked for it)}."""
+
+ROUTER_REASON = "a router stays float"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,6 +141,7 @@ def coverage(model: nn.Module) -> Coverage:
     reasons: dict[str, tuple[str, bool]] = getattr(model, REASONS_ATTRIBUTE, {})
     rows: list[Row] = []
     owners: dict[int, str] = {}
+    deciding = routers(model)
     for prefix, module in model.named_modules():
         if isinstance(module, QuantModule):
             rows.extend(_int8_rows(prefix, module, owners))
@@ -148,7 +152,7 @@ def coverage(model: nn.Module) -> Coverage:
             kind = module.replaces if isinstance(module, QuantModule) else type(module).__name__
             tied = owners.get(id(parameter))
             owners.setdefault(id(parameter), name)
-            reason, asked = reasons.get(name) or why_float(module, parameter)
+            reason, asked = reasons.get(name) or why_float(module, parameter, router=prefix in deciding)
             rows.append(
                 Row(
                     name,
@@ -196,12 +200,14 @@ def _float_shape(module: QuantModule, codes: Tensor) -> tuple[int, ...]:
     return (n, *rest)
 
 
-def why_float(module: nn.Module, parameter: Tensor) -> tuple[str, bool]:
+def why_float(module: nn.Module, parameter: Tensor, *, router: bool = False) -> tuple[str, bool]:
     """Why `parameter` of `module` is float if no recipe says it; and whether that is what one would ask for."""
     if isinstance(module, (nn.RNNBase, nn.RNNCellBase)):
         return f"recurrent weights ({type(module).__name__}) have no int8 layer", False
     if sum(size > 1 for size in parameter.shape) <= 1:
         return "1-D: biases and norms stay float", True
+    if router:
+        return ROUTER_REASON, True
     if kind_of(module) is not None:
         return "not quantized", True
     if parameter.dim() == 3:

@@ -15,14 +15,15 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import re
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from torch import Tensor, nn
 
 from octavo.errors import QuantizeError
 
-__all__ = ["ExpertsSpec", "Routing", "register_experts", "spec_of"]
+__all__ = ["ExpertsSpec", "Routing", "register_experts", "routers", "spec_of", "why_not_stacks"]
 
 Routing = Literal["weighted", "each", "sorted"]
 """What `forward` takes and returns:
@@ -70,7 +71,7 @@ def register_experts(
     down_bias: str | None = None,
     routing: Routing = "weighted",
 ) -> None:
-    """Tell octavo how the class `cls` (and its subclasses) holds its experts.
+    """Tell octavo how the class `cls` holds its experts; a subclass counts if it does not change `forward`.
 
     up: name of the 3-D parameter [E, U, H] of the projection before the gate; several are used as if they were one,
         their outputs side by side in the order given. down: of the projection after it, [E, H, I].
@@ -78,7 +79,7 @@ def register_experts(
     transposed: the parameters are [E, H, U] and [E, I, H].
     up_bias, down_bias: names of biases [E, U], [E, H], if the class has them.
     routing: what its `forward` takes and returns, see `octavo.experts.Routing`.
-    Raises: QuantizeError for a class that is no nn.Module, or a routing that does not exist.
+    Raises: QuantizeError if cls is no nn.Module, gate no function, or routing none of those.
 
     For gpt-fast's Mixtral (it is known already):
 
@@ -89,8 +90,10 @@ def register_experts(
     """
     if not (isinstance(cls, type) and issubclass(cls, nn.Module)):
         raise QuantizeError(f"cls is {cls!r}, expected a class of nn.Module")
-    if routing not in ("weighted", "each", "sorted"):
-        raise QuantizeError(f"routing is {routing!r}, expected 'weighted', 'each' or 'sorted'")
+    if routing not in get_args(Routing):
+        raise QuantizeError(f"routing is {routing!r}, expected one of {', '.join(map(repr, get_args(Routing)))}")
+    if not callable(gate):
+        raise QuantizeError(f"gate is {gate!r}, expected a function of the layer and h [S, U] that returns [S, I]")
     names = (up,) if isinstance(up, str) else tuple(up)
     _REGISTERED[cls] = ExpertsSpec(names, down, gate, transposed, up_bias=up_bias, down_bias=down_bias, routing=routing)
 
@@ -99,25 +102,49 @@ _REGISTERED: dict[type[nn.Module], ExpertsSpec] = {}
 
 
 def spec_of(layer: nn.Module) -> ExpertsSpec | None:
-    """How `layer` holds its experts; None if it is no such layer, or one that nothing is known of."""
+    """How `layer` holds its experts; None if it is no such layer, or one that nothing is known of.
+
+    A subclass counts if it does not change `forward`.
+    """
     for base in type(layer).__mro__:
-        if base in _REGISTERED:
+        if base in _REGISTERED and _same_forward(layer, base):
             return _REGISTERED[base]
     spec = _by_interface(layer) or _by_name(layer)
-    if spec is None or any(_dims(layer, name) != 3 for name in spec.params):
-        return None
-    return spec
+    return spec if spec is not None and all(_is_stack(layer, name) for name in spec.params) else None
 
 
-def _dims(layer: nn.Module, name: str) -> int:
+def _same_forward(layer: nn.Module, base: Any) -> bool:
+    return getattr(type(layer), "forward", None) is getattr(base, "forward", None)
+
+
+def _is_stack(layer: nn.Module, name: str) -> bool:
     parameter = layer._parameters.get(name)
-    return 0 if parameter is None else parameter.dim()
+    return parameter is not None and parameter.dim() == 3
+
+
+def why_not_stacks(layer: nn.Module, spec: ExpertsSpec) -> str | None:
+    """Why the parameters of `layer` are not what `spec` says; None if they are."""
+    for name in spec.params:
+        if not _is_stack(layer, name):
+            return f"{type(layer).__name__} was registered with {name!r}, which is no 3-D parameter of it"
+        if hasattr(layer._parameters[name], "placements"):
+            return f"its {name} is spread over devices (a DTensor); quantize before parallelizing"
+    for other in (spec.up_bias, spec.down_bias, spec.norm):
+        if other is not None and getattr(layer, other, None) is None:
+            return f"{type(layer).__name__} is said to have {other!r}, and has none"
+    counts = {name: len(layer.get_parameter(name)) for name in spec.params}
+    if len(set(counts.values())) > 1:
+        return f"its weights are of different numbers of experts ({counts})"
+    return None
+
+
+_INTERFACE = "transformers.integrations.moe"
 
 
 def _by_interface(layer: Any) -> ExpertsSpec | None:
     """A class that transformers' `use_experts_implementation` decorated: its instances carry what it was told."""
-    flags = ("has_gate", "has_bias", "is_transposed", "is_concatenated", "has_post_expert_norm")
-    if not all(hasattr(layer, flag) for flag in flags) or not hasattr(layer, "_apply_gate"):
+    forward = getattr(type(layer), "forward", None)
+    if getattr(forward, "__globals__", {}).get("__name__") != _INTERFACE:  # not by a subclass's own, for one
         return None
     up = "gate_up_proj" if layer.has_gate else "up_proj"
     return ExpertsSpec(
@@ -133,22 +160,12 @@ def _by_interface(layer: Any) -> ExpertsSpec | None:
 
 
 def _own_gate(layer: Any, h: Tensor) -> Tensor:
-    return layer.source_class._apply_gate(layer, h)  # type: ignore[no-any-return]
+    """What the float class does, with a layer that may be the int8 one in its place."""
+    return getattr(layer, "source_class", type(layer))._apply_gate(layer, h)  # type: ignore[no-any-return]
 
 
 def _activation(layer: Any, h: Tensor) -> Tensor:
     return layer.act_fn(h)  # type: ignore[no-any-return]
-
-
-def _by_name(layer: Any) -> ExpertsSpec | None:
-    """Two classes outside the interface, by the structure that makes them what they are."""
-    own = {name for name, parameter in layer._parameters.items() if parameter is not None}
-    arguments = list(inspect.signature(type(layer).forward).parameters)[1:]
-    if own == {"gate_up_proj", "down_proj"} and arguments == ["hidden_states"] and hasattr(layer, "act_fn"):
-        return ExpertsSpec(("gate_up_proj",), "down_proj", _act_on_first_half, transposed=True, routing="sorted")
-    if own == {"w1", "w2", "w3"} and arguments == ["x", "expert_indices"]:
-        return ExpertsSpec(("w1", "w3"), "w2", _silu_on_first_half, routing="each")
-    return None
 
 
 def _act_on_first_half(layer: Any, h: Tensor) -> Tensor:
@@ -159,3 +176,49 @@ def _act_on_first_half(layer: Any, h: Tensor) -> Tensor:
 def _silu_on_first_half(layer: Any, h: Tensor) -> Tensor:
     gate, up = h.chunk(2, -1)
     return nn.functional.silu(gate) * up
+
+
+_TRANSFORMERS = {
+    "Llama4TextExperts": ExpertsSpec(
+        ("gate_up_proj",), "down_proj", _act_on_first_half, transposed=True, routing="sorted"
+    ),
+    "Step3p7Experts": ExpertsSpec(("gate_up_proj",), "down_proj", _own_gate),
+}
+"""Classes of transformers that are not under its interface."""
+
+_CONDITIONAL_FEED_FORWARD = ExpertsSpec(("w1", "w3"), "w2", _silu_on_first_half, routing="each")
+
+
+def _by_name(layer: nn.Module) -> ExpertsSpec | None:
+    for base in type(layer).__mro__:
+        if base.__module__.startswith("transformers.") and base.__name__ in _TRANSFORMERS:
+            return _TRANSFORMERS[base.__name__] if _same_forward(layer, base) else None
+    # gpt-fast is no package: its class is known by its name and by the arguments that it is called with.
+    if type(layer).__name__ == "ConditionalFeedForward":
+        arguments = list(inspect.signature(type(layer).forward).parameters)
+        return _CONDITIONAL_FEED_FORWARD if arguments == ["self", "x", "expert_indices"] else None
+    return None
+
+
+_ROUTER = re.compile(r"(gate|gating|router\w*|shared_experts?_gate)(\.|$)")
+
+
+def routers(model: nn.Module) -> set[str]:
+    """Names of the modules that say which experts run and how much each counts: what stands next to experts under the
+    name of a router, with all that it is made of. A few thousand weights decide over all the others' use, so that an
+    error in them costs more than their bytes are worth."""
+    blocks = {
+        name.rpartition(".")[0] for name, module in model.named_modules() if name and _holds_experts(name, module)
+    }
+    found: set[str] = set()
+    for block in blocks:
+        beside = model.get_submodule(block).named_modules(prefix=block)
+        found.update(name for name, _ in beside if _ROUTER.match(name.removeprefix(block).lstrip(".")))
+    return found
+
+
+def _holds_experts(name: str, module: nn.Module) -> bool:
+    """Experts of any kind: a stack, int8 or float, or a list of modules."""
+    if name.rpartition(".")[2] == "experts":
+        return True
+    return isinstance(getattr(module, "spec", None), ExpertsSpec) or spec_of(module) is not None

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from octavo import modules
-from octavo.experts import spec_of
+from octavo.experts import spec_of, why_not_stacks
 from octavo.primitives import quantize_weight
 from octavo.recipe import Scheme, WeightArgs
 
@@ -168,6 +168,8 @@ def _why_not_experts(layer: nn.Module) -> str | None:
         return "its forward was replaced on the instance (by accelerate's hooks, for one); quantize before dispatching"
     spec = spec_of(layer)
     assert spec is not None
+    if reason := why_not_stacks(layer, spec):
+        return reason
     for param in spec.params:
         dtype = getattr(layer, param).dtype
         if not dtype.is_floating_point or dtype.itemsize == 1:

@@ -398,20 +398,27 @@ class QuantExperts(QuantModule):
         for name, parameter in layer._parameters.items():
             if name not in codes and name not in self._parameters:
                 self.register_parameter(name, parameter)
+        for name, buffer in layer._buffers.items():
+            self.register_buffer(name, buffer, persistent=name not in layer._non_persistent_buffers_set)
         for name, child in layer._modules.items():
             self.add_module(name, child)
         self._names = list(inspect.signature(type(layer).forward).parameters)[1:]
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        """As the float layer's: see `octavo.experts.Routing`."""
+        """As the float layer's: see `octavo.experts.Routing`. Raises: QuantizeError if the experts are no integers."""
         given = dict(zip(self._names, args, strict=False)) | kwargs
         x, *routing = (given[name] for name in self._names if name in given)
-        experts = next(self.buffers()).shape[0]
+        experts = getattr(self, self.spec.down).shape[0]
         if self.spec.routing == "sorted":
             per_expert = x.shape[0] // experts
             ends = torch.arange(1, experts + 1, dtype=torch.int32, device=x.device) * per_expert
             return self._run(x, torch.arange(len(x), device=x.device), ends)
         index = routing[0]
+        if index.is_floating_point():
+            raise QuantizeError(
+                f"the second argument of {self.source_class.__name__} is {index.dtype}, expected the indices of the "
+                f"experts, for its routing is {self.spec.routing!r}"
+            )
         top_k = index.shape[-1]
         expert, order = index.reshape(-1).sort(stable=True)
         # Not bincount: its result has as many entries as the largest index, which no compiler can know. An index of E
@@ -421,7 +428,8 @@ class QuantExperts(QuantModule):
         by_token = torch.empty_like(y).index_copy_(0, order, y).view(*index.shape, y.shape[-1])
         if self.spec.routing == "each":
             return by_token
-        weighted = by_token.float() * routing[1].unsqueeze(-1).float()
+        wide = torch.promote_types(y.dtype, torch.float32)
+        weighted = by_token.to(wide) * routing[1].unsqueeze(-1).to(wide)
         return weighted.sum(-2).to(x.dtype)
 
     def _run(self, x: Tensor, token: Tensor, ends: Tensor) -> Tensor:

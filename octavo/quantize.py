@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from octavo.calibrate import Stats
-from octavo.coverage import REASONS_ATTRIBUTE, Coverage, coverage
+from octavo.coverage import REASONS_ATTRIBUTE, ROUTER_REASON, Coverage, coverage
 from octavo.errors import CalibrateError, OctavoWarning, QuantizeError, RecipeError
+from octavo.experts import routers
 from octavo.inputs import SharedInput
 from octavo.layers import KINDS, LayerKind, kind_of, why_not
 from octavo.modules import (
@@ -174,6 +175,7 @@ def plan(model: nn.Module, recipe: Recipe) -> list[Decision]:
     _check_patterns(model, recipe, layers)
     heads = output_heads(model)
     readers = weight_readers(model)
+    deciding = routers(model)
     decisions: dict[str, Decision] = {}
     obstacles: dict[str, str] = {}
     for name, layer in layers.items():
@@ -184,7 +186,9 @@ def plan(model: nn.Module, recipe: Recipe) -> list[Decision]:
             obstacles[name] = obstacle
         elif name in readers:
             obstacles[name] = f"{readers[name]} reads its weight directly instead of calling it"
-        decisions[name] = _decide(name, layer, kind, label, recipe, obstacles.get(name))
+        decision = decisions[name] = _decide(name, layer, kind, label, recipe, obstacles.get(name))
+        if name in deciding and not (decision.asked or _names(recipe, name, layer)):
+            decision.scheme, decision.reason, decision.asked = None, ROUTER_REASON, True
     # Each may leave a layer float that the other has to know of; neither does anything more the third time.
     for _ in range(2):
         _keep_attention_whole(decisions, obstacles)
@@ -216,6 +220,14 @@ def _decide(name: str, layer: nn.Module, kind: LayerKind, label: str, recipe: Re
         elif wanted.is_static and not decision.scheme.is_static:
             decision.note = f"the inputs of {label} have dynamic scales"
     return decision
+
+
+def _names(recipe: Recipe, name: str, layer: nn.Module) -> bool:
+    """Whether one of the targets means this very layer, and not all of a kind."""
+    return any(
+        not (isinstance(pattern, str) and pattern in _KIND_NAMES) and pattern_matches(pattern, name, layer)
+        for pattern in recipe.targets
+    )
 
 
 def _selects(pattern: Pattern, name: str, layer: nn.Module, label: str) -> bool:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from octavo.coverage import Coverage, Row, why_float
 from octavo.errors import CheckpointError
+from octavo.experts import routers
 from octavo.formats import compressed_tensors as layout
 from octavo.formats.checkpoint import CheckpointReader, CheckpointWriter, copy_companions, new_folder
 from octavo.formats.loading import Rename
@@ -91,6 +92,7 @@ class _Tensors:
         self._reader = reader
         self._skeleton = skeleton
         self._modules = dict(skeleton.named_modules())
+        self._routers = routers(skeleton)
         self._decisions = {decision.name: decision for decision in decisions}
         self._param = {name: rename(name) for name in reader.names}
         self.parts = [name for name, param in self._param.items() if param is None]
@@ -229,7 +231,7 @@ class _Tensors:
             tied = f"tied to {self._own[id(owner)]}"
             return Row(name, kind, info.shape, 0, 0, str(scheme) if scheme else None, tied, asked=True)
         decision = self._layer_of(name)[0]
-        reason, asked = why_float(module, owner)
+        reason, asked = why_float(module, owner, router=param.rpartition(".")[0] in self._routers)
         if decision and decision.reason and param.rpartition(".")[2] in decision.kind.params_of(module):
             reason, asked = decision.reason, decision.asked
         return Row(name, kind, info.shape, info.nbytes, info.nbytes, None, reason, asked)

@@ -53,6 +53,7 @@ __all__ = [
     "quantize_per_token",
     "quantize_static",
     "straight_through",
+    "w8a8_experts_linear",
     "w8a8_linear",
     "w8a16_conv",
     "w8a16_conv_transpose",
@@ -94,9 +95,12 @@ for _name, _schema in OPS.items():
     _body = attention.int8_attention if _name == "int8_attention" else getattr(reference, _name)
     _library.impl(_name, _body, "CompositeExplicitAutograd")
 
-# No kernel of ours, only a gradient: it is not in the table.
+# What is there for gradients alone is not in the table. A gradient that asks which rows an expert has is an op of its
+# own, for no compiler can follow it.
 _library.define("straight_through(Tensor y, Tensor x, Tensor weight, Tensor weight_scale, Tensor? ends) -> Tensor")
 _library.impl("straight_through", lambda y, x, weight, weight_scale, ends: y.clone(), "CompositeExplicitAutograd")
+_library.define("experts_input_gradient(Tensor grad, Tensor ends, Tensor weight, Tensor weight_scale) -> Tensor")
+_library.impl("experts_input_gradient", reference.experts_input_gradient, "CompositeExplicitAutograd")
 
 _straight_through = torch.ops.octavo.straight_through.default
 _linear = torch.ops.octavo.w8a16_linear.default
@@ -107,6 +111,7 @@ _per_token = torch.ops.octavo.quantize_per_token.default
 _per_tensor = torch.ops.octavo.quantize_per_tensor.default
 _static = torch.ops.octavo.quantize_static.default
 _w8a8_linear = torch.ops.octavo.w8a8_linear.default
+_experts_input_gradient = torch.ops.octavo.experts_input_gradient.default
 _experts_linear = torch.ops.octavo.w8a16_experts_linear.default
 _int8_experts_linear = torch.ops.octavo.w8a8_experts_linear.default
 _int8_attention = torch.ops.octavo.int8_attention.default
@@ -340,6 +345,7 @@ def _static_fake(x: Tensor, input_scale: Tensor) -> Tensor:
 
 @torch.library.register_fake("octavo::w8a16_experts_linear", lib=_library)
 def _experts_linear_fake(x: Tensor, ends: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None) -> Tensor:
+    reference.check_input(x, weight[0])
     return x.new_empty((x.shape[0], weight.shape[1]))
 
 
@@ -348,7 +354,13 @@ def _int8_experts_linear_fake(
     x: Tensor, x_scale: Tensor, ends: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None,
     dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
+    reference.check_codes(x, weight[0])
     return x.new_empty((x.shape[0], weight.shape[1]), dtype=dtype)
+
+
+@torch.library.register_fake("octavo::experts_input_gradient", lib=_library)
+def _experts_input_gradient_fake(grad: Tensor, ends: Tensor, weight: Tensor, weight_scale: Tensor) -> Tensor:
+    return grad.new_empty((grad.shape[0], weight.shape[2]))
 
 
 @torch.library.register_fake("octavo::straight_through", lib=_library)
@@ -375,8 +387,9 @@ def _int8_attention_fake(
 # -- gradients: to the input and the bias, so that adapters can be trained on a frozen int8 base ---------------------
 
 
-def _refuse_weight_gradient(ctx: torch.autograd.function.FunctionCtx) -> None:
-    if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:  # type: ignore[attr-defined]
+def _refuse_weight_gradient(ctx: torch.autograd.function.FunctionCtx, weight: int = 1) -> None:
+    """weight: place of the weight among the op's arguments; its scale is the next."""
+    if any(ctx.needs_input_grad[weight : weight + 2]):  # type: ignore[attr-defined]
         raise OctavoError(
             "a gradient of an int8 weight or of its scale was asked for (requires_grad is set on weight_scale); int8 "
             "codes are frozen: train an adapter beside the layer, its bias, or the float model before quantizing"
@@ -444,12 +457,17 @@ for _name, _backward, _save in (
     torch.library.register_autograd(f"octavo::{_name}", _backward, setup_context=_save, lib=_library)
 
 
-def _save_w8a8_linear(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    if any(ctx.needs_input_grad[i] for i in (1, 3)):
+def _refuse_scale_gradient(ctx: torch.autograd.function.FunctionCtx, x_scale: int, weight_scale: int) -> None:
+    """The scales' places among the op's arguments."""
+    if ctx.needs_input_grad[x_scale] or ctx.needs_input_grad[weight_scale]:  # type: ignore[attr-defined]
         raise OctavoError(
             "a gradient of a scale of an int8 layer was asked for (requires_grad is set on x_scale or weight_scale); "
             "scales are frozen with their codes: train an adapter beside the layer, or its bias"
         )
+
+
+def _save_w8a8_linear(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    _refuse_scale_gradient(ctx, 1, 3)
     bias = inputs[4]
     ctx.bias_dtype = None if bias is None or not ctx.needs_input_grad[4] else bias.dtype
 
@@ -474,21 +492,23 @@ torch.library.register_autograd("octavo::int8_attention", _int8_attention_backwa
 
 
 def _save_experts_linear(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    _refuse_weight_gradient(ctx, 2)
     _, ends, weight, weight_scale, bias = inputs
     ctx.save_for_backward(ends, weight, weight_scale)
-    ctx.bias_dtype = None if bias is None else bias.dtype
+    ctx.bias_dtype = None if bias is None or not ctx.needs_input_grad[4] else bias.dtype
 
 
 def _experts_linear_backward(ctx, grad):  # type: ignore[no-untyped-def]
     ends, weight, weight_scale = ctx.saved_tensors
-    dx = reference.experts_input_gradient(grad, ends, weight, weight_scale) if ctx.needs_input_grad[0] else None
+    dx = _experts_input_gradient(grad, ends, weight, weight_scale) if ctx.needs_input_grad[0] else None
     return dx, None, None, None, _experts_bias_gradient(grad, ends, ctx.bias_dtype)
 
 
 def _save_int8_experts_linear(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    _, _, ends, _, _, bias, _ = inputs
+    _refuse_scale_gradient(ctx, 1, 4)
+    ends, bias = inputs[2], inputs[5]
     ctx.save_for_backward(ends)
-    ctx.bias_dtype = None if bias is None else bias.dtype
+    ctx.bias_dtype = None if bias is None or not ctx.needs_input_grad[5] else bias.dtype
 
 
 def _int8_experts_linear_backward(ctx, grad):  # type: ignore[no-untyped-def]
@@ -519,7 +539,7 @@ def _straight_through_backward(ctx, grad):  # type: ignore[no-untyped-def]
     if ends is None:
         dx = reference.linear_input_gradient(grad, weight, weight_scale)
     else:
-        dx = reference.experts_input_gradient(grad, ends, weight, weight_scale)
+        dx = _experts_input_gradient(grad, ends, weight, weight_scale)
     return grad, dx.to(ctx.dtype), None, None, None
 
 

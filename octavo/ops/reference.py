@@ -179,10 +179,10 @@ def experts_input_gradient(grad: Tensor, ends: Tensor, weight: Tensor, weight_sc
 
 def experts_bias_gradient(grad: Tensor, ends: Tensor) -> Tensor:
     """The sum of each expert's rows: grad [S, N] float -> [E, N] of the dtype that sums are accumulated in."""
-    total = torch.zeros((len(ends), grad.shape[1]), dtype=accumulator(grad), device=grad.device)
-    for e, rows in _routed(ends):
-        total[e] = grad[rows].sum(0, dtype=total.dtype)
-    return total
+    rows = torch.arange(len(grad), dtype=ends.dtype, device=grad.device)
+    expert = torch.searchsorted(ends, rows, right=True)  # E for a row past the last end
+    total = torch.zeros((len(ends) + 1, grad.shape[1]), dtype=accumulator(grad), device=grad.device)
+    return total.index_add_(0, expert, grad.to(total.dtype))[:-1]
 
 
 def _routed(ends: Tensor) -> Iterator[tuple[int, slice]]:

@@ -89,6 +89,34 @@ def int8_linear(dtype: torch.dtype, grad: bool) -> list[tuple[Any, ...]]:
     return [*samples, (*ops.quantize_per_tensor(torch.randn(2, 3, 12)), codes, scale, None, dtype)]
 
 
+def stacks() -> tuple[Tensor, Tensor, Tensor]:
+    """Codes and scales of three experts, and the ends of their rows: one has none, and two rows belong to nobody."""
+    codes, scale = quantize_weight(torch.randn(3 * 5, 12))
+    return codes.view(3, 5, 12), scale.view(3, 5, 1), torch.tensor([3, 3, 4], dtype=torch.int32)
+
+
+def experts_linear(dtype: torch.dtype, grad: bool) -> list[tuple[Any, ...]]:
+    codes, scale, ends = stacks()
+    bias = torch.randn(3, 5, dtype=dtype, requires_grad=grad)
+    xs = [torch.randn(6, 12), torch.randn(12, 6).T, torch.randn(1, 12).expand(6, 12)]
+    samples: list[tuple[Any, ...]] = [
+        (x.to(dtype).detach().requires_grad_(grad), ends, codes, scale, b) for x in xs for b in (bias, None)
+    ]
+    nothing = torch.randn(0, 12, dtype=dtype, requires_grad=grad)
+    return [*samples, (nothing, torch.zeros_like(ends), codes, scale, bias)]
+
+
+def int8_experts_linear(dtype: torch.dtype, grad: bool) -> list[tuple[Any, ...]]:
+    codes, scale, ends = stacks()
+    bias = torch.randn(3, 5, dtype=dtype, requires_grad=grad)
+    some, nothing = (ops.quantize_per_token(torch.randn(rows, 12)) for rows in (6, 0))
+    return [
+        (*some, ends, codes, scale, bias, dtype),
+        (*some, ends, codes, scale, None, dtype),
+        (*nothing, torch.zeros_like(ends), codes, scale, bias, dtype),
+    ]
+
+
 def int8_attention(dtype: torch.dtype, grad: bool) -> list[tuple[Any, ...]]:
     """Without a gradient, which is refused."""
     q, k, v = (torch.randn(2, heads, tokens, 8).to(dtype) for heads, tokens in ((4, 3), (2, 5), (2, 5)))
@@ -110,6 +138,8 @@ SAMPLES: dict[str, Callable[[torch.dtype, bool], list[tuple[Any, ...]]]] = {
     "quantize_per_tensor": activations,
     "quantize_static": static_activations,
     "w8a8_linear": int8_linear,
+    "w8a16_experts_linear": experts_linear,
+    "w8a8_experts_linear": int8_experts_linear,
     "int8_attention": int8_attention,
 }
 
