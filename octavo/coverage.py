@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from octavo.experts import routers
-from octavo.layers import kind_of
+from octavo.layers import EXPERTS, kind_of
 from octavo.modules import QuantConvTranspose, QuantExperts, QuantModule, TiedQuantEmbedding, TiedQuantLinear
 from octavo.tables import Table, human_bytes, human_percent, in_general, render
 
@@ -208,7 +208,10 @@ def why_float(module: nn.Module, parameter: Tensor, *, router: bool = False) -> 
         return "1-D: biases and norms stay float", True
     if router:
         return ROUTER_REASON, True
-    if kind_of(module) is not None:
+    kind = kind_of(module)
+    if parameter.dim() == 2 and (isinstance(module, QuantExperts) or (kind and kind.name == EXPERTS)):
+        return "the biases of experts stay float", True
+    if kind is not None:
         return "not quantized", True
     if parameter.dim() == 3:
         return f"3-D parameter of {type(module).__name__}, which is not a layer kind that octavo knows", False

@@ -28,7 +28,7 @@ from octavo.experts import spec_of, why_not_stacks
 from octavo.primitives import quantize_weight
 from octavo.recipe import Scheme, WeightArgs
 
-__all__ = ["KINDS", "LayerKind", "kind_of", "why_not"]
+__all__ = ["EXPERTS", "KINDS", "LayerKind", "kind_of", "why_not"]
 
 
 def _as_is(weight: Tensor, layer: nn.Module) -> Tensor:
@@ -43,6 +43,10 @@ def _output_channels_first(weight: Tensor, layer: nn.Module) -> Tensor:
     groups: int = layer.groups  # type: ignore[assignment]
     channels, per_group, *kernel = weight.shape
     return weight.unflatten(0, (groups, channels // groups)).transpose(1, 2).reshape(groups * per_group, -1, *kernel)
+
+
+EXPERTS = "Experts"
+"""Name of the kind whose parameters differ from class to class."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,9 +105,6 @@ class LayerKind:
         if args.granularity == "per_tensor":  # as the scale of every row, so that ops and files know one shape less
             scale = scale.expand(len(rows), 1).contiguous()
         return codes, scale
-
-
-EXPERTS = "Experts"
 
 
 def _quantize_experts(layer: nn.Module, weight: Tensor, args: WeightArgs, name: str) -> tuple[Tensor, Tensor]:
