@@ -114,6 +114,7 @@ def stored_shape(reader: CheckpointReader, name: str) -> tuple[int, ...]:
 def _check_codes(reader: CheckpointReader, name: str) -> None:
     """Raise what `decode` would for damaged codes or scales, without reading the codes."""
     codes = codes_info(reader, name)
+    reader.info(f"{name}_scale")  # if there is none, this error names the file
     parts = {part: reader.tensor(part) for part in stored_parts(reader, name) if part != codes.name}
     layout.decode(name, {**parts, codes.name: torch.empty(codes.shape, dtype=codes.dtype, device="meta")})
 

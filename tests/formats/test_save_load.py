@@ -303,7 +303,7 @@ def with_(name: str, tensor: Tensor) -> Callable[[dict[str, Tensor]], object]:
         (without("out.bias"), r"1 tensors the checkpoint lacks, such as 'out\.bias'"),
         (with_("new.weight", torch.zeros(2)), r"1 tensors the model lacks, such as 'new\.weight'"),
         (with_("out.bias", torch.zeros(3)), r"'out\.bias' has shape \[3\], the model's has \[16\]"),
-        (without("out.weight_scale"), r"out\.weight_scale: is missing"),
+        (without("out.weight_scale"), r"has no tensor 'out\.weight_scale'"),
         (without("out.weight_packed"), r"the model lacks, such as 'out\.weight_(scale|shape)'"),
         (with_("out.weight_packed", torch.zeros(16, 9, dtype=torch.int32)), r"out\.weight_packed: .*expected"),
         (with_("out.weight_scale", torch.full((16, 1), torch.nan)), r"out\.weight_scale: holds NaN or inf"),
@@ -333,7 +333,7 @@ def test_a_checkpoint_that_does_not_fit_leaves_the_model_as_it_was(
     ("edit", "message"),
     [
         (without("out.weight"), r"the model lacks, such as 'out\.(weight_scale|input_scale)'"),
-        (without("out.weight_scale"), r"out\.weight_scale: is missing"),
+        (without("out.weight_scale"), r"has no tensor 'out\.weight_scale'"),
         (without("out.input_scale"), r"'out\.input_scale' is missing, and the config says .* are static"),
         (with_("out.input_scale", torch.zeros(1)), r"out\.input_scale: is 0\.0, expected a positive scale"),
         (with_("out.input_scale", torch.ones(2)), r"out\.input_scale: is torch\.float32 \[2\], expected .*\[1\]"),
