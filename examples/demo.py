@@ -19,19 +19,34 @@ from typing import Any
 from models import smollm2_checkpoint
 
 from octavo import cli
+from octavo.cli.text import sample_text
 from octavo.tables import Table, human_bytes
 
 WORK = Path(".demo")
 TOKENS = "8192"
 PROMPT = "Explain in one paragraph why the sky is blue."
+CALIBRATION = WORK / "calibration.txt"
+"""A part of the text that is not judged on."""
 VARIANTS = {
     "int8 linears": [],
     "int8 linears, embedding and head": ["--include", "Embedding"],
+    "int8 linears and activations": [
+        "--scheme",
+        "w8a8",
+        "--smooth",
+        "auto",
+        "--calibration",
+        str(CALIBRATION),
+        "--samples",
+        "32",
+    ],
 }
 
 
 def main() -> int:
     source = smollm2_checkpoint(WORK)
+    text = sample_text()
+    CALIBRATION.write_text(text[len(text) // 2 :], encoding="utf-8")
     results: dict[str, dict[str, Any]] = {}
     for name, options in VARIANTS.items():
         out = WORK / f"SmolLM2-135M-Instruct-{name.replace(' ', '-').replace(',', '')}"

@@ -341,8 +341,11 @@ def _tie(model: nn.Module, decisions: dict[str, Decision], obstacles: dict[str, 
             if blocked and blocked.label in OPT_IN_TARGETS:
                 blocked.reason, blocked.asked = obstacles[blocked.name], False
             continue
-        # One table is one scheme; an embedding's rows cannot be cut into groups.
-        scheme = min((member.kind.effective(wanted[0].scheme or Scheme()) for member in known), key=str)
+        # One table is one scheme; an embedding's rows cannot be cut into groups, and shared tables have float inputs.
+        asked = wanted[0].scheme or Scheme()
+        scheme = min((member.kind.effective(Scheme("w8a16", asked.weight)) for member in known), key=str)
+        if asked.input:
+            known[0].note = "its weight is shared: its inputs stay float"
         for member in known:
             member.scheme, member.reason, member.asked = scheme, None, False
             member.owner = None if member is known[0] else known[0].name

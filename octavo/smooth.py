@@ -160,14 +160,15 @@ def _planned(
 
 
 def _best_factors(
-    trial: _Trial, ranges: Iterable[Tensor], amax_w: Tensor, channels: Tensor, schemes: Sequence[Scheme]
+    trial: _Trial, ranges: Sequence[Tensor], amax_w: Tensor, channels: Tensor, schemes: Sequence[Scheme]
 ) -> tuple[float, Tensor]:
     """The alpha of the grid, and its factors, with the smallest error under the first of the schemes that comes out of
     it well enough to be kept; under the last if none does."""
     candidates: dict[tuple[float, ...], tuple[float, Tensor]] = {}
+    alive = (ranges[0] > 0) & (amax_w > 0)
     for range_x in ranges:
         for alpha in GRID:
-            factors = _factors(range_x, amax_w, alpha)
+            factors = _centered(_factors(range_x, amax_w, alpha), alive)
             candidates.setdefault(tuple(factors.tolist()), (alpha, factors))  # many differ by less than a power of two
     for scheme in schemes:
         errors = [(trial.error(factors[channels], scheme), alpha) for alpha, factors in candidates.values()]
@@ -183,6 +184,13 @@ def _factors(range_x: Tensor, amax_w: Tensor, alpha: float) -> Tensor:
     alive = (range_x > 0) & (amax_w > 0)
     log2 = alpha * range_x.clamp_min(1e-12).log2() - (1 - alpha) * amax_w.clamp_min(1e-12).log2()
     return torch.where(alive, torch.exp2(log2.round().clamp(-24, 24)), 1.0)
+
+
+def _centered(factors: Tensor, alive: Tensor) -> Tensor:
+    """The factors without what is common to those of all channels that are alive: it helps no scale, and would carry
+    activations away from where fp16 can hold them."""
+    common = factors.log2()[alive].mean().round() if bool(alive.any()) else 0.0
+    return torch.where(alive, factors * 2.0**-common, factors)
 
 
 def _columns(model: nn.Module, sink: Sink) -> Tensor:

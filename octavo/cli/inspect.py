@@ -118,11 +118,12 @@ def _coverage(reader: CheckpointReader, int8: list[str], config: Mapping[str, An
     """The coverage that octavo left beside the weights, or one that follows from names and config."""
     from octavo.coverage import Coverage
     from octavo.formats import COVERAGE_FILE
+    from octavo.formats.loading import stored_parts
 
     folder = reader.path if reader.path.is_dir() else reader.path.parent
     if (folder / COVERAGE_FILE).is_file():
         return _left_coverage(folder / COVERAGE_FILE)
-    parts = {f"{name}_{part}" for name in int8 for part in ("packed", "scale", "shape")}
+    parts = {part for name in int8 for part in stored_parts(reader, name)}
     floats = [name for name in reader.names if name not in parts and reader.info(name).dtype.is_floating_point]
     rows = [_int8_row(reader, name) for name in int8] + [_float_row(reader, name, config) for name in floats]
     return Coverage(tuple(sorted(rows, key=lambda row: _natural(row.name))))
@@ -141,11 +142,11 @@ def _left_coverage(file: Path) -> Coverage:
 
 def _int8_row(reader: CheckpointReader, name: str) -> Row:
     from octavo.coverage import Row
-    from octavo.formats.loading import scheme_of
+    from octavo.formats.loading import codes_info, scheme_of, stored_shape
 
-    shape = tuple(reader.tensor(f"{name}_shape").tolist())
+    shape = stored_shape(reader, name)
     scale = reader.info(f"{name}_scale")
-    after = reader.info(f"{name}_packed").nbytes + scale.nbytes
+    after = codes_info(reader, name).nbytes + scale.nbytes
     return Row(name, "", shape, math.prod(shape) * scale.dtype.itemsize, after, str(scheme_of(reader, name)), None)
 
 

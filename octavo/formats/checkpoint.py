@@ -143,6 +143,10 @@ class CheckpointReader:
             self._starts[name] = data_start + begin
             self.names.append(name)
 
+    def __contains__(self, name: str) -> bool:
+        """Whether there is a tensor `name`."""
+        return name in self._infos
+
     def info(self, name: str) -> TensorInfo:
         """What the header says of tensor `name`; reads nothing. Raises CheckpointError for an unknown name."""
         if name not in self._infos:

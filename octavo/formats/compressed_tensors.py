@@ -1,32 +1,55 @@
-"""The compressed-tensors `pack-quantized` layout: what int8 weights are called and how they lie on disk.
+"""The two int8 layouts of compressed-tensors: what int8 weights are called and how they lie on disk.
 
-A weight P = "model.layers.0.mlp.up_proj.weight" of shape [N, ...] with K columns a row becomes
+A weight P = "model.layers.0.mlp.up_proj.weight" of shape [N, ...] with K columns a row, whose inputs stay float, is
+laid out as `pack-quantized`:
 
     P_packed  int32 [N, ceil(K/4)]     four codes a word: code + 128 as a byte, code i in bits 8*(i%4) to 8*(i%4)+7
     P_scale   [N, 1] or [N, K/g]       in the dtype of the float model
     P_shape   int64 [dimensions of P]
 
-and config.json gets a `quantization_config` that says so. This is the W8A16 checkpoint that vLLM, transformers and
-llm-compressor read and write (compressed-tensors: compressors/pack_quantized/). The same rule serves parameters of
-other names (`in_proj_weight`) and of more dimensions (a convolution's rows are its flattened filters); those, and
+and one of a linear layer whose inputs are int8 too as `int-quantized`:
+
+    P            int8 [N, K]           the codes as they are
+    P_scale      [N, 1]                in the dtype of the float model
+    input_scale  [1]                   beside P, in the same dtype; of static inputs only
+
+config.json gets a `quantization_config` that says which layer is which: these are the W8A16 and W8A8 checkpoints that
+vLLM, transformers and llm-compressor read and write (compressed-tensors: compressors/pack_quantized/ and
+compressors/naive_quantized/). A model with both is of the format `mixed-precision`. The first rule serves parameters
+of other names (`in_proj_weight`) and of more dimensions (a convolution's rows are its flattened filters); those, and
 only those, are beyond the ecosystem, and their config says `quant_method: octavo`.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from octavo.errors import CheckpointError
-from octavo.recipe import Scheme
+from octavo.recipe import InputArgs, Scheme, WeightArgs, pattern_matches
 
-__all__ = ["check_readable", "decode", "encode", "pack", "packed_layout", "quantization_config", "unpack"]
+__all__ = [
+    "as_stored",
+    "check_readable",
+    "decode",
+    "decode_input_scale",
+    "encode",
+    "input_scale_name",
+    "inputs_of",
+    "pack",
+    "parts_of",
+    "quantization_config",
+    "stored_layout",
+    "unpack",
+]
 
-_FORMAT = "pack-quantized"
+_PACKED = "pack-quantized"
+_PLAIN = "int-quantized"
+_MIXED = "mixed-precision"
 _CODES_PER_WORD = 4
 _SIGN_BIT = 0x80  # code + 128 as a byte is the code with its sign bit flipped
 
@@ -69,46 +92,75 @@ def unpack(packed: Tensor, shape: Iterable[int], *, name: str = "packed") -> Ten
     return as_bytes.bitwise_xor(_SIGN_BIT).view(torch.int8).reshape(shape)
 
 
-def packed_layout(
-    name: str, shape: tuple[int, ...], scale_shape: tuple[int, ...], scale_dtype: torch.dtype
+def input_scale_name(name: str) -> str:
+    """What the scale of a layer's static inputs is called; name: of the layer's weight."""
+    prefix, dot, _ = name.rpartition(".")
+    return f"{prefix}{dot}input_scale"
+
+
+def parts_of(name: str) -> tuple[str, ...]:
+    """Names of all tensors that may say something of the weight `name`, in either layout and beyond them."""
+    suffixes = ("", "_packed", "_scale", "_shape", "_zero_point", "_g_idx")
+    return (*(f"{name}{suffix}" for suffix in suffixes), input_scale_name(name))
+
+
+def stored_layout(
+    name: str, shape: tuple[int, ...], scale_shape: tuple[int, ...], scale_dtype: torch.dtype, scheme: Scheme
 ) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
     """What the weight `name` will be on disk, tensor's name -> (dtype, shape), before its codes exist.
 
     shape: of the weight, [N, ...]; scale_shape: [N, 1] or [N, K/g]; scale_dtype: of the stored scale.
     """
     n, k = _rows(shape)
-    return {
-        f"{name}_packed": (torch.int32, (n, -(-k // _CODES_PER_WORD))),
-        f"{name}_scale": (scale_dtype, tuple(scale_shape)),
-        f"{name}_shape": (torch.int64, (len(shape),)),
-    }
+    scale = {f"{name}_scale": (scale_dtype, tuple(scale_shape))}
+    if scheme.input is None:
+        codes = {f"{name}_packed": (torch.int32, (n, -(-k // _CODES_PER_WORD)))}
+        return {**codes, **scale, f"{name}_shape": (torch.int64, (len(shape),))}
+    static = {input_scale_name(name): (scale_dtype, (1,))} if scheme.is_static else {}
+    return {name: (torch.int8, tuple(shape)), **scale, **static}
 
 
-def encode(name: str, codes: Tensor, scale: Tensor, scale_dtype: torch.dtype) -> dict[str, Tensor]:
-    """The tensors of `packed_layout` for one weight.
+def encode(
+    name: str,
+    codes: Tensor,
+    scale: Tensor,
+    scale_dtype: torch.dtype,
+    scheme: Scheme,
+    input_scale: Tensor | None = None,
+) -> dict[str, Tensor]:
+    """The tensors of `stored_layout` for one weight.
 
-    codes: int8 [N, ...]; scale: fp32 [N, 1] or [N, K/g]; scale_dtype: the float model's.
-    Raises: CheckpointError if `scale_dtype` cannot hold the scale exactly: the codes were fitted to this scale, and
-        with a rounded one every reader of the file would compute with slightly wrong weights.
+    codes: int8 [N, ...]; scale: fp32 [N, 1] or [N, K/g]; scale_dtype: the float model's; input_scale: fp32 [1], of a
+        scheme with static inputs.
+    Raises: CheckpointError if `scale_dtype` cannot hold a scale exactly: the codes were fitted to this scale, and
+        with a rounded one every reader of the file would compute with slightly wrong numbers.
     """
-    stored = scale.to(scale_dtype)
+    stored = {f"{name}_scale": _exactly(scale, scale_dtype, f"{name}_scale")}
+    if scheme.input is None:
+        return {f"{name}_packed": pack(codes), **stored, f"{name}_shape": torch.tensor(codes.shape, dtype=torch.int64)}
+    if scheme.is_static:
+        assert input_scale is not None
+        stored[input_scale_name(name)] = _exactly(input_scale, scale_dtype, input_scale_name(name))
+    return {name: codes.contiguous(), **stored}
+
+
+def _exactly(scale: Tensor, dtype: torch.dtype, name: str) -> Tensor:
+    """`scale` in `dtype`, in memory of its own: layers that are fed one tensor hold one input_scale."""
+    stored = scale.to(dtype, copy=True)
     if not torch.equal(stored.to(scale.dtype), scale):
         raise CheckpointError(
-            f"{name}_scale: has values that {scale_dtype} cannot hold, expected a scale that was rounded to it before "
-            "the codes were computed; store the scale as torch.float32"
+            f"{name}: has values that {dtype} cannot hold, expected a scale that was rounded to it before the codes "
+            "were computed; store the scale as torch.float32"
         )
-    return {
-        f"{name}_packed": pack(codes),
-        f"{name}_scale": stored,
-        f"{name}_shape": torch.tensor(codes.shape, dtype=torch.int64),
-    }
+    return stored
 
 
 def decode(name: str, tensors: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, torch.dtype]:
-    """Read weight `name` back from its tensors, as `encode` or llm-compressor wrote them.
+    """Read weight `name` back from its tensors, as `encode` or llm-compressor wrote them in either layout.
 
-    tensors: at least `<name>_packed`, `<name>_scale` and `<name>_shape`.
+    tensors: those of `parts_of(name)` that there are.
     Returns: codes int8 of the weight's shape, scale fp32 [N, 1] or [N, K/g], and the dtype that the scale is stored in.
+        One stored scale for the whole weight comes back as that of every row.
     Raises: CheckpointError naming the tensor for one that is missing or of another shape or dtype, for a scale that is
         not finite, and for zero points or an activation order, which octavo cannot run.
     """
@@ -118,22 +170,53 @@ def decode(name: str, tensors: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, to
                 f"{name}_{suffix}: means {meaning}, expected symmetric weights in order; "
                 "quantize the float model with octavo instead"
             )
-    for suffix in ("packed", "scale", "shape"):
-        if f"{name}_{suffix}" not in tensors:
-            raise CheckpointError(f"{name}_{suffix}: is missing, expected it with the weight's other tensors")
-    packed, scale, shape = (tensors[f"{name}_{suffix}"] for suffix in ("packed", "scale", "shape"))
-    if shape.dim() != 1 or shape.dtype not in (torch.int64, torch.int32):
-        raise CheckpointError(f"{name}_shape: is {shape.dtype} {list(shape.shape)}, expected torch.int64 [dimensions]")
-    codes = unpack(packed, shape.tolist(), name=f"{name}_packed")
+    codes = _decode_codes(name, tensors)
+    scale = _part(tensors, f"{name}_scale")
+    if scale.dim() < 2 and scale.numel() == 1:
+        scale = scale.expand(codes.shape[0], 1).contiguous()
     if not _is_scale_of(codes, scale):
         n, k = _rows(codes.shape)
         raise CheckpointError(
             f"{name}_scale: is {scale.dtype} {list(scale.shape)}, expected floating point [{n}, 1], or [{n}, groups] "
             f"with groups that divide the {k} columns of a 2-D weight"
         )
+    return codes, _finite(scale, f"{name}_scale"), scale.dtype
+
+
+def _decode_codes(name: str, tensors: Mapping[str, Tensor]) -> Tensor:
+    plain = tensors.get(name)
+    if plain is not None and plain.dtype == torch.int8:
+        if plain.dim() < 1:
+            raise CheckpointError(f"{name}: is a single int8 code, expected [rows, ...]; the file is corrupt")
+        return plain
+    packed, shape = (_part(tensors, f"{name}_{suffix}") for suffix in ("packed", "shape"))
+    if shape.dim() != 1 or shape.dtype not in (torch.int64, torch.int32):
+        raise CheckpointError(f"{name}_shape: is {shape.dtype} {list(shape.shape)}, expected torch.int64 [dimensions]")
+    return unpack(packed, shape.tolist(), name=f"{name}_packed")
+
+
+def decode_input_scale(scale: Tensor, name: str) -> Tensor:
+    """The scale of a layer's static inputs as it lies on disk, [1] or [] of any float dtype -> fp32 [1].
+
+    Raises: CheckpointError naming it, `name`, if it is of another shape or dtype, not finite or not positive.
+    """
+    if not scale.is_floating_point() or scale.dim() > 1 or scale.numel() != 1:
+        raise CheckpointError(f"{name}: is {scale.dtype} {list(scale.shape)}, expected floating point [1]")
+    if not bool(scale > 0):
+        raise CheckpointError(f"{name}: is {scale.item()}, expected a positive scale; the file is corrupt")
+    return _finite(scale, name).reshape(1)
+
+
+def _part(tensors: Mapping[str, Tensor], name: str) -> Tensor:
+    if name not in tensors:
+        raise CheckpointError(f"{name}: is missing, expected it with the weight's other tensors")
+    return tensors[name]
+
+
+def _finite(scale: Tensor, name: str) -> Tensor:
     if not bool(torch.isfinite(scale).all()):
-        raise CheckpointError(f"{name}_scale: holds NaN or inf, expected finite scales; the file is corrupt")
-    return codes, scale.float(), scale.dtype
+        raise CheckpointError(f"{name}: holds NaN or inf, expected finite scales; the file is corrupt")
+    return scale.float()
 
 
 def _is_scale_of(codes: Tensor, scale: Tensor) -> bool:
@@ -148,10 +231,18 @@ def _rows(shape: Iterable[int]) -> tuple[int, int]:
     return n, math.prod(rest)
 
 
+def as_stored(scheme: Scheme) -> Scheme:
+    """`scheme` as a reader of the files sees it, who is not told a preset's name, nor that all rows have one scale."""
+    weight = WeightArgs() if scheme.weight.group_size is None else scheme.weight
+    if scheme.input is None:
+        return Scheme("w8a16", weight)
+    return Scheme("w8a8-static" if scheme.is_static else "w8a8", weight, scheme.input)
+
+
 def quantization_config(
     layers: Mapping[str, tuple[str, Scheme]], ignore: Iterable[str], *, ecosystem: bool
 ) -> dict[str, Any]:
-    """config.json's `quantization_config` for a `pack-quantized` checkpoint.
+    """config.json's `quantization_config` for an int8 checkpoint: a group for each scheme as it is stored.
 
     layers: the quantized modules, name -> (kind, scheme). The kind is the module's class before it was quantized, such
         as "Linear" or "Embedding"; or "OutputHead", which is targeted by its name, because vLLM's head is no Linear.
@@ -160,33 +251,41 @@ def quantization_config(
         layout has a place too, but transformers 5.23 fails on them and vLLM reads them in a few models); otherwise
         quant_method is "octavo", which they warn that they do not know, instead of misreading it.
 
-    Only keys that every released reader accepts are written: their schema forbids unknown ones.
+    Only keys that every released reader accepts are written: their schema forbids unknown ones. A group has a format
+    of its own only where there are two.
     """
     assert layers, "a model without a quantized layer has no quantization_config"
-    schemes = dict.fromkeys(scheme for _, scheme in layers.values())
-    if len(schemes) == 1:
+    groups: dict[Scheme, list[str]] = {}
+    for name, (_, scheme) in layers.items():
+        groups.setdefault(as_stored(scheme), []).append(name)
+    if len(groups) == 1:
         # Names come before classes: a target that finds its modules taken by an earlier one makes readers warn.
         heads = [name for name, (kind, _) in layers.items() if kind == "OutputHead"]
-        targets = [heads + sorted({kind for kind, _ in layers.values()} - {"OutputHead"})]
-    else:
-        targets = [[name for name, (_, other) in layers.items() if other == scheme] for scheme in schemes]
+        groups = {scheme: heads + sorted({kind for kind, _ in layers.values()} - {"OutputHead"}) for scheme in groups}
+    formats = {_format_of(scheme) for scheme in groups}
+    mixed = len(formats) > 1
     return {
         "quant_method": "compressed-tensors" if ecosystem else "octavo",
-        "format": _FORMAT,
+        "format": _MIXED if mixed else min(formats),
         "quantization_status": "compressed",
         "config_groups": {
             f"group_{i}": {
-                "targets": group_targets,
+                "targets": targets,
                 "weights": _weights_args(scheme),
-                "input_activations": None,
+                "input_activations": _input_args(scheme),
                 "output_activations": None,
+                **({"format": _format_of(scheme)} if mixed else {}),
             }
-            for i, (scheme, group_targets) in enumerate(zip(schemes, targets, strict=True))
+            for i, (scheme, targets) in enumerate(groups.items())
         },
         "ignore": list(ignore),
         "kv_cache_scheme": None,
         "global_compression_ratio": None,
     }
+
+
+def _format_of(scheme: Scheme) -> str:
+    return _PACKED if scheme.input is None else _PLAIN
 
 
 def _weights_args(scheme: Scheme) -> dict[str, Any]:
@@ -200,14 +299,66 @@ def _weights_args(scheme: Scheme) -> dict[str, Any]:
     }
 
 
-_READABLE_WEIGHTS: tuple[tuple[str, Any, tuple[Any, ...]], ...] = (
+_STRATEGIES = {"per_token": "token", "per_tensor": "tensor"}
+
+
+def _input_args(scheme: Scheme) -> dict[str, Any] | None:
+    if scheme.input is None:
+        return None
+    return {
+        "num_bits": 8,
+        "type": "int",
+        "symmetric": True,
+        "strategy": _STRATEGIES[scheme.input.granularity],
+        "group_size": None,
+        "dynamic": scheme.input.dynamic,
+    }
+
+
+def inputs_of(
+    quantization_config: Mapping[str, Any], names: Collection[str], classes: Collection[str]
+) -> InputArgs | None:
+    """What a readable `quantization_config` says of the inputs of one layer: int8 in which way, or None for float.
+
+    names: of the layer, in the model and on disk. classes: the names of its class and of the bases of that.
+    Raises: CheckpointError if groups differ and none of them is for this layer.
+    """
+    groups = list(quantization_config["config_groups"].values())
+    inputs = [_read_input_args(group.get("input_activations")) for group in groups]
+    if len(set(inputs)) == 1:
+        return inputs[0]
+    # As compressed-tensors has it: a group that names the layer goes before a pattern, and a pattern before a class.
+    ways: tuple[Callable[[str], bool], ...] = (
+        lambda target: target in names,
+        lambda target: target.startswith("re:") and any(pattern_matches(target, name) for name in names),
+        lambda target: target in classes,
+    )
+    for matches in ways:
+        for group, args in zip(groups, inputs, strict=True):
+            if any(matches(target) for target in group.get("targets") or ()):
+                return args
+    raise CheckpointError(f"quantization_config: no group of config_groups targets {min(names)!r}, which is int8")
+
+
+def _read_input_args(args: Mapping[str, Any] | None) -> InputArgs | None:
+    if not args:
+        return None
+    token = args.get("strategy") == "token"
+    return InputArgs("per_token" if token else "per_tensor", dynamic=bool(args.get("dynamic", False)))
+
+
+_READABLE: tuple[tuple[str, Any, tuple[Any, ...]], ...] = (
     ("num_bits", 8, (8,)),
     ("type", "int", ("int",)),
     ("symmetric", True, (True,)),
-    ("strategy", None, ("channel", "group")),
+)
+_READABLE_WEIGHTS = (
+    *_READABLE,
+    ("strategy", None, ("channel", "group", "tensor")),
     ("dynamic", False, (False,)),
     ("actorder", None, (None, False, "weight", "static")),
 )
+_READABLE_INPUTS = (*_READABLE, ("strategy", None, ("token", "tensor")), ("dynamic", False, (True, False)))
 """(key, what its absence means, what octavo runs). actorder "weight" and "static" changed how codes were chosen, not
 where they lie."""
 
@@ -217,7 +368,8 @@ def check_readable(quantization_config: Mapping[str, Any], where: str) -> None:
 
     where: the file that it was found in, for the message.
     Raises: CheckpointError naming what was found and what octavo runs: 8-bit symmetric int weights with a scale per
-        channel or group, `pack-quantized`, float activations, no KV cache scheme, no sparsity and no rotations.
+        channel, group or tensor, `pack-quantized` or `int-quantized`; float inputs, or 8-bit symmetric ones with a
+        dynamic scale per token or tensor or a static one per tensor; no KV cache scheme, no sparsity, no rotations.
     """
     try:
         _check_model(quantization_config)
@@ -252,16 +404,24 @@ def _check_model(config: Mapping[str, Any]) -> None:
 def _check_group(where: str, group: Any, model_format: Any) -> None:
     if not isinstance(group, Mapping):
         raise _Unreadable(f"{where} {group!r}", "an object with targets and weights")
-    for key in ("input_activations", "output_activations"):
-        if group.get(key):
-            raise _Unreadable(f"{where}.{key} (quantized activations)", "none: float activations")
+    if group.get("output_activations"):
+        raise _Unreadable(f"{where}.output_activations (quantized outputs)", "none: float outputs")
     group_format = group.get("format") or model_format
-    if group_format != _FORMAT:
-        raise _Unreadable(f"format {group_format!r} for {where}", repr(_FORMAT))
-    weights = group.get("weights")
-    if not isinstance(weights, Mapping):
-        raise _Unreadable(f"{where}.weights {weights!r}", "8-bit weights")
-    for key, default, accepted in _READABLE_WEIGHTS:
-        value = weights.get(key, default)
+    if group_format not in (_PACKED, _PLAIN):
+        raise _Unreadable(f"format {group_format!r} for {where}", f"{_PACKED!r} or {_PLAIN!r}")
+    _check_args(f"{where}.weights", group.get("weights"), _READABLE_WEIGHTS)
+    inputs = group.get("input_activations")
+    if not inputs:
+        return
+    _check_args(f"{where}.input_activations", inputs, _READABLE_INPUTS)
+    if inputs["strategy"] == "token" and not inputs.get("dynamic", False):
+        raise _Unreadable(f"{where}.input_activations.dynamic False with strategy 'token'", "True")
+
+
+def _check_args(where: str, args: Any, readable: Iterable[tuple[str, Any, tuple[Any, ...]]]) -> None:
+    if not isinstance(args, Mapping):
+        raise _Unreadable(f"{where} {args!r}", "8-bit quantization arguments")
+    for key, default, accepted in readable:
+        value = args.get(key, default)
         if value not in accepted:
-            raise _Unreadable(f"{where}.weights.{key} {value!r}", " or ".join(map(repr, accepted)))
+            raise _Unreadable(f"{where}.{key} {value!r}", " or ".join(map(repr, accepted)))

@@ -36,15 +36,16 @@ def state_dict(model: nn.Module) -> dict[str, Tensor]:
     model: a float model, whose linear layers are quantized by gpt-fast's own formula; or one with octavo's int8
         linear layers (per_channel), whose codes are taken as they are. Not modified.
     Returns: name -> tensor, as in the head of this file.
-    Raises: QuantizeError for int8 layers that gpt-fast does not have: other kinds than linear, or per_group.
+    Raises: QuantizeError for int8 layers that gpt-fast does not have: other kinds than linear, per_group, int8 inputs.
     """
     tensors = dict(model.state_dict())
     for name, module in model.named_modules():
         if isinstance(module, QuantModule):
-            if not isinstance(module, QuantLinear) or module.weight_scale.shape[1] != 1:
+            if not isinstance(module, QuantLinear) or module.weight_scale.shape[1] != 1 or module.scheme.input:
                 raise QuantizeError(
                     f"{name}: is an int8 {module.replaces} ({module.scheme}); gpt-fast has int8 linear layers with one "
-                    "scale for each output channel only: quantize again with ignore=, or without group_size"
+                    "scale for each output channel and float inputs only: quantize again with ignore=, or as 'w8a16' "
+                    "without group_size"
                 )
             tensors[f"{name}.weight"] = module.weight
             tensors[f"{name}.scales"] = tensors.pop(f"{name}.weight_scale", module.weight_scale)

@@ -8,7 +8,7 @@ and loaded by `octavo.integrations`, with the same decisions.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 
 import torch
@@ -17,28 +17,43 @@ from torch import Tensor, nn
 from octavo.coverage import REASONS_ATTRIBUTE, Coverage
 from octavo.errors import CheckpointError
 from octavo.formats import compressed_tensors as layout
-from octavo.formats.checkpoint import CheckpointReader
+from octavo.formats.checkpoint import CheckpointReader, TensorInfo
 from octavo.formats.saving import COVERAGE_FILE
 from octavo.layers import kind_of
-from octavo.modules import Codes
+from octavo.modules import Codes, QuantModule
 from octavo.quantize import Decision, Progress, install, output_heads
-from octavo.recipe import Scheme, WeightArgs
+from octavo.recipe import InputArgs, Scheme, WeightArgs
 
-__all__ = ["Rename", "int8_names", "load_into", "restore_reasons", "scheme_of", "stored_decisions"]
+__all__ = [
+    "Rename",
+    "codes_info",
+    "int8_names",
+    "load_into",
+    "restore_reasons",
+    "scheme_of",
+    "stored_decisions",
+    "stored_parts",
+    "stored_shape",
+]
 
 Rename = Callable[[str], str | None]
 """Name of a tensor on disk -> name of the parameter that it is loaded into; None if it is a part of one."""
 
 
 def int8_names(reader: CheckpointReader, rename: Rename = lambda name: name) -> dict[str, str]:
-    """Int8 parameters of the checkpoint: name in the model -> name on disk (without `_packed`, `_scale`, `_shape`).
+    """Int8 parameters of the checkpoint: name in the model -> name on disk (without `_packed`).
 
     Raises: CheckpointError for a quantized checkpoint of another format.
     """
     config = (reader.config or {}).get("quantization_config")
     if config is not None:
         layout.check_readable(config, str(reader.path / "config.json"))
-    on_disk = [name.removesuffix("_packed") for name in reader.names if name.endswith("_packed")]
+
+    def is_plain(name: str) -> bool:
+        known = config is not None or f"{name}_scale" in reader
+        return known and name.rpartition(".")[2] == "weight" and reader.info(name).dtype == torch.int8
+
+    on_disk = [name.removesuffix("_packed") for name in reader.names if name.endswith("_packed") or is_plain(name)]
     return {rename(name) or name: name for name in on_disk}
 
 
@@ -59,7 +74,9 @@ def load_into(folder: str | Path, model: nn.Module, *, progress: Progress | None
         def codes_of(decision: Decision, layer: nn.Module) -> tuple[Codes, torch.dtype]:
             codes, dtype = {}, torch.float32
             for param in decision.kind.params_of(layer):
-                weight, scale, dtype = read_codes(reader, f"{decision.name}.{param}")
+                name = int8[f"{decision.name}.{param}"]
+                parts = {part: reader.tensor(part) for part in stored_parts(reader, name)}
+                weight, scale, dtype = layout.decode(name, parts)
                 codes[param] = (weight, scale)
             return codes, dtype
 
@@ -76,40 +93,104 @@ def load_into(folder: str | Path, model: nn.Module, *, progress: Progress | None
     return model
 
 
-def read_codes(reader: CheckpointReader, name: str) -> tuple[Tensor, Tensor, torch.dtype]:
-    """Codes (int8), scale (fp32) and the scale's dtype on disk of the float parameter `name`."""
-    parts = (f"{name}_packed", f"{name}_scale", f"{name}_shape")
-    return layout.decode(name, {part: reader.tensor(part) for part in parts})
+def stored_parts(reader: CheckpointReader, name: str) -> list[str]:
+    """Names of the tensors that make up the int8 parameter `name` on disk."""
+    codes = codes_info(reader, name).name
+    return [part for part in layout.parts_of(name) if part in reader and (part != name or part == codes)]
+
+
+def codes_info(reader: CheckpointReader, name: str) -> TensorInfo:
+    """What the header says of the codes of the int8 parameter `name`, packed or not."""
+    packed = f"{name}_packed"
+    return reader.info(packed if packed in reader else name)
+
+
+def stored_shape(reader: CheckpointReader, name: str) -> tuple[int, ...]:
+    """The shape of the codes of the int8 parameter `name`."""
+    codes = codes_info(reader, name)
+    return codes.shape if codes.name == name else tuple(reader.tensor(f"{name}_shape").tolist())
 
 
 def _check_codes(reader: CheckpointReader, name: str) -> None:
-    """Raise what `read_codes` would for damaged codes or scales, without reading the codes."""
-    packed = reader.info(f"{name}_packed")
-    parts = {part: reader.tensor(part) for part in (f"{name}_scale", f"{name}_shape")}
-    layout.decode(name, {packed.name: torch.empty(packed.shape, dtype=packed.dtype, device="meta"), **parts})
+    """Raise what `decode` would for damaged codes or scales, without reading the codes."""
+    codes = codes_info(reader, name)
+    reader.info(f"{name}_scale")  # if there is none, this error names the file
+    parts = {part: reader.tensor(part) for part in stored_parts(reader, name) if part != codes.name}
+    layout.decode(name, {**parts, codes.name: torch.empty(codes.shape, dtype=codes.dtype, device="meta")})
 
 
 def restore_reasons(model: nn.Module, folder: Path, rename: Rename = lambda name: name) -> None:
-    """Give a loaded model the reasons that its float layers had when it was quantized."""
+    """Give a loaded model the reasons that it had when it was quantized: of a layer to be float, and of an int8 one not
+    to have the scheme that was asked for."""
     file = folder / COVERAGE_FILE
     if file.is_file():
         try:
             rows = Coverage.from_dict(json.loads(file.read_text(encoding="utf-8"))).rows
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise CheckpointError(f"{file}: cannot be read: {error!r}; remove it, it only tells why") from error
-        reasons = {
-            rename(row.name) or row.name: (row.reason, row.asked) for row in rows if row.reason and not row.scheme
-        }
+        told = {rename(row.name) or row.name: row for row in rows if row.reason}
+        reasons = {name: (row.reason, row.asked) for name, row in told.items() if not row.scheme}
         setattr(model, REASONS_ATTRIBUTE, reasons)
+        for prefix, layer in model.named_modules():
+            for param in layer.codes() if isinstance(layer, QuantModule) else ():
+                row = told.get(f"{prefix}.{param}")
+                layer.note = row.reason if row else None
 
 
-def scheme_of(reader: CheckpointReader, name: str) -> Scheme:
-    """The scheme of the int8 parameter `name`, by the shape of its scale."""
-    columns = reader.info(f"{name}_scale").shape[-1]
-    shape = reader.tensor(f"{name}_shape").tolist()
+def scheme_of(
+    reader: CheckpointReader, name: str, *, module: str | None = None, classes: Collection[str] = ("Linear",)
+) -> Scheme:
+    """The scheme of the int8 parameter `name`: of the weight by the shape of its scale, of the input by the config.
+
+    module: name of the layer in the model, where it is not the one on disk. classes: names of its class and bases.
+    Raises: CheckpointError for weights in groups under int8 inputs, and as `compressed_tensors.inputs_of` does.
+    """
+    inputs = _inputs_of(reader, name, module, classes)
+    scale = reader.info(f"{name}_scale").shape
+    columns = scale[-1] if len(scale) == 2 else 1
     if columns == 1:
-        return Scheme("w8a16")
-    return Scheme("w8a16", WeightArgs("per_group", shape[-1] // columns))
+        return _scheme(WeightArgs(), inputs)
+    if inputs is not None:
+        raise CheckpointError(
+            f"{reader.path}: {name}_scale has shape {list(scale)}, for weights in groups, under int8 inputs; expected "
+            "one scale for each row of the weight: quantize the float model with octavo instead"
+        )
+    return _scheme(WeightArgs("per_group", stored_shape(reader, name)[-1] // columns), None)
+
+
+def _scheme(weight: WeightArgs, inputs: InputArgs | None) -> Scheme:
+    if inputs is None:
+        return Scheme("w8a16", weight)
+    return Scheme("w8a8" if inputs.dynamic else "w8a8-static", weight, inputs)
+
+
+def _inputs_of(reader: CheckpointReader, name: str, module: str | None, classes: Collection[str]) -> InputArgs | None:
+    config = (reader.config or {}).get("quantization_config")
+    if config is not None:
+        names = {name.rpartition(".")[0], module or name.rpartition(".")[0]}
+        return layout.inputs_of(config, names, classes)
+    if codes_info(reader, name).name != name:
+        return None
+    static = layout.input_scale_name(name) in reader
+    return InputArgs("per_tensor", dynamic=False) if static else InputArgs()
+
+
+def _input_scale(reader: CheckpointReader, name: str, scheme: Scheme) -> Tensor | None:
+    """The scale of the layer's static inputs, fp32 [1]; None under another scheme. name: of the layer's weight."""
+    scale = layout.input_scale_name(name)
+    zero_point = scale.replace("input_scale", "input_zero_point")
+    there = scale in reader
+    if scheme.input is not None and zero_point in reader:
+        raise CheckpointError(
+            f"{reader.path}: {zero_point!r} means asymmetric inputs, expected symmetric ones; quantize the float model "
+            "with octavo instead"
+        )
+    if there != scheme.is_static:
+        raise CheckpointError(
+            f"{reader.path}: {scale!r} is {'there' if there else 'missing'}, and the config says that the layer's "
+            f"inputs are {'static' if scheme.is_static else 'not static'}; download or quantize the checkpoint again"
+        )
+    return layout.decode_input_scale(reader.tensor(scale), scale) if there else None
 
 
 def stored_decisions(reader: CheckpointReader, model: nn.Module, int8: Mapping[str, str]) -> list[Decision]:
@@ -130,12 +211,15 @@ def stored_decisions(reader: CheckpointReader, model: nn.Module, int8: Mapping[s
         if layer is None or kind is None or param not in kind.params_of(layer):
             raise CheckpointError(f"{where}: holds int8 codes for {on_disk!r}, and the model has no such layer")
         rows = kind.rows(getattr(layer, param).detach().to("meta"), layer)
-        got = reader.tensor(f"{on_disk}_shape").tolist()
-        if got != list(rows.shape):
-            raise CheckpointError(f"{where}: {on_disk!r} has shape {got}, the model's has {list(rows.shape)}")
+        got = stored_shape(reader, on_disk)
+        if got != tuple(rows.shape):
+            raise CheckpointError(f"{where}: {on_disk!r} has shape {list(got)}, the model's has {list(rows.shape)}")
         _check_codes(reader, on_disk)
         label = "OutputHead" if prefix in heads else kind.name
-        decisions[prefix] = Decision(prefix, kind, label, scheme_of(reader, on_disk))
+        classes = [base.__name__ for base in type(layer).__mro__]
+        scheme = kind.effective(scheme_of(reader, on_disk, module=prefix, classes=classes))
+        input_scale = _input_scale(reader, on_disk, scheme)
+        decisions[prefix] = Decision(prefix, kind, label, scheme, input_scale=input_scale)
         owner_of[id(getattr(layer, param))] = prefix
     for name, layer in modules.items():
         kind = kind_of(layer)
@@ -159,8 +243,8 @@ def _float_places(
     for name, tensor in state.items():
         prefix, _, short = name.rpartition(".")
         sharing.setdefault(id(tensor), []).append((model.get_submodule(prefix), short))
-    packed = {f"{name}{part}" for name in int8 for part in ("_packed", "_scale", "_shape")}
-    stored = [name for name in reader.names if name not in packed]
+    codes = {part for name in int8.values() for part in stored_parts(reader, name)}
+    stored = [name for name in reader.names if name not in codes]
     unexpected = [name for name in stored if name not in state or name in swapped]
     found = {id(state[name]) for name in stored if name in state}
     missing = [name for name, tensor in state.items() if name not in swapped and id(tensor) not in found]

@@ -10,6 +10,7 @@ int8 layers are all linear; a folder with others (convolutions, embeddings) is m
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import warnings
 from collections.abc import Callable, Collection, Iterable, Mapping
@@ -23,7 +24,7 @@ from octavo.coverage import Coverage, coverage
 from octavo.errors import OctavoWarning, QuantizeError
 from octavo.formats import compressed_tensors as layout
 from octavo.formats.checkpoint import CheckpointWriter, copy_companions, new_folder
-from octavo.modules import QuantModule
+from octavo.modules import QuantModule, StaticQuantLinear
 from octavo.quantize import Progress
 from octavo.recipe import OPT_IN_TARGETS, Scheme
 
@@ -79,14 +80,11 @@ def save(
     tensors, names, parts = _renamed(_stored(model), on_disk)
     with new_folder(folder) as temporary:
         plan: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
-        for name, (tensor, scale, dtype) in tensors.items():
-            if scale is None:
-                plan[name] = (tensor.dtype, tuple(tensor.shape))
-            else:
-                plan.update(layout.packed_layout(name, tuple(tensor.shape), tuple(scale.shape), dtype))
+        for name, stored in tensors.items():
+            plan.update(stored.plan(name))
         with CheckpointWriter(temporary, plan, max_shard_size=max_shard_size) as writer:
             for done, (name, stored) in enumerate(tensors.items(), 1):
-                for stored_name, encoded in _encode(name, stored).items():
+                for stored_name, encoded in stored.encode(name).items():
                     writer.write(stored_name, encoded)
                 if progress:
                     progress(done, len(tensors))
@@ -100,10 +98,10 @@ def save(
 
 def state_dict(model: nn.Module) -> dict[str, Tensor]:
     """All tensors of a quantized model as `save` lays them out, in memory, under their names in the model: int8
-    weights packed, shared ones once."""
+    weights in their layout, shared ones once."""
     encoded: dict[str, Tensor] = {}
     for name, stored in _stored(model).items():
-        encoded.update(_encode(name, stored))
+        encoded.update(stored.encode(name))
     return encoded
 
 
@@ -177,47 +175,71 @@ def _int8_layers(model: nn.Module) -> dict[str, QuantModule]:
     return {name: module for name, module in model.named_modules() if isinstance(module, QuantModule)}
 
 
-Stored = tuple[Tensor, Tensor | None, torch.dtype]
-"""A float tensor (scale None), or codes with their scale and the dtype that the scale has on disk."""
+@dataclasses.dataclass(frozen=True)
+class _Stored:
+    """One tensor of a model on its way to disk: a float one, or (with a scale) the codes of a weight.
+
+    dtype: on disk, of a float tensor or of the scales. scale, scheme: of codes. input_scale: fp32 [1], of static
+    inputs.
+    """
+
+    tensor: Tensor
+    dtype: torch.dtype
+    scale: Tensor | None = None
+    scheme: Scheme | None = None
+    input_scale: Tensor | None = None
+
+    def plan(self, name: str) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+        """What lies on disk for it: tensor's name -> (dtype, shape)."""
+        shape = tuple(self.tensor.shape)
+        if self.scale is None or self.scheme is None:
+            return {name: (self.dtype, shape)}
+        return layout.stored_layout(name, shape, tuple(self.scale.shape), self.dtype, self.scheme)
+
+    def encode(self, name: str) -> dict[str, Tensor]:
+        """The tensors of `plan`."""
+        if self.scale is None or self.scheme is None:
+            return {name: self.tensor}
+        return layout.encode(name, self.tensor, self.scale, self.dtype, self.scheme, self.input_scale)
 
 
-def _stored(model: nn.Module) -> dict[str, Stored]:
+def _stored(model: nn.Module) -> dict[str, _Stored]:
     """What goes to disk, in the order of the model: codes with their scales, and each shared tensor once."""
-    codes: dict[str, Stored] = {}
+    codes: dict[str, _Stored] = {}
+    scales: set[str] = set()
     for prefix, layer in _int8_layers(model).items():
+        input_scale = layer.input_scale if isinstance(layer, StaticQuantLinear) else None
         for param, (weight, scale) in layer.codes().items():
-            codes[f"{prefix}.{param}"] = (weight, scale, layer.float_dtype)
+            codes[f"{prefix}.{param}"] = _Stored(weight, layer.float_dtype, scale, layer.scheme, input_scale)
+        scales |= {f"{prefix}.{name}" for name in layer.scale_names()}
     state = model.state_dict()
-    left_out = _copies(state, getattr(model, "all_tied_weights_keys", None) or {})
-    left_out |= {f"{name}_scale" for name in codes}
+    left_out = scales | _copies(state, getattr(model, "all_tied_weights_keys", None) or {})
     return {
-        name: codes.get(name) or (tensor, None, tensor.dtype) for name, tensor in state.items() if name not in left_out
+        name: codes.get(name) or _Stored(tensor, tensor.dtype) for name, tensor in state.items() if name not in left_out
     }
 
 
-def _renamed(tensors: dict[str, Stored], on_disk: OnDisk | None) -> tuple[dict[str, Stored], dict[str, str], list[str]]:
+def _renamed(
+    tensors: dict[str, _Stored], on_disk: OnDisk | None
+) -> tuple[dict[str, _Stored], dict[str, str], list[str]]:
     """`tensors` under their names on disk; layer's name in the model -> on disk where it differs; names of the parts
     that a tensor was cut into."""
     if on_disk is None:
         return tensors, {}, []
-    origin = {id(stored[0]): name for name, stored in tensors.items()}
-    renamed: dict[str, Stored] = {}
+    origin = {id(stored.tensor): name for name, stored in tensors.items()}
+    renamed: dict[str, _Stored] = {}
     names: dict[str, str] = {}
     parts: list[str] = []
-    for name, tensor in on_disk({name: stored[0] for name, stored in tensors.items()}).items():
+    for name, tensor in on_disk({name: stored.tensor for name, stored in tensors.items()}).items():
         before = origin.get(id(tensor))
         if before is None:
             parts.append(name)
         elif before != name:
             names[before.rpartition(".")[0]] = name.rpartition(".")[0]
-        renamed[name] = tensors[before] if before else (tensor, None, tensor.dtype)
-    assert sum(stored[1] is not None for stored in renamed.values()) == sum(s[1] is not None for s in tensors.values())
+        renamed[name] = tensors[before] if before else _Stored(tensor, tensor.dtype)
+    before_and_after = (sum(s.scale is not None for s in some.values()) for some in (tensors, renamed))
+    assert len({*before_and_after}) == 1
     return renamed, names, parts
-
-
-def _encode(name: str, stored: Stored) -> dict[str, Tensor]:
-    tensor, scale, dtype = stored
-    return {name: tensor} if scale is None else layout.encode(name, tensor, scale, dtype)
 
 
 def _copies(state: Mapping[str, Tensor], tied: Mapping[str, str]) -> set[str]:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from octavo.coverage import Coverage, Row, why_float
-from octavo.errors import CheckpointError
+from octavo.errors import CheckpointError, QuantizeError
 from octavo.experts import routers
 from octavo.formats import compressed_tensors as layout
 from octavo.formats.checkpoint import CheckpointReader, CheckpointWriter, copy_companions, new_folder
@@ -44,12 +44,15 @@ def quantize_files(
     rename: how names on disk become names of the skeleton, where they differ.
     Returns: the coverage, with bytes as on disk.
     Raises: CheckpointError for a source that is damaged, already quantized or not of this model, and for a
-        destination that exists or cannot be written whole; RecipeError and QuantizeError as `octavo.quantize` does.
+        destination that exists or cannot be written whole; RecipeError and QuantizeError as `octavo.quantize` does,
+        and QuantizeError for a scheme with static inputs.
     Warns: OctavoWarning as `octavo.quantize` and `octavo.save` do.
     """
     with CheckpointReader(src) as reader:
         _refuse_quantized(reader)
-        tensors = _Tensors(reader, skeleton, plan(skeleton, recipe), rename)
+        decisions = plan(skeleton, recipe)
+        _refuse_static(decisions)
+        tensors = _Tensors(reader, skeleton, decisions, rename)
         config = dict(reader.config or {})
         config["quantization_config"] = quantization_config(
             tensors.layers(),
@@ -81,6 +84,16 @@ def _refuse_quantized(reader: CheckpointReader) -> None:
         method = config.get("quant_method") if isinstance(config, dict) else None
         found = f"quant_method {method!r}" if config else f"tensor {(low or packed)[0]!r}"
         raise CheckpointError(f"{reader.path}: is already quantized ({found}); give the float checkpoint")
+
+
+def _refuse_static(decisions: list[Decision]) -> None:
+    for decision in decisions:
+        if decision.scheme is not None and decision.scheme.is_static:
+            raise QuantizeError(
+                f"{decision.name}: {decision.scheme} has static inputs, whose scales only a model that runs can give; "
+                "load the float model, then stats = octavo.calibrate(model, batches), octavo.quantize(model, recipe, "
+                "stats=stats) and octavo.save, or take 'w8a8', which needs no calibration"
+            )
 
 
 class _Tensors:
@@ -190,8 +203,9 @@ class _Tensors:
         planned: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
         for name in self.kept:
             info = self._reader.info(name)
-            if name in self._shapes:
-                planned.update(layout.packed_layout(name, *self._shapes[name], info.dtype))
+            scheme = self._scheme(name)
+            if scheme is not None:
+                planned.update(layout.stored_layout(name, *self._shapes[name], info.dtype, scheme))
             else:
                 planned[name] = (info.dtype, info.shape)
         return planned
@@ -206,7 +220,7 @@ class _Tensors:
         dtype = tensor.dtype
         codes, scale = decision.kind.quantize_param(layer, short, tensor, decision.scheme, name)
         del tensor  # the float weight is not needed while the codes are packed
-        return layout.encode(name, codes, scale, dtype)
+        return layout.encode(name, codes, scale, dtype, decision.scheme)
 
     def rows(self) -> list[Row]:
         """The coverage: a row for every float tensor on disk."""
@@ -221,7 +235,7 @@ class _Tensors:
             assert decision is not None
             codes, scale = (torch.Size(shape).numel() for shape in self._shapes[name])
             after = codes + scale * info.dtype.itemsize
-            return Row(name, decision.label, info.shape, info.nbytes, after, str(decision.scheme), None)
+            return Row(name, decision.label, info.shape, info.nbytes, after, str(decision.scheme), decision.note)
         if module is None or owner is None:
             reason = f"not a parameter of {type(self._skeleton).__name__} as it lies on disk"
             return Row(name, "?", info.shape, info.nbytes, info.nbytes, None, reason)

@@ -6,9 +6,9 @@
 
 Importing this module registers the quantization method "octavo" with transformers. A program that only loads such a
 checkpoint needs the import too, or `octavo.load`, which does it: transformers alone warns of an "Unknown quantization
-type" and goes on with random weights. Tensors on disk are laid out as
-compressed-tensors' pack-quantized, whichever way they were saved; `octavo.save` writes a config that vLLM and
-transformers without octavo read, `save_pretrained` one that brings transformers here.
+type" and goes on with random weights. Tensors on disk are laid out as compressed-tensors' pack-quantized and
+int-quantized, whichever way they were saved; `octavo.save` writes a config that vLLM and transformers without octavo
+read, `save_pretrained` one that brings transformers here.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from transformers.quantizers import HfQuantizer, register_quantization_config, r
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from octavo import formats
-from octavo.errors import CheckpointError, OctavoError
+from octavo.errors import CheckpointError, OctavoError, RecipeError
 from octavo.formats import compressed_tensors as layout
 from octavo.formats.checkpoint import CheckpointReader
 from octavo.integrations.attention import attention_of, check_int8_attention, use_int8_attention
@@ -50,7 +50,8 @@ class OctavoConfig(QuantizationConfigMixin):  # type: ignore[misc]
     """`quantization_config` for `from_pretrained`: the recipe to quantize with while loading.
 
     scheme, ignore, include, overrides, group_size: as for `octavo.quantize`.
-    Raises: RecipeError for an unknown scheme, key or pattern.
+    Raises: RecipeError for an unknown scheme, key or pattern, and for static inputs: their scales come from running the
+        model, which is not there yet.
     """
 
     def __init__(
@@ -65,6 +66,7 @@ class OctavoConfig(QuantizationConfigMixin):  # type: ignore[misc]
         self.quant_method = METHOD
         base = Recipe.from_dict(scheme) if isinstance(scheme, Mapping) else scheme
         self.recipe = Recipe.of(base, ignore=ignore, include=include, overrides=overrides, group_size=group_size)
+        _refuse_static(self.recipe)
         self.layout: dict[str, Any] = {}
 
     @classmethod
@@ -91,6 +93,16 @@ class OctavoConfig(QuantizationConfigMixin):  # type: ignore[misc]
 
     def to_diff_dict(self) -> dict[str, Any]:
         return self.to_dict()
+
+
+def _refuse_static(recipe: Recipe) -> None:
+    for scheme in (recipe.scheme, *(given for _, given in recipe.overrides)):
+        if scheme.is_static:
+            raise RecipeError(
+                f"scheme {scheme} has static inputs, whose scales cannot be found while a model is loaded; load the "
+                "float model, then stats = octavo.calibrate(model, batches) and octavo.quantize(model, recipe, "
+                "stats=stats), or take 'w8a8', which needs no calibration"
+            )
 
 
 class _SharedOp(ConversionOps):  # type: ignore[misc]
@@ -126,22 +138,31 @@ class _QuantizeParameter(_SharedOp):
         return {full_layer_name: codes, f"{full_layer_name}_scale": scale}
 
 
-class _UnpackParameter(_SharedOp):
-    """Packed codes and scale, as on disk -> codes and fp32 scale."""
+class _ReadParameter(_SharedOp):
+    """What lies on disk for an int8 layer -> what it holds in memory; plain codes, which are the same, come without.
 
-    def __init__(self, quantizer: OctavoQuantizer) -> None:
+    read: makes the tensor of the second argument's shape, under the name of the first, from those on disk. These were
+        all checked before.
+    """
+
+    def __init__(self, quantizer: OctavoQuantizer, read: Callable[[str, Tensor, dict[str, Tensor]], Tensor]) -> None:
         # transformers leaves the dtype of what is loaded alone if an operation has this attribute
         self.hf_quantizer = quantizer
+        self.read = read
 
-    def convert(self, input_dict: dict[str, Any], *, full_layer_name: str, **_: Any) -> dict[str, Tensor]:
+    def convert(self, input_dict: dict[str, Any], *, full_layer_name: str, model: Any, **_: Any) -> dict[str, Tensor]:
         tensors = {name: value[0] if isinstance(value, list) else value for name, value in input_dict.items()}
-        stored = {
-            f"{full_layer_name}{part}": next(t for name, t in tensors.items() if name.endswith(part))
-            for part in ("_packed", "_scale", "_shape")
-        }
-        codes, scale, dtype = layout.decode(full_layer_name, stored)
-        self.hf_quantizer.target(full_layer_name)[2].float_dtype = dtype
-        return {full_layer_name: codes, f"{full_layer_name}_scale": scale}
+        return {full_layer_name: self.read(full_layer_name, model.get_buffer(full_layer_name), tensors)}
+
+
+def _unpacked(name: str, place: Tensor, tensors: dict[str, Tensor]) -> Tensor:
+    (packed,) = (tensor for part, tensor in tensors.items() if part.endswith("_packed"))
+    return layout.unpack(packed, place.shape, name=f"{name}_packed")
+
+
+def _scale(name: str, place: Tensor, tensors: dict[str, Tensor]) -> Tensor:
+    (scale,) = tensors.values()
+    return scale.float().expand(place.shape).contiguous()  # one for the whole weight is that of every row
 
 
 @register_quantizer(METHOD)
@@ -150,7 +171,6 @@ class OctavoQuantizer(HfQuantizer):  # type: ignore[misc]
 
     requires_calibration = False
     quantization_config: OctavoConfig
-    serialized_names = {"weight": ["weight_packed", "weight_scale", "weight_shape"]}  # noqa: RUF012
 
     def __init__(self, quantization_config: OctavoConfig, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
@@ -174,7 +194,9 @@ class OctavoQuantizer(HfQuantizer):  # type: ignore[misc]
             with CheckpointReader(self._folder) as reader:
                 int8 = formats.int8_names(reader, renaming(model))
                 self._decisions = formats.stored_decisions(reader, model, int8)
+                dtypes = {name: reader.info(f"{on_disk}_scale").dtype for name, on_disk in int8.items()}
         else:
+            dtypes = {}
             self._decisions = plan(model, self.quantization_config.recipe)
         for decision in self._decisions:
             if decision.scheme and decision.owner is None:
@@ -187,6 +209,8 @@ class OctavoQuantizer(HfQuantizer):  # type: ignore[misc]
             if decision.owner is not None:  # tied for good: transformers need not, and could not, tie it again
                 model.all_tied_weights_keys.pop(f"{decision.name}.weight", None)
         self._model = model
+        for name, dtype in dtypes.items():
+            self.target(name)[2].float_dtype = dtype
 
     def target(self, name: str) -> tuple[Decision, nn.Module, QuantModule]:
         """Of the int8 parameter `name`: its decision, the float layer that stood there, the int8 layer."""
@@ -213,8 +237,16 @@ class OctavoQuantizer(HfQuantizer):  # type: ignore[misc]
     def get_quantize_ops(self) -> ConversionOps:
         return _QuantizeParameter(self)
 
-    def get_load_operations(self) -> dict[str, type[ConversionOps]]:
-        return {"deserialize": _UnpackParameter}
+    def get_weight_conversions(self) -> list[WeightConverter]:
+        """The rules for reading int8 layers, by what their tensors are called on disk and in the model."""
+        if not self.pre_quantized:
+            return []
+        scale, unpacked = _ReadParameter(self, _scale), _ReadParameter(self, _unpacked)
+        return [
+            WeightConverter(["weight_packed", "weight_shape"], "weight", [unpacked]),
+            WeightConverter("weight_scale", "weight_scale", [scale]),
+            WeightConverter("input_scale", "input_scale", [scale]),
+        ]
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         if self._error is not None:
@@ -222,7 +254,7 @@ class OctavoQuantizer(HfQuantizer):  # type: ignore[misc]
         self._model = None
         self._targets = {}
         # What is kept here save_pretrained would undo; the codes are packed for it by `get_state_dict_and_metadata`.
-        model._weight_conversions = [rule for rule in model._weight_conversions or () if not _unpacks(rule)]
+        model._weight_conversions = [rule for rule in model._weight_conversions or () if not _reads_int8(rule)]
         if self._folder is not None:
             formats.restore_reasons(model, self._folder, renaming(model))
         else:
@@ -249,8 +281,8 @@ class OctavoQuantizer(HfQuantizer):  # type: ignore[misc]
         return True
 
 
-def _unpacks(rule: Any) -> bool:
-    return any(isinstance(operation, _UnpackParameter) for operation in getattr(rule, "operations", ()))
+def _reads_int8(rule: Any) -> bool:
+    return any(isinstance(operation, _ReadParameter) for operation in getattr(rule, "operations", ()))
 
 
 def _tie(model: PreTrainedModel) -> None:

@@ -31,10 +31,9 @@ def test_the_smoothed_model_computes_the_same(alpha: str, run: Run, tiny: Path, 
     if alpha == "0.5":
         assert {pair["alpha"] for pair in folded} == {0.5}
     before, after = (
-        transformers.AutoModelForCausalLM.from_pretrained(folder).model.layers[0].input_layernorm.weight
-        for folder in (tiny, tmp_path / "out")
+        transformers.AutoModelForCausalLM.from_pretrained(folder).state_dict() for folder in (tiny, tmp_path / "out")
     )
-    assert not torch.equal(before, after)
+    assert any(not torch.equal(before[name], after[name]) for name in before), "weights did change"
     transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
 
 

@@ -117,6 +117,14 @@ def test_a_file_of_gpt_fast_runs(tmp_path: Path, dtype: torch.dtype, meta: bool)
     assert_same(gpt_fast.state_dict(loaded), theirs)  # and back, with the biases
 
 
+@pytest.mark.parametrize("scheme", ["w8a8", "o1"])
+def test_int8_inputs_are_not_silently_lost(scheme: str) -> None:
+    model = Block()
+    octavo.quantize(model, scheme)
+    with pytest.raises(QuantizeError, match=rf"\({scheme}\); gpt-fast has .* float inputs only: .* as 'w8a16'"):
+        gpt_fast.state_dict(model)
+
+
 def test_a_model_quantized_by_octavo_is_written_with_its_own_codes(tmp_path: Path) -> None:
     model = Block().to(torch.bfloat16)
     octavo.quantize(model, "w8a16")

@@ -19,12 +19,21 @@ import octavo
 from octavo import CheckpointError, OctavoWarning, QuantizeError
 from octavo.formats import COVERAGE_FILE, load_into, state_dict
 from octavo.formats import save as save_plain
+from octavo.modules import DynamicQuantLinear, QuantConv, QuantModule, StaticQuantLinear
 from tests.tiny_models import Net, build, llama, tokens
 
 
-def quantized(**options: Any) -> Net:
+def quantized(scheme: str = "w8a16", **options: Any) -> Net:
     model = Net().eval()
-    octavo.quantize(model, "w8a16", **options)
+    octavo.quantize(model, scheme, **options)
+    return model
+
+
+def calibrated(**options: Any) -> Net:
+    """With static inputs wherever a layer can have them."""
+    model = Net().eval()
+    stats = octavo.calibrate(model, [torch.randint(0, 50, (4, 9))])
+    octavo.quantize(model, "w8a8-static", stats=stats, repair=False, **options)
     return model
 
 
@@ -67,6 +76,75 @@ def test_any_module_comes_back_bit_for_bit(tmp_path: Path, dtype: torch.dtype, i
     else:
         assert loaded.lm_head.weight is loaded.embedding.weight
         assert isinstance(loaded.lm_head.weight, nn.Parameter) and loaded.lm_head.weight.requires_grad
+
+
+@pytest.mark.parametrize("meta", [False, True], ids=["built", "meta"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("scheme", ["w8a8", "w8a8-static", "o1", "o2", "o3"])
+def test_int8_inputs_come_back_bit_for_bit(tmp_path: Path, scheme: str, dtype: torch.dtype, meta: bool) -> None:
+    model = Net().to(dtype).eval()
+    static = octavo.Scheme(scheme).is_static
+    inputs = torch.randint(0, 50, (4, 9))
+    stats = octavo.calibrate(model, [inputs]) if static else None
+    octavo.quantize(model, scheme, stats=stats, repair=False, include=["lm_head"])
+    octavo.save(model, tmp_path / "out")
+    fresh = on_meta(Net) if meta else Net()
+    loaded = octavo.load(tmp_path / "out", model=fresh).eval()
+    assert_same(loaded.state_dict(), model.state_dict())
+    assert torch.equal(loaded(inputs), model(inputs))
+    wanted = StaticQuantLinear if static else DynamicQuantLinear
+    assert type(loaded.out) is type(loaded.encoder.linear1) is wanted
+    assert loaded.out.scheme.input == octavo.Scheme(scheme).input
+    assert loaded.out.scheme.name == ("w8a8-static" if static else "w8a8")
+    assert type(loaded.conv) is QuantConv and loaded.conv.scheme.name == "w8a16"
+    config = json.loads((tmp_path / "out/config.json").read_text())["quantization_config"]
+    assert config["format"] == "mixed-precision"  # convolutions have float inputs
+
+
+def test_of_int8_inputs_a_file_holds_plain_codes(tmp_path: Path) -> None:
+    model = calibrated()
+    octavo.save(model, tmp_path / "out")
+    stored = load_file(tmp_path / "out/model.safetensors")
+    assert {name for name in stored if name.startswith("out.")} == {
+        "out.weight",
+        "out.weight_scale",
+        "out.input_scale",
+        "out.bias",
+    }
+    assert torch.equal(stored["out.weight"], model.out.weight)
+    assert torch.equal(stored["out.input_scale"], model.out.input_scale) and stored["out.input_scale"].shape == (1,)
+    assert_same(state_dict(model), stored)
+    assert "conv.weight_packed" in stored
+
+
+def test_layers_that_are_fed_one_tensor_carry_equal_input_scales(tmp_path: Path) -> None:
+    model = build(llama)
+    stats = octavo.calibrate(model, [tokens(2, 9)])
+    octavo.quantize(model, "w8a8-static", stats=stats, repair=False)
+    octavo.save(model, tmp_path / "out")
+    stored = load_file(tmp_path / "out/model.safetensors")
+    for siblings in (["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"], ["mlp.gate_proj", "mlp.up_proj"]):
+        assert len({stored[f"model.layers.1.{name}.input_scale"].item() for name in siblings}) == 1
+
+
+def test_a_lone_file_without_a_config_says_what_its_tensors_say(tmp_path: Path) -> None:
+    for name, model in (("dynamic", quantized("w8a8")), ("static", calibrated())):
+        octavo.save(model, tmp_path / name)
+        inputs = torch.randint(0, 50, (2, 9))
+        loaded = octavo.load(tmp_path / name / "model.safetensors", model=Net()).eval()
+        assert torch.equal(loaded(inputs), model(inputs))
+
+
+@pytest.mark.parametrize("make", [quantized, calibrated])
+def test_why_a_scheme_is_not_what_was_asked_for_comes_back(tmp_path: Path, make: Callable[..., Net]) -> None:
+    model = make("w8a8") if make is quantized else make()
+    assert model.conv.note is not None and model.out.note is None
+    model.out.note = "a static scale leaves 3.0 dB: a dynamic one"
+    octavo.save(model, tmp_path / "out")
+    loaded = octavo.load(tmp_path / "out", model=Net())
+    notes = [{n: m.note for n, m in net.named_modules() if isinstance(m, QuantModule)} for net in (loaded, model)]
+    assert notes[0] == notes[1]
+    assert octavo.coverage(loaded) == octavo.coverage(model)
 
 
 def test_mixed_schemes_come_back(tmp_path: Path) -> None:
@@ -249,6 +327,44 @@ def test_a_checkpoint_that_does_not_fit_leaves_the_model_as_it_was(
         octavo.load(tmp_path / "out", model=model)
     assert [type(module) for module in model.modules()] == classes
     assert_same(bits(model), before)
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (without("out.weight"), r"the model lacks, such as 'out\.(weight_scale|input_scale)'"),
+        (without("out.weight_scale"), r"has no tensor 'out\.weight_scale'"),
+        (without("out.input_scale"), r"'out\.input_scale' is missing, and the config says .* are static"),
+        (with_("out.input_scale", torch.zeros(1)), r"out\.input_scale: is 0\.0, expected a positive scale"),
+        (with_("out.input_scale", torch.ones(2)), r"out\.input_scale: is torch\.float32 \[2\], expected .*\[1\]"),
+        (with_("out.input_zero_point", torch.zeros(1, dtype=torch.int8)), r"'out\.input_zero_point' means asymmetric"),
+        (with_("out.weight_zero_point", torch.zeros(16, 1, dtype=torch.int8)), r"out\.weight_zero_point: means asymm"),
+        (with_("out.weight", torch.zeros(16, 9, dtype=torch.int8)), r"'out\.weight' has shape \[16, 9\], the model's"),
+        (with_("out.weight", torch.zeros(16, 6)), r"the model lacks, such as 'out\.(weight|input_scale|weight_scale)'"),
+        (with_("out.weight_scale", torch.ones(16, 2)), r"out\.weight_scale has shape \[16, 2\], for weights in groups"),
+        (with_("out.weight_scale", torch.full((16, 1), torch.inf)), r"out\.weight_scale: holds NaN or inf"),
+    ],
+)
+def test_a_damaged_layer_with_int8_inputs_leaves_the_model_as_it_was(
+    tmp_path: Path, edit: Callable[[dict[str, Tensor]], object], message: str
+) -> None:
+    octavo.save(calibrated(), tmp_path / "out")
+    tensors = load_file(tmp_path / "out/model.safetensors")
+    edit(tensors)
+    save_file(tensors, tmp_path / "out/model.safetensors")
+    model = Net()
+    before = bits(model)
+    with pytest.raises(CheckpointError, match=message):
+        octavo.load(tmp_path / "out", model=model)
+    assert_same(bits(model), before)
+
+
+def test_an_input_scale_under_dynamic_inputs_is_refused(tmp_path: Path) -> None:
+    octavo.save(quantized("w8a8"), tmp_path / "out")
+    tensors = load_file(tmp_path / "out/model.safetensors")
+    save_file({**tensors, "out.input_scale": torch.ones(1)}, tmp_path / "out/model.safetensors")
+    with pytest.raises(CheckpointError, match=r"'out\.input_scale' is there, and the config says .* not static"):
+        octavo.load(tmp_path / "out", model=Net())
 
 
 @pytest.mark.parametrize(

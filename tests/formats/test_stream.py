@@ -49,7 +49,9 @@ def digests(folder: Path) -> dict[str, str]:
     return {str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() for p in folder.rglob("*.*")}
 
 
-def both_ways(folder: Path, source: Path, unknown: Iterable[str] = (), **options: Any) -> nn.Module:
+def both_ways(
+    folder: Path, source: Path, unknown: Iterable[str] = (), scheme: str = "w8a16", **options: Any
+) -> nn.Module:
     """Quantize `source` in memory and from file to file, into folder/memory and folder/stream. Returns the model."""
     before = digests(source)
     with warnings.catch_warnings():
@@ -57,9 +59,9 @@ def both_ways(folder: Path, source: Path, unknown: Iterable[str] = (), **options
             "ignore", OctavoWarning
         )  # what stays float, or is for octavo only, is not the matter here
         model = octavo.load(source)
-        coverage = octavo.quantize(model, "w8a16", **options)
+        coverage = octavo.quantize(model, scheme, **options)
         octavo.save(model, folder / "memory")
-        streamed = octavo.quantize_checkpoint(source, folder / "stream", "w8a16", **options)
+        streamed = octavo.quantize_checkpoint(source, folder / "stream", scheme, **options)
     assert digests(source) == before
     assert_same_checkpoint(folder / "memory", folder / "stream", unknown)
     # A tied layer's row has no bytes, and where the file has no tensor for it there is no row.
@@ -101,6 +103,13 @@ def source_of(folder: Path, make: Callable[..., Any], dtype: torch.dtype = torch
         (tiny_models.llava, {}),
         (tiny_models.llava, {"overrides": {"re:.*mlp": octavo.Scheme.of("w8a16", group_size=2)}}),
         (tiny_models.mixtral, {}),
+        (tiny_models.llama, {"scheme": "w8a8"}),
+        (tiny_models.llama, {"scheme": "w8a8", "overrides": {"re:.*mlp": octavo.Scheme.of("w8a16", group_size=2)}}),
+        (tiny_models.gpt2, {"scheme": "w8a8"}),
+        (tiny_models.t5, {"scheme": "w8a8", "include": ["Embedding"]}),
+        (tiny_models.whisper, {"scheme": "w8a8"}),
+        (tiny_models.llava, {"scheme": "w8a8", "ignore": ["re:.*vision_tower"]}),
+        (tiny_models.mixtral, {"scheme": "w8a8"}),
     ],
     ids=lambda value: value.__name__ if callable(value) else ",".join(map(str, value)) or "-",
 )
@@ -187,6 +196,25 @@ def test_a_module_of_ones_own(tmp_path: Path, meta: bool) -> None:
     loaded = octavo.load(tmp_path / "stream", model=Net()).eval()
     inputs = torch.randint(0, 50, (2, 9))
     assert torch.equal(loaded(inputs), model(inputs))
+
+
+@pytest.mark.parametrize("scheme", ["o1", "o2"])
+def test_weights_per_tensor_are_the_same_bits_too(tmp_path: Path, scheme: str) -> None:
+    model = both_ways(tmp_path, source_of(tmp_path, tiny_models.gpt2), scheme=scheme)
+    loaded = octavo.load(tmp_path / "stream")
+    ids = tiny_models.tokens()
+    with torch.no_grad():
+        assert torch.equal(loaded(ids).logits, model(ids).logits)
+
+
+@pytest.mark.parametrize("scheme", ["w8a8-static", "o3"])
+def test_static_inputs_need_a_model_that_runs(tmp_path: Path, scheme: str) -> None:
+    source = source_of(tmp_path, llama)
+    with pytest.raises(
+        QuantizeError, match=rf"q_proj: {scheme} has static inputs.*octavo\.calibrate\(model, batches\)"
+    ):
+        octavo.quantize_checkpoint(source, tmp_path / "out", scheme)
+    assert not (tmp_path / "out").exists()
 
 
 # -- what comes with it -----------------------------------------------------------------------------------------------

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 import octavo
 from octavo import CheckpointError, OctavoWarning, QuantizeError, Recipe, RecipeError, Scheme
-from octavo.modules import QuantEmbedding, QuantLinear, QuantModule
+from octavo.modules import QuantEmbedding, QuantLinear, QuantModule, StaticQuantLinear
+from octavo.primitives import dequantize
 from tests import tiny_models
 from tests.tiny_models import build, llama, tokens
 
@@ -28,6 +29,9 @@ from octavo.integrations.transformers import OctavoConfig  # noqa: E402 -- needs
 pytestmark = pytest.mark.filterwarnings("ignore:.*stay float although:octavo.OctavoWarning")
 
 
+IDS = torch.arange(3, 75).reshape(4, 18)
+
+
 def source_of(folder: Path, make: Callable[..., Any] = llama, dtype: torch.dtype = torch.bfloat16, **kw: Any) -> Any:
     """A float checkpoint in folder/float; returns its model's class."""
     model = build(make, dtype, **kw)
@@ -35,10 +39,20 @@ def source_of(folder: Path, make: Callable[..., Any] = llama, dtype: torch.dtype
     return type(model)
 
 
-def expected_of(cls: Any, folder: Path, **options: Any) -> Any:
+def expected_of(cls: Any, folder: Path, scheme: str = "w8a16", **options: Any) -> Any:
     """The float checkpoint, loaded by transformers alone and then quantized."""
     model = cls.from_pretrained(folder / "float")
-    octavo.quantize(model, "w8a16", **options)
+    octavo.quantize(model, scheme, **options)
+    return model
+
+
+def with_static_inputs(
+    folder: Path, scheme: str = "w8a8-static", dtype: torch.dtype = torch.bfloat16, **kw: Any
+) -> Any:
+    """A tiny Llama with static inputs wherever a layer can have them, calibrated on IDS."""
+    model = source_of(folder, llama, dtype).from_pretrained(folder / "float")
+    stats = octavo.calibrate(model, [IDS])
+    octavo.quantize(model, scheme, stats=stats, repair=False, **kw)
     return model
 
 
@@ -70,6 +84,12 @@ CASES = [
     (tiny_models.vit, {}),
     (tiny_models.llava, {}),
     (tiny_models.mixtral, {}),
+    (tiny_models.llama, {"scheme": "w8a8"}),
+    (tiny_models.llama, {"scheme": "w8a8", "overrides": {"re:.*mlp": Scheme.of("w8a16", group_size=2)}}),
+    (tiny_models.tied_llama, {"scheme": "w8a8", "include": ["lm_head"]}),
+    (tiny_models.gpt2, {"scheme": "w8a8"}),
+    (tiny_models.whisper, {"scheme": "w8a8"}),
+    (tiny_models.llava, {"scheme": "w8a8"}),
 ]
 
 
@@ -83,7 +103,8 @@ def test_while_loading_is_load_then_quantize_and_comes_back(
 ) -> None:
     cls = source_of(tmp_path, make)
     expected = expected_of(cls, tmp_path, **options)
-    model = cls.from_pretrained(tmp_path / "float", quantization_config=OctavoConfig("w8a16", **options))
+    config = OctavoConfig(**{"scheme": "w8a16", **options})
+    model = cls.from_pretrained(tmp_path / "float", quantization_config=config)
     assert_same(model, expected)
     assert octavo.coverage(model) == octavo.coverage(expected)
     assert not model.training
@@ -174,6 +195,113 @@ def test_what_octavo_wrote_is_loaded_by_either(tmp_path: Path) -> None:
     assert_same(cls.from_pretrained(tmp_path / "int8"), expected_of(cls, tmp_path))
 
 
+# -- int8 inputs ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("scheme", ["o1", "o2"])
+@pytest.mark.parametrize("make", [tiny_models.llama, tiny_models.gpt2])
+def test_smoothquants_dynamic_levels_while_loading(tmp_path: Path, make: Callable[[], Any], scheme: str) -> None:
+    cls = source_of(tmp_path, make)
+    model = cls.from_pretrained(tmp_path / "float", quantization_config=OctavoConfig(scheme))
+    assert_same(model, expected_of(cls, tmp_path, scheme=scheme))
+    model.save_pretrained(tmp_path / "saved")
+    again = cls.from_pretrained(tmp_path / "saved")
+    assert_same(again, model)
+    ids = tokens()
+    with torch.no_grad():
+        assert torch.equal(again(ids).logits, model(ids).logits)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("scheme", ["w8a8-static", "o3"])
+def test_static_inputs_come_back_with_their_scales(tmp_path: Path, scheme: str, dtype: torch.dtype) -> None:
+    model = with_static_inputs(tmp_path, scheme, dtype)
+    octavo.save(model, tmp_path / "one")
+    again = octavo.load(tmp_path / "one")
+    assert_same(again, model)
+    again.save_pretrained(tmp_path / "two")
+    third = type(model).from_pretrained(tmp_path / "two")
+    assert_same(third, model)
+    layer = third.model.layers[1].mlp.down_proj
+    assert type(layer) is StaticQuantLinear and str(layer.scheme) == "w8a8-static" and layer.float_dtype == dtype
+    ids = tokens()
+    with torch.no_grad():
+        for loaded in (again, third):
+            assert torch.equal(loaded(ids).logits, model(ids).logits)
+    one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "two"))
+    assert one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
+
+
+MIXED = {"re:.*down_proj": Scheme("w8a16"), "re:.*o_proj": Scheme("w8a8")}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("scheme", "overrides", "tolerance"),
+    [
+        # A static scale leaves the package nothing to choose: the same codes, but where x / scale is half a step.
+        ("w8a8-static", {}, 5e-4),
+        ("w8a8-static", {"re:.*down_proj": Scheme("w8a16")}, 5e-4),
+        # A dynamic scale is amax / 127.5 in the package and amax / 127 here: other codes, the same error on average.
+        ("w8a8", {}, 1.5e-2),
+        ("o1", {}, 1.5e-2),
+        ("o2", {}, 1.5e-2),
+        ("w8a8", {"re:.*down_proj": Scheme("w8a16")}, 1.5e-2),
+        ("w8a8-static", MIXED, 1.5e-2),
+    ],
+)
+def test_plain_transformers_agrees_to_the_rounding_of_activations(
+    tmp_path: Path, scheme: str, overrides: dict[str, Scheme], tolerance: float, dtype: torch.dtype
+) -> None:
+    """transformers runs an int8 checkpoint in float: compressed-tensors dequantizes the weights, and at each layer's
+    input quantizes and dequantizes, with the `input_scale` of the files if it is static. So logits can be compared.
+    """
+    pytest.importorskip("compressed_tensors")
+    if Scheme(scheme).is_static:
+        model = with_static_inputs(tmp_path, scheme, dtype, overrides=overrides)
+    else:
+        model = expected_of(source_of(tmp_path, llama, dtype), tmp_path, scheme=scheme, overrides=overrides)
+    octavo.save(model, tmp_path / "int8")
+    written = json.loads((tmp_path / "int8/config.json").read_text())["quantization_config"]
+    assert written["quant_method"] == "compressed-tensors"
+    assert written["format"] == ("mixed-precision" if overrides else "int-quantized")
+
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "int8").eval()
+    with torch.no_grad():
+        ours, other = model(IDS).logits.double(), theirs(IDS).logits.double()
+    for name, layer in model.named_modules():
+        if isinstance(layer, QuantModule):
+            expected = dequantize(layer.weight, layer.weight_scale, dtype)
+            assert torch.equal(theirs.get_submodule(name).weight, expected), name
+    rounding = max(tolerance, 1.5e-2 if dtype == torch.bfloat16 else 0)
+    assert ((other - ours).norm() / ours.norm()).item() < rounding
+
+
+def test_the_config_with_static_inputs_says_what_to_do_instead() -> None:
+    for given in ("w8a8-static", Scheme("o3"), Recipe.of("w8a8", overrides={"re:.*mlp": Scheme("w8a8-static")})):
+        with pytest.raises(RecipeError, match=r"static inputs.*stats = octavo\.calibrate\(model, batches\)"):
+            OctavoConfig(given)
+
+
+@pytest.mark.parametrize("shape", [(), (1,)])
+def test_scales_as_others_write_them(tmp_path: Path, shape: tuple[int, ...]) -> None:
+    """llm-compressor's weights per tensor have one scale, and a static input's may have no dimension."""
+    model = with_static_inputs(tmp_path, "o3")
+    octavo.save(model, tmp_path / "int8")
+    file = tmp_path / "int8/model.safetensors"
+    tensors = load_file(file)
+    for name, tensor in tensors.items():
+        if name.endswith("_scale"):
+            assert len(tensor.unique()) == 1
+            tensors[name] = tensor.flatten()[0].reshape(shape).clone()
+    save_file(tensors, file, metadata={"format": "pt"})
+    config = json.loads((tmp_path / "int8/config.json").read_text())
+    config["quantization_config"]["config_groups"]["group_0"]["weights"]["strategy"] = "tensor"
+    (tmp_path / "int8/config.json").write_text(json.dumps(config))
+    assert_same(octavo.load(tmp_path / "int8"), model)
+    assert_same(octavo.load(tmp_path / "int8", model=type(model)(model.config)), model)
+
+
 # -- the config -------------------------------------------------------------------------------------------------------
 
 
@@ -247,6 +375,9 @@ def test_more_than_a_few_float_bytes_are_a_warning(tmp_path: Path) -> None:
         cls.from_pretrained(tmp_path / "float", quantization_config=OctavoConfig())
 
 
+UP = "model.layers.0.mlp.up_proj"
+
+
 def damage(folder: Path, edit: Callable[[dict[str, Tensor]], object]) -> None:
     tensors = load_file(folder / "model.safetensors")
     edit(tensors)
@@ -273,6 +404,43 @@ def test_a_damaged_int8_checkpoint_is_named(
     damage(tmp_path / "saved", edit)
     with pytest.raises(CheckpointError, match=message):
         cls.from_pretrained(tmp_path / "saved")
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (lambda t: t[f"{UP}.weight_scale"].fill_(torch.nan), r"up_proj\.weight_scale: holds NaN"),
+        (lambda t: t.pop(f"{UP}.weight_scale"), r"has no tensor '.*up_proj\.weight_scale'"),
+        (lambda t: t.pop(f"{UP}.input_scale"), r"up_proj\.input_scale' is missing"),
+        (lambda t: t[f"{UP}.input_scale"].fill_(0), r"up_proj\.input_scale: is 0\.0"),
+        (
+            lambda t: t.update({f"{UP}.weight": torch.zeros(42, 31, dtype=torch.int8)}),
+            r"up_proj\.weight' has shape \[42, 31\], the model's has \[42, 32\]",
+        ),
+        (
+            lambda t: t.update({f"{UP}.input_zero_point": torch.zeros(1, dtype=torch.int8)}),
+            r"up_proj\.input_zero_point' means asymmetric inputs",
+        ),
+    ],
+    ids=["nan", "scale", "input_scale", "zero", "shape", "asymmetric"],
+)
+def test_a_damaged_checkpoint_with_int8_inputs_is_named(
+    tmp_path: Path, edit: Callable[[dict[str, Tensor]], object], message: str
+) -> None:
+    octavo.save(with_static_inputs(tmp_path), tmp_path / "saved")
+    damage(tmp_path / "saved", edit)
+    with pytest.raises(CheckpointError, match=message):
+        octavo.load(tmp_path / "saved")
+
+
+@pytest.mark.parametrize("part", ["weights", "input_activations"])
+def test_asymmetric_int8_is_refused_by_the_config(tmp_path: Path, part: str) -> None:
+    octavo.save(with_static_inputs(tmp_path), tmp_path / "saved")
+    config = json.loads((tmp_path / "saved/config.json").read_text())
+    config["quantization_config"]["config_groups"]["group_0"][part]["symmetric"] = False
+    (tmp_path / "saved/config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match=rf"{part}\.symmetric False, expected True"):
+        octavo.load(tmp_path / "saved")
 
 
 def test_a_model_without_an_int8_layer_is_not_saved_as_int8(tmp_path: Path) -> None:
