@@ -60,7 +60,6 @@ class LayerKind:
     rows: brings a parameter into the layout of its codes, output channels first.
     per_group: whether its weight has a K axis that can be cut into groups.
     int8_input: whether it can have int8 inputs; the others take the weight's part of such a scheme.
-    static_input: whether their scale can be static.
     """
 
     name: str
@@ -70,7 +69,6 @@ class LayerKind:
     rows: Callable[[Tensor, nn.Module], Tensor] = _as_is
     per_group: bool = False
     int8_input: bool = False
-    static_input: bool = False
 
     def params_of(self, layer: nn.Module) -> tuple[str, ...]:
         """The parameters of `layer` that become int8."""
@@ -80,10 +78,10 @@ class LayerKind:
 
     def effective(self, scheme: Scheme) -> Scheme:
         """`scheme` as this kind can have it: w8a16 where inputs stay float, per_channel where there is no K axis."""
+        if self.name == EXPERTS:
+            return Scheme("w8a16" if scheme.input is None else "w8a8")
         if self.int8_input:
-            scheme = scheme.as_dynamic() if scheme.is_static and not self.static_input else scheme
-            per_group = scheme.weight.group_size is not None and not self.per_group
-            return Scheme(scheme.name) if per_group else scheme
+            return scheme
         in_groups = self.per_group and scheme.weight.group_size is not None
         return Scheme("w8a16", scheme.weight if in_groups else WeightArgs())
 
@@ -97,9 +95,9 @@ class LayerKind:
         self, layer: nn.Module, param: str, weight: Tensor, scheme: Scheme, name: str
     ) -> tuple[Tensor, Tensor]:
         """Codes (int8, output channels first) and scale (fp32) of `weight`, the parameter `param` of `layer`."""
-        args = self.effective(scheme).weight
         if self.name == EXPERTS:
-            return _quantize_experts(layer, weight, args, name)
+            return _quantize_experts(layer, weight, name)
+        args = self.effective(scheme).weight
         rows = self.rows(weight, layer)
         codes, scale = quantize_weight(rows, args.granularity, group_size=args.group_size, name=name)
         if args.granularity == "per_tensor":  # as the scale of every row, so that ops and files know one shape less
@@ -107,7 +105,7 @@ class LayerKind:
         return codes, scale
 
 
-def _quantize_experts(layer: nn.Module, weight: Tensor, args: WeightArgs, name: str) -> tuple[Tensor, Tensor]:
+def _quantize_experts(layer: nn.Module, weight: Tensor, name: str) -> tuple[Tensor, Tensor]:
     """One expert after the other: codes int8 [E, N, K], scale fp32 [E, N, 1]."""
     spec = spec_of(layer)
     assert spec is not None
@@ -115,7 +113,7 @@ def _quantize_experts(layer: nn.Module, weight: Tensor, args: WeightArgs, name: 
     codes = torch.empty(rows.shape, dtype=torch.int8, device=weight.device)
     scale = torch.empty((*rows.shape[:2], 1), dtype=torch.float32, device=weight.device)
     for e in range(len(rows)):
-        codes[e], scale[e] = quantize_weight(rows[e], args.granularity, name=f"{name}[{e}]")
+        codes[e], scale[e] = quantize_weight(rows[e], name=f"{name}[{e}]")
     return codes, scale
 
 

@@ -8,7 +8,8 @@ checkpoint.py          the files: sharded safetensors, whole or not at all
 gpt_fast.py            gpt-fast's own layout, a state dict in a .pth file
 """
 
-from octavo.formats.loading import Rename, int8_names, load_into, restore_reasons, stored_decisions
+from octavo.formats.experts import expert_parts
+from octavo.formats.loading import Rename, int8_names, load_into, read_experts, restore_reasons, stored_decisions
 from octavo.formats.saving import (
     COVERAGE_FILE,
     OnDisk,
@@ -24,9 +25,11 @@ __all__ = [
     "OnDisk",
     "Rename",
     "describe_layout",
+    "expert_parts",
     "int8_names",
     "load_into",
     "quantization_config",
+    "read_experts",
     "restore_reasons",
     "save",
     "state_dict",

@@ -8,6 +8,7 @@ and loaded by `octavo.integrations`, with the same decisions.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 
@@ -16,10 +17,12 @@ from torch import Tensor, nn
 
 from octavo.coverage import REASONS_ATTRIBUTE, Coverage
 from octavo.errors import CheckpointError
+from octavo.experts import spec_of
 from octavo.formats import compressed_tensors as layout
 from octavo.formats.checkpoint import CheckpointReader, TensorInfo
+from octavo.formats.experts import Part, expert_parts
 from octavo.formats.saving import COVERAGE_FILE
-from octavo.layers import kind_of
+from octavo.layers import EXPERTS, kind_of
 from octavo.modules import Codes, QuantModule
 from octavo.quantize import Decision, Progress, install, output_heads
 from octavo.recipe import InputArgs, Scheme, WeightArgs
@@ -29,6 +32,7 @@ __all__ = [
     "codes_info",
     "int8_names",
     "load_into",
+    "read_experts",
     "restore_reasons",
     "scheme_of",
     "stored_decisions",
@@ -68,15 +72,19 @@ def load_into(folder: str | Path, model: nn.Module, *, progress: Progress | None
     """
     with CheckpointReader(folder) as reader:
         int8 = int8_names(reader)
-        decisions = stored_decisions(reader, model, int8)
+        parts = expert_parts(model)
+        decisions = stored_decisions(reader, model, int8, parts)
         floats = _float_places(reader, model, int8, decisions)
 
         def codes_of(decision: Decision, layer: nn.Module) -> tuple[Codes, torch.dtype]:
             codes, dtype = {}, torch.float32
             for param in decision.kind.params_of(layer):
-                name = int8[f"{decision.name}.{param}"]
-                parts = {part: reader.tensor(part) for part in stored_parts(reader, name)}
-                weight, scale, dtype = layout.decode(name, parts)
+                if decision.kind.name == EXPERTS:
+                    weight, scale, dtype = read_experts(reader, f"{decision.name}.{param}", parts)
+                else:
+                    name = int8[f"{decision.name}.{param}"]
+                    stored = {part: reader.tensor(part) for part in stored_parts(reader, name)}
+                    weight, scale, dtype = layout.decode(name, stored)
                 codes[param] = (weight, scale)
             return codes, dtype
 
@@ -91,6 +99,25 @@ def load_into(folder: str | Path, model: nn.Module, *, progress: Progress | None
         )
     restore_reasons(model, Path(folder))
     return model
+
+
+def read_experts(reader: CheckpointReader, param: str, parts: Mapping[str, Part]) -> tuple[Tensor, Tensor, torch.dtype]:
+    """A stack of experts from its parts on disk: codes int8 [E, N, K], scale fp32 [E, N, 1], the scale's dtype there.
+
+    Raises: CheckpointError for a part that is damaged.
+    """
+    own = {name: part.rows for name, part in parts.items() if part.param == param}
+    total = sum(map(len, own.values()))
+    codes = scale = dtype = None
+    for name, rows in own.items():
+        part, part_scale, dtype = layout.decode(name, {n: reader.tensor(n) for n in stored_parts(reader, name)})
+        if codes is None or scale is None:
+            codes = torch.empty(total, part.shape[1], dtype=torch.int8, device=part.device)
+            scale = torch.empty(total, 1, device=part.device)
+        codes[rows], scale[rows] = part, part_scale
+    assert codes is not None and scale is not None and dtype is not None
+    experts = 1 + max(int(re.findall(r"\.(\d+)\.", name)[-1]) for name in own)
+    return codes.view(experts, -1, codes.shape[1]), scale.view(experts, -1, 1), dtype
 
 
 def stored_parts(reader: CheckpointReader, name: str) -> list[str]:
@@ -193,10 +220,12 @@ def _input_scale(reader: CheckpointReader, name: str, scheme: Scheme) -> Tensor 
     return layout.decode_input_scale(reader.tensor(scale), scale) if there else None
 
 
-def stored_decisions(reader: CheckpointReader, model: nn.Module, int8: Mapping[str, str]) -> list[Decision]:
+def stored_decisions(
+    reader: CheckpointReader, model: nn.Module, int8: Mapping[str, str], parts: Mapping[str, Part]
+) -> list[Decision]:
     """What to swap in a float model: the layers that own int8 weights in the checkpoint, and those tied to one.
 
-    int8: as `int8_names` gives it.
+    int8: as `int8_names` gives it. parts: as `expert_parts` does, of the model.
     Raises: CheckpointError for int8 weights that are damaged, that no layer of the model can have, or of another shape.
     """
     where = str(reader.path)
@@ -204,7 +233,11 @@ def stored_decisions(reader: CheckpointReader, model: nn.Module, int8: Mapping[s
     owner_of: dict[int, str] = {}
     modules = dict(model.named_modules())
     heads = output_heads(model)
+    for prefix in _stacks(reader, int8, parts):
+        decisions[prefix] = _experts_decision(reader, prefix, modules[prefix], parts)
     for name, on_disk in int8.items():
+        if on_disk in parts:
+            continue
         prefix, _, param = name.rpartition(".")
         layer = modules.get(prefix)
         kind = kind_of(layer) if layer is not None else None
@@ -228,6 +261,40 @@ def stored_decisions(reader: CheckpointReader, model: nn.Module, int8: Mapping[s
             label = "OutputHead" if name in heads else kind.name
             decisions[name] = Decision(name, kind, label, decisions[owner].scheme, owner=owner)
     return [decisions[name] for name in modules if name in decisions]
+
+
+def _stacks(reader: CheckpointReader, int8: Mapping[str, str], parts: Mapping[str, Part]) -> list[str]:
+    """Names of the modules whose experts are int8 in the checkpoint. Raises CheckpointError if only some of one are."""
+    there = set(int8.values())
+    stacks = {parts[name].param.rpartition(".")[0] for name in there if name in parts}
+    for name, part in parts.items():
+        if part.param.rpartition(".")[0] in stacks and name not in there:
+            raise CheckpointError(
+                f"{reader.path}: {name!r} is missing or float, and others of these experts are int8; download or "
+                "quantize the checkpoint again"
+            )
+    return sorted(stacks)
+
+
+def _experts_decision(reader: CheckpointReader, prefix: str, layer: nn.Module, parts: Mapping[str, Part]) -> Decision:
+    kind = kind_of(layer)
+    assert kind is not None
+    own = {name: part for name, part in parts.items() if part.param.rpartition(".")[0] == prefix}
+    schemes = set()
+    for name, part in own.items():
+        spec = spec_of(layer)
+        assert spec is not None
+        k = spec.rows(getattr(layer, part.param.rpartition(".")[2])).shape[-1]
+        got = stored_shape(reader, name)
+        if got != (len(part.rows), k):
+            raise CheckpointError(
+                f"{reader.path}: {name!r} has shape {list(got)}, the model's has {[len(part.rows), k]}"
+            )
+        _check_codes(reader, name)
+        schemes.add(kind.effective(scheme_of(reader, name)))
+    if len(schemes) > 1:
+        raise CheckpointError(f"{reader.path}: the experts of {prefix!r} have several schemes, expected one")
+    return Decision(prefix, kind, kind.name, schemes.pop())
 
 
 def _float_places(

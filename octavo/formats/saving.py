@@ -24,7 +24,8 @@ from octavo.coverage import Coverage, coverage
 from octavo.errors import OctavoWarning, QuantizeError
 from octavo.formats import compressed_tensors as layout
 from octavo.formats.checkpoint import CheckpointWriter, copy_companions, new_folder
-from octavo.modules import QuantModule, StaticQuantLinear
+from octavo.formats.experts import expert_parts
+from octavo.modules import QuantExperts, QuantModule, StaticQuantLinear
 from octavo.quantize import Progress
 from octavo.recipe import OPT_IN_TARGETS, Scheme
 
@@ -78,6 +79,7 @@ def save(
     if not _int8_layers(model):
         raise QuantizeError("the model has no int8 layer to save; call octavo.quantize(model, 'w8a16') first")
     tensors, names, parts = _renamed(_stored(model), on_disk)
+    tensors |= _stored_experts(model, on_disk)
     with new_folder(folder) as temporary:
         plan: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
         for name, stored in tensors.items():
@@ -90,24 +92,24 @@ def save(
                     progress(done, len(tensors))
         config = _describe_model(model, temporary, tokenizer)
         config["quantization_config"] = quantization_config(
-            *_described(model), ecosystem="model_type" in config, names=names, parts=parts, attention=attention
+            *_described(model, on_disk), ecosystem="model_type" in config, names=names, parts=parts, attention=attention
         )
         write_descriptions(temporary, config, report)
     return Path(folder)
 
 
-def state_dict(model: nn.Module) -> dict[str, Tensor]:
-    """All tensors of a quantized model as `save` lays them out, in memory, under their names in the model: int8
-    weights in their layout, shared ones once."""
+def state_dict(model: nn.Module, on_disk: OnDisk | None = None) -> dict[str, Tensor]:
+    """All tensors of a quantized model as `save` lays them out, in memory, under their names in the model (those of
+    experts under their names on disk): int8 weights in their layout, shared ones once."""
     encoded: dict[str, Tensor] = {}
-    for name, stored in _stored(model).items():
+    for name, stored in (_stored(model) | _stored_experts(model, on_disk)).items():
         encoded.update(stored.encode(name))
     return encoded
 
 
-def describe_layout(model: nn.Module, attention: str = "float") -> dict[str, Any]:
+def describe_layout(model: nn.Module, on_disk: OnDisk | None = None, attention: str = "float") -> dict[str, Any]:
     """The `quantization_config` of a quantized model, marked as for octavo only."""
-    return quantization_config(*_described(model), ecosystem=False, attention=attention)
+    return quantization_config(*_described(model, on_disk), ecosystem=False, attention=attention)
 
 
 def quantization_config(
@@ -159,14 +161,24 @@ def _without(kinds: list[str]) -> str:
     return "quantize " + " and ".join(ways) if ignored else ways[0]
 
 
-def _described(model: nn.Module) -> tuple[dict[str, tuple[str, Scheme]], list[str]]:
-    """Of a quantized model: the layers that hold codes, as `quantization_config` takes them, and those that do not."""
+def _described(model: nn.Module, on_disk: OnDisk | None = None) -> tuple[dict[str, tuple[str, Scheme]], list[str]]:
+    """Of a quantized model: the layers that hold codes, as `quantization_config` takes them, and those that do not.
+    Each weight of an expert is a layer of its own on disk."""
     layers = _int8_layers(model)
-    owners = {name: (layer.replaces, layer.scheme) for name, layer in layers.items() if layer.codes()}
+    owners = {
+        name: (layer.replaces, layer.scheme)
+        for name, layer in layers.items()
+        if layer.codes() and not isinstance(layer, QuantExperts)
+    }
+    for name, part in expert_parts(model, on_disk).items():
+        stack = layers.get(part.param.rpartition(".")[0])
+        if stack is not None:
+            owners[name.rpartition(".")[0]] = (stack.replaces, stack.scheme)
     others = [
         name
         for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) or (name in layers and name not in owners)
+        if isinstance(module, nn.Linear)
+        or (name in layers and name not in owners and not isinstance(module, QuantExperts))
     ]
     return owners, others
 
@@ -180,7 +192,7 @@ class _Stored:
     """One tensor of a model on its way to disk: a float one, or (with a scale) the codes of a weight.
 
     dtype: on disk, of a float tensor or of the scales. scale, scheme: of codes. input_scale: fp32 [1], of static
-    inputs.
+    inputs. rows: int64 [n], of codes [E, N, K] those of their E * N rows that are meant, as a weight [n, K].
     """
 
     tensor: Tensor
@@ -188,26 +200,50 @@ class _Stored:
     scale: Tensor | None = None
     scheme: Scheme | None = None
     input_scale: Tensor | None = None
+    rows: Tensor | None = None
 
     def plan(self, name: str) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
         """What lies on disk for it: tensor's name -> (dtype, shape)."""
         shape = tuple(self.tensor.shape)
         if self.scale is None or self.scheme is None:
             return {name: (self.dtype, shape)}
+        if self.rows is not None:
+            n, k = len(self.rows), shape[-1]
+            return layout.stored_layout(name, (n, k), (n, 1), self.dtype, self.scheme)
         return layout.stored_layout(name, shape, tuple(self.scale.shape), self.dtype, self.scheme)
 
     def encode(self, name: str) -> dict[str, Tensor]:
         """The tensors of `plan`."""
         if self.scale is None or self.scheme is None:
             return {name: self.tensor}
-        return layout.encode(name, self.tensor, self.scale, self.dtype, self.scheme, self.input_scale)
+        codes, scale = self.tensor, self.scale
+        if self.rows is not None:
+            rows = self.rows.to(codes.device)
+            codes, scale = codes.flatten(0, 1)[rows], scale.flatten(0, 1)[rows]
+        return layout.encode(name, codes, scale, self.dtype, self.scheme, self.input_scale)
+
+
+def _stored_experts(model: nn.Module, on_disk: OnDisk | None) -> dict[str, _Stored]:
+    """The weights of int8 experts, one by one, under their names on disk."""
+    layers = _int8_layers(model)
+    stored = {}
+    for name, part in expert_parts(model, on_disk).items():
+        prefix, _, param = part.param.rpartition(".")
+        if prefix in layers:
+            codes, scale = layers[prefix].codes()[param]
+            stored[name] = _Stored(codes, layers[prefix].float_dtype, scale, layers[prefix].scheme, rows=part.rows)
+    return stored
 
 
 def _stored(model: nn.Module) -> dict[str, _Stored]:
-    """What goes to disk, in the order of the model: codes with their scales, and each shared tensor once."""
+    """What goes to disk, in the order of the model: codes with their scales, and each shared tensor once; but for the
+    weights of int8 experts."""
     codes: dict[str, _Stored] = {}
     scales: set[str] = set()
     for prefix, layer in _int8_layers(model).items():
+        if isinstance(layer, QuantExperts):
+            scales |= {f"{prefix}.{name}" for name in (*layer.quantized_params, *layer.scale_names())}
+            continue
         input_scale = layer.input_scale if isinstance(layer, StaticQuantLinear) else None
         for param, (weight, scale) in layer.codes().items():
             codes[f"{prefix}.{param}"] = _Stored(weight, layer.float_dtype, scale, layer.scheme, input_scale)

@@ -16,11 +16,14 @@ from torch import Tensor, nn
 
 from octavo.coverage import Coverage, Row, why_float
 from octavo.errors import CheckpointError, QuantizeError
-from octavo.experts import routers
+from octavo.experts import routers, spec_of
 from octavo.formats import compressed_tensors as layout
 from octavo.formats.checkpoint import CheckpointReader, CheckpointWriter, copy_companions, new_folder
+from octavo.formats.experts import Part, expert_parts
 from octavo.formats.loading import Rename
-from octavo.formats.saving import quantization_config, write_descriptions
+from octavo.formats.saving import OnDisk, quantization_config, write_descriptions
+from octavo.layers import EXPERTS
+from octavo.primitives import quantize_weight
 from octavo.quantize import Decision, Progress, plan, warn_unasked
 from octavo.recipe import Recipe, Scheme
 
@@ -34,6 +37,7 @@ def quantize_files(
     skeleton: nn.Module,
     *,
     rename: Rename = lambda name: name,
+    on_disk: OnDisk | None = None,
     max_shard_size: int | str = "5GB",
     progress: Progress | None = None,
 ) -> Coverage:
@@ -41,7 +45,7 @@ def quantize_files(
 
     src: a float checkpoint's folder, or one .safetensors file. dst: must not exist.
     skeleton: the model that the checkpoint is of, with or without weights (on `meta`); not modified.
-    rename: how names on disk become names of the skeleton, where they differ.
+    rename: how names on disk become names of the skeleton, where they differ. on_disk: the other way, for `save`.
     Returns: the coverage, with bytes as on disk.
     Raises: CheckpointError for a source that is damaged, already quantized or not of this model, and for a
         destination that exists or cannot be written whole; RecipeError and QuantizeError as `octavo.quantize` does,
@@ -52,7 +56,7 @@ def quantize_files(
         _refuse_quantized(reader)
         decisions = plan(skeleton, recipe)
         _refuse_static(decisions)
-        tensors = _Tensors(reader, skeleton, decisions, rename)
+        tensors = _Tensors(reader, skeleton, decisions, rename, on_disk)
         config = dict(reader.config or {})
         config["quantization_config"] = quantization_config(
             tensors.layers(),
@@ -100,7 +104,12 @@ class _Tensors:
     """The tensors of a float checkpoint, and what becomes of each under a plan."""
 
     def __init__(
-        self, reader: CheckpointReader, skeleton: nn.Module, decisions: list[Decision], rename: Rename
+        self,
+        reader: CheckpointReader,
+        skeleton: nn.Module,
+        decisions: list[Decision],
+        rename: Rename,
+        on_disk: OnDisk | None,
     ) -> None:
         self._reader = reader
         self._skeleton = skeleton
@@ -108,7 +117,8 @@ class _Tensors:
         self._routers = routers(skeleton)
         self._decisions = {decision.name: decision for decision in decisions}
         self._param = {name: rename(name) for name in reader.names}
-        self.parts = [name for name, param in self._param.items() if param is None]
+        self._experts = expert_parts(skeleton, on_disk)
+        self.parts = [name for name, param in self._param.items() if param is None and not self._stack_of(name)]
         self._shapes: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {}
         self._refuse_other_shapes()
         self._refuse_missing()
@@ -154,6 +164,12 @@ class _Tensors:
                 own.setdefault(id(owner), name)
         return own
 
+    def _stack_of(self, name: str) -> Decision | None:
+        """The decision of the experts that the tensor is one weight of, if they are to be int8."""
+        part = self._experts.get(name)
+        decision = self._decisions.get(part.param.rpartition(".")[0]) if part else None
+        return decision if decision and decision.scheme else None
+
     def _layer_of(self, name: str) -> tuple[Decision | None, nn.Module | None, str]:
         prefix, _, short = (self._param[name] or "").rpartition(".")
         decision = self._decisions.get(prefix)
@@ -169,6 +185,8 @@ class _Tensors:
         return module._buffers.get(short) if parameter is None else parameter
 
     def _scheme(self, name: str) -> Scheme | None:
+        if stack := self._stack_of(name):
+            return stack.scheme
         decision, layer, short = self._layer_of(name)
         if decision is None or layer is None or short not in decision.kind.params_of(layer):
             return None
@@ -189,14 +207,35 @@ class _Tensors:
 
     def _int8_shapes(self, name: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Shapes of the codes and of the scale, which follow from the skeleton's."""
-        decision, layer, short = self._layer_of(name)
-        assert decision and decision.scheme and layer is not None
         info = self._reader.info(name)
         if not info.dtype.is_floating_point:
             raise CheckpointError(f"{info.file}: {name!r} is {info.dtype}, expected a float weight")
+        if self._stack_of(name):
+            expected = self._shape_of_part(name)
+            if info.shape != expected:
+                raise CheckpointError(
+                    f"{info.file}: {name!r} has shape {list(info.shape)}, the model's experts {list(expected)}; "
+                    "config.json and the weights are of different models"
+                )
+            return expected, (expected[0], 1)
+        decision, layer, short = self._layer_of(name)
+        assert decision and decision.scheme and layer is not None
         empty = torch.empty(info.shape, dtype=info.dtype, device="meta")
         codes, scale = decision.kind.quantize_param(layer, short, empty, decision.scheme, name)
         return tuple(codes.shape), tuple(scale.shape)
+
+    def _shape_of_part(self, name: str) -> tuple[int, int]:
+        part = self._experts[name]
+        prefix, _, param = part.param.rpartition(".")
+        layer = self._modules[prefix]
+        spec = spec_of(layer)
+        assert spec is not None
+        return len(part.rows), spec.rows(getattr(layer, param)).shape[-1]
+
+    def _parts_of(self, name: str) -> dict[str, Part]:
+        """The weights of experts that a stack, which lies on disk in one piece, is cut into; none for other tensors."""
+        own = {} if self._stack_of(name) else self._experts
+        return {at: part for at, part in own.items() if part.param == self._param[name]}
 
     def stored(self) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
         """Every tensor that will be written -> (dtype, shape)."""
@@ -204,7 +243,11 @@ class _Tensors:
         for name in self.kept:
             info = self._reader.info(name)
             scheme = self._scheme(name)
-            if scheme is not None:
+            if scheme is not None and (cut := self._parts_of(name)):
+                for at, part in cut.items():
+                    n, k = len(part.rows), self._shapes[name][0][-1]
+                    planned.update(layout.stored_layout(at, (n, k), (n, 1), info.dtype, scheme))
+            elif scheme is not None:
                 planned.update(layout.stored_layout(name, *self._shapes[name], info.dtype, scheme))
             else:
                 planned[name] = (info.dtype, info.shape)
@@ -215,12 +258,23 @@ class _Tensors:
         tensor = self._reader.tensor(name)
         if name not in self._shapes:
             return {name: tensor}
+        dtype = tensor.dtype
+        if stack := self._stack_of(name):
+            assert stack.scheme is not None
+            codes, scale = quantize_weight(tensor, name=name)
+            return layout.encode(name, codes, scale, dtype, stack.scheme)
         decision, layer, short = self._layer_of(name)
         assert decision and decision.scheme and layer is not None
-        dtype = tensor.dtype
         codes, scale = decision.kind.quantize_param(layer, short, tensor, decision.scheme, name)
         del tensor  # the float weight is not needed while the codes are packed
-        return layout.encode(name, codes, scale, dtype, decision.scheme)
+        cut = self._parts_of(name)
+        if not cut:
+            return layout.encode(name, codes, scale, dtype, decision.scheme)
+        codes, scale = codes.flatten(0, 1), scale.flatten(0, 1)
+        encoded: dict[str, Tensor] = {}
+        for at, part in cut.items():
+            encoded |= layout.encode(at, codes[part.rows], scale[part.rows], dtype, decision.scheme)
+        return encoded
 
     def rows(self) -> list[Row]:
         """The coverage: a row for every float tensor on disk."""
@@ -231,7 +285,7 @@ class _Tensors:
         module = self._modules.get(param.rpartition(".")[0])
         owner = self._owner(name)
         if name in self._shapes:
-            decision = self._layer_of(name)[0]
+            decision = self._stack_of(name) or self._layer_of(name)[0]
             assert decision is not None
             codes, scale = (torch.Size(shape).numel() for shape in self._shapes[name])
             after = codes + scale * info.dtype.itemsize
@@ -253,16 +307,21 @@ class _Tensors:
     def layers(self) -> dict[str, tuple[str, Scheme]]:
         """Name of a layer that holds codes -> (kind, scheme)."""
         with_codes = {(self._param[name] or "").rpartition(".")[0] for name in self._shapes}
-        return {
+        found = {
             decision.name: (decision.label, decision.scheme)
             for decision in self._decisions.values()
-            if decision.scheme and decision.name in with_codes
+            if decision.scheme and decision.name in with_codes and decision.kind.name != EXPERTS
         }
+        for name, part in self._experts.items():  # each weight of an expert is a layer of its own on disk
+            decision = self._decisions.get(part.param.rpartition(".")[0])
+            if decision and decision.scheme:
+                found[name.rpartition(".")[0]] = (decision.label, decision.scheme)
+        return found
 
     def unquantized(self) -> list[str]:
         """Names of the linear and tied layers that hold no codes of their own."""
         int8 = self.layers()
-        tied = {name for name, decision in self._decisions.items() if decision.scheme}
+        tied = {name for name, made in self._decisions.items() if made.scheme and made.kind.name != EXPERTS}
         return [
             name
             for name, module in self._modules.items()

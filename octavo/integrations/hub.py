@@ -185,13 +185,20 @@ def quantize_checkpoint(
         if recipe.attention == "int8":
             _attention().check_int8_attention(model)
         return quantize_files(source, dst, recipe, model, max_shard_size=max_shard_size, progress=progress)
-    from octavo.integrations.transformers import renaming
+    from octavo.integrations.transformers import on_disk, renaming
 
     built = skeleton(source, trust_remote_code=trust_remote_code)
     if recipe.attention == "int8":
         _attention().check_int8_attention(built)
     return quantize_files(
-        source, dst, recipe, built, rename=renaming(built), max_shard_size=max_shard_size, progress=progress
+        source,
+        dst,
+        recipe,
+        built,
+        rename=renaming(built),
+        on_disk=partial(on_disk, built),
+        max_shard_size=max_shard_size,
+        progress=progress,
     )
 
 

@@ -13,7 +13,9 @@ read, `save_pretrained` one that brings transformers here.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +37,7 @@ from octavo import formats
 from octavo.errors import CheckpointError, OctavoError, RecipeError
 from octavo.formats import compressed_tensors as layout
 from octavo.formats.checkpoint import CheckpointReader
+from octavo.formats.experts import Part
 from octavo.integrations.attention import attention_of, check_int8_attention, use_int8_attention
 from octavo.modules import QuantModule
 from octavo.quantize import Decision, install, plan, settle, warn_unasked
@@ -179,6 +182,8 @@ class OctavoQuantizer(HfQuantizer):  # type: ignore[misc]
         self._model: PreTrainedModel | None = None
         self._folder: Path | None = None
         self._error: OctavoError | None = None
+        self._parts: dict[str, Part] = {}
+        self._rules: list[Any] = []
 
     def _process_model_before_weight_loading(
         self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **kwargs: Any
@@ -193,8 +198,13 @@ class OctavoQuantizer(HfQuantizer):  # type: ignore[misc]
             self._folder = Path(checkpoint_files[0]).parent
             with CheckpointReader(self._folder) as reader:
                 int8 = formats.int8_names(reader, renaming(model))
-                self._decisions = formats.stored_decisions(reader, model, int8)
-                dtypes = {name: reader.info(f"{on_disk}_scale").dtype for name, on_disk in int8.items()}
+                self._parts = formats.expert_parts(model, partial(on_disk, model))
+                self._decisions = formats.stored_decisions(reader, model, int8, self._parts)
+                dtypes = {
+                    name: reader.info(f"{stored}_scale").dtype
+                    for name, stored in int8.items()
+                    if stored not in self._parts
+                }
         else:
             dtypes = {}
             self._decisions = plan(model, self.quantization_config.recipe)
@@ -205,6 +215,7 @@ class OctavoQuantizer(HfQuantizer):  # type: ignore[misc]
                     {f"{decision.name}.{p}": (decision, layer) for p in decision.kind.params_of(layer)}
                 )
         install(model, self._decisions)
+        self._leave_experts_to_us(model)
         for decision in self._decisions:
             if decision.owner is not None:  # tied for good: transformers need not, and could not, tie it again
                 model.all_tied_weights_keys.pop(f"{decision.name}.weight", None)
@@ -248,13 +259,54 @@ class OctavoQuantizer(HfQuantizer):  # type: ignore[misc]
             WeightConverter("input_scale", "input_scale", [scale]),
         ]
 
+    def update_weight_conversions(self, weight_conversions: list[Any], model: PreTrainedModel) -> list[Any]:
+        """The weights of int8 experts are read here, after the rest: the rules that merge float ones go without."""
+        self._rules = list(weight_conversions)
+        stacks = {part.param for part in self._parts.values() if self._is_int8(part)}
+        kept = [rule for rule in weight_conversions if not _merges(rule, stacks)]
+        return super().update_weight_conversions(kept, model)
+
+    def _leave_experts_to_us(self, model: PreTrainedModel) -> None:
+        """Tell transformers not to miss the int8 experts in the files, nor to wonder at their weights there."""
+        own = {name: part for name, part in self._parts.items() if self._is_int8(part)}
+        missing = {re.escape(part.param) + "(_scale)?$" for part in own.values()}
+        # By their names on disk, and as they are after transformers' renamings.
+        stacks = {re.split(r"\.\d+\.[^.]+\.weight$", name)[0] for name in own}
+        stacks |= {part.param.rpartition(".")[0] for part in own.values()}
+        unexpected = {"^" + re.escape(stack) + r"\.\d+\." for stack in stacks}
+        for attribute, patterns in (
+            ("_keys_to_ignore_on_load_missing", missing),
+            ("_keys_to_ignore_on_load_unexpected", unexpected),
+        ):
+            if patterns:
+                setattr(model, attribute, {*(getattr(model, attribute, None) or ()), *patterns})
+
+    def _is_int8(self, part: Part) -> bool:
+        return any(decision.name == part.param.rpartition(".")[0] for decision in self._decisions)
+
+    def _read_experts(self, model: PreTrainedModel) -> None:
+        assert self._folder is not None
+        with CheckpointReader(self._folder) as reader:
+            for param in {part.param for part in self._parts.values() if self._is_int8(part)}:
+                prefix, _, short = param.rpartition(".")
+                module = model.get_submodule(prefix)
+                assert isinstance(module, QuantModule)
+                codes, scale, module.float_dtype = formats.read_experts(reader, param, self._parts)
+                place = module.get_buffer(short).device
+                device = "cpu" if place.type == "meta" else place
+                module.register_buffer(short, codes.to(device))
+                module.register_buffer(f"{short}_scale", scale.to(device))
+
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         if self._error is not None:
             raise self._error
+        if self._folder is not None:
+            self._read_experts(model)
         self._model = None
         self._targets = {}
         # What is kept here save_pretrained would undo; the codes are packed for it by `get_state_dict_and_metadata`.
-        model._weight_conversions = [rule for rule in model._weight_conversions or () if not _reads_int8(rule)]
+        rules = self._rules or model._weight_conversions or ()
+        model._weight_conversions = [rule for rule in rules if not _reads_int8(rule)]
         if self._folder is not None:
             formats.restore_reasons(model, self._folder, renaming(model))
         else:
@@ -265,8 +317,9 @@ class OctavoQuantizer(HfQuantizer):  # type: ignore[misc]
 
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, Tensor], dict[str, str]]:
         """What `save_pretrained` writes, and the config that says how it is laid out."""
-        self.quantization_config.layout = formats.describe_layout(model, attention_of(model))
-        return formats.state_dict(model), {}
+        names = partial(on_disk, model)
+        self.quantization_config.layout = formats.describe_layout(model, names, attention_of(model))
+        return formats.state_dict(model, names), {}
 
     def is_serializable(self) -> bool:
         return True
@@ -279,6 +332,14 @@ class OctavoQuantizer(HfQuantizer):  # type: ignore[misc]
     @property
     def is_compileable(self) -> bool:
         return True
+
+
+def _merges(rule: Any, stacks: set[str]) -> bool:
+    """Whether a rule makes one of the parameters `stacks` of several tensors."""
+    targets = getattr(rule, "target_patterns", ())
+    targets = [targets] if isinstance(targets, str) else targets
+    many = isinstance(rule, WeightConverter) and bool(rule.operations)
+    return many and any(param.endswith(target) for target in targets for param in stacks)
 
 
 def _reads_int8(rule: Any) -> bool:

@@ -1,0 +1,83 @@
+"""How a stack of experts lies on disk: as the 2-D weights of each expert, which is how vLLM and others read them.
+
+    model.layers.0.mlp.experts.gate_up_proj  [E, 2I, H]   in memory, one parameter
+    model.layers.0.mlp.experts.3.gate_proj.weight [I, H]  on disk, rows 0 to I of its expert 3
+    model.layers.0.mlp.experts.3.up_proj.weight   [I, H]  rows I to 2I (every other row, where gate and up interleave)
+
+What the parts of a transformers model are called is its library's to say (`w1`, `w2`, `w3` for Mixtral): a stack whose
+numbers are its own row indices goes through the library's renaming, and the parts tell by their numbers which rows they
+are. Stacks that the library keeps whole, and those of other models, are cut here. A transposed stack (gpt-oss, Llama 4)
+is never cut as it lies: codes have output channels first in memory already.
+"""
+
+from __future__ import annotations
+
+import bisect
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from octavo.experts import ExpertsSpec, spec_of
+from octavo.modules import QuantExperts
+
+__all__ = ["Part", "expert_parts"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """One 2-D weight of one expert.
+
+    param: name of the stack [E, N, K] in the model. rows: int64 [n], which of its E * N rows the part is, in order.
+    """
+
+    param: str
+    rows: Tensor
+
+
+def expert_parts(
+    model: nn.Module, on_disk: Callable[[dict[str, Tensor]], Mapping[str, Tensor]] | None = None
+) -> dict[str, Part]:
+    """Name on disk of each expert's weight -> which rows of which stack it is.
+
+    model: float (on `meta` or not) or int8. on_disk: as for `octavo.formats.save`.
+    """
+    numbered: dict[str, Tensor] = {}
+    owners: list[tuple[int, str]] = []
+    whole: dict[str, tuple[ExpertsSpec, Tensor]] = {}
+    for prefix, layer in model.named_modules():
+        spec = layer.spec if isinstance(layer, QuantExperts) else spec_of(layer)
+        for param in spec.params if spec is not None else ():
+            assert spec is not None
+            name = f"{prefix}.{param}" if prefix else param
+            first = owners[-1][0] + numbered[owners[-1][1]].numel() if owners else 0
+            stack = getattr(layer, param)
+            e, n = (stack if isinstance(layer, QuantExperts) else spec.rows(stack)).shape[:2]
+            numbered[name] = torch.arange(first, first + e * n, device="cpu").view(e, n, 1)
+            owners.append((first, name))
+            whole[name] = (spec, torch.arange(e * n, device="cpu").view(e, n))
+    parts: dict[str, Part] = {}
+    renamed = on_disk({name: ids for name, ids in numbered.items() if not whole[name][0].transposed}) if on_disk else {}
+    for name, ids in renamed.items():
+        if ids.dim() == 2:
+            first, param = owners[bisect.bisect_right(owners, int(ids[0, 0]), key=lambda owner: owner[0]) - 1]
+            parts[name] = Part(param, ids[:, 0] - first)
+            whole.pop(param, None)
+    for param, (spec, rows) in whole.items():
+        parts |= {name: Part(param, part) for name, part in _cut(param, spec, rows)}
+    return parts
+
+
+def _cut(param: str, spec: ExpertsSpec, rows: Tensor) -> Iterator[tuple[str, Tensor]]:
+    """Names and rows of the parts of a stack that is cut here. rows: int64 [E, N]."""
+    prefix, _, short = param.rpartition(".")
+    half = rows.shape[1] // 2
+    for e, own in enumerate(rows):
+        at = f"{prefix}.{e}." if prefix else f"{e}."
+        if short == "gate_up_proj":
+            gate, up = (own[::2], own[1::2]) if spec.interleaved else (own[:half], own[half:])
+            yield f"{at}gate_proj.weight", gate
+            yield f"{at}up_proj.weight", up
+        else:
+            yield f"{at}{short}.weight", own
