@@ -468,6 +468,17 @@ def test_the_dtypes_of_models(dtype: torch.dtype) -> None:
 
 
 @torch.no_grad()
+def test_weighted_outputs_are_not_rounded_before_their_sum() -> None:
+    """3 y - 2 y is y, although 3 y has no fp16."""
+    quantized = int8(mixtral_experts()).half()
+    index, one = torch.tensor([[1, 1]]), torch.tensor([[1.0, 0.0]], dtype=torch.float16)
+    x = torch.randn(1, H).half()
+    y = quantized(x, index, one)
+    quantized.down_proj_scale.mul_(30000 / y.abs().max())
+    torch.testing.assert_close(quantized(x, index, one * 3 - 2 * one.flip(1)), quantized(x, index, one))
+
+
+@torch.no_grad()
 def test_half_moves_everything_but_codes_and_scales() -> None:
     quantized = int8(gpt_oss_experts()).half()
     assert quantized.gate_up_proj.dtype == torch.int8 and quantized.gate_up_proj_scale.dtype == torch.float32
