@@ -121,9 +121,7 @@ KINDS: tuple[LayerKind, ...] = (
     LayerKind(
         "Linear", ("Linear", "NonDynamicallyQuantizableLinear"), modules.QuantLinear, per_group=True, int8_input=True
     ),
-    LayerKind(
-        "Conv1D", ("Conv1D",), modules.QuantLinear, rows=_transposed, per_group=True, int8_input=True, static_input=True
-    ),
+    LayerKind("Conv1D", ("Conv1D",), modules.QuantLinear, rows=_transposed, per_group=True, int8_input=True),
     LayerKind("Conv1d", ("Conv1d",), modules.QuantConv),
     LayerKind("Conv2d", ("Conv2d",), modules.QuantConv),
     LayerKind("Conv3d", ("Conv3d",), modules.QuantConv),

@@ -142,6 +142,12 @@ class _Tensors:
         if self.parts:
             return  # which parameters these make up, only the library that merges them knows
         there = {id(self._owner(name)) for name in self._reader.names}
+        lacking = {part.param for name, part in self._experts.items() if name not in self._reader}
+        there |= {
+            id(self._skeleton.get_parameter(part.param))
+            for part in self._experts.values()
+            if part.param not in lacking
+        }
         optional = getattr(self._skeleton, "_keys_to_ignore_on_load_missing", None) or ()
         missing = [
             name
