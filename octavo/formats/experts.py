@@ -30,10 +30,16 @@ class Part:
     """One 2-D weight of one expert.
 
     param: name of the stack [E, N, K] in the model. rows: int64 [n], which of its E * N rows the part is, in order.
+    is_shared: whether the name is the model library's, under which other readers look for it, and not our own.
     """
 
     param: str
     rows: Tensor
+    is_shared: bool
+
+    def kind(self, stack: str) -> str:
+        """What the weight is on disk: for readers that know its name an ordinary linear layer; else of kind `stack`."""
+        return "Linear" if self.is_shared else stack
 
 
 def expert_parts(
@@ -62,10 +68,10 @@ def expert_parts(
     for name, ids in renamed.items():
         if ids.dim() == 2:
             first, param = owners[bisect.bisect_right(owners, int(ids[0, 0]), key=lambda owner: owner[0]) - 1]
-            parts[name] = Part(param, ids[:, 0] - first)
+            parts[name] = Part(param, ids[:, 0] - first, True)
             whole.pop(param, None)
     for param, (spec, rows) in whole.items():
-        parts |= {name: Part(param, part) for name, part in _cut(param, spec, rows)}
+        parts |= {name: Part(param, part, False) for name, part in _cut(param, spec, rows)}
     return parts
 
 

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from octavo.coverage import Coverage, coverage
 from octavo.errors import OctavoWarning, QuantizeError
+from octavo.experts import routers
 from octavo.formats import compressed_tensors as layout
 from octavo.formats.checkpoint import CheckpointWriter, copy_companions, new_folder
 from octavo.formats.experts import expert_parts
@@ -170,14 +171,16 @@ def _described(model: nn.Module, on_disk: OnDisk | None = None) -> tuple[dict[st
         for name, layer in layers.items()
         if layer.codes() and not isinstance(layer, QuantExperts)
     }
+    routed = routers(model)  # no linear layers to transformers, but to vLLM
     for name, part in expert_parts(model, on_disk).items():
         stack = layers.get(part.param.rpartition(".")[0])
         if stack is not None:
-            owners[name.rpartition(".")[0]] = (stack.replaces, stack.scheme)
+            owners[name.rpartition(".")[0]] = (part.kind(stack.replaces), stack.scheme)
     others = [
         name
         for name, module in model.named_modules()
         if isinstance(module, nn.Linear)
+        or name in routed
         or (name in layers and name not in owners and not isinstance(module, QuantExperts))
     ]
     return owners, others

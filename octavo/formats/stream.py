@@ -144,9 +144,7 @@ class _Tensors:
         there = {id(self._owner(name)) for name in self._reader.names}
         lacking = {part.param for name, part in self._experts.items() if name not in self._reader}
         there |= {
-            id(self._skeleton.get_parameter(part.param))
-            for part in self._experts.values()
-            if part.param not in lacking
+            id(self._skeleton.get_parameter(part.param)) for part in self._experts.values() if part.param not in lacking
         }
         optional = getattr(self._skeleton, "_keys_to_ignore_on_load_missing", None) or ()
         missing = [
@@ -321,7 +319,7 @@ class _Tensors:
         for name, part in self._experts.items():  # each weight of an expert is a layer of its own on disk
             decision = self._decisions.get(part.param.rpartition(".")[0])
             if decision and decision.scheme:
-                found[name.rpartition(".")[0]] = (decision.label, decision.scheme)
+                found[name.rpartition(".")[0]] = (part.kind(decision.label), decision.scheme)
         return found
 
     def unquantized(self) -> list[str]:
@@ -331,7 +329,7 @@ class _Tensors:
         return [
             name
             for name, module in self._modules.items()
-            if name not in int8 and (isinstance(module, nn.Linear) or name in tied)
+            if name not in int8 and (isinstance(module, nn.Linear) or name in tied or name in self._routers)
         ]
 
     def names(self) -> dict[str, str]:
