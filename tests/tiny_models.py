@@ -143,6 +143,35 @@ def mixtral() -> Any:
     return MixtralForCausalLM(MixtralConfig(**TEXT, num_key_value_heads=2, num_local_experts=4))
 
 
+def jetmoe() -> Any:
+    from transformers import JetMoeConfig, JetMoeForCausalLM
+
+    config = JetMoeConfig(
+        vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=1, num_key_value_heads=2, kv_channels=8,
+        intermediate_size=40, num_local_experts=4, num_experts_per_tok=2,
+    )  # fmt: skip
+    return JetMoeForCausalLM(config)
+
+
+def qwen3_moe() -> Any:
+    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    config = Qwen3MoeConfig(
+        **TEXT, num_key_value_heads=2, head_dim=8, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=24
+    )
+    return Qwen3MoeForCausalLM(config)
+
+
+def gpt_oss() -> Any:
+    from transformers import GptOssConfig, GptOssForCausalLM
+
+    config = GptOssConfig(
+        **TEXT, num_key_value_heads=2, head_dim=8, num_local_experts=4, num_experts_per_tok=2,
+        layer_types=["full_attention"] * 2,
+    )  # fmt: skip
+    return GptOssForCausalLM(config)
+
+
 def build(make: Callable[..., Any], dtype: torch.dtype = torch.float32, **changes: Any) -> Any:
     """The model with reproducible weights, in eval mode; skips the test where transformers is missing."""
     pytest.importorskip("transformers")

@@ -1,0 +1,194 @@
+"""Stacks of experts on disk: one 2-D weight for each expert and projection, under the names that others read."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import octavo
+from octavo.errors import CheckpointError
+from octavo.formats.experts import expert_parts
+from octavo.modules import QuantExperts
+from octavo.primitives import dequantize, quantize_weight
+from tests import tiny_models
+from tests.tiny_models import build
+
+# gpt-oss's experts have no names that others would look for, which is no matter here.
+pytestmark = pytest.mark.filterwarnings("ignore:int8 layers of kind Experts:octavo.errors.OctavoWarning")
+
+MODELS = [tiny_models.mixtral, tiny_models.qwen3_moe, tiny_models.gpt_oss]
+
+
+def weights(folder: Path) -> dict[str, Tensor]:
+    return load_file(folder / "model.safetensors")
+
+
+def logits(model: Any) -> Tensor:
+    with torch.no_grad():
+        return model(torch.arange(18).view(2, 9)).logits
+
+
+@pytest.mark.parametrize("make", MODELS)
+@pytest.mark.parametrize("scheme", ["w8a16", "w8a8"])
+def test_what_is_saved_is_loaded_bit_for_bit(tmp_path: Path, make: Callable[..., Any], scheme: str) -> None:
+    model = build(make)
+    octavo.quantize(model, scheme)
+    octavo.save(model, tmp_path / "one")
+    loaded = octavo.load(tmp_path / "one")
+    assert sum(isinstance(module, QuantExperts) for module in loaded.modules()) == 2
+    assert torch.equal(logits(loaded), logits(model))
+    octavo.save(loaded, tmp_path / "two")
+    one, two = weights(tmp_path / "one"), weights(tmp_path / "two")
+    assert one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
+
+
+@pytest.mark.parametrize("make", MODELS)
+@pytest.mark.parametrize("scheme", ["w8a16", "w8a8"])
+def test_from_file_to_file(tmp_path: Path, make: Callable[..., Any], scheme: str) -> None:
+    """Experts one by one (Mixtral, Qwen) and in one piece (gpt-oss) on disk become what the loaded model becomes."""
+    model = build(make, torch.bfloat16)
+    model.save_pretrained(tmp_path / "float")
+    report = octavo.quantize_checkpoint(tmp_path / "float", tmp_path / "stream", scheme)
+    octavo.quantize(model, scheme)
+    octavo.save(model, tmp_path / "memory")
+    one, two = weights(tmp_path / "memory"), weights(tmp_path / "stream")
+    assert one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
+    configs = [json.loads((tmp_path / name / "config.json").read_text()) for name in ("memory", "stream")]
+    assert configs[0]["quantization_config"] == configs[1]["quantization_config"]
+    assert not any(row.scheme is None and len(row.shape) == 3 for row in report.rows)
+
+
+@pytest.mark.parametrize(("make", "expert"), [(tiny_models.mixtral, "block_sparse_moe.experts.1.w1"),
+                                             (tiny_models.qwen3_moe, "mlp.experts.1.gate_proj")])  # fmt: skip
+def test_plain_transformers_loads_them(tmp_path: Path, make: Callable[..., Any], expert: str) -> None:
+    """By compressed-tensors, dequantized: the logits of our int8 model, to the rounding of sums."""
+    model = build(make)
+    octavo.quantize(model, "w8a16")
+    octavo.save(model, tmp_path / "out")
+    assert f"model.layers.0.{expert}.weight_packed" in weights(tmp_path / "out")
+    config = json.loads((tmp_path / "out/config.json").read_text())["quantization_config"]
+    assert config["quant_method"] == "compressed-tensors"
+    assert any(name.endswith(".gate") for name in config["ignore"]), "vLLM's routers are linear layers"
+    theirs, info = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    theirs.set_experts_implementation("eager")  # its grouped kernel wants sizes that are multiples of 16 bytes
+    torch.testing.assert_close(logits(theirs), logits(model), rtol=1e-4, atol=1e-5)
+
+
+def test_gate_and_up_are_the_right_rows_of_the_right_axis(tmp_path: Path) -> None:
+    """gpt-oss holds [E, H, 2I], gate and up in turn: an expert's gate is every other *column*."""
+    model = build(tiny_models.gpt_oss)
+    experts = model.model.layers[0].mlp.experts
+    stack = experts.gate_up_proj.detach().clone()  # [E, H, 2I]
+    octavo.quantize(model, "w8a16")
+    octavo.save(model, tmp_path / "out")
+    there = weights(tmp_path / "out")
+    from octavo.formats.compressed_tensors import decode
+
+    for name, first in (("gate_proj", 0), ("up_proj", 1)):
+        stem = f"model.layers.0.mlp.experts.2.{name}.weight"
+        codes, scale, _ = decode(stem, {key: t for key, t in there.items() if key.startswith(stem)})
+        expected_codes, expected_scale = quantize_weight(stack[2, :, first::2].T)
+        assert torch.equal(codes, expected_codes) and torch.equal(scale, expected_scale)
+    assert json.loads((tmp_path / "out/config.json").read_text())["quantization_config"]["quant_method"] == "octavo"
+
+
+class ConditionalFeedForward(nn.Module):
+    """gpt-fast's: w1, w3 [E, I, D], w2 [E, D, I]."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w1, self.w2, self.w3 = (nn.Parameter(torch.randn(4, *shape)) for shape in ((6, 8), (8, 6), (6, 8)))
+
+    def forward(self, x: Tensor, expert_indices: Tensor) -> Tensor:
+        x1 = F.silu(torch.einsum("ti,taoi -> tao", x, self.w1[expert_indices]))
+        x3 = torch.einsum("ti, taoi -> tao", x, self.w3[expert_indices])
+        return torch.einsum("tao, taio -> tai", (x1 * x3), self.w2[expert_indices])
+
+
+class Own(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.experts = ConditionalFeedForward()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.experts(x, torch.tensor([[0, 3], [1, 0], [2, 3]])).sum(1)
+
+
+def test_a_model_of_ones_own(tmp_path: Path) -> None:
+    model = Own()
+    octavo.quantize(model, "w8a16")
+    octavo.save(model, tmp_path / "out")
+    assert "experts.3.w2.weight_packed" in weights(tmp_path / "out")
+    with torch.device("meta"):
+        empty = Own()
+    loaded = octavo.load(tmp_path / "out", model=empty)
+    x = torch.randn(3, 8)
+    assert torch.equal(loaded(x), model(x))
+    truth = Own()
+    with torch.no_grad():
+        for name in ("w1", "w2", "w3"):
+            getattr(truth.experts, name).copy_(
+                torch.stack([dequantize(c, s) for c, s in zip(*model.experts.codes()[name], strict=True)])
+            )
+    torch.testing.assert_close(model(x), truth(x), rtol=1e-4, atol=1e-4)
+
+
+def test_parts_are_all_rows_once() -> None:
+    for make in MODELS:
+        model = build(make)
+        parts = expert_parts(model)
+        rows: dict[str, list[int]] = {}
+        for part in parts.values():
+            rows.setdefault(part.param, []).extend(part.rows.tolist())
+        for param, found in rows.items():
+            total = math.prod(model.get_parameter(param).shape)
+            assert sorted(found) == list(range(len(found))) and total % len(found) == 0
+
+
+def damaged(folder: Path, edit: Callable[[dict[str, Tensor]], object]) -> None:
+    tensors = weights(folder)
+    edit(tensors)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+PART = "model.layers.1.block_sparse_moe.experts.2.w3.weight"
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (
+            lambda t: [t.pop(f"{PART}_{part}") for part in ("packed", "scale", "shape")],
+            "is missing or float, and others",
+        ),
+        (lambda t: t.pop(f"{PART}_scale"), f"has no tensor '{PART}_scale'"),
+        (lambda t: t[f"{PART}_scale"].fill_(torch.nan), f"{PART}_scale: holds NaN or inf"),
+        (lambda t: t[f"{PART}_shape"].copy_(torch.tensor([1, 2])), r"has shape \[1, 2\], the model's has"),
+    ],
+)
+def test_damage_is_named(tmp_path: Path, edit: Callable[[dict[str, Tensor]], object], message: str) -> None:
+    model = build(tiny_models.mixtral)
+    octavo.quantize(model, "w8a16")
+    octavo.save(model, tmp_path / "out")
+    damaged(tmp_path / "out", edit)
+    with pytest.raises(CheckpointError, match=message):
+        octavo.load(tmp_path / "out")
+
+
+def test_a_float_checkpoint_that_lacks_an_expert_is_refused(tmp_path: Path) -> None:
+    build(tiny_models.mixtral).save_pretrained(tmp_path / "float")
+    damaged(tmp_path / "float", lambda t: t.pop(PART))
+    with pytest.raises(CheckpointError, match="parameters of MixtralForCausalLM are missing"):
+        octavo.quantize_checkpoint(tmp_path / "float", tmp_path / "out", "w8a16")
+    assert not (tmp_path / "out").exists()
