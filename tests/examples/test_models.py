@@ -12,7 +12,7 @@ from safetensors import safe_open
 
 from examples import models
 
-CAPITALS = [("France", "Paris"), ("Italy", "Rome"), ("Japan", "Tokyo")]
+CAPITALS = [("France", "Paris"), ("Germany", "Berlin"), ("Japan", "Tokyo")]
 
 
 def test_an_unknown_source_lists_the_known_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
