@@ -6,8 +6,14 @@ gpt-fast (quantize.py, `WeightOnlyInt8QuantHandler`) keeps a state dict in one .
     <name>.scales   [N]             scale = max(amax / 127.5, 2**-23) in fp32, stored in the weight's dtype
     <name>.bias     [N]             if the layer has one
 
-and everything else is as in the float model. The codes are fitted to the fp32 scale and not to the stored one:
-`primitives.Range` "full". A model with octavo's own codes can be written too; gpt-fast runs any codes and scales.
+and, in its Mixtral, each `ConditionalFeedForward`
+
+    <name>.w1, .w2, .w3             int8 [E, I, D], [E, D, I], [E, I, D]
+    <name>.scales1, 2, 3            fp32 [E, I], [E, D], [E, I]
+
+with routers (linear layers called `gate`) in float. Everything else is as in the float model. The codes are fitted to
+the fp32 scale and not to the stored one: `primitives.Range` "full". A model with octavo's own codes can be written too;
+gpt-fast runs any codes and scales.
 """
 
 from __future__ import annotations
@@ -20,9 +26,10 @@ import torch
 from torch import Tensor, nn
 
 from octavo.errors import CheckpointError, QuantizeError
+from octavo.experts import spec_of
 from octavo.formats.checkpoint import new_file
 from octavo.layers import kind_of, why_not
-from octavo.modules import Codes, QuantLinear, QuantModule
+from octavo.modules import Codes, QuantExperts, QuantLinear, QuantModule
 from octavo.primitives import quantize_weight
 from octavo.quantize import Decision, install
 from octavo.recipe import Scheme
@@ -33,14 +40,16 @@ __all__ = ["load", "read", "save", "state_dict"]
 def state_dict(model: nn.Module) -> dict[str, Tensor]:
     """gpt-fast's quantized state dict of `model`; what its `create_quantized_state_dict` returns.
 
-    model: a float model, whose linear layers are quantized by gpt-fast's own formula; or one with octavo's int8
-        linear layers (per_channel), whose codes are taken as they are. Not modified.
+    model: a float model, whose linear layers and experts are quantized by gpt-fast's own formula; or one with octavo's
+        int8 ones (per_channel), whose codes are taken as they are. Not modified.
     Returns: name -> tensor, as in the head of this file.
     Raises: QuantizeError for int8 layers that gpt-fast does not have: other kinds than linear, per_group, int8 inputs.
     """
     tensors = dict(model.state_dict())
     for name, module in model.named_modules():
-        if isinstance(module, QuantModule):
+        if _is_conditional_feed_forward(module):
+            tensors |= _experts(module, name, tensors)
+        elif isinstance(module, QuantModule):
             if not isinstance(module, QuantLinear) or module.weight_scale.shape[1] != 1 or module.scheme.input:
                 raise QuantizeError(
                     f"{name}: is an int8 {module.replaces} ({module.scheme}); gpt-fast has int8 linear layers with one "
@@ -50,10 +59,36 @@ def state_dict(model: nn.Module) -> dict[str, Tensor]:
             tensors[f"{name}.weight"] = module.weight
             tensors[f"{name}.scales"] = tensors.pop(f"{name}.weight_scale", module.weight_scale)
             tensors[f"{name}.scales"] = tensors[f"{name}.scales"].squeeze(1).to(module.float_dtype)
-        elif isinstance(module, nn.Linear):
+        elif isinstance(module, nn.Linear) and name.rpartition(".")[2] != _ROUTER:
             codes, scale = quantize_weight(module.weight.detach(), value_range="full", name=f"{name}.weight")
             tensors[f"{name}.weight"], tensors[f"{name}.scales"] = codes, scale.squeeze(1).to(module.weight.dtype)
     return tensors
+
+
+_ROUTER = "gate"
+_EXPERTS = {"w1": "scales1", "w2": "scales2", "w3": "scales3"}
+
+
+def _is_conditional_feed_forward(module: nn.Module) -> bool:
+    spec = module.spec if isinstance(module, QuantExperts) else spec_of(module)
+    return spec is not None and set(spec.params) == set(_EXPERTS) and spec.routing == "each"
+
+
+def _experts(module: nn.Module, name: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of a ConditionalFeedForward, float or int8."""
+    if isinstance(module, QuantExperts) and module.scheme.input:
+        raise QuantizeError(f"{name}: has int8 inputs ({module.scheme}); gpt-fast's are float: quantize as 'w8a16'")
+    found: dict[str, Tensor] = {}
+    for param, scales in _EXPERTS.items():
+        if isinstance(module, QuantExperts):
+            codes, scale = module.codes()[param]
+            tensors.pop(f"{name}.{param}_scale", None)
+        else:
+            stack = module.get_parameter(param).detach()
+            pairs = [quantize_weight(one, value_range="full", name=f"{name}.{param}") for one in stack]
+            codes, scale = (torch.stack(parts) for parts in zip(*pairs, strict=True))
+        found |= {f"{name}.{param}": codes, f"{name}.{scales}": scale.squeeze(-1)}
+    return found
 
 
 def save(model: nn.Module, file: str | Path) -> Path:
@@ -78,7 +113,7 @@ def read(file: str | Path) -> dict[str, Tensor]:
         raise CheckpointError(f"{file}: is not a state dict that can be read safely: {error}") from error
     if not isinstance(tensors, dict) or not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
         raise CheckpointError(f"{file}: holds something else than a state dict of tensors, as gpt-fast writes")
-    if not any(name.endswith(".scales") for name in tensors):
+    if not any(name.endswith((".scales", *_EXPERTS.values())) for name in tensors):
         raise CheckpointError(f"{file}: has no <name>.scales; expected gpt-fast's int8 checkpoint, this one is float")
     return tensors
 
@@ -96,8 +131,11 @@ def load(file: str | Path, model: nn.Module) -> nn.Module:
         for name in tensors
         if name.endswith(".scales") and name.removesuffix(".scales") + ".weight" in tensors
     }
+    stacks = [name.removesuffix(".scales1") for name in tensors if name.endswith(".scales1")]
     decisions = [_decision(str(file), model, name, *pair) for name, pair in codes.items()]
+    decisions += [_experts_decision(str(file), model, name, tensors) for name in stacks]
     int8 = {f"{name}.{part}" for name in codes for part in ("weight", "scales")}
+    int8 |= {f"{name}.{part}" for name in stacks for pair in _EXPERTS.items() for part in pair}
     floats = {name: tensor for name, tensor in tensors.items() if name not in int8}
     expected = {name: tensor.shape for name, tensor in model.state_dict().items() if name not in int8}
     for name in (*expected, *floats):
@@ -108,6 +146,12 @@ def load(file: str | Path, model: nn.Module) -> nn.Module:
             )
 
     def codes_of(decision: Decision, layer: nn.Module) -> tuple[Codes, torch.dtype]:
+        if decision.name in stacks:
+            parts = {param: (f"{decision.name}.{param}", f"{decision.name}.{s}") for param, s in _EXPERTS.items()}
+            return {
+                param: (tensors[weight].clone(), tensors[scales].float().unsqueeze(-1))
+                for param, (weight, scales) in parts.items()
+            }, layer.get_parameter("w1").dtype
         weight, scales = codes[decision.name]
         return {"weight": (weight.clone(), scales.float().unsqueeze(1))}, scales.dtype
 
@@ -127,6 +171,22 @@ def _decision(file: str, model: nn.Module, name: str, weight: Tensor, scales: Te
             f"{file}: {name} has a weight of {weight.dtype} {list(weight.shape)} and scales {list(scales.shape)}, "
             f"expected torch.int8 [{n}, {k}] and [{n}]"
         )
+    return Decision(name, kind, kind.name, Scheme("w8a16"))
+
+
+def _experts_decision(file: str, model: nn.Module, name: str, tensors: Mapping[str, Tensor]) -> Decision:
+    layer = dict(model.named_modules()).get(name)
+    kind = kind_of(layer) if layer is not None else None
+    if layer is None or kind is None or not _is_conditional_feed_forward(layer) or why_not(layer, kind):
+        raise CheckpointError(f"{file}: has int8 experts for {name!r}, which is no ConditionalFeedForward of the model")
+    for param, scales in _EXPERTS.items():
+        expected = list(layer.get_parameter(param).shape)
+        got, got_scales = (_shape(tensors, f"{name}.{part}") for part in (param, scales))
+        if got != expected or got_scales != expected[:2] or tensors[f"{name}.{param}"].dtype != torch.int8:
+            raise CheckpointError(
+                f"{file}: {name}.{param} is {got} with {scales} {got_scales}, expected int8 {expected} and "
+                f"{expected[:2]}"
+            )
     return Decision(name, kind, kind.name, Scheme("w8a16"))
 
 

@@ -258,3 +258,77 @@ def test_a_head_tied_to_the_embedding_is_written_beside_it(tmp_path: Path) -> No
     with torch.no_grad():
         error = (loaded(ids).logits - model(ids).logits).float().norm() / model(ids).logits.float().norm()
     assert error < 0.02
+
+
+# -- its Mixtral ------------------------------------------------------------------------------------------------------
+
+
+class ConditionalFeedForward(nn.Module):
+    """gpt-fast's mixtral-moe/model.py."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w1, self.w2, self.w3 = (nn.Parameter(torch.randn(4, *shape)) for shape in ((6, 8), (8, 6), (6, 8)))
+
+    def forward(self, x: Tensor, expert_indices: Tensor) -> Tensor:
+        x1 = nn.functional.silu(torch.einsum("ti,taoi -> tao", x, self.w1[expert_indices]))
+        x3 = torch.einsum("ti, taoi -> tao", x, self.w3[expert_indices])
+        return torch.einsum("tao, taio -> tai", (x1 * x3), self.w2[expert_indices])
+
+
+class MOEFeedForward(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate = nn.Linear(8, 4, bias=False)
+        self.cond_ffn = ConditionalFeedForward()
+        self.wo = nn.Linear(8, 8, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        weights, indices = self.gate(x).softmax(-1).topk(2)
+        weights = weights / weights.sum(-1, keepdim=True)
+        return self.wo(torch.einsum("tai,ta -> ti", self.cond_ffn(x, indices), weights))
+
+
+def mixtral_state_dict(model: MOEFeedForward) -> dict[str, Tensor]:
+    """create_quantized_state_dict of mixtral-moe/quantize.py: routers are left out, scales of experts are fp32."""
+    tensors = dict(model.state_dict())
+    codes, scales = dynamically_quantize_per_channel(model.wo.weight.detach().float())
+    tensors["wo.weight"], tensors["wo.scales"] = codes, scales.to(model.wo.weight.dtype)
+    for i in (1, 2, 3):
+        stack = getattr(model.cond_ffn, f"w{i}").detach()
+        pairs = [dynamically_quantize_per_channel(one.float()) for one in stack]
+        tensors[f"cond_ffn.w{i}"] = torch.stack([codes for codes, _ in pairs])
+        tensors[f"cond_ffn.scales{i}"] = torch.stack([scales for _, scales in pairs])
+    return tensors
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_mixtral_is_written_bit_for_bit_and_read_back(tmp_path: Path, dtype: torch.dtype) -> None:
+    model = MOEFeedForward().to(dtype)
+    theirs, ours = mixtral_state_dict(model), gpt_fast.state_dict(model)
+    assert theirs.keys() == ours.keys()
+    assert all(ours[name].dtype == theirs[name].dtype and torch.equal(ours[name], theirs[name]) for name in theirs)
+    torch.save(theirs, tmp_path / "model_int8.pth")
+    with torch.device("meta"):
+        empty = MOEFeedForward().to(dtype)
+    loaded = gpt_fast.load(tmp_path / "model_int8.pth", empty)
+    truth = MOEFeedForward().double()
+    with torch.no_grad():
+        truth.gate.weight.copy_(model.gate.weight)
+        truth.wo.weight.copy_(theirs["wo.weight"].double() * theirs["wo.scales"].double().unsqueeze(1))
+        for i in (1, 2, 3):
+            dequantized = theirs[f"cond_ffn.w{i}"].double() * theirs[f"cond_ffn.scales{i}"].double().unsqueeze(-1)
+            getattr(truth.cond_ffn, f"w{i}").copy_(dequantized)
+    x = torch.randn(5, 8).to(dtype)
+    error = (loaded(x).double() - truth(x.double())).norm() / truth(x.double()).norm()
+    assert error < (1e-5 if dtype == torch.float32 else 0.02)
+    again = gpt_fast.state_dict(loaded)
+    assert all(torch.equal(again[name], theirs[name]) for name in theirs)
+
+
+def test_damaged_experts_are_named(tmp_path: Path) -> None:
+    tensors = mixtral_state_dict(MOEFeedForward())
+    tensors["cond_ffn.scales2"] = tensors["cond_ffn.scales2"][:, :3]
+    torch.save(tensors, tmp_path / "model_int8.pth")
+    with pytest.raises(CheckpointError, match=r"cond_ffn.w2 is \[4, 8, 6\] with scales2 \[4, 3\], expected int8"):
+        gpt_fast.load(tmp_path / "model_int8.pth", MOEFeedForward())
