@@ -30,7 +30,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from octavo.errors import CalibrateError
-from octavo.feeding import at_rest, check_batches, device_of, feed, padding_mask
+from octavo.feeding import at_rest, check_batches, device_of, feed, first_tensor, padding_mask
 from octavo.layers import kind_of
 from octavo.observers import Observer, ObserverKind, observe
 
@@ -252,7 +252,7 @@ def _hooks(layers: Mapping[str, nn.Module], watch: _Watch) -> Iterator[None]:
 
 def _seer(name: str, watch: _Watch) -> Callable[..., None]:
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        x = next((v for v in (*args, *kwargs.values()) if isinstance(v, Tensor) and v.is_floating_point()), None)
+        x = first_tensor(args, kwargs)
         if x is not None and x.dim() and x.shape[-1]:
             watch.see(name, x)
 

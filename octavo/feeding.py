@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from octavo.errors import EvaluateError
 
-__all__ = ["at_rest", "check_batches", "device_of", "feed", "padding_mask"]
+__all__ = ["at_rest", "check_batches", "device_of", "feed", "first_tensor", "padding_mask"]
 
 
 def check_batches(batches: object) -> None:
@@ -50,6 +50,11 @@ def _to_device(value: Any, device: torch.device | None) -> Any:
     if isinstance(value, Mapping):
         return {name: _to_device(item, device) for name, item in value.items()}
     return [_to_device(item, device) for item in value] if type(value) in (tuple, list) else value
+
+
+def first_tensor(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:
+    """The first floating-point tensor among a module's arguments, which hooks see apart."""
+    return next((v for v in (*args, *kwargs.values()) if isinstance(v, Tensor) and v.is_floating_point()), None)
 
 
 def device_of(model: Any, name: str) -> torch.device | None:

@@ -15,7 +15,8 @@ from torch import Tensor
 
 __all__ = ["SharedInput"]
 
-Codes = tuple[Tensor, Tensor]
+Quantized = tuple[Tensor, Tensor]
+"""Codes int8 and scale fp32 of an input."""
 
 
 class SharedInput:
@@ -26,9 +27,9 @@ class SharedInput:
     """
 
     def __init__(self) -> None:
-        self._last: tuple[weakref.ref[Tensor], tuple[Any, ...], Codes] | None = None
+        self._last: tuple[weakref.ref[Tensor], tuple[Any, ...], Quantized] | None = None
 
-    def quantized(self, x: Tensor, key: object, quantize: Callable[[Tensor], Codes]) -> Codes:
+    def quantized(self, x: Tensor, key: object, quantize: Callable[[Tensor], Quantized]) -> Quantized:
         """`quantize(x)`, or what an equal call for the same tensor returned.
 
         key: says how it is quantized; equal keys mean equal codes.

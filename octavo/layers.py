@@ -72,14 +72,10 @@ class LayerKind:
 
     def params_of(self, layer: nn.Module) -> tuple[str, ...]:
         """The parameters of `layer` that become int8."""
-        spec = spec_of(layer) if self.name == EXPERTS else None
-        params = spec.params if spec else self.params
-        return tuple(name for name in params if getattr(layer, name, None) is not None)
+        return tuple(name for name in self.params if getattr(layer, name, None) is not None)
 
     def effective(self, scheme: Scheme) -> Scheme:
         """`scheme` as this kind can have it: w8a16 where inputs stay float, per_channel where there is no K axis."""
-        if self.name == EXPERTS:
-            return Scheme("w8a16" if scheme.input is None else "w8a8")
         if self.int8_input:
             return scheme
         in_groups = self.per_group and scheme.weight.group_size is not None
@@ -87,7 +83,7 @@ class LayerKind:
 
     def module_for(self, scheme: Scheme) -> type[modules.QuantModule]:
         """The class of the int8 layer under an effective scheme."""
-        if scheme.input is None or self.name == EXPERTS:
+        if scheme.input is None:
             return self.module
         return modules.DynamicQuantLinear if scheme.input.dynamic else modules.StaticQuantLinear
 
@@ -95,8 +91,6 @@ class LayerKind:
         self, layer: nn.Module, param: str, weight: Tensor, scheme: Scheme, name: str
     ) -> tuple[Tensor, Tensor]:
         """Codes (int8, output channels first) and scale (fp32) of `weight`, the parameter `param` of `layer`."""
-        if self.name == EXPERTS:
-            return _quantize_experts(layer, weight, name)
         args = self.effective(scheme).weight
         rows = self.rows(weight, layer)
         codes, scale = quantize_weight(rows, args.granularity, group_size=args.group_size, name=name)
@@ -105,17 +99,34 @@ class LayerKind:
         return codes, scale
 
 
-def _quantize_experts(layer: nn.Module, weight: Tensor, name: str) -> tuple[Tensor, Tensor]:
-    """One expert after the other: codes int8 [E, N, K], scale fp32 [E, N, 1]."""
-    spec = spec_of(layer)
-    assert spec is not None
-    rows = spec.rows(weight)
-    codes = torch.empty(rows.shape, dtype=torch.int8, device=weight.device)
-    scale = torch.empty((*rows.shape[:2], 1), dtype=torch.float32, device=weight.device)
-    for e in range(len(rows)):
-        codes[e], scale[e] = quantize_weight(rows[e], name=f"{name}[{e}]")
-    return codes, scale
+class _ExpertsKind(LayerKind):
+    """Stacks of experts: their parameters differ from class to class, scales are per channel, int8 inputs dynamic."""
 
+    def params_of(self, layer: nn.Module) -> tuple[str, ...]:
+        spec = spec_of(layer)
+        return tuple(name for name in spec.params if getattr(layer, name, None) is not None) if spec else ()
+
+    def effective(self, scheme: Scheme) -> Scheme:
+        return Scheme("w8a16" if scheme.input is None else "w8a8")
+
+    def module_for(self, scheme: Scheme) -> type[modules.QuantModule]:
+        return self.module
+
+    def quantize_param(
+        self, layer: nn.Module, param: str, weight: Tensor, scheme: Scheme, name: str
+    ) -> tuple[Tensor, Tensor]:
+        """One expert after the other: codes int8 [E, N, K], scale fp32 [E, N, 1]."""
+        spec = spec_of(layer)
+        assert spec is not None
+        rows = spec.rows(weight)
+        codes = torch.empty(rows.shape, dtype=torch.int8, device=weight.device)
+        scale = torch.empty((*rows.shape[:2], 1), dtype=torch.float32, device=weight.device)
+        for e in range(len(rows)):
+            codes[e], scale[e] = quantize_weight(rows[e], name=f"{name}[{e}]")
+        return codes, scale
+
+
+_EXPERTS_KIND = _ExpertsKind(EXPERTS, (), modules.QuantExperts, params=(), int8_input=True)
 
 KINDS: tuple[LayerKind, ...] = (
     LayerKind(
@@ -129,7 +140,7 @@ KINDS: tuple[LayerKind, ...] = (
     LayerKind("ConvTranspose2d", ("ConvTranspose2d",), modules.QuantConvTranspose, rows=_output_channels_first),
     LayerKind("ConvTranspose3d", ("ConvTranspose3d",), modules.QuantConvTranspose, rows=_output_channels_first),
     LayerKind("Embedding", ("Embedding",), modules.QuantEmbedding),
-    LayerKind(EXPERTS, (), modules.QuantExperts, params=(), int8_input=True),
+    _EXPERTS_KIND,
     LayerKind(
         "MultiheadAttention",
         ("MultiheadAttention",),
@@ -145,9 +156,6 @@ _HOMES = ("torch.nn.", "transformers.pytorch_utils")
 
 _KEPT = ("bias", "in_proj_bias", "bias_k", "bias_v")
 """Float parameters that an int8 layer takes over as they are."""
-
-
-_EXPERTS_KIND = next(kind for kind in KINDS if kind.name == EXPERTS)
 
 
 def kind_of(layer: nn.Module) -> LayerKind | None:

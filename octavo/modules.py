@@ -442,15 +442,15 @@ class QuantExperts(QuantModule):
     def _project(self, x: Tensor, name: str, bias_name: str | None, ends: Tensor, token: Tensor | None) -> Tensor:
         weight, scale = getattr(self, name), getattr(self, f"{name}_scale")
         bias = None if bias_name is None else getattr(self, bias_name)
-        rows = x if token is None else x[token]
         if self.scheme.input is None:
-            return ops.w8a16_experts_linear(rows, ends, weight, scale, bias)
+            return ops.w8a16_experts_linear(x if token is None else x[token], ends, weight, scale, bias)
         cast = ops.autocast(x)
         codes, x_scale = ops.quantize_per_token(cast)  # before they are gathered: a token's rows are all the same
         if token is not None:
             codes, x_scale = codes[token], x_scale[token]
         y = ops.w8a8_experts_linear(codes, x_scale, ends, weight, scale, bias, cast.dtype)
-        return ops.straight_through(y, rows, weight, scale, ends)
+        # Its rows in float are gathered for a gradient only.
+        return ops.straight_through(y, x[token] if token is not None and x.requires_grad else x, weight, scale, ends)
 
     def extra_repr(self) -> str:
         shapes = ", ".join(f"{name}={list(codes.shape)}" for name, (codes, _) in self.codes().items())

@@ -31,7 +31,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from octavo.feeding import at_rest, device_of, feed
+from octavo.feeding import at_rest, device_of, feed, first_tensor
 from octavo.layers import kind_of
 
 __all__ = ["Layout", "Pair", "Sink", "find_pairs", "is_norm", "products", "short"]
@@ -167,7 +167,7 @@ _COPIES = (_aten._to_copy, _aten.clone)
 
 
 class _Run(TorchDispatchMode):
-    """Records the products of one run; or, given `expected`, tells `on_product` of them, which may replace x."""
+    """Records the products of one run; or tells `on_product` of them, which may replace x."""
 
     def __init__(self, model: nn.Module, on_product: Callable[[int, Sink, Tensor], Tensor] | None = None) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -301,7 +301,7 @@ class _Search:
                     if name not in self._widths:
                         self._order.append(name)
                     self._widths[name] = output.shape[-1]
-                    x = _first_tensor(args, kwargs)
+                    x = first_tensor(args, kwargs)
                     if is_norm(module) and x is not None:
                         self._norm_inputs.setdefault(name, []).append(x.clone())
 
@@ -478,7 +478,7 @@ class _Trial:
             call = self._norm_calls[name]
             self._norm_calls[name] += 1
             known = self._norm_inputs[name]
-            x = _first_tensor(args, kwargs)
+            x = first_tensor(args, kwargs)
             if x is None or call >= len(known) or known[call].shape != x.shape:
                 self.blame("changes which layers run")
                 return None
@@ -523,11 +523,6 @@ def _powers(rows: int, seed: int, dtype: torch.dtype) -> Tensor:
     """Random powers of two, 1/4 to 1024: fp32 [rows]. In fp16, where 1024 times an outlier is inf, 1/4 to 2."""
     exponents = torch.randint(0, 4, (rows,), generator=torch.Generator().manual_seed(seed))
     return 2.0 ** (exponents * (1 if dtype == torch.float16 else 4) - 2)
-
-
-def _first_tensor(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:
-    """The first floating-point tensor among a module's arguments."""
-    return next((v for v in (*args, *kwargs.values()) if isinstance(v, Tensor) and v.is_floating_point()), None)
 
 
 def _same(base: Tensor, x: Tensor) -> bool:

@@ -32,7 +32,8 @@ from octavo.modules import (
 )
 from octavo.observers import Observer, ObserverKind, check_observer
 from octavo.recipe import DEFAULT_TARGETS, OPT_IN_TARGETS, Pattern, Recipe, Scheme, pattern_matches
-from octavo.sensitivity import CATASTROPHE_DB, evenly, output_error, rounded_input, sqnr_db
+from octavo.report import sqnr_db
+from octavo.sensitivity import CATASTROPHE_DB, evenly, output_error, rounded_input
 from octavo.weight_readers import weight_readers
 
 __all__ = [

@@ -12,7 +12,7 @@ from typing import Any
 
 from octavo.tables import Table, human_percent, in_general, jsonable, to_json
 
-__all__ = ["Comparison", "LayerQuality", "NotCompared", "SmoothReport", "SmoothedPair"]
+__all__ = ["Comparison", "LayerQuality", "NotCompared", "SmoothReport", "SmoothedPair", "sqnr_db"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -161,10 +161,13 @@ class SmoothReport:
         return to_json(self)
 
 
-def _db(error: float | None) -> float | None:
-    if error is None:
-        return None
+def sqnr_db(error: float) -> float:
+    """A relative error, |e|^2 / |y|^2, in dB: -10 log10(error); inf for none."""
     return math.inf if error == 0 else -10 * math.log10(error)
+
+
+def _db(error: float | None) -> float | None:
+    return None if error is None else sqnr_db(error)
 
 
 def _span(values: list[float | None], form: str) -> str:

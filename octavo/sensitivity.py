@@ -10,15 +10,13 @@ other tokens are 0, while the sum of squared errors over all tokens hardly moves
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
 from octavo.primitives import dequantize, quantize, quantize_weight
 from octavo.recipe import Scheme
 
-__all__ = ["CATASTROPHE_DB", "evenly", "output_error", "rounded_input", "sqnr_db"]
+__all__ = ["CATASTROPHE_DB", "evenly", "output_error", "rounded_input"]
 
 CATASTROPHE_DB = 22.0
 """Layers that static inputs leave with less SQNR than this get other inputs. Measured on SmolLM2-135M after smoothing:
@@ -60,8 +58,3 @@ def rounded_input(x: Tensor, scheme: Scheme, amax: Tensor) -> Tensor:
         largest = x.abs().amax().reshape(1)
     scale = torch.where(largest > 0, largest / 127, 1.0)
     return dequantize(quantize(x, scale), scale)
-
-
-def sqnr_db(error: float) -> float:
-    """An error in dB; inf for none."""
-    return math.inf if error == 0 else -10 * math.log10(error)

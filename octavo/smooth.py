@@ -25,8 +25,8 @@ from octavo.errors import CalibrateError, QuantizeError
 from octavo.layers import kind_of
 from octavo.pairs import Pair, Product, Sink, find_pairs, is_norm, products
 from octavo.recipe import Scheme
-from octavo.report import SmoothedPair, SmoothReport
-from octavo.sensitivity import CATASTROPHE_DB, evenly, output_error, rounded_input, sqnr_db
+from octavo.report import SmoothedPair, SmoothReport, sqnr_db
+from octavo.sensitivity import CATASTROPHE_DB, evenly, output_error, rounded_input
 
 __all__ = ["GRID", "smooth"]
 

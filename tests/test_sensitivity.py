@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from octavo.recipe import InputArgs, Scheme, WeightArgs
-from octavo.sensitivity import OUTPUTS, evenly, output_error, rounded_input, sqnr_db
+from octavo.report import sqnr_db
+from octavo.sensitivity import OUTPUTS, evenly, output_error, rounded_input
 
 
 def rounded(x: Tensor, largest: Tensor) -> Tensor:
