@@ -25,7 +25,7 @@ from torch.nn.utils import parametrize
 
 from octavo import modules
 from octavo.experts import spec_of, why_not_stacks
-from octavo.primitives import quantize_weight
+from octavo.ops import quantize_weight
 from octavo.recipe import Scheme, WeightArgs
 
 __all__ = ["EXPERTS", "KINDS", "LayerKind", "kind_of", "why_not"]

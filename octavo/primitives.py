@@ -32,6 +32,7 @@ __all__ = [
     "Granularity",
     "Range",
     "amax",
+    "check_group_size",
     "choose_scale",
     "dequantize",
     "quantize",
@@ -180,12 +181,23 @@ def quantize_weight(
     return codes.view(weight.shape), torch.cat(scales)
 
 
+def check_group_size(weight: Tensor, group_size: int | None, name: str = "weight") -> int:
+    """The group size. Raises: QuantizeError unless it divides K of weight [N, K]."""
+    k = weight.shape[-1] if weight.dim() else 0
+    if group_size is None or weight.dim() != 2 or group_size < 1 or k % group_size:
+        divisors = [g for g in (256, 128, 96, 64, 48, 32, 16) if k % g == 0]
+        raise QuantizeError(
+            f"{name}: group_size={group_size} does not fit a weight of shape {list(weight.shape)}; per_group needs a "
+            f"divisor of K={k}" + (f", such as {divisors[:3]}" if divisors else "")
+        )
+    return group_size
+
+
 def _blocks(x: Tensor, granularity: Granularity, group_size: int | None, name: str) -> Tensor:
     """View `x` as [*scale shape, elements that share the scale]."""
-    if (granularity == "per_group") != (group_size is not None):
+    if granularity != "per_group" and group_size is not None:
         raise QuantizeError(
-            f"{name}: group_size is {group_size} with granularity {granularity!r}; "
-            "a group_size belongs to per_group, and per_group needs one"
+            f"{name}: group_size is {group_size} with granularity {granularity!r}; a group_size belongs to per_group"
         )
     if granularity == "per_tensor":
         return x.reshape(1, -1)
@@ -196,15 +208,8 @@ def _blocks(x: Tensor, granularity: Granularity, group_size: int | None, name: s
     if granularity == "per_channel":
         return x.reshape(x.shape[0], 1, -1) if x.numel() else x.new_empty(x.shape[0], 1, 0)
     if granularity == "per_group":
-        assert group_size is not None
-        k = x.shape[-1]
-        if x.dim() != 2 or group_size < 1 or k % group_size:
-            divisors = [g for g in (256, 128, 96, 64, 48, 32, 16) if k % g == 0]
-            raise QuantizeError(
-                f"{name}: group_size={group_size} does not fit a weight of shape {list(x.shape)}; "
-                f"expected a divisor of K={k}" + (f", such as {divisors[:3]}" if divisors else "")
-            )
-        return x.unflatten(-1, (k // group_size, group_size))
+        size = check_group_size(x, group_size, name)
+        return x.unflatten(-1, (x.shape[-1] // size, size))
     raise QuantizeError(f"{name}: unknown granularity {granularity!r}, expected one of {list(GRANULARITIES)}")
 
 

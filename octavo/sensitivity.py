@@ -13,7 +13,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from octavo.primitives import dequantize, quantize, quantize_weight
+from octavo.ops import quantize_weight
+from octavo.primitives import dequantize, quantize
 from octavo.recipe import Scheme
 
 __all__ = ["CATASTROPHE_DB", "evenly", "output_error", "rounded_input"]

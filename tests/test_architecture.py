@@ -37,7 +37,6 @@ NEVER = {
     "ops": {"recipe": "ops take tensors and numbers only"},
     "calibrate": {"modules": "calibration knows nothing of quantization", "ops": "calibration runs float models"},
     "smooth": {"modules": "smoothing changes float models", "ops": "smoothing changes float models"},
-    "formats": {"ops": "how weights are packed for a kernel never reaches the disk"},
     "evaluate": {"quantize": "it judges any callable, float and int8 alike"},
 }
 """Room -> rooms that are below it and still not for it, and why."""

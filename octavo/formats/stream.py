@@ -23,7 +23,7 @@ from octavo.formats.experts import Part, expert_parts
 from octavo.formats.loading import Rename
 from octavo.formats.saving import OnDisk, quantization_config, write_descriptions
 from octavo.layers import EXPERTS
-from octavo.primitives import quantize_weight
+from octavo.ops import quantize_weight
 from octavo.quantize import Decision, Progress, plan, warn_unasked
 from octavo.recipe import Recipe, Scheme
 

@@ -15,6 +15,7 @@
     quantize_per_token      [..., K] float        int8 [..., K], scale fp32 [..., 1]
     quantize_per_tensor     [..., K] float        int8 [..., K], scale fp32 [1]
     quantize_static         [..., K] float, scale fp32 [1]   int8 [..., K]
+    quantize_weight         [N, K] float          int8 [N, K], scale fp32 [N, 1]
 
     op                      query                 key, value                  mask                         result
     int8_attention          [B, H, T, D] float    [B, KV, S, D] float         bool or float [B, H, T, S]   [B, H, T, D]
@@ -26,22 +27,23 @@ w8a8_linear sums in int32, exactly, then multiplies by both scales. Its input is
 layers which read the same tensor can share the codes (`octavo.inputs`). int8_attention quantizes its operands itself.
 Results are contiguous, whatever the strides.
 
-The schemas are defined here; `reference.py` and `attention.py` answer on every device. A native backend registers its
-kernel for its own device key of the same op, from a file of its own beside `reference.py`, and adds itself to
-`_BACKENDS`; nothing else changes.
+The schemas are defined here; `reference.py` and `attention.py` answer on every device, and under the namespace
+`octavo_reference` always. `native.py` loads the kernels for CPUs, which register themselves for the same ops.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from octavo.errors import OctavoError, QuantizeError
-from octavo.ops import attention, reference
+from octavo import primitives
+from octavo.errors import OctavoError
+from octavo.ops import attention, native, reference
+from octavo.primitives import Granularity
 
 __all__ = [
     "OPS",
@@ -52,6 +54,7 @@ __all__ = [
     "quantize_per_tensor",
     "quantize_per_token",
     "quantize_static",
+    "quantize_weight",
     "straight_through",
     "w8a8_experts_linear",
     "w8a8_linear",
@@ -75,6 +78,7 @@ OPS: dict[str, str] = {
     "quantize_per_token": "(Tensor x) -> (Tensor, Tensor)",
     "quantize_per_tensor": "(Tensor x) -> (Tensor, Tensor)",
     "quantize_static": "(Tensor x, Tensor input_scale) -> Tensor",
+    "quantize_weight": "(Tensor weight) -> (Tensor, Tensor)",
     "w8a16_experts_linear": "(Tensor x, Tensor ends, Tensor weight, Tensor weight_scale, Tensor? bias) -> Tensor",
     "w8a8_experts_linear": (
         "(Tensor x, Tensor x_scale, Tensor ends, Tensor weight, Tensor weight_scale, Tensor? bias, ScalarType dtype) "
@@ -90,10 +94,14 @@ OPS: dict[str, str] = {
 """Name -> schema of every op, in the namespace `torch.ops.octavo`."""
 
 _library = torch.library.Library("octavo", "DEF")
+_reference_library = torch.library.Library("octavo_reference", "DEF")
 for _name, _schema in OPS.items():
-    _library.define(_name + _schema)
     _body = attention.int8_attention if _name == "int8_attention" else getattr(reference, _name)
-    _library.impl(_name, _body, "CompositeExplicitAutograd")
+    for _one in (_library, _reference_library):
+        _one.define(_name + _schema)
+        _one.impl(_name, _body, "CompositeExplicitAutograd")
+
+_native = native.load()
 
 # What is there for gradients alone is not in the table. A gradient that asks which rows an expert has is an op of its
 # own, for no compiler can follow it.
@@ -110,6 +118,7 @@ _embedding = torch.ops.octavo.w8a16_embedding.default
 _per_token = torch.ops.octavo.quantize_per_token.default
 _per_tensor = torch.ops.octavo.quantize_per_tensor.default
 _static = torch.ops.octavo.quantize_static.default
+_weight = torch.ops.octavo.quantize_weight.default
 _w8a8_linear = torch.ops.octavo.w8a8_linear.default
 _experts_input_gradient = torch.ops.octavo.experts_input_gradient.default
 _experts_linear = torch.ops.octavo.w8a16_experts_linear.default
@@ -120,6 +129,19 @@ _int8_attention = torch.ops.octavo.int8_attention.default
 # -- wrappers: what modules call ------------------------------------------------------------------------------------
 
 
+def _run(op: Callable[..., Any], check: Callable[[Tensor, Tensor], None], x: Tensor, weight: Tensor, *args: Any) -> Any:
+    """`op(*args)`; where it refuses them, `check(x, weight)` says why in the user's words. Where no gradient is wanted,
+    autograd is not asked: that would cost a call of Python each time."""
+    try:
+        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return op(*args)
+        with torch._C._AutoDispatchBelowAutograd():
+            return op(*args)
+    except RuntimeError:
+        check(x, weight)
+        raise
+
+
 def w8a16_linear(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None = None) -> Tensor:
     """y = (x @ weight.T) * weight_scale.T + bias, with int8 weights.
 
@@ -128,7 +150,8 @@ def w8a16_linear(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor |
     Returns: [..., N] of x's dtype.
     Raises: QuantizeError if x is not floating point or its last size is not K.
     """
-    return _linear(autocast(x), weight, weight_scale, bias)
+    x = autocast(x)
+    return _run(_linear, reference.check_input, x, weight, x, weight, weight_scale, bias)
 
 
 def w8a16_conv(
@@ -175,7 +198,7 @@ def w8a16_embedding(indices: Tensor, weight: Tensor, weight_scale: Tensor, dtype
     indices: [...] int32 or int64. weight: int8 [V, H]. weight_scale: fp32 [V, 1].
     Returns: [..., H] of `dtype`.
     """
-    return _embedding(indices, weight, weight_scale, dtype)
+    return _run(_embedding, reference.check_indices, indices, weight, indices, weight, weight_scale, dtype)
 
 
 def w8a16_experts_linear(
@@ -188,7 +211,8 @@ def w8a16_experts_linear(
     Returns: [S, N] of x's dtype; zeros for rows past the last end.
     Raises: QuantizeError if x is not floating point or its last size is not K.
     """
-    return _experts_linear(autocast(x), ends, weight, weight_scale, bias)
+    x = autocast(x)
+    return _run(_experts_linear, reference.check_input, x, weight, x, ends, weight, weight_scale, bias)
 
 
 def w8a8_experts_linear(
@@ -202,7 +226,8 @@ def w8a8_experts_linear(
     Returns: [S, N] of `dtype`; zeros for rows past the last end.
     Raises: QuantizeError if x is not int8 or its last size is not K.
     """
-    return _int8_experts_linear(x, x_scale, ends, weight, weight_scale, bias, dtype)
+    args = (x, x_scale, ends, weight, weight_scale, bias, dtype)
+    return _run(_int8_experts_linear, reference.check_codes, x, weight, *args)
 
 
 def quantize_per_token(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -230,6 +255,28 @@ def quantize_static(x: Tensor, input_scale: Tensor) -> Tensor:
     return _static(x.detach() if x.requires_grad else x, input_scale)
 
 
+def quantize_weight(
+    weight: Tensor, granularity: Granularity = "per_channel", *, group_size: int | None = None, name: str = "weight"
+) -> tuple[Tensor, Tensor]:
+    """`primitives.quantize_weight`, the same bits, at the speed of memory where there are native kernels.
+
+    weight: [N, ...] float; not modified. granularity, group_size, name: as there.
+    Returns: codes int8 of the weight's shape, scale fp32 [N, 1], [N, K/g] or [1].
+    Raises: QuantizeError as `primitives.amax` does.
+    """
+    if granularity == "per_group":
+        primitives.check_group_size(weight, group_size, name)
+        rows = weight.reshape(-1, group_size or 1)
+    else:
+        rows = weight.flatten(1) if weight.dim() > 1 else weight
+    if granularity not in ("per_channel", "per_group") or rows.dim() != 2 or not rows.numel():
+        return primitives.quantize_weight(weight, granularity, group_size=group_size, name=name)
+    codes, scale = _weight(rows.detach())
+    if not weight.is_meta and not bool(torch.isfinite(scale).all()):
+        primitives.amax(weight, granularity, group_size=group_size, name=name)  # raises: it says what is there
+    return codes.view(weight.shape), scale.view(len(weight), -1)
+
+
 def w8a8_linear(
     x: Tensor, x_scale: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, dtype: torch.dtype
 ) -> Tensor:
@@ -239,7 +286,7 @@ def w8a8_linear(
     bias: [N] float, or None. Returns: [..., N] of `dtype`.
     Raises: QuantizeError if x is not int8 or its last size is not K.
     """
-    return _w8a8_linear(x, x_scale, weight, weight_scale, bias, dtype)
+    return _run(_w8a8_linear, reference.check_codes, x, weight, x, x_scale, weight, weight_scale, bias, dtype)
 
 
 def int8_attention(
@@ -341,6 +388,12 @@ def _per_tensor_fake(x: Tensor) -> tuple[Tensor, Tensor]:
 def _static_fake(x: Tensor, input_scale: Tensor) -> Tensor:
     reference.check_rows(x)
     return x.new_empty(x.shape, dtype=torch.int8)
+
+
+@torch.library.register_fake("octavo::quantize_weight", lib=_library)
+def _weight_fake(weight: Tensor) -> tuple[Tensor, Tensor]:
+    scale = weight.new_empty((weight.shape[0], 1), dtype=torch.float32)
+    return weight.new_empty(weight.shape, dtype=torch.int8), scale
 
 
 @torch.library.register_fake("octavo::w8a16_experts_linear", lib=_library)
@@ -563,9 +616,6 @@ torch.library.register_autograd(
 
 # -- who serves ------------------------------------------------------------------------------------------------------
 
-_BACKENDS: dict[str, dict[str, str]] = {}
-"""device type -> {op: backend's name}, filled by the files of native kernels; what is not here is the reference."""
-
 
 @dataclasses.dataclass(frozen=True)
 class Serving:
@@ -578,20 +628,15 @@ class Serving:
 
 
 def backends() -> list[Serving]:
-    """Which kernels serve which op on the devices of this machine, and why.
-
-    Raises: QuantizeError if the environment variable OCTAVO_BACKEND has a value that is not known.
-    """
-    forced = os.environ.get("OCTAVO_BACKEND")
-    if forced not in (None, "", "reference"):
-        raise QuantizeError(f"OCTAVO_BACKEND is {forced!r}; expected 'reference' or nothing (the best that is there)")
+    """Which kernels serve which op on the devices of this machine, and why."""
     rows = []
-    for device in ("cpu", *(["cuda"] if torch.cuda.is_available() else [])):
-        native = {} if forced else _BACKENDS.get(device, {})
-        for op in OPS:
-            if op in native:
-                rows.append(Serving(op, device, native[op], "registered for this device"))
-            else:
-                why = "forced by OCTAVO_BACKEND" if forced else "no native kernel for this device in this version"
-                rows.append(Serving(op, device, "reference", why))
+    for op in OPS:
+        if _native.isa is None:
+            rows.append(Serving(op, "cpu", "reference", _native.why))
+        elif op in native.OPS:
+            rows.append(Serving(op, "cpu", _native.isa, _native.why))
+        else:
+            rows.append(Serving(op, "cpu", "reference", "no native kernel in this version"))
+    if torch.cuda.is_available():
+        rows += [Serving(op, "cuda", "reference", "no native kernel in this version") for op in OPS]
     return rows

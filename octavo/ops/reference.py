@@ -15,11 +15,15 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from octavo.errors import QuantizeError
-from octavo.primitives import dequantize
+from octavo.primitives import dequantize, quantize_weight
 
 __all__ = [
     "accumulator",
+    "check_codes",
+    "check_float",
+    "check_indices",
     "check_input",
+    "check_rows",
     "conv_input_gradient",
     "experts_bias_gradient",
     "experts_input_gradient",
@@ -29,6 +33,7 @@ __all__ = [
     "quantize_per_tensor",
     "quantize_per_token",
     "quantize_static",
+    "quantize_weight",
     "rows_to_transposed",
     "w8a8_experts_linear",
     "w8a8_linear",
@@ -125,6 +130,9 @@ def w8a8_linear(
     return y.to(dtype).view(*x.shape[:-1], n)
 
 
+_LONGEST_EXACT = (2**31 - 1) // 128**2
+"""K up to which no sum of products of codes overflows int32."""
+
 _EXACT_K = 1024
 """127 * 127 * 1024 < 2**24: a sum of that many products of codes is exact in fp32."""
 
@@ -149,7 +157,7 @@ def int8_matmul(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def w8a16_experts_linear(x: Tensor, ends: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None) -> Tensor:
-    check_input(x, weight[0])
+    check_input(x, weight)
     y = x.new_zeros((len(x), weight.shape[1]))
     for e, rows in _routed(ends):
         y[rows] = w8a16_linear(x[rows], weight[e], weight_scale[e], None if bias is None else bias[e])
@@ -160,7 +168,7 @@ def w8a8_experts_linear(
     x: Tensor, x_scale: Tensor, ends: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None,
     dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
-    check_codes(x, weight[0])
+    check_codes(x, weight)
     y = x.new_zeros((len(x), weight.shape[1]), dtype=dtype)
     for e, rows in _routed(ends):
         y[rows] = w8a8_linear(
@@ -292,20 +300,34 @@ def check_rows(x: Tensor) -> None:
 
 
 def check_codes(x: Tensor, weight: Tensor) -> None:
-    """Raise QuantizeError unless x is int8 [..., K] with the K of weight [N, K]."""
-    if x.dtype != torch.int8 or x.dim() == 0 or x.shape[-1] != weight.shape[1]:
+    """Raise QuantizeError unless x is int8 [..., K] with the K of weight [..., N, K], and their sums fit int32."""
+    k = weight.shape[-1]
+    if x.dtype != torch.int8 or x.dim() == 0 or x.shape[-1] != k:
         raise QuantizeError(
-            f"x: is {x.dtype} {list(x.shape)}, expected int8 [..., {weight.shape[1]}] for an int8 weight of shape "
+            f"x: is {x.dtype} {list(x.shape)}, expected int8 [..., {k}] for an int8 weight of shape "
             f"{list(weight.shape)}"
+        )
+    if k > _LONGEST_EXACT:
+        raise QuantizeError(
+            f"weight: has rows of {k} codes, expected up to {_LONGEST_EXACT}, of which a sum of products fits int32; "
+            "quantize this layer with 'w8a16'"
+        )
+
+
+def check_indices(indices: Tensor, weight: Tensor) -> None:
+    """Raise IndexError if an index is no row of the table [V, H]."""
+    if indices.numel() and not (0 <= int(indices.min()) and int(indices.max()) < len(weight)):
+        raise IndexError(
+            f"indices: out of range, from {int(indices.min())} to {int(indices.max())}; expected rows of a table of {len(weight)}"
         )
 
 
 def check_input(x: Tensor, weight: Tensor) -> None:
-    """Raise QuantizeError unless x is floating point [..., K] with the K of weight [N, K]."""
+    """Raise QuantizeError unless x is floating point [..., K] with the K of weight [..., N, K]."""
     check_float(x)
-    if x.dim() == 0 or x.shape[-1] != weight.shape[1]:
+    if x.dim() == 0 or x.shape[-1] != weight.shape[-1]:
         raise QuantizeError(
-            f"x: shape is {list(x.shape)}, expected [..., {weight.shape[1]}] for an int8 weight of shape "
+            f"x: shape is {list(x.shape)}, expected [..., {weight.shape[-1]}] for an int8 weight of shape "
             f"{list(weight.shape)}"
         )
 

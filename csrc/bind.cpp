@@ -1,0 +1,364 @@
+// The only file that knows torch: ops in, kernels out. Tensors are checked here and the work is split over torch's
+// threads (`torch.set_num_threads`). Built on torch's stable ABI: one build serves torch 2.10 and later.
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <algorithm>
+#include <array>
+#include <atomic>
+#include <cmath>
+#include <cstring>
+#include <optional>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "select.h"
+
+namespace {
+
+using octavo::Block;
+using octavo::Float;
+using octavo::Kernels;
+using octavo::Linear;
+using octavo::Lookup;
+using octavo::Rows;
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+std::atomic<const Kernels*> active{nullptr};
+const Kernels& kernels() { return *active.load(std::memory_order_relaxed); }
+
+// -- tensors ---------------------------------------------------------------------------------------------------------
+
+std::optional<Float> float_type(ScalarType type) {
+  if (type == ScalarType::Float) return Float::f32;
+  if (type == ScalarType::BFloat16) return Float::bf16;
+  if (type == ScalarType::Half) return Float::f16;
+  return std::nullopt;  // the reference's
+}
+
+Tensor dense(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
+
+int64_t rows_of(const Tensor& x) {
+  int64_t rows = 1;
+  for (int64_t d = 0; d + 1 < x.dim(); d++) rows *= x.size(d);
+  return rows;
+}
+
+std::vector<int64_t> with_last(const Tensor& x, int64_t last) {
+  std::vector<int64_t> sizes(x.sizes().begin(), x.sizes().end());
+  sizes.back() = last;
+  return sizes;
+}
+
+Tensor empty(const Tensor& like, const std::vector<int64_t>& sizes, ScalarType type) {
+  return torch::stable::new_empty(like, sizes, type);
+}
+
+// The same op of the reference, for what no kernel is written for: float64.
+template <class Result, class... Args>
+Result reference(const char* name, const Args&... args) {
+  std::array<StableIValue, std::max<size_t>(sizeof...(Args), 2)> stack{torch::stable::detail::from(args)...};
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      torch_call_dispatcher((std::string("octavo_reference::") + name).c_str(), "", stack.data(), TORCH_ABI_VERSION));
+  if constexpr (std::is_same_v<Result, std::tuple<Tensor, Tensor>>)
+    return {torch::stable::detail::to<Tensor>(stack[0]), torch::stable::detail::to<Tensor>(stack[1])};
+  else
+    return torch::stable::detail::to<Result>(stack[0]);
+}
+
+Rows rows(const Tensor& values, Float type, Tensor& codes, Tensor& scale) {
+  return {rows_of(values),
+          values.size(-1),
+          values.const_data_ptr(),
+          type,
+          static_cast<int8_t*>(codes.mutable_data_ptr()),
+          static_cast<float*>(scale.mutable_data_ptr())};
+}
+
+// -- threads ---------------------------------------------------------------------------------------------------------
+
+constexpr int64_t kColumns = 32;              // of y, the unit in which work is dealt out
+constexpr int64_t kWorthAThread = 128 << 10;  // products that a thread should at least have to make
+constexpr int64_t kLongestExact = 131071;     // K of which a sum of products of codes, 128 * 128 at most, fits int32
+
+// 64-byte aligned memory of this thread, kept from call to call.
+void* scratch_of(size_t bytes) {
+  thread_local std::vector<char> memory;
+  if (memory.size() < bytes + 64) memory.resize(bytes + 64);
+  const auto address = reinterpret_cast<uintptr_t>(memory.data());
+  return reinterpret_cast<void*>((address + 63) & ~static_cast<uintptr_t>(63));
+}
+
+template <class Work>
+void in_parallel(int64_t units, int64_t cost_of_unit, const Work& work) {
+  const int64_t grain = std::max<int64_t>(1, kWorthAThread / std::max<int64_t>(1, cost_of_unit));
+  if (units <= grain)
+    work(0, units);
+  else
+    torch::stable::parallel_for(0, units, grain, work);
+}
+
+// -- linear layers ---------------------------------------------------------------------------------------------------
+
+// What the operands of a linear layer are, before anyone asks which rows of them.
+struct Operands {
+  Tensor x, x_scale, weight, weight_scale, bias;
+
+  Operands(const Tensor& x_, const std::optional<Tensor>& x_scale_, const Tensor& weight_, const Tensor& weight_scale_,
+           const std::optional<Tensor>& bias_)
+      : x(dense(x_)), weight(dense(weight_)), weight_scale(dense(weight_scale_)) {
+    if (x_scale_) x_scale = dense(*x_scale_);
+    if (bias_) bias = dense(*bias_);
+    STD_TORCH_CHECK(weight.scalar_type() == ScalarType::Char, "weight must be int8");
+    STD_TORCH_CHECK(weight_scale.scalar_type() == ScalarType::Float, "weight_scale must be fp32");
+    STD_TORCH_CHECK(x.dim() >= 1 && x.size(-1) == weight.size(-1), "x must have rows of ", weight.size(-1), " values");
+  }
+
+  // The layer with rows [m0, m1) of x, and the weight of expert e (0 where there are no experts).
+  Linear layer(int64_t m0, int64_t m1, int64_t e, Tensor& y, Float y_type) const {
+    Linear layer{};
+    layer.M = m1 - m0, layer.N = weight.size(-2), layer.K = weight.size(-1);
+    const bool codes = x.scalar_type() == ScalarType::Char;
+    layer.x_type = codes ? Float::f32 : *float_type(x.scalar_type());
+    layer.x = at(x.const_data_ptr(), m0 * layer.K * (codes ? 1 : octavo::size_of(layer.x_type)));
+    if (codes) {
+      const int64_t rows = rows_of(x);
+      STD_TORCH_CHECK(x_scale.scalar_type() == ScalarType::Float && (x_scale.numel() == 1 || x_scale.numel() == rows),
+                      "x_scale must be fp32, one value or one for each of ", rows, " rows");
+      STD_TORCH_CHECK(layer.K <= kLongestExact, "int32 holds sums of up to ", kLongestExact, " products of codes");
+      layer.x_scale_step = x_scale.numel() > 1;
+      layer.x_scale = static_cast<const float*>(x_scale.const_data_ptr()) + m0 * layer.x_scale_step;
+    }
+    layer.w = static_cast<const int8_t*>(weight.const_data_ptr()) + e * layer.N * layer.K;
+    const int64_t rows = weight.dim() > 2 ? weight.size(0) * layer.N : layer.N;
+    layer.groups = rows ? weight_scale.numel() / rows : 1;
+    STD_TORCH_CHECK(weight_scale.numel() == rows * layer.groups && layer.groups >= 1 && layer.K % layer.groups == 0 &&
+                        (layer.groups == 1 || !codes),
+                    "weight_scale has ", weight_scale.numel(), " values for ", rows, " rows of ", layer.K);
+    layer.w_scale = static_cast<const float*>(weight_scale.const_data_ptr()) + e * layer.N * layer.groups;
+    if (bias.defined()) {
+      layer.bias_type = *float_type(bias.scalar_type());
+      layer.bias = at(bias.const_data_ptr(), e * layer.N * octavo::size_of(layer.bias_type));
+    }
+    layer.y_type = y_type;
+    layer.y = static_cast<char*>(y.mutable_data_ptr()) + m0 * layer.N * octavo::size_of(y_type);
+    return layer;
+  }
+
+ private:
+  static const void* at(const void* base, int64_t bytes) { return static_cast<const char*>(base) + bytes; }
+};
+
+// Columns of y are dealt out to the threads, of all layers together.
+void run(const std::vector<Linear>& layers, void (*kernel)(const Linear&, Block, void*),
+         size_t (*scratch)(const Linear&)) {
+  std::vector<int64_t> ends;  // of the layers, counted in units of columns
+  int64_t units = 0, products = 0;
+  size_t bytes = 0;
+  for (const Linear& layer : layers) {
+    ends.push_back(units += (layer.N + kColumns - 1) / kColumns);
+    products += layer.N * layer.K * layer.M;
+    bytes = std::max(bytes, scratch(layer));
+  }
+  if (units == 0) return;
+  in_parallel(units, products / units, [&](int64_t begin, int64_t end) {
+    void* memory = scratch_of(bytes);
+    for (size_t i = 0; i < layers.size(); i++) {
+      const int64_t first = i ? ends[i - 1] : 0;
+      const int64_t from = std::max(begin, first), to = std::min(end, ends[i]);
+      if (from >= to) continue;
+      kernel(layers[i], {0, layers[i].M, (from - first) * kColumns, std::min((to - first) * kColumns, layers[i].N)},
+             memory);
+    }
+  });
+}
+
+bool served(const Tensor& x, const std::optional<Tensor>& bias) {
+  return (x.scalar_type() == ScalarType::Char || float_type(x.scalar_type())) &&
+         (!bias || float_type(bias->scalar_type()));
+}
+
+Tensor w8a16_linear(const Tensor& x, const Tensor& weight, const Tensor& weight_scale,
+                    const std::optional<Tensor>& bias) {
+  if (!float_type(x.scalar_type()) || !served(x, bias))
+    return reference<Tensor>("w8a16_linear", x, weight, weight_scale, bias);
+  const Operands in(x, std::nullopt, weight, weight_scale, bias);
+  Tensor y = empty(x, with_last(x, weight.size(0)), x.scalar_type());
+  run({in.layer(0, rows_of(x), 0, y, *float_type(x.scalar_type()))}, kernels().w8a16, kernels().w8a16_scratch);
+  return y;
+}
+
+Tensor w8a8_linear(const Tensor& x, const Tensor& x_scale, const Tensor& weight, const Tensor& weight_scale,
+                   const std::optional<Tensor>& bias, ScalarType dtype) {
+  if (!float_type(dtype) || !served(x, bias))
+    return reference<Tensor>("w8a8_linear", x, x_scale, weight, weight_scale, bias, dtype);
+  STD_TORCH_CHECK(x.scalar_type() == ScalarType::Char, "x must be int8");
+  const Operands in(x, x_scale, weight, weight_scale, bias);
+  Tensor y = empty(x, with_last(x, weight.size(0)), dtype);
+  run({in.layer(0, rows_of(x), 0, y, *float_type(dtype))}, kernels().w8a8, kernels().w8a8_scratch);
+  return y;
+}
+
+// The layers of the experts that have rows. Rows past the last end are zeros.
+std::vector<Linear> routed(const Operands& in, const Tensor& ends, Tensor& y, Float y_type) {
+  STD_TORCH_CHECK(ends.scalar_type() == ScalarType::Int && ends.numel() == in.weight.size(0),
+                  "ends must be int32, one for each of ", in.weight.size(0), " experts");
+  const Tensor last = dense(ends);
+  const auto* end = static_cast<const int32_t*>(last.const_data_ptr());
+  std::vector<Linear> layers;
+  int64_t done = 0;
+  for (int64_t e = 0; e < ends.numel(); e++) {
+    STD_TORCH_CHECK(end[e] >= done && end[e] <= rows_of(in.x), "ends must rise, up to the rows of x");
+    if (end[e] > done) layers.push_back(in.layer(done, end[e], e, y, y_type));
+    done = end[e];
+  }
+  const int64_t row = in.weight.size(-2) * octavo::size_of(y_type);
+  std::memset(static_cast<char*>(y.mutable_data_ptr()) + done * row, 0, (rows_of(in.x) - done) * row);
+  return layers;
+}
+
+Tensor w8a16_experts_linear(const Tensor& x, const Tensor& ends, const Tensor& weight, const Tensor& weight_scale,
+                            const std::optional<Tensor>& bias) {
+  if (!float_type(x.scalar_type()) || !served(x, bias))
+    return reference<Tensor>("w8a16_experts_linear", x, ends, weight, weight_scale, bias);
+  const Operands in(x, std::nullopt, weight, weight_scale, bias);
+  Tensor y = empty(x, with_last(x, weight.size(1)), x.scalar_type());
+  run(routed(in, ends, y, *float_type(x.scalar_type())), kernels().w8a16, kernels().w8a16_scratch);
+  return y;
+}
+
+Tensor w8a8_experts_linear(const Tensor& x, const Tensor& x_scale, const Tensor& ends, const Tensor& weight,
+                           const Tensor& weight_scale, const std::optional<Tensor>& bias, ScalarType dtype) {
+  if (!float_type(dtype) || !served(x, bias))
+    return reference<Tensor>("w8a8_experts_linear", x, x_scale, ends, weight, weight_scale, bias, dtype);
+  STD_TORCH_CHECK(x.scalar_type() == ScalarType::Char, "x must be int8");
+  const Operands in(x, x_scale, weight, weight_scale, bias);
+  Tensor y = empty(x, with_last(x, weight.size(1)), dtype);
+  run(routed(in, ends, y, *float_type(dtype)), kernels().w8a8, kernels().w8a8_scratch);
+  return y;
+}
+
+// -- rows ------------------------------------------------------------------------------------------------------------
+
+std::tuple<Tensor, Tensor> quantize_per_token(const Tensor& x) {
+  const auto type = float_type(x.scalar_type());
+  if (!type || x.dim() == 0) return reference<std::tuple<Tensor, Tensor>>("quantize_per_token", x);
+  const Tensor values = dense(x);
+  Tensor codes = empty(x, with_last(x, x.size(-1)), ScalarType::Char);
+  Tensor scale = empty(x, with_last(x, 1), ScalarType::Float);
+  const Rows in = rows(values, *type, codes, scale);
+  in_parallel(in.rows, in.K, [&](int64_t begin, int64_t end) { kernels().quantize_token(in, begin, end); });
+  return {codes, scale};
+}
+
+// One scale for all: the rows are pieces of equal length then, as many as is convenient.
+constexpr int64_t kPiece = 16 << 10;
+
+// Calls work(piece) for each piece of `count` values that lie one after another.
+template <class Work>
+void in_pieces(int64_t count, const Work& work) {
+  in_parallel((count + kPiece - 1) / kPiece, kPiece, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; i++) work(i, i * kPiece, std::min(kPiece, count - i * kPiece));
+  });
+}
+
+Rows piece_of(const Rows& all, int64_t start, int64_t length) {
+  return {1, length, static_cast<const char*>(all.x) + start * octavo::size_of(all.x_type), all.x_type,
+          all.codes + start, all.scale};
+}
+
+Tensor quantize_static(const Tensor& x, const Tensor& input_scale) {
+  const auto type = float_type(x.scalar_type());
+  if (!type || x.dim() == 0) return reference<Tensor>("quantize_static", x, input_scale);
+  STD_TORCH_CHECK(input_scale.scalar_type() == ScalarType::Float && input_scale.numel() == 1,
+                  "input_scale must be fp32 [1]");
+  const Tensor values = dense(x);
+  Tensor codes = empty(x, with_last(x, x.size(-1)), ScalarType::Char), scale = input_scale;
+  const Rows in = rows(values, *type, codes, scale);
+  in_pieces(x.numel(), [&](int64_t, int64_t start, int64_t length) {
+    kernels().quantize_given(piece_of(in, start, length), 0, 1);
+  });
+  return codes;
+}
+
+std::tuple<Tensor, Tensor> quantize_per_tensor(const Tensor& x) {
+  const auto type = float_type(x.scalar_type());
+  if (!type || x.dim() == 0) return reference<std::tuple<Tensor, Tensor>>("quantize_per_tensor", x);
+  const Tensor values = dense(x);
+  Tensor codes = empty(x, with_last(x, x.size(-1)), ScalarType::Char);
+  Tensor scale = empty(x, {1}, ScalarType::Float);
+  const Rows in = rows(values, *type, codes, scale);
+  std::vector<float> largest((x.numel() + kPiece - 1) / kPiece);
+  in_pieces(x.numel(), [&](int64_t i, int64_t start, int64_t length) {
+    largest[i] = kernels().amax(piece_of(in, start, length), 0, 1);
+  });
+  float amax = 0;
+  for (const float one : largest) amax = one > amax || std::isnan(one) ? one : amax;
+  in.scale[0] = amax == 0 ? 1 : amax / 127.0f;
+  in_pieces(x.numel(), [&](int64_t, int64_t start, int64_t length) {
+    kernels().quantize_given(piece_of(in, start, length), 0, 1);
+  });
+  return {codes, scale};
+}
+
+std::tuple<Tensor, Tensor> quantize_weight(const Tensor& weight) {
+  const auto type = float_type(weight.scalar_type());
+  if (!type || weight.dim() != 2) return reference<std::tuple<Tensor, Tensor>>("quantize_weight", weight);
+  const Tensor values = dense(weight);
+  Tensor codes = empty(weight, with_last(weight, weight.size(-1)), ScalarType::Char);
+  Tensor scale = empty(weight, with_last(weight, 1), ScalarType::Float);
+  const Rows in = rows(values, *type, codes, scale);
+  in_parallel(in.rows, in.K, [&](int64_t begin, int64_t end) { kernels().quantize_weight(in, begin, end); });
+  return {codes, scale};
+}
+
+Tensor w8a16_embedding(const Tensor& indices, const Tensor& weight, const Tensor& weight_scale, ScalarType dtype) {
+  const auto type = float_type(dtype);
+  const bool indexes = indices.scalar_type() == ScalarType::Long;
+  if (!type || !indexes) return reference<Tensor>("w8a16_embedding", indices, weight, weight_scale, dtype);
+  STD_TORCH_CHECK(weight.scalar_type() == ScalarType::Char && weight.dim() == 2, "weight must be int8 [V, H]");
+  STD_TORCH_CHECK(weight_scale.scalar_type() == ScalarType::Float && weight_scale.numel() == weight.size(0),
+                  "weight_scale must be fp32 [V, 1]");
+  const Tensor which = dense(indices), table = dense(weight), scale = dense(weight_scale);
+  std::vector<int64_t> sizes(indices.sizes().begin(), indices.sizes().end());
+  sizes.push_back(weight.size(1));
+  Tensor y = empty(weight, sizes, dtype);
+  const Lookup in{indices.numel(), weight.size(1), static_cast<const int64_t*>(which.const_data_ptr()),
+                  static_cast<const int8_t*>(table.const_data_ptr()),
+                  static_cast<const float*>(scale.const_data_ptr()), y.mutable_data_ptr(), *type};
+  for (int64_t i = 0; i < in.count; i++)
+    STD_TORCH_CHECK(in.indices[i] >= 0 && in.indices[i] < weight.size(0), "index ", in.indices[i],
+                    " is not a row of a table of ", weight.size(0));
+  in_parallel(in.count, in.H, [&](int64_t begin, int64_t end) { kernels().lookup(in, begin, end); });
+  return y;
+}
+
+STABLE_TORCH_LIBRARY_IMPL(octavo, CPU, m) {
+  m.impl("w8a16_linear", TORCH_BOX(&w8a16_linear));
+  m.impl("w8a8_linear", TORCH_BOX(&w8a8_linear));
+  m.impl("w8a16_experts_linear", TORCH_BOX(&w8a16_experts_linear));
+  m.impl("w8a8_experts_linear", TORCH_BOX(&w8a8_experts_linear));
+  m.impl("quantize_per_token", TORCH_BOX(&quantize_per_token));
+  m.impl("quantize_per_tensor", TORCH_BOX(&quantize_per_tensor));
+  m.impl("quantize_static", TORCH_BOX(&quantize_static));
+  m.impl("quantize_weight", TORCH_BOX(&quantize_weight));
+  m.impl("w8a16_embedding", TORCH_BOX(&w8a16_embedding));
+}
+
+}  // namespace
+
+// For Python (octavo/ops/native.py): choose the kernels. Returns why these, or, with `*chosen` 0, what is wrong.
+extern "C" __attribute__((visibility("default"))) const char* octavo_select(const char* forced, int* chosen) {
+  static octavo::Choice choice;
+  choice = octavo::choose(octavo::this_machine(), forced);
+  *chosen = choice.kernels != nullptr;
+  if (choice.kernels) active.store(choice.kernels);
+  return choice.why;
+}
+
+// The name of the instruction set of the chosen kernels.
+extern "C" __attribute__((visibility("default"))) const char* octavo_isa() { return kernels().isa; }

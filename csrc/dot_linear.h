@@ -1,0 +1,280 @@
+// y = x W^T by dot products along K, for any vector length.
+//
+// Both operands are read along K, as they lie in memory: nothing is transposed, and a weight is never repacked. A
+// register tile is up to kTileM rows of x times kTileN rows of W; each of its sums is a vector, added up across its
+// lanes once, when K is done.
+//
+//     few rows of x     one tile high: a weight meets all of them at once, and is widened in registers (`Direct`)
+//     many rows of x    kTileN rows of W are widened into scratch, which stays in L1, and are then met by every row of
+//                       a block of x, which stays in L2 (`Packed`)
+//
+// `Direct` and `Packed` are dot products of one instruction set (see avx512.cpp):
+//     X, W, Sum         element types of x, of W as the dot reads it, and of the sums (float or int32)
+//     XV, WV, Acc       a step's operands, and an accumulator, in registers
+//     kStep             elements of K per step
+//     kTileM            rows of x in a register tile
+//     kFewRows          rows of x up to which widening W for each tile is cheaper than once (Direct only)
+//     kOffset           what was added to every code of W: the sums are too large by kOffset * (sum of x's row)
+//     load_x, load_w    a step's operand: whole, or its first `count` elements with zeros behind
+//     zero, dot         an accumulator, and one step added to it
+//     kGroups           whether groups of columns may have scales of their own, and then
+//     scaled_add        total + partial * scale
+//     store4            four accumulators, each added up across its lanes, stored or added to 4 sums
+//     pack              int8 codes -> W (Packed only)
+//     sum_x             the sum of a row of x (only where there is an offset)
+//
+// Included by a translation unit after its target pragma: all of this is compiled for that instruction set.
+#pragma once
+
+namespace octavo {
+namespace {
+
+constexpr int kTileN = 4;
+constexpr int64_t kBlockN = 32;              // columns of y whose sums wait in scratch until all of K is done
+constexpr int64_t kBlockM = 512;             // and rows, at most
+constexpr int64_t kPieceBytes = 4096;        // of a widened row of W: a tile's rows of x stay in L1 meanwhile
+
+inline int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
+inline int64_t max64(int64_t a, int64_t b) { return a > b ? a : b; }
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+#define OCTAVO_INLINE inline __attribute__((always_inline))
+
+// What a tile reads: rows of x, `ldx` elements apart, and kTileN rows of W, over K elements. `next`: the codes of the
+// rows of W that come after these, to be on their way from memory meanwhile; null where they are already.
+template <class Dot>
+struct Operands {
+  const typename Dot::X* x;
+  int64_t ldx;
+  const typename Dot::W* w[kTileN];
+  int64_t K;
+  const int8_t* next[kTileN];
+};
+
+// The scales of groups of `size` columns, for kTileN rows of W; `first`: the column of the row with which the tile
+// begins.
+struct Groups {
+  int64_t size;
+  int64_t first;
+  const float* scale[kTileN];
+};
+
+// acc += x[MR, k0:k1] W[kTileN, k0:k1]^T
+template <class Dot, int MR, bool Ahead>
+OCTAVO_INLINE void accumulate(typename Dot::Acc (&acc)[MR][kTileN], const Operands<Dot>& in, int64_t k0, int64_t k1) {
+  const typename Dot::X* const x = in.x;
+  const int64_t ldx = in.ldx;
+  const typename Dot::W *const w0 = in.w[0], *const w1 = in.w[1], *const w2 = in.w[2], *const w3 = in.w[3];
+  const int8_t *const n0 = in.next[0], *const n1 = in.next[1], *const n2 = in.next[2], *const n3 = in.next[3];
+  int64_t k = k0;
+  for (; k + Dot::kStep <= k1; k += Dot::kStep) {
+    const typename Dot::WV b0 = Dot::load_w(w0 + k), b1 = Dot::load_w(w1 + k), b2 = Dot::load_w(w2 + k),
+                           b3 = Dot::load_w(w3 + k);
+    if (Ahead) {
+      __builtin_prefetch(n0 + k, 0, 2);
+      __builtin_prefetch(n1 + k, 0, 2);
+      __builtin_prefetch(n2 + k, 0, 2);
+      __builtin_prefetch(n3 + k, 0, 2);
+    }
+#pragma GCC unroll 8
+    for (int i = 0; i < MR; i++) {
+      const typename Dot::XV a = Dot::load_x(x + i * ldx + k);
+      acc[i][0] = Dot::dot(acc[i][0], a, b0);
+      acc[i][1] = Dot::dot(acc[i][1], a, b1);
+      acc[i][2] = Dot::dot(acc[i][2], a, b2);
+      acc[i][3] = Dot::dot(acc[i][3], a, b3);
+    }
+  }
+  if (k < k1) {
+    const int count = static_cast<int>(k1 - k);
+    const typename Dot::WV b0 = Dot::load_w(w0 + k, count), b1 = Dot::load_w(w1 + k, count),
+                           b2 = Dot::load_w(w2 + k, count), b3 = Dot::load_w(w3 + k, count);
+#pragma GCC unroll 8
+    for (int i = 0; i < MR; i++) {
+      const typename Dot::XV a = Dot::load_x(x + i * ldx + k, count);
+      acc[i][0] = Dot::dot(acc[i][0], a, b0);
+      acc[i][1] = Dot::dot(acc[i][1], a, b1);
+      acc[i][2] = Dot::dot(acc[i][2], a, b2);
+      acc[i][3] = Dot::dot(acc[i][3], a, b3);
+    }
+  }
+}
+
+template <class Dot, int MR>
+OCTAVO_INLINE void zero(typename Dot::Acc (&acc)[MR][kTileN]) {
+#pragma GCC unroll 8
+  for (int i = 0; i < MR; i++) acc[i][0] = acc[i][1] = acc[i][2] = acc[i][3] = Dot::zero();
+}
+
+template <class Dot, int MR>
+OCTAVO_INLINE void store(const typename Dot::Acc (&acc)[MR][kTileN], typename Dot::Sum* sums, bool add) {
+#pragma GCC unroll 8
+  for (int i = 0; i < MR; i++) Dot::store4(acc[i][0], acc[i][1], acc[i][2], acc[i][3], sums + i * kBlockN, add);
+}
+
+// A register tile: sums[MR][kTileN], rows kBlockN apart. `add`: to the sums that are there.
+template <class Dot, int MR, bool Ahead>
+__attribute__((noinline)) void tile(const Operands<Dot>& in, typename Dot::Sum* sums, bool add) {
+  typename Dot::Acc acc[MR][kTileN];
+  zero<Dot, MR>(acc);
+  accumulate<Dot, MR, Ahead>(acc, in, 0, in.K);
+  store<Dot, MR>(acc, sums, add);
+}
+
+// The same, each group's sum under its scale.
+template <class Dot, int MR, bool Ahead>
+__attribute__((noinline)) void grouped_tile(const Operands<Dot>& in, const Groups& groups, typename Dot::Sum* sums,
+                                            bool add) {
+  typename Dot::Acc total[MR][kTileN];
+  zero<Dot, MR>(total);
+  for (int64_t k = 0; k < in.K;) {
+    const int64_t group = (groups.first + k) / groups.size;
+    const int64_t end = min64((group + 1) * groups.size - groups.first, in.K);
+    typename Dot::Acc acc[MR][kTileN];
+    zero<Dot, MR>(acc);
+    accumulate<Dot, MR, Ahead>(acc, in, k, end);
+#pragma GCC unroll 8
+    for (int i = 0; i < MR; i++) {
+      total[i][0] = Dot::scaled_add(total[i][0], acc[i][0], groups.scale[0][group]);
+      total[i][1] = Dot::scaled_add(total[i][1], acc[i][1], groups.scale[1][group]);
+      total[i][2] = Dot::scaled_add(total[i][2], acc[i][2], groups.scale[2][group]);
+      total[i][3] = Dot::scaled_add(total[i][3], acc[i][3], groups.scale[3][group]);
+    }
+    k = end;
+  }
+  store<Dot, MR>(total, sums, add);
+}
+
+// A tile of `rows` rows, 1 to MR.
+template <class Dot, bool Grouped, bool Ahead, int MR>
+OCTAVO_INLINE void tile_of(int64_t rows, const Operands<Dot>& in, const Groups& groups, typename Dot::Sum* sums,
+                           bool add) {
+  if constexpr (MR > 1) {
+    if (rows < MR) return tile_of<Dot, Grouped, Ahead, MR - 1>(rows, in, groups, sums, add);
+  }
+  if constexpr (Grouped)
+    grouped_tile<Dot, MR, Ahead>(in, groups, sums, add);
+  else
+    tile<Dot, MR, Ahead>(in, sums, add);
+}
+
+// Half as many rows where there are two accumulators for each sum.
+template <class Dot, bool Grouped>
+constexpr int tile_m() {
+  return Grouped ? (Dot::kTileM + 1) / 2 : Dot::kTileM;
+}
+
+template <class Packed>
+struct Scratch {
+  typename Packed::Sum sums[kBlockM * kBlockN];
+  int32_t x_sums[kBlockM];
+  // Rows end at odd multiples of a cache line, so that they do not all fall into the same sets of the cache.
+  alignas(64) typename Packed::W rows[kBlockN][(kPieceBytes + 64) / sizeof(typename Packed::W)];
+};
+
+template <class V, class Direct, class Packed>
+struct DotLinear {
+  using X = typename Packed::X;
+  using Sum = typename Packed::Sum;
+  static constexpr int64_t kPiece = kPieceBytes / static_cast<int64_t>(sizeof(typename Packed::W));
+
+  static size_t scratch(const Linear&) { return sizeof(Scratch<Packed>); }
+
+  static void run(const Linear& layer, Block block, void* memory) {
+    auto& scratch = *static_cast<Scratch<Packed>*>(memory);
+    const bool grouped = Packed::kGroups && layer.groups > 1;
+    for (int64_t m = block.m0; m < block.m1; m += kBlockM) {
+      const int64_t rows = min64(kBlockM, block.m1 - m);
+      if constexpr (Packed::kOffset != 0) {
+        for (int64_t i = 0; i < rows; i++) scratch.x_sums[i] = Packed::sum_x(x_row(layer, m + i), layer.K);
+      }
+      for (int64_t n = block.n0; n < block.n1; n += kBlockN) {
+        const Block part{m, m + rows, n, min64(n + kBlockN, block.n1)};
+        if (rows <= Direct::kFewRows) {
+          grouped ? few_rows<Direct::kGroups>(layer, part, scratch) : few_rows<false>(layer, part, scratch);
+        } else {
+          grouped ? many_rows<Packed::kGroups>(layer, part, scratch) : many_rows<false>(layer, part, scratch);
+        }
+        finish(layer, part, scratch);
+      }
+    }
+  }
+
+ private:
+  static const X* x_row(const Linear& layer, int64_t m) { return static_cast<const X*>(layer.x) + m * layer.K; }
+
+  // Row j of the tile that begins at row n of W. Past the last row the last is met again; its sums are not used.
+  static int64_t w_row(int64_t n, int j, int64_t end) { return min64(n + j, end - 1); }
+
+  static Groups groups_of(const Linear& layer, int64_t n, int64_t end, int64_t first) {
+    Groups groups{layer.K / layer.groups, first, {}};
+    for (int j = 0; j < kTileN; j++) groups.scale[j] = layer.w_scale + w_row(n, j, end) * layer.groups;
+    return groups;
+  }
+
+  template <bool Grouped>
+  static void few_rows(const Linear& layer, Block part, Scratch<Packed>& scratch) {
+    constexpr int kTileM = tile_m<Direct, Grouped>();
+    const int64_t rows = part.m1 - part.m0;
+    const int64_t height = ceil_div(rows, ceil_div(rows, kTileM));
+    for (int64_t n = part.n0; n < part.n1; n += kTileN) {
+      Operands<Direct> in{nullptr, layer.K, {}, layer.K, {}};
+      for (int j = 0; j < kTileN; j++) {
+        in.w[j] = layer.w + w_row(n, j, part.n1) * layer.K;
+        in.next[j] = in.w[j] + kTileN * layer.K;
+      }
+      const Groups groups = groups_of(layer, n, part.n1, 0);
+      for (int64_t i = 0; i < rows; i += height) {
+        in.x = x_row(layer, part.m0 + i);
+        tile_of<Direct, Grouped, true, kTileM>(min64(height, rows - i), in, groups,
+                                               scratch.sums + i * kBlockN + (n - part.n0), false);
+      }
+    }
+  }
+
+  template <bool Grouped>
+  static void many_rows(const Linear& layer, Block part, Scratch<Packed>& scratch) {
+    constexpr int kTileM = tile_m<Packed, Grouped>();
+    const int64_t rows = part.m1 - part.m0;
+    const int64_t height = ceil_div(rows, ceil_div(rows, kTileM));  // tiles of about equal height
+    for (int64_t k = 0; k < layer.K || k == 0; k += kPiece) {
+      const int64_t length = min64(kPiece, layer.K - k);
+      for (int64_t n = part.n0; n < part.n1; n++)
+        Packed::pack(layer.w + n * layer.K + k, length, scratch.rows[n - part.n0]);
+      for (int64_t i = 0; i < rows; i += height) {
+        Operands<Packed> in{x_row(layer, part.m0 + i) + k, layer.K, {}, length, {}};
+        for (int64_t n = part.n0; n < part.n1; n += kTileN) {
+          for (int j = 0; j < kTileN; j++) {
+            in.w[j] = scratch.rows[w_row(n, j, part.n1) - part.n0];
+            in.next[j] = layer.w + (n + j + kBlockN) * layer.K + k;
+          }
+          const Groups groups = groups_of(layer, n, part.n1, k);
+          Sum* const sums = scratch.sums + i * kBlockN + (n - part.n0);
+          if (i == 0)
+            tile_of<Packed, Grouped, true, kTileM>(min64(height, rows - i), in, groups, sums, k > 0);
+          else
+            tile_of<Packed, Grouped, false, kTileM>(min64(height, rows - i), in, groups, sums, k > 0);
+        }
+      }
+    }
+  }
+
+  // Sums -> y.
+  static void finish(const Linear& layer, Block part, const Scratch<Packed>& scratch) {
+    for (int64_t m = part.m0; m < part.m1; m++) {
+      const Sum* sums = scratch.sums + (m - part.m0) * kBlockN;
+      const float x_scale = layer.x_scale ? layer.x_scale[m * layer.x_scale_step] : 1.0f;
+      const int32_t excess = Packed::kOffset ? Packed::kOffset * scratch.x_sums[m - part.m0] : 0;
+      for (int64_t n = part.n0; n < part.n1; n += V::kLanes) {
+        const int count = static_cast<int>(min64(V::kLanes, part.n1 - n));
+        typename V::F y = V::from_sums(sums + (n - part.n0), excess);
+        if (layer.groups == 1) y = V::mul(y, V::mul(V::set1(x_scale), V::load(layer.w_scale + n, Float::f32, count)));
+        if (layer.bias) y = V::add(y, V::load(element(layer.bias, layer.bias_type, n), layer.bias_type, count));
+        V::store(element(layer.y, layer.y_type, m * layer.N + n), layer.y_type, count, y);
+      }
+    }
+  }
+};
+
+}  // namespace
+}  // namespace octavo

@@ -1,0 +1,109 @@
+// Rows of floats to int8 codes and back, for any vector length.
+//
+//     code = clamp(round_half_even(x / scale), -127, 127)        in fp32, as octavo/primitives.py defines it
+//
+// A `V` is a vector of fp32 (see avx512.cpp):
+//     kLanes, F                   its length and its register
+//     load, store                 `count` elements of a `Float` type, widened to fp32 or rounded from it
+//     set1, add, mul
+//     largest                     of a magnitude so far and of |x|, lane by lane; NaN stays
+//     across                      the largest of all lanes
+//     store_codes                 `count` codes of x under a scale
+//     load_codes                  `count` codes as fp32
+//     from_sums                   kLanes sums of a dot product, less an excess, as fp32
+#pragma once
+
+namespace octavo {
+namespace {
+
+inline const void* element(const void* base, Float type, int64_t i) {
+  return static_cast<const char*>(base) + i * size_of(type);
+}
+inline void* element(void* base, Float type, int64_t i) { return static_cast<char*>(base) + i * size_of(type); }
+
+constexpr float kQmax = 127.0f;
+
+template <class V>
+struct RowKernels {
+  static float amax_of(const void* row, Float type, int64_t K) {
+    typename V::F first = V::set1(0), second = first;
+    int64_t k = 0;
+    for (; k + 2 * V::kLanes <= K; k += 2 * V::kLanes) {
+      first = V::largest(first, V::load(element(row, type, k), type));
+      second = V::largest(second, V::load(element(row, type, k + V::kLanes), type));
+    }
+    for (; k < K; k += V::kLanes) {
+      const int count = static_cast<int>(K - k < V::kLanes ? K - k : V::kLanes);
+      first = V::largest(first, V::load(element(row, type, k), type, count));
+    }
+    return V::across(V::largest(first, second));
+  }
+
+  static void codes_of(const void* row, Float type, int64_t K, float scale, int8_t* codes) {
+    const typename V::Divisor by(scale);
+    int64_t k = 0;
+    for (; k + V::kLanes <= K; k += V::kLanes) V::store_codes(codes + k, V::load(element(row, type, k), type), by);
+    if (k < K) {
+      const int count = static_cast<int>(K - k);
+      V::store_codes(codes + k, V::load(element(row, type, k), type, count), by, count);
+    }
+  }
+
+  static const void* row_of(const Rows& in, int64_t r) { return element(in.x, in.x_type, r * in.K); }
+
+  static float amax(const Rows& in, int64_t r0, int64_t r1) {
+    return r1 > r0 ? amax_of(row_of(in, r0), in.x_type, (r1 - r0) * in.K) : 0;
+  }
+
+  static void quantize_token(const Rows& in, int64_t r0, int64_t r1) {
+    for (int64_t r = r0; r < r1; r++) {
+      const float scale = amax_of(row_of(in, r), in.x_type, in.K) / kQmax;
+      in.scale[r] = scale == 0 ? 1 : scale;
+      codes_of(row_of(in, r), in.x_type, in.K, in.scale[r], in.codes + r * in.K);
+    }
+  }
+
+  static void quantize_given(const Rows& in, int64_t r0, int64_t r1) {
+    codes_of(row_of(in, r0), in.x_type, (r1 - r0) * in.K, in.scale[0], in.codes + r0 * in.K);
+  }
+
+  static void quantize_weight(const Rows& in, int64_t r0, int64_t r1) {
+    for (int64_t r = r0; r < r1; r++) {
+      in.scale[r] = weight_scale(amax_of(row_of(in, r), in.x_type, in.K), in.x_type);
+      codes_of(row_of(in, r), in.x_type, in.K, in.scale[r], in.codes + r * in.K);
+    }
+  }
+
+  // amax / 127 as the type of the weight stores it; its next larger value where the largest weight would clip.
+  static float weight_scale(float amax, Float type) {
+    if (amax == 0) return 1;
+    uint32_t stored = 0;  // fp32, bf16 or fp16, of which the next larger value is the next larger integer
+    V::store(&stored, type, 1, V::set1(amax / kQmax));
+    float scale = value(&stored, type);
+    if (amax / scale > kQmax + 0.5f) {
+      stored++;
+      scale = value(&stored, type);
+    }
+    return scale;
+  }
+
+  static float value(const uint32_t* stored, Float type) {
+    float lanes[V::kLanes];
+    V::store(lanes, Float::f32, V::kLanes, V::load(stored, type, 1));
+    return lanes[0];
+  }
+
+  static void lookup(const Lookup& in, int64_t i0, int64_t i1) {
+    for (int64_t i = i0; i < i1; i++) {
+      const int8_t* codes = in.table + in.indices[i] * in.H;
+      const typename V::F scale = V::set1(in.scale[in.indices[i]]);
+      for (int64_t h = 0; h < in.H; h += V::kLanes) {
+        const int count = static_cast<int>(in.H - h < V::kLanes ? in.H - h : V::kLanes);
+        V::store(element(in.y, in.y_type, i * in.H + h), in.y_type, count, V::mul(V::load_codes(codes + h, count), scale));
+      }
+    }
+  }
+};
+
+}  // namespace
+}  // namespace octavo

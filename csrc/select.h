@@ -1,0 +1,26 @@
+// Which kernels this machine gets, and why.
+#pragma once
+
+#include "kernels.h"
+
+namespace octavo {
+
+// What the processor and the operating system offer.
+struct Machine {
+  bool avx2;           // AVX2, FMA, F16C
+  bool avx512;         // AVX-512 F, BW, VL, DQ, VNNI, BF16
+  bool amx;            // AMX tiles, int8 and bf16
+  bool amx_permitted;  // the kernel of the operating system lets this process use them
+};
+
+Machine this_machine();
+
+struct Choice {
+  const Kernels* kernels;  // null: `why` is an error
+  char why[320];
+};
+
+// The best kernels, or those of the instruction set `forced`, if that is not null or empty.
+Choice choose(const Machine& machine, const char* forced);
+
+}  // namespace octavo

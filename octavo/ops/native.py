@@ -1,0 +1,87 @@
+"""The native CPU kernels (`csrc/`): one library, loaded once, that answers the ops on CPUs in place of the reference.
+
+It holds kernels for every instruction set, and takes the best that the processor has. OCTAVO_ISA (scalar, avx2, avx512,
+amx) takes another one, OCTAVO_BACKEND=reference none.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import dataclasses
+import os
+import warnings
+from pathlib import Path
+
+import torch
+
+from octavo.errors import OctavoError, QuantizeError
+
+__all__ = ["LIBRARY", "OPS", "Native", "load", "select"]
+
+LIBRARY = Path(__file__).with_name("liboctavo.so")
+
+OPS = (
+    "w8a16_linear",
+    "w8a16_embedding",
+    "w8a8_linear",
+    "w8a16_experts_linear",
+    "w8a8_experts_linear",
+    "quantize_per_token",
+    "quantize_per_tensor",
+    "quantize_static",
+    "quantize_weight",
+)
+"""The ops that it answers; `csrc/bind.cpp` registers them."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Native:
+    """What serves on CPUs. isa: the instruction set, or None where the reference does. why: in either case."""
+
+    isa: str | None
+    why: str
+
+
+def load() -> Native:
+    """Load the library and choose its kernels.
+
+    Warns: where there is no library, for then int8 is slow.
+    Raises: QuantizeError if OCTAVO_BACKEND or OCTAVO_ISA have a value that is not known, or that this processor lacks.
+    """
+    forced = os.environ.get("OCTAVO_BACKEND", "")
+    if forced not in ("", "reference"):
+        raise QuantizeError(f"OCTAVO_BACKEND is {forced!r}; expected 'reference' or nothing (the best that is there)")
+    if forced:
+        return Native(None, "forced by OCTAVO_BACKEND")
+    if not LIBRARY.is_file():
+        why = f"the native kernels are not installed ({LIBRARY} is missing)"
+        warnings.warn(
+            f"octavo runs without its native kernels, and int8 is slow: {LIBRARY} is missing; to build it, install "
+            "octavo from source with a C++ compiler and without OCTAVO_NO_NATIVE, or set OCTAVO_BACKEND=reference to "
+            "say that this is meant",
+            stacklevel=2,
+        )
+        return Native(None, why)
+    try:
+        torch.ops.load_library(str(LIBRARY))
+    except OSError as error:
+        raise OctavoError(
+            f"{LIBRARY}: torch {torch.__version__} cannot load the native kernels ({error}); install octavo anew next "
+            "to this torch, or set OCTAVO_BACKEND=reference to run without them"
+        ) from error
+    return select(os.environ.get("OCTAVO_ISA", ""))
+
+
+def select(isa: str) -> Native:
+    """Take the kernels of an instruction set, or, given "", the best that this processor has. The library is loaded.
+
+    Raises: QuantizeError if `isa` is not known, or this processor lacks it.
+    """
+    library = ctypes.CDLL(str(LIBRARY))
+    library.octavo_select.restype = ctypes.c_char_p
+    library.octavo_isa.restype = ctypes.c_char_p
+    chosen = ctypes.c_int()
+    why = library.octavo_select(isa.encode(), ctypes.byref(chosen)).decode()
+    if not chosen:
+        raise QuantizeError(why)
+    return Native(library.octavo_isa().decode(), why)
