@@ -85,7 +85,8 @@ struct Vec {
     // "not less" is true for NaN too
     const __mmask16 close = _mm512_cmp_ps_mask(distance, _mm512_set1_ps(0.5f - 1.0f / 16384), _CMP_NLT_UQ);
     if (__builtin_expect(close != 0, 0)) quotient = _mm512_div_ps(x, by.scale);
-    const F bounded = _mm512_max_ps(_mm512_min_ps(quotient, _mm512_set1_ps(kQmax)), _mm512_set1_ps(-kQmax));
+    // In this order of operands NaN stays, and becomes code 0.
+    const F bounded = _mm512_max_ps(_mm512_set1_ps(-kQmax), _mm512_min_ps(_mm512_set1_ps(kQmax), quotient));
     return _mm512_cvtps_epi32(bounded);
   }
 

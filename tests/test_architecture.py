@@ -182,7 +182,6 @@ def test_imports_go_down(module: str) -> None:
         ("octavo.modules", "def f():\n    from octavo import quantize", "quantize stands above modules"),
         ("octavo.modules", "from octavo import Recipe", "octavo/__init__.py stands above modules"),
         ("octavo.modules", "from octavo.nowhere import x", "no octavo/nowhere"),
-        ("octavo.formats.checkpoint", "from octavo import ops", "never reaches the disk"),
         ("octavo.evaluate", "from octavo.quantize import quantize", "judges any callable"),
         ("octavo.report", "from octavo.primitives import amax", "primitives stands above report"),
         ("octavo.report", "import torch", "standard library only"),

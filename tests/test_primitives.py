@@ -288,7 +288,7 @@ def test_zeros_in_the_full_range() -> None:
     ("x", "granularity", "group_size", "message"),
     [
         (torch.zeros(2, 8, dtype=torch.int32), "per_channel", None, "w: dtype is torch.int32, expected a floating"),
-        (torch.zeros(2, 8), "per_group", None, "w: group_size is None with granularity 'per_group'"),
+        (torch.zeros(2, 8), "per_group", None, "w: group_size=None .* per_group needs a divisor of K=8"),
         (torch.zeros(2, 8), "per_channel", 4, "w: group_size is 4 with granularity 'per_channel'"),
         (torch.zeros(2, 96), "per_group", 64, r"group_size=64 does not fit .* divisor of K=96, such as \[96, 48, 32\]"),
         (torch.zeros(2, 8), "per_group", 0, "group_size=0"),

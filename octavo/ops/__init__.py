@@ -129,16 +129,16 @@ _int8_attention = torch.ops.octavo.int8_attention.default
 # -- wrappers: what modules call ------------------------------------------------------------------------------------
 
 
-def _run(op: Callable[..., Any], check: Callable[[Tensor, Tensor], None], x: Tensor, weight: Tensor, *args: Any) -> Any:
-    """`op(*args)`; where it refuses them, `check(x, weight)` says why in the user's words. Where no gradient is wanted,
-    autograd is not asked: that would cost a call of Python each time."""
+def _run(op: Callable[..., Any], check: Callable[[], None], *args: Any) -> Any:
+    """`op(*args)`; where it refuses them, `check` says why in the user's words. Where no gradient is wanted autograd is
+    not asked, which would cost a call of Python each time."""
     try:
         if torch.is_grad_enabled() or torch.compiler.is_compiling():
             return op(*args)
         with torch._C._AutoDispatchBelowAutograd():
             return op(*args)
     except RuntimeError:
-        check(x, weight)
+        check()
         raise
 
 
@@ -151,7 +151,7 @@ def w8a16_linear(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor |
     Raises: QuantizeError if x is not floating point or its last size is not K.
     """
     x = autocast(x)
-    return _run(_linear, reference.check_input, x, weight, x, weight, weight_scale, bias)
+    return _run(_linear, lambda: reference.check_input(x, weight), x, weight, weight_scale, bias)
 
 
 def w8a16_conv(
@@ -198,7 +198,7 @@ def w8a16_embedding(indices: Tensor, weight: Tensor, weight_scale: Tensor, dtype
     indices: [...] int32 or int64. weight: int8 [V, H]. weight_scale: fp32 [V, 1].
     Returns: [..., H] of `dtype`.
     """
-    return _run(_embedding, reference.check_indices, indices, weight, indices, weight, weight_scale, dtype)
+    return _run(_embedding, lambda: reference.check_indices(indices, weight), indices, weight, weight_scale, dtype)
 
 
 def w8a16_experts_linear(
@@ -212,7 +212,7 @@ def w8a16_experts_linear(
     Raises: QuantizeError if x is not floating point or its last size is not K.
     """
     x = autocast(x)
-    return _run(_experts_linear, reference.check_input, x, weight, x, ends, weight, weight_scale, bias)
+    return _run(_experts_linear, lambda: reference.check_input(x, weight), x, ends, weight, weight_scale, bias)
 
 
 def w8a8_experts_linear(
@@ -227,7 +227,7 @@ def w8a8_experts_linear(
     Raises: QuantizeError if x is not int8 or its last size is not K.
     """
     args = (x, x_scale, ends, weight, weight_scale, bias, dtype)
-    return _run(_int8_experts_linear, reference.check_codes, x, weight, *args)
+    return _run(_int8_experts_linear, lambda: reference.check_codes(x, weight), *args)
 
 
 def quantize_per_token(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -238,12 +238,12 @@ def quantize_per_token(x: Tensor) -> tuple[Tensor, Tensor]:
         makes what is computed from it NaN.
     No gradient passes; see `straight_through`. Raises: QuantizeError if x is not floating point or 0-d.
     """
-    return _per_token(x.detach() if x.requires_grad else x)
+    return _run(_per_token, lambda: reference.check_rows(x), x.detach() if x.requires_grad else x)
 
 
 def quantize_per_tensor(x: Tensor) -> tuple[Tensor, Tensor]:
     """The same with one scale for all rows. x: [..., K] float. Returns: codes int8 [..., K], scale fp32 [1]."""
-    return _per_tensor(x.detach() if x.requires_grad else x)
+    return _run(_per_tensor, lambda: reference.check_rows(x), x.detach() if x.requires_grad else x)
 
 
 def quantize_static(x: Tensor, input_scale: Tensor) -> Tensor:
@@ -252,7 +252,7 @@ def quantize_static(x: Tensor, input_scale: Tensor) -> Tensor:
     x: [..., K] float; not modified. input_scale: fp32 [1]. NaN has no code: where x may hold it, quantize dynamically.
     Returns: int8 [..., K]. Raises: QuantizeError if x is not floating point or 0-d.
     """
-    return _static(x.detach() if x.requires_grad else x, input_scale)
+    return _run(_static, lambda: reference.check_rows(x), x.detach() if x.requires_grad else x, input_scale)
 
 
 def quantize_weight(
@@ -286,7 +286,7 @@ def w8a8_linear(
     bias: [N] float, or None. Returns: [..., N] of `dtype`.
     Raises: QuantizeError if x is not int8 or its last size is not K.
     """
-    return _run(_w8a8_linear, reference.check_codes, x, weight, x, x_scale, weight, weight_scale, bias, dtype)
+    return _run(_w8a8_linear, lambda: reference.check_codes(x, weight), x, x_scale, weight, weight_scale, bias, dtype)
 
 
 def int8_attention(
