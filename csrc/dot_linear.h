@@ -34,21 +34,26 @@ constexpr int64_t kBlockN = 32;              // columns of y whose sums wait in 
 constexpr int64_t kBlockM = 512;             // and rows, at most
 constexpr int64_t kPieceBytes = 4096;        // of a widened row of W: a tile's rows of x stay in L1 meanwhile
 
+constexpr int64_t kFetchAhead = 4096;        // codes by which a tile's fetching is ahead of the next tile
+
 inline int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
 inline int64_t max64(int64_t a, int64_t b) { return a > b ? a : b; }
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 #define OCTAVO_INLINE inline __attribute__((always_inline))
 
-// What a tile reads: rows of x, `ldx` elements apart, and kTileN rows of W, over K elements. `next`: the codes of the
-// rows of W that come after these, to be on their way from memory meanwhile; null where they are already.
+// While a tile is computed, kTileN * K codes that will be needed are fetched from memory, in the order in which they
+// lie there: soon, by the next tile, or later, by the next block of columns.
+enum class Fetch { nothing, soon, later };
+
+// What a tile reads: rows of x, `ldx` elements apart, and kTileN rows of W, over K elements. `next`: what to fetch.
 template <class Dot>
 struct Operands {
   const typename Dot::X* x;
   int64_t ldx;
   const typename Dot::W* w[kTileN];
   int64_t K;
-  const int8_t* next[kTileN];
+  const int8_t* next;
 };
 
 // The scales of groups of `size` columns, for kTileN rows of W; `first`: the column of the row with which the tile
@@ -60,21 +65,20 @@ struct Groups {
 };
 
 // acc += x[MR, k0:k1] W[kTileN, k0:k1]^T
-template <class Dot, int MR, bool Ahead>
+template <class Dot, int MR, Fetch Ahead>
 OCTAVO_INLINE void accumulate(typename Dot::Acc (&acc)[MR][kTileN], const Operands<Dot>& in, int64_t k0, int64_t k1) {
   const typename Dot::X* const x = in.x;
   const int64_t ldx = in.ldx;
   const typename Dot::W *const w0 = in.w[0], *const w1 = in.w[1], *const w2 = in.w[2], *const w3 = in.w[3];
-  const int8_t *const n0 = in.next[0], *const n1 = in.next[1], *const n2 = in.next[2], *const n3 = in.next[3];
+  const int8_t* const next = in.next;
   int64_t k = k0;
   for (; k + Dot::kStep <= k1; k += Dot::kStep) {
     const typename Dot::WV b0 = Dot::load_w(w0 + k), b1 = Dot::load_w(w1 + k), b2 = Dot::load_w(w2 + k),
                            b3 = Dot::load_w(w3 + k);
-    if (Ahead) {
-      __builtin_prefetch(n0 + k, 0, 2);
-      __builtin_prefetch(n1 + k, 0, 2);
-      __builtin_prefetch(n2 + k, 0, 2);
-      __builtin_prefetch(n3 + k, 0, 2);
+    if (Ahead != Fetch::nothing) {
+#pragma GCC unroll 4
+      for (int line = 0; line < kTileN * Dot::kStep; line += 64)
+        __builtin_prefetch(next + kTileN * k + line, 0, Ahead == Fetch::soon ? 0 : 2);
     }
 #pragma GCC unroll 8
     for (int i = 0; i < MR; i++) {
@@ -113,7 +117,7 @@ OCTAVO_INLINE void store(const typename Dot::Acc (&acc)[MR][kTileN], typename Do
 }
 
 // A register tile: sums[MR][kTileN], rows kBlockN apart. `add`: to the sums that are there.
-template <class Dot, int MR, bool Ahead>
+template <class Dot, int MR, Fetch Ahead>
 __attribute__((noinline)) void tile(const Operands<Dot>& in, typename Dot::Sum* sums, bool add) {
   typename Dot::Acc acc[MR][kTileN];
   zero<Dot, MR>(acc);
@@ -122,7 +126,7 @@ __attribute__((noinline)) void tile(const Operands<Dot>& in, typename Dot::Sum* 
 }
 
 // The same, each group's sum under its scale.
-template <class Dot, int MR, bool Ahead>
+template <class Dot, int MR, Fetch Ahead>
 __attribute__((noinline)) void grouped_tile(const Operands<Dot>& in, const Groups& groups, typename Dot::Sum* sums,
                                             bool add) {
   typename Dot::Acc total[MR][kTileN];
@@ -146,7 +150,7 @@ __attribute__((noinline)) void grouped_tile(const Operands<Dot>& in, const Group
 }
 
 // A tile of `rows` rows, 1 to MR.
-template <class Dot, bool Grouped, bool Ahead, int MR>
+template <class Dot, bool Grouped, Fetch Ahead, int MR>
 OCTAVO_INLINE void tile_of(int64_t rows, const Operands<Dot>& in, const Groups& groups, typename Dot::Sum* sums,
                            bool add) {
   if constexpr (MR > 1) {
@@ -218,15 +222,15 @@ struct DotLinear {
     const int64_t rows = part.m1 - part.m0;
     const int64_t height = ceil_div(rows, ceil_div(rows, kTileM));
     for (int64_t n = part.n0; n < part.n1; n += kTileN) {
-      Operands<Direct> in{nullptr, layer.K, {}, layer.K, {}};
+      Operands<Direct> in{nullptr, layer.K, {}, layer.K, nullptr};
       for (int j = 0; j < kTileN; j++) {
         in.w[j] = layer.w + w_row(n, j, part.n1) * layer.K;
-        in.next[j] = in.w[j] + kTileN * layer.K;
       }
+      in.next = layer.w + (n + kTileN) * layer.K + kFetchAhead;
       const Groups groups = groups_of(layer, n, part.n1, 0);
       for (int64_t i = 0; i < rows; i += height) {
         in.x = x_row(layer, part.m0 + i);
-        tile_of<Direct, Grouped, true, kTileM>(min64(height, rows - i), in, groups,
+        tile_of<Direct, Grouped, Fetch::soon, kTileM>(min64(height, rows - i), in, groups,
                                                scratch.sums + i * kBlockN + (n - part.n0), false);
       }
     }
@@ -242,18 +246,18 @@ struct DotLinear {
       for (int64_t n = part.n0; n < part.n1; n++)
         Packed::pack(layer.w + n * layer.K + k, length, scratch.rows[n - part.n0]);
       for (int64_t i = 0; i < rows; i += height) {
-        Operands<Packed> in{x_row(layer, part.m0 + i) + k, layer.K, {}, length, {}};
+        Operands<Packed> in{x_row(layer, part.m0 + i) + k, layer.K, {}, length, nullptr};
         for (int64_t n = part.n0; n < part.n1; n += kTileN) {
           for (int j = 0; j < kTileN; j++) {
             in.w[j] = scratch.rows[w_row(n, j, part.n1) - part.n0];
-            in.next[j] = layer.w + (n + j + kBlockN) * layer.K + k;
           }
+          in.next = layer.w + (n + kBlockN) * layer.K + kTileN * k;
           const Groups groups = groups_of(layer, n, part.n1, k);
           Sum* const sums = scratch.sums + i * kBlockN + (n - part.n0);
           if (i == 0)
-            tile_of<Packed, Grouped, true, kTileM>(min64(height, rows - i), in, groups, sums, k > 0);
+            tile_of<Packed, Grouped, Fetch::later, kTileM>(min64(height, rows - i), in, groups, sums, k > 0);
           else
-            tile_of<Packed, Grouped, false, kTileM>(min64(height, rows - i), in, groups, sums, k > 0);
+            tile_of<Packed, Grouped, Fetch::nothing, kTileM>(min64(height, rows - i), in, groups, sums, k > 0);
         }
       }
     }

@@ -316,10 +316,9 @@ def check_codes(x: Tensor, weight: Tensor) -> None:
 
 def check_indices(indices: Tensor, weight: Tensor) -> None:
     """Raise IndexError if an index is no row of the table [V, H]."""
-    if indices.numel() and not (0 <= int(indices.min()) and int(indices.max()) < len(weight)):
-        raise IndexError(
-            f"indices: out of range, from {int(indices.min())} to {int(indices.max())}; expected rows of a table of {len(weight)}"
-        )
+    if indices.numel() and (int(indices.min()) < 0 or int(indices.max()) >= len(weight)):
+        found = f"from {int(indices.min())} to {int(indices.max())}"
+        raise IndexError(f"indices: out of range, {found}; expected rows of a table of {len(weight)}")
 
 
 def check_input(x: Tensor, weight: Tensor) -> None:
