@@ -14,7 +14,6 @@ import octavo
 from bench.language import known_text, losses
 from examples.models import cache_folder
 from examples.small_mixtral import SHAPE, WINDOW, small_mixtral, split, unigram
-from octavo.calibrate import Stats
 from octavo.experts import routers
 from octavo.integrations.generation import load_language_model, token_ids
 from octavo.tables import Table, human_bytes, human_percent
@@ -22,6 +21,7 @@ from octavo.tables import Table, human_bytes, human_percent
 TITLE = "A small Mixtral, trained here: int8 experts"
 CALIBRATION = 64
 CLEAR = 0.05
+OUTLIER = 256
 HOW = f"""
 {SHAPE["num_hidden_layers"]} layers of {SHAPE["num_local_experts"]} experts, {SHAPE["num_experts_per_tok"]} for a token,
 trained by `examples/small_mixtral.py` on nine tenths of the text and judged on the last one, in windows of {WINDOW}
@@ -30,33 +30,43 @@ The ratio is to the float model's perplexity on the same tokens; its standard er
 how much another text of this length could move it. Same experts: the share of (token, layer) that are routed to the
 very set of experts that they are in the float model; of all, and of the clear cases, in which the float model's router
 gives the last expert chosen at least {CLEAR} more (of 1) than the first one not chosen. "Smoothed" is
-`octavo.smooth(model, stats, alpha="auto")`. Bytes are of all parameters.
+`octavo.smooth(model, stats, alpha="auto")`. A model as small as this has no outliers for it to move; "outliers put in"
+is the same float model, bit for bit, with two channels of what attention and experts are fed {OUTLIER} times as large
+and their weights as much smaller. Bytes are of all parameters.
 """
 TOP_K = SHAPE["num_experts_per_tok"]
 
 
 @dataclasses.dataclass(frozen=True)
 class Way:
-    """One way to quantize."""
+    """One way to quantize. outliers: see `put_outliers_in`."""
 
     name: str
     scheme: str
     smooth: bool = False
+    outliers: bool = False
 
 
-WAYS = (Way("w8a16", "w8a16"), Way("w8a8", "w8a8"), Way("w8a8, smoothed", "w8a8", smooth=True))
+WAYS = (
+    Way("w8a16", "w8a16"),
+    Way("w8a8", "w8a8"),
+    Way("w8a8, smoothed", "w8a8", smooth=True),
+    Way("w8a8, outliers put in", "w8a8", outliers=True),
+    Way("w8a8, outliers put in, smoothed", "w8a8", smooth=True, outliers=True),
+)
 
 
 @dataclasses.dataclass(frozen=True)
 class Trained:
     """The float model, and what the others are held against.
 
+    calibration: windows that it was trained on, each int64 [1, WINDOW].
     ids: the held-out tokens, int64 [T], whole windows. losses, routing: the float model's, see `observe`.
     unigram: perplexity on `ids` of the frequencies that the tokens of the training text have.
     """
 
     model: Any
-    stats: Stats
+    calibration: list[Tensor]
     ids: Tensor
     losses: Tensor
     routing: Tensor
@@ -87,17 +97,36 @@ def prepare(text: str) -> Trained:
     model, tokenizer = load_language_model(small_mixtral(cache_folder(), text))
     training, ids = (token_ids(tokenizer, part, limit=len(part), window=WINDOW) for part in split(text))
     ids = ids[: len(ids) // WINDOW * WINDOW]
-    stats = octavo.calibrate(model, [one.unsqueeze(0) for one in training[: CALIBRATION * WINDOW].split(WINDOW)])
+    calibration = [one.unsqueeze(0) for one in training[: CALIBRATION * WINDOW].split(WINDOW)]
     frequencies = losses(unigram(training, model.config.vocab_size), ids, WINDOW)
-    return Trained(model, stats, ids, *observe(model, ids), frequencies.mean().exp().item())
+    return Trained(model, calibration, ids, *observe(model, ids), frequencies.mean().exp().item())
 
 
 def quantized(trained: Trained, way: Way) -> tuple[Any, octavo.Coverage]:
     """A copy of the float model, quantized in a way."""
-    model, stats = copy.deepcopy(trained.model), copy.deepcopy(trained.stats)
+    model = copy.deepcopy(trained.model)
+    if way.outliers:
+        put_outliers_in(model)
     if way.smooth:
-        octavo.smooth(model, stats, "auto", scheme=way.scheme)
+        octavo.smooth(model, octavo.calibrate(model, trained.calibration), "auto", scheme=way.scheme)
     return model, octavo.quantize(model, way.scheme)
+
+
+@torch.no_grad()
+def put_outliers_in(model: Any) -> None:
+    """What language models of billions of parameters have of themselves, and this one has not: channels that are much
+    larger than others, here two of what attention and what experts are fed. The weights that they meet are as much
+    smaller, and by a power of two, so that the model computes the same bits."""
+    for layer in model.model.layers:
+        attention, block = layer.self_attn, layer.mlp
+        fed = {
+            layer.input_layernorm: (attention.q_proj.weight, attention.k_proj.weight, attention.v_proj.weight),
+            layer.post_attention_layernorm: (block.gate.weight, block.experts.gate_up_proj),
+        }
+        for norm, weights in fed.items():
+            norm.weight[:2] *= OUTLIER
+            for weight in weights:
+                weight[..., :2] /= OUTLIER
 
 
 def judge(trained: Trained, way: Way) -> dict[str, Any]:

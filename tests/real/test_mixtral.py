@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,8 @@ import pytest
 import torch
 
 import octavo
-from bench.mixtral import TOP_K, WAYS, Trained, judge, prepare, quantized, usage
+from bench.language import losses
+from bench.mixtral import TOP_K, WAYS, Trained, judge, prepare, put_outliers_in, quantized, usage
 from examples.small_mixtral import SHAPE, WINDOW
 from octavo.integrations.generation import load_language_model
 from octavo.modules import QuantExperts
@@ -31,9 +33,15 @@ def test_it_has_learnt_to_predict_from_context(trained: Trained) -> None:
     assert trained.perplexity < trained.unigram / 5
 
 
+@torch.no_grad()
 def test_it_uses_its_experts(trained: Trained) -> None:
     # All alike would be TOP_K / E. An expert that no token reaches would be neither wrong nor right in int8.
     assert usage(trained.routing).min() > 0.1 * TOP_K / SHAPE["num_local_experts"]
+    misled = copy.deepcopy(trained.model)
+    for layer in misled.model.layers:
+        for weight in layer.mlp.experts.parameters():
+            weight.copy_(weight.roll(1, 0))
+    assert losses(misled, trained.ids, WINDOW).mean().exp() > 3 * trained.perplexity, "each knows what others do not"
 
 
 @pytest.mark.parametrize(("way", "bound"), [("w8a16", 0.002), ("w8a8, smoothed", 0.01)])
@@ -42,13 +50,25 @@ def test_perplexity(judged: dict[str, dict[str, Any]], way: str, bound: float) -
     assert 0 < abs(judged[way]["ratio"] - 1) < bound, "another model, and as good a one"
 
 
-@pytest.mark.parametrize(("way", "bound"), [("w8a16", 0.99), ("w8a8", 0.95), ("w8a8, smoothed", 0.95)])
-def test_routing(judged: dict[str, dict[str, Any]], way: str, bound: float) -> None:
-    """Routers are float, but what they are fed is not what it was: by 40 dB less under w8a8, by 1%. That moves the
-    router's probabilities by about as much, and turns the choices that were closer than that: a few in a hundred. No
-    choice that was clear may turn."""
+@torch.no_grad()
+def test_outliers_are_smoothed_away(trained: Trained, judged: dict[str, dict[str, Any]]) -> None:
+    same = copy.deepcopy(trained.model)
+    put_outliers_in(same)
+    window = trained.ids[:WINDOW].unsqueeze(0)
+    assert torch.equal(same(window).logits, trained.model(window).logits)
+    assert judged["w8a8, outliers put in"]["ratio"] > 1.03, "the case is hard"
+    assert abs(judged["w8a8, outliers put in, smoothed"]["ratio"] - 1) < 0.01
+
+
+@pytest.mark.parametrize(
+    ("way", "bound", "bound_when_clear"),
+    [("w8a16", 0.992, 0.9999), ("w8a8", 0.97, 0.999), ("w8a8, smoothed", 0.97, 0.999)],
+)
+def test_routing(judged: dict[str, dict[str, Any]], way: str, bound: float, bound_when_clear: float) -> None:
+    """Routers are float, but what they are fed has an error of some 1% under w8a8 and less under w8a16, and so have
+    their probabilities. Choices that were as close as that turn, one or two in a hundred; clear ones do not."""
     assert bound < judged[way]["same_experts"] < 1
-    assert judged[way]["same_experts_when_clear"] > 0.9999
+    assert judged[way]["same_experts_when_clear"] > bound_when_clear
 
 
 @torch.no_grad()
