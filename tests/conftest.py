@@ -19,7 +19,7 @@ import hypothesis
 import pytest
 import torch
 
-from examples.models import minilm_folder, smollm2_checkpoint
+from examples.models import cache_folder, minilm_folder, smollm2_checkpoint
 from octavo.cli.text import sample_text
 
 # A red test must be the doing of the change under test: examples are the same in each run. To search for new ones:
@@ -51,9 +51,8 @@ def _same_random_numbers() -> Iterator[None]:
 def smollm2() -> Path:
     """SmolLM2-135M-Instruct, a bf16 transformers checkpoint. Made once for all runs; not to be written to."""
     _need("transformers", "gguf", "accelerate")
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "octavo-tests"
     try:
-        return smollm2_checkpoint(cache)
+        return smollm2_checkpoint(cache_folder())
     except FileNotFoundError as reason:
         pytest.skip(str(reason))
 
