@@ -125,8 +125,8 @@ class Stats:
         for name, tokens in about["tokens"].items():
             owner = stats.siblings(name)[0]
             stats.observers[name] = Observer(**{part: tensors[f"{owner}:{part}"] for part in _PARTS}, tokens=tokens)
-        for name in about.get("experts", ()):  # which files of before there were any do not have
-            parts = [field.name for field in dataclasses.fields(ExpertsObserver)]
+        parts = [field.name for field in dataclasses.fields(ExpertsObserver)]
+        for name in about["experts"]:
             stats.experts[name] = ExpertsObserver(**{part: tensors[f"{name}:{part}"] for part in parts})
         stats.example = _restored(about["example"], tensors)
         return stats
@@ -402,7 +402,7 @@ def _merged(watch: _Watch, layers: Iterable[str], rows: int, example: Any) -> St
 
 # -- on disk ------------------------------------------------------------------------------------------------------
 
-_FORMAT = "octavo-stats-1"
+_FORMAT = "octavo-stats-2"
 _PARTS = ("amax", "histogram", "rows", "order")
 """The tensors of an Observer, by which they are called in the file."""
 

@@ -152,8 +152,8 @@ def short(example: Any) -> Any:
 
 @dataclasses.dataclass
 class Product:
-    """One multiplication by a weight: `x` [..., K] is a copy of what was multiplied. experts: which of a stack's weights
-    [E, ...] it was multiplied by."""
+    """One multiplication by a weight: `x` [..., K] is a copy of what was multiplied. experts: by which of the weights
+    of a stack [E, ...]."""
 
     sink: Sink
     x: Tensor
