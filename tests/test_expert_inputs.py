@@ -56,10 +56,9 @@ def looped(model: nn.Module, everywhere: bool = False, mask: Tensor | None = Non
             count = len(layer.down_proj)
             of = found.setdefault(f"{name}.down_proj", [[] for _ in range(count)])
             for t, token in enumerate(x):
-                if index is None:  # Llama 4's: a row of zeros for an expert that the token was not routed to
-                    chosen = [t * count // len(x)] if bool(token.any()) else []
-                else:
-                    chosen = index[t].tolist()
+                # Llama 4's have no index, but a row of zeros for each expert that a token was not routed to.
+                routed = [t * count // len(x)] if bool(token.any()) else []
+                chosen = routed if index is None else index[t].tolist()
                 if mask is None or bool(mask.flatten()[t % mask.numel()]):
                     for e in range(count) if everywhere and chosen else chosen:
                         of[e].append(gated(type(layer).__name__, layer, token, e))
@@ -172,7 +171,9 @@ def test_experts_that_were_not_routed_to_are_listed(tmp_path: Path) -> None:
     mixture = MIXTURES["mixtral"]
     model, batches = mixture.build(), [mixture.batch(n) for n in (30, 50)]
     without_expert_3(model)
-    with pytest.warns(OctavoWarning, match="^1 of 8 experts, in 1 of 2 layers, saw no token of the calibration") as said:
+    with pytest.warns(
+        OctavoWarning, match="^1 of 8 experts, in 1 of 2 layers, saw no token of the calibration"
+    ) as said:
         stats = calibrate(model, batches)
     assert len(said) == 1 and "\n" not in str(said[0].message)
     assert stats.unrouted == {"model.layers.0.mlp.experts.down_proj": (3,)}
