@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from octavo import CalibrateError, QuantizeError
+from octavo import CalibrateError, QuantizeError, register_experts
 from octavo.calibrate import calibrate
 from octavo.modules import QuantExperts
 from octavo.pairs import Layout, find_pairs
@@ -291,11 +291,11 @@ def test_experts_in_half_the_bits(dtype: torch.dtype) -> None:
         torch.testing.assert_close(outputs(model, other), wanted, rtol=1e-2, atol=1e-2)
 
 
-@pytest.mark.parametrize(("experts", "top_k"), [(1, 1), (4, 4), (5, 1)])
-def test_any_number_of_experts(experts: int, top_k: int) -> None:
+@pytest.mark.parametrize(("count", "top_k"), [(1, 1), (4, 4), (5, 1)])
+def test_any_number_of_experts(count: int, top_k: int) -> None:
     architecture = dataclasses.replace(
         ARCHITECTURES["qwen3-moe"],
-        make=lambda: tiny_models.qwen3_moe(num_experts=experts, num_experts_per_tok=top_k, tie_word_embeddings=False),
+        make=lambda: tiny_models.qwen3_moe(num_experts=count, num_experts_per_tok=top_k, tie_word_embeddings=False),
     )
     model, batch, other = architecture.build(), architecture.batch(9), architecture.batch(12)
     wanted = outputs(model, other)
@@ -402,6 +402,61 @@ def test_an_up_projection_in_two_parts() -> None:
     (pair,) = (pair for pair in report.pairs if pair.reason is None)
     assert (pair.source, pair.sinks) == ("0.experts.w3", ("0.experts.w2",))
     assert torch.equal(model(x), wanted) and torch.equal(model[0].experts.w1, w1)
+    assert pair.error_before is not None and pair.error_after is not None
+    assert pair.error_before > 3 * pair.error_after
+
+
+class Relu(nn.Module):
+    """A user's: no gate projection, weights transposed, biases."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.inner_bias = nn.Parameter(torch.randn(4, 16, 24) / 4), nn.Parameter(torch.randn(4, 24))
+        self.outer, self.outer_bias = nn.Parameter(torch.randn(4, 24, 16) / 5), nn.Parameter(torch.randn(4, 16))
+
+    def forward(self, x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+        y = torch.zeros_like(x)
+        for e in range(4):
+            token, place = (index == e).nonzero(as_tuple=True)
+            h = torch.relu(x[token] @ self.inner[e] + self.inner_bias[e])
+            y[token] += weights[token, place, None] * (h @ self.outer[e] + self.outer_bias[e])
+        return y
+
+
+class RoutedToRelu(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.gate, self.experts = nn.Linear(16, 4), Relu()
+
+    def forward(self, x: Tensor) -> Tensor:
+        weights, index = self.gate(x).topk(2)
+        return self.experts(x, index, weights=weights)
+
+
+def test_experts_with_biases_and_no_gate(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.import_module("octavo.experts"), "_REGISTERED", {})
+    register_experts(
+        Relu, up="inner", down="outer", gate=lambda layer, h: h.relu(), transposed=True, up_bias="inner_bias",
+        down_bias="outer_bias",
+    )  # fmt: skip
+    model, x = nn.Sequential(RoutedToRelu()), torch.randn(30, 16)
+    with torch.no_grad():
+        model[0].experts.inner[1, :, 5] *= 300
+        model[0].experts.inner_bias[1, 5] *= 300
+        model[0].experts.outer[1, 5] /= 300
+    wanted, bias = model(x), model[0].experts.inner_bias.detach().clone()
+    stats = calibrate(model, [x])
+    report = smooth(model, stats)
+    (pair,) = (pair for pair in report.pairs if pair.reason is None)
+    assert (pair.source, pair.sinks) == ("0.experts.inner", ("0.experts.outer",))
+    assert torch.equal(model(x), wanted) and not torch.equal(model[0].experts.inner_bias, bias)
+    with torch.no_grad():  # what the statistics say that they are, they are
+        h = torch.stack([(x @ w + b).relu() for w, b in zip(*list(model[0].experts.parameters())[:2], strict=True)])
+    index = model[0].gate(x).topk(2).indices
+    for e in range(4):
+        chosen = h[e][(index == e).any(1)]
+        torch.testing.assert_close(stats.experts["0.experts.outer"].amax[e], chosen.amax(0), rtol=1e-4, atol=1e-6)
     assert pair.error_before is not None and pair.error_after is not None
     assert pair.error_before > 3 * pair.error_after
 

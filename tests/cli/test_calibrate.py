@@ -58,7 +58,7 @@ def test_people_see_families(run: Run, tiny: Path, tmp_path: Path) -> None:
 def mixture(tmp_path: Path) -> Path:
     """A checkpoint with two blocks of 64 experts, of which a token goes through two."""
     tokenizer = byte_level_tokenizer()
-    model = build(mixtral, torch.bfloat16, vocab_size=len(tokenizer), num_local_experts=64)
+    model = build(mixtral, torch.bfloat16, vocab_size=len(tokenizer), intermediate_size=48, num_local_experts=64)
     model.save_pretrained(tmp_path / "mixture")
     tokenizer.save_pretrained(tmp_path / "mixture")
     return tmp_path / "mixture"
