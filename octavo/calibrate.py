@@ -171,8 +171,8 @@ def calibrate(
         that a dict's `attention_mask` (for a decoder, `decoder_attention_mask`) marks with 0 are not counted.
     rows: whole input rows that are kept of each layer, drawn evenly from all tokens; errors are measured on them. The
         experts of a stack share them, at least 8 (or `rows`) for each.
-    route_all_experts: keep statistics of every token in every expert of a stack, so that none is without; the model
-        itself runs as its routers say.
+    route_all_experts: keep statistics of every token in every expert of a stack, so that none is without. It takes the
+        up projection of every expert for every token; the model itself runs as its routers say.
     progress: called with (batches done, number of batches or 0).
     Returns: the statistics, in the computer's own memory.
     Raises: CalibrateError for a NaN or inf, naming the layer that it entered, if no batch came, and for

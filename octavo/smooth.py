@@ -216,14 +216,12 @@ def _best_factors(
 ) -> tuple[float, Tensor]:
     """The alpha of the grid, and its factors, with the smallest error under the first of the schemes that comes out of
     it well enough to be kept; under the last if none does."""
-    candidates: dict[tuple[float, ...], tuple[float, Tensor]] = {}
+    candidates: dict[bytes, tuple[float, Tensor]] = {}  # by the factors: many differ by less than a power of two
     alive = (ranges.x > 0) & (ranges.w > 0)
     for range_x in (ranges.x, ranges.typical_x()):
         for alpha in GRID:
             factors = _centered(_factors(range_x, ranges.w, alpha), alive)
-            candidates.setdefault(
-                tuple(factors.flatten().tolist()), (alpha, factors)
-            )  # many differ by less than a power of two
+            candidates.setdefault(factors.cpu().numpy().tobytes(), (alpha, factors))
     for scheme in schemes:
         errors = [(trial.error(factors[..., channels], scheme), alpha) for alpha, factors in candidates.values()]
         least = min(range(len(errors)), key=errors.__getitem__)
