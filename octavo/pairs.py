@@ -377,9 +377,12 @@ class _Search:
 
     def _experts_pair(self, name: str, layer: nn.Module, spec: ExpertsSpec) -> Pair:
         prefix = f"{name}." if name else ""
-        passed = _passed_on(layer, spec)
-        if passed is None:
+        try:
+            passed = _passed_on(layer, spec)
             reason = "its gate passes no part of it on channel by channel"
+        except RuntimeError as error:  # a norm inside it, of another dtype
+            passed, reason = None, f"its gate cannot be run on its own in fp32: {error}"
+        if passed is None:
             return Pair(prefix + spec.up[-1], reason=reason, experts=name)
         up, layout = passed
         for param in (up, spec.up_bias, spec.down):

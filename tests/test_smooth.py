@@ -461,6 +461,19 @@ def test_experts_with_biases_and_no_gate(monkeypatch: pytest.MonkeyPatch) -> Non
     assert pair.error_before > 3 * pair.error_after
 
 
+def test_a_gate_that_cannot_be_run_on_its_own_is_no_way_through(monkeypatch: pytest.MonkeyPatch) -> None:
+    architecture = ARCHITECTURES["mixtral"]
+    model, batch = architecture.build().bfloat16(), architecture.batch(9)
+    norm = nn.LayerNorm(48).bfloat16()
+    monkeypatch.setattr(
+        type(model.model.layers[0].mlp.experts),
+        "_apply_gate",
+        lambda layer, h: norm(h.chunk(2, -1)[0]) * h.chunk(2, -1)[1],
+    )
+    report = smooth(model, calibrate(model, [batch]))
+    assert (why(report, UP) or "").startswith("its gate cannot be run on its own in fp32: ")
+
+
 @pytest.mark.parametrize("wrong", [torch.arange(47, -1, -1), torch.arange(48).roll(1)])
 def test_a_fold_inside_experts_that_changes_the_function_is_taken_back(
     monkeypatch: pytest.MonkeyPatch, wrong: Tensor
