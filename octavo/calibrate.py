@@ -4,8 +4,9 @@
     octavo.smooth(model, stats, alpha="auto")            # uses the channels' ranges, and follows them
     octavo.quantize(model, "w8a8-static", stats=stats)   # uses the tensors' ranges
 
-Watched are the inputs of linear layers (and transformers' Conv1D), and of modules with weights of their own that are no
-layer octavo knows: routers and experts. Memory is a few rows a layer, whatever the number of tokens.
+Watched are the inputs of linear layers (and transformers' Conv1D), of stacks of experts and, expert by expert, of their
+down projections, and of modules with weights of their own that are no layer octavo knows: routers. Memory is a few rows
+a layer, whatever the number of tokens.
 
 Under torch.distributed every process takes its share of the batches (those whose index is its rank, modulo the number
 of processes), and all end with the same Stats, equal to those of one process.
@@ -19,8 +20,9 @@ import hashlib
 import json
 import os
 import tempfile
+import warnings
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +31,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from octavo.errors import CalibrateError
+from octavo.errors import CalibrateError, OctavoWarning
+from octavo.expert_inputs import ExpertsObserver, observe_experts, rows_of_each
+from octavo.experts import ExpertsSpec, argument_names, arguments, spec_of
 from octavo.feeding import at_rest, check_batches, device_of, feed, first_tensor, padding_mask
-from octavo.layers import kind_of
+from octavo.layers import is_stack, kind_of
 from octavo.observers import Observer, ObserverKind, observe
 
 __all__ = ["Stats", "calibrate"]
@@ -49,13 +53,20 @@ class Stats:
 
     observers: layer's name -> its inputs. unreached: layers that no batch reached. shared: groups of layers that were
     fed the very same tensor, at every call. example: the first batch, by which `octavo.smooth` finds its way through
-    the model; None for statistics that came without one.
+    the model; None for statistics that came without one. experts: name of a stack of down projections -> its inputs,
+    expert by expert.
     """
 
     observers: dict[str, Observer]
     unreached: tuple[str, ...] = ()
     shared: tuple[tuple[str, ...], ...] = ()
     example: Any = None
+    experts: dict[str, ExpertsObserver] = dataclasses.field(default_factory=dict)
+
+    @property
+    def unrouted(self) -> dict[str, tuple[int, ...]]:
+        """The experts that saw no token, by the name of their down projections. Smoothing leaves them as they are."""
+        return {name: seen.unrouted for name, seen in self.experts.items() if seen.unrouted}
 
     def siblings(self, name: str) -> tuple[str, ...]:
         """The layers that are always fed the same tensor as layer `name`, itself among them."""
@@ -86,11 +97,14 @@ class Stats:
         for name, seen in self.observers.items():
             if self.siblings(name)[0] == name:  # its siblings were fed the same
                 tensors |= {f"{name}:{part}": getattr(seen, part).contiguous() for part in _PARTS}
+        for name, experts in self.experts.items():
+            tensors |= {f"{name}:{part}": value.contiguous() for part, value in vars(experts).items()}
         about = {
             "format": _FORMAT,
             "tokens": {name: seen.tokens for name, seen in self.observers.items()},
             "unreached": self.unreached,
             "shared": self.shared,
+            "experts": list(self.experts),
             "example": _flattened(self.example, tensors),
         }
         _write_whole(Path(path), tensors, about)
@@ -111,6 +125,9 @@ class Stats:
         for name, tokens in about["tokens"].items():
             owner = stats.siblings(name)[0]
             stats.observers[name] = Observer(**{part: tensors[f"{owner}:{part}"] for part in _PARTS}, tokens=tokens)
+        parts = [field.name for field in dataclasses.fields(ExpertsObserver)]
+        for name in about["experts"]:
+            stats.experts[name] = ExpertsObserver(**{part: tensors[f"{name}:{part}"] for part in parts})
         stats.example = _restored(about["example"], tensors)
         return stats
 
@@ -136,39 +153,45 @@ class Stats:
             raise CalibrateError(f"{path}: expected a dict of layer's name -> amax of each input channel [K]")
         for name, amax in scales.items():
             _refuse_infinite(name, amax)
-        empty = torch.zeros(0, dtype=torch.int64)
-        return cls(
-            {
-                name: Observer(
-                    amax.float(), torch.zeros(8192, dtype=torch.int64), amax.new_zeros(0, len(amax)), empty, 0
-                )
-                for name, amax in scales.items()
-            }
-        )
+        return cls({name: Observer.of_amax(amax.float()) for name, amax in scales.items()})
 
 
-def calibrate(model: nn.Module, batches: Iterable[Any], *, rows: int = ROWS, progress: Progress | None = None) -> Stats:
+def calibrate(
+    model: nn.Module,
+    batches: Iterable[Any],
+    *,
+    rows: int = ROWS,
+    route_all_experts: bool = False,
+    progress: Progress | None = None,
+) -> Stats:
     """Run `model` on `batches` once, and keep what int8 inputs need to know of each layer's input.
 
     model: float, on any device; not modified. It runs in eval mode and without gradients.
     batches: iterable of tensors, tuples (positional arguments) or dicts (keyword arguments), of any lengths. Positions
         that a dict's `attention_mask` (for a decoder, `decoder_attention_mask`) marks with 0 are not counted.
-    rows: whole input rows that are kept of each layer, drawn evenly from all tokens; errors are measured on them.
+    rows: whole input rows that are kept of each layer, drawn evenly from all tokens; errors are measured on them. The
+        experts of a stack share them, at least 8 (or `rows`) for each.
+    route_all_experts: keep statistics of every token in every expert of a stack, so that none is without. It takes the
+        up projection of every expert for every token; the model itself runs as its routers say.
     progress: called with (batches done, number of batches or 0).
     Returns: the statistics, in the computer's own memory.
-    Raises: CalibrateError for a NaN or inf, naming the layer that it entered, and if no batch came; EvaluateError for
-        batches that the model cannot be fed.
+    Raises: CalibrateError for a NaN or inf, naming the layer that it entered, if no batch came, and for
+        `route_all_experts` where there are no experts; EvaluateError for batches that the model cannot be fed.
+    Warns: OctavoWarning if there are experts that no token was routed to; `Stats.unrouted` lists them.
     """
     check_batches(batches)
     layers = {name: module for name, module in model.named_modules() if is_watched(module)}
     if not layers:
         raise CalibrateError("the model has no linear layer to calibrate; expected nn.Linear or transformers' Conv1D")
-    watch = _Watch(rows)
+    stacks = {name: layer for name, layer in layers.items() if is_stack(layer)}
+    if route_all_experts and not stacks:
+        raise CalibrateError("route_all_experts is True, and the model has no stack of experts; leave it out")
+    watch = _Watch(rows, route_all_experts)
     device = device_of(model, "model")
     rank, processes = _share()
     total = len(batches) if isinstance(batches, Sized) else 0
     example, count = None, 0
-    with at_rest(model), _hooks(layers, watch):
+    with at_rest(model), _hooks(layers, _seer(watch)), _hooks(stacks, _seer_of_experts(watch)):
         for count, batch in enumerate(batches, start=1):
             example = batch if count == 1 else example
             if (count - 1) % processes == rank:
@@ -179,7 +202,22 @@ def calibrate(model: nn.Module, batches: Iterable[Any], *, rows: int = ROWS, pro
                 progress(count, total)
     if not count:
         raise CalibrateError("batches is empty, expected at least one; an iterator can be read only once")
-    return _merged(watch, layers, rows, example)
+    stats = _merged(watch, layers, rows, example)
+    if stats.unrouted and rank == 0:
+        _warn_of_unrouted(stats)
+    return stats
+
+
+def _warn_of_unrouted(stats: Stats) -> None:
+    idle = sum(map(len, stats.unrouted.values()))
+    count = sum(len(seen.tokens) for seen in stats.experts.values())
+    warnings.warn(
+        f"{idle} of {count} experts, in {len(stats.unrouted)} of {len(stats.experts)} layers, saw no token of the "
+        "calibration and will not be smoothed; calibrate on more text, or route all tokens to all experts "
+        "(route_all_experts)",
+        OctavoWarning,
+        stacklevel=3,  # the caller of octavo.calibrate
+    )
 
 
 def is_watched(module: nn.Module) -> bool:
@@ -193,13 +231,16 @@ def is_watched(module: nn.Module) -> bool:
 class _Watch:
     """Collects what the hooks see. A tensor that several layers are fed is looked at once."""
 
-    def __init__(self, rows: int) -> None:
+    def __init__(self, rows: int, route_all_experts: bool) -> None:
         self.rows = rows
+        self.route_all_experts = route_all_experts
         self.observers: dict[str, Observer] = {}
+        self.experts: dict[str, ExpertsObserver] = {}
         self.history: dict[str, Any] = {}
         self._masks: list[Tensor] = []
         self._batch = 0
         self._calls: dict[str, int] = {}
+        self._stacks: dict[str, str] = {}
         self._last: tuple[weakref.ref[Tensor], int, int, Observer] | None = None
         self._events = 0
 
@@ -212,51 +253,97 @@ class _Watch:
     def end(self) -> None:
         for name in self._calls:  # in the order in which they ran: the first is where it began
             _refuse_infinite(name, self.observers[name].amax, f"batch {self._batch}")
+            if name in self._stacks:
+                down = self._stacks[name]
+                for e, amax in enumerate(self.experts[down].amax):
+                    _refuse_infinite(f"{down}[{e}]", amax, f"batch {self._batch}")
 
-    def see(self, name: str, x: Tensor) -> None:
+    def see(self, name: str, module: nn.Module, x: Tensor) -> None:
         call = self._calls[name] = self._calls.get(name, -1) + 1
-        event, seen = self._observed(x, call)
+        event, seen = self._observed(module, x, call)
         before = self.observers.get(name)
         self.observers[name] = dataclasses.replace(seen) if before is None else before.merged(seen, self.rows)
         self.history.setdefault(name, hashlib.blake2b(digest_size=16)).update(f"{event},".encode())
 
-    def _observed(self, x: Tensor, call: int) -> tuple[int, Observer]:
+    def see_experts(self, name: str, layer: nn.Module, spec: ExpertsSpec, call: Sequence[Any]) -> None:
+        """Once `see` was told of the same call. call: its arguments, in order."""
+        x = call[0].reshape(-1, call[0].shape[-1])
+        rows = rows_of_each(self.rows, len(layer.get_parameter(spec.down)))
+        seen = observe_experts(
+            layer,
+            spec,
+            x,
+            call[1:],
+            self._counts(layer, x),
+            seed=self._batch * 4096 + self._calls[name],
+            rows=rows,
+            route_all=self.route_all_experts,
+        )
+        down = self._stacks[name] = f"{name}.{spec.down}" if name else spec.down
+        before = self.experts.get(down)
+        self.experts[down] = seen if before is None else before.merged(seen, rows)
+
+    def _observed(self, module: nn.Module, x: Tensor, call: int) -> tuple[int, Observer]:
         last = self._last
         if last is not None and last[0]() is x and last[1] == x._version:
             return last[2], last[3]
         self._events += 1
-        seen = observe(self._without_padding(x), self._batch * 4096 + call, self.rows)
+        counts = self._counts(module, x)
+        flat = x.reshape(-1, x.shape[-1])
+        seen = observe(flat if counts is None else flat[counts], self._batch * 4096 + call, self.rows)
         self._last = (weakref.ref(x), x._version, self._events, seen)
         return self._events, seen
 
-    def _without_padding(self, x: Tensor) -> Tensor:
+    def _counts(self, module: nn.Module, x: Tensor) -> Tensor | None:
+        """Which rows of x [..., K] are no padding, as booleans for all of them; None if all count."""
+        spec = spec_of(module)
+        copies = len(module.get_parameter(spec.down)) if spec is not None and spec.routing == "sorted" else 1
         for mask in self._masks:
             if x.dim() >= 3 and x.shape[:2] == mask.shape:
-                return x[mask.to(x.device)].flatten(0, -2)
-            if x.dim() == 2 and len(x) == mask.numel():  # tokens in one row, as mixtures of experts have them
-                return x[mask.reshape(-1).to(x.device)]
-        return x.reshape(-1, x.shape[-1])
+                return mask.reshape(-1).to(x.device).repeat_interleave(x.shape[2:-1].numel())
+            if x.dim() == 2 and len(x) == copies * mask.numel():  # tokens in one row, as mixtures of experts have them
+                return mask.reshape(-1).to(x.device).repeat(copies)
+        return None
+
+
+Hook = Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]
 
 
 @contextlib.contextmanager
-def _hooks(layers: Mapping[str, nn.Module], watch: _Watch) -> Iterator[None]:
+def _hooks(layers: Mapping[str, nn.Module], hook_of: Callable[[str, nn.Module], Hook]) -> Iterator[None]:
     handles = []
     try:
         for name, layer in layers.items():
-            handles.append(layer.register_forward_pre_hook(_seer(name, watch), with_kwargs=True))
+            handles.append(layer.register_forward_pre_hook(hook_of(name, layer), with_kwargs=True))
         yield
     finally:
         for handle in handles:
             handle.remove()
 
 
-def _seer(name: str, watch: _Watch) -> Callable[..., None]:
-    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        x = first_tensor(args, kwargs)
-        if x is not None and x.dim() and x.shape[-1]:
-            watch.see(name, x)
+def _seer(watch: _Watch) -> Callable[[str, nn.Module], Hook]:
+    def hook_of(name: str, module: nn.Module) -> Hook:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            x = first_tensor(args, kwargs)
+            if x is not None and x.dim() and x.shape[-1]:
+                watch.see(name, module, x)
 
-    return hook
+        return hook
+
+    return hook_of
+
+
+def _seer_of_experts(watch: _Watch) -> Callable[[str, nn.Module], Hook]:
+    def hook_of(name: str, layer: nn.Module) -> Hook:
+        spec, names = spec_of(layer), argument_names(type(layer))
+        assert spec is not None
+
+        def hook(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            watch.see_experts(name, layer, spec, arguments(names, args, kwargs))
+
+        return hook
+
+    return hook_of
 
 
 def _refuse_infinite(name: str, amax: Tensor, where: str = "the statistics") -> None:
@@ -281,10 +368,11 @@ def _share() -> tuple[int, int]:
 
 def _merged(watch: _Watch, layers: Iterable[str], rows: int, example: Any) -> Stats:
     """What all processes saw."""
-    parts: list[tuple[dict[str, Observer], dict[str, str]]] = [
+    parts: list[tuple[dict[str, Observer], dict[str, str], dict[str, ExpertsObserver]]] = [
         (
             {name: seen.cpu() for name, seen in watch.observers.items()},
             {name: history.hexdigest() for name, history in watch.history.items()},
+            {name: seen.cpu() for name, seen in watch.experts.items()},
         )
     ]
     processes = _share()[1]
@@ -295,19 +383,26 @@ def _merged(watch: _Watch, layers: Iterable[str], rows: int, example: Any) -> St
     observers: dict[str, Observer] = {}
     groups: dict[tuple[str | None, ...], list[str]] = {}
     for name in layers:
-        found = [seen[name] for seen, _ in parts if name in seen]
+        found = [seen[name] for seen, _, _ in parts if name in seen]
         if found:
             observers[name] = found[0]
             for other in found[1:]:
                 observers[name] = observers[name].merged(other, rows)
-            groups.setdefault(tuple(histories.get(name) for _, histories in parts), []).append(name)
+            groups.setdefault(tuple(histories.get(name) for _, histories, _ in parts), []).append(name)
     shared = tuple(tuple(group) for group in groups.values() if len(group) > 1)
-    return Stats(observers, tuple(name for name in layers if name not in observers), shared, example)
+    experts: dict[str, ExpertsObserver] = {}
+    for _, _, stacks in parts:
+        for name, seen in stacks.items():
+            before = experts.get(name)
+            experts[name] = seen if before is None else before.merged(seen, rows_of_each(rows, len(seen.amax)))
+    place = {name: at for at, name in enumerate(layers)}
+    experts = dict(sorted(experts.items(), key=lambda item: place[item[0].rpartition(".")[0]]))
+    return Stats(observers, tuple(name for name in layers if name not in observers), shared, example, experts)
 
 
 # -- on disk ------------------------------------------------------------------------------------------------------
 
-_FORMAT = "octavo-stats-1"
+_FORMAT = "octavo-stats-2"
 _PARTS = ("amax", "histogram", "rows", "order")
 """The tensors of an Observer, by which they are called in the file."""
 

@@ -16,14 +16,25 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, get_args
 
+import torch
 from torch import Tensor, nn
 
 from octavo.errors import QuantizeError
 
-__all__ = ["ExpertsSpec", "Routing", "register_experts", "routers", "spec_of", "why_not_stacks"]
+__all__ = [
+    "ExpertsSpec",
+    "Routing",
+    "argument_names",
+    "arguments",
+    "chosen_experts",
+    "register_experts",
+    "routers",
+    "spec_of",
+    "why_not_stacks",
+]
 
 Routing = Literal["weighted", "each", "sorted"]
 """What `forward` takes and returns:
@@ -58,6 +69,38 @@ class ExpertsSpec:
     def rows(self, weight: Tensor) -> Tensor:
         """A weight, of one expert or all, with output channels before input channels."""
         return weight.transpose(-1, -2) if self.transposed else weight
+
+    def down_input(self, layer: nn.Module, x: Tensor, expert: int) -> Tensor:
+        """Rows x [S, H] through the up projection and the gate of one expert of a float layer: [S, I]."""
+        bias = None if self.up_bias is None else getattr(layer, self.up_bias)[expert]
+        h = [nn.functional.linear(x, self.rows(getattr(layer, name)[expert]), bias) for name in self.up]
+        return self.gate(layer, h[0] if len(h) == 1 else torch.cat(h, -1))
+
+
+def argument_names(cls: type[nn.Module]) -> tuple[str, ...]:
+    """What a class of experts calls the arguments of its `forward`: x, then its routing."""
+    return tuple(inspect.signature(cls.forward).parameters)[1:]
+
+
+def arguments(names: Sequence[str], args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Any]:
+    """The arguments of one call, positional or not, in the order of `names`; those that were not given are left out."""
+    given = dict(zip(names, args, strict=False)) | dict(kwargs)
+    return [given[name] for name in names if name in given]
+
+
+def chosen_experts(cls: type[nn.Module], spec: ExpertsSpec, routing: Sequence[Any]) -> Tensor:
+    """The experts of each token, int [T, A], of a routing that is not "sorted". An index of E or above (expert
+    parallelism's sign for another process's) belongs to no expert.
+
+    Raises: QuantizeError if they are no integers.
+    """
+    index: Tensor = routing[0]
+    if index.is_floating_point():
+        raise QuantizeError(
+            f"the second argument of {cls.__name__} is {index.dtype}, expected the indices of the experts, for its "
+            f"routing is {spec.routing!r}"
+        )
+    return index
 
 
 def register_experts(

@@ -28,7 +28,7 @@ from octavo.experts import spec_of, why_not_stacks
 from octavo.ops import quantize_weight
 from octavo.recipe import Scheme, WeightArgs
 
-__all__ = ["EXPERTS", "KINDS", "LayerKind", "kind_of", "why_not"]
+__all__ = ["EXPERTS", "KINDS", "LayerKind", "is_stack", "kind_of", "why_not"]
 
 
 def _as_is(weight: Tensor, layer: nn.Module) -> Tensor:
@@ -180,6 +180,11 @@ def _why_not_experts(layer: nn.Module) -> str | None:
         if not dtype.is_floating_point or dtype.itemsize == 1:
             return f"its {param} is {dtype}, already a low-precision type"
     return None
+
+
+def is_stack(module: nn.Module) -> bool:
+    """Whether a module is a stack of experts that can become int8."""
+    return kind_of(module) is _EXPERTS_KIND and _why_not_experts(module) is None
 
 
 def why_not(layer: nn.Module, kind: LayerKind) -> str | None:

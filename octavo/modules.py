@@ -17,7 +17,6 @@ their dtypes under `.half()`, `.to(dtype)` and autocast. A bias stays the float 
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -27,7 +26,7 @@ from torch.nn import functional as F
 
 from octavo import ops
 from octavo.errors import QuantizeError
-from octavo.experts import spec_of
+from octavo.experts import argument_names, arguments, chosen_experts, spec_of
 from octavo.inputs import SharedInput
 from octavo.primitives import dequantize
 from octavo.recipe import Scheme
@@ -402,27 +401,21 @@ class QuantExperts(QuantModule):
             self.register_buffer(name, buffer, persistent=name not in layer._non_persistent_buffers_set)
         for name, child in layer._modules.items():
             self.add_module(name, child)
-        self._names = list(inspect.signature(type(layer).forward).parameters)[1:]
+        self._names = argument_names(type(layer))
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """As the float layer's: see `octavo.experts.Routing`. Raises: QuantizeError if the experts are no integers."""
-        given = dict(zip(self._names, args, strict=False)) | kwargs
-        x, *routing = (given[name] for name in self._names if name in given)
+        x, *routing = arguments(self._names, args, kwargs)
         experts = getattr(self, self.spec.down).shape[0]
         if self.spec.routing == "sorted":
             per_expert = x.shape[0] // experts
             ends = torch.arange(1, experts + 1, dtype=torch.int32, device=x.device) * per_expert
             return self._run(x, torch.arange(len(x), device=x.device), ends)
-        index = routing[0]
-        if index.is_floating_point():
-            raise QuantizeError(
-                f"the second argument of {self.source_class.__name__} is {index.dtype}, expected the indices of the "
-                f"experts, for its routing is {self.spec.routing!r}"
-            )
+        index = chosen_experts(self.source_class, self.spec, routing)
         top_k = index.shape[-1]
         expert, order = index.reshape(-1).sort(stable=True)
-        # Not bincount: its result has as many entries as the largest index, which no compiler can know. An index of E
-        # or above (expert parallelism's sign for another process's) belongs to no expert, and sorts behind all.
+        # Not bincount: its result has as many entries as the largest index, which no compiler can know. What belongs
+        # to no expert sorts behind all.
         counts = (expert.unsqueeze(1) == torch.arange(experts, device=x.device)).sum(0, dtype=torch.int32)
         y = self._run(x, order // top_k, counts.cumsum(0, dtype=torch.int32))
         by_token = torch.empty_like(y).index_copy_(0, order, y).view(*index.shape, y.shape[-1])

@@ -24,7 +24,15 @@ from torch import Tensor
 
 from octavo.errors import CalibrateError
 
-__all__ = ["OBSERVERS", "Observer", "ObserverKind", "check_observer", "observe"]
+__all__ = [
+    "OBSERVERS",
+    "Observer",
+    "ObserverKind",
+    "check_observer",
+    "observe",
+    "pseudo_random",
+    "typical_range",
+]
 
 ObserverKind = Literal["absmax", "percentile", "mse"]
 OBSERVERS: tuple[ObserverKind, ...] = get_args(ObserverKind)
@@ -113,13 +121,8 @@ class Observer:
         return points[(count * torch.where(clipping > 0, clipping, rounding)).sum(1).argmin()].item()
 
     def typical_range(self) -> Tensor:
-        """Root mean square of each channel over the kept rows, each divided by its own largest value: fp32 [K].
-
-        How a channel compares with the largest of its token, in a usual token. A scale per token is set by that.
-        """
-        rows = self.rows.float()
-        rows = rows / rows.abs().amax(-1, keepdim=True).clamp_min(1e-30)
-        return rows.square().mean(0).sqrt()
+        """That of the kept rows: fp32 [K]."""
+        return typical_range(self.rows)
 
     def divide(self, smooth_scale: Tensor) -> None:
         """Follow the layer's input as it is divided by `smooth_scale`, fp32 [K], channel by channel.
@@ -137,7 +140,7 @@ def observe(x: Tensor, seed: int, rows: int) -> Observer:
     x: [n, K] float. seed: another one for every input of a layer. rows: keep at most so many of `x`.
     """
     magnitude = x.detach().float().abs()
-    order = _order(len(x), seed, x.device)
+    order = pseudo_random(len(x), seed, x.device)
     kept = order.argsort()[:rows]
     largest = magnitude.amax(0) if len(x) else magnitude.new_zeros(x.shape[1])
     return Observer(largest, _histogram(magnitude), x.detach()[kept].clone(), order[kept], len(x))
@@ -156,8 +159,18 @@ def _bin_values(bins: Tensor, upper: bool = False) -> Tensor:
     return high if upper else (low + high) / 2
 
 
-def _order(n: int, seed: int, device: torch.device) -> Tensor:
-    """A pseudo-random number for each of n rows: SplitMix64 (Steele et al., 2014) of the seed and the row's index."""
+def typical_range(rows: Tensor) -> Tensor:
+    """Root mean square of each channel over rows [R, K], each divided by its own largest value: fp32 [K].
+
+    How a channel compares with the largest of its token, in a usual token. A scale per token is set by that.
+    """
+    rows = rows.float()
+    rows = rows / rows.abs().amax(-1, keepdim=True).clamp_min(1e-30)
+    return rows.square().mean(0).sqrt()
+
+
+def pseudo_random(n: int, seed: int, device: torch.device) -> Tensor:
+    """A number for each of n rows, int64 [n]: SplitMix64 (Steele et al., 2014) of the seed and the row's index."""
     z = torch.arange(n, device=device) + seed * 0x632BE59B % (1 << 40) * (1 << 20)
     z = (z ^ (z >> 30)) * -0x40A7B892E31B1A47
     z = (z ^ (z >> 27)) * -0x6B2FB644ECCEEE15

@@ -17,6 +17,9 @@ linear part.
 This finds norm -> {q, k, v}, norm -> {gate, up, router, experts}, up -> down and v -> o (grouped heads and the fused
 q/k/v of several layouts too), fc1 -> relu -> fc2, and, just as well, that BERT's norms have a residual for a second
 consumer.
+
+Between the two projections of a stack of experts nothing can be scaled from outside. There the gate alone is run in
+place of the model, on numbers from tiny to huge: which part of the up projection does it pass on channel by channel?
 """
 
 from __future__ import annotations
@@ -31,8 +34,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from octavo.experts import ExpertsSpec, spec_of
 from octavo.feeding import at_rest, device_of, feed, first_tensor
-from octavo.layers import kind_of
+from octavo.layers import is_stack, kind_of
 
 __all__ = ["Layout", "Pair", "Sink", "find_pairs", "is_norm", "products", "short"]
 
@@ -67,13 +71,16 @@ class Layout:
 class Pair:
     """A layer, and the weights that take back what its output is divided by; or the reason why there are none.
 
-    source: name of a norm or a linear layer. sinks: in the order in which they ran; none if there is a `reason`.
+    source: name of a norm or a linear layer; for a pair inside a stack of experts, of the stack's up projection.
+    sinks: in the order in which they ran; none if there is a `reason`.
+    experts: name of the stack that the pair is inside of; its experts have factors of their own. None for the others.
     """
 
     source: str
     layout: Layout | None = None
     sinks: tuple[Sink, ...] = ()
     reason: str | None = None
+    experts: str | None = None
 
 
 def find_pairs(model: nn.Module, example: Any, progress: Callable[[int, int], None] | None = None) -> list[Pair]:
@@ -93,6 +100,7 @@ def find_pairs(model: nn.Module, example: Any, progress: Callable[[int, int], No
             search.try_family(family)
             if progress is not None:
                 progress(done, len(families))
+        search.try_experts()
     return search.pairs()
 
 
@@ -144,10 +152,12 @@ def short(example: Any) -> Any:
 
 @dataclasses.dataclass
 class Product:
-    """One multiplication by a weight: `x` [..., K] is a copy of what was multiplied."""
+    """One multiplication by a weight: `x` [..., K] is a copy of what was multiplied. experts: by which of the weights
+    of a stack [E, ...]."""
 
     sink: Sink
     x: Tensor
+    experts: slice
 
 
 _aten = torch.ops.aten
@@ -217,11 +227,17 @@ class _Run(TorchDispatchMode):
         if axes:
             sink = Sink(name, name.rpartition(".")[0], axes[0])
             if self._on_product is None:
-                self.products.append(Product(sink, args[x_at].clone()))
+                self.products.append(Product(sink, args[x_at].clone(), _slices(whole, args[w_at])))
             else:
                 args[x_at] = self._on_product(self._count, sink, args[x_at])
             self._count += 1
         return args
+
+
+def _slices(stack: Tensor, weight: Tensor) -> slice:
+    """Which slices of a stack a view of it covers."""
+    first = int(weight.storage_offset() - stack.storage_offset()) // max(1, stack.stride(0))
+    return slice(first, first + max(1, weight.numel() // stack[0].numel()))
 
 
 @contextlib.contextmanager
@@ -307,7 +323,9 @@ class _Search:
 
             return hook
 
-        with _hooked(self._sources(), lambda name, module: module.register_forward_hook(note(name), with_kwargs=True)):
+        stacks = {name: module for name, module in self._modules.items() if is_stack(module)}
+        watched = {**self._sources(), **stacks}
+        with _hooked(watched, lambda name, module: module.register_forward_hook(note(name), with_kwargs=True)):
             self._run()
 
     def _sources(self) -> dict[str, nn.Module]:
@@ -323,7 +341,7 @@ class _Search:
         """Sources of one width whose names differ in numbers only, in the order in which the first of each runs."""
         grouped: dict[tuple[str, int], list[str]] = {}
         for name in self._order:
-            if self._width_is_known(name):
+            if not is_stack(self._modules[name]) and self._width_is_known(name):
                 grouped.setdefault((_NUMBER.sub("*", name), self._widths[name]), []).append(name)
         return list(grouped.values())
 
@@ -347,6 +365,33 @@ class _Search:
             open_ = [name for name in open_ if self._found[name].reason is not None]
             if not open_:
                 break
+
+    def try_experts(self) -> None:
+        """Find the pairs up -> down inside the stacks of experts."""
+        for name in self._order:
+            layer = self._modules[name]
+            if is_stack(layer):
+                spec = spec_of(layer)
+                assert spec is not None
+                self._found[name] = self._experts_pair(name, layer, spec)
+
+    def _experts_pair(self, name: str, layer: nn.Module, spec: ExpertsSpec) -> Pair:
+        prefix = f"{name}." if name else ""
+        try:
+            passed = _passed_on(layer, spec)
+            reason = "its gate passes no part of it on channel by channel"
+        except RuntimeError as error:  # a norm inside it, of another dtype
+            passed, reason = None, f"its gate cannot be run on its own in fp32: {error}"
+        if passed is None:
+            return Pair(prefix + spec.up[-1], reason=reason, experts=name)
+        up, layout = passed
+        for param in (up, spec.up_bias, spec.down):
+            users = self._users[id(layer.get_parameter(param))] if param else []
+            others = [user for user in users if user != f"{prefix}{param}"]
+            if others:
+                return Pair(prefix + up, reason=f"{prefix}{param} is also {others[0]}", experts=name)
+        sink = Sink(prefix + spec.down, name, 1 if spec.transposed else 2)
+        return Pair(prefix + up, layout, (sink,), experts=name)
 
     def _layouts(self, name: str) -> list[Layout]:
         n = self._widths[name]
@@ -426,7 +471,7 @@ class _Search:
             if taken is not None:
                 pair = Pair(name, reason=f"{taken} takes the factors of {feeder[taken]} already")
             feeder.update((sink.param, name) for sink in pair.sinks)
-            if pair.reason is None or is_norm(self._modules[name]):
+            if pair.reason is None or pair.experts is not None or is_norm(self._modules[name]):
                 found.append(pair)
         return found
 
@@ -534,6 +579,37 @@ def _same(base: Tensor, x: Tensor) -> bool:
         return False
     largest = float(base.abs().max()) if base.numel() else 0.0
     return torch.allclose(base.float(), x.float(), rtol=1e-2, atol=1e-3 * largest)
+
+
+_TINY = 1e-30
+"""Nearer to 0 than this, fp32 has fewer digits, and a power of two may cost some."""
+
+
+def _passed_on(layer: nn.Module, spec: ExpertsSpec) -> tuple[str, Layout] | None:
+    """The up projection of a float stack, and those of its output channels, that the gate does nothing to but multiply
+    each by what does not depend on it; None if there are none.
+
+    The gate is run in fp32, where no factor is too large, on tokens from 1/16 to 2048: no clamp is above them all.
+    """
+    widths = {name: spec.rows(layer.get_parameter(name)).shape[1] for name in spec.up}
+    n, k = sum(widths.values()), spec.rows(layer.get_parameter(spec.down)).shape[2]
+    device = layer.get_parameter(spec.down).device
+    size = 2.0 ** (torch.arange(_TOKENS) % 16 - 4).unsqueeze(1)
+    h = (torch.randn(_TOKENS, n, generator=torch.Generator().manual_seed(0)) * size).to(device)
+    base = spec.gate(layer, h.clone())
+    every = torch.arange(n)
+    for layout in (Layout("all", every, every),) if n == k else _partial_layouts(n, k, set()):
+        powers = _powers(k, 0, torch.float32).to(device)
+        scaled = h.clone()
+        scaled[:, layout.rows.to(device)] *= powers
+        same = torch.allclose(spec.gate(layer, scaled), base * powers, rtol=0, atol=_TINY)
+        if bool(base.any(0).all()) and same:
+            first = 0
+            for name, width in widths.items():
+                if first <= int(layout.rows.min()) and int(layout.rows.max()) < first + width:
+                    return name, Layout(layout.name, layout.rows - first, layout.channels)
+                first += width
+    return None
 
 
 def _near(name: str, product: Product) -> bool:

@@ -17,7 +17,7 @@ from octavo.ops import quantize_weight
 from octavo.primitives import dequantize, quantize
 from octavo.recipe import Scheme
 
-__all__ = ["CATASTROPHE_DB", "evenly", "output_error", "rounded_input"]
+__all__ = ["CATASTROPHE_DB", "OUTPUTS", "evenly", "output_error", "rounded_input"]
 
 CATASTROPHE_DB = 22.0
 """Layers that static inputs leave with less SQNR than this get other inputs. Measured on SmolLM2-135M after smoothing:
@@ -27,9 +27,9 @@ OUTPUTS = 1024
 """Errors are measured on so many of a layer's output channels, evenly spaced."""
 
 
-def evenly(weight: Tensor) -> Tensor:
-    """At most `OUTPUTS` rows of a weight [N, K], evenly spaced, in fp32."""
-    return weight[:: -(-len(weight) // OUTPUTS)].float()
+def evenly(weight: Tensor, outputs: int = OUTPUTS) -> Tensor:
+    """At most `outputs` rows of a weight [N, K], evenly spaced, in fp32."""
+    return weight[:: -(-len(weight) // outputs)].float()
 
 
 def output_error(weight: Tensor, y: Tensor, x_rounded: Tensor, scheme: Scheme) -> float:

@@ -9,11 +9,15 @@ the same bits as before. So "the function is preserved" is a test for equality, 
 fails it is taken back, and the report says why. (Two exceptions, for which the test allows for rounding: norms that
 scale by 1 + weight, which is exact in fp32 only, and the smallest numbers of fp16, which have fewer digits.)
 
+Inside a stack of experts, up -> down, each expert has factors of its own: s is [E, I] there. Experts that calibration
+routed no token to have factors of 1.
+
 Where to fold is found by `octavo.pairs`.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal
 
@@ -22,11 +26,13 @@ from torch import Tensor, nn
 
 from octavo.calibrate import Stats
 from octavo.errors import CalibrateError, QuantizeError
+from octavo.expert_inputs import ExpertsObserver
+from octavo.experts import spec_of
 from octavo.layers import kind_of
 from octavo.pairs import Pair, Product, Sink, find_pairs, is_norm, products
 from octavo.recipe import Scheme
 from octavo.report import SmoothedPair, SmoothReport, sqnr_db
-from octavo.sensitivity import CATASTROPHE_DB, evenly, output_error, rounded_input
+from octavo.sensitivity import CATASTROPHE_DB, OUTPUTS, evenly, output_error, rounded_input
 
 __all__ = ["GRID", "smooth"]
 
@@ -57,7 +63,8 @@ def smooth(
     repair: as it will be given to `octavo.quantize`: whether layers that static inputs do not suit will get others. The
         alpha of those is chosen for dynamic inputs.
     batch: an input to find and prove the pairs with; by default the first that `stats` were made of.
-    Returns: each pair with its alpha and its effect; each norm that was left alone, with the reason.
+    Returns: each pair with its alpha and its effect; each norm and each stack of experts that was left alone, with the
+        reason.
     Raises: CalibrateError for statistics of another model, or without rows for "auto"; QuantizeError for an alpha that
         is out of range, or a model that is int8 already.
     """
@@ -89,8 +96,7 @@ def smooth(
     for fold, why in _prove(model, example, folded, before):
         done.append(_left_out(fold.pair, why))
     for fold in folded:
-        for layer in fold.watched:
-            stats.observers[layer].divide(fold.smooth_scale[fold.channels].cpu())
+        fold.divide(stats)
         done.append(fold.report)
     order = {pair.source: i for i, pair in enumerate(pairs)}
     return SmoothReport(tuple(sorted(done, key=lambda row: order[row.source])))
@@ -102,8 +108,8 @@ def _refuse_int8(model: nn.Module) -> None:
 
 
 def _check_stats(model: nn.Module, stats: Stats) -> None:
-    modules = dict(model.named_modules())
-    unknown = [name for name in stats.observers if name not in modules]
+    modules, parameters = dict(model.named_modules()), dict(model.named_parameters())
+    unknown = [name for name in (*stats.observers, *stats.experts) if name not in modules and name not in parameters]
     if unknown:
         raise CalibrateError(
             f"stats are of another model: it has no layer {unknown[0]!r} ({len(unknown)} such); calibrate this one"
@@ -111,10 +117,28 @@ def _check_stats(model: nn.Module, stats: Stats) -> None:
 
 
 def _left_out(pair: Pair, why: str) -> SmoothedPair:
-    return SmoothedPair(pair.source, tuple(sink.layer for sink in pair.sinks), reason=why)
+    return SmoothedPair(pair.source, _names(pair), reason=why)
+
+
+def _names(pair: Pair) -> tuple[str, ...]:
+    """What the report calls the sinks: layers, but inside a stack of experts the down projection."""
+    return tuple(sink.layer if pair.experts is None else sink.param for sink in pair.sinks)
 
 
 # -- choosing the factors --------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass
+class _Ranges:
+    """What the factors [..., S] of a pair are made of, each [..., S] in fp32.
+
+    x: largest magnitude of the inputs of its sinks. typical_x: what they usually are, if rows were kept to tell it by.
+    w: largest magnitude of the weights that they are multiplied by.
+    """
+
+    x: Tensor
+    typical_x: Callable[[], Tensor]
+    w: Tensor
 
 
 def _planned(
@@ -122,12 +146,37 @@ def _planned(
 ) -> _Fold | str:
     """The fold of a pair, or why there is none."""
     assert pair.layout is not None
-    watched = list(dict.fromkeys(sink.layer for sink in pair.sinks if sink.layer in stats.observers))
-    if not watched:
+    ranges = _ranges(model, pair, stats) if pair.experts is None else _ranges_of_experts(model, pair, stats)
+    if isinstance(ranges, str):
+        return ranges
+    channels = pair.layout.channels.to(ranges.x.device)
+    trial = (_Trial if pair.experts is None else _ExpertsTrial)(model, pair, stats, ranges.x.device)
+    if alpha != "auto":
+        best, factors = float(alpha), _factors(ranges.x, ranges.w, alpha)
+    elif trial.can_measure:
+        best, factors = _best_factors(trial, ranges, channels, schemes)
+    else:
+        return "nothing to choose alpha by: no layer that it feeds can be int8, or no rows of their input were kept"
+    report = SmoothedPair(
+        pair.source,
+        _names(pair),
+        best,
+        ranges.x.max().item(),
+        (ranges.x / factors).max().item(),
+        trial.error(torch.ones_like(factors)[..., channels], schemes[0]) if trial.can_measure else None,
+        trial.error(factors[..., channels], schemes[0]) if trial.can_measure else None,
+    )
+    return _Fold(model, pair, factors, channels, report)
+
+
+def _ranges(model: nn.Module, pair: Pair, stats: Stats) -> _Ranges | str:
+    """Those of a pair of layers, [S]; or why there are none."""
+    assert pair.layout is not None
+    seen = [stats.observers[layer] for layer in _watched(pair, stats)]
+    if not seen:
         return "no batch of the calibration reached its layers"
     columns = [_columns(model, sink) for sink in pair.sinks]
     device = columns[0].device
-    seen = [stats.observers[layer] for layer in watched]
     channels, rows = pair.layout.channels.to(device), len(pair.layout.rows)
     if len(seen[0].amax) != len(channels):
         return f"the statistics have {len(seen[0].amax)} channels, the weights {len(channels)}"
@@ -137,41 +186,44 @@ def _planned(
         largest = torch.stack([value.to(device) for value in values]).amax(0)
         return largest.new_zeros(rows).scatter_reduce_(0, channels, largest, "amax")
 
-    amax_w = by_row(weight.abs().amax(0).float() for weight in columns)
-    amax_x = by_row(observer.amax for observer in seen)
-    trial = _Trial(model, pair, stats, device)
-    if alpha != "auto":
-        best, factors = float(alpha), _factors(amax_x, amax_w, alpha)
-    elif trial.can_measure:
-        ranges = (amax_x, by_row(observer.typical_range() for observer in seen))
-        best, factors = _best_factors(trial, ranges, amax_w, channels, schemes)
-    else:
-        return "nothing to choose alpha by: no layer that it feeds can be int8, or no rows of their input were kept"
-    report = SmoothedPair(
-        pair.source,
-        tuple(sink.layer for sink in pair.sinks),
-        best,
-        amax_x.max().item(),
-        (amax_x / factors).max().item(),
-        trial.error(torch.ones_like(factors)[channels], schemes[0]) if trial.can_measure else None,
-        trial.error(factors[channels], schemes[0]) if trial.can_measure else None,
+    return _Ranges(
+        by_row(observer.amax for observer in seen),
+        lambda: by_row(observer.typical_range() for observer in seen),
+        by_row(weight.abs().amax(0).float() for weight in columns),
     )
-    return _Fold(model, pair, factors, channels, watched, report)
+
+
+def _ranges_of_experts(model: nn.Module, pair: Pair, stats: Stats) -> _Ranges | str:
+    """Those of a pair inside a stack of experts, [E, I]; or why there are none."""
+    (sink,) = pair.sinks
+    seen = stats.experts.get(sink.param)
+    if seen is None:
+        return "the statistics have nothing of the inputs of its experts' down projections"
+    weight = model.get_parameter(sink.param).detach()
+    w = weight.abs().amax(3 - sink.axis).float()
+    if seen.amax.shape != w.shape:
+        return f"the statistics have {list(seen.amax.shape)} experts and channels, the weights {list(w.shape)}"
+    return _Ranges(seen.amax.to(w.device), lambda: seen.typical_range().to(w.device), w)
+
+
+def _watched(pair: Pair, stats: Stats) -> list[str]:
+    """The layers of a pair's sinks that calibration reached."""
+    return list(dict.fromkeys(sink.layer for sink in pair.sinks if sink.layer in stats.observers))
 
 
 def _best_factors(
-    trial: _Trial, ranges: Sequence[Tensor], amax_w: Tensor, channels: Tensor, schemes: Sequence[Scheme]
+    trial: _Trial | _ExpertsTrial, ranges: _Ranges, channels: Tensor, schemes: Sequence[Scheme]
 ) -> tuple[float, Tensor]:
     """The alpha of the grid, and its factors, with the smallest error under the first of the schemes that comes out of
     it well enough to be kept; under the last if none does."""
-    candidates: dict[tuple[float, ...], tuple[float, Tensor]] = {}
-    alive = (ranges[0] > 0) & (amax_w > 0)
-    for range_x in ranges:
+    candidates: dict[bytes, tuple[float, Tensor]] = {}  # by the factors: many differ by less than a power of two
+    alive = (ranges.x > 0) & (ranges.w > 0)
+    for range_x in (ranges.x, ranges.typical_x()):
         for alpha in GRID:
-            factors = _centered(_factors(range_x, amax_w, alpha), alive)
-            candidates.setdefault(tuple(factors.tolist()), (alpha, factors))  # many differ by less than a power of two
+            factors = _centered(_factors(range_x, ranges.w, alpha), alive)
+            candidates.setdefault(factors.cpu().numpy().tobytes(), (alpha, factors))
     for scheme in schemes:
-        errors = [(trial.error(factors[channels], scheme), alpha) for alpha, factors in candidates.values()]
+        errors = [(trial.error(factors[..., channels], scheme), alpha) for alpha, factors in candidates.values()]
         least = min(range(len(errors)), key=errors.__getitem__)
         if sqnr_db(errors[least][0]) >= CATASTROPHE_DB:
             break
@@ -187,9 +239,10 @@ def _factors(range_x: Tensor, amax_w: Tensor, alpha: float) -> Tensor:
 
 
 def _centered(factors: Tensor, alive: Tensor) -> Tensor:
-    """The factors without what is common to those of all channels that are alive: it helps no scale, and would carry
-    activations away from where fp16 can hold them."""
-    common = factors.log2()[alive].mean().round() if bool(alive.any()) else 0.0
+    """The factors [..., S] without what is common to those of all channels that are alive: it helps no scale, and would
+    carry activations away from where fp16 can hold them."""
+    total = torch.where(alive, factors.log2(), 0.0).sum(-1, keepdim=True)
+    common = (total / alive.sum(-1, keepdim=True).clamp_min(1)).round()
     return torch.where(alive, factors * 2.0**-common, factors)
 
 
@@ -227,6 +280,36 @@ class _Trial:
         return total / len(self._measured)
 
 
+class _ExpertsTrial:
+    """The same for the down projections of a stack of experts; those that no rows were kept of do not count."""
+
+    def __init__(self, model: nn.Module, pair: Pair, stats: Stats, device: torch.device) -> None:
+        layer, (sink,) = model.get_submodule(pair.experts or ""), pair.sinks
+        self._kind, spec = kind_of(layer), spec_of(layer)
+        assert spec is not None
+        seen: ExpertsObserver = stats.experts[sink.param]
+        experts = seen.expert.unique().tolist()
+        stack = spec.rows(model.get_parameter(sink.param).detach())
+        self._measured: list[tuple[int, Tensor, Tensor, Tensor]] = []
+        for e in experts:
+            x, weight = seen.rows_of(e).to(device).float(), evenly(stack[e], max(1, OUTPUTS // len(experts)))
+            self._measured.append((e, x, weight, x @ weight.T))
+
+    @property
+    def can_measure(self) -> bool:
+        return bool(self._measured)
+
+    def error(self, s: Tensor, scheme: Scheme) -> float:
+        """Mean over the experts of the error with x / s and w * s quantized. s: fp32 [E, I]."""
+        assert self._kind is not None
+        scheme = self._kind.effective(scheme)  # which has no static inputs
+        total = 0.0
+        for e, x, weight, y in self._measured:
+            x = x / s[e]
+            total += output_error(weight * s[e], y, rounded_input(x, scheme, x.abs().amax()), scheme)
+        return total / len(self._measured)
+
+
 def _may_be_int8(model: nn.Module, sink: Sink) -> bool:
     """Whether the layer is a linear one, or a stack of experts; a router is neither."""
     kind = kind_of(model.get_submodule(sink.layer))
@@ -237,7 +320,11 @@ def _may_be_int8(model: nn.Module, sink: Sink) -> bool:
 
 
 class _Fold:
-    """One pair's factors: put into the weights, and taken out again."""
+    """One pair's factors: put into the weights, and taken out again.
+
+    smooth_scale: fp32 [S], of the source's channels; inside a stack of experts [E, S]. columns: the same of the
+    channels of the sinks' inputs, [K] or [E, K].
+    """
 
     def __init__(
         self,
@@ -245,13 +332,11 @@ class _Fold:
         pair: Pair,
         smooth_scale: Tensor,
         channels: Tensor,
-        watched: list[str],
         report: SmoothedPair,
     ) -> None:
         self.pair = pair
         self.smooth_scale = smooth_scale
-        self.channels = channels
-        self.watched = watched
+        self.columns = smooth_scale[..., channels]
         self.report = report
         self.exact = True
         self._model = model
@@ -260,18 +345,24 @@ class _Fold:
 
     def apply(self) -> str | None:
         """Fold; returns why not, if it cannot be done."""
-        source = self._model.get_submodule(self.pair.source)
-        inverse = 1 / self.smooth_scale
-        why = self._fold_norm(source, inverse) if is_norm(source) else self._fold_linear(source, inverse)
+        why = self._fold_source(1 / self.smooth_scale)
         for sink in self.pair.sinks:
             if why is None:
                 weight = self._model.get_parameter(sink.param)
                 shape = [1] * weight.dim()
-                shape[sink.axis] = -1
-                why = self._scale(weight, self.smooth_scale[self.channels].reshape(shape))
+                shape[sink.axis] = self.columns.shape[-1]
+                if self.pair.experts is not None:
+                    shape[0] = len(self.columns)
+                why = self._scale(weight, self.columns.reshape(shape))
         if why is not None:
             self.undo()
         return why
+
+    def _fold_source(self, inverse: Tensor) -> str | None:
+        if self.pair.experts is not None:
+            return self._fold_experts(self._model.get_submodule(self.pair.experts), inverse)
+        source = self._model.get_submodule(self.pair.source)
+        return self._fold_norm(source, inverse) if is_norm(source) else self._fold_linear(source, inverse)
 
     def _fold_norm(self, norm: nn.Module, inverse: Tensor) -> str | None:
         """A norm scales its output by its weight, or by 1 + weight (Gemma): which, its weight of now and a weight of
@@ -296,6 +387,16 @@ class _Fold:
         by_row = factors.unsqueeze(1) if weight.shape[0] == outputs and kind.name == "Linear" else factors
         return self._scale(weight, by_row) or self._scale_bias(layer, factors)
 
+    def _fold_experts(self, layer: nn.Module, inverse: Tensor) -> str | None:
+        spec = spec_of(layer)
+        assert spec is not None and self.pair.layout is not None
+        weight = self._model.get_parameter(self.pair.source)
+        factors = torch.ones(spec.rows(weight).shape[:2], device=weight.device)  # [E, U]
+        factors[:, self.pair.layout.rows.to(weight.device)] = inverse
+        bias = None if spec.up_bias is None else getattr(layer, spec.up_bias)
+        why = self._scale(weight, factors.unsqueeze(1 if spec.transposed else 2))
+        return why or (None if bias is None else self._scale(bias, factors))
+
     def _scale_bias(self, layer: nn.Module, factors: Tensor) -> str | None:
         bias = layer._parameters.get("bias")
         return None if bias is None else self._scale(bias, factors)
@@ -315,6 +416,21 @@ class _Fold:
 
     def _keep(self, parameter: nn.Parameter) -> None:
         self._kept.append((parameter, parameter.data))
+
+    def factors_of(self, product: Product) -> Tensor:
+        """What the input of a sink's product is divided by now, to be broadcast over it."""
+        if self.columns.dim() == 1:
+            return self.columns
+        columns = self.columns[product.experts]
+        return columns.unsqueeze(1) if product.x.dim() == 3 else columns
+
+    def divide(self, stats: Stats) -> None:
+        """Let the statistics follow what was folded."""
+        if self.pair.experts is not None:
+            stats.experts[self.pair.sinks[0].param].divide(self.columns.cpu())
+            return
+        for layer in _watched(self.pair, stats):
+            stats.observers[layer].divide(self.columns.cpu())
 
     def undo(self) -> None:
         """Take the factors out again."""
@@ -381,8 +497,7 @@ def _first_fault(before: Trace, after: Trace, folded: list[_Fold]) -> tuple[int,
     for i, (b, a) in enumerate(zip(before[0], after[0], strict=False)):
         x = a.x
         if a.sink.param in owner:
-            fold = owner[a.sink.param]
-            x = x.float() * fold.smooth_scale[fold.channels]
+            x = x.float() * owner[a.sink.param].factors_of(a)
         if a.sink != b.sink or a.x.shape != b.x.shape or not _agree(b.x.float(), x.float(), b.x.dtype, exact):
             return i, f"the input of {b.sink.layer} is another"
     if len(before[0]) != len(after[0]):

@@ -47,8 +47,10 @@ class Architecture:
         torch.manual_seed(0)
         model = self.make().eval()
         with torch.no_grad():
-            for parameter in model.parameters():
-                if parameter.dim() > 1:
+            for name, parameter in model.named_parameters():
+                if parameter.dim() == 3 and ".experts." in name:
+                    parameter.normal_(std=parameter.shape[_axis(model, name)] ** -0.5)
+                elif parameter.dim() > 1:
                     parameter.normal_(std=parameter[0].numel() ** -0.5)
                 else:
                     parameter.add_(torch.randn_like(parameter), alpha=0.1)
@@ -69,8 +71,11 @@ class Architecture:
 
 def inject(architecture: Architecture, model: nn.Module, factor: float = 60.0) -> None:
     """Outliers, two channels of them, in the output of every norm of a pair and of every linear layer of one that is
-    not fused."""
+    not fused; and in two of every expert's, each with channels of its own."""
     for source, sinks in architecture.expected().items():
+        if is_stack(source):
+            inject_in_experts(model, source, factor)
+            continue
         layer = model.get_submodule(source)
         scaled = layer.weight.shape[0] if type(layer).__name__ != "Conv1D" else 0
         first = model.get_parameter(sinks[0])
@@ -83,11 +88,44 @@ def inject(architecture: Architecture, model: nn.Module, factor: float = 60.0) -
         for sink in sinks:
             columns = factors[_fed_by(scaled, width)]
             weight, axis = model.get_parameter(sink), _axis(model, sink)
-            weight.data /= columns.unsqueeze(1) if axis == 0 else columns
+            weight.data /= columns if axis == -1 else columns.unsqueeze(1)
+
+
+def is_stack(source: str) -> bool:
+    """Whether a source is no layer but the up projection of a stack of experts."""
+    return source.endswith(".experts.gate_up_proj")
+
+
+def multiply_experts(model: nn.Module, source: str, factors: Tensor) -> None:
+    """The up half of a stack multiplied by factors [E, I], and the columns that it meets divided by them."""
+    up, down = model.get_parameter(source), model.get_parameter(source.replace("gate_up", "down"))
+    if _transposed(model.get_submodule(source.rpartition(".")[0])):
+        up.data[:, :, factors.shape[1] :] *= factors.unsqueeze(1)
+        down.data /= factors.unsqueeze(2)
+    else:
+        up.data[:, factors.shape[1] :] *= factors.unsqueeze(2)
+        down.data /= factors.unsqueeze(1)
+
+
+def inject_in_experts(model: nn.Module, source: str, factor: float, experts: Any = ...) -> None:
+    """Outliers in two channels of `experts`, by default of all."""
+    down = model.get_parameter(source.replace("gate_up", "down"))
+    transposed = _transposed(model.get_submodule(source.rpartition(".")[0]))
+    factors = torch.ones(len(down), down.shape[1 if transposed else 2])
+    for row in factors[experts].view(-1, factors.shape[1]):
+        row[torch.randperm(len(row))[:2]] = factor
+    multiply_experts(model, source, factors)
+
+
+def _transposed(layer: Any) -> bool:
+    return bool(getattr(layer, "is_transposed", type(layer).__name__ == "Llama4TextExperts"))
 
 
 def _axis(model: nn.Module, param: str) -> int:
-    return 0 if type(model.get_submodule(param.rpartition(".")[0])).__name__ == "Conv1D" else -1
+    layer = model.get_submodule(param.rpartition(".")[0])
+    if type(layer).__name__ == "Conv1D":
+        return 0
+    return -2 if model.get_parameter(param).dim() == 3 and _transposed(layer) else -1
 
 
 def _fed_by(outputs: int, inputs: int) -> Tensor:
@@ -162,10 +200,33 @@ def _gated(block: str) -> dict[str, str]:
 
 _BLOCK = "model.layers.*"
 _LLAMA = {**_gated(_BLOCK), "model.norm": "lm_head.weight"}
-_MIXTURE = {
-    **{source: sinks for source, sinks in _LLAMA.items() if "mlp" not in sinks},
-    f"{_BLOCK}.post_attention_layernorm": f"{_BLOCK}.mlp.gate.weight {_BLOCK}.mlp.experts.gate_up_proj",
+_WITHOUT_MLP = {source: sinks for source, sinks in _LLAMA.items() if "mlp" not in sinks}
+
+
+def _mixture(*fed_by_norm: str, mlp: str = "mlp", shared: str = "", up_to_down: bool = True) -> dict[str, str]:
+    """Llama's pairs with experts for its MLP. fed_by_norm: parameters of the block, in the order in which they run.
+    shared: name of the expert that every token goes through. up_to_down: whether the gate lets factors through."""
+    mlp = f"{_BLOCK}.{mlp}"
+    pairs = {**_WITHOUT_MLP, f"{_BLOCK}.post_attention_layernorm": " ".join(f"{mlp}.{name}" for name in fed_by_norm)}
+    if shared:
+        pairs[f"{mlp}.{shared}.up_proj"] = f"{mlp}.{shared}.down_proj.weight"
+    if up_to_down:
+        pairs[f"{mlp}.experts.gate_up_proj"] = f"{mlp}.experts.down_proj"
+    return pairs
+
+
+_MIXTURE = _mixture("gate.weight", "experts.gate_up_proj")
+_SHARED_LAST = _mixture(
+    "gate.weight", "experts.gate_up_proj", "shared_experts.gate_proj.weight", "shared_experts.up_proj.weight",
+    shared="shared_experts",
+)  # fmt: skip
+_LATENT = {  # attention of DeepSeek V3
+    f"{_BLOCK}.input_layernorm": f"{_BLOCK}.self_attn.q_a_proj.weight {_BLOCK}.self_attn.kv_a_proj_with_mqa.weight",
+    f"{_BLOCK}.self_attn.q_a_layernorm": f"{_BLOCK}.self_attn.q_b_proj.weight",
+    f"{_BLOCK}.self_attn.kv_a_layernorm": f"{_BLOCK}.self_attn.kv_b_proj.weight",
 }
+_FOUR = {"num_experts": 4, "num_experts_per_tok": 2}
+_ROUTED = {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 0}
 _GEMMA = {  # the norms after attention and after the MLP end in the residual stream, and the head is tied
     **{source: sinks for source, sinks in _gated(_BLOCK).items() if "post_attention" not in source},
     f"{_BLOCK}.pre_feedforward_layernorm": f"{_BLOCK}.mlp.gate_proj.weight {_BLOCK}.mlp.up_proj.weight",
@@ -309,8 +370,61 @@ ARCHITECTURES: dict[str, Architecture] = {
     ),
     "qwen2": _causal("Qwen2", _LLAMA, **GROUPED),
     "qwen3": _causal("Qwen3", _LLAMA, **GROUPED, head_dim=HEAD),  # nothing of q_norm and k_norm
-    "qwen3-moe": _causal(
-        "Qwen3Moe", _MIXTURE, **GROUPED, head_dim=HEAD, moe_intermediate_size=24, num_experts=4, num_experts_per_tok=2
+    "qwen3-moe": _causal("Qwen3Moe", _MIXTURE, **GROUPED, **_FOUR, head_dim=HEAD, moe_intermediate_size=24),
+    "qwen2-moe": _causal(
+        "Qwen2Moe",
+        _mixture(
+            "shared_expert.gate_proj.weight",
+            "shared_expert.up_proj.weight",
+            "gate.weight",
+            "experts.gate_up_proj",
+            "shared_expert_gate.weight",
+            shared="shared_expert",
+        ),
+        **GROUPED,
+        **_FOUR,
+        moe_intermediate_size=24,
+        shared_expert_intermediate_size=40,
+    ),
+    "olmoe": _causal("Olmoe", _MIXTURE, **GROUPED, **_FOUR),
+    "glm4-moe": _causal("Glm4Moe", _SHARED_LAST, **GROUPED, **_ROUTED, head_dim=HEAD, moe_intermediate_size=24),
+    "deepseek-v3": _causal(
+        "DeepseekV3",
+        {**{source: sinks for source, sinks in _SHARED_LAST.items() if "self_attn" not in sinks}, **_LATENT},
+        **{**GROUPED, **_ROUTED, "num_key_value_heads": 4},
+        moe_intermediate_size=24,
+        q_lora_rank=16,
+        kv_lora_rank=16,
+        qk_nope_head_dim=8,
+        qk_rope_head_dim=4,
+        v_head_dim=8,
+    ),
+    "llama4": _causal(
+        "Llama4",
+        _mixture(
+            "router.weight",
+            "experts.gate_up_proj",
+            "shared_expert.gate_proj.weight",
+            "shared_expert.up_proj.weight",
+            mlp="feed_forward",
+            shared="shared_expert",
+        ),
+        config="Llama4TextConfig",
+        **GROUPED,
+        head_dim=HEAD,
+        intermediate_size_mlp=48,
+        num_local_experts=4,
+        num_experts_per_tok=1,
+        interleave_moe_layer_step=1,
+    ),
+    "gpt-oss": _causal(  # up + 1, clamped
+        "GptOss",
+        _mixture("router.weight", "experts.gate_up_proj", up_to_down=False),
+        **GROUPED,
+        head_dim=HEAD,
+        num_local_experts=4,
+        num_experts_per_tok=2,
+        layer_types=["full_attention"] * 2,
     ),
     "phi3": _causal("Phi3", _PHI, **GROUPED),
     "bert": Architecture(  # every norm is followed by a residual

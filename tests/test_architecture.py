@@ -23,7 +23,17 @@ LAYERS = (
     # 1 running
     ("ops",),
     # 2 parts
-    ("observers", "inputs", "experts", "modules", "layers", "weight_readers", "pairs", "sensitivity"),
+    (
+        "observers",
+        "inputs",
+        "experts",
+        "expert_inputs",
+        "modules",
+        "layers",
+        "weight_readers",
+        "pairs",
+        "sensitivity",
+    ),
     # 3 pipeline
     ("coverage", "calibrate", "smooth", "quantize"),
     # 4 disk and judgement

@@ -155,10 +155,12 @@ def test_rows_are_few_whatever_the_tokens() -> None:
 def assert_equal_stats(one: Stats, other: Stats) -> None:
     assert list(one.observers) == list(other.observers)
     assert (one.unreached, one.shared) == (other.unreached, other.shared)
-    for name, seen in one.observers.items():
-        for field, value in vars(seen).items():
-            twin = getattr(other.observers[name], field)
-            assert torch.equal(value, twin) if isinstance(value, Tensor) else value == twin
+    for mine, theirs in ((one.observers, other.observers), (one.experts, other.experts)):
+        assert list(mine) == list(theirs)
+        for name, seen in mine.items():
+            for field, value in vars(seen).items():
+                twin = getattr(theirs[name], field)
+                assert torch.equal(value, twin) if isinstance(value, Tensor) else value == twin
 
 
 def test_what_is_saved_is_loaded(tmp_path: Path) -> None:
@@ -255,7 +257,28 @@ def test_two_processes_see_what_one_does(tmp_path: Path) -> None:
 
             torch.set_num_threads(1)
             torch.manual_seed(0)
-            model = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 2))
+            class Routed(nn.Module):
+                def __init__(self):
+                    super().__init__()
+                    self.w1, self.w3 = (nn.Parameter(torch.randn(3, 5, 6)) for _ in range(2))
+                    self.w2 = nn.Parameter(torch.randn(3, 6, 5))
+
+                def forward(self, x, index):
+                    silu = torch.einsum("ti,taoi -> tao", x, self.w1[index]).sigmoid()
+                    return torch.einsum("tao,taio -> tai", silu, self.w2[index])
+
+            class Block(nn.Module):
+                def __init__(self):
+                    super().__init__()
+                    self.experts = Routed()
+
+                def forward(self, x):
+                    return self.experts(x, x[:, :2].abs().mul(1.5).long().clamp(max=2)).sum(1)
+
+            octavo.register_experts(
+                Routed, up=("w1", "w3"), down="w2", routing="each", gate=lambda layer, h: h.chunk(2, -1)[0].sigmoid()
+            )
+            model = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), Block(), nn.Linear(6, 2))
             batches = [torch.randn(3 + i, 4) for i in range(5)]
             if sys.argv[1] == "two":
                 torch.distributed.init_process_group("gloo")
@@ -279,3 +302,4 @@ def test_two_processes_see_what_one_does(tmp_path: Path) -> None:
         assert done.returncode == 0, done.stderr
     assert_equal_stats(Stats.load(one), Stats.load(two))
     assert Stats.load(one).observers["0"].tokens == 3 + 4 + 5 + 6 + 7
+    assert 25 <= int(Stats.load(one).experts["2.experts.w2"].tokens.sum()) <= 50

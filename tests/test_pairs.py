@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from octavo.pairs import Layout, Pair, Product, find_pairs, is_norm, products, short
-from tests.outliers import ARCHITECTURES, EVERY_ARCHITECTURE, Architecture, outputs
+from tests.outliers import ARCHITECTURES, EVERY_ARCHITECTURE, Architecture, multiply_experts, outputs
 
 
 def listed(pairs: list[Pair]) -> dict[str, tuple[str, ...]]:
@@ -28,6 +28,10 @@ def reason(model: nn.Module, batch: Any, source: str) -> str:
 
 def fold(model: nn.Module, pair: Pair, one_plus: bool) -> None:
     """Powers of two into the source, and back out of the sinks."""
+    if pair.experts is not None:
+        down = model.get_parameter(pair.sinks[0].param)
+        multiply_experts(model, pair.source, 2.0 ** torch.randint(-3, 4, (len(down), down.shape[pair.sinks[0].axis])))
+        return
     layout, source = pair.layout, model.get_submodule(pair.source)
     assert layout is not None
     weight = source.weight

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import importlib
 from typing import Any
 
@@ -11,13 +12,24 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from octavo import CalibrateError, QuantizeError
+from octavo import CalibrateError, QuantizeError, register_experts
 from octavo.calibrate import calibrate
+from octavo.modules import QuantExperts
 from octavo.pairs import Layout, find_pairs
 from octavo.quantize import quantize
 from octavo.report import SmoothReport
 from octavo.smooth import smooth
-from tests.outliers import ARCHITECTURES, EVERY_ARCHITECTURE, Architecture, inject, outputs, relative_error
+from tests import tiny_models
+from tests.outliers import (
+    ARCHITECTURES,
+    EVERY_ARCHITECTURE,
+    Architecture,
+    inject,
+    inject_in_experts,
+    is_stack,
+    outputs,
+    relative_error,
+)
 from tests.test_pairs import Experts, Net, Taps, X
 
 pytestmark = pytest.mark.filterwarnings("ignore::octavo.errors.OctavoWarning")  # experts and embeddings stay float
@@ -212,6 +224,301 @@ def test_the_report_tells_what_was_done() -> None:
     assert norm.amax_after == stats.observers["a"].amax.max()
     assert norm.error_before is not None and norm.error_after is not None
     assert norm.error_after < norm.error_before / 3
+
+
+# -- inside a stack of experts -----------------------------------------------------------------------------------------
+
+DOWN = "model.layers.0.mlp.experts.down_proj"
+UP = "model.layers.0.mlp.experts.gate_up_proj"
+MIXTURES = [
+    name for name, architecture in ARCHITECTURES.items() if any(is_stack(source) for source in architecture.pairs)
+]
+
+
+def calls(model: nn.Module, batch: Any) -> list[tuple[str, tuple[Any, ...], Tensor]]:
+    """Name, arguments and output of each stack of experts that ran."""
+    seen: list[tuple[str, tuple[Any, ...], Tensor]] = []
+    stacks = {name: module for name, module in model.named_modules() if name.endswith(".experts")}
+    handles = [
+        module.register_forward_hook(lambda module, args, output, name=name: seen.append((name, args, output)))
+        for name, module in stacks.items()
+    ]
+    outputs(model, batch)
+    for handle in handles:
+        handle.remove()
+    return seen
+
+
+def block_errors(model: nn.Module, of: list[tuple[str, tuple[Any, ...], Tensor]]) -> list[float]:
+    """|y' - y|^2 / |y|^2 of each stack of `model`, called with what `of` was."""
+    with torch.no_grad():
+        results = [(model.get_submodule(name)(*args), wanted) for name, args, wanted in of]
+    return [float((y - wanted).square().sum() / wanted.square().sum()) for y, wanted in results]
+
+
+@pytest.mark.parametrize("name", MIXTURES)
+@pytest.mark.parametrize("alpha", [0.5, "auto"])
+def test_outliers_of_one_expert_cost_little(name: str, alpha: Any) -> None:
+    architecture = ARCHITECTURES[name]
+    model, batch, other = architecture.build(), architecture.batch(20), architecture.batch(30)
+    for source in architecture.expected():
+        if is_stack(source):
+            inject_in_experts(model, source, 300.0, slice(1, 2))
+    wanted = outputs(model, other)
+    plain = copy.deepcopy(model)
+    before = calls(model, other)
+    report = smooth(model, calibrate(model, [batch]), alpha)
+    assert folded(report) == architecture.expected().keys()
+    assert torch.equal(outputs(model, other), wanted)
+    after = calls(model, other)
+    assert all(torch.equal(b[2], a[2]) for b, a in zip(before, after, strict=True))
+    quantize(plain, "w8a8")
+    quantize(model, "w8a8")
+    assert isinstance(model.get_submodule(before[0][0]), QuantExperts)
+    for rough, smoothed in zip(block_errors(plain, before), block_errors(model, after), strict=True):
+        assert rough >= 3 * smoothed
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_experts_in_half_the_bits(dtype: torch.dtype) -> None:
+    architecture = ARCHITECTURES["qwen3-moe"]
+    model, batch, other = architecture.build().to(dtype), architecture.batch(9), architecture.batch(12)
+    wanted = outputs(model, other)
+    assert folded(smooth(model, calibrate(model, [batch]))) == architecture.expected().keys()
+    if dtype == torch.bfloat16:
+        assert torch.equal(outputs(model, other), wanted)
+    else:  # its smallest numbers have fewer digits
+        torch.testing.assert_close(outputs(model, other), wanted, rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize(("count", "top_k"), [(1, 1), (4, 4), (5, 1)])
+def test_any_number_of_experts(count: int, top_k: int) -> None:
+    architecture = dataclasses.replace(
+        ARCHITECTURES["qwen3-moe"],
+        make=lambda: tiny_models.qwen3_moe(num_experts=count, num_experts_per_tok=top_k, tie_word_embeddings=False),
+    )
+    model, batch, other = architecture.build(), architecture.batch(9), architecture.batch(12)
+    wanted = outputs(model, other)
+    assert {DOWN.replace("down", "gate_up"), "model.layers.0.post_attention_layernorm"} <= folded(
+        smooth(model, calibrate(model, [batch]))
+    )
+    assert torch.equal(outputs(model, other), wanted)
+
+
+def test_every_expert_has_factors_of_its_own() -> None:
+    architecture = ARCHITECTURES["mixtral"]
+    model = architecture.build()
+    stats = calibrate(model, [architecture.batch(40)])
+    experts = model.model.layers[0].mlp.experts
+    amax_x, before = stats.experts[DOWN].amax.double(), experts.down_proj.detach().clone()
+    gate_up = experts.gate_up_proj.detach().clone()
+    report = smooth(model, stats, 0.7)
+    s = experts.down_proj.detach() / before  # [E, H, I]
+    assert torch.equal(s, s[:, :1].expand_as(s)), "a factor for each column of each expert"
+    s = s[:, 0].double()
+    assert torch.equal(s, 2.0 ** s.log2().round()) and not torch.equal(s[0], s[1])
+    exact = amax_x**0.7 / before.double().abs().amax(1) ** 0.3
+    assert ((s / exact).log2().abs() <= 0.5 + 1e-3).all()
+    columns = experts.gate_up_proj.detach() / gate_up  # the norm's factors, and 1 / s in the rows of up
+    assert torch.equal(columns[:, 48:] / columns[:1, :1], (1 / s.float()).unsqueeze(2).expand_as(columns[:, 48:]))
+    assert torch.equal(columns[:, :48], columns[:1, :1].expand_as(columns[:, :48])), "not in those of the gate"
+    torch.testing.assert_close(stats.experts[DOWN].amax.double() * s, amax_x)
+    (row,) = (row for row in report.pairs if row.source == UP)
+    assert (row.sinks, row.alpha) == ((DOWN,), 0.7)
+    assert row.amax_before == float(amax_x.max()) and row.amax_after == float(stats.experts[DOWN].amax.max())
+
+
+@pytest.mark.parametrize("alpha", [0.5, "auto"])
+def test_an_expert_that_was_never_routed_to_is_left_as_it_is(alpha: Any) -> None:
+    architecture = ARCHITECTURES["mixtral"]
+    model, other = architecture.build(), architecture.batch(40)
+    wanted = outputs(model, other)
+    experts, gate = model.model.layers[0].mlp.experts, model.model.layers[0].mlp.gate
+    before = experts.down_proj.detach().clone()
+    away = gate.register_forward_hook(lambda module, args, output: (*output[:2], output[2] % 3))
+    stats = calibrate(model, [architecture.batch(40)])
+    assert stats.unrouted == {DOWN: (3,)}
+    report = smooth(model, stats, alpha)
+    away.remove()
+    assert folded(report) == architecture.expected().keys()
+    assert torch.equal(outputs(model, other), wanted), "where it is routed to, too"
+    assert torch.equal(experts.down_proj[3], before[3])
+    assert not any(torch.equal(experts.down_proj[e], before[e]) for e in range(3))
+
+
+@pytest.mark.parametrize("name", ["gpt-oss", "clamped"])
+def test_what_a_gate_does_not_pass_on_channel_by_channel_is_no_way_through(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    architecture = ARCHITECTURES["mixtral" if name == "clamped" else name]
+    model, batch = architecture.build(), architecture.batch(9)
+    experts = model.model.layers[0].mlp.experts
+    if name == "clamped":  # at what no example reaches
+
+        def clamped(layer: Any, h: Tensor) -> Tensor:
+            gate, up = h.chunk(2, -1)
+            return F.silu(gate) * up.clamp(-100, 100)
+
+        monkeypatch.setattr(type(experts), "_apply_gate", clamped)
+    before = experts.down_proj.detach().clone()
+    report = smooth(model, calibrate(model, [batch]))
+    assert why(report, UP) == "its gate passes no part of it on channel by channel"
+    assert torch.equal(experts.down_proj, before)
+    assert "model.layers.0.post_attention_layernorm" in folded(report)
+
+
+class ConditionalFeedForward(nn.Module):
+    """gpt-fast's: two up projections, and weights that are gathered, so that no product with them is seen."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w1, self.w3 = (nn.Parameter(torch.randn(4, 24, 16) / 4) for _ in range(2))
+        self.w2 = nn.Parameter(torch.randn(4, 16, 24) / 5)
+
+    def forward(self, x: Tensor, expert_indices: Tensor) -> Tensor:
+        x1 = F.silu(torch.einsum("ti,taoi -> tao", x, self.w1[expert_indices]))
+        x3 = torch.einsum("ti, taoi -> tao", x, self.w3[expert_indices])
+        return torch.einsum("tao, taio -> tai", x1 * x3, self.w2[expert_indices])
+
+
+class Routed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.gate, self.experts = nn.Linear(16, 4), ConditionalFeedForward()
+
+    def forward(self, x: Tensor) -> Tensor:
+        weights, index = self.gate(x).topk(2)
+        return (weights.unsqueeze(-1) * self.experts(x, index)).sum(1)
+
+
+def test_an_up_projection_in_two_parts() -> None:
+    model, x = nn.Sequential(Routed()), torch.randn(30, 16)
+    with torch.no_grad():
+        model[0].experts.w3[1, 5] *= 300
+        model[0].experts.w2[1, :, 5] /= 300
+    wanted, w1 = model(x), model[0].experts.w1.detach().clone()
+    report = smooth(model, calibrate(model, [x]))
+    (pair,) = (pair for pair in report.pairs if pair.reason is None)
+    assert (pair.source, pair.sinks) == ("0.experts.w3", ("0.experts.w2",))
+    assert torch.equal(model(x), wanted) and torch.equal(model[0].experts.w1, w1)
+    assert pair.error_before is not None and pair.error_after is not None
+    assert pair.error_before > 3 * pair.error_after
+
+
+class Relu(nn.Module):
+    """A user's: no gate projection, weights transposed, biases."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.inner_bias = nn.Parameter(torch.randn(4, 16, 24) / 4), nn.Parameter(torch.randn(4, 24))
+        self.outer, self.outer_bias = nn.Parameter(torch.randn(4, 24, 16) / 5), nn.Parameter(torch.randn(4, 16))
+
+    def forward(self, x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+        y = torch.zeros_like(x)
+        for e in range(4):
+            token, place = (index == e).nonzero(as_tuple=True)
+            h = torch.relu(x[token] @ self.inner[e] + self.inner_bias[e])
+            y[token] += weights[token, place, None] * (h @ self.outer[e] + self.outer_bias[e])
+        return y
+
+
+class RoutedToRelu(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.gate, self.experts = nn.Linear(16, 4), Relu()
+
+    def forward(self, x: Tensor) -> Tensor:
+        weights, index = self.gate(x).topk(2)
+        return self.experts(x, index, weights=weights)
+
+
+def test_experts_with_biases_and_no_gate(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.import_module("octavo.experts"), "_REGISTERED", {})
+    register_experts(
+        Relu, up="inner", down="outer", gate=lambda layer, h: h.relu(), transposed=True, up_bias="inner_bias",
+        down_bias="outer_bias",
+    )  # fmt: skip
+    model, x = nn.Sequential(RoutedToRelu()), torch.randn(30, 16)
+    with torch.no_grad():
+        model[0].experts.inner[1, :, 5] *= 300
+        model[0].experts.inner_bias[1, 5] *= 300
+        model[0].experts.outer[1, 5] /= 300
+    wanted, bias = model(x), model[0].experts.inner_bias.detach().clone()
+    stats = calibrate(model, [x])
+    report = smooth(model, stats)
+    (pair,) = (pair for pair in report.pairs if pair.reason is None)
+    assert (pair.source, pair.sinks) == ("0.experts.inner", ("0.experts.outer",))
+    assert torch.equal(model(x), wanted) and not torch.equal(model[0].experts.inner_bias, bias)
+    with torch.no_grad():  # what the statistics say that they are, they are
+        h = torch.stack([(x @ w + b).relu() for w, b in zip(*list(model[0].experts.parameters())[:2], strict=True)])
+    index = model[0].gate(x).topk(2).indices
+    for e in range(4):
+        chosen = h[e][(index == e).any(1)]
+        torch.testing.assert_close(stats.experts["0.experts.outer"].amax[e], chosen.amax(0), rtol=1e-4, atol=1e-6)
+    assert pair.error_before is not None and pair.error_after is not None
+    assert pair.error_before > 3 * pair.error_after
+
+
+def test_a_gate_that_cannot_be_run_on_its_own_is_no_way_through(monkeypatch: pytest.MonkeyPatch) -> None:
+    architecture = ARCHITECTURES["mixtral"]
+    model, batch = architecture.build().bfloat16(), architecture.batch(9)
+    norm = nn.LayerNorm(48).bfloat16()
+    monkeypatch.setattr(
+        type(model.model.layers[0].mlp.experts),
+        "_apply_gate",
+        lambda layer, h: norm(h.chunk(2, -1)[0]) * h.chunk(2, -1)[1],
+    )
+    report = smooth(model, calibrate(model, [batch]))
+    assert (why(report, UP) or "").startswith("its gate cannot be run on its own in fp32: ")
+
+
+@pytest.mark.parametrize("wrong", [torch.arange(47, -1, -1), torch.arange(48).roll(1)])
+def test_a_fold_inside_experts_that_changes_the_function_is_taken_back(
+    monkeypatch: pytest.MonkeyPatch, wrong: Tensor
+) -> None:
+    def misled(model: nn.Module, example: Any) -> Any:
+        pairs = find_pairs(model, example)
+        for pair in pairs:
+            if pair.source == UP:
+                assert pair.layout is not None
+                pair.layout = Layout("wrong", pair.layout.rows[wrong], pair.layout.channels)
+        return pairs
+
+    monkeypatch.setattr(importlib.import_module("octavo.smooth"), "find_pairs", misled)
+    architecture = ARCHITECTURES["mixtral"]
+    model, batch = architecture.build(), architecture.batch(9)
+    before, wanted = model.get_parameter(DOWN).detach().clone(), outputs(model, batch)
+    stats = calibrate(model, [batch])
+    amax = stats.experts[DOWN].amax.clone()
+    report = smooth(model, stats)
+    assert (why(report, UP) or "").startswith("folding it changes the model: ")
+    assert folded(report) == architecture.expected().keys() - {UP}
+    assert torch.equal(outputs(model, batch), wanted)
+    assert torch.equal(model.get_parameter(DOWN), before) and torch.equal(stats.experts[DOWN].amax, amax)
+
+
+def test_statistics_without_experts_leave_them_alone() -> None:
+    architecture = ARCHITECTURES["mixtral"]
+    model, batch = architecture.build(), architecture.batch(9)
+    stats = calibrate(model, [batch])
+    stats.experts.clear()
+    report = smooth(model, stats)
+    assert why(report, UP) == "the statistics have nothing of the inputs of its experts' down projections"
+    stats.experts["nowhere.down_proj"] = calibrate(model, [batch]).experts[DOWN]
+    with pytest.raises(CalibrateError, match=r"of another model: it has no layer 'nowhere\.down_proj'"):
+        smooth(model, stats)
+
+
+def test_statistics_of_experts_follow() -> None:
+    architecture = ARCHITECTURES["qwen2-moe"]
+    model, batch = architecture.build(), architecture.batch(9)
+    stats = calibrate(model, [batch])
+    smooth(model, stats)
+    for name, seen in calibrate(model, [batch]).experts.items():
+        assert torch.equal(stats.experts[name].amax, seen.amax)
+        assert torch.equal(stats.experts[name].rows, seen.rows)
 
 
 # -- what is not ------------------------------------------------------------------------------------------------------

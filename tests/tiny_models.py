@@ -136,11 +136,11 @@ def llava() -> Any:
     return LlavaForConditionalGeneration(config)
 
 
-def mixtral() -> Any:
+def mixtral(**changes: Any) -> Any:
     """On disk each expert has its own tensors, in the model they are merged."""
     from transformers import MixtralConfig, MixtralForCausalLM
 
-    return MixtralForCausalLM(MixtralConfig(**TEXT, num_key_value_heads=2, num_local_experts=4))
+    return MixtralForCausalLM(MixtralConfig(**{**TEXT, "num_key_value_heads": 2, "num_local_experts": 4, **changes}))
 
 
 def jetmoe() -> Any:
@@ -153,13 +153,12 @@ def jetmoe() -> Any:
     return JetMoeForCausalLM(config)
 
 
-def qwen3_moe() -> Any:
+def qwen3_moe(**changes: Any) -> Any:
     from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
-    config = Qwen3MoeConfig(
-        **TEXT, num_key_value_heads=2, head_dim=8, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=24
-    )
-    return Qwen3MoeForCausalLM(config)
+    own = {"num_key_value_heads": 2, "head_dim": 8, "moe_intermediate_size": 24}
+    routing = {"num_experts": 4, "num_experts_per_tok": 2}
+    return Qwen3MoeForCausalLM(Qwen3MoeConfig(**{**TEXT, **own, **routing, **changes}))
 
 
 def gpt_oss() -> Any:

@@ -40,6 +40,10 @@ def add_parser(verbs: Verbs) -> None:
     text.add_argument("--text", metavar="FILE", help="to run on, UTF-8 (default: Python's own documentation)")
     text.add_argument("--jsonl", metavar="FILE", help='to run on: a line is {"text": ...} or {"messages": [...]}')
     add_samples(parser)
+    parser.add_argument(
+        "--route-all-experts", action="store_true",
+        help="keep statistics of every token in every expert, not only in those that the router chose",
+    )  # fmt: skip
     parser.add_argument("-o", "--output", metavar="FILE", required=True, help="safetensors file to write")
     parser.add_argument("--act-scales", metavar="FILE", help="write SmoothQuant's own act_scales .pt file too")
     add_plot(parser)
@@ -57,7 +61,7 @@ def run(args: argparse.Namespace, terminal: Terminal) -> Answer | None:
             from octavo.integrations.calibration import load_float
 
             model, tokenizer = load_float(args.model, device=device)
-        stats, samples = calibrated(args, terminal, source, model, tokenizer)
+        stats, samples = calibrated(args, terminal, source, model, tokenizer, route_all_experts=args.route_all_experts)
         if rank:
             return None
         return _written(args, stats, source.name, samples)
@@ -88,8 +92,16 @@ def _written(args: argparse.Namespace, stats: Stats, text_name: str, samples: li
     if args.plot is not None:
         channel_ranges(ranges_of(stats), None, args.plot)
     rows = [_Row(name, seen.tokens, seen.amax.tolist()) for name, seen in stats.observers.items()]
+    experts = [
+        _ExpertsRow(name, seen.tokens.tolist(), seen.amax.amax(1).tolist(), list(seen.unrouted))
+        for name, seen in stats.experts.items()
+    ]
     tokens = sum(batch.numel() for batch in samples)
     shown: list[Table | str] = [_table(rows, f"{tokens} tokens of {text_name}, in {len(samples)} samples")]
+    if experts:
+        shown.append(_table_of_experts(experts))
+    if stats.unrouted:
+        shown.append(_table_of_unrouted(stats.unrouted))
     if stats.unreached:
         shown.append(_table_of_unreached(stats.unreached))
     shown.append(f"octavo quantize {args.model} DST --scheme w8a8-static --smooth auto --calibration {args.output}")
@@ -101,6 +113,7 @@ def _written(args: argparse.Namespace, stats: Stats, text_name: str, samples: li
             "tokens": tokens,
             "output": args.output,
             "layers": [row.to_dict() for row in rows],
+            "experts": [dataclasses.asdict(row) for row in experts],
             "unreached": list(stats.unreached),
         },
         tuple(shown),
@@ -140,6 +153,43 @@ def _table(rows: list[_Row], where: str) -> Table:
     )
     columns = ("input of", "tokens", "amax", "median channel's amax", "ratio")
     return Table(f"Inputs on {where}", columns, lines, "lrrrr")
+
+
+@dataclasses.dataclass(frozen=True)
+class _ExpertsRow:
+    """The inputs of a stack of down projections. tokens, amax: of each expert. unrouted: those without tokens."""
+
+    name: str
+    tokens: list[int]
+    amax: list[float]
+    unrouted: list[int]
+
+
+def _table_of_experts(rows: list[_ExpertsRow]) -> Table:
+    """One line for each family of stacks."""
+    families: dict[str, list[_ExpertsRow]] = {}
+    for row in rows:
+        families.setdefault(in_general(row.name), []).append(row)
+    lines = tuple(
+        (
+            _family(family, [row.name for row in members]),
+            _span([len(row.tokens) for row in members]),
+            _span([tokens for row in members for tokens in row.tokens]),
+            _span([amax for row in members for amax in row.amax]),
+            str(sum(len(row.unrouted) for row in members)),
+        )
+        for family, members in families.items()
+    )
+    columns = ("inputs of", "experts", "tokens of one", "amax of one", "without tokens")
+    return Table("Experts' down projections", columns, lines, "lrrrr")
+
+
+def _table_of_unrouted(unrouted: dict[str, tuple[int, ...]]) -> Table:
+    lines = tuple((name, ", ".join(map(str, experts))) for name, experts in unrouted.items())
+    count = sum(map(len, unrouted.values()))
+    return Table(
+        f"Experts that no token was routed to, {count}; they will not be smoothed", ("stack", "experts"), lines
+    )
 
 
 def _table_of_unreached(names: tuple[str, ...]) -> Table:

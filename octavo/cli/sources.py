@@ -104,7 +104,13 @@ def stats_of(args: argparse.Namespace, terminal: Terminal, source: Source, model
 
 
 def calibrated(
-    args: argparse.Namespace, terminal: Terminal, source: Source, model: Any, tokenizer: Any
+    args: argparse.Namespace,
+    terminal: Terminal,
+    source: Source,
+    model: Any,
+    tokenizer: Any,
+    *,
+    route_all_experts: bool = False,
 ) -> tuple[Stats, list[Tensor]]:
     """New statistics, and the samples that they are of: int64 [1, T] each."""
     from octavo.calibrate import calibrate
@@ -117,7 +123,7 @@ def calibrated(
         else:
             assert source.text is not None
             batches = text_batches(tokenizer, source.text, samples=samples, seq_len=seq_len)
-        return calibrate(model, batches, progress=progress), batches
+        return calibrate(model, batches, route_all_experts=route_all_experts, progress=progress), batches
 
 
 def _seq_len(args: argparse.Namespace, model: Any) -> int:

@@ -15,6 +15,8 @@ import torch
 from octavo.calibrate import Stats, calibrate
 from octavo.cli.text import sample_text
 from octavo.integrations.calibration import load_float, text_batches
+from tests.tiny_checkpoints import byte_level_tokenizer
+from tests.tiny_models import build, mixtral
 
 Run = Callable[..., Any]
 
@@ -50,6 +52,41 @@ def test_people_see_families(run: Run, tiny: Path, tmp_path: Path) -> None:
     assert shown.code == 0 and shown.err == ""
     assert "160 tokens of Python" in shown.out and "in 5 samples" in shown.out
     assert "model.layers.*.mlp.down_proj  x2" in shown.out and "--scheme w8a8-static --smooth auto" in shown.out
+
+
+@pytest.fixture
+def mixture(tmp_path: Path) -> Path:
+    """A checkpoint with two blocks of 64 experts, of which a token goes through two."""
+    tokenizer = byte_level_tokenizer()
+    model = build(mixtral, torch.bfloat16, vocab_size=len(tokenizer), intermediate_size=48, num_local_experts=64)
+    model.save_pretrained(tmp_path / "mixture")
+    tokenizer.save_pretrained(tmp_path / "mixture")
+    return tmp_path / "mixture"
+
+
+def test_experts(run: Run, mixture: Path, tmp_path: Path) -> None:
+    command = ("calibrate", mixture, "--samples", 1, "--seq-len", 16, "-o", tmp_path / "stats.safetensors")
+    shown = run(*command)
+    stats = Stats.load(tmp_path / "stats.safetensors")
+    count = sum(map(len, stats.unrouted.values()))
+    assert 0 < count < 128 and shown.code == 0
+    assert shown.err.startswith(f"warning: {count} of 128 experts, in 2 of 2 layers, saw no token of the calibration")
+    assert f"Experts that no token was routed to, {count}" in shown.out
+    assert "model.layers.*.mlp.experts.down_proj  x2" in shown.out
+    data = run(*command, "--json").data
+    for row, (name, seen) in zip(data["experts"], stats.experts.items(), strict=True):
+        assert row["name"] == name and row["tokens"] == seen.tokens.tolist() and sum(row["tokens"]) == 32
+        assert row["unrouted"] == [e for e, tokens in enumerate(row["tokens"]) if not tokens]
+        assert row["amax"] == [max(channels) for channels in seen.amax.tolist()]
+    everywhere = run(*command, "--route-all-experts")
+    assert everywhere.err == "" and "no token was routed to" not in everywhere.out
+    for seen in Stats.load(tmp_path / "stats.safetensors").experts.values():
+        assert seen.tokens.tolist() == [16] * 64
+
+
+def test_all_tokens_to_all_experts_of_a_model_without_any(run: Run, tiny: Path, tmp_path: Path) -> None:
+    shown = run("calibrate", tiny, *SMALL, "--route-all-experts", "-o", tmp_path / "stats.safetensors")
+    assert shown.code == 1 and "the model has no stack of experts" in shown.err
 
 
 def test_act_scales_and_a_plot(run: Run, tiny: Path, tmp_path: Path) -> None:
