@@ -1,4 +1,4 @@
-"""Attention with both of its products in int8, in plain torch: right on every device.
+"""Attention with both of its products in int8, out of other ops of this package: right on every device.
 
 SmoothQuant's BMM (Xiao et al., arXiv:2211.10438, section 4), with scales found on the fly:
 
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from octavo.errors import QuantizeError
-from octavo.ops.reference import check_rows, in_full_precision, int8_matmul, quantize_per_token
+from octavo.ops.reference import check_rows, in_full_precision
 
 __all__ = ["check_heads", "fake_int8_attention", "int8_attention"]
 
@@ -35,19 +35,20 @@ def int8_attention(
     check_heads(query, key, value, mask)
     (batch, heads, rows, _), (kv_heads, tokens) = query.shape, key.shape[1:3]
     # Heads that share a key stand below each other: [batch * kv_heads, heads / kv_heads * rows, ...].
-    q, q_scale = (_by_key(part, kv_heads) for part in quantize_per_token(query))
-    k, k_scale = (part.flatten(0, 1) for part in quantize_per_token(key))
-    v, v_scale = (part.flatten(0, 1) for part in quantize_per_token(value))
+    q, q_scale = (_by_key(part, kv_heads) for part in _codes(query))
+    k, k_scale = (part.flatten(0, 1) for part in _codes(key))
+    v, v_scale = (part.flatten(0, 1) for part in _codes(value))
+    v_rows = v.mT.contiguous()
+    no_scale = v_scale.new_ones((*v_rows.shape[:2], 1))
     y = query.new_empty((batch, heads, rows, value.shape[3]))
     step = max(1, _BLOCK_SCORES // max(1, batch * heads * tokens))
     for start in range(0, rows, step):
         block = slice(start, min(start + step, rows))
         shape = (batch, heads, block.stop - start)
-        scores = _products(q[:, :, block].flatten(1, 2), k) * q_scale[:, :, block].flatten(1, 2)
-        scores *= k_scale.mT * scaling
+        scores = _products(q[:, :, block].flatten(1, 2), q_scale[:, :, block].flatten(1, 2) * scaling, k, k_scale)
         weights = _probabilities(scores.view(*shape, tokens), _rows_of(mask, block), softcap)
-        p, p_scale = quantize_per_token(weights.view(scores.shape) * v_scale.mT)
-        y[:, :, block] = (_products(p, v.mT) * p_scale).view(*shape, value.shape[3])
+        p, p_scale = _codes(weights.view(scores.shape) * v_scale.mT)
+        y[:, :, block] = _products(p, p_scale, v_rows, no_scale).view(*shape, value.shape[3])
     return y
 
 
@@ -61,7 +62,7 @@ def fake_int8_attention(
     """
     check_heads(query, key, value, mask)
     shared = query.shape[1] // key.shape[1]
-    v, v_scale = (part.repeat_interleave(shared, 1) for part in quantize_per_token(value))
+    v, v_scale = (part.repeat_interleave(shared, 1) for part in _codes(value))
     scores = _rounded(query) @ _rounded(key).repeat_interleave(shared, 1).mT * scaling
     weights = _rounded(_probabilities(scores, mask, softcap) * v_scale.mT)
     return (weights @ v.float()).to(query.dtype)
@@ -101,12 +102,23 @@ def _by_key(x: Tensor, kv_heads: int) -> Tensor:
     return x.view(batch * kv_heads, heads // max(1, kv_heads), *rest)
 
 
-def _products(x: Tensor, weight: Tensor) -> Tensor:
-    """x @ weight.mT for each matrix of a batch, exact, in fp32: int8 [B, M, K], int8 [B, N, K] -> [B, M, N]."""
-    y = torch.empty((*x.shape[:2], weight.shape[1]), dtype=torch.float32, device=x.device)
-    for into, rows, columns in zip(y, x, weight, strict=True):
-        into.copy_(int8_matmul(rows, columns))
-    return y
+def _codes(x: Tensor) -> tuple[Tensor, Tensor]:
+    codes, scale = torch.ops.octavo.quantize_per_token(x)
+    return codes, scale
+
+
+def _products(x: Tensor, x_scale: Tensor, weight: Tensor, weight_scale: Tensor) -> Tensor:
+    """(x @ weight.mT) * x_scale * weight_scale.mT for each matrix of a batch, the sums exact: each matrix is an expert.
+
+    x: int8 [B, M, K]. x_scale: fp32 [B, M, 1]. weight: int8 [B, N, K]. weight_scale: fp32 [B, N, 1].
+    Returns: fp32 [B, M, N].
+    """
+    count, rows = x.shape[:2]
+    ends = torch.arange(1, count + 1, dtype=torch.int32) * rows
+    y: Tensor = torch.ops.octavo.w8a8_experts_linear(
+        x.flatten(0, 1), x_scale.flatten(0, 1), ends, weight, weight_scale, None, torch.float32
+    )
+    return y.view(count, rows, weight.shape[1])
 
 
 def _rows_of(mask: Tensor | None, block: slice) -> Tensor | None:
@@ -124,5 +136,5 @@ def _probabilities(scores: Tensor, mask: Tensor | None, softcap: float | None) -
 
 
 def _rounded(x: Tensor) -> Tensor:
-    codes, scale = quantize_per_token(x)
+    codes, scale = _codes(x)
     return codes * scale
