@@ -1,0 +1,55 @@
+"""The schemas of the ops, registered with torch along with their reference: `torch.ops.octavo.NAME`.
+
+`reference.py` and `attention.py` answer on every device, and under the namespace `octavo_reference` always.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from octavo.ops import attention, reference
+
+__all__ = ["OPS", "library"]
+
+_CONVOLUTION = (
+    "(Tensor x, Tensor weight, Tensor weight_scale, Tensor? bias, SymInt[] stride, SymInt[] padding, "
+    "SymInt[] dilation, {output_padding}SymInt groups) -> Tensor"
+)
+
+OPS: dict[str, str] = {
+    "w8a16_linear": "(Tensor x, Tensor weight, Tensor weight_scale, Tensor? bias) -> Tensor",
+    "w8a16_conv": _CONVOLUTION.format(output_padding=""),
+    "w8a16_conv_transpose": _CONVOLUTION.format(output_padding="SymInt[] output_padding, "),
+    "w8a16_embedding": "(Tensor indices, Tensor weight, Tensor weight_scale, ScalarType dtype) -> Tensor",
+    "quantize_per_token": "(Tensor x) -> (Tensor, Tensor)",
+    "quantize_per_tensor": "(Tensor x) -> (Tensor, Tensor)",
+    "quantize_static": "(Tensor x, Tensor input_scale) -> Tensor",
+    "quantize_weight": "(Tensor weight) -> (Tensor, Tensor)",
+    "w8a16_experts_linear": "(Tensor x, Tensor ends, Tensor weight, Tensor weight_scale, Tensor? bias) -> Tensor",
+    "w8a8_experts_linear": (
+        "(Tensor x, Tensor x_scale, Tensor ends, Tensor weight, Tensor weight_scale, Tensor? bias, ScalarType dtype) "
+        "-> Tensor"
+    ),
+    "w8a8_linear": (
+        "(Tensor x, Tensor x_scale, Tensor weight, Tensor weight_scale, Tensor? bias, ScalarType dtype) -> Tensor"
+    ),
+    "int8_attention": (
+        "(Tensor query, Tensor key, Tensor value, Tensor? mask, float scaling, float? softcap=None) -> Tensor"
+    ),
+}
+"""Name -> schema of every op, in the namespace `torch.ops.octavo`."""
+
+library = torch.library.Library("octavo", "DEF")
+_reference_library = torch.library.Library("octavo_reference", "DEF")
+for _name, _schema in OPS.items():
+    _body = attention.int8_attention if _name == "int8_attention" else getattr(reference, _name)
+    for _one in (library, _reference_library):
+        _one.define(_name + _schema)
+        _one.impl(_name, _body, "CompositeExplicitAutograd")
+
+# What is there for gradients alone is not in the table. A gradient that asks which rows an expert has is an op of its
+# own, for no compiler can follow it.
+library.define("straight_through(Tensor y, Tensor x, Tensor weight, Tensor weight_scale, Tensor? ends) -> Tensor")
+library.impl("straight_through", lambda y, x, weight, weight_scale, ends: y.clone(), "CompositeExplicitAutograd")
+library.define("experts_input_gradient(Tensor grad, Tensor ends, Tensor weight, Tensor weight_scale) -> Tensor")
+library.impl("experts_input_gradient", reference.experts_input_gradient, "CompositeExplicitAutograd")
