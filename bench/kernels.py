@@ -173,7 +173,7 @@ def tables(found: dict[str, Any]) -> list[Table]:
             rows += [(f"{name}{size}", *goals.row(goal, seconds, _time)) for goal in several]
     served = found["kernels"]["w8a16_linear"]
     return [
-        Table(f"What must be reached; kernels: {served}", ("N x K", *goals.COLUMNS), tuple(rows), "lllrrrrrl"),
+        Table(f"What must be reached; kernels: {served}", ("N x K", *goals.COLUMNS), tuple(rows), "llllrrrrl"),
         *(_times(name, one["linear"]) for name, one in found["layers"].items()),
         _isas(found["isas"]),
     ]
@@ -188,16 +188,15 @@ def _times(name: str, linear: dict[str, dict[str, float]]) -> Table:
 def _isas(isas: dict[str, Any]) -> Table:
     rows = []
     for isa, one in isas.items():
+        if "missing" in one:
+            rows.append((isa, one["missing"], *("-" for _ in ISA_SIZES)))
+            continue
         for way in (W8A16, W8A8):
-            cells = [
-                f"{_time(times[way])} ({times[BF16] / times[way]:.2f}x)" if (times := linear.get(str(M))) else "-"
-                for linear in [one.get("linear", {})]
-                for M in ISA_SIZES
-            ]
-            rows.append((isa, way, *cells, one.get("missing", "")))
-    columns = ("kernels", "layer", *(f"M = {M}" for M in ISA_SIZES), "")
+            raced = (one["linear"][str(M)] for M in ISA_SIZES)
+            rows.append((isa, way, *(f"{_time(times[way])} ({times[BF16] / times[way]:.2f}x)" for times in raced)))
+    columns = ("kernels", "layer", *(f"M = {M}" for M in ISA_SIZES))
     title = f"Kernels by instruction set, {'x'.join(map(str, ISA_SHAPE))}; in brackets: times as fast as bf16 F.linear"
-    return Table(title, columns, tuple(rows), "llrrl")
+    return Table(title, columns, tuple(rows), "llrr")
 
 
 def _time(seconds: float) -> str:
