@@ -159,7 +159,7 @@ def test_people_see_each_model_and_the_ratio(monkeypatch: pytest.MonkeyPatch) ->
     assert "not known for a mixture of experts" in notes
 
 
-def test_defaults_are_those_of_the_help() -> None:
+def test_what_is_not_given_has_its_default() -> None:
     args = arguments("--repeats", "2")
     assert (args.prompt_tokens, args.new_tokens, args.repeats, args.device) == (512, 64, 2, None)
 
