@@ -17,7 +17,7 @@ import sys
 import time
 from pathlib import Path
 
-from bench import audio, embeddings, experts, language, mixtral, quantize, smoothquant, speed, vision
+from bench import audio, embeddings, experts, kernels, language, mixtral, quantize, smoothquant, speed, vision
 from bench.record import FOLDER, Skipped, page, record
 
 BENCHMARKS = {
@@ -28,6 +28,7 @@ BENCHMARKS = {
     "vision": vision,
     "audio": audio,
     "quantize": quantize,
+    "kernels": kernels,
     "experts": experts,
     "speed": speed,
 }

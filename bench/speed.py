@@ -1,29 +1,75 @@
-"""How fast a model runs in float and in int8: `octavo bench`, on two models."""
+"""How fast a language model runs in float and in int8, octavo's and others'."""
 
 from __future__ import annotations
 
-import json
-import subprocess
+import contextlib
+import multiprocessing
+import os
+import random
+import signal
+import statistics
 import sys
 import tempfile
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor, TimeoutError
 from pathlib import Path
 from typing import Any
 
 import torch
 
-import octavo
+from bench import goals, runtimes
+from bench.goals import Goal
 from bench.quantize import llama
 from bench.record import Skipped
+from bench.runtimes import BF16, QUANTO, RUNTIMES, TORCHAO, TORCHAO_COMPILED, TORCHAO_DYNAMIC, W8A8, W8A16
 from examples.models import cache_folder, smollm2_checkpoint
+from octavo.cli import bench_worker
+from octavo.ops import backends
 from octavo.tables import Table, human_bytes
 
 TITLE = "Running: prefill and decode"
 HOW = """
-`octavo bench` with the bf16 model as baseline: each model in a process of its own, in turns, batch 1; medians of the
-rounds. Peak memory is of the whole process, loading included. The last column says which kernels served: "reference" is
-plain torch, written to be right on every device and not to be fast; with it int8 runs slower than bf16.
+Each runtime loads the same bf16 checkpoint in a process of its own, and they take turns, batch 1; medians of the
+rounds, after a pass that warms up. Prefill is the time from the prompt to the first token, decode greedy, one token
+after the other, with transformers' own cache. Everything is eager, unless "compiled" (by `torch.compile` as it is
+called by default). All int8 includes the output head; in octavo w8a8 that is weight-only, for it is tied to the
+embedding. Error: of the logits after the prompt and after each of some tokens fed one by one, against the bf16
+model's, as a share of their norm; a runtime with 0.3 or more computes something else, and its speed is no goal's rival.
 """
-PROMPT, NEW, REPEATS = 512, 32, 3
+PROMPT, NEW, REPEATS = 512, 16, 3
+VOCABULARY = 49152
+"""Of both models."""
+FOLLOWING = 4
+"""Tokens fed one by one before the first round: after the third, `torch.compile` meets no shape that is new to it."""
+PATIENCE = 440.0
+"""Seconds that all the compiled runtimes together have until they are ready."""
+WRONG = 0.3
+
+SMOLLM2, LLAMA = "SmolLM2-135M-Instruct", "Llama shape, 1.07 B, random"
+COMPARED = {
+    LLAMA: tuple(RUNTIMES),
+    SMOLLM2: (BF16, W8A16, W8A8, TORCHAO, QUANTO),  # to compile once more would take minutes
+}
+PREFILL_GOALS = {
+    LLAMA: (
+        Goal("prefill, w8a8", W8A8, (BF16,), 1.8, 3),
+        Goal("prefill, w8a8", W8A8, (TORCHAO_DYNAMIC,), 1.4),
+        Goal("prefill, w8a16", W8A16, (BF16,), 1.15, 1.5),
+    ),
+    SMOLLM2: (Goal("prefill, w8a8", W8A8, (BF16,)),),
+}
+DECODE_GOALS = {
+    LLAMA: (
+        Goal("decode, w8a16", W8A16, (BF16,), 1.8),
+        Goal("decode, w8a16", W8A16, (TORCHAO_COMPILED,), 1.25),
+        Goal("decode, w8a16", W8A16, (QUANTO,), 1.5),
+    ),
+    SMOLLM2: (Goal("decode, w8a16", W8A16, (BF16,), 1.2, 1.6),),
+}
+
+Worker = Callable[..., Any]
+"""Called with a function, its arguments and `limit`, seconds or None; the function runs in the runtime's process."""
 
 
 def measure() -> dict[str, Any]:
@@ -32,52 +78,117 @@ def measure() -> dict[str, Any]:
     except FileNotFoundError as reason:
         raise Skipped(str(reason)) from reason
     with tempfile.TemporaryDirectory() as folder:
-        large = Path(folder, "llama")
-        llama().save_pretrained(large)
+        llama().save_pretrained(folder)
         return {
-            "SmolLM2-135M-Instruct": _bench(smollm2, Path(folder, "smollm2-int8")),
-            "Llama shape, 1.07 B, random": _bench(large, Path(folder, "llama-int8")),
+            "kernels": next(f"{row.backend} ({row.why})" for row in backends() if row.op == "w8a16_linear"),
+            "models": {LLAMA: _compare(LLAMA, folder), SMOLLM2: _compare(SMOLLM2, str(smollm2))},
         }
 
 
-def _bench(source: Path, quantized: Path) -> dict[str, Any]:
-    octavo.quantize_checkpoint(source, quantized, "w8a16")
-    command = [
-        sys.executable, "-m", "octavo", "bench", str(quantized), "--baseline", str(source), "--json",
-        "--prompt-tokens", str(PROMPT), "--new-tokens", str(NEW), "--repeats", str(REPEATS),
-        "--threads", str(torch.get_num_threads()),
-    ]  # fmt: skip
-    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
-    int8, baseline = json.loads(done.stdout)["models"]
-    for model, name in ((int8, "w8a16"), (baseline, "bf16")):
-        model["path"] = name
-    return {"w8a16": int8, "bf16": baseline}
+def _compare(model: str, path: str) -> dict[str, Any]:
+    """The runtimes in turns. Returns: what was found of each, and why others were not measured."""
+    chance = random.Random(0)
+    ids = [chance.randrange(VOCABULARY) for _ in range(PROMPT + FOLLOWING)]
+    prompt, following = ids[:PROMPT], ids[PROMPT:]
+    found: dict[str, dict[str, Any]] = {}
+    missing: dict[str, str] = {}
+    workers: dict[str, Worker] = {}
+    expected = None
+    patience = PATIENCE
+    with contextlib.ExitStack() as stack:
+        for name in COMPARED[model]:
+            worker = stack.enter_context(_own_process())
+            limit = patience if RUNTIMES[name].compiled else None
+            begin = time.perf_counter()
+            try:
+                token_bytes, logits = worker(
+                    runtimes.start, name, path, torch.get_num_threads(), prompt, following, limit=limit
+                )
+            except Exception as error:
+                if name in (BF16, W8A16, W8A8):
+                    raise
+                missing[name] = _in_words(error)
+            else:
+                expected = logits if expected is None else expected
+                error = float((logits - expected).double().norm() / expected.double().norm())
+                found[name] = {"token_bytes": token_bytes, "error": error, "first_token_s": [], "decode_s": []}
+                workers[name] = worker
+            took = time.perf_counter() - begin
+            patience -= took if limit else 0
+            print(f"  {model}, {name}: {missing.get(name, 'ready')} after {took:.0f} s", file=sys.stderr, flush=True)
+        for _ in range(REPEATS):
+            for name, worker in workers.items():
+                one = worker(bench_worker.time_round, prompt, NEW)
+                found[name]["first_token_s"].append(one.first_token_s)
+                found[name]["decode_s"].append(one.decode_s / (NEW - 1))
+    return {"runtimes": found, "missing": missing}
+
+
+@contextlib.contextmanager
+def _own_process() -> Iterator[Worker]:
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=context, initializer=bench_worker.prepare, initargs=(False,)) as pool:
+        process = pool.submit(os.getpid).result()
+
+        def call(function: Callable[..., Any], *args: Any, limit: float | None = None) -> Any:
+            try:
+                return pool.submit(function, *args).result(timeout=limit)
+            except TimeoutError:
+                os.kill(process, signal.SIGKILL)
+                raise
+
+        yield call
+
+
+def _in_words(error: Exception) -> str:
+    if isinstance(error, ModuleNotFoundError):
+        return f"not measured: the package {error.name} is not installed"
+    if isinstance(error, TimeoutError):
+        return f"not measured: not compiled in time (all together have {PATIENCE} s)"
+    return f"not measured: {type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"
+
+
+# -- the page -------------------------------------------------------------------------------------------------------
 
 
 def tables(found: dict[str, Any]) -> list[Table]:
     rows = []
-    for model, pair in found.items():
-        for name in ("bf16", "w8a16"):
-            one = pair[name]
-            rows.append(
-                (
-                    model if name == "bf16" else "",
-                    name,
-                    human_bytes(one["weight_bytes"]),
-                    human_bytes(one["peak_bytes"]),
-                    *(_next_to(one, pair["bf16"], key) for key in ("prefill_tokens_per_s", "decode_tokens_per_s")),
-                    f"{human_bytes(int(one['weight_bytes_per_s']))}/s",
-                    ", ".join(one["served_by"]) or "torch",
-                )
-            )
-    columns = (
-        "model", "weights", "in memory", "peak memory", "prefill, tokens/s", "decode, tokens/s", 
-        "weights read in decode", "served by",
-    )  # fmt: skip
-    title = f"{PROMPT} tokens in, {NEW} out; medians of {REPEATS} rounds"
-    return [Table(title, columns, tuple(rows), "llrrrrrl")]
+    for model, one in found["models"].items():
+        for of_model, key, show in (
+            (PREFILL_GOALS, "first_token_s", lambda seconds: f"{PROMPT / seconds:.0f} tokens/s"),
+            (DECODE_GOALS, "decode_s", lambda seconds: f"{1 / seconds:.1f} tokens/s"),
+        ):
+            right = {name: statistics.median(run[key]) for name, run in one["runtimes"].items() if run["error"] < WRONG}
+            rows += [(model, *goals.row(goal, right, show)) for goal in of_model[model]]
+    return [
+        Table(
+            f"What must be reached; octavo's kernels: {found['kernels']}",
+            ("model", *goals.COLUMNS),
+            tuple(rows),
+            "llllrrrrl",
+        ),
+        *(_runtimes(model, one) for model, one in found["models"].items()),
+    ]
 
 
-def _next_to(one: dict[str, Any], baseline: dict[str, Any], key: str) -> str:
-    ratio = one[key] / baseline[key]
-    return f"{one[key]:.1f}" if one is baseline else f"{one[key]:.1f} ({ratio:.2f}x)"
+def _runtimes(model: str, one: dict[str, Any]) -> Table:
+    found = one["runtimes"]
+    rows = [(name, *_cells(run, found.get(BF16, run))) for name, run in found.items()]
+    rows += [(name, why, "-", "-", "-") for name, why in one["missing"].items()]
+    title = f"{model}: {PROMPT} tokens in, {NEW} out; medians of {REPEATS} rounds; in brackets: times as fast as bf16"
+    columns = ("runtime", "prefill, tokens/s", "decode, tokens/s", "weights read in decode", "error of the logits")
+    return Table(title, columns, tuple(rows), "lrrrr")
+
+
+def _cells(run: dict[str, Any], baseline: dict[str, Any]) -> tuple[str, str, str, str]:
+    wrong = run["error"] >= WRONG
+    prefill, decode = (statistics.median(run[key]) for key in ("first_token_s", "decode_s"))
+    next_to = [
+        statistics.median(baseline[key]) / time for key, time in (("first_token_s", prefill), ("decode_s", decode))
+    ]
+    return (
+        f"{PROMPT / prefill:.0f} ({next_to[0]:.2f}x)",
+        f"{1 / decode:.1f} ({next_to[1]:.2f}x)",
+        f"{human_bytes(int(run['token_bytes'] / decode))}/s" if run["token_bytes"] else "-",
+        f"{run['error']:.3f}{', wrong' if wrong else ''}",
+    )

@@ -6,7 +6,7 @@
     inspect PATH        what is in a checkpoint
     eval PATH           perplexity, and what quantizing cost
     generate PATH       let a language model write
-    bench PATH          speed and memory, next to the original's
+    bench PATH          speed and memory, next to the original's; --ops: of the ops
     backends            which kernels serve
 
 One file a verb. A verb returns an `Answer`; how it is shown is `terminal.py`'s matter, and errors are told here: one

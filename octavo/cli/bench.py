@@ -1,4 +1,4 @@
-"""`octavo bench PATH`: a language model's speed and memory, next to the original's.
+"""`octavo bench PATH`: a language model's speed and memory, next to the original's. (`--ops` is `bench_ops.py`.)
 
 Each model lives in a process of its own (`bench_worker.py`), and they take turns: prefill and decode of one, then of
 the other, round after round, so that what else the machine does falls on both. Medians of the rounds are reported.
@@ -22,6 +22,8 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from octavo.cli import bench_ops
+from octavo.cli.bench_ops import SHAPES, SIZES
 from octavo.cli.machine import machine_line
 from octavo.cli.terminal import Terminal
 from octavo.cli.verb import Answer, CommandError, Verbs, add_device, device_of, new_verb, positive
@@ -30,7 +32,7 @@ from octavo.tables import Table, human_bytes, human_percent
 if TYPE_CHECKING:
     from octavo.cli.bench_worker import Loaded, Round
 
-__all__ = ["Measured", "add_parser", "run"]
+__all__ = ["Measured", "add_parser", "run", "settled"]
 
 T = TypeVar("T")
 
@@ -38,16 +40,61 @@ T = TypeVar("T")
 def add_parser(verbs: Verbs) -> None:
     """`octavo bench`."""
     parser = new_verb(
-        verbs, "bench", "time a language model, and tell its memory, next to the original's",
+        verbs, "bench", "time a language model next to the original, or the ops on this machine",
         "octavo bench smollm2-int8 --baseline HuggingFaceTB/SmolLM2-135M-Instruct --threads 8", run,
     )  # fmt: skip
-    parser.add_argument("path", metavar="PATH", help="checkpoint folder, Hub id or .gguf file; int8 or float")
-    parser.add_argument("--baseline", metavar="PATH", help="the original, timed in the same run")
-    parser.add_argument("--prompt-tokens", metavar="N", type=positive, default=512, help="in the prompt (default 512)")
-    parser.add_argument("--new-tokens", metavar="N", type=positive, default=64, help="to decode (default 64)")
-    parser.add_argument("--repeats", metavar="N", type=positive, default=5, help="rounds for each model (default 5)")
     parser.add_argument("--threads", metavar="N", type=positive, help="of torch (default: as torch decides)")
-    add_device(parser)
+    models = parser.add_argument_group("a model: speed and memory")
+    models.add_argument(
+        "path", metavar="PATH", nargs="?", help="checkpoint folder, Hub id or .gguf file; int8 or float"
+    )
+    models.add_argument("--baseline", metavar="PATH", help="the original, timed in the same run")
+    models.add_argument("--prompt-tokens", metavar="N", type=positive, help="in the prompt (default 512)")
+    models.add_argument("--new-tokens", metavar="N", type=positive, help="to decode (default 64)")
+    models.add_argument("--repeats", metavar="N", type=positive, help="rounds for each model (default 5)")
+    add_device(models)
+    ops = parser.add_argument_group("the ops, on this machine's CPU; takes 4 GB of memory")
+    ops.add_argument("--ops", action="store_true", help="time int8 linear layers next to bf16 ones; no PATH")
+    ops.add_argument(
+        "--shapes", metavar="NxK", type=shape, nargs="+", help=f"of weights (default {' '.join(map(_by, SHAPES))})"
+    )
+    ops.add_argument(
+        "--rows", metavar="M", type=positive, nargs="+", help=f"of input (default {' '.join(map(str, SIZES))})"
+    )
+
+
+MODEL_OPTIONS = {"path": None, "baseline": None, "prompt_tokens": 512, "new_tokens": 64, "repeats": 5, "device": None}
+OPS_OPTIONS = {"shapes": list(SHAPES), "rows": list(SIZES)}
+"""Options of the one and of the other, and their defaults."""
+
+
+def shape(text: str) -> tuple[int, int]:
+    """An argument such as 4096x11008: two whole numbers of at least 1."""
+    N, K = map(positive, text.split("x"))
+    return N, K
+
+
+shape.__name__ = "shape of a weight (NxK, such as 4096x4096)"  # argparse says: invalid shape of a weight ... value: '0'
+
+
+def _by(shape: tuple[int, int]) -> str:
+    return "x".join(map(str, shape))
+
+
+def settled(args: argparse.Namespace) -> argparse.Namespace:
+    """The arguments with their defaults. Raises: CommandError if they are of a model and of the ops at once."""
+    if not args.ops and args.path is None:
+        raise CommandError("what to time? expected the PATH of a model, or --ops for the ops on this machine")
+    given = {name for name in (*MODEL_OPTIONS, *OPS_OPTIONS) if getattr(args, name) is not None}
+    stray = sorted(given & set(MODEL_OPTIONS if args.ops else OPS_OPTIONS))
+    if stray:
+        name = "PATH" if stray[0] == "path" else f"--{stray[0].replace('_', '-')}"
+        raise CommandError(
+            f"{name} is of {'a model' if args.ops else 'the ops'}, and {'--ops' if args.ops else f'PATH {args.path}'} "
+            "was given; time the two in two commands"
+        )
+    defaults = {**MODEL_OPTIONS, **OPS_OPTIONS}
+    return argparse.Namespace(**{**vars(args), **{name: defaults[name] for name in defaults if name not in given}})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,7 +150,10 @@ class Measured:
 
 
 def run(args: argparse.Namespace, terminal: Terminal) -> Answer:
-    """Time the models in turns."""
+    """Time the models in turns, or the ops."""
+    args = settled(args)
+    if args.ops:
+        return bench_ops.run(args, terminal)
     device = device_of(args)
     paths = [args.path] if args.baseline is None else [args.path, args.baseline]
     with contextlib.ExitStack() as stack:

@@ -25,7 +25,9 @@ from octavo.cli.terminal import Terminal
 from octavo.modules import QuantEmbedding, QuantModule, TiedQuantEmbedding, TiedQuantLinear
 from octavo.ops import backends
 
-__all__ = ["Loaded", "Round", "bytes_per_token", "load", "peak_memory", "predictions", "prepare", "time_round"]
+__all__ = [
+    "Loaded", "Round", "bytes_per_token", "held", "hold", "load", "peak_memory", "predictions", "prepare", "time_round",
+]  # fmt: skip
 
 _state: dict[str, Any] = {}
 """The model of this process, under "model"."""
@@ -77,7 +79,7 @@ def load(path: str, device: str, threads: int | None) -> Loaded:
     model = load_causal(path, device=device)
     _synchronize(device)
     seconds = time.perf_counter() - start
-    _state["model"] = model
+    hold(model)
     text_config = model.config.get_text_config()
     is_int8 = any(isinstance(module, QuantModule) for module in model.modules())
     return Loaded(
@@ -90,6 +92,16 @@ def load(path: str, device: str, threads: int | None) -> Loaded:
         served_by=tuple(sorted({row.backend for row in backends() if row.device == device})) if is_int8 else (),
         machine=describe_machine(),
     )
+
+
+def hold(model: Any) -> None:
+    """Make `model` that of this process."""
+    _state["model"] = model
+
+
+def held() -> Any:
+    """The model of this process."""
+    return _state["model"]
 
 
 def bytes_per_token(model: nn.Module) -> int:
@@ -126,7 +138,7 @@ def _distinct(tensors: Iterator[Tensor]) -> list[Tensor]:
 
 def predictions(ids: list[int]) -> list[int]:
     """The token that the model finds likeliest after each position of the prompt."""
-    model = _state["model"]
+    model = held()
     with torch.no_grad():
         logits = model(input_ids=torch.tensor([ids], device=model.device)).logits
     return [int(token) for token in logits[0].argmax(-1)]
@@ -134,7 +146,7 @@ def predictions(ids: list[int]) -> list[int]:
 
 def time_round(ids: list[int], new_tokens: int) -> Round:
     """Feed the prompt, then decode greedily, one token at a time, with the cache that the model makes."""
-    model = _state["model"]
+    model = held()
     # What `generate` does: of a prompt only the last position's logits are wanted.
     has_option = "logits_to_keep" in inspect.signature(model.forward).parameters
     only_last = {"logits_to_keep": 1} if has_option else {}
@@ -157,7 +169,7 @@ def time_round(ids: list[int], new_tokens: int) -> Round:
 
 def peak_memory() -> int:
     """Bytes of memory that this process has held at most: of the GPU if the model is there, otherwise resident."""
-    if _state["model"].device.type == "cuda":
+    if held().device.type == "cuda":
         return torch.cuda.max_memory_allocated()
     # Linux adds to ru_maxrss what the process was before it became this program: a copy of its parent.
     status = Path("/proc/self/status")

@@ -70,7 +70,7 @@ def positive(text: str) -> int:
 positive.__name__ = "positive whole number"  # argparse says: invalid positive whole number value: '0'
 
 
-def add_device(parser: argparse.ArgumentParser) -> None:
+def add_device(parser: argparse._ActionsContainer) -> None:
     """The option --device of the verbs that run a model."""
     parser.add_argument("--device", choices=("cpu", "cuda"), help="where to run (default: cuda if there is one)")
 

@@ -9,8 +9,9 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -124,7 +125,8 @@ def test_both_models_in_one_run(tiny: Path, tiny_int8: Path) -> None:
     data = json.loads(shown.stdout)
     int8, base = data["models"]
     assert (int8["path"], base["path"]) == (str(tiny_int8), str(tiny))
-    assert int8["served_by"] == ["reference"] and base["served_by"] == []
+    serving = {row.backend for row in octavo.backends() if row.device == "cpu"}
+    assert int8["served_by"] == sorted(serving) and base["served_by"] == []
     assert int8["weight_bytes"] < base["weight_bytes"]
     for model in (int8, base):
         assert len(model["rounds"]) == 2 and model["prefill_tokens_per_s"] > 0 and model["load_s"] > 0
@@ -135,7 +137,7 @@ def test_both_models_in_one_run(tiny: Path, tiny_int8: Path) -> None:
 
 
 def arguments(*argv: str) -> argparse.Namespace:
-    return new_parser().parse_args(["bench", "model", *argv])
+    return bench.settled(new_parser().parse_args(["bench", "model", *argv]))
 
 
 def test_people_see_each_model_and_the_ratio(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -155,6 +157,29 @@ def test_people_see_each_model_and_the_ratio(monkeypatch: pytest.MonkeyPatch) ->
     notes = bench._notes([one, two], 0.5, describe_machine())
     assert "50.0% of the positions" in notes and "model served by: reference, on cpu" in notes
     assert "not known for a mixture of experts" in notes
+
+
+def test_what_is_not_given_has_its_default() -> None:
+    args = arguments("--repeats", "2")
+    assert (args.prompt_tokens, args.new_tokens, args.repeats, args.device) == (512, 64, 2, None)
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        ([], "expected the PATH of a model, or --ops"),
+        (["--shapes", "8x8"], "expected the PATH of a model, or --ops"),
+        (["--ops", "model"], "PATH is of a model, and --ops was given"),
+        (["--ops", "--new-tokens", "64"], "--new-tokens is of a model, and --ops was given"),
+        (["--ops", "--device", "cpu"], "--device is of a model"),
+        (["model", "--rows", "4"], "--rows is of the ops, and PATH model was given"),
+        (["model", "--shapes", "8x8"], "--shapes is of the ops"),
+    ],
+    ids=str,
+)
+def test_a_model_and_the_ops_are_two_things(argv: list[str], message: str, run: Callable[..., Any]) -> None:
+    shown = run("bench", *argv)
+    assert shown.code == 1 and shown.out == "" and message in shown.err
 
 
 def test_a_prompt_that_does_not_fit_is_refused() -> None:

@@ -1,0 +1,41 @@
+"""What must be reached, next to what is: a goal is a ratio to the best of its rivals, measured in the same run."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+
+__all__ = ["COLUMNS", "Goal", "row"]
+
+COLUMNS = ("measure", "ours", "rival", "rival's", "times as fast", "must be", "aim", "")
+
+
+@dataclasses.dataclass(frozen=True)
+class Goal:
+    """`ours` is to be `must` times as fast as the fastest of `rivals`, better `aim` times. None: only reported."""
+
+    measure: str
+    ours: str
+    rivals: tuple[str, ...]
+    must: float | None = None
+    aim: float | None = None
+
+
+def row(goal: Goal, seconds: Mapping[str, float], show: Callable[[float], str]) -> tuple[str, ...]:
+    """The goal's row under `COLUMNS`. seconds: of each that was measured; show: how they are written."""
+    must, aim = ("" if value is None else f"{value:g}" for value in (goal.must, goal.aim))
+    rivals = [name for name in goal.rivals if name in seconds]
+    if goal.ours not in seconds or not rivals:
+        return (goal.measure, goal.ours, " or ".join(goal.rivals), "-", "-", must, aim, "not measured")
+    rival = min(rivals, key=seconds.__getitem__)
+    ratio = seconds[rival] / seconds[goal.ours]
+    ours = f"{goal.ours}: {show(seconds[goal.ours])}"
+    return (goal.measure, ours, rival, show(seconds[rival]), f"{ratio:.2f}", must, aim, _verdict(goal, ratio))
+
+
+def _verdict(goal: Goal, ratio: float) -> str:
+    if goal.must is None:
+        return "reported"
+    if ratio < goal.must:
+        return "short of it"
+    return "aim reached" if goal.aim is not None and ratio >= goal.aim else "reached"

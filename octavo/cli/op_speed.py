@@ -1,0 +1,181 @@
+"""How fast an op is next to other ways to the same result: what `octavo bench --ops` measures with.
+
+Ways take turns, round after round, so that what else the machine does falls on all of them; the medians of the rounds
+count. Each call gets the next copy of the weights, of so many that they fill `ROTATION_BYTES`: no cache holds them, and
+weights come from memory as they do in a model. A way is timed only after its result was held to float64.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from octavo import ops
+from octavo.errors import OctavoError
+
+__all__ = [
+    "AMAX", "BF16", "GROUP", "LOOKUP", "LOOKUP_BF16", "QUANTIZE", "ROTATION_BYTES", "STREAM", "W8A8", "W8A16",
+    "W8A16_GROUPS", "Layer", "Way", "Weights", "close_to", "race", "rotation",
+]  # fmt: skip
+
+ROTATION_BYTES = 1_100_000_000
+SECONDS = 1.5
+"""That a race should take, if `FEWEST` to `MOST` rounds do."""
+FEWEST, MOST = 3, 60
+GROUP = 128
+
+STREAM, BF16 = "torch.sum", "bf16 F.linear"
+W8A16, W8A16_GROUPS, W8A8 = "w8a16", f"w8a16, groups of {GROUP}", "w8a8"
+AMAX, QUANTIZE = "w.abs().amax(1)", "quantize_weight"
+LOOKUP_BF16, LOOKUP = "bf16 F.embedding", "w8a16_embedding"
+
+Weights = Iterator[tuple[Tensor, ...]]
+"""One copy of the weights after the other, without end."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Way:
+    """One of those that take turns: `call(*weights)`, and whether what it returns `is_right`."""
+
+    name: str
+    call: Callable[..., Any]
+    weights: Weights
+    is_right: Callable[[Any], bool]
+
+
+def race(ways: Sequence[Way]) -> dict[str, float]:
+    """Name -> median seconds of a call. Raises: OctavoError if one of them computes something else."""
+    with torch.no_grad():
+        for way in ways:
+            if not way.is_right(way.call(*next(way.weights))):
+                raise OctavoError(f"{way.name}: the result differs from float64 arithmetic; its speed means nothing")
+        warm_up = sum(map(_seconds, ways))
+        rounds = min(max(round(SECONDS / warm_up), FEWEST), MOST)
+        times = [[_seconds(way) for way in ways] for _ in range(rounds)]
+    return {way.name: statistics.median(column) for way, column in zip(ways, zip(*times, strict=True), strict=True)}
+
+
+def _seconds(way: Way) -> float:
+    weights = next(way.weights)
+    start = time.perf_counter()
+    way.call(*weights)
+    return time.perf_counter() - start
+
+
+def rotation(*tensors: Tensor) -> Weights:
+    """Copies of the tensors in turn, as many as fill `ROTATION_BYTES`."""
+    count = ROTATION_BYTES // sum(tensor.nbytes for tensor in tensors) + 1
+    copies = [tensor.expand(count, *tensor.shape).contiguous() for tensor in tensors]
+    for place in itertools.cycle(range(count)):
+        yield tuple(tensor[place] for tensor in copies)
+
+
+def close_to(expected: Tensor) -> Callable[[Tensor], bool]:
+    """Whether each value is that of `expected` (float64), rounded to bf16 after a sum in fp32."""
+    allowed = 2**-8 * expected.abs() + 2e-3 * expected.square().mean().sqrt()
+    return lambda result: bool(((result.double() - expected).abs() <= allowed).all())
+
+
+class Layer:
+    """A linear layer with random weights [N, K], in bf16 and in int8, and the ways to run it, on up to M rows of input.
+
+    Group scales are the channel's, varied: any positive ones do, and the codes are there once.
+    """
+
+    def __init__(self, N: int, K: int, M: int) -> None:
+        chance = torch.Generator().manual_seed(0)
+        self.N, self.K = N, K
+        self.weight = (torch.randn(N, K, generator=chance) * 0.02).bfloat16()
+        self.codes, self.scale = ops.quantize_weight(self.weight)
+        groups = K // GROUP if K % GROUP == 0 else 1
+        self.group_scale = self.scale * (0.5 + torch.rand(N, groups, generator=chance))
+        self.x = torch.randn(M, K, generator=chance).bfloat16()
+        self.x_scale = self.x.float().abs().amax(1, keepdim=True) / 127
+        self.x_codes = (self.x.float() / self.x_scale).round().to(torch.int8)
+        self.floats = rotation(self.weight)
+        self.int8 = rotation(self.codes, self.scale, self.group_scale)
+
+    def ways(self, M: int) -> list[Way]:
+        """The layer on M rows of bf16, and the streaming read of as many bytes as its int8 weight has."""
+        x = self.x[:M]
+
+        def w8a16(codes: Tensor, scale: Tensor, _: Tensor) -> Tensor:
+            return ops.w8a16_linear(x, codes, scale)
+
+        def w8a16_groups(codes: Tensor, _: Tensor, group_scale: Tensor) -> Tensor:
+            return ops.w8a16_linear(x, codes, group_scale)
+
+        def w8a8(codes: Tensor, scale: Tensor, _: Tensor) -> Tensor:
+            return ops.w8a8_linear(*ops.quantize_per_token(x), codes, scale, None, x.dtype)
+
+        ways = [
+            Way(STREAM, torch.sum, self._streams(), lambda _: True),
+            Way(BF16, functools.partial(F.linear, x), self.floats, close_to(self._float[:M])),
+            Way(W8A16, w8a16, self.int8, close_to(self._w8a16[:M])),
+            Way(W8A8, w8a8, self.int8, close_to(self.sums[:M] * self.x_scale[:M].double() * self.scale.double().T)),
+        ]
+        if self.K % GROUP == 0:
+            ways.insert(3, Way(W8A16_GROUPS, w8a16_groups, self.int8, close_to(self._grouped[:M])))
+        return ways
+
+    def quantizing(self) -> list[Way]:
+        """Quantizing the weight, and the pass over it that finding its scales is."""
+        amax = self.weight.double().abs().amax(1)
+
+        def is_quantized(result: tuple[Tensor, Tensor]) -> bool:
+            codes, scale = result[0].double(), result[1].double()
+            fits = (scale[:, 0] * 127 / amax - 1).abs() <= 2**-7  # the scale is rounded to bf16
+            nearest = (self.weight.double() - codes * scale).abs() <= scale * (0.5 + 1e-5)
+            return bool(fits.all() and nearest.all())
+
+        return [
+            Way(AMAX, lambda weight: weight.abs().amax(1), self.floats, lambda found: bool((found == amax).all())),
+            Way(QUANTIZE, ops.quantize_weight, self.floats, is_quantized),
+        ]
+
+    def lookups(self, M: int) -> list[Way]:
+        """M rows of the weight, taken as the table of an embedding."""
+        rows = torch.randint(self.N, (M,), generator=torch.Generator().manual_seed(0))
+
+        def int8(codes: Tensor, scale: Tensor, _: Tensor) -> Tensor:
+            return ops.w8a16_embedding(rows, codes, scale, torch.bfloat16)
+
+        found, dequantized = self.weight[rows].double(), self.codes[rows].double() * self.scale[rows].double()
+        return [
+            Way(LOOKUP_BF16, functools.partial(F.embedding, rows), self.floats, close_to(found)),
+            Way(LOOKUP, int8, self.int8, close_to(dequantized)),
+        ]
+
+    def _streams(self) -> Weights:
+        """As many bytes of the bf16 weights as the int8 weight has, as fp32 numbers."""
+        count = self.N * self.K // 4
+        return ((weight.flatten()[: 2 * count].view(torch.float32),) for (weight,) in self.floats)
+
+    # What is right, in float64, on all rows of x: [M, N].
+
+    @functools.cached_property
+    def sums(self) -> Tensor:
+        """Of codes times codes."""
+        return self.x_codes.double() @ self.codes.double().T
+
+    @functools.cached_property
+    def _float(self) -> Tensor:
+        return self.x.double() @ self.weight.double().T
+
+    @functools.cached_property
+    def _w8a16(self) -> Tensor:
+        return self.x.double() @ self.codes.double().T * self.scale.double().T
+
+    @functools.cached_property
+    def _grouped(self) -> Tensor:
+        groups = self.group_scale.double().repeat_interleave(GROUP, dim=1)
+        return self.x.double() @ (self.codes.double() * groups).T
