@@ -231,7 +231,7 @@ template <class Tiles>
 struct Meanwhile {
   Filling<Tiles> panel;
   Finishing<Tiles> sums;
-  int64_t portion;  // of the panel, after each segment
+  int64_t portion;  // rows of tiles after each segment: the panel is full when the one before it has met all of x
 
   OCTAVO_INLINE void work() {
     panel.some(portion);
@@ -340,7 +340,6 @@ struct TileLinear {
         if (last) meanwhile.sums = Finishing<Tiles>(layer, block, sums);
         if (!whole) sums += 4 * kTileSums;
       }
-      meanwhile.panel.rest();
       sums_before = meanwhile.sums;
       char* const used = panel;
       panel = next;

@@ -103,16 +103,12 @@ struct Vec {
 };
 
 // 32 codes -> bf16, which holds each exactly.
-inline __m512i widened_to_bf16(__m256i codes) {
-  const __m512 low = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm256_castsi256_si128(codes)));
-  const __m512 high = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm256_extracti128_si256(codes, 1)));
-  return (__m512i)_mm512_cvtne2ps_pbh(high, low);
-}
 inline __m512i widened_to_bf16(const int8_t* codes) {
-  return widened_to_bf16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes)));
+  return (__m512i)_mm512_cvtne2ps_pbh(Vec::load_codes(codes + 16), Vec::load_codes(codes));
 }
 inline __m512i widened_to_bf16(const int8_t* codes, int count) {
-  return widened_to_bf16(_mm256_maskz_loadu_epi8(mask32(count), codes));
+  const int low = count < 16 ? count : 16;
+  return (__m512i)_mm512_cvtne2ps_pbh(Vec::load_codes(codes + 16, count - low), Vec::load_codes(codes, low));
 }
 
 }  // namespace

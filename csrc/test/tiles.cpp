@@ -194,7 +194,8 @@ const Float kTypes[] = {Float::f32, Float::bf16, Float::f16};
 Case any_case(Shape shape, bool codes) {
   const bool ends_only = any(0, 3) == 0, row_scales = any(0, 1), bias = any(0, 1), at_start = any(0, 1);
   const int64_t nan_row = codes || any(0, 3) ? -1 : any(0, shape.M - 1);
-  return {shape, codes, ends_only, row_scales, bias, kTypes[any(0, 2)], kTypes[any(0, 2)], any(1, 3), at_start, nan_row};
+  const Float bias_type = kTypes[any(0, 2)], y_type = kTypes[any(0, 2)];
+  return {shape, codes, ends_only, row_scales, bias, bias_type, y_type, any(1, 3), at_start, nan_row};
 }
 
 void check_both(Shape shape) {
@@ -239,6 +240,10 @@ int main(int argc, char** argv) {
   check_both({300, 70, 4100});  // several blocks of rows of x
   check_both({37, 70, 8300});   // several pieces of K
   check_both({33, 70, 12345});
-  check_both({129, 1060, 8256});  // and several rounds of columns, since sums wait for the last piece
+  for (const bool codes : {true, false}) {  // and several rounds of columns, since sums wait for the last piece
+    Case all_at_once = any_case({129, 1060, 8256}, codes);
+    all_at_once.threads = 1;
+    check(all_at_once);
+  }
   puts("ok");
 }
