@@ -12,103 +12,12 @@
 
 #include "rows.h"
 
+#include "avx512.h"
+
 #include "dot_linear.h"
 
 namespace octavo {
 namespace {
-
-inline __mmask16 mask16(int count) { return static_cast<__mmask16>((1u << count) - 1); }
-
-struct Vec {
-  static constexpr int kLanes = 16;
-  using F = __m512;
-
-  static F set1(float value) { return _mm512_set1_ps(value); }
-  static F add(F a, F b) { return _mm512_add_ps(a, b); }
-  static F mul(F a, F b) { return _mm512_mul_ps(a, b); }
-
-  static F from_bf16(__m256i v) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(v), 16)); }
-
-  static F load(const void* p, Float type) {
-    if (type == Float::f32) return _mm512_loadu_ps(p);
-    const __m256i v = _mm256_loadu_si256(static_cast<const __m256i*>(p));
-    return type == Float::bf16 ? from_bf16(v) : _mm512_cvtph_ps(v);
-  }
-
-  static F load(const void* p, Float type, int count) {
-    const __mmask16 mask = mask16(count);
-    if (type == Float::f32) return _mm512_maskz_loadu_ps(mask, p);
-    const __m256i v = _mm256_maskz_loadu_epi16(mask, p);
-    return type == Float::bf16 ? from_bf16(v) : _mm512_cvtph_ps(v);
-  }
-
-  // Round half to even by hand: the instruction for it (vcvtneps2bf16) makes zeros of subnormal numbers.
-  static __m256i to_bf16(F v) {
-    const __m512i bits = _mm512_castps_si512(v);
-    const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
-    const __m512i rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
-    const __mmask16 nan = _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
-    const __m512i result = _mm512_mask_or_epi32(rounded, nan, bits, _mm512_set1_epi32(0x400000));
-    return _mm512_cvtepi32_epi16(_mm512_srli_epi32(result, 16));
-  }
-
-  static void store(void* p, Float type, int count, F v) {
-    const __mmask16 mask = mask16(count);
-    if (type == Float::f32) return _mm512_mask_storeu_ps(p, mask, v);
-    const __m256i half = type == Float::bf16 ? to_bf16(v) : _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT);
-    _mm256_mask_storeu_epi16(p, mask, half);
-  }
-
-  // As integers, magnitudes are ordered, and NaN is the largest.
-  static F largest(F sofar, F x) {
-    const __m512i magnitude = _mm512_and_si512(_mm512_castps_si512(x), _mm512_set1_epi32(0x7fffffff));
-    return _mm512_castsi512_ps(_mm512_max_epu32(_mm512_castps_si512(sofar), magnitude));
-  }
-  static float across(F v) {
-    const uint32_t bits = _mm512_reduce_max_epu32(_mm512_castps_si512(v));
-    float value;
-    memcpy(&value, &bits, sizeof value);
-    return value;
-  }
-
-  // x / scale is rounded after a multiplication by 1 / scale, which is many times faster than a division, and is off
-  // by less than 2^-15 for quotients up to 128. Only where that could decide how it is rounded, it is divided.
-  struct Divisor {
-    F scale, inverse;
-    explicit Divisor(float s) : scale(_mm512_set1_ps(s)), inverse(_mm512_set1_ps(1.0f / s)) {}
-  };
-
-  static __m512i round(F x, const Divisor& by) {
-    F quotient = _mm512_mul_ps(x, by.inverse);
-    const F whole = _mm512_roundscale_ps(quotient, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-    const F distance = _mm512_abs_ps(_mm512_sub_ps(quotient, whole));
-    // "not less" is true for NaN too
-    const __mmask16 close = _mm512_cmp_ps_mask(distance, _mm512_set1_ps(0.5f - 1.0f / 16384), _CMP_NLT_UQ);
-    if (__builtin_expect(close != 0, 0)) quotient = _mm512_div_ps(x, by.scale);
-    // In this order of operands NaN stays, and becomes code 0.
-    const F bounded = _mm512_max_ps(_mm512_set1_ps(-kQmax), _mm512_min_ps(_mm512_set1_ps(kQmax), quotient));
-    return _mm512_cvtps_epi32(bounded);
-  }
-
-  static void store_codes(int8_t* codes, F x, const Divisor& by) {
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(codes), _mm512_cvtepi32_epi8(round(x, by)));
-  }
-  static void store_codes(int8_t* codes, F x, const Divisor& by, int count) {
-    _mm_mask_storeu_epi8(codes, mask16(count), _mm512_cvtepi32_epi8(round(x, by)));
-  }
-
-  static F load_codes(const int8_t* codes) {
-    return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(codes))));
-  }
-  static F load_codes(const int8_t* codes, int count) {
-    return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_maskz_loadu_epi8(mask16(count), codes)));
-  }
-
-  static F from_sums(const float* sums, int32_t) { return _mm512_loadu_ps(sums); }
-  static F from_sums(const int32_t* sums, int32_t excess) {
-    return _mm512_cvtepi32_ps(_mm512_sub_epi32(_mm512_loadu_si512(sums), _mm512_set1_epi32(excess)));
-  }
-};
 
 // Sums of the four accumulators across their lanes, as one vector of four.
 inline __m128 across4(__m512 a, __m512 b, __m512 c, __m512 d) {
@@ -184,37 +93,29 @@ struct Bf16 : FloatSums {
   using WV = __m512i;
   static constexpr int kStep = 32;
   static constexpr int kTileM = 6;
-  static __mmask32 mask(int count) { return static_cast<__mmask32>((1ull << count) - 1); }
   static XV load_x(const X* x) { return _mm512_loadu_si512(x); }
-  static XV load_x(const X* x, int count) { return _mm512_maskz_loadu_epi16(mask(count), x); }
+  static XV load_x(const X* x, int count) { return _mm512_maskz_loadu_epi16(mask32(count), x); }
   static Acc dot(Acc acc, XV x, WV w) {
     __asm__("vdpbf16ps %2, %1, %0" : "+v"(acc) : "v"(x), "v"(w));
     return acc;
   }
-  static WV widen(__m256i codes) {
-    const __m512 low = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm256_castsi256_si128(codes)));
-    const __m512 high = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm256_extracti128_si256(codes, 1)));
-    return (__m512i)_mm512_cvtne2ps_pbh(high, low);
-  }
-  static WV widen(const int8_t* codes) { return widen(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes))); }
-  static WV widen(const int8_t* codes, int count) { return widen(_mm256_maskz_loadu_epi8(mask(count), codes)); }
 };
 
 struct Bf16Direct : Bf16 {
   static constexpr int64_t kFewRows = 24;
   using W = int8_t;
-  static WV load_w(const W* w) { return widen(w); }
-  static WV load_w(const W* w, int count) { return widen(w, count); }
+  static WV load_w(const W* w) { return widened_to_bf16(w); }
+  static WV load_w(const W* w, int count) { return widened_to_bf16(w, count); }
 };
 
 struct Bf16Packed : Bf16 {
   using W = uint16_t;
   static WV load_w(const W* w) { return _mm512_loadu_si512(w); }
-  static WV load_w(const W* w, int count) { return _mm512_maskz_loadu_epi16(mask(count), w); }
+  static WV load_w(const W* w, int count) { return _mm512_maskz_loadu_epi16(mask32(count), w); }
   static void pack(const int8_t* codes, int64_t count, W* w) {
     int64_t k = 0;
-    for (; k + kStep <= count; k += kStep) _mm512_storeu_si512(w + k, widen(codes + k));
-    if (k < count) _mm512_storeu_si512(w + k, widen(codes + k, static_cast<int>(count - k)));
+    for (; k + kStep <= count; k += kStep) _mm512_storeu_si512(w + k, widened_to_bf16(codes + k));
+    if (k < count) _mm512_storeu_si512(w + k, widened_to_bf16(codes + k, static_cast<int>(count - k)));
   }
 };
 
@@ -229,10 +130,9 @@ struct Int8 {
   static constexpr int kTileM = 6;
   static constexpr int32_t kOffset = 128;
   static constexpr bool kGroups = false;
-  static __mmask64 mask(int count) { return (1ull << count) - 1; }
   static WV unsign(__m512i codes) { return _mm512_xor_si512(codes, _mm512_set1_epi8(-128)); }
   static XV load_x(const X* x) { return _mm512_loadu_si512(x); }
-  static XV load_x(const X* x, int count) { return _mm512_maskz_loadu_epi8(mask(count), x); }
+  static XV load_x(const X* x, int count) { return _mm512_maskz_loadu_epi8(mask64(count), x); }
   static Acc zero() { return _mm512_setzero_si512(); }
   static Acc dot(Acc acc, XV x, WV w) {
     __asm__("vpdpbusd %2, %1, %0" : "+v"(acc) : "v"(w), "v"(x));
@@ -257,13 +157,13 @@ struct Int8Direct : Int8 {
   static constexpr int64_t kFewRows = 32;
   using W = int8_t;
   static WV load_w(const W* w) { return unsign(_mm512_loadu_si512(w)); }
-  static WV load_w(const W* w, int count) { return unsign(_mm512_maskz_loadu_epi8(mask(count), w)); }
+  static WV load_w(const W* w, int count) { return unsign(_mm512_maskz_loadu_epi8(mask64(count), w)); }
 };
 
 struct Int8Packed : Int8 {
   using W = uint8_t;
   static WV load_w(const W* w) { return _mm512_loadu_si512(w); }
-  static WV load_w(const W* w, int count) { return _mm512_maskz_loadu_epi8(mask(count), w); }
+  static WV load_w(const W* w, int count) { return _mm512_maskz_loadu_epi8(mask64(count), w); }
   static void pack(const int8_t* codes, int64_t count, W* w) {
     int64_t k = 0;
     for (; k + kStep <= count; k += kStep) _mm512_storeu_si512(w + k, Int8Direct::load_w(codes + k));

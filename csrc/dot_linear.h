@@ -176,6 +176,15 @@ struct Scratch {
   alignas(64) typename Packed::W rows[kBlockN][(kPieceBytes + 64) / sizeof(typename Packed::W)];
 };
 
+// Sums -> y[m, n : n + count]. Those of groups are under their scales already.
+template <class V>
+OCTAVO_INLINE void store_y(const Linear& layer, int64_t m, int64_t n, int count, typename V::F y) {
+  const float x_scale = layer.x_scale ? layer.x_scale[m * layer.x_scale_step] : 1.0f;
+  if (layer.groups == 1) y = V::mul(y, V::mul(V::set1(x_scale), V::load(layer.w_scale + n, Float::f32, count)));
+  if (layer.bias) y = V::add(y, V::load(element(layer.bias, layer.bias_type, n), layer.bias_type, count));
+  V::store(element(layer.y, layer.y_type, m * layer.N + n), layer.y_type, count, y);
+}
+
 template <class V, class Direct, class Packed>
 struct DotLinear {
   using X = typename Packed::X;
@@ -263,18 +272,13 @@ struct DotLinear {
     }
   }
 
-  // Sums -> y.
   static void finish(const Linear& layer, Block part, const Scratch<Packed>& scratch) {
     for (int64_t m = part.m0; m < part.m1; m++) {
       const Sum* sums = scratch.sums + (m - part.m0) * kBlockN;
-      const float x_scale = layer.x_scale ? layer.x_scale[m * layer.x_scale_step] : 1.0f;
       const int32_t excess = Packed::kOffset ? Packed::kOffset * scratch.x_sums[m - part.m0] : 0;
       for (int64_t n = part.n0; n < part.n1; n += V::kLanes) {
         const int count = static_cast<int>(min64(V::kLanes, part.n1 - n));
-        typename V::F y = V::from_sums(sums + (n - part.n0), excess);
-        if (layer.groups == 1) y = V::mul(y, V::mul(V::set1(x_scale), V::load(layer.w_scale + n, Float::f32, count)));
-        if (layer.bias) y = V::add(y, V::load(element(layer.bias, layer.bias_type, n), layer.bias_type, count));
-        V::store(element(layer.y, layer.y_type, m * layer.N + n), layer.y_type, count, y);
+        store_y<V>(layer, m, n, count, V::from_sums(sums + (n - part.n0), excess));
       }
     }
   }

@@ -1,2 +1,2 @@
 #include "kernels.h"
-namespace octavo { extern const Kernels scalar_kernels={"scalar"}; extern const Kernels avx2_kernels={"avx2"}; extern const Kernels amx_kernels={"amx"}; }
+namespace octavo { extern const Kernels scalar_kernels={"scalar"}; extern const Kernels avx2_kernels={"avx2"}; }

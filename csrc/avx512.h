@@ -1,0 +1,115 @@
+// The vectors of AVX-512 that its kernels (avx512.cpp) and those of AMX (amx.cpp) share.
+//
+// Included by a translation unit after its target pragma, which must name AVX-512 F, BW, VL, DQ and BF16.
+#pragma once
+
+namespace octavo {
+namespace {
+
+// The first `count` lanes, which may be none, and not all of 64.
+inline __mmask16 mask16(int count) { return static_cast<__mmask16>((1u << count) - 1); }
+inline __mmask32 mask32(int count) { return static_cast<__mmask32>((1ull << count) - 1); }
+inline __mmask64 mask64(int count) { return (1ull << count) - 1; }
+
+struct Vec {
+  static constexpr int kLanes = 16;
+  using F = __m512;
+
+  static F set1(float value) { return _mm512_set1_ps(value); }
+  static F add(F a, F b) { return _mm512_add_ps(a, b); }
+  static F mul(F a, F b) { return _mm512_mul_ps(a, b); }
+
+  static F from_bf16(__m256i v) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(v), 16)); }
+
+  static F load(const void* p, Float type) {
+    if (type == Float::f32) return _mm512_loadu_ps(p);
+    const __m256i v = _mm256_loadu_si256(static_cast<const __m256i*>(p));
+    return type == Float::bf16 ? from_bf16(v) : _mm512_cvtph_ps(v);
+  }
+
+  static F load(const void* p, Float type, int count) {
+    const __mmask16 mask = mask16(count);
+    if (type == Float::f32) return _mm512_maskz_loadu_ps(mask, p);
+    const __m256i v = _mm256_maskz_loadu_epi16(mask, p);
+    return type == Float::bf16 ? from_bf16(v) : _mm512_cvtph_ps(v);
+  }
+
+  // Round half to even by hand: the instruction for it (vcvtneps2bf16) makes zeros of subnormal numbers.
+  static __m256i to_bf16(F v) {
+    const __m512i bits = _mm512_castps_si512(v);
+    const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+    const __m512i rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+    const __mmask16 nan = _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
+    const __m512i result = _mm512_mask_or_epi32(rounded, nan, bits, _mm512_set1_epi32(0x400000));
+    return _mm512_cvtepi32_epi16(_mm512_srli_epi32(result, 16));
+  }
+
+  static void store(void* p, Float type, int count, F v) {
+    const __mmask16 mask = mask16(count);
+    if (type == Float::f32) return _mm512_mask_storeu_ps(p, mask, v);
+    const __m256i half = type == Float::bf16 ? to_bf16(v) : _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT);
+    _mm256_mask_storeu_epi16(p, mask, half);
+  }
+
+  // As integers, magnitudes are ordered, and NaN is the largest.
+  static F largest(F sofar, F x) {
+    const __m512i magnitude = _mm512_and_si512(_mm512_castps_si512(x), _mm512_set1_epi32(0x7fffffff));
+    return _mm512_castsi512_ps(_mm512_max_epu32(_mm512_castps_si512(sofar), magnitude));
+  }
+  static float across(F v) {
+    const uint32_t bits = _mm512_reduce_max_epu32(_mm512_castps_si512(v));
+    float value;
+    memcpy(&value, &bits, sizeof value);
+    return value;
+  }
+
+  // x / scale is rounded after a multiplication by 1 / scale, which is many times faster than a division, and is off
+  // by less than 2^-15 for quotients up to 128. Only where that could decide how it is rounded, it is divided.
+  struct Divisor {
+    F scale, inverse;
+    explicit Divisor(float s) : scale(_mm512_set1_ps(s)), inverse(_mm512_set1_ps(1.0f / s)) {}
+  };
+
+  static __m512i round(F x, const Divisor& by) {
+    F quotient = _mm512_mul_ps(x, by.inverse);
+    const F whole = _mm512_roundscale_ps(quotient, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    const F distance = _mm512_abs_ps(_mm512_sub_ps(quotient, whole));
+    // "not less" is true for NaN too
+    const __mmask16 close = _mm512_cmp_ps_mask(distance, _mm512_set1_ps(0.5f - 1.0f / 16384), _CMP_NLT_UQ);
+    if (__builtin_expect(close != 0, 0)) quotient = _mm512_div_ps(x, by.scale);
+    // In this order of operands NaN stays, and becomes code 0.
+    const F bounded = _mm512_max_ps(_mm512_set1_ps(-kQmax), _mm512_min_ps(_mm512_set1_ps(kQmax), quotient));
+    return _mm512_cvtps_epi32(bounded);
+  }
+
+  static void store_codes(int8_t* codes, F x, const Divisor& by) {
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(codes), _mm512_cvtepi32_epi8(round(x, by)));
+  }
+  static void store_codes(int8_t* codes, F x, const Divisor& by, int count) {
+    _mm_mask_storeu_epi8(codes, mask16(count), _mm512_cvtepi32_epi8(round(x, by)));
+  }
+
+  static F load_codes(const int8_t* codes) {
+    return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(codes))));
+  }
+  static F load_codes(const int8_t* codes, int count) {
+    return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_maskz_loadu_epi8(mask16(count), codes)));
+  }
+
+  static F from_sums(const float* sums, int32_t) { return _mm512_loadu_ps(sums); }
+  static F from_sums(const int32_t* sums, int32_t excess) {
+    return _mm512_cvtepi32_ps(_mm512_sub_epi32(_mm512_loadu_si512(sums), _mm512_set1_epi32(excess)));
+  }
+};
+
+// 32 codes -> bf16, which holds each exactly.
+inline __m512i widened_to_bf16(const int8_t* codes) {
+  return (__m512i)_mm512_cvtne2ps_pbh(Vec::load_codes(codes + 16), Vec::load_codes(codes));
+}
+inline __m512i widened_to_bf16(const int8_t* codes, int count) {
+  const int low = count < 16 ? count : 16;
+  return (__m512i)_mm512_cvtne2ps_pbh(Vec::load_codes(codes + 16, count - low), Vec::load_codes(codes, low));
+}
+
+}  // namespace
+}  // namespace octavo
