@@ -1,5 +1,7 @@
 // AVX-512 with VNNI and BF16.
 
+#if defined(__x86_64__)
+
 #include <immintrin.h>
 
 #include <cstring>
@@ -297,3 +299,5 @@ extern const Kernels avx512_kernels = {
 }  // namespace octavo
 
 #pragma GCC pop_options
+
+#endif  // x86-64
