@@ -153,8 +153,8 @@ inline __m128i across4(__m256i a, __m256i b, __m256i c, __m256i d) {
   return _mm_add_epi32(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1));
 }
 
-// fp32 products, of activations of any type. Eight accumulators hide the latency of the multiplications; with four
-// steps of W and one of x they leave two registers.
+// fp32 products, of activations of any type. A tile's twelve accumulators leave four registers: the multiplications read
+// W from memory, which is L1 there.
 template <Float type>
 struct Fp32 {
   using X = std::conditional_t<type == Float::f32, float, uint16_t>;
@@ -163,7 +163,7 @@ struct Fp32 {
   using XV = __m256;
   using WV = __m256;
   static constexpr int kStep = 8;
-  static constexpr int kTileM = 2;
+  static constexpr int kTileM = 3;
   static constexpr int32_t kOffset = 0;
   static constexpr bool kGroups = true;
   static Acc zero() { return _mm256_setzero_ps(); }
@@ -187,7 +187,7 @@ struct Fp32Direct : Fp32<type> {
   static __m256 load_w(const W* w, int count) { return Vec::load_codes(w, count); }
 };
 
-// A step may read past the end of a packed row: there are zeros, and those of x.
+// What a step reads past the end of a packed row are zeros, and meets zeros of x.
 template <Float type>
 struct Fp32Packed : Fp32<type> {
   using W = float;
@@ -210,7 +210,7 @@ struct Int8 {
   using WV = __m256i;
   using Acc = __m256i;
   static constexpr int kStep = 16;
-  static constexpr int kTileM = 2;
+  static constexpr int kTileM = 3;
   static constexpr int32_t kOffset = 0;
   static constexpr bool kGroups = false;
   static __m256i widen(const int8_t* codes) { return _mm256_cvtepi8_epi16(load16(codes)); }
@@ -233,6 +233,7 @@ struct Int8Direct : Int8 {
   static WV load_w(const W* w, int count) { return widen(w, count); }
 };
 
+// What a step reads past the end of a packed row meets zeros of x.
 struct Int8Packed : Int8 {
   using W = int16_t;
   static WV load_w(const W* w) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(w)); }
