@@ -298,7 +298,8 @@ std::tuple<Tensor, Tensor> quantize_per_tensor(const Tensor& x) {
   });
   float amax = 0;
   for (const float one : largest) amax = one > amax || std::isnan(one) ? one : amax;
-  in.scale[0] = amax == 0 ? 1 : amax / 127.0f;
+  const float step = amax / 127.0f;
+  in.scale[0] = step == 0 ? 1 : step;  // of the smallest numbers too, of which a 127th is zero
   in_pieces(x.numel(), [&](int64_t, int64_t start, int64_t length) {
     kernels().quantize_given(piece_of(in, start, length), 0, 1);
   });
