@@ -119,6 +119,7 @@ struct Vec {
   static F from_sums(const int32_t* sums, int32_t) { return static_cast<float>(*sums); }
 };
 
+// x86-64 has sixteen registers for floats, and sixteen for integers and addresses: a tile of int32 sums is half as high.
 template <class X_, class Sum_>
 struct Product {
   using X = X_;
@@ -127,7 +128,7 @@ struct Product {
   using WV = Sum;
   using Acc = Sum;
   static constexpr int kStep = 1;
-  static constexpr int kTileM = 2;
+  static constexpr int kTileM = std::is_same<Sum, float>::value ? 2 : 1;
   static constexpr int32_t kOffset = 0;
   static constexpr bool kGroups = std::is_same<Sum, float>::value;
   static Acc zero() { return 0; }
