@@ -1,5 +1,7 @@
 // AVX-512 with VNNI and BF16.
 
+#if defined(__x86_64__)
+
 #include <immintrin.h>
 
 #include <cstring>
@@ -191,10 +193,12 @@ void w8a16(const Linear& layer, Block block, void* scratch) {
 using Of = RowKernels<Vec>;
 
 extern const Kernels avx512_kernels = {
-    "avx512",           w8a16_scratch,          w8a16,     LinearInt8::scratch, LinearInt8::run,
-    Of::quantize_weight, Of::quantize_token, Of::quantize_given, Of::amax,        Of::lookup,
+    "avx512",           w8a16_scratch,      w8a16,    LinearInt8::scratch, LinearInt8::run, Of::quantize_weight,
+    Of::quantize_token, Of::quantize_given, Of::amax, Of::lookup,
 };
 
 }  // namespace octavo
 
 #pragma GCC pop_options
+
+#endif  // x86-64

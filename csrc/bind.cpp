@@ -267,8 +267,12 @@ void in_pieces(int64_t count, const Work& work) {
 }
 
 Rows piece_of(const Rows& all, int64_t start, int64_t length) {
-  return {1, length, static_cast<const char*>(all.x) + start * octavo::size_of(all.x_type), all.x_type,
-          all.codes + start, all.scale};
+  return {1,
+          length,
+          static_cast<const char*>(all.x) + start * octavo::size_of(all.x_type),
+          all.x_type,
+          all.codes + start,
+          all.scale};
 }
 
 Tensor quantize_static(const Tensor& x, const Tensor& input_scale) {
@@ -298,7 +302,8 @@ std::tuple<Tensor, Tensor> quantize_per_tensor(const Tensor& x) {
   });
   float amax = 0;
   for (const float one : largest) amax = one > amax || std::isnan(one) ? one : amax;
-  in.scale[0] = amax == 0 ? 1 : amax / 127.0f;
+  const float step = amax / 127.0f;
+  in.scale[0] = step == 0 ? 1 : step;  // of the smallest numbers too, of which a 127th is zero
   in_pieces(x.numel(), [&](int64_t, int64_t start, int64_t length) {
     kernels().quantize_given(piece_of(in, start, length), 0, 1);
   });
@@ -327,9 +332,13 @@ Tensor w8a16_embedding(const Tensor& indices, const Tensor& weight, const Tensor
   std::vector<int64_t> sizes(indices.sizes().begin(), indices.sizes().end());
   sizes.push_back(weight.size(1));
   Tensor y = empty(weight, sizes, dtype);
-  const Lookup in{indices.numel(), weight.size(1), static_cast<const int64_t*>(which.const_data_ptr()),
+  const Lookup in{indices.numel(),
+                  weight.size(1),
+                  static_cast<const int64_t*>(which.const_data_ptr()),
                   static_cast<const int8_t*>(table.const_data_ptr()),
-                  static_cast<const float*>(scale.const_data_ptr()), y.mutable_data_ptr(), *type};
+                  static_cast<const float*>(scale.const_data_ptr()),
+                  y.mutable_data_ptr(),
+                  *type};
   for (int64_t i = 0; i < in.count; i++)
     STD_TORCH_CHECK(in.indices[i] >= 0 && in.indices[i] < weight.size(0), "index ", in.indices[i],
                     " is not a row of a table of ", weight.size(0));

@@ -30,11 +30,11 @@ namespace octavo {
 namespace {
 
 constexpr int kTileN = 4;
-constexpr int64_t kBlockN = 32;              // columns of y whose sums wait in scratch until all of K is done
-constexpr int64_t kBlockM = 512;             // and rows, at most
-constexpr int64_t kPieceBytes = 4096;        // of a widened row of W: a tile's rows of x stay in L1 meanwhile
+constexpr int64_t kBlockN = 32;        // columns of y whose sums wait in scratch until all of K is done
+constexpr int64_t kBlockM = 512;       // and rows, at most
+constexpr int64_t kPieceBytes = 4096;  // of a widened row of W: a tile's rows of x stay in L1 meanwhile
 
-constexpr int64_t kFetchAhead = 4096;        // codes by which a tile's fetching is ahead of the next tile
+constexpr int64_t kFetchAhead = 4096;  // codes by which a tile's fetching is ahead of the next tile
 
 inline int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
 inline int64_t max64(int64_t a, int64_t b) { return a > b ? a : b; }
@@ -240,7 +240,7 @@ struct DotLinear {
       for (int64_t i = 0; i < rows; i += height) {
         in.x = x_row(layer, part.m0 + i);
         tile_of<Direct, Grouped, Fetch::soon, kTileM>(min64(height, rows - i), in, groups,
-                                               scratch.sums + i * kBlockN + (n - part.n0), false);
+                                                      scratch.sums + i * kBlockN + (n - part.n0), false);
       }
     }
   }
@@ -254,22 +254,33 @@ struct DotLinear {
       const int64_t length = min64(kPiece, layer.K - k);
       for (int64_t n = part.n0; n < part.n1; n++)
         Packed::pack(layer.w + n * layer.K + k, length, scratch.rows[n - part.n0]);
-      for (int64_t i = 0; i < rows; i += height) {
-        Operands<Packed> in{x_row(layer, part.m0 + i) + k, layer.K, {}, length, nullptr};
-        for (int64_t n = part.n0; n < part.n1; n += kTileN) {
-          for (int j = 0; j < kTileN; j++) {
-            in.w[j] = scratch.rows[w_row(n, j, part.n1) - part.n0];
-          }
-          in.next = layer.w + (n + kBlockN) * layer.K + kTileN * k;
-          const Groups groups = groups_of(layer, n, part.n1, k);
-          Sum* const sums = scratch.sums + i * kBlockN + (n - part.n0);
-          if (i == 0)
-            tile_of<Packed, Grouped, Fetch::later, kTileM>(min64(height, rows - i), in, groups, sums, k > 0);
-          else
-            tile_of<Packed, Grouped, Fetch::nothing, kTileM>(min64(height, rows - i), in, groups, sums, k > 0);
-        }
+      // Of a tile's two sides the one with more bytes stays in L1 and meets all of the other, which comes from L2.
+      if constexpr (kTileM * sizeof(X) >= kTileN * sizeof(typename Packed::W)) {
+        for (int64_t i = 0; i < rows; i += height)
+          for (int64_t n = part.n0; n < part.n1; n += kTileN)
+            packed_tile<Grouped>(layer, part, scratch, k, length, i, min64(height, rows - i), n);
+      } else {
+        for (int64_t n = part.n0; n < part.n1; n += kTileN)
+          for (int64_t i = 0; i < rows; i += height)
+            packed_tile<Grouped>(layer, part, scratch, k, length, i, min64(height, rows - i), n);
       }
     }
+  }
+
+  // Rows [i, i + height) of the part, columns from n on, over [k, k + length).
+  template <bool Grouped>
+  static void packed_tile(const Linear& layer, Block part, Scratch<Packed>& scratch, int64_t k, int64_t length,
+                          int64_t i, int64_t height, int64_t n) {
+    constexpr int kTileM = tile_m<Packed, Grouped>();
+    Operands<Packed> in{x_row(layer, part.m0 + i) + k, layer.K, {}, length, nullptr};
+    for (int j = 0; j < kTileN; j++) in.w[j] = scratch.rows[w_row(n, j, part.n1) - part.n0];
+    in.next = layer.w + (n + kBlockN) * layer.K + kTileN * k;
+    const Groups groups = groups_of(layer, n, part.n1, k);
+    Sum* const sums = scratch.sums + i * kBlockN + (n - part.n0);
+    if (i == 0)
+      tile_of<Packed, Grouped, Fetch::later, kTileM>(height, in, groups, sums, k > 0);
+    else
+      tile_of<Packed, Grouped, Fetch::nothing, kTileM>(height, in, groups, sums, k > 0);
   }
 
   static void finish(const Linear& layer, Block part, const Scratch<Packed>& scratch) {

@@ -99,7 +99,8 @@ struct RowKernels {
       const typename V::F scale = V::set1(in.scale[in.indices[i]]);
       for (int64_t h = 0; h < in.H; h += V::kLanes) {
         const int count = static_cast<int>(in.H - h < V::kLanes ? in.H - h : V::kLanes);
-        V::store(element(in.y, in.y_type, i * in.H + h), in.y_type, count, V::mul(V::load_codes(codes + h, count), scale));
+        V::store(element(in.y, in.y_type, i * in.H + h), in.y_type, count,
+                 V::mul(V::load_codes(codes + h, count), scale));
       }
     }
   }

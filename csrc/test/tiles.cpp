@@ -101,14 +101,14 @@ struct Shape {
 
 struct Case {
   Shape shape;
-  bool codes;        // w8a8, else w8a16
-  bool ends_only;    // codes are -128 and 127 only
-  bool row_scales;   // x_scale is [M], else [1]
+  bool codes;       // w8a8, else w8a16
+  bool ends_only;   // codes are -128 and 127 only
+  bool row_scales;  // x_scale is [M], else [1]
   bool bias;
   Float bias_type, y_type;
-  int64_t threads;   // columns are dealt out to so many, in units of 32
+  int64_t threads;  // columns are dealt out to so many, in units of 32
   bool at_start;
-  int64_t nan_row;   // of x in w8a16, or -1
+  int64_t nan_row;  // of x in w8a16, or -1
 };
 
 [[noreturn]] void fail(const Case& c, const char* what, int64_t m, int64_t n, double got, double expected) {
@@ -211,8 +211,8 @@ void check_left_to_avx512() {
   for (int64_t i = 0; i < N * K; i++) w.as<int8_t>()[i] = 1;
   for (int64_t n = 0; n < 2 * N; n++) w_scale.as<float>()[n] = n % 2 ? 3 : 1;
   for (const int64_t groups : {1, 2}) {
-    Linear layer{M, N, K, x.as<void>(), Float::f32, nullptr, 0, w.as<int8_t>(), w_scale.as<float>(), groups, nullptr,
-                 Float::f32, y.as<void>(), Float::f32};
+    Linear layer{M,      N,       K,          x.as<void>(), Float::f32, nullptr, 0, w.as<int8_t>(), w_scale.as<float>(),
+                 groups, nullptr, Float::f32, y.as<void>(), Float::f32};
     const Fenced scratch(amx_kernels.w8a16_scratch(layer), false, 64);
     amx_kernels.w8a16(layer, {0, M, 0, N}, scratch.as<void>());
     for (int64_t i = 0; i < M * N; i++) {

@@ -1,0 +1,480 @@
+// Walks the shapes of every kernel that this processor has, under AddressSanitizer and UBSan (`make sanitize`).
+//
+// Every operand lies in memory of exactly its size: before a page that may not be touched, after one, or in a block of
+// the heap, which the sanitizer watches. (It sees no masked load and no inline assembly; the processor sees the page.)
+// Results are held to loops over double and int64. Ends with the first that is wrong, and says which.
+
+#include <sys/mman.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdarg>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <limits>
+#include <string>
+#include <vector>
+
+#include "../select.h"
+
+using namespace octavo;
+
+namespace {
+
+[[noreturn]] __attribute__((format(printf, 1, 2))) void fail(const char* format, ...) {
+  va_list args;
+  va_start(args, format);
+  vfprintf(stderr, format, args);
+  va_end(args);
+  fputc('\n', stderr);
+  exit(1);
+}
+
+// -- random numbers: the same in each run ----------------------------------------------------------------------------
+
+uint64_t state = 1;
+
+uint32_t random_bits() {
+  state = state * 6364136223846793005u + 1442695040888963407u;
+  return static_cast<uint32_t>(state >> 32);
+}
+
+int64_t random_below(int64_t end) { return random_bits() % end; }
+
+template <class T, size_t count>
+T one_of(const T (&values)[count]) {
+  return values[random_below(count)];
+}
+
+// -- memory ----------------------------------------------------------------------------------------------------------
+
+enum class Place { before_guard, after_guard, heap };
+constexpr Place kPlaces[] = {Place::before_guard, Place::after_guard, Place::heap};
+
+// `count` elements of T, filled with 0xff: NaN, where a float is read before it is written.
+template <class T>
+class Array {
+ public:
+  explicit Array(int64_t count) : bytes_(count * sizeof(T)), place_(one_of(kPlaces)) {
+    if (place_ == Place::heap) {
+      if (posix_memalign(&data_, 64, bytes_) != 0) fail("no memory for %zu bytes", bytes_);
+    } else {
+      const size_t page = sysconf(_SC_PAGESIZE);
+      inside_ = (bytes_ + page - 1) / page * page;
+      mapped_ = inside_ + page;
+      base_ = static_cast<char*>(mmap(nullptr, mapped_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
+      if (base_ == MAP_FAILED) fail("no pages for %zu bytes", bytes_);
+      const bool guard_last = place_ == Place::before_guard;
+      mprotect(base_ + (guard_last ? inside_ : 0), page, PROT_NONE);
+      data_ = guard_last ? base_ + inside_ - bytes_ : base_ + page;
+    }
+    memset(data_, 0xff, bytes_);
+  }
+  ~Array() { place_ == Place::heap ? free(data_) : static_cast<void>(munmap(base_, mapped_)); }
+  Array(const Array&) = delete;
+  Array& operator=(const Array&) = delete;
+
+  T* data() { return static_cast<T*>(data_); }
+  T& operator[](int64_t i) { return data()[i]; }
+  int64_t size() const { return bytes_ / sizeof(T); }
+
+ private:
+  size_t bytes_, inside_ = 0, mapped_ = 0;
+  Place place_;
+  char* base_ = nullptr;
+  void* data_ = nullptr;
+};
+
+// -- floats of each type, by their definition ------------------------------------------------------------------------
+
+struct Format {
+  int exponent_bits, fraction_bits;
+};
+
+Format format_of(Float type) {
+  return type == Float::f32 ? Format{8, 23} : type == Float::bf16 ? Format{8, 7} : Format{5, 10};
+}
+
+double decode(uint32_t bits, Float type) {
+  const auto [e, f] = format_of(type);
+  const int exponent = static_cast<int>((bits >> f) & ((1u << e) - 1)), bias = (1 << (e - 1)) - 1;
+  const double fraction = bits & ((1u << f) - 1), sign = (bits >> (e + f)) & 1 ? -1 : 1;
+  if (exponent == (1 << e) - 1) return fraction != 0 ? std::nan("") : sign * std::numeric_limits<double>::infinity();
+  if (exponent == 0) return sign * std::ldexp(fraction, 1 - bias - f);
+  return sign * std::ldexp(std::ldexp(1, f) + fraction, exponent - bias - f);
+}
+
+// The distance from |value| to the next larger magnitude.
+double ulp(double value, Float type) {
+  const auto [e, f] = format_of(type);
+  int exponent;
+  std::frexp(value, &exponent);
+  return std::ldexp(1, std::max(exponent - 1, 2 - (1 << (e - 1))) - f);
+}
+
+// The bits of |value| rounded to a 16-bit type: half way, to the even one. Infinity is where the next number would be.
+uint32_t encode(double value, Float type) {
+  const auto [e, f] = format_of(type);
+  const uint32_t infinity = ((1u << e) - 1) << f;
+  const auto at = [&](uint32_t bits) { return bits < infinity ? decode(bits, type) : std::ldexp(1, 1 << (e - 1)); };
+  value = std::fabs(value);
+  if (!(value < at(infinity))) return infinity;
+  uint32_t low = 0, high = infinity;
+  while (high - low > 1) {
+    const uint32_t middle = (low + high) / 2;
+    (at(middle) <= value ? low : high) = middle;
+  }
+  const double down = value - at(low), up = at(high) - value;
+  return down < up || (down == up && low % 2 == 0) ? low : high;
+}
+
+// An array of floats of a type that is known at run time.
+class Floats {
+ public:
+  Floats(int64_t count, Float type) : type_(type), bytes_(count * size_of(type)) {}
+
+  void* data() { return bytes_.data(); }
+  Float type() const { return type_; }
+  int64_t size() const { return bytes_.size() / size_of(type_); }
+  uint32_t bits(int64_t i) {
+    uint32_t bits = 0;
+    memcpy(&bits, bytes_.data() + i * size_of(type_), size_of(type_));
+    return bits;
+  }
+  void set_bits(int64_t i, uint32_t bits) { memcpy(bytes_.data() + i * size_of(type_), &bits, size_of(type_)); }
+  double operator[](int64_t i) { return decode(bits(i), type_); }
+  bool untouched(int64_t i) { return bits(i) == (type_ == Float::f32 ? 0xffffffffu : 0xffffu); }
+
+  // Random values with magnitudes from 2^low to 2^high.
+  void fill(int low, int high) {
+    const auto [e, f] = format_of(type_);
+    const int bias = (1 << (e - 1)) - 1;
+    for (int64_t i = 0; i < size(); i++) {
+      const uint32_t exponent = bias + low + random_below(high - low), fraction = random_bits() & ((1u << f) - 1);
+      set_bits(i, (random_bits() & 1u) << (e + f) | exponent << f | fraction);
+    }
+  }
+
+ private:
+  Float type_;
+  Array<char> bytes_;
+};
+
+constexpr Float kTypes[] = {Float::f32, Float::bf16, Float::f16};
+const char* name_of(Float type) { return type == Float::f32 ? "fp32" : type == Float::bf16 ? "bf16" : "fp16"; }
+
+void fill_codes(Array<int8_t>& codes) {
+  const bool extreme = random_below(3) == 0;
+  for (int64_t i = 0; i < codes.size(); i++)
+    codes[i] = static_cast<int8_t>(extreme ? (random_bits() & 1 ? -128 : 127) : random_bits());
+}
+
+void fill_scales(Array<float>& scales) {
+  for (int64_t i = 0; i < scales.size(); i++) scales[i] = std::ldexp(1.0f + random_below(1 << 20) * 0x1p-20f, -8);
+}
+
+// -- linear layers ---------------------------------------------------------------------------------------------------
+
+struct Shape {
+  int64_t M, N, K, groups;
+};
+
+// One layer, and what it should compute. Codes meet it if `int8`, values of `type` if not.
+struct Problem {
+  Shape shape;
+  bool int8, has_bias;
+  Float type, bias_type;
+  Array<int8_t> x_codes, w;
+  Array<float> x_scale, w_scale;
+  Floats x, bias;
+  std::vector<double> y, tolerance;  // [M, N]
+
+  Problem(Shape s, bool int8, Float type)
+      : shape(s),
+        int8(int8),
+        has_bias(random_below(2)),
+        type(type),
+        bias_type(one_of(kTypes)),
+        x_codes(int8 ? s.M * s.K : 0),
+        w(s.N * s.K),
+        x_scale(int8 ? (random_below(2) ? s.M : 1) : 0),
+        w_scale(s.N * s.groups),
+        x(int8 ? 0 : s.M * s.K, type),
+        bias(has_bias ? s.N : 0, bias_type),
+        y(s.M * s.N),
+        tolerance(s.M * s.N) {
+    fill_codes(w), fill_codes(x_codes), fill_scales(w_scale), fill_scales(x_scale), x.fill(-4, 4), bias.fill(-4, 4);
+    solve();
+  }
+
+  // fp32 rounds each of the products' sums; their errors are as often up as down.
+  void solve() {
+    std::vector<double> values(shape.K);
+    for (int64_t m = 0; m < shape.M; m++) {
+      for (int64_t k = 0; k < shape.K; k++) values[k] = int8 ? x_codes[m * shape.K + k] : x[m * shape.K + k];
+      const double scale_of_row = int8 ? x_scale[x_scale.size() > 1 ? m : 0] : 1;
+      for (int64_t n = 0; n < shape.N; n++) {
+        double sum = 0, magnitude = 0;
+        for (int64_t g = 0; g < shape.groups; g++) {
+          double part = 0, part_magnitude = 0;
+          for (int64_t k = g * shape.K / shape.groups; k < (g + 1) * shape.K / shape.groups; k++) {
+            const double product = values[k] * w[n * shape.K + k];
+            part += product, part_magnitude += std::fabs(product);
+          }
+          sum += part * w_scale[n * shape.groups + g], magnitude += part_magnitude * w_scale[n * shape.groups + g];
+        }
+        const double added = has_bias ? bias[n] : 0, exact = std::fabs(sum * scale_of_row);
+        const double of_sum = int8 ? exact : magnitude * (4 + std::sqrt(static_cast<double>(shape.K)));
+        y[m * shape.N + n] = sum * scale_of_row + added;
+        tolerance[m * shape.N + n] = 0x1p-24 * (of_sum + 4 * exact + 2 * std::fabs(added));
+      }
+    }
+  }
+
+  void check(const Kernels& kernels, Block block, Float y_type) {
+    const auto [M, N, K, groups] = shape;
+    Floats out(M * N, y_type);
+    const Linear layer{M,
+                       N,
+                       K,
+                       int8 ? static_cast<void*>(x_codes.data()) : x.data(),
+                       type,
+                       int8 ? x_scale.data() : nullptr,
+                       x_scale.size() > 1,
+                       w.data(),
+                       w_scale.data(),
+                       groups,
+                       has_bias ? bias.data() : nullptr,
+                       bias_type,
+                       out.data(),
+                       y_type};
+    Array<char> scratch(((int8 ? kernels.w8a8_scratch : kernels.w8a16_scratch)(layer) + 63) / 64 * 64);
+    (int8 ? kernels.w8a8 : kernels.w8a16)(layer, block, scratch.data());
+    for (int64_t m = 0; m < M; m++) {
+      for (int64_t n = 0; n < N; n++) {
+        const bool asked = m >= block.m0 && m < block.m1 && n >= block.n0 && n < block.n1;
+        const int64_t i = m * N + n;
+        const double allowed = tolerance[i] + ulp(y[i], y_type);
+        if (asked ? !(std::fabs(out[i] - y[i]) <= allowed) : !out.untouched(i))
+          fail(
+              "%s: %s of %s, M %ld N %ld K %ld groups %ld, block [%ld, %ld) x [%ld, %ld), bias %d: y[%ld, %ld] is "
+              "%.9g, "
+              "expected %s%.9g in %s",
+              kernels.isa, int8 ? "w8a8" : "w8a16", int8 ? "int8" : name_of(type), M, N, K, groups, block.m0, block.m1,
+              block.n0, block.n1, has_bias, m, n, out[i], asked ? "" : "to be left, not ", y[i], name_of(y_type));
+      }
+    }
+  }
+};
+
+Block random_block(const Shape& shape) {
+  const int64_t m0 = random_below(shape.M + 1), n0 = random_below(shape.N + 1);
+  return {m0, m0 + random_below(shape.M - m0 + 1), n0, n0 + random_below(shape.N - n0 + 1)};
+}
+
+void check_linear(const std::vector<const Kernels*>& all, Shape shape, bool int8, Float type) {
+  Problem problem(shape, int8, type);
+  for (const Kernels* kernels : all) {
+    problem.check(*kernels, {0, shape.M, 0, shape.N}, one_of(kTypes));
+    problem.check(*kernels, random_block(shape), one_of(kTypes));
+  }
+}
+
+int64_t random_groups(int64_t K) {
+  std::vector<int64_t> divisors;
+  for (int64_t g = 1; g <= K; g++) {
+    if (K % g == 0) divisors.push_back(g);
+  }
+  return divisors.empty() ? 1 : divisors[random_below(divisors.size())];
+}
+
+void check_linear_layers(const std::vector<const Kernels*>& all) {
+  constexpr int64_t kM[] = {0, 1, 2, 3, 4, 5, 6, 7, 9, 13, 16, 25, 33, 47, 100, 513};
+  constexpr int64_t kN[] = {1, 2, 3, 4, 5, 7, 16, 31, 32, 33, 35, 67, 100};
+  constexpr int64_t kK[] = {0, 1, 2, 7, 15, 16, 17, 31, 32, 33, 63, 64, 65, 96, 127, 130, 1024, 1030, 2070, 4100};
+  constexpr int64_t kMost = 1 << 20;  // products of one layer
+  for (int64_t m : kM) {
+    for (int64_t k : kK) {
+      for (int repeat = 0; repeat < 3; repeat++) {
+        const int64_t n = std::max<int64_t>(1, std::min(one_of(kN), kMost / std::max<int64_t>(1, m * k)));
+        check_linear(all, {m, n, k, 1}, true, Float::f32);
+        for (Float type : kTypes) check_linear(all, {m, n, k, random_below(2) ? random_groups(k) : 1}, false, type);
+      }
+    }
+  }
+  for (int64_t m : {1, 2, 70}) check_linear(all, {m, 3, 131071, 1}, true, Float::f32);  // the longest exact sums
+}
+
+// -- rows ------------------------------------------------------------------------------------------------------------
+
+int8_t code_of(float value, float scale) {
+  return static_cast<int8_t>(std::fmax(-127.0f, std::fmin(127.0f, std::nearbyint(value / scale))));
+}
+
+double largest_of(Floats& x, int64_t begin, int64_t end) {
+  double largest = 0;
+  for (int64_t i = begin; i < end; i++) {
+    if (std::isnan(x[i])) return x[i];
+    largest = std::max(largest, std::fabs(x[i]));
+  }
+  return largest;
+}
+
+// As octavo/primitives.py defines it: amax / 127 in fp32, rounded to the type, one step up if that clips.
+float weight_scale_of(float largest, Float type) {
+  if (largest == 0) return 1;
+  float scale = largest / 127;
+  uint32_t bits = 0;
+  if (type == Float::f32)
+    memcpy(&bits, &scale, sizeof bits);
+  else
+    bits = encode(scale, type);
+  scale = static_cast<float>(decode(bits, type));
+  return largest / scale > 127.5f ? static_cast<float>(decode(bits + 1, type)) : scale;
+}
+
+bool same(float a, float b) { return a == b || (std::isnan(a) && std::isnan(b)); }
+
+void check_codes(const char* isa, const char* what, Floats& x, int64_t K, Array<int8_t>& codes, int64_t row,
+                 float found, float scale) {
+  if (!same(found, scale))
+    fail("%s: %s of %s, K %ld: scale is %.9g, expected %.9g", isa, what, name_of(x.type()), K, found, scale);
+  if (!std::isfinite(scale)) return;  // its codes mean nothing
+  for (int64_t k = 0; k < K; k++) {
+    const float value = static_cast<float>(x[row * K + k]);
+    if (codes[row * K + k] != code_of(value, scale))
+      fail("%s: %s of %s, K %ld: the code of %.9g under %.9g is %d, expected %d", isa, what, name_of(x.type()), K,
+           value, scale, codes[row * K + k], code_of(value, scale));
+  }
+}
+
+void check_rows(const Kernels& kernels, int64_t rows, int64_t K, Float type) {
+  Floats x(rows * K, type);
+  const int lowest = type == Float::f16 ? -14 : -126, low = lowest + random_below(type == Float::f16 ? 20 : 200);
+  x.fill(low, low + 1 + random_below(8));
+  const auto [e, f] = format_of(type);
+  if (rows > 1) {
+    for (int64_t k = 0; k < K; k++) x.set_bits(k, random_below(4) ? random_below(3) : 0);  // subnormal, and zeros
+    if (K && random_below(2)) x.set_bits(K + random_below(K), ((1u << e) - 1) << f | random_below(2));  // inf, NaN
+  }
+  const int64_t first = random_below(rows + 1), last = first + random_below(rows - first + 1);
+
+  for (const bool weight : {false, true}) {
+    Array<int8_t> codes(rows * K);
+    Array<float> scale(rows);
+    const Rows in{rows, K, x.data(), type, codes.data(), scale.data()};
+    (weight ? kernels.quantize_weight : kernels.quantize_token)(in, 0, first);
+    (weight ? kernels.quantize_weight : kernels.quantize_token)(in, first, last);
+    (weight ? kernels.quantize_weight : kernels.quantize_token)(in, last, rows);
+    for (int64_t r = 0; r < rows; r++) {
+      const float largest = static_cast<float>(largest_of(x, r * K, (r + 1) * K)), token = largest / 127;
+      if (weight && !std::isfinite(largest)) continue;  // refused by whoever asked
+      const float expected = weight ? weight_scale_of(largest, type) : token == 0 ? 1 : token;
+      check_codes(kernels.isa, weight ? "quantize_weight" : "quantize_token", x, K, codes, r, scale[r], expected);
+    }
+  }
+
+  const float largest = static_cast<float>(largest_of(x, first * K, last * K));
+  Array<int8_t> codes(rows * K);
+  Array<float> scale(1);
+  scale[0] = std::ldexp(1.0f + random_below(1 << 20) * 0x1p-20f, low - static_cast<int>(random_below(7)));
+  const Rows in{rows, K, x.data(), type, codes.data(), scale.data()};
+  const float found = kernels.amax(in, first, last);
+  if (!same(found, largest)) fail("%s: amax of %s is %.9g, expected %.9g", kernels.isa, name_of(type), found, largest);
+  kernels.quantize_given(in, 0, rows);
+  for (int64_t i = 0; i < rows * K; i++) {
+    const float value = static_cast<float>(x[i]);
+    if (!std::isnan(value) && codes[i] != code_of(value, scale[0]))
+      fail("%s: quantize_given of %s: the code of %.9g under %.9g is %d, expected %d", kernels.isa, name_of(type),
+           value, scale[0], codes[i], code_of(value, scale[0]));
+  }
+}
+
+void check_lookup(const Kernels& kernels, int64_t count, int64_t H, Float type) {
+  constexpr int64_t kRows = 5;
+  Array<int64_t> indices(count);
+  Array<int8_t> table(kRows * H);
+  Array<float> scale(kRows);
+  Floats y(count * H, type);
+  fill_codes(table);
+  // Short fractions, so that products end half way between two numbers; subnormal and infinite as fp16.
+  for (int64_t i = 0; i < kRows; i++)
+    scale[i] = std::ldexp(1.0f + random_below(64) / 64.0f, static_cast<int>(random_below(46)) - 34);
+  for (int64_t i = 0; i < count; i++) indices[i] = random_below(kRows);
+  const Lookup in{count, H, indices.data(), table.data(), scale.data(), y.data(), type};
+  kernels.lookup(in, 0, count / 2);
+  kernels.lookup(in, count / 2, count);
+  for (int64_t i = 0; i < count * H; i++) {
+    const int64_t row = indices[i / H];
+    const float product = table[row * H + i % H] * scale[row];  // 14 bits: exact
+    const uint32_t sign = product < 0 ? 0x8000 : 0;
+    if (type == Float::f32 ? y[i] != product : y.bits(i) != (encode(product, type) | sign))
+      fail("%s: lookup, H %ld: %.9g in %s is %.9g", kernels.isa, H, product, name_of(type), y[i]);
+  }
+}
+
+void check_rows_and_lookups(const Kernels& kernels) {
+  constexpr int64_t kK[] = {0, 1, 2, 3, 7, 8, 9, 15, 16, 17, 31, 32, 33, 47, 63, 64, 65, 100, 255, 1000};
+  for (int64_t K : kK) {
+    for (Float type : kTypes) {
+      for (int64_t rows : {0, 1, 2, 3, 7, 20}) {
+        for (int repeat = 0; repeat < 3; repeat++) check_rows(kernels, rows, K, type);
+      }
+      for (int64_t count : {0, 1, 9}) check_lookup(kernels, count, K, type);
+    }
+  }
+}
+
+// -- which kernels a machine gets ------------------------------------------------------------------------------------
+
+void check_choice(const Machine& machine, const char* forced, const char* isa, const char* why) {
+  const Choice choice = choose(machine, forced);
+  const char* got = choice.kernels ? choice.kernels->isa : "none";
+  if (strcmp(got, isa) != 0 || !strstr(choice.why, why))
+    fail("choose with OCTAVO_ISA '%s': is %s (%s), expected %s (... %s ...)", forced ? forced : "", got, choice.why,
+         isa, why);
+}
+
+void check_choices() {
+  const Machine none{false, false, false, false};
+  check_choice(none, nullptr, "scalar", "");
+  check_choice(none, "scalar", "scalar", "forced by OCTAVO_ISA");
+  check_choice(none, "neon9", "none", "'neon9', expected one of: ");
+  check_choice(none, std::string(1000, 'x').c_str(), "none", "OCTAVO_ISA is 'xxx");
+#if defined(__x86_64__)
+  const Machine avx2{true, false, false, false}, avx512{true, true, false, false}, denied{true, true, true, false},
+      amx{true, true, true, true};
+  check_choice(none, "", "scalar", "lacks");
+  check_choice(avx2, "", "avx2", "lacks AMX");
+  check_choice(avx512, "", "avx512", "lacks AMX");
+  check_choice(denied, "", "avx512", "the operating system denied AMX tiles");
+  check_choice(amx, "", "amx", "the best there is");
+  check_choice(amx, nullptr, "amx", "the best there is");
+  for (const char* isa : {"scalar", "avx2", "avx512", "amx"}) check_choice(amx, isa, isa, "forced by OCTAVO_ISA");
+  check_choice(none, "avx2", "none", "'avx2', but this processor or operating system lacks AVX2");
+  check_choice(avx2, "avx512", "none", "'avx512', but this processor or operating system lacks AVX-512");
+  check_choice(avx512, "amx", "none", "'amx', but this processor or operating system lacks AMX");
+  check_choice(denied, "amx", "none", "'amx', but the operating system denied AMX tiles");
+  check_choice(amx, "AVX2", "none", "expected one of: amx, avx512, avx2, scalar");
+#endif
+}
+
+}  // namespace
+
+int main() {
+  check_choices();
+  std::vector<const Kernels*> all;
+  for (const char* isa : {"scalar", "avx2", "avx512", "amx"}) {
+    const Choice choice = choose(this_machine(), isa);
+    if (choice.kernels && choice.kernels->w8a16)
+      all.push_back(choice.kernels);
+    else
+      printf("%s: left out, %s\n", isa, choice.kernels ? "it has no kernels" : choice.why);
+  }
+  for (const Kernels* kernels : all) check_rows_and_lookups(*kernels);
+  check_linear_layers(all);
+  for (const Kernels* kernels : all)
+    printf("%s: every shape right, and nothing touched outside of its operands\n", kernels->isa);
+}

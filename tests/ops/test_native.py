@@ -1,0 +1,486 @@
+"""Native kernels of every instruction set that this machine has, against float64 arithmetic.
+
+What quantizes is held to `primitives.py` bit by bit, sums of codes to exact integers, everything else to the rounding
+errors of fp32 sums.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import warnings
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import example, given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from octavo import ops, primitives
+from octavo.errors import QuantizeError
+from octavo.ops import native
+
+ROOT = Path(__file__).parents[2]
+FORCED = os.environ.get("OCTAVO_ISA", "")
+
+FLOATS = [torch.float32, torch.bfloat16, torch.float16]
+MANY = st.sampled_from([0, 1, 2, 3, 4, 5, 6, 9, 13, 25, 33, 64, 100, 513, 1100])
+ODD = st.sampled_from([1, 2, 3, 5, 31, 32, 33, 67])
+LONG = st.sampled_from([0, 1, 2, 7, 15, 17, 33, 63, 64, 65, 100, 129, 1030, 2100])
+
+
+def instruction_sets() -> list[str]:
+    if all(row.backend == "reference" for row in ops.backends()):
+        return []
+    found = []
+    for name in ("scalar", "avx2", "avx512", "amx"):
+        try:
+            native.select(name)
+        except QuantizeError:
+            continue
+        found.append(name)
+    native.select(FORCED)
+    return found
+
+
+ISAS = instruction_sets()
+pytestmark = pytest.mark.skipif(not ISAS, reason="octavo is installed without its native kernels")
+
+
+@pytest.fixture(scope="module", params=ISAS)
+def isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    """The kernels that serve meanwhile."""
+    assert native.select(request.param).isa == request.param
+    yield request.param
+    native.select(FORCED)
+
+
+def codes(*shape: int, extreme: bool = False) -> Tensor:
+    """Random codes, -128 and 127 alone if `extreme`: where 16 bits or a byte without sign are too few, it shows."""
+    if extreme:
+        return torch.where(torch.rand(shape) < 0.5, -128, 127).to(torch.int8)
+    return torch.randint(-128, 128, shape, dtype=torch.int8)
+
+
+def strided(x: Tensor, how: str) -> Tensor:
+    """The same values, with gaps between them, or transposed in memory."""
+    if how == "gaps":
+        return torch.stack([x, torch.zeros_like(x)], -1)[..., 0]
+    return x.T.contiguous().T if how == "transposed" and x.dim() == 2 else x
+
+
+def assert_rounds_to(y: Tensor, expected: Tensor, error: Tensor) -> None:
+    """y is `expected` [float64] to within `error` and the rounding of its dtype."""
+    limits = torch.finfo(y.dtype)
+    allowed = error + expected.abs() * limits.eps + limits.smallest_normal * limits.eps
+    wrong = ~((y.double() - expected).abs() <= allowed)
+    assert not wrong.any(), f"{y[wrong][:4]} is not {expected[wrong][:4]} to within {allowed[wrong][:4]}"
+
+
+def linear_in_double(
+    x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, steps: float
+) -> tuple[Tensor, Tensor]:
+    """A linear layer in float64, and what a fp32 sum that is rounded about `steps` times may be off by."""
+    wide = (
+        weight.double().unflatten(-1, (weight_scale.shape[-1], -1)) * weight_scale.double().unsqueeze(-1)
+        if weight.numel()
+        else weight.double().unsqueeze(-1)
+    ).flatten(-2)
+    y = x.double() @ wide.T
+    added = torch.zeros(()).double() if bias is None else bias.double()
+    error = 2.0**-24 * (steps * (x.double().abs() @ wide.abs().T) + 4 * y.abs() + 2 * added.abs())
+    return y + added, error
+
+
+# -- linear layers ---------------------------------------------------------------------------------------------------
+
+
+@given(
+    m=MANY,
+    n=ODD,
+    k=LONG,
+    dtype=st.sampled_from(FLOATS),
+    bias_dtype=st.sampled_from([None, *FLOATS]),
+    how=st.sampled_from(["dense", "gaps", "transposed"]),
+    x_exponent=st.integers(-8, 4),
+    scale_exponent=st.sampled_from([-8, -4, 0]),
+    extreme=st.booleans(),
+    seed=st.integers(0, 99),
+)
+def test_w8a16_linear(
+    isa: str, m: int, n: int, k: int, dtype: torch.dtype, bias_dtype: torch.dtype | None, how: str, x_exponent: int,
+    scale_exponent: int, extreme: bool, seed: int,
+) -> None:  # fmt: skip
+    torch.manual_seed(seed)
+    x = (torch.randn(m, k) * 2.0**x_exponent).to(dtype)
+    weight, weight_scale = codes(n, k, extreme=extreme), torch.rand(n, 1) * 2.0**scale_exponent / 128
+    bias = None if bias_dtype is None else torch.randn(n).to(bias_dtype)
+    before = x.clone()
+    y = ops.w8a16_linear(strided(x, how), strided(weight, how), weight_scale, bias)
+    expected, error = linear_in_double(x, weight, weight_scale, bias, 4 + k**0.5)
+    assert y.dtype == dtype and y.shape == (m, n) and y.is_contiguous()
+    assert_rounds_to(y, expected, error)
+    assert torch.equal(x, before)
+
+
+@given(
+    m=st.sampled_from([1, 2, 3, 7, 26, 64, 513]),
+    n=ODD,
+    groups=st.sampled_from([2, 3, 5, 12]),
+    size=st.sampled_from([1, 2, 7, 16, 31, 32, 64, 128, 130]),
+    dtype=st.sampled_from(FLOATS),
+    seed=st.integers(0, 99),
+)
+@example(m=40, n=33, groups=33, size=128, dtype=torch.bfloat16, seed=0)  # groups that end where pieces of K do
+@example(m=40, n=33, groups=5, size=1031, dtype=torch.float32, seed=0)  # and that do not
+def test_groups(isa: str, m: int, n: int, groups: int, size: int, dtype: torch.dtype, seed: int) -> None:
+    torch.manual_seed(seed)
+    x, weight = torch.randn(m, groups * size).to(dtype), codes(n, groups * size)
+    weight_scale = torch.rand(n, groups) / 128
+    expected, error = linear_in_double(x, weight, weight_scale, None, 4 + (groups * size) ** 0.5)
+    assert_rounds_to(ops.w8a16_linear(x, weight, weight_scale), expected, error)
+
+
+@pytest.mark.parametrize("m", [1, 40])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("of_x", "of_weight"), [(1e30, 1e-30), (1e-30, 1e30), (1e-35, 1e33), (1e30, 1e-40)])
+def test_extreme_scales(isa: str, m: int, dtype: torch.dtype, of_x: float, of_weight: float) -> None:
+    x, weight, weight_scale = (torch.randn(m, 100) * of_x).to(dtype), codes(5, 100), torch.full((5, 1), of_weight)
+    expected, error = linear_in_double(x, weight, weight_scale, None, 14)
+    assert_rounds_to(ops.w8a16_linear(x, weight, weight_scale), expected, error)
+    # int8: the scales multiply each other, so only their product has to be a number.
+    x8, x_scale = codes(m, 100), torch.full((m, 1), of_x)
+    expected = x8.double() @ weight.double().T * (x_scale.double() * weight_scale.double().T)
+    y = ops.w8a8_linear(x8, x_scale, weight, weight_scale, None, torch.float32)
+    assert_rounds_to(y, expected, expected.abs() * 2.0**-22)
+
+
+@given(
+    m=MANY,
+    n=ODD,
+    k=LONG,
+    dtype=st.sampled_from(FLOATS),
+    bias_dtype=st.sampled_from([None, *FLOATS]),
+    per_token=st.booleans(),
+    how=st.sampled_from(["dense", "gaps", "transposed"]),
+    extreme=st.booleans(),
+    seed=st.integers(0, 99),
+)
+def test_w8a8_linear(
+    isa: str, m: int, n: int, k: int, dtype: torch.dtype, bias_dtype: torch.dtype | None, per_token: bool, how: str,
+    extreme: bool, seed: int,
+) -> None:  # fmt: skip
+    torch.manual_seed(seed)
+    x, weight = codes(m, k, extreme=extreme), codes(n, k, extreme=extreme)
+    x_scale, weight_scale = torch.rand(m if per_token else 1, 1) / 128, torch.rand(n, 1) / 128
+    bias = None if bias_dtype is None else torch.randn(n).to(bias_dtype)
+    x_scale = x_scale if per_token else x_scale.reshape(1)
+    y = ops.w8a8_linear(strided(x, how), x_scale, strided(weight, how), weight_scale, bias, dtype)
+    expected = (x.double() @ weight.double().T) * (x_scale.double() * weight_scale.double().T)
+    added = torch.zeros(()).double() if bias is None else bias.double()
+    assert y.dtype == dtype and y.shape == (m, n) and y.is_contiguous()
+    assert_rounds_to(y, expected + added, 2.0**-22 * (expected.abs() + added.abs()))
+
+
+@pytest.mark.parametrize("m", [1, 7, 40])
+@pytest.mark.parametrize("k", [1, 64, 1023, 8191, 131071])
+@pytest.mark.parametrize("of_x", [-128, 127])
+@pytest.mark.parametrize("of_weight", [-128, 127])
+def test_the_largest_sums_are_exact(isa: str, m: int, k: int, of_x: int, of_weight: int) -> None:
+    x, weight = torch.full((m, k), of_x, dtype=torch.int8), torch.full((3, k), of_weight, dtype=torch.int8)
+    one = torch.ones(1)
+    y = ops.w8a8_linear(x, one, weight, one.expand(3, 1), None, torch.float32)
+    assert torch.equal(y, torch.full((m, 3), float(of_x * of_weight * k)))  # rounded to fp32 once
+
+
+def test_rows_whose_sums_do_not_fit_are_refused(isa: str) -> None:
+    x = torch.zeros(2, 131072, dtype=torch.int8)
+    with pytest.raises(QuantizeError, match="rows of 131072 codes, expected up to 131071"):
+        ops.w8a8_linear(x, torch.ones(1), x, torch.ones(2, 1), None, torch.float32)
+
+
+@given(
+    rows=st.lists(st.sampled_from([0, 1, 2, 5, 40]), min_size=1, max_size=5),
+    rest=st.sampled_from([0, 3]),
+    n=ODD,
+    k=st.sampled_from([1, 7, 64, 1030]),
+    dtype=st.sampled_from(FLOATS),
+    has_bias=st.booleans(),
+)
+def test_experts(isa: str, rows: list[int], rest: int, n: int, k: int, dtype: torch.dtype, has_bias: bool) -> None:
+    e, s = len(rows), sum(rows) + rest
+    ends = torch.tensor(rows).cumsum(0).to(torch.int32)
+    weight, weight_scale = codes(e, n, k), torch.rand(e, n, 1) / 128
+    bias = torch.randn(e, n) if has_bias else None
+    x, x8, x_scale = torch.randn(s, k).to(dtype), codes(s, k), torch.rand(s, 1) / 128
+    y = ops.w8a16_experts_linear(x, ends, weight, weight_scale, bias)
+    y8 = ops.w8a8_experts_linear(x8, x_scale, ends, weight, weight_scale, bias, dtype)
+    start = 0
+    for i, end in enumerate(ends.tolist()):
+        part, of_expert = slice(start, end), None if bias is None else bias[i]
+        expected, error = linear_in_double(x[part], weight[i], weight_scale[i], of_expert, 4 + k**0.5)
+        assert_rounds_to(y[part], expected, error)
+        expected, error = linear_in_double(x8[part] * x_scale[part].double(), weight[i], weight_scale[i], of_expert, 4)
+        assert_rounds_to(y8[part], expected, error)
+        start = end
+    assert not y[start:].any() and not y8[start:].any()
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("m", [3, 60])
+def test_what_is_not_finite_stays_in_its_row(isa: str, bad: float, dtype: torch.dtype, m: int) -> None:
+    x = torch.randn(m, 70).to(dtype)
+    x[1, 69] = bad
+    weight, weight_scale = codes(5, 70).clamp(min=1), torch.rand(5, 1)
+    y = ops.w8a16_linear(x, weight, weight_scale)
+    assert torch.equal(y[1].double(), torch.full((5,), bad).double()) or (bad != bad and bool(y[1].isnan().all()))
+    y8 = ops.w8a8_linear(*ops.quantize_per_token(x), weight, weight_scale, None, dtype)
+    assert not y8[1].isfinite().any()
+    others = [i for i in range(m) if i != 1]
+    assert y[others].isfinite().all() and y8[others].isfinite().all()
+
+
+# -- rows ------------------------------------------------------------------------------------------------------------
+
+EXPONENTS = {torch.float32: (-149, 126), torch.bfloat16: (-133, 126), torch.float16: (-24, 14)}
+
+
+@given(
+    m=st.sampled_from([0, 1, 2, 7, 100]),
+    k=st.sampled_from([0, 1, 2, 7, 8, 15, 16, 17, 31, 33, 64, 100, 1000]),
+    dtype=st.sampled_from(FLOATS),
+    size=st.floats(0, 1),
+    spread=st.sampled_from([0, 3, 12]),
+    how=st.sampled_from(["dense", "gaps", "transposed"]),
+    seed=st.integers(0, 99),
+)
+@example(m=7, k=64, dtype=torch.float32, size=0, spread=3, how="dense", seed=0)
+@example(m=7, k=64, dtype=torch.bfloat16, size=1, spread=0, how="dense", seed=0)
+def test_quantization_is_that_of_primitives(
+    isa: str, m: int, k: int, dtype: torch.dtype, size: float, spread: int, how: str, seed: int
+) -> None:
+    torch.manual_seed(seed)
+    low, high = EXPONENTS[dtype]
+    exponent = low + size * (high - low) - spread * torch.rand(m, k).double()
+    dense = (torch.randn(m, k).clamp(-1.9, 1.9).double() * 2.0**exponent).to(dtype)
+    x = strided(dense, how)
+    for name in ("quantize_per_token", "quantize_per_tensor"):
+        for mine, other in zip(getattr(ops, name)(x), getattr(torch.ops.octavo_reference, name)(dense), strict=True):
+            assert torch.equal(mine, other) and mine.is_contiguous()
+    found, scale = ops.quantize_per_token(x)
+    assert torch.equal(found, primitives.quantize(dense, scale))
+    step = scale.amax().reshape(1) / 3 if m else torch.ones(1)  # a third of the values is clamped
+    assert torch.equal(ops.quantize_static(x, step), primitives.quantize(dense, step))
+    assert torch.equal(ops.quantize_static(x, step), torch.ops.octavo_reference.quantize_static(dense, step))
+    for mine, other in zip(ops.quantize_weight(x), primitives.quantize_weight(dense), strict=True):
+        assert torch.equal(mine, other)
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("step", [2.0**-5, 0.0123, 1 / 3, 1.7e-4])
+def test_ties_and_their_neighbours(isa: str, dtype: torch.dtype, step: float) -> None:
+    """Halfway between two codes, and one number to either side of it: where a rounding error would decide."""
+    scale = torch.tensor([step])
+    halfway = (torch.arange(-128, 128) + 0.5).float() * scale
+    exact = halfway.to(dtype)
+    way = torch.full_like(exact, torch.inf)
+    x = torch.cat([exact, exact.nextafter(way), exact.nextafter(-way), halfway.nextafter(way.float()).to(dtype)])
+    expected = primitives.quantize(x, scale)
+    assert torch.equal(ops.quantize_static(x, scale), expected)
+    row = torch.cat([x, (scale * 127).to(dtype)])
+    found, own = ops.quantize_per_token(row)
+    assert torch.equal(found, primitives.quantize(row, own))
+    if dtype == torch.float32 and step == 2.0**-5:  # exact ties: to the even code
+        assert expected[126:130].tolist() == [-2, 0, 0, 2]
+
+
+@given(count=st.sampled_from([0, 1, 50]), h=st.sampled_from([1, 7, 8, 16, 33, 1000]), dtype=st.sampled_from(FLOATS))
+def test_embedding(isa: str, count: int, h: int, dtype: torch.dtype) -> None:
+    table, scale = codes(77, h), torch.rand(77, 1) * 2.0 ** torch.randint(-20, 6, (77, 1))
+    indices = torch.randint(0, 77, (2, count))
+    y = ops.w8a16_embedding(indices, table, scale, dtype)
+    expected = table[indices].double() * scale[indices].double()
+    assert_rounds_to(y, expected, torch.zeros(()).double())
+    assert torch.equal(y, torch.ops.octavo_reference.w8a16_embedding(indices, table, scale, dtype))
+
+
+# -- whoever calls ---------------------------------------------------------------------------------------------------
+
+
+def every_op(seed: int = 0, m: int = 40) -> list[Tensor]:
+    """The results of all native ops on one input, of a size that is worth several threads."""
+    random = torch.Generator().manual_seed(seed)
+    n, k = 300, 1100
+    x = torch.randn(m, k, generator=random).bfloat16()
+    weight = torch.randint(-128, 128, (2, n, k), dtype=torch.int8, generator=random)
+    scale = torch.rand(2, n, 1, generator=random)
+    groups, ends = torch.rand(n, 11, generator=random), torch.tensor([m // 3, m], dtype=torch.int32)
+    found, found_scale = ops.quantize_per_token(x)
+    return [
+        ops.w8a16_linear(x, weight[0], scale[0]),
+        ops.w8a16_linear(x.float(), weight[0], groups),
+        ops.w8a8_linear(found, found_scale, weight[0], scale[0], None, torch.bfloat16),
+        ops.w8a16_experts_linear(x, ends, weight, scale),
+        ops.w8a8_experts_linear(found, found_scale, ends, weight, scale, None, torch.float32),
+        found,
+        found_scale,
+        *ops.quantize_per_tensor(x),
+        ops.quantize_static(x, torch.tensor([0.01])),
+        *ops.quantize_weight(x),
+        ops.w8a16_embedding(torch.arange(m), weight[0], scale[0], torch.bfloat16),
+    ]
+
+
+def assert_same_bits(these: list[Tensor], those: list[Tensor]) -> None:
+    assert [torch.equal(a, b) for a, b in zip(these, those, strict=True)] == [True] * len(those)
+
+
+def test_the_number_of_threads_changes_no_bit(isa: str) -> None:
+    torch.set_num_threads(1)
+    alone = every_op()
+    torch.set_num_threads(2)
+    assert_same_bits(every_op(), alone)
+
+
+@pytest.mark.parametrize("m", [100, 600])
+def test_a_row_does_not_depend_on_the_batch(isa: str, m: int) -> None:
+    """Codes, and sums of codes, to the bit. A fp32 sum to within rounding: many rows sum K in pieces, few do not."""
+    x, weight, scale = torch.randn(m, 2100).bfloat16(), codes(40, 2100), torch.rand(40, 1)
+    found, found_scale = ops.quantize_per_token(x)
+    y8 = ops.w8a8_linear(found, found_scale, weight, scale, None, torch.float32)
+    y = ops.w8a16_linear(x.float(), weight, scale)
+    _, error = linear_in_double(x, weight, scale, None, 2 * 2100**0.5)
+    for i in (0, 1, m // 2, m - 1):
+        one, one_scale = ops.quantize_per_token(x[i : i + 1])
+        assert torch.equal(one[0], found[i]) and torch.equal(one_scale[0], found_scale[i])
+        assert torch.equal(ops.w8a8_linear(one, one_scale, weight, scale, None, torch.float32)[0], y8[i])
+        alone = ops.w8a16_linear(x[i : i + 1].float(), weight, scale)
+        assert ((alone[0].double() - y[i].double()).abs() <= error[i]).all()
+
+
+def test_several_python_threads_at_once(isa: str) -> None:
+    torch.set_num_threads(1)
+    sizes = [(seed, m) for seed in range(4) for m in (1, 7, 40)]
+    expected = [every_op(*size) for size in sizes]
+    with ThreadPoolExecutor(4) as pool:
+        for mine, other in zip(pool.map(lambda size: every_op(*size), sizes * 2), expected * 2, strict=True):
+            assert_same_bits(mine, other)
+
+
+def test_inference_mode(isa: str) -> None:
+    expected = every_op()
+    with torch.inference_mode():
+        assert_same_bits(every_op(), expected)
+
+
+@pytest.mark.slow
+def test_compiled(isa: str) -> None:
+    x, weight, scale = torch.randn(40, 1100), codes(300, 1100), torch.rand(300, 1)
+
+    def layers(x: Tensor) -> tuple[Tensor, Tensor]:
+        found, found_scale = ops.quantize_per_token(x)
+        y8 = ops.w8a8_linear(found, found_scale, weight, scale, None, x.dtype)
+        return ops.w8a16_linear(x, weight, scale).relu(), y8 * 2
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's own, of its compiler
+        compiled: Any = torch.compile(layers, fullgraph=True)
+        for m in (40, 3):
+            assert_same_bits(list(compiled(x[:m])), list(layers(x[:m])))
+
+
+# -- processes -------------------------------------------------------------------------------------------------------
+
+
+def run_python(program: str, folder: Path = ROOT, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(folder), **environment},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
+def test_after_a_fork(isa: str) -> None:
+    program = """
+import os, torch
+from octavo import ops
+torch.set_num_threads(2)
+weight, scale = torch.randint(-128, 128, (600, 1100), dtype=torch.int8), torch.rand(600, 1)
+x = torch.randn(40, 1100)
+before = ops.w8a16_linear(x, weight, scale)
+child = os.fork()
+if not child:
+    torch.set_num_threads(1)  # as the workers of a DataLoader do: OpenMP's threads do not survive a fork
+    os._exit(0 if torch.equal(ops.w8a16_linear(x, weight, scale), before) else 1)
+assert os.waitpid(child, 0)[1] == 0
+assert torch.equal(ops.w8a16_linear(x, weight, scale), before)
+"""
+    done = run_python(program, OCTAVO_ISA=isa)
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_number_of_threads_is_obeyed() -> None:
+    program = """
+import time, torch
+from octavo import ops
+weight, scale, x = torch.zeros(4096, 4096, dtype=torch.int8), torch.ones(4096, 1), torch.randn(16, 4096).bfloat16()
+for threads in (1, 2):
+    torch.set_num_threads(threads)
+    ops.w8a16_linear(x, weight, scale)
+    all_threads, this_thread = time.process_time(), time.thread_time()
+    for _ in range(5):
+        ops.w8a16_linear(x, weight, scale)
+    print((time.process_time() - all_threads) / (time.thread_time() - this_thread))
+"""
+    done = run_python(program, OMP_WAIT_POLICY="passive")
+    assert done.returncode == 0, done.stderr
+    one, two = (float(line) for line in done.stdout.split())
+    assert one < 1.1 and 1.5 < two < 2.5
+
+
+def test_an_instruction_set_that_nobody_knows() -> None:
+    serving = native.select(FORCED).isa
+    with pytest.raises(QuantizeError, match=r"OCTAVO_ISA is 'mmx', expected one of: .*scalar"):
+        native.select("mmx")
+    assert native.select(FORCED).isa == serving
+    done = run_python("import octavo.ops", OCTAVO_ISA="mmx")
+    assert done.returncode and "OCTAVO_ISA is 'mmx', expected one of:" in done.stderr
+
+
+def test_an_instruction_set_that_this_machine_lacks() -> None:
+    lacking = [name for name in ("amx", "avx512", "avx2") if name not in ISAS]
+    if not lacking:
+        pytest.skip("this machine has them all")
+    with pytest.raises(QuantizeError, match=rf"OCTAVO_ISA is '{lacking[0]}', (but .*(lacks|denied)|expected one of)"):
+        native.select(lacking[0])
+
+
+def test_without_the_library(tmp_path: Path) -> None:
+    """One warning, and the reference answers."""
+    shutil.copytree(ROOT / "octavo", tmp_path / "octavo", ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    program = """
+import warnings
+with warnings.catch_warnings(record=True) as seen:
+    warnings.simplefilter("always")
+    import torch
+    from octavo import ops
+    weight, x = torch.tensor([[1, -2, 3]], dtype=torch.int8), torch.ones(2, 3)
+    assert ops.w8a16_linear(x, weight, torch.ones(1, 1)).tolist() == [[2.0], [2.0]]
+mine = [str(one.message) for one in seen if "octavo" in str(one.message)]
+assert len(mine) == 1 and "without its native kernels" in mine[0] and "OCTAVO_BACKEND=reference" in mine[0], mine
+rows = [row for row in ops.backends() if row.op == "w8a16_linear" and row.device == "cpu"]
+assert [row.backend for row in rows] == ["reference"] and "liboctavo.so is missing" in rows[0].why, rows
+"""
+    done = run_python(program, tmp_path)
+    assert done.returncode == 0, done.stderr
