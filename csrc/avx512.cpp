@@ -86,7 +86,10 @@ struct Vec {
     const F distance = _mm512_abs_ps(_mm512_sub_ps(quotient, whole));
     // "not less" is true for NaN too
     const __mmask16 close = _mm512_cmp_ps_mask(distance, _mm512_set1_ps(0.5f - 1.0f / 16384), _CMP_NLT_UQ);
-    if (__builtin_expect(close != 0, 0)) quotient = _mm512_div_ps(x, by.scale);
+    if (__builtin_expect(close != 0, 0)) {
+      quotient = _mm512_div_ps(x, by.scale);
+      quotient = _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(quotient, quotient, _CMP_ORD_Q), quotient);  // NaN's code is 0
+    }
     const F bounded = _mm512_max_ps(_mm512_min_ps(quotient, _mm512_set1_ps(kQmax)), _mm512_set1_ps(-kQmax));
     return _mm512_cvtps_epi32(bounded);
   }
