@@ -118,7 +118,10 @@ struct Vec {
     const F distance = _mm256_andnot_ps(_mm256_set1_ps(-0.0f), _mm256_sub_ps(quotient, whole));
     // "not less" is true for NaN too
     const F close = _mm256_cmp_ps(distance, _mm256_set1_ps(0.5f - 1.0f / 16384), _CMP_NLT_UQ);
-    if (__builtin_expect(_mm256_movemask_ps(close) != 0, 0)) quotient = _mm256_div_ps(x, by.scale);
+    if (__builtin_expect(_mm256_movemask_ps(close) != 0, 0)) {
+      quotient = _mm256_div_ps(x, by.scale);
+      quotient = _mm256_and_ps(quotient, _mm256_cmp_ps(quotient, quotient, _CMP_ORD_Q));  // the code of NaN is 0
+    }
     const F bounded = _mm256_max_ps(_mm256_min_ps(quotient, _mm256_set1_ps(kQmax)), _mm256_set1_ps(-kQmax));
     const __m256i wide = _mm256_cvtps_epi32(bounded);
     const __m128i half = _mm_packs_epi32(_mm256_castsi256_si128(wide), _mm256_extracti128_si256(wide, 1));

@@ -2,6 +2,8 @@
 //
 //     code = clamp(round_half_even(x / scale), -127, 127)        in fp32, as octavo/primitives.py defines it
 //
+// and 0 where x / scale is NaN: a row that holds inf has scale inf and codes 0, whose product is NaN.
+//
 // A `V` is a vector of fp32 (see avx512.cpp):
 //     kLanes, F                   its length and its register
 //     load, store                 `count` elements of a `Float` type, widened to fp32 or rounded from it

@@ -104,7 +104,7 @@ struct Vec {
   };
 
   static void store_codes(int8_t* codes, F x, const Divisor& by) {
-    const float quotient = x / by.scale;
+    const float divided = x / by.scale, quotient = divided == divided ? divided : 0;  // the code of NaN is 0
     const float below = quotient < kQmax ? quotient : kQmax;
     const float bounded = below > -kQmax ? below : -kQmax;
     constexpr float kNoFraction =

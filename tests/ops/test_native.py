@@ -242,7 +242,7 @@ def test_what_is_not_finite_stays_in_its_row(isa: str, bad: float, dtype: torch.
     y = ops.w8a16_linear(x, weight, weight_scale)
     assert torch.equal(y[1].double(), torch.full((5,), bad).double()) or (bad != bad and bool(y[1].isnan().all()))
     y8 = ops.w8a8_linear(*ops.quantize_per_token(x), weight, weight_scale, None, dtype)
-    assert not y8[1].isfinite().any()
+    assert y8[1].isnan().all()
     others = [i for i in range(m) if i != 1]
     assert y[others].isfinite().all() and y8[others].isfinite().all()
 
