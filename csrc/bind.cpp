@@ -28,16 +28,18 @@ using octavo::Rows;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-std::atomic<const Kernels*> active{nullptr};
+std::atomic<const Kernels*> active{nullptr};  // null: the reference serves
 const Kernels& kernels() { return *active.load(std::memory_order_relaxed); }
 
 // -- tensors ---------------------------------------------------------------------------------------------------------
 
+// Of what the kernels serve; the rest is the reference's.
 std::optional<Float> float_type(ScalarType type) {
+  if (!active.load(std::memory_order_relaxed)) return std::nullopt;
   if (type == ScalarType::Float) return Float::f32;
   if (type == ScalarType::BFloat16) return Float::bf16;
   if (type == ScalarType::Half) return Float::f16;
-  return std::nullopt;  // the reference's
+  return std::nullopt;
 }
 
 Tensor dense(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
@@ -360,14 +362,16 @@ STABLE_TORCH_LIBRARY_IMPL(octavo, CPU, m) {
 
 }  // namespace
 
-// For Python (octavo/ops/native.py): choose the kernels. Returns why these, or, with `*chosen` 0, what is wrong.
-extern "C" __attribute__((visibility("default"))) const char* octavo_select(const char* forced, int* chosen) {
+// For Python (octavo/ops/native.py): choose the kernels. Returns why these, or, with `*error` set, what is wrong.
+extern "C" __attribute__((visibility("default"))) const char* octavo_select(const char* forced, int* error) {
   static octavo::Choice choice;
   choice = octavo::choose(octavo::this_machine(), forced);
-  *chosen = choice.kernels != nullptr;
-  if (choice.kernels) active.store(choice.kernels);
+  *error = choice.error;
+  if (!choice.error) active.store(choice.kernels);
   return choice.why;
 }
 
-// The name of the instruction set of the chosen kernels.
-extern "C" __attribute__((visibility("default"))) const char* octavo_isa() { return kernels().isa; }
+// The name of the instruction set of the chosen kernels; null if there are none.
+extern "C" __attribute__((visibility("default"))) const char* octavo_isa() {
+  return active.load() ? kernels().isa : nullptr;
+}

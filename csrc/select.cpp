@@ -87,24 +87,27 @@ Choice choose(const Machine& machine, const char* forced) {
     strncat(valid, valid[0] ? ", " : "", sizeof valid - strlen(valid) - 1);
     strncat(valid, candidate.kernels->isa, sizeof valid - strlen(valid) - 1);
     if (force && strcmp(forced, candidate.kernels->isa) != 0) continue;
-    if (candidate.usable) {
-      choice.kernels = candidate.kernels;
-      if (force)
-        snprintf(choice.why, sizeof choice.why, "forced by OCTAVO_ISA");
-      else if (missed)
-        snprintf(choice.why, sizeof choice.why, "%s", missed);
-      else
-        snprintf(choice.why, sizeof choice.why, "the best there is");
-      return choice;
-    }
-    if (force) {
+    if (force && !candidate.usable) {
+      choice.error = true;
       snprintf(choice.why, sizeof choice.why, "OCTAVO_ISA is '%s', but %s; unset it for the best that this machine has",
                forced, candidate.lacks);
       return choice;
     }
+    if (candidate.usable && (force || candidate.kernels != &scalar_kernels)) {
+      choice.kernels = candidate.kernels;
+      snprintf(choice.why, sizeof choice.why, "%s",
+               force    ? "forced by OCTAVO_ISA"
+               : missed ? missed
+                        : "the best there is");
+      return choice;
+    }
     if (!missed) missed = candidate.lacks;
   }
-  snprintf(choice.why, sizeof choice.why, "OCTAVO_ISA is '%s', expected one of: %s", forced, valid);
+  choice.error = force;
+  if (force)
+    snprintf(choice.why, sizeof choice.why, "OCTAVO_ISA is '%s', expected one of: %s", forced, valid);
+  else
+    snprintf(choice.why, sizeof choice.why, "no native kernel for this processor is faster than the reference");
   return choice;
 }
 

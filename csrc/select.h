@@ -16,11 +16,13 @@ struct Machine {
 Machine this_machine();
 
 struct Choice {
-  const Kernels* kernels;  // null: `why` is an error
+  const Kernels* kernels;  // null: none, the reference serves
+  bool error;              // `forced` names none, or one that this machine lacks; `why` says what to do
   char why[320];
 };
 
-// The best kernels, or those of the instruction set `forced`, if that is not null or empty.
+// The best kernels, or those of the instruction set `forced`, if that is not null or empty. Scalar ones are chosen only
+// if forced: the reference, whose products are torch's own, is faster than they are.
 Choice choose(const Machine& machine, const char* forced);
 
 }  // namespace octavo

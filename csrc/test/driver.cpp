@@ -439,14 +439,14 @@ void check_choice(const Machine& machine, const char* forced, const char* isa, c
 
 void check_choices() {
   const Machine none{false, false, false, false};
-  check_choice(none, nullptr, "scalar", "");
+  check_choice(none, nullptr, "none", "no native kernel for this processor is faster");
   check_choice(none, "scalar", "scalar", "forced by OCTAVO_ISA");
   check_choice(none, "neon9", "none", "'neon9', expected one of: ");
   check_choice(none, std::string(1000, 'x').c_str(), "none", "OCTAVO_ISA is 'xxx");
 #if defined(__x86_64__)
   const Machine avx2{true, false, false, false}, avx512{true, true, false, false}, denied{true, true, true, false},
       amx{true, true, true, true};
-  check_choice(none, "", "scalar", "lacks");
+  check_choice(none, "", "none", "is faster than the reference");
   check_choice(avx2, "", "avx2", "lacks AMX");
   check_choice(avx512, "", "avx512", "lacks AMX");
   check_choice(denied, "", "avx512", "the operating system denied AMX tiles");

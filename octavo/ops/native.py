@@ -1,6 +1,7 @@
 """The native CPU kernels (`csrc/`): one library, loaded once, that answers the ops on CPUs in place of the reference.
 
-It holds kernels for every instruction set, and takes the best that the processor has. OCTAVO_ISA (scalar, avx2, avx512,
+It holds kernels for every instruction set, and takes the best that the processor has, or none where the reference is
+faster. OCTAVO_ISA (scalar, avx2, avx512,
 amx) takes another one, OCTAVO_BACKEND=reference none.
 """
 
@@ -80,8 +81,9 @@ def select(isa: str) -> Native:
     library = ctypes.CDLL(str(LIBRARY))
     library.octavo_select.restype = ctypes.c_char_p
     library.octavo_isa.restype = ctypes.c_char_p
-    chosen = ctypes.c_int()
-    why = library.octavo_select(isa.encode(), ctypes.byref(chosen)).decode()
-    if not chosen:
+    error = ctypes.c_int()
+    why = library.octavo_select(isa.encode(), ctypes.byref(error)).decode()
+    if error:
         raise QuantizeError(why)
-    return Native(library.octavo_isa().decode(), why)
+    name = library.octavo_isa()
+    return Native(None if name is None else name.decode(), why)
