@@ -18,6 +18,8 @@
 
 #include "dot_linear.h"
 
+#include "outer_linear.h"
+
 namespace octavo {
 namespace {
 
@@ -162,30 +164,56 @@ struct Int8Direct : Int8 {
   static WV load_w(const W* w, int count) { return unsign(_mm512_maskz_loadu_epi8(mask64(count), w)); }
 };
 
-struct Int8Packed : Int8 {
-  using W = uint8_t;
-  static WV load_w(const W* w) { return _mm512_loadu_si512(w); }
-  static WV load_w(const W* w, int count) { return _mm512_maskz_loadu_epi8(mask64(count), w); }
-  static void pack(const int8_t* codes, int64_t count, W* w) {
-    int64_t k = 0;
-    for (; k + kStep <= count; k += kStep) _mm512_storeu_si512(w + k, Int8Direct::load_w(codes + k));
-    if (k < count) _mm512_storeu_si512(w + k, Int8Direct::load_w(codes + k, static_cast<int>(count - k)));
+// Products of pairs and of fours, for outer products.
+struct Bf16Unit {
+  using X = uint16_t;
+  using Sum = float;
+  static constexpr int32_t kOffset = 0;
+  static constexpr int64_t kElements = 2;
+  static __m512i load_w(const int8_t* codes) { return widened_to_bf16(codes); }
+  static __m512i load_w(const int8_t* codes, int count) { return widened_to_bf16(codes, count); }
+  static __m512i product(__m512i sums, __m512i x, __m512i w) {
+    __asm__("vdpbf16ps %2, %1, %0" : "+v"(sums) : "v"(x), "v"(w));
+    return sums;
   }
+};
+
+struct Int8Unit {
+  using X = int8_t;
+  using Sum = int32_t;
+  static constexpr int32_t kOffset = Int8::kOffset;
+  static constexpr int64_t kElements = 4;
+  static __m512i load_w(const int8_t* codes) { return Int8Direct::load_w(codes); }
+  static __m512i load_w(const int8_t* codes, int count) { return Int8Direct::load_w(codes, count); }
+  static __m512i product(__m512i sums, __m512i x, __m512i w) { return Int8::dot(sums, x, w); }
+  static int32_t sum_x(const X* x, int64_t K) { return Int8::sum_x(x, K); }
 };
 
 using LinearF32 = DotLinear<Vec, Fp32Direct<Float::f32>, Fp32Packed<Float::f32>>;
 using LinearF16 = DotLinear<Vec, Fp32Direct<Float::f16>, Fp32Packed<Float::f16>>;
 using LinearBf16 = DotLinear<Vec, Bf16Direct, Bf16Packed>;
-using LinearInt8 = DotLinear<Vec, Int8Direct, Int8Packed>;
+using LinearInt8 = DotLinear<Vec, Int8Direct, Int8Direct>;
+using ManyRowsBf16 = OuterLinear<Vec, Bf16Unit>;
+using ManyRowsInt8 = OuterLinear<Vec, Int8Unit>;
+
+constexpr size_t kScratchBf16 = max64(sizeof(Scratch<Bf16Packed>), sizeof(ManyRowsBf16::Scratch));
+constexpr size_t kScratchInt8 = max64(sizeof(Scratch<Int8Direct>), sizeof(ManyRowsInt8::Scratch));
 
 size_t w8a16_scratch(const Linear& layer) {
-  return layer.x_type == Float::bf16 ? LinearBf16::scratch(layer) : LinearF32::scratch(layer);
+  return layer.x_type == Float::bf16 ? kScratchBf16 : LinearF32::scratch(layer);
 }
+size_t w8a8_scratch(const Linear&) { return kScratchInt8; }
 
 void w8a16(const Linear& layer, Block block, void* scratch) {
-  if (layer.x_type == Float::bf16) return LinearBf16::run(layer, block, scratch);
   if (layer.x_type == Float::f16) return LinearF16::run(layer, block, scratch);
-  LinearF32::run(layer, block, scratch);
+  if (layer.x_type == Float::f32) return LinearF32::run(layer, block, scratch);
+  const bool many = block.m1 - block.m0 > Bf16Direct::kFewRows && layer.groups == 1;
+  many ? ManyRowsBf16::run(layer, block, scratch) : LinearBf16::run(layer, block, scratch);
+}
+
+void w8a8(const Linear& layer, Block block, void* scratch) {
+  const bool many = block.m1 - block.m0 > Int8Direct::kFewRows;
+  many ? ManyRowsInt8::run(layer, block, scratch) : LinearInt8::run(layer, block, scratch);
 }
 
 }  // namespace
@@ -193,7 +221,7 @@ void w8a16(const Linear& layer, Block block, void* scratch) {
 using Of = RowKernels<Vec>;
 
 extern const Kernels avx512_kernels = {
-    "avx512",           w8a16_scratch,      w8a16,    LinearInt8::scratch, LinearInt8::run, Of::quantize_weight,
+    "avx512",           w8a16_scratch,      w8a16,    w8a8_scratch, w8a8, Of::quantize_weight,
     Of::quantize_token, Of::quantize_given, Of::amax, Of::lookup,
 };
 

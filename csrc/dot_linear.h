@@ -36,9 +36,9 @@ constexpr int64_t kPieceBytes = 4096;  // of a widened row of W: a tile's rows o
 
 constexpr int64_t kFetchAhead = 4096;  // codes by which a tile's fetching is ahead of the next tile
 
-inline int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
-inline int64_t max64(int64_t a, int64_t b) { return a > b ? a : b; }
-inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+constexpr int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
+constexpr int64_t max64(int64_t a, int64_t b) { return a > b ? a : b; }
+constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 #define OCTAVO_INLINE inline __attribute__((always_inline))
 
@@ -171,7 +171,7 @@ constexpr int tile_m() {
 template <class Packed>
 struct Scratch {
   typename Packed::Sum sums[kBlockM * kBlockN];
-  int32_t x_sums[kBlockM];
+  int32_t excess[kBlockM];
   // Rows end at odd multiples of a cache line, so that they do not all fall into the same sets of the cache.
   alignas(64) typename Packed::W rows[kBlockN][(kPieceBytes + 64) / sizeof(typename Packed::W)];
 };
@@ -185,6 +185,27 @@ OCTAVO_INLINE void store_y(const Linear& layer, int64_t m, int64_t n, int count,
   V::store(element(layer.y, layer.y_type, m * layer.N + n), layer.y_type, count, y);
 }
 
+// The sums of a block -> y. They are `excess[row]` too large.
+template <class V, class Sum>
+void finish(const Linear& layer, Block part, const Sum* sums, const int32_t* excess) {
+  for (int64_t m = part.m0; m < part.m1; m++, sums += kBlockN, excess++) {
+    for (int64_t n = part.n0; n < part.n1; n += V::kLanes) {
+      const int count = static_cast<int>(min64(V::kLanes, part.n1 - n));
+      store_y<V>(layer, m, n, count, V::from_sums(sums + (n - part.n0), *excess));
+    }
+  }
+}
+
+// By how much an offset of W's codes makes the sums of a row of x too large.
+template <class Dot>
+OCTAVO_INLINE int32_t excess_of(const typename Dot::X* x, int64_t K) {
+  if constexpr (Dot::kOffset != 0)
+    return Dot::kOffset * Dot::sum_x(x, K);
+  else
+    return 0;
+}
+
+// `Packed` may be `Direct`, where many rows of x are somebody else's.
 template <class V, class Direct, class Packed>
 struct DotLinear {
   using X = typename Packed::X;
@@ -198,17 +219,15 @@ struct DotLinear {
     const bool grouped = Packed::kGroups && layer.groups > 1;
     for (int64_t m = block.m0; m < block.m1; m += kBlockM) {
       const int64_t rows = min64(kBlockM, block.m1 - m);
-      if constexpr (Packed::kOffset != 0) {
-        for (int64_t i = 0; i < rows; i++) scratch.x_sums[i] = Packed::sum_x(x_row(layer, m + i), layer.K);
-      }
+      for (int64_t i = 0; i < rows; i++) scratch.excess[i] = excess_of<Packed>(x_row(layer, m + i), layer.K);
       for (int64_t n = block.n0; n < block.n1; n += kBlockN) {
         const Block part{m, m + rows, n, min64(n + kBlockN, block.n1)};
-        if (rows <= Direct::kFewRows) {
+        if (std::is_same_v<Direct, Packed> || rows <= Direct::kFewRows) {
           grouped ? few_rows<Direct::kGroups>(layer, part, scratch) : few_rows<false>(layer, part, scratch);
-        } else {
+        } else if constexpr (!std::is_same_v<Direct, Packed>) {
           grouped ? many_rows<Packed::kGroups>(layer, part, scratch) : many_rows<false>(layer, part, scratch);
         }
-        finish(layer, part, scratch);
+        finish<V>(layer, part, scratch.sums, scratch.excess);
       }
     }
   }
@@ -281,17 +300,6 @@ struct DotLinear {
       tile_of<Packed, Grouped, Fetch::later, kTileM>(height, in, groups, sums, k > 0);
     else
       tile_of<Packed, Grouped, Fetch::nothing, kTileM>(height, in, groups, sums, k > 0);
-  }
-
-  static void finish(const Linear& layer, Block part, const Scratch<Packed>& scratch) {
-    for (int64_t m = part.m0; m < part.m1; m++) {
-      const Sum* sums = scratch.sums + (m - part.m0) * kBlockN;
-      const int32_t excess = Packed::kOffset ? Packed::kOffset * scratch.x_sums[m - part.m0] : 0;
-      for (int64_t n = part.n0; n < part.n1; n += V::kLanes) {
-        const int count = static_cast<int>(min64(V::kLanes, part.n1 - n));
-        store_y<V>(layer, m, n, count, V::from_sums(sums + (n - part.n0), excess));
-      }
-    }
   }
 };
 
