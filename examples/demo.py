@@ -57,7 +57,11 @@ def main() -> int:
             f"perplexity {judged['perplexity']:.3f}, the original's is {judged['baseline_perplexity']:.3f}; "
             f"KL {judged['comparison']['kl']:.4f} nats; {judged['comparison']['top1']:.1%} of next tokens the same"
         )
-        results[name] = {"folder": out, **judged}
+        timed = run_json(
+            "bench", str(out), "--baseline", str(source), "--prompt-tokens", "256", "--new-tokens", "32",
+            "--repeats", "3",
+        )  # fmt: skip
+        results[name] = {"folder": out, "speed": timed["models"], **judged}
     for name, result in results.items():
         print(f"\n{name} writes:\n")
         run("generate", str(result["folder"]), "--prompt", PROMPT, "--max-new-tokens", "80")
@@ -85,10 +89,10 @@ def run_json(*command: str) -> dict[str, Any]:
 
 
 def summary(source: Path, results: dict[str, dict[str, Any]]) -> Table:
-    """model | size | perplexity | vs original, of the original and of each int8 checkpoint."""
+    """A row for the original and for each int8 checkpoint: size, accuracy, speed."""
     original = weight_bytes(source)
     baseline = next(iter(results.values()))["baseline_perplexity"]
-    rows = [("original, bf16", human_bytes(original), f"{baseline:.3f}", "", "")]
+    rows = [("original, bf16", human_bytes(original), f"{baseline:.3f}", "", "", "", "")]
     for name, result in results.items():
         size = weight_bytes(result["folder"])
         agreement = result["comparison"]["top1"]
@@ -99,10 +103,18 @@ def summary(source: Path, results: dict[str, dict[str, Any]]) -> Table:
                 f"{result['perplexity']:.3f}",
                 f"{size / original:.2f} x the size, {result['ratio'] - 1:+.2%} perplexity",
                 f"{agreement:.1%}",
+                *(times_as_fast(result["speed"], phase) for phase in ("prefill", "decode")),
             )
         )
     title = f"SmolLM2-135M-Instruct on {TOKENS} tokens of {next(iter(results.values()))['text']}"
-    return Table(title, ("model", "size", "perplexity", "vs original", "same next token"), tuple(rows), "lrrlr")
+    columns = ("model", "size", "perplexity", "vs original", "same next token", "prefill", "decode")
+    return Table(title, columns, tuple(rows), "lrrlrrr")
+
+
+def times_as_fast(models: list[dict[str, Any]], phase: str) -> str:
+    """The int8 model's speed next to the original's, which took turns with it."""
+    int8, original = (model[f"{phase}_tokens_per_s"] for model in models)
+    return f"{int8 / original:.2f} x as fast"
 
 
 def weight_bytes(folder: Path) -> int:
