@@ -104,8 +104,6 @@ struct Vec {
     return _mm_cvtss_f32(_mm_castsi128_ps(most));
   }
 
-  // x / scale is rounded after a multiplication by 1 / scale, which is many times faster than a division, and is off
-  // by less than 2^-15 for quotients up to 128. Only where that could decide how it is rounded, it is divided.
   struct Divisor {
     F scale, inverse;
     explicit Divisor(float s) : scale(_mm256_set1_ps(s)), inverse(_mm256_set1_ps(1.0f / s)) {}
@@ -117,7 +115,7 @@ struct Vec {
     const F whole = _mm256_round_ps(quotient, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
     const F distance = _mm256_andnot_ps(_mm256_set1_ps(-0.0f), _mm256_sub_ps(quotient, whole));
     // "not less" is true for NaN too
-    const F close = _mm256_cmp_ps(distance, _mm256_set1_ps(0.5f - 1.0f / 16384), _CMP_NLT_UQ);
+    const F close = _mm256_cmp_ps(distance, _mm256_set1_ps(kNearHalf), _CMP_NLT_UQ);
     if (__builtin_expect(_mm256_movemask_ps(close) != 0, 0)) {
       quotient = _mm256_div_ps(x, by.scale);
       quotient = _mm256_and_ps(quotient, _mm256_cmp_ps(quotient, quotient, _CMP_ORD_Q));  // the code of NaN is 0
@@ -253,28 +251,10 @@ template <Float type>
 using LinearFloat = DotLinear<Vec, Fp32Direct<type>, Fp32Packed<type>>;
 using LinearInt8 = DotLinear<Vec, Int8Direct, Int8Packed>;
 
-void w8a16(const Linear& layer, Block block, void* scratch) {
-  if (layer.x_type == Float::bf16) return LinearFloat<Float::bf16>::run(layer, block, scratch);
-  if (layer.x_type == Float::f16) return LinearFloat<Float::f16>::run(layer, block, scratch);
-  LinearFloat<Float::f32>::run(layer, block, scratch);
-}
-
 }  // namespace
 
-using Of = RowKernels<Vec>;
-
-extern const Kernels avx2_kernels = {
-    "avx2",
-    LinearFloat<Float::f32>::scratch,
-    w8a16,
-    LinearInt8::scratch,
-    LinearInt8::run,
-    Of::quantize_weight,
-    Of::quantize_token,
-    Of::quantize_given,
-    Of::amax,
-    Of::lookup,
-};
+extern constexpr Kernels avx2_kernels = kernels_of<Vec>(
+    "avx2", LinearFloat<Float::f32>::scratch, by_type_of_x<LinearFloat>, LinearInt8::scratch, LinearInt8::run);
 
 }  // namespace octavo
 

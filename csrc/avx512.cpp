@@ -170,11 +170,10 @@ struct Bf16Unit {
   using Sum = float;
   static constexpr int32_t kOffset = 0;
   static constexpr int64_t kElements = 2;
-  static __m512i load_w(const int8_t* codes) { return widened_to_bf16(codes); }
-  static __m512i load_w(const int8_t* codes, int count) { return widened_to_bf16(codes, count); }
+  static __m512i load_w(const int8_t* codes) { return Bf16Direct::load_w(codes); }
+  static __m512i load_w(const int8_t* codes, int count) { return Bf16Direct::load_w(codes, count); }
   static __m512i product(__m512i sums, __m512i x, __m512i w) {
-    __asm__("vdpbf16ps %2, %1, %0" : "+v"(sums) : "v"(x), "v"(w));
-    return sums;
+    return _mm512_castps_si512(Bf16::dot(_mm512_castsi512_ps(sums), x, w));
   }
 };
 
@@ -218,12 +217,7 @@ void w8a8(const Linear& layer, Block block, void* scratch) {
 
 }  // namespace
 
-using Of = RowKernels<Vec>;
-
-extern const Kernels avx512_kernels = {
-    "avx512",           w8a16_scratch,      w8a16,    w8a8_scratch, w8a8, Of::quantize_weight,
-    Of::quantize_token, Of::quantize_given, Of::amax, Of::lookup,
-};
+extern constexpr Kernels avx512_kernels = kernels_of<Vec>("avx512", w8a16_scratch, w8a16, w8a8_scratch, w8a8);
 
 }  // namespace octavo
 

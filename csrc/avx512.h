@@ -63,8 +63,6 @@ struct Vec {
     return value;
   }
 
-  // x / scale is rounded after a multiplication by 1 / scale, which is many times faster than a division, and is off
-  // by less than 2^-15 for quotients up to 128. Only where that could decide how it is rounded, it is divided.
   struct Divisor {
     F scale, inverse;
     explicit Divisor(float s) : scale(_mm512_set1_ps(s)), inverse(_mm512_set1_ps(1.0f / s)) {}
@@ -75,7 +73,7 @@ struct Vec {
     const F whole = _mm512_roundscale_ps(quotient, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
     const F distance = _mm512_abs_ps(_mm512_sub_ps(quotient, whole));
     // "not less" is true for NaN too
-    const __mmask16 close = _mm512_cmp_ps_mask(distance, _mm512_set1_ps(0.5f - 1.0f / 16384), _CMP_NLT_UQ);
+    const __mmask16 close = _mm512_cmp_ps_mask(distance, _mm512_set1_ps(kNearHalf), _CMP_NLT_UQ);
     if (__builtin_expect(close != 0, 0)) quotient = _mm512_div_ps(x, by.scale);
     // In this order of operands NaN stays, and becomes code 0.
     const F bounded = _mm512_max_ps(_mm512_set1_ps(-kQmax), _mm512_min_ps(_mm512_set1_ps(kQmax), quotient));

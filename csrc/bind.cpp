@@ -179,15 +179,14 @@ void run(const std::vector<Linear>& layers, void (*kernel)(const Linear&, Block,
   });
 }
 
-bool served(const Tensor& x, const std::optional<Tensor>& bias) {
-  return (x.scalar_type() == ScalarType::Char || float_type(x.scalar_type())) &&
-         (!bias || float_type(bias->scalar_type()));
+// Whether there are kernels for floats of these types: of x in w8a16, of y in w8a8.
+bool served(ScalarType type, const std::optional<Tensor>& bias) {
+  return float_type(type) && (!bias || float_type(bias->scalar_type()));
 }
 
 Tensor w8a16_linear(const Tensor& x, const Tensor& weight, const Tensor& weight_scale,
                     const std::optional<Tensor>& bias) {
-  if (!float_type(x.scalar_type()) || !served(x, bias))
-    return reference<Tensor>("w8a16_linear", x, weight, weight_scale, bias);
+  if (!served(x.scalar_type(), bias)) return reference<Tensor>("w8a16_linear", x, weight, weight_scale, bias);
   const Operands in(x, std::nullopt, weight, weight_scale, bias);
   Tensor y = empty(x, with_last(x, weight.size(0)), x.scalar_type());
   run({in.layer(0, rows_of(x), 0, y, *float_type(x.scalar_type()))}, kernels().w8a16, kernels().w8a16_scratch);
@@ -196,8 +195,7 @@ Tensor w8a16_linear(const Tensor& x, const Tensor& weight, const Tensor& weight_
 
 Tensor w8a8_linear(const Tensor& x, const Tensor& x_scale, const Tensor& weight, const Tensor& weight_scale,
                    const std::optional<Tensor>& bias, ScalarType dtype) {
-  if (!float_type(dtype) || !served(x, bias))
-    return reference<Tensor>("w8a8_linear", x, x_scale, weight, weight_scale, bias, dtype);
+  if (!served(dtype, bias)) return reference<Tensor>("w8a8_linear", x, x_scale, weight, weight_scale, bias, dtype);
   STD_TORCH_CHECK(x.scalar_type() == ScalarType::Char, "x must be int8");
   const Operands in(x, x_scale, weight, weight_scale, bias);
   Tensor y = empty(x, with_last(x, weight.size(0)), dtype);
@@ -225,7 +223,7 @@ std::vector<Linear> routed(const Operands& in, const Tensor& ends, Tensor& y, Fl
 
 Tensor w8a16_experts_linear(const Tensor& x, const Tensor& ends, const Tensor& weight, const Tensor& weight_scale,
                             const std::optional<Tensor>& bias) {
-  if (!float_type(x.scalar_type()) || !served(x, bias))
+  if (!served(x.scalar_type(), bias))
     return reference<Tensor>("w8a16_experts_linear", x, ends, weight, weight_scale, bias);
   const Operands in(x, std::nullopt, weight, weight_scale, bias);
   Tensor y = empty(x, with_last(x, weight.size(1)), x.scalar_type());
@@ -235,7 +233,7 @@ Tensor w8a16_experts_linear(const Tensor& x, const Tensor& ends, const Tensor& w
 
 Tensor w8a8_experts_linear(const Tensor& x, const Tensor& x_scale, const Tensor& ends, const Tensor& weight,
                            const Tensor& weight_scale, const std::optional<Tensor>& bias, ScalarType dtype) {
-  if (!float_type(dtype) || !served(x, bias))
+  if (!served(dtype, bias))
     return reference<Tensor>("w8a8_experts_linear", x, x_scale, ends, weight, weight_scale, bias, dtype);
   STD_TORCH_CHECK(x.scalar_type() == ScalarType::Char, "x must be int8");
   const Operands in(x, x_scale, weight, weight_scale, bias);
@@ -246,15 +244,26 @@ Tensor w8a8_experts_linear(const Tensor& x, const Tensor& x_scale, const Tensor&
 
 // -- rows ------------------------------------------------------------------------------------------------------------
 
-std::tuple<Tensor, Tensor> quantize_per_token(const Tensor& x) {
-  const auto type = float_type(x.scalar_type());
-  if (!type || x.dim() == 0) return reference<std::tuple<Tensor, Tensor>>("quantize_per_token", x);
+// Codes, and a scale for each row.
+std::tuple<Tensor, Tensor> quantize_rows(const Tensor& x, Float type, void (*kernel)(const Rows&, int64_t, int64_t)) {
   const Tensor values = dense(x);
   Tensor codes = empty(x, with_last(x, x.size(-1)), ScalarType::Char);
   Tensor scale = empty(x, with_last(x, 1), ScalarType::Float);
-  const Rows in = rows(values, *type, codes, scale);
-  in_parallel(in.rows, in.K, [&](int64_t begin, int64_t end) { kernels().quantize_token(in, begin, end); });
+  const Rows in = rows(values, type, codes, scale);
+  in_parallel(in.rows, in.K, [&](int64_t begin, int64_t end) { kernel(in, begin, end); });
   return {codes, scale};
+}
+
+std::tuple<Tensor, Tensor> quantize_per_token(const Tensor& x) {
+  const auto type = float_type(x.scalar_type());
+  if (!type || x.dim() == 0) return reference<std::tuple<Tensor, Tensor>>("quantize_per_token", x);
+  return quantize_rows(x, *type, kernels().quantize_token);
+}
+
+std::tuple<Tensor, Tensor> quantize_weight(const Tensor& weight) {
+  const auto type = float_type(weight.scalar_type());
+  if (!type || weight.dim() != 2) return reference<std::tuple<Tensor, Tensor>>("quantize_weight", weight);
+  return quantize_rows(weight, *type, kernels().quantize_weight);
 }
 
 // One scale for all: the rows are pieces of equal length then, as many as is convenient.
@@ -309,17 +318,6 @@ std::tuple<Tensor, Tensor> quantize_per_tensor(const Tensor& x) {
   in_pieces(x.numel(), [&](int64_t, int64_t start, int64_t length) {
     kernels().quantize_given(piece_of(in, start, length), 0, 1);
   });
-  return {codes, scale};
-}
-
-std::tuple<Tensor, Tensor> quantize_weight(const Tensor& weight) {
-  const auto type = float_type(weight.scalar_type());
-  if (!type || weight.dim() != 2) return reference<std::tuple<Tensor, Tensor>>("quantize_weight", weight);
-  const Tensor values = dense(weight);
-  Tensor codes = empty(weight, with_last(weight, weight.size(-1)), ScalarType::Char);
-  Tensor scale = empty(weight, with_last(weight, 1), ScalarType::Float);
-  const Rows in = rows(values, *type, codes, scale);
-  in_parallel(in.rows, in.K, [&](int64_t begin, int64_t end) { kernels().quantize_weight(in, begin, end); });
   return {codes, scale};
 }
 

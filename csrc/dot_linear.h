@@ -4,9 +4,10 @@
 // register tile is up to kTileM rows of x times kTileN rows of W; each of its sums is a vector, added up across its
 // lanes once, when K is done.
 //
-//     few rows of x     one tile high: a weight meets all of them at once, and is widened in registers (`Direct`)
-//     many rows of x    kTileN rows of W are widened into scratch, which stays in L1, and are then met by every row of
-//                       a block of x, which stays in L2 (`Packed`)
+//     few rows of x     a weight is widened in registers, anew for each tile of rows (`Direct`)
+//     many rows of x    kBlockN rows of W are widened once, piece by piece of K, into scratch in L2, and are then met
+//     by
+//                       every row of x, of which a tile stays in L1 meanwhile (`Packed`)
 //
 // `Direct` and `Packed` are dot products of one instruction set (see avx512.cpp):
 //     X, W, Sum         element types of x, of W as the dot reads it, and of the sums (float or int32)
@@ -64,44 +65,36 @@ struct Groups {
   const float* scale[kTileN];
 };
 
+// acc += x[MR, a step from k] W[kTileN, the same]^T. `count`: how many elements of the step are there, or none: all.
+template <class Dot, int MR, class... Count>
+OCTAVO_INLINE void step(typename Dot::Acc (&acc)[MR][kTileN], const Operands<Dot>& in, int64_t k, Count... count) {
+  const typename Dot::WV b0 = Dot::load_w(in.w[0] + k, count...), b1 = Dot::load_w(in.w[1] + k, count...),
+                         b2 = Dot::load_w(in.w[2] + k, count...), b3 = Dot::load_w(in.w[3] + k, count...);
+#pragma GCC unroll 8
+  for (int i = 0; i < MR; i++) {
+    const typename Dot::XV a = Dot::load_x(in.x + i * in.ldx + k, count...);
+    acc[i][0] = Dot::dot(acc[i][0], a, b0);
+    acc[i][1] = Dot::dot(acc[i][1], a, b1);
+    acc[i][2] = Dot::dot(acc[i][2], a, b2);
+    acc[i][3] = Dot::dot(acc[i][3], a, b3);
+  }
+}
+
 // acc += x[MR, k0:k1] W[kTileN, k0:k1]^T
 template <class Dot, int MR, Fetch Ahead>
-OCTAVO_INLINE void accumulate(typename Dot::Acc (&acc)[MR][kTileN], const Operands<Dot>& in, int64_t k0, int64_t k1) {
-  const typename Dot::X* const x = in.x;
-  const int64_t ldx = in.ldx;
-  const typename Dot::W *const w0 = in.w[0], *const w1 = in.w[1], *const w2 = in.w[2], *const w3 = in.w[3];
-  const int8_t* const next = in.next;
+OCTAVO_INLINE void accumulate(typename Dot::Acc (&acc)[MR][kTileN], const Operands<Dot>& operands, int64_t k0,
+                              int64_t k1) {
+  const Operands<Dot> in = operands;  // a copy, whose pointers stay in registers
   int64_t k = k0;
   for (; k + Dot::kStep <= k1; k += Dot::kStep) {
-    const typename Dot::WV b0 = Dot::load_w(w0 + k), b1 = Dot::load_w(w1 + k), b2 = Dot::load_w(w2 + k),
-                           b3 = Dot::load_w(w3 + k);
     if (Ahead != Fetch::nothing) {
 #pragma GCC unroll 4
       for (int line = 0; line < kTileN * Dot::kStep; line += 64)
-        __builtin_prefetch(next + kTileN * k + line, 0, Ahead == Fetch::soon ? 0 : 2);
+        __builtin_prefetch(in.next + kTileN * k + line, 0, Ahead == Fetch::soon ? 0 : 2);
     }
-#pragma GCC unroll 8
-    for (int i = 0; i < MR; i++) {
-      const typename Dot::XV a = Dot::load_x(x + i * ldx + k);
-      acc[i][0] = Dot::dot(acc[i][0], a, b0);
-      acc[i][1] = Dot::dot(acc[i][1], a, b1);
-      acc[i][2] = Dot::dot(acc[i][2], a, b2);
-      acc[i][3] = Dot::dot(acc[i][3], a, b3);
-    }
+    step<Dot, MR>(acc, in, k);
   }
-  if (k < k1) {
-    const int count = static_cast<int>(k1 - k);
-    const typename Dot::WV b0 = Dot::load_w(w0 + k, count), b1 = Dot::load_w(w1 + k, count),
-                           b2 = Dot::load_w(w2 + k, count), b3 = Dot::load_w(w3 + k, count);
-#pragma GCC unroll 8
-    for (int i = 0; i < MR; i++) {
-      const typename Dot::XV a = Dot::load_x(x + i * ldx + k, count);
-      acc[i][0] = Dot::dot(acc[i][0], a, b0);
-      acc[i][1] = Dot::dot(acc[i][1], a, b1);
-      acc[i][2] = Dot::dot(acc[i][2], a, b2);
-      acc[i][3] = Dot::dot(acc[i][3], a, b3);
-    }
-  }
+  if (k < k1) step<Dot, MR>(acc, in, k, static_cast<int>(k1 - k));
 }
 
 template <class Dot, int MR>
@@ -205,7 +198,7 @@ OCTAVO_INLINE int32_t excess_of(const typename Dot::X* x, int64_t K) {
     return 0;
 }
 
-// `Packed` may be `Direct`, where many rows of x are somebody else's.
+// `Packed` may be `Direct`, where nothing is gained by widening once, or many rows of x are somebody else's.
 template <class V, class Direct, class Packed>
 struct DotLinear {
   using X = typename Packed::X;
@@ -251,9 +244,7 @@ struct DotLinear {
     const int64_t height = ceil_div(rows, ceil_div(rows, kTileM));
     for (int64_t n = part.n0; n < part.n1; n += kTileN) {
       Operands<Direct> in{nullptr, layer.K, {}, layer.K, nullptr};
-      for (int j = 0; j < kTileN; j++) {
-        in.w[j] = layer.w + w_row(n, j, part.n1) * layer.K;
-      }
+      for (int j = 0; j < kTileN; j++) in.w[j] = layer.w + w_row(n, j, part.n1) * layer.K;
       in.next = layer.w + (n + kTileN) * layer.K + kFetchAhead;
       const Groups groups = groups_of(layer, n, part.n1, 0);
       for (int64_t i = 0; i < rows; i += height) {
@@ -302,6 +293,14 @@ struct DotLinear {
       tile_of<Packed, Grouped, Fetch::nothing, kTileM>(height, in, groups, sums, k > 0);
   }
 };
+
+// w8a16, by a `LinearOf<type of x>`.
+template <template <Float> class LinearOf>
+void by_type_of_x(const Linear& layer, Block block, void* scratch) {
+  if (layer.x_type == Float::bf16) return LinearOf<Float::bf16>::run(layer, block, scratch);
+  if (layer.x_type == Float::f16) return LinearOf<Float::f16>::run(layer, block, scratch);
+  LinearOf<Float::f32>::run(layer, block, scratch);
+}
 
 }  // namespace
 }  // namespace octavo

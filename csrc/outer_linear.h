@@ -23,6 +23,21 @@ namespace {
 constexpr int kTileRows = 12;
 constexpr int64_t kPanelSteps = 512;  // units of K at a time: 2 KB of a row of x, 64 KB of W
 
+// acc += x[MR, a unit] panel[a unit]. p: every third row of x; `bytes`: of the unit that are there.
+template <class Unit, int MR>
+OCTAVO_INLINE void outer_step(__m512i (&acc)[MR][2], const char* const (&p)[(MR + 2) / 3], int64_t row,
+                              const char* panel, size_t bytes) {
+  const __m512i w0 = _mm512_load_si512(panel), w1 = _mm512_load_si512(panel + 64);
+#pragma GCC unroll 12
+  for (int i = 0; i < MR; i++) {
+    int unit = 0;
+    memcpy(&unit, p[i / 3] + i % 3 * row, bytes);
+    const __m512i a = _mm512_set1_epi32(unit);
+    acc[i][0] = Unit::product(acc[i][0], a, w0);
+    acc[i][1] = Unit::product(acc[i][1], a, w1);
+  }
+}
+
 // sums[MR][kBlockN] += x[MR, units] panel[units], or = if not `add`: `whole` units, and one of `left` elements if that
 // is not 0. `next`: codes that later panels need, fetched from memory meanwhile, 32 rows times a unit for each step; or
 // null.
@@ -40,34 +55,16 @@ __attribute__((noinline)) void outer_tile(const typename Unit::X* x, int64_t ldx
 #pragma GCC unroll 4
   for (int j = 0; j < (MR + 2) / 3; j++) p[j] = reinterpret_cast<const char*>(x) + 3 * j * row;
   for (int64_t step = 0; step < whole; step++, panel += 128) {
-    const __m512i w0 = _mm512_load_si512(panel), w1 = _mm512_load_si512(panel + 64);
     if constexpr (Ahead) {
 #pragma GCC unroll 2
       for (int line = 0; line < kBlockN * Unit::kElements; line += 64) __builtin_prefetch(next + line, 0, 2);
       next += kBlockN * Unit::kElements;
     }
-#pragma GCC unroll 12
-    for (int i = 0; i < MR; i++) {
-      int unit;
-      memcpy(&unit, p[i / 3] + i % 3 * row, sizeof unit);
-      const __m512i a = _mm512_set1_epi32(unit);
-      acc[i][0] = Unit::product(acc[i][0], a, w0);
-      acc[i][1] = Unit::product(acc[i][1], a, w1);
-    }
+    outer_step<Unit, MR>(acc, p, row, panel, sizeof(int));
 #pragma GCC unroll 4
     for (int j = 0; j < (MR + 2) / 3; j++) p[j] += 4;
   }
-  if (left) {
-    const __m512i w0 = _mm512_load_si512(panel), w1 = _mm512_load_si512(panel + 64);
-#pragma GCC unroll 12
-    for (int i = 0; i < MR; i++) {
-      int unit = 0;
-      memcpy(&unit, p[i / 3] + i % 3 * row, left * sizeof(typename Unit::X));
-      const __m512i a = _mm512_set1_epi32(unit);
-      acc[i][0] = Unit::product(acc[i][0], a, w0);
-      acc[i][1] = Unit::product(acc[i][1], a, w1);
-    }
-  }
+  if (left) outer_step<Unit, MR>(acc, p, row, panel, left * sizeof(typename Unit::X));
 #pragma GCC unroll 12
   for (int i = 0; i < MR; i++) {
     _mm512_storeu_si512(sums + i * kBlockN, acc[i][0]);

@@ -10,7 +10,8 @@
 //     set1, add, mul
 //     largest                     of a magnitude so far and of |x|, lane by lane; NaN stays
 //     across                      the largest of all lanes
-//     store_codes                 `count` codes of x under a scale
+//     Divisor                     a scale to divide by; see kNearHalf
+//     store_codes                 `count` codes of x under a Divisor
 //     load_codes                  `count` codes as fp32
 //     from_sums                   kLanes sums of a dot product, less an excess, as fp32
 #pragma once
@@ -24,6 +25,11 @@ inline const void* element(const void* base, Float type, int64_t i) {
 inline void* element(void* base, Float type, int64_t i) { return static_cast<char*>(base) + i * size_of(type); }
 
 constexpr float kQmax = 127.0f;
+
+// x / scale is rounded after a multiplication by 1 / scale, which is many times faster than a division, and is off by
+// less than 2^-15 for quotients up to 128. Only where that could decide how it is rounded, at least so far from a whole
+// number, it is divided.
+constexpr float kNearHalf = 0.5f - 1.0f / 16384;
 
 template <class V>
 struct RowKernels {
@@ -107,6 +113,17 @@ struct RowKernels {
     }
   }
 };
+
+// A table of kernels: those of rows, and the linear layers that it is given.
+template <class V>
+constexpr Kernels kernels_of(const char* isa, size_t (*w8a16_scratch)(const Linear&),
+                             void (*w8a16)(const Linear&, Block, void*), size_t (*w8a8_scratch)(const Linear&),
+                             void (*w8a8)(const Linear&, Block, void*)) {
+  using Of = RowKernels<V>;
+  return {
+      isa,      w8a16_scratch, w8a16, w8a8_scratch, w8a8, Of::quantize_weight, Of::quantize_token, Of::quantize_given,
+      Of::amax, Of::lookup};
+}
 
 }  // namespace
 }  // namespace octavo

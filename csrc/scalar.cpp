@@ -170,27 +170,9 @@ template <Float type>
 using LinearFloat = DotLinear<Vec, Meets<Fp32<type>, int8_t>, Meets<Fp32<type>, float>>;
 using LinearInt8 = DotLinear<Vec, Meets<Int8, int8_t>, Meets<Int8, int8_t>>;
 
-void w8a16(const Linear& layer, Block block, void* scratch) {
-  if (layer.x_type == Float::bf16) return LinearFloat<Float::bf16>::run(layer, block, scratch);
-  if (layer.x_type == Float::f16) return LinearFloat<Float::f16>::run(layer, block, scratch);
-  LinearFloat<Float::f32>::run(layer, block, scratch);
-}
-
 }  // namespace
 
-using Of = RowKernels<Vec>;
-
-extern const Kernels scalar_kernels = {
-    "scalar",
-    LinearFloat<Float::f32>::scratch,
-    w8a16,
-    LinearInt8::scratch,
-    LinearInt8::run,
-    Of::quantize_weight,
-    Of::quantize_token,
-    Of::quantize_given,
-    Of::amax,
-    Of::lookup,
-};
+extern constexpr Kernels scalar_kernels = kernels_of<Vec>(
+    "scalar", LinearFloat<Float::f32>::scratch, by_type_of_x<LinearFloat>, LinearInt8::scratch, LinearInt8::run);
 
 }  // namespace octavo
