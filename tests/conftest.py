@@ -19,6 +19,10 @@ import hypothesis
 import pytest
 import torch
 
+# Read when triton is imported: without a GPU its kernels run in its interpreter, on CPU tensors.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+
 from examples.models import cache_folder, minilm_folder, smollm2_checkpoint
 from octavo.cli.text import sample_text
 

@@ -29,7 +29,7 @@ Results are contiguous, whatever the strides.
 
 Of each op, `schemas.py` has the schema, `fakes.py` the result's shape, `gradients.py` the gradient; here are the
 functions that modules call. `reference.py` and `attention.py` answer on every device; `native.py` loads the kernels for
-CPUs, which register themselves for the same ops.
+CPUs and `triton/` has those for CUDA devices, registered for the same ops.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ import torch
 from torch import Tensor
 
 from octavo import primitives
-from octavo.ops import fakes, gradients, native, reference  # noqa: F401  fakes and gradients register themselves
+from octavo.ops import fakes, gradients, native, reference, triton  # noqa: F401  fakes, gradients register themselves
 from octavo.ops.schemas import OPS
 from octavo.primitives import Granularity
 
@@ -67,6 +67,7 @@ __all__ = [
 ]
 
 _native = native.load()
+_why_not_triton = "forced by OCTAVO_BACKEND" if native.reference_is_forced() else triton.load()
 
 _straight_through = torch.ops.octavo.straight_through.default
 _linear = torch.ops.octavo.w8a16_linear.default
@@ -305,5 +306,13 @@ def backends() -> list[Serving]:
         else:
             rows.append(Serving(op, "cpu", "reference", "no native kernel in this version"))
     if torch.cuda.is_available():
-        rows += [Serving(op, "cuda", "reference", "no native kernel in this version") for op in OPS]
+        rows += [_on_cuda(op) for op in OPS]
     return rows
+
+
+def _on_cuda(op: str) -> Serving:
+    if _why_not_triton is not None:
+        return Serving(op, "cuda", "reference", _why_not_triton)
+    if op in triton.OPS:
+        return Serving(op, "cuda", "triton", f"triton {triton.version()} is installed")
+    return Serving(op, "cuda", "reference", "no native kernel in this version")

@@ -1,8 +1,7 @@
 """The native CPU kernels (`csrc/`): one library, loaded once, that answers the ops on CPUs in place of the reference.
 
 It holds kernels for every instruction set, and takes the best that the processor has, or none where the reference is
-faster. OCTAVO_ISA (scalar, avx2, avx512,
-amx) takes another one, OCTAVO_BACKEND=reference none.
+faster. OCTAVO_ISA (scalar, avx2, avx512, amx) takes another one, OCTAVO_BACKEND=reference none.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ import torch
 
 from octavo.errors import OctavoError, QuantizeError
 
-__all__ = ["LIBRARY", "OPS", "Native", "load", "select"]
+__all__ = ["LIBRARY", "OPS", "Native", "load", "reference_is_forced", "select"]
 
 LIBRARY = Path(__file__).with_name("liboctavo.so")
 
@@ -43,16 +42,21 @@ class Native:
     why: str
 
 
+def reference_is_forced() -> bool:
+    """Whether OCTAVO_BACKEND asks for the reference, on every device. Raises: QuantizeError if it asks for another."""
+    forced = os.environ.get("OCTAVO_BACKEND", "")
+    if forced not in ("", "reference"):
+        raise QuantizeError(f"OCTAVO_BACKEND is {forced!r}; expected 'reference' or nothing (the best that is there)")
+    return bool(forced)
+
+
 def load() -> Native:
     """Load the library and choose its kernels.
 
     Warns: where there is no library, for then int8 is slow.
     Raises: QuantizeError if OCTAVO_BACKEND or OCTAVO_ISA have a value that is not known, or that this processor lacks.
     """
-    forced = os.environ.get("OCTAVO_BACKEND", "")
-    if forced not in ("", "reference"):
-        raise QuantizeError(f"OCTAVO_BACKEND is {forced!r}; expected 'reference' or nothing (the best that is there)")
-    if forced:
+    if reference_is_forced():
         return Native(None, "forced by OCTAVO_BACKEND")
     if not LIBRARY.is_file():
         why = f"the native kernels are not installed ({LIBRARY} is missing)"

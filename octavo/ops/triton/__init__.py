@@ -1,0 +1,61 @@
+"""The Triton kernels: they answer the ops on CUDA devices in place of the reference.
+
+Each file here is one kind of op: its kernels, a table of tile sizes at the top with their reasons, and for each op a
+function of the same name and arguments, which checks what it is given, chooses a tile by shape and launches. Only these
+files import triton, and they are imported when a CUDA device first asks for one of their ops: nothing is compiled or
+probed before. `launch.py` is how all of them start a kernel.
+
+Nothing is tuned at run time. A tile follows from the shape alone, so that a result is the same in every run, and no
+timing can happen inside a CUDA graph.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from importlib import import_module, metadata
+from typing import Any
+
+from octavo.ops.schemas import library
+
+__all__ = ["OPS", "load", "version"]
+
+OPS: dict[str, Callable[[], Any]] = {
+    "w8a16_linear": lambda: import_module("octavo.ops.triton.linear").w8a16_linear,
+    "w8a8_linear": lambda: import_module("octavo.ops.triton.int8_linear").w8a8_linear,
+    "w8a16_experts_linear": lambda: import_module("octavo.ops.triton.experts").w8a16_experts_linear,
+    "w8a8_experts_linear": lambda: import_module("octavo.ops.triton.experts").w8a8_experts_linear,
+    "w8a16_embedding": lambda: import_module("octavo.ops.triton.embedding").w8a16_embedding,
+    "quantize_per_token": lambda: import_module("octavo.ops.triton.quantize").quantize_per_token,
+    "quantize_per_tensor": lambda: import_module("octavo.ops.triton.quantize").quantize_per_tensor,
+    "quantize_static": lambda: import_module("octavo.ops.triton.quantize").quantize_static,
+    "quantize_weight": lambda: import_module("octavo.ops.triton.quantize").quantize_weight,
+    "int8_attention": lambda: import_module("octavo.ops.triton.attention").int8_attention,
+}
+"""The ops that they answer, and what fetches the function that does."""
+
+
+def load() -> str | None:
+    """Register the kernels for CUDA devices. Returns: why they cannot serve, or None if they do."""
+    if importlib.util.find_spec("triton") is None:
+        return "the package triton is not installed"
+    for op, fetch in OPS.items():
+        library.impl(op, _when_called(fetch), "CUDA")
+    return None
+
+
+def version() -> str:
+    """Of triton, which is installed."""
+    return metadata.version("triton")
+
+
+def _when_called(fetch: Callable[[], Any]) -> Callable[..., Any]:
+    body: Callable[..., Any] | None = None
+
+    def call(*args: Any) -> Any:
+        nonlocal body
+        if body is None:
+            body = fetch()
+        return body(*args)
+
+    return call

@@ -1,0 +1,22 @@
+"""How every kernel is started: on the device that its operands are on."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["launch"]
+
+
+def launch(kernel: Any, grid: tuple[int, ...], first: Tensor, *args: Any, **meta: Any) -> None:
+    """`kernel[grid](first, *args, **meta)` on the device of `first`, a tensor; nothing for an empty grid.
+
+    Triton takes the device that is current, which need not be the one of the operands where there are several. A product
+    and a sum may be fused into one rounding, as every compiler of CUDA does; Triton 3.10 would no longer do so by itself.
+    """
+    if 0 in grid:
+        return
+    with torch.cuda.device_of(first):
+        kernel[grid](first, *args, enable_fp_fusion=True, **meta)

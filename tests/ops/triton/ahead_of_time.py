@@ -1,0 +1,131 @@
+"""Compile what the ops launch for GPUs that need not be there, and print what the compiler says of it, as JSON.
+
+Run as a program, for here the kernels must not be interpreted: `python ahead_of_time.py sm_80 sm_90 [OP ...]`. Each op
+is called on tensors of the CPU that nobody has filled, under a driver that knows a GPU by name only; a launch compiles
+the kernel for the very tile, dtypes and alignment that this call takes, and does not start it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+os.environ["TRITON_INTERPRET"] = "0"
+
+import torch
+import triton
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+
+from octavo.ops import triton as kernels
+
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+
+
+def codes(*shape: int) -> Tensor:
+    return torch.empty(shape, dtype=torch.int8)
+
+
+def scale(*shape: int) -> Tensor:
+    return torch.empty(shape, dtype=FP32)
+
+
+CALLS: dict[str, Callable[[], Iterator[tuple[Any, ...]]]] = {}
+"""Op -> arguments of the calls that are compiled: every tile of its table, and every dtype."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Compiled:
+    """One kernel as the assembler left it. spilled, shared: bytes."""
+
+    op: str
+    kernel: str
+    target: str
+    meta: str
+    registers: int
+    spilled: int
+    shared: int
+    vector_loads: int
+    """Loads of 16 bytes from global memory, or copies of 16 bytes to shared memory."""
+    tensor_core: str
+    """Instructions of the tensor cores: "wgmma", "mma" or "" if there are none."""
+
+
+class NoGpu:
+    """A driver that knows its target, and has nothing to launch on."""
+
+    def __init__(self, capability: int) -> None:
+        self.capability = capability
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", self.capability, 32)
+
+    def get_current_device(self) -> int:
+        return self.capability  # kernels are cached by device
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+def compile_calls(ops: list[str], target: str) -> list[Compiled]:
+    """Every launch of the calls of `ops`, compiled for `target`, each once."""
+    driver.set_active(NoGpu(int(target.removeprefix("sm_"))))
+    found: dict[str, Compiled] = {}
+    run = JITFunction.run
+
+    def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
+        kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
+        if kernel.hash not in found:
+            meta = ", ".join(f"{name}={value}" for name, value in kwargs.items() if isinstance(value, int | bool | str))
+            found[kernel.hash] = described(op, self.__name__, target, meta, kernel)
+        return kernel
+
+    JITFunction.run = compile_only
+    try:
+        for op in ops:
+            function = kernels.OPS[op]()
+            for arguments in CALLS[op]():
+                function(*arguments)
+    finally:
+        JITFunction.run = run
+    return list(found.values())
+
+
+def described(op: str, name: str, target: str, meta: str, kernel: Any) -> Compiled:
+    usage = resources(kernel.asm["cubin"])
+    ptx = kernel.asm["ptx"]
+    wide = len(re.findall(r"ld\.global[\w.:]*\.v4\.(?:b|u|f)32|cp\.async\.cg\.shared\.global", ptx))
+    core = "wgmma" if "wgmma.mma" in ptx else "mma" if re.search(r"\bmma\.sync", ptx) else ""
+    return Compiled(
+        op, name, target, meta, usage["REG"], usage["STACK"] + usage["LOCAL"], kernel.metadata.shared, wide, core
+    )
+
+
+def resources(cubin: bytes) -> dict[str, int]:
+    """REG, STACK, LOCAL and so on of the one kernel in `cubin`."""
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        text = subprocess.run([tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True)
+    return {name: int(value) for name, value in re.findall(r"\b([A-Z]+)(?:\[\d+\])?:(\d+)", text.stdout)}
+
+
+def main(targets: list[str], ops: list[str]) -> None:
+    for target in targets:
+        for one in compile_calls(ops or list(CALLS), target):
+            print(json.dumps(dataclasses.asdict(one)))
+
+
+if __name__ == "__main__":
+    main([a for a in sys.argv[1:] if a.startswith("sm_")], [a for a in sys.argv[1:] if not a.startswith("sm_")])
