@@ -13,8 +13,9 @@ __all__ = ["launch"]
 def launch(kernel: Any, grid: tuple[int, ...], first: Tensor, *args: Any, **meta: Any) -> None:
     """`kernel[grid](first, *args, **meta)` on the device of `first`, a tensor; nothing for an empty grid.
 
-    Triton takes the device that is current, which need not be the one of the operands where there are several. A product
-    and a sum may be fused into one rounding, as every compiler of CUDA does; Triton 3.10 would no longer do so by itself.
+    Triton takes the device that is current, which need not be the one of the operands where there are several. A
+    product and a sum may be fused into one rounding, as every compiler of CUDA does; Triton 3.10 would no longer do so
+    by itself.
     """
     if 0 in grid:
         return
