@@ -44,6 +44,7 @@ def add_parser(verbs: Verbs) -> None:
         "octavo bench smollm2-int8 --baseline HuggingFaceTB/SmolLM2-135M-Instruct --threads 8", run,
     )  # fmt: skip
     parser.add_argument("--threads", metavar="N", type=positive, help="of torch (default: as torch decides)")
+    add_device(parser)
     models = parser.add_argument_group("a model: speed and memory")
     models.add_argument(
         "path", metavar="PATH", nargs="?", help="checkpoint folder, Hub id or .gguf file; int8 or float"
@@ -52,8 +53,7 @@ def add_parser(verbs: Verbs) -> None:
     models.add_argument("--prompt-tokens", metavar="N", type=positive, help="in the prompt (default 512)")
     models.add_argument("--new-tokens", metavar="N", type=positive, help="to decode (default 64)")
     models.add_argument("--repeats", metavar="N", type=positive, help="rounds for each model (default 5)")
-    add_device(models)
-    ops = parser.add_argument_group("the ops, on this machine's CPU; takes 4 GB of memory")
+    ops = parser.add_argument_group("the ops on this machine; takes 4 GB of memory")
     ops.add_argument("--ops", action="store_true", help="time int8 linear layers next to bf16 ones; no PATH")
     ops.add_argument(
         "--shapes", metavar="NxK", type=shape, nargs="+", help=f"of weights (default {' '.join(map(_by, SHAPES))})"
@@ -63,7 +63,7 @@ def add_parser(verbs: Verbs) -> None:
     )
 
 
-MODEL_OPTIONS = {"path": None, "baseline": None, "prompt_tokens": 512, "new_tokens": 64, "repeats": 5, "device": None}
+MODEL_OPTIONS = {"path": None, "baseline": None, "prompt_tokens": 512, "new_tokens": 64, "repeats": 5}
 OPS_OPTIONS = {"shapes": list(SHAPES), "rows": list(SIZES)}
 """Options of the one and of the other, and their defaults."""
 

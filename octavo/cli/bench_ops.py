@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from octavo.cli.machine import describe_machine, machine_line
 from octavo.cli.terminal import Terminal
-from octavo.cli.verb import Answer
+from octavo.cli.verb import Answer, device_of
 from octavo.tables import Table, human_bytes, human_percent
 
 if TYPE_CHECKING:
@@ -76,24 +76,28 @@ def run(args: argparse.Namespace, terminal: Terminal) -> Answer:
     from octavo.cli.op_speed import GROUP
     from octavo.ops import backends
 
+    device = device_of(args)
     threads = torch.get_num_threads()
     torch.set_num_threads(args.threads or threads)
     try:
         with terminal.progress("timing") as progress:
-            timed = list(measure(args.shapes, args.rows, progress))
+            timed = list(measure(args.shapes, args.rows, device, progress))
         machine = describe_machine()
     finally:
         torch.set_num_threads(threads)
-    served = {row.op: row.backend for row in backends() if row.device == "cpu"}
-    notes = [f"octavo ops served by: {_served(served)}; every result was held to float64 before it was timed."]
+    served = {row.op: row.backend for row in backends() if row.device == device}
+    served_by = f"{_served(served)}, on {device}"
+    notes = [f"octavo ops served by: {served_by}; every result was held to float64 before it was timed."]
     odd = [f"{N}x{K}" for N, K in args.shapes if K % GROUP]
     if odd:
         notes.append(f"Without groups of {GROUP}, which do not divide K: {', '.join(odd)}.")
-    data = {"machine": machine, "served_by": served, "ops": [one.to_dict() for one in timed]}
+    data = {"machine": machine, "device": device, "served_by": served, "ops": [one.to_dict() for one in timed]}
     return Answer(data, (_linear_table(timed), _other_table(timed), "\n".join([*notes, machine_line(machine)])))
 
 
-def measure(shapes: list[tuple[int, int]], sizes: list[int], progress: Callable[[int, int], None]) -> Iterator[Timed]:
+def measure(
+    shapes: list[tuple[int, int]], sizes: list[int], device: str, progress: Callable[[int, int], None]
+) -> Iterator[Timed]:
     """Each op on each layer and each number of rows; `progress` is called with races done, and all."""
     from octavo.cli.op_speed import AMAX, LOOKUP, LOOKUP_BF16, QUANTIZE, Layer, race
 
@@ -105,14 +109,14 @@ def measure(shapes: list[tuple[int, int]], sizes: list[int], progress: Callable[
         progress(done, total)
 
     for N, K in shapes:
-        layer = Layer(N, K, max(sizes))
+        layer = Layer(N, K, max(sizes), device)
         for M in sizes:
-            yield from linear_rows(layer, M, race(layer.ways(M)))
+            yield from linear_rows(layer, M, race(layer.ways(M), device))
             finished()
-        seconds = race(layer.quantizing())
+        seconds = race(layer.quantizing(), device)
         yield Timed(QUANTIZE, N, K, None, seconds[QUANTIZE], AMAX, seconds[AMAX], 2 * N * K)
         finished()
-        seconds = race(layer.lookups(max(sizes)))
+        seconds = race(layer.lookups(max(sizes)), device)
         yield Timed(LOOKUP, N, K, max(sizes), seconds[LOOKUP], LOOKUP_BF16, seconds[LOOKUP_BF16], max(sizes) * K)
         finished()
 

@@ -3,6 +3,9 @@
 Ways take turns, round after round, so that what else the machine does falls on all of them; the medians of the rounds
 count. Each call gets the next copy of the weights, of so many that they fill `ROTATION_BYTES`: no cache holds them, and
 weights come from memory as they do in a model. A way is timed only after its result was held to float64.
+
+On a GPU a turn is a replay of a CUDA graph of many calls, between two events: what Python and the driver need for a
+launch, which a compiled model does not pay either, is not in it.
 """
 
 from __future__ import annotations
@@ -32,6 +35,8 @@ SECONDS = 1.5
 """That a race should take, if `FEWEST` to `MOST` rounds do."""
 FEWEST, MOST = 3, 60
 GROUP = 128
+CALLS = 64
+"""In a graph."""
 
 STREAM, BF16 = "torch.sum", "bf16 F.linear"
 W8A16, W8A16_GROUPS, W8A8 = "w8a16", f"w8a16, groups of {GROUP}", "w8a8"
@@ -52,15 +57,16 @@ class Way:
     is_right: Callable[[Any], bool]
 
 
-def race(ways: Sequence[Way]) -> dict[str, float]:
+def race(ways: Sequence[Way], device: str = "cpu") -> dict[str, float]:
     """Name -> median seconds of a call. Raises: OctavoError if one of them computes something else."""
     with torch.no_grad():
         for way in ways:
             if not way.is_right(way.call(*next(way.weights))):
                 raise OctavoError(f"{way.name}: the result differs from float64 arithmetic; its speed means nothing")
-        warm_up = sum(map(_seconds, ways))
+        turns = [_turn_on_gpu(way) if device == "cuda" else functools.partial(_seconds, way) for way in ways]
+        warm_up = sum(turn() for turn in turns)
         rounds = min(max(round(SECONDS / warm_up), FEWEST), MOST)
-        times = [[_seconds(way) for way in ways] for _ in range(rounds)]
+        times = [[turn() for turn in turns] for _ in range(rounds)]
     return {way.name: statistics.median(column) for way, column in zip(ways, zip(*times, strict=True), strict=True)}
 
 
@@ -69,6 +75,24 @@ def _seconds(way: Way) -> float:
     start = time.perf_counter()
     way.call(*weights)
     return time.perf_counter() - start
+
+
+def _turn_on_gpu(way: Way) -> Callable[[], float]:
+    """What runs the way's graph, and returns the seconds of one call in it."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(CALLS):
+            way.call(*next(way.weights))
+
+    def turn() -> float:
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        begin.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        return begin.elapsed_time(end) / 1e3 / CALLS
+
+    return turn
 
 
 def rotation(*tensors: Tensor) -> Weights:
@@ -91,14 +115,14 @@ class Layer:
     Group scales are the channel's, varied: any positive ones do, and the codes are there once.
     """
 
-    def __init__(self, N: int, K: int, M: int) -> None:
-        chance = torch.Generator().manual_seed(0)
-        self.N, self.K = N, K
-        self.weight = (torch.randn(N, K, generator=chance) * 0.02).bfloat16()
+    def __init__(self, N: int, K: int, M: int, device: str = "cpu") -> None:
+        chance = torch.Generator(device).manual_seed(0)
+        self.N, self.K, self.device = N, K, device
+        self.weight = (torch.randn(N, K, generator=chance, device=device) * 0.02).bfloat16()
         self.codes, self.scale = ops.quantize_weight(self.weight)
         groups = K // GROUP if K % GROUP == 0 else 1
-        self.group_scale = self.scale * (0.5 + torch.rand(N, groups, generator=chance))
-        self.x = torch.randn(M, K, generator=chance).bfloat16()
+        self.group_scale = self.scale * (0.5 + torch.rand(N, groups, generator=chance, device=device))
+        self.x = torch.randn(M, K, generator=chance, device=device).bfloat16()
         self.x_scale = self.x.float().abs().amax(1, keepdim=True) / 127
         self.x_codes = (self.x.float() / self.x_scale).round().to(torch.int8)
         self.floats = rotation(self.weight)
@@ -144,7 +168,7 @@ class Layer:
 
     def lookups(self, M: int) -> list[Way]:
         """M rows of the weight, taken as the table of an embedding."""
-        rows = torch.randint(self.N, (M,), generator=torch.Generator().manual_seed(0))
+        rows = torch.randint(self.N, (M,), generator=torch.Generator().manual_seed(0)).to(self.device)
 
         def int8(codes: Tensor, scale: Tensor, _: Tensor) -> Tensor:
             return ops.w8a16_embedding(rows, codes, scale, torch.bfloat16)

@@ -171,7 +171,6 @@ def test_what_is_not_given_has_its_default() -> None:
         (["--shapes", "8x8"], "expected the PATH of a model, or --ops"),
         (["--ops", "model"], "PATH is of a model, and --ops was given"),
         (["--ops", "--new-tokens", "64"], "--new-tokens is of a model, and --ops was given"),
-        (["--ops", "--device", "cpu"], "--device is of a model"),
         (["model", "--rows", "4"], "--rows is of the ops, and PATH model was given"),
         (["model", "--shapes", "8x8"], "--shapes is of the ops"),
     ],

@@ -90,3 +90,14 @@ def test_the_streaming_read_is_of_as_many_bytes_as_the_int8_weight() -> None:
     layer = Layer(16, 128, 1)
     (read,) = next(layer.ways(1)[0].weights)
     assert read.nbytes == layer.codes.nbytes and read.dtype == torch.float32 and read.isfinite().all()
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_graphs_of_calls_are_timed_and_the_wrong_ones_are_not() -> None:
+    layer = Layer(256, 256, 3, "cuda")
+    for ways in (layer.ways(3), layer.quantizing(), layer.lookups(3)):
+        seconds = race(ways, "cuda")
+        assert [*seconds] == [way.name for way in ways] and all(0 < one < 1 for one in seconds.values())
+    wrong = Way("a wrong one", lambda weight: weight * 2, rotation(layer.weight), close_to(layer.weight.double()))
+    with pytest.raises(OctavoError, match="a wrong one"):
+        race([wrong], "cuda")
