@@ -163,7 +163,7 @@ class Layer:
 
         return [
             Way(AMAX, lambda weight: weight.abs().amax(1), self.floats, lambda found: bool((found == amax).all())),
-            Way(QUANTIZE, ops.quantize_weight, self.floats, is_quantized),
+            Way(QUANTIZE, torch.ops.octavo.quantize_weight.default, self.floats, is_quantized),
         ]
 
     def lookups(self, M: int) -> list[Way]:

@@ -1,0 +1,115 @@
+"""Linear layers on a GPU, octavo's kernels next to cuBLAS and to what Inductor makes of other formulas."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bench import goals
+from bench.goals import Goal
+from octavo.cli.op_speed import (
+    AMAX,
+    BF16,
+    LOOKUP,
+    LOOKUP_BF16,
+    QUANTIZE,
+    STREAM,
+    W8A8,
+    W8A16,
+    Layer,
+    Way,
+    close_to,
+    race,
+)
+from octavo.ops import reference
+from octavo.tables import Table
+
+__all__ = ["measure", "tables"]
+
+SHAPES = ((4096, 4096), (1024, 4096), (14336, 4096), (4096, 14336))
+SIZES = (1, 4, 16, 64, 512, 2048, 8192)
+INT_MM = "torch._int_mm and scales, compiled"
+GPT_FAST = "gpt-fast's formula, compiled"
+
+GOALS = {
+    1: (
+        Goal("W8A16, weight bytes per second", W8A16, (STREAM,)),
+        Goal("W8A16", W8A16, (BF16,)),
+        Goal("W8A16", W8A16, (GPT_FAST,)),
+        Goal("W8A8", W8A8, (BF16,)),
+    ),
+    **{M: (Goal("W8A16", W8A16, (BF16,)), Goal("W8A8", W8A8, (BF16,))) for M in (4, 16, 64)},
+    **{
+        M: (
+            Goal("W8A8", W8A8, (BF16,), 1.4, 1.8),
+            Goal("W8A8", W8A8, (INT_MM,), 1.0, 1.8),
+            Goal("W8A16", W8A16, (BF16,)),
+        )
+        for M in (512, 2048, 8192)
+    },
+}
+WEIGHT_GOALS = (Goal("quantizing a weight, bytes in per second", QUANTIZE, (AMAX,)),)
+LOOKUP_GOALS = (Goal("looking up 8192 rows", LOOKUP, (LOOKUP_BF16,)),)
+
+
+def measure(device: str) -> dict[str, Any]:
+    return {f"{N}x{K}": _layer(N, K, device) for N, K in SHAPES}
+
+
+def _layer(N: int, K: int, device: str) -> dict[str, Any]:
+    layer = Layer(N, K, max(SIZES), device)
+    return {
+        "linear": {str(M): race(layer.ways(M) + _rivals(layer, M), device) for M in SIZES},
+        "weight": race(layer.quantizing(), device),
+        "lookup": race(layer.lookups(max(SIZES)), device),
+    }
+
+
+def _rivals(layer: Layer, M: int) -> list[Way]:
+    x = layer.x[:M]
+
+    @torch.compile(dynamic=False)
+    def gpt_fast(codes: Tensor, scale: Tensor, _: Tensor) -> Tensor:
+        return torch.nn.functional.linear(x, codes.to(x.dtype)) * scale.flatten().to(x.dtype)
+
+    @torch.compile(dynamic=False)
+    def int_mm(codes: Tensor, scale: Tensor, _: Tensor) -> Tensor:
+        x_codes, x_scale = reference.quantize_per_token(x)
+        return (torch._int_mm(x_codes, codes.t()) * (x_scale * scale.t())).to(x.dtype)
+
+    dequantized = layer.codes.double() * layer.scale.double()
+    ways = [Way(GPT_FAST, gpt_fast, layer.int8, lambda y: _near(y, x.double() @ dequantized.T))]
+    if M > 16:  # fewer are refused
+        right = close_to(layer.sums[:M] * layer.x_scale[:M].double() * layer.scale.double().T)
+        ways.append(Way(INT_MM, int_mm, layer.int8, right))
+    return ways
+
+
+def _near(y: Tensor, expected: Tensor) -> bool:
+    """gpt-fast rounds the sum to bf16 before it is scaled, and the scale too: three roundings."""
+    return float((y.double() - expected).norm() / expected.norm()) < 2**-7
+
+
+def tables(found: dict[str, Any]) -> list[Table]:
+    rows = []
+    for name, one in found.items():
+        raced = [(GOALS[M], f", M = {M}", one["linear"][str(M)]) for M in SIZES]
+        raced += [(WEIGHT_GOALS, "", one["weight"]), (LOOKUP_GOALS, "", one["lookup"])]
+        for several, size, seconds in raced:
+            rows += [(f"{name}{size}", *goals.row(goal, seconds, _time)) for goal in several]
+    return [
+        Table("Layers: what must be reached", ("N x K", *goals.COLUMNS), tuple(rows), "llllrrrrl"),
+        *(_times(name, one["linear"]) for name, one in found.items()),
+    ]
+
+
+def _times(name: str, linear: dict[str, dict[str, float]]) -> Table:
+    ways = list(linear[str(max(SIZES))])
+    rows = tuple((way, *(_time(linear[str(M)][way]) if way in linear[str(M)] else "-" for M in SIZES)) for way in ways)
+    return Table(f"Medians, {name}", ("M =", *map(str, SIZES)), rows, "l" + "r" * len(SIZES))
+
+
+def _time(seconds: float) -> str:
+    return f"{seconds * 1e6:.1f} us"
