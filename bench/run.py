@@ -17,7 +17,7 @@ import sys
 import time
 from pathlib import Path
 
-from bench import audio, embeddings, experts, kernels, language, mixtral, quantize, smoothquant, speed, vision
+from bench import audio, embeddings, experts, gpu, kernels, language, mixtral, quantize, smoothquant, speed, vision
 from bench.record import FOLDER, Skipped, page, record
 
 BENCHMARKS = {
@@ -31,6 +31,7 @@ BENCHMARKS = {
     "kernels": kernels,
     "experts": experts,
     "speed": speed,
+    "gpu": gpu,
 }
 
 
