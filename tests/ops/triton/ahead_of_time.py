@@ -40,7 +40,26 @@ def scale(*shape: int) -> Tensor:
     return torch.empty(shape, dtype=FP32)
 
 
-CALLS: dict[str, Callable[[], Iterator[tuple[Any, ...]]]] = {}
+def floats(dtype: torch.dtype, *shape: int) -> Tensor:
+    return torch.empty(shape, dtype=dtype)
+
+
+def linear_calls() -> Iterator[tuple[Any, ...]]:
+    """Every tile, with one scale for a row and with groups, odd ones too; a bias, and a K of which nothing is known."""
+    for dtype in (BF16, FP16, FP32):
+        for m in (1, 16, 32, 64, 128, 256, 512):
+            yield floats(dtype, m, 4096), codes(4096, 4096), scale(4096, 1), None
+            yield floats(dtype, m, 4096), codes(4096, 4096), scale(4096, 32), None
+        for m in (1, 16, 64, 512):
+            yield floats(dtype, m, 4096), codes(4096, 4096), scale(4096, 512), None
+        yield floats(dtype, 1, 4096), codes(1024, 4096), scale(1024, 1), floats(dtype, 1024)
+        yield floats(dtype, 8, 1001), codes(1003, 1001), scale(1003, 1), floats(dtype, 1003)
+        yield floats(dtype, 4096, 4096), codes(28672, 4096), scale(28672, 1), floats(FP32, 28672)
+
+
+CALLS: dict[str, Callable[[], Iterator[tuple[Any, ...]]]] = {
+    "w8a16_linear": linear_calls,
+}
 """Op -> arguments of the calls that are compiled: every tile of its table, and every dtype."""
 
 
