@@ -13,6 +13,7 @@ result to x's dtype before a scale can be applied: fp16 would overflow, and ever
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -23,7 +24,7 @@ from torch import Tensor
 from octavo.ops import reference
 from octavo.ops.triton.launch import launch
 
-__all__ = ["Plan", "Tile", "add_parts", "contiguous_rows", "plan", "tile_of_program", "w8a16_linear"]
+__all__ = ["Plan", "Tile", "add_parts", "contiguous_rows", "plan", "tile_of_program", "vector_piece", "w8a16_linear"]
 
 
 class Tile(NamedTuple):
@@ -38,8 +39,8 @@ class Tile(NamedTuple):
 
 FEW_ROWS = (Tile(16, 64, 256, 4, 4), Tile(32, 64, 128, 4, 3), Tile(64, 64, 128, 4, 3))
 """Up to 16, 32 and 64 rows of x: the codes are read once. Two or three steps of 8 to 16 KB are under way in a program,
-and there are two programs on each of 132 multiprocessors: 6 to 12 MB, where 4.8 TB/s are 5 MB in a microsecond. Compiled
-for sm_90, 4 to 5 instructions for each code, of which a multiprocessor could do 28 a cycle; memory gives it 20."""
+and there are two programs on each of 132 multiprocessors: 6 to 12 MB, where 4.8 TB/s are 5 MB in a microsecond. For
+sm_90 it is 4 to 5 instructions for each code, of which a multiprocessor could do 28 a cycle; memory gives it 20."""
 
 MANY_ROWS = (Tile(128, 128, 64, 8, 3), Tile(64, 128, 64, 4, 3), Tile(64, 64, 64, 4, 4))
 """More rows: the first that gives nearly every multiprocessor a program. The tensor cores of sm_90 take their second
@@ -70,26 +71,32 @@ never a split of K, for adding its parts up would be a second launch, which cost
 
 
 class Plan(NamedTuple):
-    """The tile for a shape, in how many parts K is split, and of how many steps each."""
+    """The tile for a shape, how many of it there are, in how many parts K is split, and of how many steps each."""
 
     tile: Tile
+    tiles: int
     parts: int
     steps: int
 
 
-def plan(m: int, n: int, k: int, step: int = 256, large: bool = True) -> Plan:
-    """Tile and split for x [m, k] and weight [n, k]; step: of K, at most; large: whether tiles may be more than 64."""
-    if m <= FEW_ROWS[-1].m:
-        tile = next(tile for tile in FEW_ROWS if m <= tile.m)
+def plan(m: int, n: int, k: int, few: Sequence[Tile], many: Sequence[Tile], step: int = 256) -> Plan:
+    """For x [m, k] and weight [n, k]: a tile of `few` if one holds all rows, else of `many`; step: of K, at most."""
+    if m <= few[-1].m:
+        tile = next(tile for tile in few if m <= tile.m)
     else:
-        tiles = MANY_ROWS if large else MANY_ROWS[-1:]
-        tile = next((tile for tile in tiles if _programs(tile, m, n) >= ENOUGH_PROGRAMS), tiles[-1])
+        tile = next((tile for tile in many if _programs(tile, m, n) >= ENOUGH_PROGRAMS), many[-1])
     tile = tile._replace(k=min(tile.k, step))
     steps = max(1, triton.cdiv(k, tile.k))
-    programs = _programs(tile, m, n)
-    parts = 1 if programs >= ENOUGH_PROGRAMS else max(1, min(WANTED_PROGRAMS // max(programs, 1), steps // 2))
+    tiles = _programs(tile, m, n)
+    parts = 1 if tiles >= ENOUGH_PROGRAMS else max(1, min(WANTED_PROGRAMS // tiles, steps // 2))
     steps_of_part = triton.cdiv(steps, parts)
-    return Plan(tile, triton.cdiv(steps, steps_of_part), steps_of_part)
+    return Plan(tile, tiles, triton.cdiv(steps, steps_of_part), steps_of_part)
+
+
+def vector_piece(n: int, k: int) -> tuple[int, int]:
+    """Rows and columns of weight [n, k] that a program takes at a time for one row of x."""
+    rows = VECTOR_ROWS if n >= VECTOR_ROWS * WANTED_PROGRAMS else FEW_VECTOR_ROWS
+    return rows, min(VECTOR_COLUMNS, max(triton.next_power_of_2(k), 16))
 
 
 def _programs(tile: Tile, m: int, n: int) -> int:
@@ -113,17 +120,17 @@ def w8a16_linear(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor |
     groups = weight_scale.shape[1]
     group = k // groups if groups > 1 else 0
     if m == 1:
-        rows = VECTOR_ROWS if n >= VECTOR_ROWS * WANTED_PROGRAMS else FEW_VECTOR_ROWS
-        columns = min(VECTOR_COLUMNS, max(triton.next_power_of_2(k), 16))
+        rows, columns = vector_piece(n, k)
         launch(
             _matrix_vector, (triton.cdiv(n, rows),), x, weight, weight_scale, bias, y, n, k, weight.stride(0),
             GROUP=group, ROWS=rows, COLUMNS=columns, num_warps=4,
         )  # fmt: skip
         return y
-    tile, parts, steps = plan(m, n, k, _longest_step(x, group), large=group == 0 and x.dtype != torch.float32)
+    many = MANY_ROWS[-1:] if group or x.dtype == torch.float32 else MANY_ROWS  # both take registers
+    tile, tiles, parts, steps = plan(m, n, k, FEW_ROWS, many, _longest_step(x, group))
     sums = y if parts == 1 else torch.empty((parts, m, n), dtype=torch.float32, device=x.device)
     launch(
-        _matrix_product, (_programs(tile, m, n), parts), x, weight, weight_scale, bias, sums, m, n, k, steps,
+        _matrix_product, (tiles, parts), x, weight, weight_scale, bias, sums, m, n, k, steps,
         x.stride(0), weight.stride(0), GROUP=group, M=tile.m, N=tile.n, K=tile.k, TILES=GROUP_OF_PROGRAMS,
         FINISH=parts == 1, num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip

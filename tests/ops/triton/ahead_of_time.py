@@ -57,8 +57,20 @@ def linear_calls() -> Iterator[tuple[Any, ...]]:
         yield floats(dtype, 4096, 4096), codes(28672, 4096), scale(28672, 1), floats(FP32, 28672)
 
 
+def int8_linear_calls() -> Iterator[tuple[Any, ...]]:
+    """Every tile, a scale for each row and for all, a bias, every dtype, and a K of which nothing is known."""
+    for m in (1, 16, 32, 64, 128, 256, 512):
+        yield codes(m, 4096), scale(m, 1), codes(4096, 4096), scale(4096, 1), None, BF16
+    for dtype in (BF16, FP16, FP32):
+        yield codes(1, 14336), scale(1), codes(1024, 14336), scale(1024, 1), floats(dtype, 1024), dtype
+        yield codes(8, 1001), scale(1), codes(1003, 1001), scale(1003, 1), floats(dtype, 1003), dtype
+        yield codes(4096, 4096), scale(4096, 1), codes(28672, 4096), scale(28672, 1), floats(dtype, 28672), dtype
+        yield codes(4096, 4096), scale(1), codes(28672, 4096), scale(28672, 1), None, dtype
+
+
 CALLS: dict[str, Callable[[], Iterator[tuple[Any, ...]]]] = {
     "w8a16_linear": linear_calls,
+    "w8a8_linear": int8_linear_calls,
 }
 """Op -> arguments of the calls that are compiled: every tile of its table, and every dtype."""
 

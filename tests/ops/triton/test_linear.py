@@ -77,7 +77,7 @@ def test_borders_of_tiles(device: str, m: int, dtype: torch.dtype) -> None:
     """Each tile of the table of few rows, K split and not, a last step that is partly there."""
     k = 1000
     check(device, torch.randn(m, k).to(dtype), *weight(66, k), torch.randn(66))
-    assert linear.plan(m, 66, k).parts > 1
+    assert linear.plan(m, 66, k, linear.FEW_ROWS, linear.MANY_ROWS).parts > 1
 
 
 @pytest.mark.parametrize("tile", linear.MANY_ROWS)
@@ -94,15 +94,15 @@ def test_large_tiles(device: str, tile: linear.Tile, dtype: torch.dtype, monkeyp
     ("m", "n", "k"), [(1, 1024, 4096), (16, 4096, 4096), (64, 28672, 4096), (512, 4096, 4096), (8192, 4096, 14336)]
 )
 def test_plan_covers_the_product(m: int, n: int, k: int) -> None:
-    tile, parts, steps = linear.plan(m, n, k)
+    tile, tiles, parts, steps = linear.plan(m, n, k, linear.FEW_ROWS, linear.MANY_ROWS)
+    assert tiles == -(-m // tile.m) * -(-n // tile.n)
     assert (parts - 1) * steps * tile.k < k <= parts * steps * tile.k
-    programs = -(-m // tile.m) * -(-n // tile.n) * parts
-    assert programs >= linear.ENOUGH_PROGRAMS or steps <= 4
+    assert tiles * parts >= linear.ENOUGH_PROGRAMS or steps <= 4
 
 
 @given(m=st.integers(1, 5000), n=st.integers(1, 200000), k=st.integers(0, 30000), step=st.sampled_from([16, 64, 256]))
 def test_every_plan_covers_k_once(m: int, n: int, k: int, step: int) -> None:
-    tile, parts, steps = linear.plan(m, n, k, step)
+    tile, _, parts, steps = linear.plan(m, n, k, linear.FEW_ROWS, linear.MANY_ROWS, step)
     assert parts >= 1 and tile.k <= step
     assert (parts - 1) * steps * tile.k < max(k, 1) <= parts * steps * tile.k
 
