@@ -57,6 +57,9 @@ ENOUGH_PROGRAMS = 120
 WANTED_PROGRAMS = 264
 """Two for each multiprocessor: if there are less than enough, K is split until there are so many."""
 
+MOST_PARTS = 16
+"""Of K. They are added up by loads that do not wait for each other, as many as there are parts."""
+
 GROUP_OF_PROGRAMS = 8
 """Tiles of the weight that programs which run at the same time share: they stay in the L2 cache meanwhile."""
 
@@ -88,7 +91,7 @@ def plan(m: int, n: int, k: int, few: Sequence[Tile], many: Sequence[Tile], step
     tile = tile._replace(k=min(tile.k, step))
     steps = max(1, triton.cdiv(k, tile.k))
     tiles = _programs(tile, m, n)
-    parts = 1 if tiles >= ENOUGH_PROGRAMS else max(1, min(WANTED_PROGRAMS // tiles, steps // 2))
+    parts = 1 if tiles >= ENOUGH_PROGRAMS else max(1, min(WANTED_PROGRAMS // tiles, steps // 2, MOST_PARTS))
     steps_of_part = triton.cdiv(steps, parts)
     return Plan(tile, tiles, triton.cdiv(steps, steps_of_part), steps_of_part)
 

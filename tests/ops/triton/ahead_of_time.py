@@ -68,7 +68,23 @@ def int8_linear_calls() -> Iterator[tuple[Any, ...]]:
         yield codes(4096, 4096), scale(1), codes(28672, 4096), scale(28672, 1), None, dtype
 
 
+def rows_calls() -> Iterator[tuple[Any, ...]]:
+    """Short rows and long, and those that are read twice."""
+    for dtype in (BF16, FP16, FP32, torch.float64):
+        for m, k in ((1, 4096), (4096, 128), (64, 14336), (64, 20000), (1, 20480), (3, 1001)):
+            yield (floats(dtype, m, k),)
+
+
+def static_calls() -> Iterator[tuple[Any, ...]]:
+    for (x,) in rows_calls():
+        yield x, scale(1)
+
+
 CALLS: dict[str, Callable[[], Iterator[tuple[Any, ...]]]] = {
+    "quantize_per_token": rows_calls,
+    "quantize_per_tensor": rows_calls,
+    "quantize_static": static_calls,
+    "quantize_weight": rows_calls,
     "w8a16_linear": linear_calls,
     "w8a8_linear": int8_linear_calls,
 }

@@ -103,7 +103,7 @@ def test_plan_covers_the_product(m: int, n: int, k: int) -> None:
 @given(m=st.integers(1, 5000), n=st.integers(1, 200000), k=st.integers(0, 30000), step=st.sampled_from([16, 64, 256]))
 def test_every_plan_covers_k_once(m: int, n: int, k: int, step: int) -> None:
     tile, _, parts, steps = linear.plan(m, n, k, linear.FEW_ROWS, linear.MANY_ROWS, step)
-    assert parts >= 1 and tile.k <= step
+    assert 1 <= parts <= linear.MOST_PARTS and tile.k <= step
     assert (parts - 1) * steps * tile.k < max(k, 1) <= parts * steps * tile.k
 
 
