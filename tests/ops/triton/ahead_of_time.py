@@ -80,11 +80,20 @@ def static_calls() -> Iterator[tuple[Any, ...]]:
         yield x, scale(1)
 
 
+def embedding_calls() -> Iterator[tuple[Any, ...]]:
+    """Long rows and short, an index of either width, every dtype."""
+    for dtype in (BF16, FP16, FP32, torch.float64):
+        yield torch.empty(4096, dtype=torch.int64), codes(128256, 4096), scale(128256, 1), dtype
+        yield torch.empty(1, dtype=torch.int32), codes(49152, 576), scale(49152, 1), dtype
+        yield torch.empty(77, dtype=torch.int64), codes(1000, 100), scale(1000, 1), dtype
+
+
 CALLS: dict[str, Callable[[], Iterator[tuple[Any, ...]]]] = {
     "quantize_per_token": rows_calls,
     "quantize_per_tensor": rows_calls,
     "quantize_static": static_calls,
     "quantize_weight": rows_calls,
+    "w8a16_embedding": embedding_calls,
     "w8a16_linear": linear_calls,
     "w8a8_linear": int8_linear_calls,
 }
