@@ -116,7 +116,7 @@ def _matrix_product(
         columns = start + inner
         x = tl.load(x_rows + columns[None, :], mask=columns[None, :] < k, other=0)
         codes = tl.load(weight_rows + columns[:, None], mask=columns[:, None] < k, other=0)
-        sums = tl.dot(x, codes, sums)
+        sums = tl.dot(x, codes, sums, out_dtype=tl.int32)
     y = y_ptr + (part.to(tl.int64) * m + rows)[:, None] * n + channels[None, :]
     there = (rows < m)[:, None] & (channels < n)[None, :]
     if FINISH:

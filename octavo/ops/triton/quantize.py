@@ -27,7 +27,8 @@ PIECE = 4096
 """Elements that a program holds at a time, 16 to 32 to a thread: several short rows, or a part of a tensor."""
 
 LONGEST_ROW = 16384
-"""That is held whole, by 16 warps, 32 elements to a thread. A longer one is read twice, the second time from L2."""
+"""That is held whole, by 16 warps, 32 elements to a thread. A longer one is read twice, by half as many elements at a
+time, the second time from the L2 cache."""
 
 PARTIAL_PROGRAMS = 512
 """That look for the largest magnitude of a tensor, about four on each multiprocessor; each program of the second launch
@@ -54,7 +55,7 @@ def _rows(x: Tensor, of_weight: bool) -> tuple[Tensor, Tensor]:
     if not m:
         return codes, scale
     x = contiguous_rows(x, m, k)
-    columns = min(max(triton.next_power_of_2(k), 16), LONGEST_ROW)
+    columns = max(triton.next_power_of_2(k), 16) if k <= LONGEST_ROW else 2 * PIECE
     rows = max(1, min(PIECE // columns, triton.next_power_of_2(m)))
     launch(
         _quantize_rows, (triton.cdiv(m, rows),), x, codes, scale, m, k, x.stride(0),
