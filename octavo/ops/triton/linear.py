@@ -42,7 +42,7 @@ FEW_ROWS = (Tile(16, 64, 256, 4, 4), Tile(32, 64, 128, 4, 3), Tile(64, 64, 128, 
 and there are two programs on each of 132 multiprocessors: 6 to 12 MB, where 4.8 TB/s are 5 MB in a microsecond. For
 sm_90 it is 4 to 5 instructions for each code, of which a multiprocessor could do 28 a cycle; memory gives it 20."""
 
-MANY_ROWS = (Tile(128, 128, 64, 8, 3), Tile(64, 128, 64, 4, 3), Tile(64, 64, 64, 4, 4))
+MANY_ROWS = (Tile(128, 128, 64, 8, 3), Tile(64, 128, 64, 4, 3), Tile(64, 64, 64, 4, 3))
 """More rows: the first that gives nearly every multiprocessor a program. The tensor cores of sm_90 take their second
 operand from shared memory only, so widened codes are written there, and a program does not widen and multiply at the
 same time: two of the first tile fit a multiprocessor (80 KB, 128 registers a thread), and one widens (314 cycles) while
@@ -88,6 +88,8 @@ def plan(m: int, n: int, k: int, few: Sequence[Tile], many: Sequence[Tile], step
         tile = next(tile for tile in few if m <= tile.m)
     else:
         tile = next((tile for tile in many if _programs(tile, m, n) >= ENOUGH_PROGRAMS), many[-1])
+    if k % 16:  # rows start anywhere, and are read a few bytes at a time: many loads, each with its registers
+        step = min(step, 64)
     tile = tile._replace(k=min(tile.k, step))
     steps = max(1, triton.cdiv(k, tile.k))
     tiles = _programs(tile, m, n)
@@ -124,13 +126,19 @@ def w8a16_linear(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor |
     group = k // groups if groups > 1 else 0
     if m == 1:
         rows, columns = vector_piece(n, k)
+        if group % 16 or x.dtype == torch.float32:  # both take registers
+            rows = FEW_VECTOR_ROWS
         launch(
             _matrix_vector, (triton.cdiv(n, rows),), x, weight, weight_scale, bias, y, n, k, weight.stride(0),
             GROUP=group, ROWS=rows, COLUMNS=columns, num_warps=4,
         )  # fmt: skip
         return y
-    many = MANY_ROWS[-1:] if group or x.dtype == torch.float32 else MANY_ROWS  # both take registers
-    tile, tiles, parts, steps = plan(m, n, k, FEW_ROWS, many, _longest_step(x, group))
+    few, many = FEW_ROWS, MANY_ROWS
+    if group % 16:
+        few = many = FEW_ROWS[1:2]
+    elif group or x.dtype == torch.float32:
+        many = MANY_ROWS[-1:]
+    tile, tiles, parts, steps = plan(m, n, k, few, many, _longest_step(x, group))
     sums = y if parts == 1 else torch.empty((parts, m, n), dtype=torch.float32, device=x.device)
     launch(
         _matrix_product, (tiles, parts), x, weight, weight_scale, bias, sums, m, n, k, steps,
