@@ -10,6 +10,9 @@ Widening the whole weight and leaving the rest to cuBLAS would be faster for tho
 result to x's dtype before a scale can be applied: fp16 would overflow, and everything would be rounded twice.
 """
 
+# mypy: allow-untyped-defs, allow-incomplete-defs
+# Kernels are no functions of Python: what goes in are pointers and numbers of the GPU.
+
 from __future__ import annotations
 
 import math
@@ -133,7 +136,8 @@ def w8a16_linear(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor |
             GROUP=group, ROWS=rows, COLUMNS=columns, num_warps=4,
         )  # fmt: skip
         return y
-    few, many = FEW_ROWS, MANY_ROWS
+    few: Sequence[Tile] = FEW_ROWS
+    many: Sequence[Tile] = MANY_ROWS
     if group % 16:
         few = many = FEW_ROWS[1:2]
     elif group or x.dtype == torch.float32:
