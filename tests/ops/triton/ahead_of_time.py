@@ -40,7 +40,63 @@ def scale(*shape: int) -> Tensor:
     return torch.empty(shape, dtype=FP32)
 
 
-CALLS: dict[str, Callable[[], Iterator[tuple[Any, ...]]]] = {}
+def floats(dtype: torch.dtype, *shape: int) -> Tensor:
+    return torch.empty(shape, dtype=dtype)
+
+
+def linear_calls() -> Iterator[tuple[Any, ...]]:
+    """Every tile, with one scale for a row and with groups, odd ones too; a bias, and a K of which nothing is known."""
+    for dtype in (BF16, FP16, FP32):
+        for m in (1, 16, 32, 64, 128, 256, 512):
+            yield floats(dtype, m, 4096), codes(4096, 4096), scale(4096, 1), None
+            yield floats(dtype, m, 4096), codes(4096, 4096), scale(4096, 32), None
+        for m in (1, 16, 64, 512):
+            yield floats(dtype, m, 4096), codes(4096, 4096), scale(4096, 512), None
+        yield floats(dtype, 1, 4096), codes(1024, 4096), scale(1024, 1), floats(dtype, 1024)
+        yield floats(dtype, 8, 1001), codes(1003, 1001), scale(1003, 1), floats(dtype, 1003)
+        yield floats(dtype, 4096, 4096), codes(28672, 4096), scale(28672, 1), floats(FP32, 28672)
+
+
+def int8_linear_calls() -> Iterator[tuple[Any, ...]]:
+    """Every tile, a scale for each row and for all, a bias, every dtype, and a K of which nothing is known."""
+    for m in (1, 16, 32, 64, 128, 256, 512):
+        yield codes(m, 4096), scale(m, 1), codes(4096, 4096), scale(4096, 1), None, BF16
+    for dtype in (BF16, FP16, FP32):
+        yield codes(1, 14336), scale(1), codes(1024, 14336), scale(1024, 1), floats(dtype, 1024), dtype
+        yield codes(8, 1001), scale(1), codes(1003, 1001), scale(1003, 1), floats(dtype, 1003), dtype
+        yield codes(4096, 4096), scale(4096, 1), codes(28672, 4096), scale(28672, 1), floats(dtype, 28672), dtype
+        yield codes(4096, 4096), scale(1), codes(28672, 4096), scale(28672, 1), None, dtype
+
+
+def rows_calls() -> Iterator[tuple[Any, ...]]:
+    """Short rows and long, and those that are read twice."""
+    for dtype in (BF16, FP16, FP32, torch.float64):
+        for m, k in ((1, 4096), (4096, 128), (64, 14336), (64, 20000), (1, 20480), (3, 1001)):
+            yield (floats(dtype, m, k),)
+
+
+def static_calls() -> Iterator[tuple[Any, ...]]:
+    for (x,) in rows_calls():
+        yield x, scale(1)
+
+
+def embedding_calls() -> Iterator[tuple[Any, ...]]:
+    """Long rows and short, an index of either width, every dtype."""
+    for dtype in (BF16, FP16, FP32, torch.float64):
+        yield torch.empty(4096, dtype=torch.int64), codes(128256, 4096), scale(128256, 1), dtype
+        yield torch.empty(1, dtype=torch.int32), codes(49152, 576), scale(49152, 1), dtype
+        yield torch.empty(77, dtype=torch.int64), codes(1000, 100), scale(1000, 1), dtype
+
+
+CALLS: dict[str, Callable[[], Iterator[tuple[Any, ...]]]] = {
+    "quantize_per_token": rows_calls,
+    "quantize_per_tensor": rows_calls,
+    "quantize_static": static_calls,
+    "quantize_weight": rows_calls,
+    "w8a16_embedding": embedding_calls,
+    "w8a16_linear": linear_calls,
+    "w8a8_linear": int8_linear_calls,
+}
 """Op -> arguments of the calls that are compiled: every tile of its table, and every dtype."""
 
 

@@ -1,0 +1,132 @@
+"""w8a8_linear on GPUs: the tensor cores multiply int8 and sum in int32, exactly, so that nothing is widened.
+
+    y [M, N] = (x [M, K] @ weight [N, K].T) * (x_scale [M] * weight_scale [N]) + bias [N]
+
+As in `linear.py`, one row of x is multiplied on the ordinary cores, and where there are few tiles K is split; sums of
+integers do not depend on their order.
+"""
+
+# mypy: allow-untyped-defs, allow-incomplete-defs
+# Kernels are no functions of Python: what goes in are pointers and numbers of the GPU.
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from octavo.ops import reference
+from octavo.ops.triton.launch import launch
+from octavo.ops.triton.linear import (
+    GROUP_OF_PROGRAMS,
+    Tile,
+    add_parts,
+    contiguous_rows,
+    plan,
+    tile_of_program,
+    vector_piece,
+)
+
+__all__ = ["w8a8_linear"]
+
+FEW_ROWS = (Tile(16, 64, 256, 4, 4), Tile(32, 64, 128, 4, 4), Tile(64, 64, 128, 4, 4))
+"""As in `linear.py`: the weight is read once, 8 to 16 KB a step, three of them under way."""
+
+MANY_ROWS = (Tile(128, 128, 128, 8, 3), Tile(64, 128, 128, 4, 3), Tile(64, 64, 128, 4, 4))
+"""More rows: the first that gives nearly every multiprocessor a program. A step of the first reads 32 KB for 512 cycles
+of the tensor cores: 64 bytes a cycle where the L2 cache gives about 32, so half of the tensor cores is predicted. Two
+programs fit a multiprocessor of sm_90 (96 KB, 128 registers a thread). [128, 256] would read 48 bytes a cycle, but
+leaves sm_80 too few registers."""
+
+
+def w8a8_linear(
+    x: Tensor, x_scale: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    """Shapes as in the table of `octavo.ops`. A result in fp64 is the reference's to compute."""
+    reference.check_codes(x, weight)
+    if dtype == torch.float64:
+        return reference.w8a8_linear(x, x_scale, weight, weight_scale, bias, dtype)
+    n, k = weight.shape
+    y = x.new_empty((*x.shape[:-1], n), dtype=dtype)
+    if not y.numel():
+        return y
+    m = y.numel() // n
+    x = contiguous_rows(x, m, k)
+    weight = contiguous_rows(weight, n, k)
+    x_scale, weight_scale = x_scale.contiguous(), weight_scale.contiguous()
+    bias = None if bias is None else bias.contiguous()
+    if m == 1:
+        rows, columns = vector_piece(n, k)
+        launch(
+            _matrix_vector, (triton.cdiv(n, rows),), x, x_scale, weight, weight_scale, bias, y, n, k, weight.stride(0),
+            ROWS=rows, COLUMNS=columns, num_warps=4,
+        )  # fmt: skip
+        return y
+    tile, tiles, parts, steps = plan(m, n, k, FEW_ROWS, MANY_ROWS)
+    sums = y if parts == 1 else torch.empty((parts, m, n), dtype=torch.int32, device=x.device)
+    launch(
+        _matrix_product, (tiles, parts), x, x_scale, weight, weight_scale, bias, sums, m, n, k, steps, x.stride(0),
+        weight.stride(0), EACH_ROW=x_scale.numel() > 1, M=tile.m, N=tile.n, K=tile.k, TILES=GROUP_OF_PROGRAMS,
+        FINISH=parts == 1, num_warps=tile.warps, num_stages=tile.stages,
+    )  # fmt: skip
+    if parts > 1:
+        add_parts(sums, x_scale, weight_scale, bias, y)
+    return y
+
+
+@triton.jit
+def _matrix_vector(
+    x_ptr, x_scale_ptr, weight_ptr, scale_ptr, bias_ptr, y_ptr, n, k, row_stride,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """ROWS elements of y for one row of x; 16 columns at a time lie in one thread, as in `linear.py`."""
+    rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    rows = tl.minimum(rows, n - 1)  # the last program computes its last row more than once
+    chunks = tl.arange(0, COLUMNS // 16)
+    sums = tl.zeros((ROWS, COLUMNS // 16), tl.int32)
+    for start in range(0, k, COLUMNS):
+        columns = start + chunks[:, None] * 16 + tl.arange(0, 16)[None, :]
+        codes = tl.load(
+            weight_ptr + rows[:, None, None] * row_stride + columns[None, :, :], mask=columns[None, :, :] < k, other=0
+        )
+        x = tl.load(x_ptr + columns, mask=columns < k, other=0)
+        sums += tl.sum(codes.to(tl.int32) * x.to(tl.int32)[None, :, :], axis=2)
+    y = tl.sum(sums, axis=1).to(tl.float32) * (tl.load(x_scale_ptr) * tl.load(scale_ptr + rows))
+    if bias_ptr is not None:
+        y += tl.load(bias_ptr + rows).to(tl.float32)
+    tl.store(y_ptr + rows, y.to(y_ptr.dtype.element_ty))
+
+
+@triton.jit
+def _matrix_product(
+    x_ptr, x_scale_ptr, weight_ptr, scale_ptr, bias_ptr, y_ptr, m, n, k, steps, x_stride, weight_stride,
+    EACH_ROW: tl.constexpr, M: tl.constexpr, N: tl.constexpr, K: tl.constexpr, TILES: tl.constexpr,
+    FINISH: tl.constexpr,
+):  # fmt: skip
+    """An [M, N] tile of y, or of one part of its sums: y_ptr is [m, n], or int32 [parts, m, n] to be added up."""
+    tile_m, tile_n = tile_of_program(tl.program_id(0), m, n, M, N, TILES)
+    part = tl.program_id(1)
+    rows = tile_m * M + tl.arange(0, M)
+    channels = tile_n * N + tl.arange(0, N)
+    # Past the end are the last row and channel once more: what they give is not stored.
+    row, channel = tl.minimum(rows, m - 1), tl.minimum(channels, n - 1)
+    x_rows = x_ptr + row.to(tl.int64)[:, None] * x_stride
+    weight_rows = weight_ptr + channel.to(tl.int64)[None, :] * weight_stride
+    inner = tl.arange(0, K)
+    sums = tl.zeros((M, N), tl.int32)
+    for start in range(part * steps * K, tl.minimum((part + 1) * steps * K, k), K):
+        columns = start + inner
+        x = tl.load(x_rows + columns[None, :], mask=columns[None, :] < k, other=0)
+        codes = tl.load(weight_rows + columns[:, None], mask=columns[:, None] < k, other=0)
+        sums = tl.dot(x, codes, sums, out_dtype=tl.int32)
+    y = y_ptr + (part.to(tl.int64) * m + rows)[:, None] * n + channels[None, :]
+    there = (rows < m)[:, None] & (channels < n)[None, :]
+    if FINISH:
+        x_scale = tl.load(x_scale_ptr + (row if EACH_ROW else row * 0))
+        scaled = sums.to(tl.float32) * (x_scale[:, None] * tl.load(scale_ptr + channel)[None, :])
+        if bias_ptr is not None:
+            scaled += tl.load(bias_ptr + channel).to(tl.float32)[None, :]
+        tl.store(y, scaled.to(y_ptr.dtype.element_ty), mask=there)
+    else:
+        tl.store(y, sums, mask=there)

@@ -1,0 +1,326 @@
+"""w8a16_linear on GPUs: int8 codes are widened in registers, on their way from memory to the product.
+
+    y [M, N] = (x [M, K] @ weight [N, K].T) * scale [N] + bias [N]        per_group: each group's sum times its scale
+
+Up to a few hundred rows of x the time is that of reading the codes once, so all that matters is that many bytes are
+under way, and that widening them costs few instructions: one row of x is multiplied on the ordinary cores
+(`_matrix_vector`), more on the tensor cores (`_matrix_product`), where few rows are one tile, padded to 16.
+
+Widening the whole weight and leaving the rest to cuBLAS would be faster for thousands of rows, but cuBLAS rounds its
+result to x's dtype before a scale can be applied: fp16 would overflow, and everything would be rounded twice.
+"""
+
+# mypy: allow-untyped-defs, allow-incomplete-defs
+# Kernels are no functions of Python: what goes in are pointers and numbers of the GPU.
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from octavo.ops import reference
+from octavo.ops.triton.launch import launch
+
+__all__ = ["Plan", "Tile", "add_parts", "contiguous_rows", "plan", "tile_of_program", "vector_piece", "w8a16_linear"]
+
+
+class Tile(NamedTuple):
+    """An [m, n] piece of y that one program computes, in steps of k; by how many warps, how many steps under way."""
+
+    m: int
+    n: int
+    k: int
+    warps: int
+    stages: int
+
+
+FEW_ROWS = (Tile(16, 64, 256, 4, 4), Tile(32, 64, 128, 4, 3), Tile(64, 64, 128, 4, 3))
+"""Up to 16, 32 and 64 rows of x: the codes are read once. Two or three steps of 8 to 16 KB are under way in a program,
+and there are two programs on each of 132 multiprocessors: 6 to 12 MB, where 4.8 TB/s are 5 MB in a microsecond. For
+sm_90 it is 4 to 5 instructions for each code, of which a multiprocessor could do 28 a cycle; memory gives it 20."""
+
+MANY_ROWS = (Tile(128, 128, 64, 8, 3), Tile(64, 128, 64, 4, 3), Tile(64, 64, 64, 4, 3))
+"""More rows: the first that gives nearly every multiprocessor a program. The tensor cores of sm_90 take their second
+operand from shared memory only, so widened codes are written there, and a program does not widen and multiply at the
+same time: two of the first tile fit a multiprocessor (80 KB, 128 registers a thread), and one widens (314 cycles) while
+the other multiplies (512). Their 24 KB a step are then what bounds it: predicted are 0.55 to 0.6 of the tensor cores.
+[256, 128] would read less, but fits once, and its steps follow each other: no more than 0.7, and on sm_80 too many
+registers. weight @ x.T would widen into registers, without a second copy, but takes twice the instructions (Triton 3.9
+reads the codes two at a time for it): 956 cycles to 466, next to 1024 of multiplying, in a [128, 256] tile."""
+
+ENOUGH_PROGRAMS = 120
+"""Of a tile, to be taken: an H200 has 132 multiprocessors, an A100 108."""
+
+WANTED_PROGRAMS = 264
+"""Two for each multiprocessor: if there are less than enough, K is split until there are so many."""
+
+MOST_PARTS = 16
+"""Of K. They are added up by loads that do not wait for each other, as many as there are parts."""
+
+GROUP_OF_PROGRAMS = 8
+"""Tiles of the weight that programs which run at the same time share: they stay in the L2 cache meanwhile."""
+
+VECTOR_ROWS, VECTOR_COLUMNS = 8, 2048
+"""The piece of the weight that a program takes at a time for one row of x: 16 KB, 128 bytes to each of its 128 threads,
+in 8 loads of 16 bytes that wait for none of the others. x is read once by each program. 5.3 instructions for each code:
+24 codes a cycle and multiprocessor could be done, 20 arrive."""
+
+FEW_VECTOR_ROWS = 4
+"""The same where 8 rows to a program would leave multiprocessors idle: fewer rows of the weight to each program, and
+never a split of K, for adding its parts up would be a second launch, which costs more than it gains."""
+
+
+class Plan(NamedTuple):
+    """The tile for a shape, how many of it there are, in how many parts K is split, and of how many steps each."""
+
+    tile: Tile
+    tiles: int
+    parts: int
+    steps: int
+
+
+def plan(m: int, n: int, k: int, few: Sequence[Tile], many: Sequence[Tile], step: int = 256) -> Plan:
+    """For x [m, k] and weight [n, k]: a tile of `few` if one holds all rows, else of `many`; step: of K, at most."""
+    if m <= few[-1].m:
+        tile = next(tile for tile in few if m <= tile.m)
+    else:
+        tile = next((tile for tile in many if _programs(tile, m, n) >= ENOUGH_PROGRAMS), many[-1])
+    if k % 16:  # rows start anywhere, and are read a few bytes at a time: many loads, each with its registers
+        step = min(step, 64)
+    tile = tile._replace(k=min(tile.k, step))
+    steps = max(1, triton.cdiv(k, tile.k))
+    tiles = _programs(tile, m, n)
+    parts = 1 if tiles >= ENOUGH_PROGRAMS else max(1, min(WANTED_PROGRAMS // tiles, steps // 2, MOST_PARTS))
+    steps_of_part = triton.cdiv(steps, parts)
+    return Plan(tile, tiles, triton.cdiv(steps, steps_of_part), steps_of_part)
+
+
+def vector_piece(n: int, k: int) -> tuple[int, int]:
+    """Rows and columns of weight [n, k] that a program takes at a time for one row of x."""
+    rows = VECTOR_ROWS if n >= VECTOR_ROWS * WANTED_PROGRAMS else FEW_VECTOR_ROWS
+    return rows, min(VECTOR_COLUMNS, max(triton.next_power_of_2(k), 16))
+
+
+def _programs(tile: Tile, m: int, n: int) -> int:
+    return triton.cdiv(m, tile.m) * triton.cdiv(n, tile.n)
+
+
+def w8a16_linear(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None) -> Tensor:
+    """Shapes as in the table of `octavo.ops`. The reference computes in fp64, which is no work for a GPU, and K = 0."""
+    reference.check_input(x, weight)
+    if x.dtype == torch.float64 or not weight.shape[1]:
+        return reference.w8a16_linear(x, weight, weight_scale, bias)
+    n, k = weight.shape
+    y = x.new_empty((*x.shape[:-1], n))
+    if not y.numel():
+        return y
+    m = y.numel() // n
+    x = contiguous_rows(x, m, k)
+    weight = contiguous_rows(weight, n, k)
+    weight_scale = weight_scale.contiguous()
+    bias = None if bias is None else bias.contiguous()
+    groups = weight_scale.shape[1]
+    group = k // groups if groups > 1 else 0
+    if m == 1:
+        rows, columns = vector_piece(n, k)
+        if group % 16 or x.dtype == torch.float32:  # both take registers
+            rows = FEW_VECTOR_ROWS
+        launch(
+            _matrix_vector, (triton.cdiv(n, rows),), x, weight, weight_scale, bias, y, n, k, weight.stride(0),
+            GROUP=group, ROWS=rows, COLUMNS=columns, num_warps=4,
+        )  # fmt: skip
+        return y
+    few: Sequence[Tile] = FEW_ROWS
+    many: Sequence[Tile] = MANY_ROWS
+    if group % 16:
+        few = many = FEW_ROWS[1:2]
+    elif group or x.dtype == torch.float32:
+        many = MANY_ROWS[-1:]
+    tile, tiles, parts, steps = plan(m, n, k, few, many, _longest_step(x, group))
+    sums = y if parts == 1 else torch.empty((parts, m, n), dtype=torch.float32, device=x.device)
+    launch(
+        _matrix_product, (tiles, parts), x, weight, weight_scale, bias, sums, m, n, k, steps,
+        x.stride(0), weight.stride(0), GROUP=group, M=tile.m, N=tile.n, K=tile.k, TILES=GROUP_OF_PROGRAMS,
+        FINISH=parts == 1, num_warps=tile.warps, num_stages=tile.stages,
+    )  # fmt: skip
+    if parts > 1:
+        add_parts(sums, None, weight_scale if group == 0 else None, bias, y)
+    return y
+
+
+def contiguous_rows(x: Tensor, m: int, k: int) -> Tensor:
+    """x [..., k] as [m, k] with elements of a row next to each other; a copy only where they are not."""
+    if x.dim() != 2:
+        x = x.reshape(m, k)
+    return x if x.stride(1) == 1 else x.contiguous()
+
+
+def _longest_step(x: Tensor, group: int) -> int:
+    """Of K: a power of two that divides the group, and for fp32, whose three parts take registers, a short one."""
+    longest = 32 if x.dtype == torch.float32 else 256
+    return 16 if group % 16 else math.gcd(group, longest)
+
+
+@triton.jit
+def _matrix_vector(
+    x_ptr, weight_ptr, scale_ptr, bias_ptr, y_ptr, n, k, row_stride,
+    GROUP: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """ROWS elements of y for one row of x. A chunk of 16 columns lies in one thread, so that 16 products are added up
+    without asking any other; GROUP: columns to a scale, 0 if the whole row has one."""
+    rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    rows = tl.minimum(rows, n - 1)  # the last program computes its last row more than once
+    chunks = tl.arange(0, COLUMNS // 16)
+    sums = tl.zeros((ROWS, COLUMNS // 16), tl.float32)
+    for start in range(0, k, COLUMNS):
+        columns = start + chunks[:, None] * 16 + tl.arange(0, 16)[None, :]
+        codes = tl.load(
+            weight_ptr + rows[:, None, None] * row_stride + columns[None, :, :], mask=columns[None, :, :] < k, other=0
+        )
+        x = tl.load(x_ptr + columns, mask=columns < k, other=0.0).to(tl.float32)
+        products = _to_fp32(codes) * x[None, :, :]
+        if GROUP == 0:
+            sums += tl.sum(products, axis=2)
+        elif GROUP % 16 == 0:
+            first = start + chunks * 16
+            scale = tl.load(
+                scale_ptr + rows[:, None] * (k // GROUP) + first[None, :] // GROUP, mask=first[None, :] < k, other=0.0
+            )
+            sums += tl.sum(products, axis=2) * scale
+        else:
+            scale = tl.load(
+                scale_ptr + rows[:, None, None] * (k // GROUP) + columns[None, :, :] // GROUP,
+                mask=columns[None, :, :] < k, other=0.0,
+            )  # fmt: skip
+            sums += tl.sum(products * scale, axis=2)
+    y = tl.sum(sums, axis=1)
+    if GROUP == 0:
+        y *= tl.load(scale_ptr + rows)
+    if bias_ptr is not None:
+        y += tl.load(bias_ptr + rows).to(tl.float32)
+    tl.store(y_ptr + rows, y.to(y_ptr.dtype.element_ty))
+
+
+@triton.jit
+def _matrix_product(
+    x_ptr, weight_ptr, scale_ptr, bias_ptr, y_ptr, m, n, k, steps, x_stride, weight_stride,
+    GROUP: tl.constexpr, M: tl.constexpr, N: tl.constexpr, K: tl.constexpr, TILES: tl.constexpr, FINISH: tl.constexpr,
+):  # fmt: skip
+    """An [M, N] tile of y, or of one part of its sums: y_ptr is [m, n], or fp32 [parts, m, n] to be added up."""
+    tile_m, tile_n = tile_of_program(tl.program_id(0), m, n, M, N, TILES)
+    part = tl.program_id(1)
+    rows = tile_m * M + tl.arange(0, M)
+    channels = tile_n * N + tl.arange(0, N)
+    # Past the end are the last row and channel once more: what they give is not stored.
+    x_rows = x_ptr + tl.minimum(rows, m - 1).to(tl.int64)[:, None] * x_stride
+    channel = tl.minimum(channels, n - 1)
+    weight_rows = weight_ptr + channel.to(tl.int64)[None, :] * weight_stride
+    inner = tl.arange(0, K)
+    if GROUP:
+        scale_rows = scale_ptr + channel.to(tl.int64) * (k // GROUP)
+    sums = tl.zeros((M, N), tl.float32)
+    for start in range(part * steps * K, tl.minimum((part + 1) * steps * K, k), K):
+        columns = start + inner
+        x = tl.load(x_rows + columns[None, :], mask=columns[None, :] < k, other=0.0)
+        codes = tl.load(weight_rows + columns[:, None], mask=columns[:, None] < k, other=0)
+        if GROUP == 0:
+            sums = _add_product(x, codes, sums)
+        elif GROUP % K == 0:
+            scale = tl.load(scale_rows + start // GROUP)
+            sums += _add_product(x, codes, tl.zeros((M, N), tl.float32)) * scale[None, :]
+        else:
+            scale = tl.load(scale_rows[None, :] + columns[:, None] // GROUP, mask=columns[:, None] < k, other=0.0)
+            sums = tl.dot(x.to(tl.float32), codes.to(tl.float32) * scale, sums, input_precision="ieee")
+    if FINISH:
+        if GROUP == 0:
+            sums *= tl.load(scale_ptr + channel)[None, :]
+        if bias_ptr is not None:
+            sums += tl.load(bias_ptr + tl.minimum(channels, n - 1)).to(tl.float32)[None, :]
+    y = y_ptr + (part.to(tl.int64) * m + rows)[:, None] * n + channels[None, :]
+    tl.store(y, sums.to(y_ptr.dtype.element_ty), mask=(rows < m)[:, None] & (channels < n)[None, :])
+
+
+@triton.jit
+def _add_product(x, codes, sums):
+    """sums + x @ codes, which are exact in 16 bits; fp32 x is cut into three bf16 numbers, whose sum it is exactly."""
+    if x.dtype == tl.float32:
+        codes = codes.to(tl.bfloat16)
+        high = _upper_half(x)
+        rest = x - high
+        rest = tl.where(rest == rest, rest, 0.0)  # NaN where x is infinite: that is in `high` already
+        middle = _upper_half(rest)
+        sums = tl.dot(high.to(tl.bfloat16), codes, sums)
+        sums = tl.dot(middle.to(tl.bfloat16), codes, sums)
+        return tl.dot((rest - middle).to(tl.bfloat16), codes, sums)
+    elif x.dtype == tl.float16:
+        return tl.dot(x, _to_fp16(codes), sums)
+    else:
+        return tl.dot(x, codes.to(tl.bfloat16), sums)
+
+
+@triton.jit
+def _to_fp16(codes):
+    """By their bits: 1536 is 0x6600, and the next number 0x6601. A conversion would go one at a time, this by two."""
+    return (codes.to(tl.int16) + 0x6600).to(tl.float16, bitcast=True) - 1536.0
+
+
+@triton.jit
+def _to_fp32(codes):
+    """The same from 1.5 * 2**23: for 8 bits GPUs convert at an eighth of the speed at which they add."""
+    return (codes.to(tl.int32) + 0x4B400000).to(tl.float32, bitcast=True) - 12582912.0
+
+
+@triton.jit
+def _upper_half(x):
+    """fp32 without the lower 16 of its bits: a number of bf16."""
+    return (x.to(tl.int32, bitcast=True) & -65536).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def tile_of_program(program, m, n, M: tl.constexpr, N: tl.constexpr, TILES: tl.constexpr):
+    """Which tile of y a program computes: TILES tiles of the weight at a time meet all rows of x before the next do."""
+    along_m, along_n = tl.cdiv(m, M), tl.cdiv(n, N)
+    first = program // (TILES * along_m) * TILES
+    height = tl.minimum(along_n - first, TILES)
+    within = program % (TILES * along_m)
+    return within // height, first + within % height
+
+
+def add_parts(parts: Tensor, x_scale: Tensor | None, scale: Tensor | None, bias: Tensor | None, y: Tensor) -> None:
+    """y = the sum of `parts` [P, M, N] over P, in that order, times the scales, plus the bias.
+
+    x_scale: fp32 [M] or [1]; scale: fp32 [N]; all but `parts` and `y` may be None.
+    """
+    count, m, n = parts.shape
+    launch(
+        _add_parts, (m, triton.cdiv(n, 512)), parts, x_scale, scale, bias, y, m, n,
+        EACH_ROW=x_scale is not None and x_scale.numel() > 1, PARTS=count, COLUMNS=512, num_warps=4,
+    )  # fmt: skip
+
+
+@triton.jit
+def _add_parts(
+    parts_ptr, x_scale_ptr, scale_ptr, bias_ptr, y_ptr, m, n,
+    EACH_ROW: tl.constexpr, PARTS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    there = columns < n
+    y = tl.load(parts_ptr + row * n + columns, mask=there)
+    for part in tl.static_range(1, PARTS):
+        y += tl.load(parts_ptr + (part * m + row) * n + columns, mask=there)
+    y = y.to(tl.float32)
+    if scale_ptr is not None:
+        scale = tl.load(scale_ptr + columns, mask=there)
+        if x_scale_ptr is not None:
+            scale *= tl.load(x_scale_ptr + (row if EACH_ROW else 0))
+        y *= scale
+    if bias_ptr is not None:
+        y += tl.load(bias_ptr + columns, mask=there).to(tl.float32)
+    tl.store(y_ptr + row * n + columns, y.to(y_ptr.dtype.element_ty), mask=there)

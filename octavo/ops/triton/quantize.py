@@ -1,0 +1,184 @@
+"""Floats to int8 codes on GPUs, bit for bit as `primitives.py` and `reference.py` do it.
+
+    scale = amax|x| / 127        code = clamp(round_half_even(x / scale), -127, 127)
+
+Both divisions are rounded to nearest, which Triton's `/` is not. Rounding to an integer is adding 1.5 * 2**23, of which
+the next number is 1 more: what then stands in the lower bits is the code. The largest magnitude is found among the bits
+without the sign, read as integers: these are ordered as the numbers are, and NaN comes after infinity, so that it is
+not lost, as a maximum of floats would lose it.
+
+A row is read once, and stays in registers between the maximum and the codes.
+"""
+
+# mypy: allow-untyped-defs, allow-incomplete-defs
+# Kernels are no functions of Python: what goes in are pointers and numbers of the GPU.
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from octavo.ops import reference
+from octavo.ops.triton.launch import launch
+from octavo.ops.triton.linear import contiguous_rows
+
+__all__ = ["quantize_per_tensor", "quantize_per_token", "quantize_static", "quantize_weight"]
+
+PIECE = 4096
+"""Elements that a program holds at a time, 16 to 32 to a thread: several short rows, or a part of a tensor."""
+
+LONGEST_ROW = 16384
+"""That is held whole, by 16 warps, 32 elements to a thread. A longer one is read twice, by half as many elements at a
+time, the second time from the L2 cache."""
+
+PARTIAL_PROGRAMS = 512
+"""That look for the largest magnitude of a tensor, about four on each multiprocessor; each program of the second launch
+then looks through what they found, 2 KB."""
+
+
+def quantize_per_token(x: Tensor) -> tuple[Tensor, Tensor]:
+    reference.check_rows(x)
+    return _rows(x, of_weight=False)
+
+
+def quantize_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """weight: [N, K]. Where it is not finite its scale is not either; looking for it would wait for the device."""
+    if weight.dim() != 2 or not weight.is_floating_point():
+        return reference.quantize_weight(weight)
+    return _rows(weight, of_weight=True)
+
+
+def _rows(x: Tensor, of_weight: bool) -> tuple[Tensor, Tensor]:
+    k = x.shape[-1]
+    codes = torch.empty(x.shape, dtype=torch.int8, device=x.device)
+    scale = torch.empty((*x.shape[:-1], 1), dtype=torch.float32, device=x.device)
+    m = scale.numel()
+    if not m:
+        return codes, scale
+    x = contiguous_rows(x, m, k)
+    columns = max(triton.next_power_of_2(k), 16) if k <= LONGEST_ROW else 2 * PIECE
+    rows = max(1, min(PIECE // columns, triton.next_power_of_2(m)))
+    launch(
+        _quantize_rows, (triton.cdiv(m, rows),), x, codes, scale, m, k, x.stride(0),
+        OF_WEIGHT=of_weight, WHOLE=k <= LONGEST_ROW, ROWS=rows, COLUMNS=columns,
+        num_warps=max(1, min(16, rows * columns // 512)),
+    )  # fmt: skip
+    return codes, scale
+
+
+def quantize_per_tensor(x: Tensor) -> tuple[Tensor, Tensor]:
+    """In two launches: the largest magnitudes of pieces, then the codes."""
+    reference.check_rows(x)
+    x = x.contiguous()
+    codes = torch.empty(x.shape, dtype=torch.int8, device=x.device)
+    scale = torch.empty(1, dtype=torch.float32, device=x.device)
+    pieces = max(1, triton.cdiv(x.numel(), PIECE))
+    programs = min(pieces, PARTIAL_PROGRAMS)
+    largest = torch.empty(programs, dtype=torch.int32, device=x.device)
+    launch(_largest_magnitudes, (programs,), x, largest, x.numel(), PIECE=PIECE, num_warps=4)
+    launch(
+        _quantize_pieces, (pieces,), x, codes, scale, largest, x.numel(), programs, PARTIALS=PARTIAL_PROGRAMS,
+        PIECE=PIECE, num_warps=4,
+    )  # fmt: skip
+    return codes, scale
+
+
+def quantize_static(x: Tensor, input_scale: Tensor) -> Tensor:
+    reference.check_rows(x)
+    x = x.contiguous()
+    codes = torch.empty(x.shape, dtype=torch.int8, device=x.device)
+    launch(
+        _quantize_pieces, (triton.cdiv(x.numel(), PIECE),), x, codes, input_scale, None, x.numel(), 0,
+        PARTIALS=PARTIAL_PROGRAMS, PIECE=PIECE, num_warps=4,
+    )  # fmt: skip
+    return codes
+
+
+@triton.jit
+def _quantize_rows(
+    x_ptr, codes_ptr, scale_ptr, m, k, row_stride,
+    OF_WEIGHT: tl.constexpr, WHOLE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    columns = tl.arange(0, COLUMNS)[None, :]
+    there = (rows < m)[:, None]
+    x_rows = x_ptr + rows[:, None] * row_stride
+    codes_rows = codes_ptr + rows[:, None] * k
+    if WHOLE:
+        x = tl.load(x_rows + columns, mask=there & (columns < k), other=0.0).to(tl.float32)
+        scale = _scale(tl.max(_magnitude(x), axis=1), x_ptr.dtype.element_ty, OF_WEIGHT)
+        tl.store(codes_rows + columns, _codes(x, scale[:, None]), mask=there & (columns < k))
+    else:
+        largest = tl.zeros((ROWS, COLUMNS), tl.int32)
+        for start in range(0, k, COLUMNS):
+            x = tl.load(x_rows + start + columns, mask=there & (start + columns < k), other=0.0)
+            largest = tl.maximum(largest, _magnitude(x.to(tl.float32)))
+        scale = _scale(tl.max(largest, axis=1), x_ptr.dtype.element_ty, OF_WEIGHT)
+        for start in range(0, k, COLUMNS):
+            x = tl.load(x_rows + start + columns, mask=there & (start + columns < k), other=0.0)
+            codes = _codes(x.to(tl.float32), scale[:, None])
+            tl.store(codes_rows + start + columns, codes, mask=there & (start + columns < k))
+    tl.store(scale_ptr + rows, scale, mask=rows < m)
+
+
+@triton.jit
+def _largest_magnitudes(x_ptr, largest_ptr, count, PIECE: tl.constexpr):
+    largest = tl.zeros((PIECE,), tl.int32)
+    first = tl.program_id(0).to(tl.int64) * PIECE
+    for start in range(first, count, tl.num_programs(0).to(tl.int64) * PIECE):
+        elements = start + tl.arange(0, PIECE)
+        x = tl.load(x_ptr + elements, mask=elements < count, other=0.0)
+        largest = tl.maximum(largest, _magnitude(x.to(tl.float32)))
+    tl.store(largest_ptr + tl.program_id(0), tl.max(largest, axis=0))
+
+
+@triton.jit
+def _quantize_pieces(
+    x_ptr, codes_ptr, scale_ptr, largest_ptr, count, programs, PARTIALS: tl.constexpr, PIECE: tl.constexpr
+):
+    """One scale for all: the one that is there, or that of the largest of the magnitudes that programs have found."""
+    if largest_ptr is None:
+        scale = tl.load(scale_ptr)
+    else:
+        partials = tl.arange(0, PARTIALS)
+        largest = tl.load(largest_ptr + partials, mask=partials < programs, other=0)
+        scale = _scale(tl.max(largest, axis=0), tl.float32, False)
+        if tl.program_id(0) == 0:
+            tl.store(scale_ptr, scale)
+    elements = tl.program_id(0).to(tl.int64) * PIECE + tl.arange(0, PIECE)
+    x = tl.load(x_ptr + elements, mask=elements < count, other=0.0).to(tl.float32)
+    tl.store(codes_ptr + elements, _codes(x, scale), mask=elements < count)
+
+
+@triton.jit
+def _magnitude(x):
+    """The bits of |x|."""
+    return x.to(tl.int32, bitcast=True) & 0x7FFFFFFF
+
+
+@triton.jit
+def _scale(largest, dtype: tl.constexpr, OF_WEIGHT: tl.constexpr):
+    """Of the bits of the largest magnitude. A weight's is rounded to `dtype`, and a step up where it would clip."""
+    largest = largest.to(tl.float32, bitcast=True)
+    scale = tl.div_rn(largest, 127.0)
+    if OF_WEIGHT:
+        if dtype == tl.bfloat16 or dtype == tl.float16:
+            stored = scale.to(dtype)
+            step_up = (stored.to(tl.int16, bitcast=True) + 1).to(dtype, bitcast=True).to(tl.float32)
+        else:
+            stored = scale
+            step_up = (stored.to(tl.int32, bitcast=True) + 1).to(tl.float32, bitcast=True)
+        scale = stored.to(tl.float32)
+        clips = (scale == 0) | (tl.div_rn(largest, tl.where(scale == 0, 1.0, scale)) > 127.5)
+        return tl.where(largest == 0, 1.0, tl.where(clips, step_up, scale))
+    else:
+        return tl.where(scale == 0, 1.0, scale)
+
+
+@triton.jit
+def _codes(x, scale):
+    steps = tl.div_rn(x, tl.broadcast_to(scale, x.shape))
+    steps = tl.minimum(tl.maximum(steps, -127.0), 127.0)
+    return ((steps + 12582912.0).to(tl.int32, bitcast=True) - 0x4B400000).to(tl.int8)

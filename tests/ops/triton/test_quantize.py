@@ -1,0 +1,146 @@
+"""Quantization by the Triton kernels: weights have the bits of `primitives.py`, activations those of the formula."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from octavo import primitives
+from octavo.errors import QuantizeError
+from octavo.ops.triton import quantize
+from octavo.ops.triton.quantize import quantize_per_tensor, quantize_per_token, quantize_static, quantize_weight
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+LEADS = [(), (0,), (1,), (3,), (33,), (2, 1), (2, 3, 5), (4, 0, 2)]
+
+pytestmark = pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")  # numpy's, of NaN
+
+
+def expected(x: Tensor, largest: Tensor) -> tuple[Tensor, Tensor]:
+    """The definition, as torch computes it on CPUs."""
+    scale = largest.float() / 127
+    scale[scale == 0] = 1.0
+    return (x.float() / scale).round().clamp(-127, 127).to(torch.int8), scale
+
+
+def amax(x: Tensor) -> Tensor:
+    return x.abs().amax(-1, keepdim=True) if x.shape[-1] else x.new_zeros((*x.shape[:-1], 1))
+
+
+def assert_same(found: tuple[Tensor, Tensor], wanted: tuple[Tensor, Tensor]) -> None:
+    (codes, scale), (wanted_codes, wanted_scale) = found, wanted
+    assert codes.dtype == torch.int8 and scale.dtype == torch.float32 and codes.is_contiguous()
+    assert torch.equal(scale.cpu(), wanted_scale)
+    assert torch.equal(codes.cpu(), wanted_codes)
+
+
+@given(
+    lead=st.sampled_from(LEADS),
+    k=st.sampled_from([0, 1, 3, 64, 100, 520]),
+    dtype=st.sampled_from(DTYPES),
+    exponent=st.integers(-24, 10),
+    seed=st.integers(0, 100),
+)
+def test_activations(device: str, lead: tuple[int, ...], k: int, dtype: torch.dtype, exponent: int, seed: int) -> None:
+    x = (torch.randn(*lead, k, generator=torch.Generator().manual_seed(seed)) * 2.0**exponent).to(dtype)
+    assert_same(quantize_per_token(x.to(device)), expected(x, amax(x)))
+    largest = x.abs().amax().reshape(1) if x.numel() else torch.zeros(1)
+    assert_same(quantize_per_tensor(x.to(device)), expected(x, largest))
+    scale = torch.rand(1) * 2.0**exponent + 2.0**-30
+    assert torch.equal(
+        quantize_static(x.to(device), scale.to(device)).cpu(),
+        (x.float() / scale).round().clamp(-127, 127).to(torch.int8),
+    )
+
+
+def test_halves_are_rounded_to_even(device: str) -> None:
+    """Every half from -127.5 to 127.5 of a scale that is a power of two, so that they are met exactly."""
+    x = torch.arange(-255, 256, 2) / 2 * 2.0**-3
+    codes = quantize_static(x.to(device), torch.tensor([2.0**-3], device=device)).cpu()
+    assert torch.equal(codes.double(), (x.double() * 8).round().clamp(-127, 127))
+    assert codes[127].item() == 0 and codes[129].item() == 2
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_every_row_by_itself(device: str, dtype: torch.dtype) -> None:
+    """The quotients lie next to a half for some of 30 000 values: a division that is not rounded right would show."""
+    x = torch.randn(300, 100).mul(2.0 ** torch.randint(-10, 10, (300, 1))).to(dtype)
+    assert_same(quantize_per_token(x.to(device)), expected(x, amax(x)))
+
+
+@pytest.mark.parametrize("k", [quantize.LONGEST_ROW, quantize.LONGEST_ROW + 1, 2 * quantize.LONGEST_ROW + 5])
+def test_long_rows(device: str, k: int) -> None:
+    x = torch.randn(2, k)
+    x[0, -1], x[1, 0] = 40.0, -50.0  # the largest at either end
+    assert_same(quantize_per_token(x.to(device)), expected(x, amax(x)))
+
+
+@pytest.mark.parametrize("programs", [1, 2, 512])
+def test_the_largest_of_a_tensor_is_anywhere(device: str, programs: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(quantize, "PARTIAL_PROGRAMS", programs)
+    x = torch.randn(5, quantize.PIECE)
+    for at in (0, 2 * quantize.PIECE + 7, x.numel() - 1):
+        loud = x.clone()
+        loud.view(-1)[at] = -100.0
+        assert_same(quantize_per_tensor(loud.to(device)), expected(loud, torch.full((1,), 100.0)))
+
+
+@given(
+    n=st.sampled_from([1, 3, 65]),
+    k=st.sampled_from([1, 2, 100, 256]),
+    dtype=st.sampled_from(DTYPES),
+    exponent=st.integers(-140, 100),
+    seed=st.integers(0, 100),
+)
+def test_weights(device: str, n: int, k: int, dtype: torch.dtype, exponent: int, seed: int) -> None:
+    """Down to the smallest numbers of each dtype, where a rounded scale would clip."""
+    generator = torch.Generator().manual_seed(seed)
+    spread = torch.randint(0, 9, (n, 1), generator=generator)
+    x = torch.randn(n, k, generator=generator).double() * 2.0**exponent * 2.0**spread
+    weight = x.clamp(-torch.finfo(dtype).max, torch.finfo(dtype).max).to(dtype)
+    assert_same(quantize_weight(weight.to(device)), primitives.quantize_weight(weight))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_scales_of_every_largest_value(device: str, dtype: torch.dtype) -> None:
+    """All 32 thousand numbers of 16 bits that are not negative and finite."""
+    every = torch.arange(0, 0x7F80 if dtype == torch.bfloat16 else 0x7C00, dtype=torch.int16).view(dtype).reshape(-1, 1)
+    assert_same(quantize_weight(every.to(device)), primitives.quantize_weight(every))
+
+
+@settings(max_examples=20)
+@given(bad=st.sampled_from([float("nan"), float("inf"), -float("inf")]), dtype=st.sampled_from(DTYPES))
+def test_what_is_not_finite_makes_its_scale_so(device: str, bad: float, dtype: torch.dtype) -> None:
+    x = torch.randn(3, 8).to(dtype)
+    x[1, 2] = bad
+    for function in (quantize_per_token, quantize_weight):
+        codes, scale = (t.cpu() for t in function(x.to(device)))
+        assert not scale[1].isfinite()
+        assert bool(scale[1].isnan()) == (bad != bad)
+        finite = expected if function is quantize_per_token else lambda rows, _: primitives.quantize_weight(rows)
+        assert_same((codes[[0, 2]], scale[[0, 2]]), finite(x[[0, 2]], amax(x[[0, 2]])))
+    assert not quantize_per_tensor(x.to(device))[1].isfinite()
+
+
+def test_strides_do_not_matter(device: str) -> None:
+    base = torch.randn(10, 6, 8).to(device)
+    for x in (base.permute(2, 1, 0), base[:, ::2], base[..., ::2], base[:, :1].expand(10, 6, 8), base[0].T):
+        before = x.clone()
+        for function in (quantize_per_token, quantize_per_tensor):
+            assert_same(function(x), tuple(t.cpu() for t in function(x.contiguous())))
+        scale = torch.ones(1, device=device)
+        codes = quantize_static(x, scale)
+        assert codes.is_contiguous() and torch.equal(codes, quantize_static(x.contiguous(), scale))
+        assert torch.equal(x, before)
+    assert_same(quantize_weight(base[0].T), tuple(t.cpu() for t in quantize_weight(base[0].T.contiguous())))
+
+
+def test_wrong_inputs(device: str) -> None:
+    for function in (quantize_per_token, quantize_per_tensor):
+        with pytest.raises(QuantizeError, match=r"x: dtype is torch\.int64, expected"):
+            function(torch.arange(3, device=device))
+        with pytest.raises(QuantizeError, match="x: is a 0-d tensor"):
+            function(torch.tensor(1.0, device=device))
