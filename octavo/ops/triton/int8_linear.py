@@ -98,7 +98,7 @@ def _matrix_vector(
     tl.store(y_ptr + rows, y.to(y_ptr.dtype.element_ty))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["m"])  # so that another number of rows compiles nothing
 def _matrix_product(
     x_ptr, x_scale_ptr, weight_ptr, scale_ptr, bias_ptr, y_ptr, m, n, k, steps, x_stride, weight_stride,
     EACH_ROW: tl.constexpr, M: tl.constexpr, N: tl.constexpr, K: tl.constexpr, TILES: tl.constexpr,

@@ -207,7 +207,7 @@ def _matrix_vector(
     tl.store(y_ptr + rows, y.to(y_ptr.dtype.element_ty))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["m"])  # so that another number of rows compiles nothing
 def _matrix_product(
     x_ptr, weight_ptr, scale_ptr, bias_ptr, y_ptr, m, n, k, steps, x_stride, weight_stride,
     GROUP: tl.constexpr, M: tl.constexpr, N: tl.constexpr, K: tl.constexpr, TILES: tl.constexpr, FINISH: tl.constexpr,
@@ -304,7 +304,7 @@ def add_parts(parts: Tensor, x_scale: Tensor | None, scale: Tensor | None, bias:
     )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["m"])
 def _add_parts(
     parts_ptr, x_scale_ptr, scale_ptr, bias_ptr, y_ptr, m, n,
     EACH_ROW: tl.constexpr, PARTS: tl.constexpr, COLUMNS: tl.constexpr,

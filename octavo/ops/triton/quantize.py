@@ -96,7 +96,7 @@ def quantize_static(x: Tensor, input_scale: Tensor) -> Tensor:
     return codes
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["m"])  # so that another number of rows compiles nothing
 def _quantize_rows(
     x_ptr, codes_ptr, scale_ptr, m, k, row_stride,
     OF_WEIGHT: tl.constexpr, WHOLE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
@@ -134,7 +134,7 @@ def _largest_magnitudes(x_ptr, largest_ptr, count, PIECE: tl.constexpr):
     tl.store(largest_ptr + tl.program_id(0), tl.max(largest, axis=0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["programs"])
 def _quantize_pieces(
     x_ptr, codes_ptr, scale_ptr, largest_ptr, count, programs, PARTIALS: tl.constexpr, PIECE: tl.constexpr
 ):
