@@ -5,9 +5,6 @@ fails a device-side assertion, after which the process cannot use the GPU any mo
 and its row of the result is NaN, which the model's output will show. On CPUs it is an error.
 """
 
-# mypy: allow-untyped-defs, allow-incomplete-defs
-# Kernels are no functions of Python: what goes in are pointers and numbers of the GPU.
-
 from __future__ import annotations
 
 import torch

@@ -6,9 +6,6 @@ As in `linear.py`, one row of x is multiplied on the ordinary cores, and where t
 integers do not depend on their order.
 """
 
-# mypy: allow-untyped-defs, allow-incomplete-defs
-# Kernels are no functions of Python: what goes in are pointers and numbers of the GPU.
-
 from __future__ import annotations
 
 import torch

@@ -10,9 +10,6 @@ Widening the whole weight and leaving the rest to cuBLAS would be faster for tho
 result to x's dtype before a scale can be applied: fp16 would overflow, and everything would be rounded twice.
 """
 
-# mypy: allow-untyped-defs, allow-incomplete-defs
-# Kernels are no functions of Python: what goes in are pointers and numbers of the GPU.
-
 from __future__ import annotations
 
 import math

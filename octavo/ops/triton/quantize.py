@@ -10,9 +10,6 @@ not lost, as a maximum of floats would lose it.
 A row is read once, and stays in registers between the maximum and the codes.
 """
 
-# mypy: allow-untyped-defs, allow-incomplete-defs
-# Kernels are no functions of Python: what goes in are pointers and numbers of the GPU.
-
 from __future__ import annotations
 
 import torch
