@@ -20,17 +20,29 @@ import contextlib
 import inspect
 import time
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import Cache, StaticCache
+from transformers import (
+    Cache,
+    EpsilonLogitsWarper,
+    LogitsProcessor,
+    MinPLogitsWarper,
+    RepetitionPenaltyLogitsProcessor,
+    StaticCache,
+    SuppressTokensLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+    TypicalLogitsWarper,
+)
 from transformers.cache_utils import StaticLayer, StaticSlidingWindowLayer
 
 from octavo.errors import OctavoError
 
-__all__ = ["CompiledModel", "likeliest"]
+__all__ = ["CompiledModel", "TokenChoice", "likeliest"]
 
 _WITHOUT = "leave out --compile (in Python: call the model itself), which runs it eagerly"
 
@@ -41,6 +53,52 @@ _FIRST_STEPS = 3
 def likeliest(logits: Tensor) -> Tensor:
     """Greedy choice: logits [1, V] -> token [1, 1]."""
     return logits.argmax(-1, keepdim=True)
+
+
+_PROCESSORS = (
+    EpsilonLogitsWarper, MinPLogitsWarper, RepetitionPenaltyLogitsProcessor, SuppressTokensLogitsProcessor,
+    TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper, TypicalLogitsWarper,
+)  # fmt: skip
+"""Those of transformers that ask for scores, and for which tokens were there, but not where or how often."""
+
+
+class TokenChoice:
+    """How transformers' `generate` chooses a token, with tensors of fixed sizes only.
+
+    prompt: int64 [1, T]. length: of prompt and continuation. processors: of scores, as a model's generation config
+    asks for them. sample: draw a token; otherwise take the likeliest.
+    Raises: OctavoError for a processor that cannot be compiled.
+    """
+
+    def __init__(self, prompt: Tensor, length: int, processors: Sequence[LogitsProcessor], *, sample: bool) -> None:
+        for processor in processors:
+            if not isinstance(processor, _PROCESSORS):
+                raise OctavoError(
+                    f"the model's generation config asks for {type(processor).__name__}, which is not for compiled "
+                    f"generation; {_WITHOUT}"
+                )
+        self._processors = list(processors)
+        self._sample = sample
+        # Of fixed length: until a place has its token, it repeats one that is there.
+        self._tokens = prompt[:, :1].repeat(1, length)
+        self._tokens[:, : prompt.shape[1]] = prompt
+
+    def note(self, token: Tensor, position: int) -> None:
+        """`token` [1, 1] is now at `position`."""
+        if self._processors:
+            self._tokens[:, position : position + 1] = token
+
+    def __call__(self, logits: Tensor) -> Tensor:
+        """Logits [1, V] -> token [1, 1]."""
+        scores = logits.float()
+        for processor in self._processors:
+            scores = processor(self._tokens, scores)
+        if not self._sample:
+            return likeliest(scores)
+        # Of exponential variables, each divided by its rate, the first to come is chosen with the rate's probability:
+        # torch.multinomial, without its waiting for the device.
+        chances = scores.softmax(-1)
+        return likeliest(chances / torch.empty_like(chances).exponential_())
 
 
 class CompiledModel:
@@ -63,7 +121,8 @@ class CompiledModel:
             output = model(input_ids=tokens, past_key_values=cache, use_cache=True, **only_last)
             return choose(output.logits[:, -1])
 
-        graphs = {"triton.cudagraphs": True} if self._device.type == "cuda" else {}
+        self._on_cuda = self._device.type == "cuda"
+        graphs: dict[str, Any] = {"triton.cudagraphs": True} if self._on_cuda else {}
         self._prefill = torch.compile(_with_own_code(step), fullgraph=True, dynamic=False)
         self._decode = torch.compile(_with_own_code(step), fullgraph=True, dynamic=False, options=graphs)
         self._length = length
@@ -76,7 +135,7 @@ class CompiledModel:
         Raises: OctavoError that says what could not be compiled.
         """
         start = time.perf_counter()
-        devices = [self._device] if self._device.type == "cuda" else []
+        devices = [self._device] if self._on_cuda else []
         with torch.random.fork_rng(devices), self._compiling():
             token = self.prefill(prompt)
             steps = min(_FIRST_STEPS, self._length - prompt.shape[1])
@@ -85,7 +144,7 @@ class CompiledModel:
                 with torch.compiler.set_stance("fail_on_recompile" if step else "default"):
                     token = self.decode(token)
             self._guarded = steps < _FIRST_STEPS
-        if self._device.type == "cuda":
+        if self._on_cuda:
             torch.cuda.synchronize(self._device)
         return time.perf_counter() - start
 
@@ -102,12 +161,13 @@ class CompiledModel:
     @torch.inference_mode()
     def decode(self, token: Tensor) -> Tensor:
         """Feed one token, int64 [1, 1]. Returns: the one after it, [1, 1]."""
-        torch.compiler.cudagraph_mark_step_begin()
+        if self._on_cuda:
+            torch.compiler.cudagraph_mark_step_begin()
         # Guards compare hundreds of attributes of the model at each token, to find out whether it changed.
         with contextlib.nullcontext() if self._guarded else _unguarded():
             token = self._decode(token)
         # A CUDA graph writes the next token to the same place.
-        return token.clone() if token.is_cuda else token
+        return token.clone() if self._on_cuda else token
 
     @contextlib.contextmanager
     def _compiling(self) -> Iterator[None]:
