@@ -41,6 +41,7 @@ from transformers import (
 from transformers.cache_utils import StaticLayer, StaticSlidingWindowLayer
 
 from octavo.errors import OctavoError
+from octavo.integrations.equal_calls import EqualCalls
 
 __all__ = ["CompiledModel", "TokenChoice", "likeliest"]
 
@@ -122,9 +123,10 @@ class CompiledModel:
             return choose(output.logits[:, -1])
 
         self._on_cuda = self._device.type == "cuda"
+        once: dict[str, Any] = {"post_grad_custom_pre_pass": EqualCalls()}
         graphs: dict[str, Any] = {"triton.cudagraphs": True} if self._on_cuda else {}
-        self._prefill = torch.compile(_with_own_code(step), fullgraph=True, dynamic=False)
-        self._decode = torch.compile(_with_own_code(step), fullgraph=True, dynamic=False, options=graphs)
+        self._prefill = torch.compile(_with_own_code(step), fullgraph=True, dynamic=False, options=once)
+        self._decode = torch.compile(_with_own_code(step), fullgraph=True, dynamic=False, options=once | graphs)
         self._length = length
         self._guarded = True
 

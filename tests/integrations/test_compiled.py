@@ -185,3 +185,19 @@ def test_a_real_model_writes_the_same(scheme: str, smollm2: Path) -> None:
     eager = generate(model, tokenizer, "The capital of France is", **options)
     compiled = generate(model, tokenizer, "The capital of France is", compiling=contextlib.nullcontext(), **options)
     assert compiled.text == eager.text and compiled.new_tokens == eager.new_tokens > 1
+
+
+@pytest.mark.gpu
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
+@pytest.mark.parametrize("make", [llama, mixtral])
+@pytest.mark.parametrize("scheme", ["w8a16", "w8a8"])
+def test_a_cuda_graph_writes_the_same(make: Callable[..., Any], scheme: str) -> None:
+    model = build(make)
+    octavo.quantize(model, scheme)
+    model.cuda()
+    compiled = CompiledModel(model, LENGTH)
+    compiled.compile(tokens(1, 9).cuda())
+    for prompt in (tokens(1, 9).cuda(), tokens(1, 15).cuda()):
+        assert written(compiled, prompt) == without_cache(model, prompt)
+    assert not counters["inductor"]["cudagraph_skips"]
