@@ -1,7 +1,7 @@
 """A causal language model, float or int8, compiled whole and with a static key-value cache: what gpt-fast does by hand.
 
     compiled = CompiledModel(model, length=576)
-    seconds = compiled.compile(prompt)
+    compiled.compile(prompt)
     token = compiled.prefill(prompt)       [1, T] -> [1, 1]
     token = compiled.decode(token)         [1, 1] -> [1, 1]
 
@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-import time
 import types
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -130,13 +129,12 @@ class CompiledModel:
         self._length = length
         self._guarded = True
 
-    def compile(self, prompt: Tensor) -> float:
-        """Compile, by running prefill and the first steps of decode. Returns: the seconds that it took.
+    def compile(self, prompt: Tensor) -> None:
+        """Compile, by running prefill and the first steps of decode; what ran before is forgotten.
 
         prompt: int64 [1, T]; afterwards prompts of any other length need no compiling either.
         Raises: OctavoError that says what could not be compiled.
         """
-        start = time.perf_counter()
         devices = [self._device] if self._on_cuda else []
         with torch.random.fork_rng(devices), self._compiling():
             token = self.prefill(prompt)
@@ -148,7 +146,6 @@ class CompiledModel:
             self._guarded = steps < _FIRST_STEPS
         if self._on_cuda:
             torch.cuda.synchronize(self._device)
-        return time.perf_counter() - start
 
     @torch.inference_mode()
     def prefill(self, prompt: Tensor) -> Tensor:

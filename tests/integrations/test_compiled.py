@@ -79,7 +79,7 @@ def test_one_graph_for_prompts_of_all_lengths(make: Callable[..., Any], scheme: 
     octavo.quantize(model, scheme)
     compiled = CompiledModel(model, LENGTH)
     before = graphs()
-    assert compiled.compile(tokens(1, 9)) > 0
+    compiled.compile(tokens(1, 9))
     assert graphs() - before == 2
     for prompt in (tokens(1, 9), tokens(1, LENGTH - NEW)):
         assert written(compiled, prompt) == without_cache(model, prompt)
