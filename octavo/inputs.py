@@ -22,8 +22,9 @@ Quantized = tuple[Tensor, Tensor]
 class SharedInput:
     """The codes of the tensor that was quantized last, as long as that tensor lives. One for each int8 model.
 
-    A lookup is skipped while a model is compiled (a compiler sees equal calls by itself) and for tensors of inference
-    mode, which do not count their versions.
+    A lookup is skipped while a model is compiled, for a graph has no such identity (a compiler may join equal calls;
+    `integrations/equal_calls.py` makes Inductor do so), and for tensors of inference mode, which do not count their
+    versions.
     """
 
     def __init__(self) -> None:

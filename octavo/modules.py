@@ -57,6 +57,7 @@ class QuantModule(nn.Module):
     float_dtype: the dtype that they had, in which their scales are stored on disk.
     replaces: kind of the float layer ("Linear", ...), for reports and for the checkpoint's config; set by the swap.
     note: why the scheme is not the one that the recipe asked for, or None; set by the swap.
+    op_names: names of the ops that its `forward` calls, for reports on who serves them.
     """
 
     quantized_params: tuple[str, ...]
@@ -64,6 +65,7 @@ class QuantModule(nn.Module):
     float_dtype: torch.dtype
     replaces: str
     note: str | None = None
+    op_names: tuple[str, ...]
     bias: nn.Parameter | None
 
     def __init__(self, layer: nn.Module, codes: Codes, scheme: Scheme, float_dtype: torch.dtype) -> None:
@@ -135,6 +137,7 @@ class QuantLinear(QuantModule):
     fake: compute in fp32 with the dequantized weight (and input) instead of with int8 codes, to study what int8 does.
     """
 
+    op_names: tuple[str, ...] = ("w8a16_linear",)
     weight: Tensor
     weight_scale: Tensor
     fake: bool = False
@@ -169,6 +172,7 @@ class DynamicQuantLinear(QuantLinear):
     def __init__(self, layer: nn.Module, codes: Codes, scheme: Scheme, float_dtype: torch.dtype) -> None:
         super().__init__(layer, codes, scheme, float_dtype)
         assert scheme.input is not None
+        self.op_names = (f"quantize_{scheme.input.granularity}", "w8a8_linear")
         self.shared_input = SharedInput()
 
     def quantize_input(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -204,6 +208,7 @@ class StaticQuantLinear(DynamicQuantLinear):
 
     def __init__(self, layer: nn.Module, codes: Codes, scheme: Scheme, float_dtype: torch.dtype) -> None:
         super().__init__(layer, codes, scheme, float_dtype)
+        self.op_names = ("quantize_static", "w8a8_linear")
         self.register_buffer("input_scale", torch.ones(1, device=self.weight.device))
         self._scale_value: float | None = None
 
@@ -238,6 +243,7 @@ class QuantEmbedding(QuantModule):
     weight: int8 [V, H]. weight_scale: fp32 [V, 1].
     """
 
+    op_names: tuple[str, ...] = ("w8a16_embedding",)
     weight: Tensor
     weight_scale: Tensor
     _output_dtype: Tensor
@@ -300,6 +306,7 @@ class QuantConv(QuantModule):
     weight: int8 [N, C/groups, *k]. weight_scale: fp32 [N, 1]. bias: [N] float or None.
     """
 
+    op_names: tuple[str, ...] = ("w8a16_conv",)
     weight: Tensor
     weight_scale: Tensor
     in_channels: int
@@ -360,6 +367,7 @@ class QuantConvTranspose(QuantConv):
     weight_scale: fp32 [N, 1]. bias: [N] float or None.
     """
 
+    op_names: tuple[str, ...] = ("w8a16_conv_transpose",)
     padding: tuple[int, ...]
 
     def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
@@ -389,6 +397,9 @@ class QuantExperts(QuantModule):
         super().__init__(layer, codes, scheme, float_dtype)
         spec = spec_of(layer)
         assert spec is not None
+        self.op_names = (
+            ("w8a16_experts_linear",) if scheme.input is None else ("quantize_per_token", "w8a8_experts_linear")
+        )
         self.spec = spec
         self.source_class = type(layer)
         for name, value in vars(layer).items():  # what its gate may ask for
@@ -457,6 +468,7 @@ class QuantMultiheadAttention(QuantModule):
     with `*_scale` fp32 [N, 1] or [N, K/g]. in_proj_bias: [3E] float or None. out_proj: any layer E -> E.
     """
 
+    op_names: tuple[str, ...] = ("w8a16_linear",)
     embed_dim: int
     num_heads: int
     head_dim: int

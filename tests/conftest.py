@@ -12,8 +12,9 @@ os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 import importlib.util
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import hypothesis
 import pytest
@@ -77,6 +78,19 @@ def text() -> str:
     if path := os.environ.get("OCTAVO_TEXT"):
         return Path(path).read_text(encoding="utf-8")
     return sample_text()
+
+
+@pytest.fixture
+def compiled_eagerly(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """torch.compile makes its graphs, and runs them as they are: quick, and all that fullgraph asks for is asked."""
+    compile = torch.compile
+
+    def without_inductor(function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
+        return compile(function, fullgraph=options["fullgraph"], dynamic=options["dynamic"], backend="eager")
+
+    monkeypatch.setattr(torch, "compile", without_inductor)
+    yield
+    torch._dynamo.reset()
 
 
 def _need(*packages: str) -> None:

@@ -7,6 +7,10 @@ the other, round after round, so that what else the machine does falls on both. 
     decode            tokens after the first / their time, batch 1, greedy, with a KV cache
     weights read      bytes of weights that one token reads x decode's tokens per second. All weights are read for each
                       token, but of an embedding table that is only looked up, one row; the KV cache is not counted
+    of memory's speed weights read / what the machine's memory does (`memory.py`), measured in a process of its own in
+                      the same turns
+
+With --compile both models run as `CompiledModel`: a static KV cache, prefill and decode compiled.
 """
 
 from __future__ import annotations
@@ -41,7 +45,8 @@ def add_parser(verbs: Verbs) -> None:
     """`octavo bench`."""
     parser = new_verb(
         verbs, "bench", "time a language model next to the original, or the ops on this machine",
-        "octavo bench smollm2-int8 --baseline HuggingFaceTB/SmolLM2-135M-Instruct --threads 8", run,
+        "octavo bench smollm2-int8 --baseline HuggingFaceTB/SmolLM2-135M-Instruct --threads 8\n"
+        "  octavo bench smollm2-int8 --compile", run,
     )  # fmt: skip
     parser.add_argument("--threads", metavar="N", type=positive, help="of torch (default: as torch decides)")
     add_device(parser)
@@ -53,6 +58,9 @@ def add_parser(verbs: Verbs) -> None:
     models.add_argument("--prompt-tokens", metavar="N", type=positive, help="in the prompt (default 512)")
     models.add_argument("--new-tokens", metavar="N", type=positive, help="to decode (default 64)")
     models.add_argument("--repeats", metavar="N", type=positive, help="rounds for each model (default 5)")
+    models.add_argument(
+        "--compile", action="store_true", default=None, help="by torch.compile, the baseline too; it takes minutes"
+    )
     ops = parser.add_argument_group("the ops on this machine; takes 4 GB of memory")
     ops.add_argument("--ops", action="store_true", help="time int8 linear layers next to bf16 ones; no PATH")
     ops.add_argument(
@@ -63,7 +71,9 @@ def add_parser(verbs: Verbs) -> None:
     )
 
 
-MODEL_OPTIONS = {"path": None, "baseline": None, "prompt_tokens": 512, "new_tokens": 64, "repeats": 5}
+MODEL_OPTIONS = {
+    "path": None, "baseline": None, "prompt_tokens": 512, "new_tokens": 64, "repeats": 5, "compile": False,
+}  # fmt: skip
 OPS_OPTIONS = {"shapes": list(SHAPES), "rows": list(SIZES)}
 """Options of the one and of the other, and their defaults."""
 
@@ -99,7 +109,10 @@ def settled(args: argparse.Namespace) -> argparse.Namespace:
 
 @dataclasses.dataclass(frozen=True)
 class Measured:
-    """A model and its rounds. The properties are medians."""
+    """A model and its rounds. The properties are medians.
+
+    compile_s: seconds of compiling, None if it was not. memory_bytes_per_s: the speed of memory in these rounds.
+    """
 
     path: str
     loaded: Loaded
@@ -107,6 +120,8 @@ class Measured:
     peak_bytes: int
     prompt_tokens: int
     new_tokens: int
+    memory_bytes_per_s: float
+    compile_s: float | None = None
 
     @property
     def first_token_s(self) -> float:
@@ -132,6 +147,11 @@ class Measured:
             return None
         return self.loaded.token_bytes * self.decode_tokens_per_s
 
+    @property
+    def of_memory_speed(self) -> float | None:
+        """Share of the speed of memory at which weights are read in decode."""
+        return None if self.weight_bytes_per_s is None else self.weight_bytes_per_s / self.memory_bytes_per_s
+
     def to_dict(self) -> dict[str, Any]:
         """The medians, and every round."""
         loaded = dataclasses.asdict(self.loaded)
@@ -139,12 +159,14 @@ class Measured:
         return {
             "path": self.path,
             "load_s": loaded.pop("seconds"),
+            "compile_s": self.compile_s,
             **loaded,
             "peak_bytes": self.peak_bytes,
             "first_token_s": self.first_token_s,
             "prefill_tokens_per_s": self.prefill_tokens_per_s,
             "decode_tokens_per_s": self.decode_tokens_per_s,
             "weight_bytes_per_s": self.weight_bytes_per_s,
+            "of_memory_speed": self.of_memory_speed,
             "rounds": [dataclasses.asdict(one) for one in self.rounds],
         }
 
@@ -160,15 +182,18 @@ def run(args: argparse.Namespace, terminal: Terminal) -> Answer:
         workers = [stack.enter_context(_worker(path, args.debug)) for path in paths]
         loaded = [_load(terminal, worker, path, device, args) for worker, path in zip(workers, paths, strict=True)]
         ids = _prompt(args, loaded)
-        with terminal.progress("timing") as progress:
-            steps = (args.repeats + 1) * len(workers)
-            agreement, rounds = _measure(workers, ids, args, lambda done: progress(done, steps))
+        compile_s = [_compile(terminal, worker, path, ids, args) for worker, path in zip(workers, paths, strict=True)]
         from octavo.cli import bench_worker
 
+        stream = stack.enter_context(_worker("the speed of memory", args.debug))
+        stream(bench_worker.open_stream, device, args.threads)
+        with terminal.progress("timing") as progress:
+            steps = (args.repeats + 1) * len(workers)
+            agreement, rounds, memory = _measure(workers, stream, ids, args, lambda done: progress(done, steps))
         peaks = [worker(bench_worker.peak_memory) for worker in workers]
     measured = [
-        Measured(path, *facts, args.prompt_tokens, args.new_tokens)
-        for path, facts in zip(paths, zip(loaded, rounds, peaks, strict=True), strict=True)
+        Measured(path, *facts, args.prompt_tokens, args.new_tokens, memory, seconds)
+        for path, facts, seconds in zip(paths, zip(loaded, rounds, peaks, strict=True), compile_s, strict=True)
     ]
     machine = loaded[0].machine
     return Answer(
@@ -177,6 +202,8 @@ def run(args: argparse.Namespace, terminal: Terminal) -> Answer:
             "prompt_tokens": args.prompt_tokens,
             "new_tokens": args.new_tokens,
             "repeats": args.repeats,
+            "compiled": args.compile,
+            "memory_bytes_per_s": memory,
             "models": [one.to_dict() for one in measured],
             "top1_agreement": agreement,
         },
@@ -224,6 +251,16 @@ def _load(terminal: Terminal, worker: Worker, path: str, device: str, args: argp
     return loaded
 
 
+def _compile(terminal: Terminal, worker: Worker, path: str, ids: list[int], args: argparse.Namespace) -> float | None:
+    """The seconds that it took; None if models are not to be compiled."""
+    if not args.compile:
+        return None
+    from octavo.cli import bench_worker
+
+    with terminal.progress(f"compiling {path}"):
+        return float(worker(bench_worker.compile_model, ids, args.new_tokens))
+
+
 def _prompt(args: argparse.Namespace, loaded: list[Loaded]) -> list[int]:
     """Random tokens: speed does not depend on what they say."""
     vocabulary = min(one.vocabulary for one in loaded)
@@ -232,14 +269,16 @@ def _prompt(args: argparse.Namespace, loaded: list[Loaded]) -> list[int]:
 
 
 def _measure(
-    workers: list[Worker], ids: list[int], args: argparse.Namespace, progress: Callable[[int], None]
-) -> tuple[float | None, list[tuple[Round, ...]]]:
-    """Share of the prompt's positions on which the two models choose the same token, and each model's rounds."""
+    workers: list[Worker], stream: Worker, ids: list[int], args: argparse.Namespace, progress: Callable[[int], None]
+) -> tuple[float | None, list[tuple[Round, ...]], float]:
+    """Share of the prompt's positions on which the two models choose the same token, each model's rounds, and the
+    speed of memory, bytes per second."""
     from octavo.cli import bench_worker
 
     done = 0
     chosen = [worker(bench_worker.predictions, ids) for worker in workers]
     rounds: list[list[Round]] = [[] for _ in workers]
+    passes = []
     for repeat in range(args.repeats + 1):
         for worker, kept in zip(workers, rounds, strict=True):
             one = worker(bench_worker.time_round, ids, args.new_tokens)
@@ -247,10 +286,11 @@ def _measure(
                 kept.append(one)
             done += 1
             progress(done)
+        passes.append(stream(bench_worker.stream_bytes_per_s))
     agreement = None
     if len(chosen) == 2:
         agreement = sum(a == b for a, b in zip(*chosen, strict=True)) / len(ids)
-    return agreement, [tuple(kept) for kept in rounds]
+    return agreement, [tuple(kept) for kept in rounds], statistics.median(passes)
 
 
 # -- for people -----------------------------------------------------------------------------------------------------
@@ -261,6 +301,7 @@ def _table(measured: list[Measured], args: argparse.Namespace) -> Table:
         ("weights in memory", [one.loaded.weight_bytes for one in measured], lambda value: human_bytes(int(value))),
         ("peak memory", [one.peak_bytes for one in measured], lambda value: human_bytes(int(value))),
         ("load time", [one.loaded.seconds for one in measured], "{:.2f} s".format),
+        *([("compile time", [one.compile_s for one in measured], "{:.1f} s".format)] if args.compile else []),
         ("time to first token", [one.first_token_s * 1e3 for one in measured], "{:.1f} ms".format),
         ("prefill", [one.prefill_tokens_per_s for one in measured], "{:.1f} tokens/s".format),
         ("decode", [one.decode_tokens_per_s for one in measured], "{:.1f} tokens/s".format),
@@ -269,8 +310,12 @@ def _table(measured: list[Measured], args: argparse.Namespace) -> Table:
             [one.weight_bytes_per_s for one in measured],
             lambda value: f"{human_bytes(int(value))}/s",
         ),
+        ("of memory's speed", [one.of_memory_speed for one in measured], human_percent),
     ]
-    title = f"{args.prompt_tokens} tokens in, {args.new_tokens} out, batch 1; medians of {args.repeats} rounds"
+    compiled = ", compiled" if args.compile else ""
+    title = (
+        f"{args.prompt_tokens} tokens in, {args.new_tokens} out, batch 1{compiled}; medians of {args.repeats} rounds"
+    )
     columns = ("", *(one.path for one in measured), *(["ratio"] if len(measured) == 2 else []))
     cells = tuple((name, *_cells(values, write)) for name, values, write in rows)
     return Table(title, columns, cells, "l" + "r" * (len(columns) - 1))
@@ -295,6 +340,11 @@ def _notes(measured: list[Measured], agreement: float | None, machine: dict[str,
         "Weights read: bytes that a token needs (of an embedding table, one row) x decode's tokens/s"
         + ("." if all(one.loaded.token_bytes for one in measured) else "; not known for a mixture of experts.")
     )
+    device, speed = measured[0].loaded.device, human_bytes(int(measured[0].memory_bytes_per_s))
+    way = "a copy on the GPU, read and written" if device == "cuda" else "torch.sum over a GiB"
+    lines.append(f"The memory's speed, measured in the same rounds: {speed}/s ({way}).")
+    if any(one.compile_s is not None for one in measured):
+        lines.append("Both run with a static KV cache; peak memory is with the compiler's.")
     lines.append(machine_line(machine))
     return "\n".join(lines)
 

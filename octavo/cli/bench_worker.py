@@ -8,29 +8,27 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import inspect
-import re
-import resource
 import signal
-import sys
 import time
-from collections.abc import Iterator
-from pathlib import Path
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from octavo.cli import memory
 from octavo.cli.machine import describe_machine
 from octavo.cli.terminal import Terminal
 from octavo.modules import QuantEmbedding, QuantModule, TiedQuantEmbedding, TiedQuantLinear
 from octavo.ops import backends
 
 __all__ = [
-    "Loaded", "Round", "bytes_per_token", "held", "hold", "load", "peak_memory", "predictions", "prepare", "time_round",
+    "Loaded", "Round", "bytes_per_token", "bytes_per_token_of", "compile_model", "held", "hold", "load", "open_stream",
+    "peak_memory", "predictions", "prepare", "served_by", "stream_bytes_per_s", "time_round",
 ]  # fmt: skip
 
 _state: dict[str, Any] = {}
-"""The model of this process, under "model"."""
+"""The model of this process, under "model"; compiled, under "compiled". Or, in a process without one, "stream"."""
 
 _open_until_exit = contextlib.ExitStack()
 
@@ -41,7 +39,8 @@ class Loaded:
 
     seconds: from the files to a model that can run. weight_bytes: all that it holds in memory. token_bytes: of weights
     read for one token of decode, or None if that depends on the token (a mixture of experts). positions: how many
-    tokens it can hold, None if it does not say. served_by: backends of octavo's ops in it; empty for a float model.
+    tokens it can hold, None if it does not say. served_by: backends of the ops of octavo that it calls; empty for a
+    float model.
     """
 
     seconds: float
@@ -81,17 +80,48 @@ def load(path: str, device: str, threads: int | None) -> Loaded:
     seconds = time.perf_counter() - start
     hold(model)
     text_config = model.config.get_text_config()
-    is_int8 = any(isinstance(module, QuantModule) for module in model.modules())
     return Loaded(
         seconds,
         weight_bytes=sum(tensor.nbytes for tensor in _distinct(_weights(model))),
-        token_bytes=None if getattr(text_config, "num_experts_per_tok", None) else bytes_per_token(model),
+        token_bytes=bytes_per_token_of(model),
         vocabulary=text_config.vocab_size,
         positions=getattr(text_config, "max_position_embeddings", None),
         device=device,
-        served_by=tuple(sorted({row.backend for row in backends() if row.device == device})) if is_int8 else (),
+        served_by=served_by(model, device),
         machine=describe_machine(),
     )
+
+
+def served_by(model: Any, device: str) -> tuple[str, ...]:
+    """The backends that answer, on `device`, the ops of octavo that `model` calls."""
+    from octavo.integrations.attention import attention_of
+
+    called = {op for module in model.modules() if isinstance(module, QuantModule) for op in module.op_names}
+    if attention_of(model) == "int8":
+        called.add("int8_attention")
+    return tuple(sorted({row.backend for row in backends() if row.device == device and row.op in called}))
+
+
+def compile_model(ids: list[int], new_tokens: int) -> float:
+    """Compile the model of this process for that many tokens, in and out. Returns: the seconds that it took."""
+    from octavo.integrations.compiled import CompiledModel
+
+    start = time.perf_counter()
+    _state["compiled"] = compiled = CompiledModel(held(), len(ids) + new_tokens)
+    compiled.compile(torch.tensor([ids], device=held().device))
+    return time.perf_counter() - start
+
+
+def open_stream(device: str, threads: int | None) -> None:
+    """Make this process one that measures the speed of memory."""
+    if threads is not None:
+        torch.set_num_threads(threads)
+    _state["stream"] = memory.MemoryStream(device)
+
+
+def stream_bytes_per_s() -> float:
+    """Bytes per second of one pass over the memory."""
+    return float(_state["stream"].bytes_per_s())
 
 
 def hold(model: Any) -> None:
@@ -102,6 +132,12 @@ def hold(model: Any) -> None:
 def held() -> Any:
     """The model of this process."""
     return _state["model"]
+
+
+def bytes_per_token_of(model: Any) -> int | None:
+    """`bytes_per_token`; None if that depends on the token (a mixture of experts)."""
+    mixture = getattr(model.config.get_text_config(), "num_experts_per_tok", None)
+    return None if mixture else bytes_per_token(model)
 
 
 def bytes_per_token(model: nn.Module) -> int:
@@ -145,38 +181,56 @@ def predictions(ids: list[int]) -> list[int]:
 
 
 def time_round(ids: list[int], new_tokens: int) -> Round:
-    """Feed the prompt, then decode greedily, one token at a time, with the cache that the model makes."""
+    """Feed the prompt, then decode greedily, one token at a time: with the compiled functions, if there are any, or
+    with the cache that the model makes."""
     model = held()
-    # What `generate` does: of a prompt only the last position's logits are wanted.
-    has_option = "logits_to_keep" in inspect.signature(model.forward).parameters
-    only_last = {"logits_to_keep": 1} if has_option else {}
     prompt = torch.tensor([ids], device=model.device)
+    prefill, decode = _compiled_steps() if "compiled" in _state else _eager_steps(model)
     device = model.device.type
     with torch.no_grad():
         _synchronize(device)
         start = time.perf_counter()
-        output = model(input_ids=prompt, use_cache=True, **only_last)
-        token = output.logits[:, -1:].argmax(-1)
+        token = prefill(prompt)
         _synchronize(device)
         first = time.perf_counter()
         for _ in range(new_tokens - 1):
-            output = model(input_ids=token, past_key_values=output.past_key_values, use_cache=True)
-            token = output.logits[:, -1:].argmax(-1)
+            token = decode(token)
         _synchronize(device)
         end = time.perf_counter()
     return Round(first - start, end - first)
 
 
+Step = Callable[[Tensor], Tensor]
+"""Tokens [1, T] -> the next one, [1, 1]."""
+
+
+def _compiled_steps() -> tuple[Step, Step]:
+    compiled = _state["compiled"]
+    return compiled.prefill, compiled.decode
+
+
+def _eager_steps(model: Any) -> tuple[Step, Step]:
+    # What `generate` does: of a prompt only the last position's logits are wanted.
+    has_option = "logits_to_keep" in inspect.signature(model.forward).parameters
+    only_last = {"logits_to_keep": 1} if has_option else {}
+    cache: Any = None
+
+    def prefill(prompt: Tensor) -> Tensor:
+        return step(prompt, **only_last)
+
+    def step(tokens: Tensor, **options: Any) -> Tensor:
+        nonlocal cache
+        past = {} if cache is None else {"past_key_values": cache}
+        output = model(input_ids=tokens, **past, use_cache=True, **options)
+        cache = output.past_key_values
+        return output.logits[:, -1:].argmax(-1)  # type: ignore[no-any-return]
+
+    return prefill, step
+
+
 def peak_memory() -> int:
-    """Bytes of memory that this process has held at most: of the GPU if the model is there, otherwise resident."""
-    if held().device.type == "cuda":
-        return torch.cuda.max_memory_allocated()
-    # Linux adds to ru_maxrss what the process was before it became this program: a copy of its parent.
-    status = Path("/proc/self/status")
-    found = re.search(r"VmHWM:\s*(\d+) kB", status.read_text()) if status.is_file() else None
-    if found:
-        return int(found.group(1)) * 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    """Bytes of memory that the process of this model has held at most."""
+    return memory.peak_memory(held().device.type)
 
 
 def _synchronize(device: str) -> None:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import statistics
 import sys
 from typing import TYPE_CHECKING, Any
 
 from octavo.cli.terminal import Terminal
 from octavo.cli.verb import Answer, Verbs, add_device, device_of, new_verb, positive
+from octavo.tables import human_bytes, human_percent
 
 if TYPE_CHECKING:
     from octavo.integrations.generation import Generated
@@ -20,7 +22,8 @@ def add_parser(verbs: Verbs) -> None:
     """`octavo generate`."""
     parser = new_verb(
         verbs, "generate", "let a language model answer a prompt",
-        "octavo generate smollm2-int8 --prompt 'Why is the sky blue?' --max-new-tokens 64", run,
+        "octavo generate smollm2-int8 --prompt 'Why is the sky blue?' --max-new-tokens 64\n"
+        "  octavo generate smollm2-int8 --prompt 'Why is the sky blue?' --compile", run,
     )  # fmt: skip
     parser.add_argument("path", metavar="PATH", help="checkpoint folder, Hub id or .gguf file; int8 or float")
     parser.add_argument("--prompt", metavar="TEXT", type=_some_text, required=True, help="what to answer or to go on")
@@ -32,6 +35,9 @@ def add_parser(verbs: Verbs) -> None:
     )
     parser.add_argument("--seed", metavar="N", type=int, default=0, help="for a temperature above 0 (default 0)")
     parser.add_argument("--raw", action="store_true", help="go on with the text itself, without the chat template")
+    parser.add_argument(
+        "--compile", action="store_true", help="by torch.compile first, which takes a minute or more; faster on a GPU"
+    )
     add_device(parser)
 
 
@@ -51,11 +57,17 @@ def run(args: argparse.Namespace, terminal: Terminal) -> Answer:
         seed=args.seed,
         raw=args.raw,
         on_text=(lambda piece: None) if args.json else _write,
+        compiling=terminal.progress(f"compiling {args.path}") if args.compile else None,
     )
     if not args.json:
         _write("\n")
     terminal.remark(_statistics(written))
-    return Answer(_data(args, written), ())
+    if not args.compile:
+        return Answer(_data(args, written), ())
+    with terminal.progress("measuring the speed of memory"):
+        use = _memory_use(model, written, device)
+    terminal.remark(_memory_line(use))
+    return Answer({**_data(args, written), **use}, ())
 
 
 def _write(piece: str) -> None:
@@ -74,10 +86,38 @@ def _data(args: argparse.Namespace, written: Generated) -> dict[str, Any]:
 
 def _statistics(written: Generated) -> str:
     speed = "" if written.tokens_per_s is None else f", then {written.tokens_per_s:.1f} tokens/s"
+    compiled = "" if written.compile_s is None else f"compiled in {written.compile_s:.1f} s; "
     return (
-        f"[{written.new_tokens} tokens after a prompt of {written.prompt_tokens}; the first in "
+        f"[{compiled}{written.new_tokens} tokens after a prompt of {written.prompt_tokens}; the first in "
         f"{written.first_token_s:.2f} s{speed}]"
     )
+
+
+def _memory_use(model: Any, written: Generated, device: str) -> dict[str, float | None]:
+    """What gpt-fast tells of a run: peak memory, and the speed at which weights were read, next to the memory's."""
+    from octavo.cli.bench_worker import bytes_per_token_of
+    from octavo.cli.memory import MemoryStream, peak_memory
+
+    peak = peak_memory(device)  # before there is a stream, which takes its own
+    stream = MemoryStream(device)
+    speed = statistics.median(stream.bytes_per_s() for _ in range(5))
+    read = bytes_per_token_of(model)
+    rate = None if read is None or written.tokens_per_s is None else read * written.tokens_per_s
+    return {
+        "peak_bytes": peak,
+        "memory_bytes_per_s": speed,
+        "weight_bytes_per_s": rate,
+        "of_memory_speed": None if rate is None else rate / speed,
+    }
+
+
+def _memory_line(use: dict[str, Any]) -> str:
+    peak, speed = human_bytes(use["peak_bytes"]), human_bytes(int(use["memory_bytes_per_s"]))
+    rate = use["weight_bytes_per_s"]
+    if rate is None:
+        return f"[peak memory {peak}]"
+    share = human_percent(use["of_memory_speed"])
+    return f"[peak memory {peak}; weights read at {human_bytes(int(rate))}/s, {share} of the memory's {speed}/s]"
 
 
 def _some_text(text: str) -> str:

@@ -21,6 +21,7 @@ from transformers.utils import logging
 
 from octavo.errors import CheckpointError
 from octavo.formats.checkpoint import CheckpointReader
+from octavo.integrations.compiled import CompiledModel, TokenChoice
 from octavo.integrations.hub import load, load_tokenizer, resolve
 
 __all__ = ["Generated", "generate", "load_causal", "load_language_model", "no_progress_bar", "token_ids"]
@@ -92,6 +93,7 @@ class Generated:
     """What a model wrote, and how long it took.
 
     first_token_s: from the start until the first new token was there. decode_s: from then until the last.
+    compile_s: before the start; None if nothing was compiled.
     """
 
     text: str
@@ -99,6 +101,7 @@ class Generated:
     new_tokens: int
     first_token_s: float
     decode_s: float
+    compile_s: float | None = None
 
     @property
     def tokens_per_s(self) -> float | None:
@@ -116,6 +119,7 @@ def generate(
     seed: int = 0,
     raw: bool = False,
     on_text: Callable[[str], None] = lambda piece: None,
+    compiling: contextlib.AbstractContextManager[Any] | None = None,
 ) -> Generated:
     """Let `model` continue `prompt` until it ends by itself or after `max_new_tokens`.
 
@@ -123,22 +127,66 @@ def generate(
         of torch's global generator.
     raw: feed the prompt as it is; otherwise as a user's message, if the tokenizer has a chat template.
     on_text: called with each piece of text as soon as whole words are there.
+    compiling: where it is given, the model is compiled before it writes (`CompiledModel`), inside this context. Greedy
+        text is what it would be without; drawn tokens are others, for the same seed.
+    Raises: OctavoError if the model, or how it is configured to choose tokens, cannot be compiled.
     """
     inputs = _inputs(tokenizer, prompt, raw).to(model.device)
     streamer = _Streamer(tokenizer, on_text)
     sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
+    loop = None if compiling is None else _CompiledLoop(streamer, compiling)
     torch.manual_seed(seed)
     start = time.perf_counter()
     with torch.no_grad():
-        model.generate(**inputs, **sampling, max_new_tokens=max_new_tokens, streamer=streamer)
+        model.generate(**inputs, **sampling, max_new_tokens=max_new_tokens, streamer=streamer, custom_generate=loop)
+    compile_s = None if loop is None else loop.compile_s
     times = streamer.times
     return Generated(
         "".join(streamer.pieces),
         prompt_tokens=inputs["input_ids"].shape[-1],
         new_tokens=len(times),
-        first_token_s=times[0] - start,
+        first_token_s=times[0] - start - (compile_s or 0.0),
         decode_s=times[-1] - times[0],
+        compile_s=compile_s,
     )
+
+
+class _CompiledLoop:
+    """Takes the place of the loop over tokens in transformers' `generate`, which prepares all that it is given."""
+
+    def __init__(self, streamer: _Streamer, compiling: contextlib.AbstractContextManager[Any]) -> None:
+        self.compile_s = 0.0
+        self._streamer = streamer
+        self._compiling = compiling
+
+    def __call__(
+        self,
+        model: Any,
+        input_ids: Tensor,
+        *,
+        logits_processor: Any,
+        stopping_criteria: Any,
+        generation_config: Any,
+        **model_kwargs: Any,
+    ) -> Tensor:
+        length = generation_config.max_length
+        start = time.perf_counter()
+        choose = TokenChoice(input_ids, length, logits_processor, sample=generation_config.do_sample)
+        with self._compiling:
+            compiled = CompiledModel(model, length, choose)
+            compiled.compile(input_ids)
+        self.compile_s = time.perf_counter() - start
+        ids = input_ids.cpu()
+        token = compiled.prefill(input_ids)
+        while True:
+            ids = torch.cat([ids, token.cpu()], dim=1)
+            self._streamer.put(ids[:, -1])
+            if stopping_criteria(ids, None).all():
+                break
+            choose.note(token, ids.shape[1] - 1)
+            token = compiled.decode(token)
+        self._streamer.end()
+        return ids
 
 
 def _inputs(tokenizer: Any, prompt: str, raw: bool) -> Any:

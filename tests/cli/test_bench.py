@@ -9,6 +9,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ import torch
 from torch import nn
 
 import octavo
-from octavo.cli import bench, bench_worker, new_parser
+from octavo.cli import bench, bench_worker, memory, new_parser
 from octavo.cli.bench import Measured
 from octavo.cli.bench_worker import Loaded, Round, bytes_per_token
 from octavo.cli.machine import describe_machine
@@ -99,21 +100,65 @@ def test_what_is_timed_is_the_model_s_own_continuation(tiny: Path, monkeypatch: 
 
 def measured(*rounds: tuple[float, float], token_bytes: int | None = 1000, new_tokens: int = 11) -> Measured:
     loaded = Loaded(1.0, 2000, token_bytes, 96, None, "cpu", ("reference",), {})
-    return Measured("model", loaded, tuple(Round(*one) for one in rounds), 3000, 100, new_tokens)
+    return Measured("model", loaded, tuple(Round(*one) for one in rounds), 3000, 100, new_tokens, 10_000.0)
 
 
 def test_medians_become_speeds() -> None:
     one = measured((0.5, 2.0), (9.0, 9.0), (0.4, 1.0))
     assert one.first_token_s == 0.5 and one.prefill_tokens_per_s == 200
-    assert one.decode_tokens_per_s == 5 and one.weight_bytes_per_s == 5000
+    assert one.decode_tokens_per_s == 5 and one.weight_bytes_per_s == 5000 and one.of_memory_speed == 0.5
 
 
 def test_what_is_not_known_is_not_made_up() -> None:
-    assert measured((1.0, 1.0), token_bytes=None).weight_bytes_per_s is None
+    one = measured((1.0, 1.0), token_bytes=None)
+    assert one.weight_bytes_per_s is None and one.of_memory_speed is None and one.compile_s is None
     one = measured((1.0, 0.0), new_tokens=1)
     assert one.decode_tokens_per_s is None and one.weight_bytes_per_s is None
     assert bench._cells([None, 2.0], str) == ["-", "2.0", "-"]
     assert bench._cells([1.0, 2.0], str) == ["1.0", "2.0", "0.50x"]
+
+
+def backend_of(op: str) -> str:
+    return next(row.backend for row in octavo.backends() if (row.op, row.device) == (op, "cpu"))
+
+
+@pytest.mark.parametrize(
+    ("scheme", "attention", "called"),
+    [
+        ("w8a16", "float", {"w8a16_linear"}),
+        ("w8a8", "float", {"quantize_per_token", "w8a8_linear"}),
+        ("w8a8", "int8", {"quantize_per_token", "w8a8_linear", "int8_attention"}),
+    ],
+)
+def test_who_serves_a_model_is_who_serves_the_ops_that_it_calls(scheme: str, attention: str, called: set[str]) -> None:
+    model = build(llama)
+    octavo.quantize(model, scheme, attention=attention)
+    assert bench_worker.served_by(model, "cpu") == tuple(sorted({backend_of(op) for op in called}))
+
+
+@pytest.mark.usefixtures("in_this_process")
+def test_compiled_rounds_are_timed_like_others(tiny_int8: Path, compiled_eagerly: None) -> None:
+    bench_worker.load(str(tiny_int8), "cpu", 1)
+    assert bench_worker.compile_model([5, 6, 7, 8], 6) > 0
+    with torch.compiler.set_stance("fail_on_recompile"):
+        one = bench_worker.time_round([8, 7, 6, 5], 6)
+    assert one.first_token_s > 0 and one.decode_s > 0
+
+
+def test_people_see_what_was_compiled() -> None:
+    one = dataclasses.replace(measured((0.5, 2.0)), compile_s=31.25)
+    table = str(bench._table([one], arguments("--compile")))
+    assert "compile time" in table and "31.2 s" in table and "batch 1, compiled" in table
+    assert "static KV cache" in bench._notes([one], None, describe_machine())
+    assert "compile" not in str(bench._table([measured((0.5, 2.0))], arguments()))
+
+
+def test_memory_is_streamed_whole() -> None:
+    stream = memory.MemoryStream("cpu")
+    assert stream._data.nbytes == memory.BYTES >= 1e9
+    start = time.perf_counter()
+    speed = stream.bytes_per_s()
+    assert memory.BYTES / speed <= time.perf_counter() - start
 
 
 def test_both_models_in_one_run(tiny: Path, tiny_int8: Path) -> None:
@@ -125,13 +170,15 @@ def test_both_models_in_one_run(tiny: Path, tiny_int8: Path) -> None:
     data = json.loads(shown.stdout)
     int8, base = data["models"]
     assert (int8["path"], base["path"]) == (str(tiny_int8), str(tiny))
-    serving = {row.backend for row in octavo.backends() if row.device == "cpu"}
-    assert int8["served_by"] == sorted(serving) and base["served_by"] == []
+    assert int8["served_by"] == [backend_of("w8a16_linear")] and base["served_by"] == []
     assert int8["weight_bytes"] < base["weight_bytes"]
     for model in (int8, base):
         assert len(model["rounds"]) == 2 and model["prefill_tokens_per_s"] > 0 and model["load_s"] > 0
         assert model["decode_tokens_per_s"] > 0 and model["peak_bytes"] > 50e6
         assert model["weight_bytes_per_s"] == pytest.approx(model["token_bytes"] * model["decode_tokens_per_s"])
+        share = model["of_memory_speed"] * data["memory_bytes_per_s"]
+        assert share == pytest.approx(model["weight_bytes_per_s"]) and model["compile_s"] is None
+    assert data["memory_bytes_per_s"] > 1e8 and data["compiled"] is False
     assert 0.5 < data["top1_agreement"] <= 1
     assert data["machine"]["threads"] == 1 and data["machine"]["torch"] == torch.__version__
 
@@ -152,6 +199,7 @@ def test_people_see_each_model_and_the_ratio(monkeypatch: pytest.MonkeyPatch) ->
         "prefill": "2.00x",
         "decode": "0.50x",
         "weights read in decode": "-",
+        "of memory's speed": "-",
     }
     assert "ratio" not in str(bench._table([one], arguments()))
     notes = bench._notes([one, two], 0.5, describe_machine())
@@ -171,6 +219,7 @@ def test_what_is_not_given_has_its_default() -> None:
         (["--shapes", "8x8"], "expected the PATH of a model, or --ops"),
         (["--ops", "model"], "PATH is of a model, and --ops was given"),
         (["--ops", "--new-tokens", "64"], "--new-tokens is of a model, and --ops was given"),
+        (["--ops", "--compile"], "--compile is of a model, and --ops was given"),
         (["model", "--rows", "4"], "--rows is of the ops, and PATH model was given"),
         (["model", "--shapes", "8x8"], "--shapes is of the ops"),
     ],

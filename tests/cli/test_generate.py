@@ -45,3 +45,17 @@ def test_a_seed_makes_sampling_repeatable(run: Run, tiny: Path) -> None:
 
 def test_int8_generates_too(run: Run, tiny_int8: Path) -> None:
     assert run("generate", tiny_int8, "--prompt", PROMPT, "--max-new-tokens", 3, "--json").data["new_tokens"] >= 1
+
+
+def test_compiled_text_is_the_same(run: Run, tiny: Path, continuation: str, compiled_eagerly: None) -> None:
+    argv = ("generate", tiny, "--prompt", PROMPT, "--max-new-tokens", 12, "--compile")
+    shown = run(*argv)
+    assert shown.code == 0 and shown.out == continuation + "\n"
+    assert "[compiled in " in shown.err and "[peak memory " in shown.err
+    data = run(*argv, "--json").data
+    assert data["text"] == continuation and data["compile_s"] > 0 and data["peak_bytes"] > 50e6
+    assert 0 < data["first_token_s"] < data["compile_s"]
+    # 60 thousand parameters in bf16, and what is left out is of a table that is the head too: nothing.
+    parameters = sum(p.numel() for p in transformers.AutoModelForCausalLM.from_pretrained(tiny).parameters())
+    assert data["weight_bytes_per_s"] == pytest.approx(2 * parameters * data["tokens_per_s"])
+    assert data["of_memory_speed"] == pytest.approx(data["weight_bytes_per_s"] / data["memory_bytes_per_s"])

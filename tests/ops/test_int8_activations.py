@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
+from torch._subclasses import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from octavo import ops
 from octavo.errors import OctavoError, QuantizeError
@@ -154,3 +159,50 @@ def test_a_gradient_of_a_scale_is_refused() -> None:
     x, x_scale = ops.quantize_per_token(torch.randn(3, 8))
     with pytest.raises(OctavoError, match="requires_grad is set on x_scale or weight_scale"):
         ops.w8a8_linear(x, x_scale, codes, scale.requires_grad_(), None, torch.float32)
+
+
+# -- inside a compiler ------------------------------------------------------------------------------------------------
+
+QUANTIZERS: list[Callable[[Tensor], Any]] = [
+    ops.quantize_per_token,
+    ops.quantize_per_tensor,
+    lambda x: ops.quantize_static(x, torch.ones(1, device=x.device)),
+]
+
+
+@pytest.mark.parametrize("device", ["cuda", "cpu"])
+@pytest.mark.parametrize("quantize", QUANTIZERS, ids=["per_token", "per_tensor", "static"])
+def test_a_compiler_for_cuda_sees_the_formula(
+    quantize: Callable[[Tensor], Any], device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def is_opaque() -> bool:
+        with FakeTensorMode():
+            graph = make_fx(quantize)(torch.empty(3, 8, device=device))
+        return any("octavo" in str(node.target) for node in graph.graph.nodes)
+
+    assert is_opaque()
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    assert is_opaque() == (device == "cpu")
+    monkeypatch.setattr(torch.compiler, "is_exporting", lambda: True)
+    assert is_opaque()
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")  # torch's own, when inductor is imported
+def test_the_formula_is_fused_with_what_makes_x(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As it would be on a GPU: one kernel from the input of a norm to codes, which are right to half a step."""
+    monkeypatch.setattr(ops, "_is_fused", lambda x: torch.compiler.is_compiling())
+    from torch._inductor.utils import run_and_get_code
+
+    torch._dynamo.reset()
+
+    def norm(x: Tensor) -> Tensor:
+        return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-5)
+
+    x = torch.randn(5, 300) * torch.logspace(-3, 3, 5).unsqueeze(1)
+    with torch.no_grad():
+        compiled = torch.compile(lambda x: ops.quantize_per_token(norm(x)), fullgraph=True)
+        (codes, scale), (source,) = run_and_get_code(compiled, x)
+    assert source.count("async_compile.cpp_pybinding(") == 1 and "octavo" not in source
+    assert_are_codes_of(codes, scale, norm(x.double()))
+    torch.testing.assert_close(scale.double() * 127, norm(x.double()).abs().amax(-1, keepdim=True), rtol=1e-5, atol=0)

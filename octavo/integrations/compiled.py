@@ -1,0 +1,223 @@
+"""A causal language model, float or int8, compiled whole and with a static key-value cache: what gpt-fast does by hand.
+
+    compiled = CompiledModel(model, length=576)
+    compiled.compile(prompt)
+    token = compiled.prefill(prompt)       [1, T] -> [1, 1]
+    token = compiled.decode(token)         [1, 1] -> [1, 1]
+
+Two functions are compiled, each into one graph (`fullgraph=True`): prefill, once for prompts of every length, and
+decode, for one token. Both write keys and values where the step before them ended; where that is stands in the cache,
+on the device, and so does the token: nothing in a step waits for the processor that launches it. On CUDA devices decode
+is recorded as a CUDA graph, and a step is one launch.
+
+The cache is as long as it must be and every layer's is: a sliding window is in the mask. (transformers' own static
+windows count tokens in Python, and a compiler would see another program at each token.)
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import types
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import (
+    Cache,
+    EpsilonLogitsWarper,
+    LogitsProcessor,
+    MinPLogitsWarper,
+    RepetitionPenaltyLogitsProcessor,
+    StaticCache,
+    SuppressTokensLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+    TypicalLogitsWarper,
+)
+from transformers.cache_utils import StaticLayer, StaticSlidingWindowLayer
+
+from octavo.errors import OctavoError
+from octavo.integrations.equal_calls import EqualCalls
+
+__all__ = ["CompiledModel", "TokenChoice", "likeliest"]
+
+_WITHOUT = "leave out --compile (in Python: call the model itself), which runs it eagerly"
+
+_FIRST_STEPS = 3
+"""Of decode: with CUDA graphs the first runs the kernels, the second records them, the third replays."""
+
+
+def likeliest(logits: Tensor) -> Tensor:
+    """Greedy choice: logits [1, V] -> token [1, 1]."""
+    return logits.argmax(-1, keepdim=True)
+
+
+_PROCESSORS = (
+    EpsilonLogitsWarper, MinPLogitsWarper, RepetitionPenaltyLogitsProcessor, SuppressTokensLogitsProcessor,
+    TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper, TypicalLogitsWarper,
+)  # fmt: skip
+"""Those of transformers that ask for scores, and for which tokens were there, but not where or how often."""
+
+
+class TokenChoice:
+    """How transformers' `generate` chooses a token, with tensors of fixed sizes only.
+
+    prompt: int64 [1, T]. length: of prompt and continuation. processors: of scores, as a model's generation config
+    asks for them. sample: draw a token; otherwise take the likeliest.
+    Raises: OctavoError for a processor that cannot be compiled.
+    """
+
+    def __init__(self, prompt: Tensor, length: int, processors: Sequence[LogitsProcessor], *, sample: bool) -> None:
+        for processor in processors:
+            if not isinstance(processor, _PROCESSORS):
+                raise OctavoError(
+                    f"the model's generation config asks for {type(processor).__name__}, which is not for compiled "
+                    f"generation; {_WITHOUT}"
+                )
+        self._processors = list(processors)
+        self._sample = sample
+        # Of fixed length: until a place has its token, it repeats one that is there.
+        self._tokens = prompt[:, :1].repeat(1, length)
+        self._tokens[:, : prompt.shape[1]] = prompt
+
+    def note(self, token: Tensor, position: int) -> None:
+        """`token` [1, 1] is now at `position`."""
+        if self._processors:
+            self._tokens[:, position : position + 1] = token
+
+    def __call__(self, logits: Tensor) -> Tensor:
+        """Logits [1, V] -> token [1, 1]."""
+        scores = logits.float()
+        for processor in self._processors:
+            scores = processor(self._tokens, scores)
+        if not self._sample:
+            return likeliest(scores)
+        # Of exponential variables, each divided by its rate, the first to come is chosen with the rate's probability:
+        # torch.multinomial, without its waiting for the device.
+        chances = scores.softmax(-1)
+        return likeliest(chances / torch.empty_like(chances).exponential_())
+
+
+class CompiledModel:
+    """Prefill and decode of one sequence at a time. The model must not change from now on.
+
+    length: of prompt and continuation together, at most. choose: logits [1, V] of the model's dtype -> token int64
+    [1, 1]; compiled along with the model.
+    Raises: OctavoError if the model has no key-value cache that can be static.
+    """
+
+    def __init__(self, model: Any, length: int, choose: Callable[[Tensor], Tensor] = likeliest) -> None:
+        self._name = type(model).__name__
+        self._device = model.device
+        self._cache = cache = _static_cache(model, length)
+        # Of a prompt only the last position's logits are wanted.
+        accepted = inspect.signature(model.forward).parameters
+        only_last = {"logits_to_keep": 1} if "logits_to_keep" in accepted else {}
+
+        def step(tokens: Tensor) -> Tensor:
+            output = model(input_ids=tokens, past_key_values=cache, use_cache=True, **only_last)
+            return choose(output.logits[:, -1])
+
+        self._on_cuda = self._device.type == "cuda"
+        once: dict[str, Any] = {"post_grad_custom_pre_pass": EqualCalls()}
+        graphs: dict[str, Any] = {"triton.cudagraphs": True} if self._on_cuda else {}
+        self._prefill = torch.compile(_with_own_code(step), fullgraph=True, dynamic=False, options=once)
+        self._decode = torch.compile(_with_own_code(step), fullgraph=True, dynamic=False, options=once | graphs)
+        self._length = length
+        self._guarded = True
+
+    def compile(self, prompt: Tensor) -> None:
+        """Compile, by running prefill and the first steps of decode; what ran before is forgotten.
+
+        prompt: int64 [1, T]; afterwards prompts of any other length need no compiling either.
+        Raises: OctavoError that says what could not be compiled.
+        """
+        devices = [self._device] if self._on_cuda else []
+        with torch.random.fork_rng(devices), self._compiling():
+            token = self.prefill(prompt)
+            steps = min(_FIRST_STEPS, self._length - prompt.shape[1])
+            for step in range(steps):
+                # What changed from one token to the next would be compiled anew at each.
+                with torch.compiler.set_stance("fail_on_recompile" if step else "default"):
+                    token = self.decode(token)
+            self._guarded = steps < _FIRST_STEPS
+        if self._on_cuda:
+            torch.cuda.synchronize(self._device)
+
+    @torch.inference_mode()
+    def prefill(self, prompt: Tensor) -> Tensor:
+        """Begin a new sequence. prompt: int64 [1, T] on the model's device. Returns: the token after it, [1, 1]."""
+        self._cache.reset()
+        if prompt.shape[1] == 1:
+            return self.decode(prompt.clone())  # a tensor of inference mode, as every later token is
+        torch._dynamo.maybe_mark_dynamic(prompt, 1)
+        return self._prefill(prompt)
+
+    # Not under no_grad, where each op of octavo would ask autograd, in Python, whether there is a gradient.
+    @torch.inference_mode()
+    def decode(self, token: Tensor) -> Tensor:
+        """Feed one token, int64 [1, 1]. Returns: the one after it, [1, 1]."""
+        if self._on_cuda:
+            torch.compiler.cudagraph_mark_step_begin()
+        # Guards compare hundreds of attributes of the model at each token, to find out whether it changed.
+        with contextlib.nullcontext() if self._guarded else _unguarded():
+            token = self._decode(token)
+        # A CUDA graph writes the next token to the same place.
+        return token.clone() if self._on_cuda else token
+
+    @contextlib.contextmanager
+    def _compiling(self) -> Iterator[None]:
+        try:
+            yield
+        except (torch._dynamo.exc.TorchDynamoException, torch._dynamo.exc.FailOnRecompileLimitHit) as error:
+            raise OctavoError(f"{self._name} cannot be compiled: {_first_lines(error)}; {_WITHOUT}") from error
+        except RuntimeError as error:
+            if "fail_on_recompile" not in str(error):
+                raise
+            raise OctavoError(
+                f"{self._name} cannot be compiled once: its step is another program at each token; {_WITHOUT}"
+            ) from error
+
+
+def _unguarded() -> contextlib.AbstractContextManager[Any]:
+    return torch.compiler.set_stance("default", skip_guard_eval_unsafe=True)
+
+
+def _with_own_code(function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """A copy of it: torch keeps what it compiled with a function's code, and no two models should share that."""
+    code, name = function.__code__.replace(), function.__name__
+    return types.FunctionType(code, function.__globals__, name, function.__defaults__, function.__closure__)
+
+
+def _static_cache(model: Any, length: int) -> Cache:
+    """An empty cache for `length` tokens, its tensors allocated."""
+    name = type(model).__name__
+    if "past_key_values" not in inspect.signature(model.forward).parameters:
+        raise OctavoError(f"{name} keeps its state in no key-value cache, and that cannot be static; {_WITHOUT}")
+    try:
+        layers = StaticCache(config=model.config, max_cache_len=length).layers
+    except KeyError as error:
+        raise OctavoError(f"{name} has layers of type {error}, whose cache cannot be static; {_WITHOUT}") from error
+    cache = Cache(
+        [StaticLayer(max_cache_len=length) if type(layer) is StaticSlidingWindowLayer else layer for layer in layers]
+    )
+    if not cache.is_compileable:
+        others = sorted({type(layer).__name__ for layer in layers if not layer.is_compileable})
+        raise OctavoError(f"{name} has caches that cannot be compiled ({', '.join(others)}); {_WITHOUT}")
+    token = torch.zeros((1, 1), dtype=torch.int64, device=model.device)
+    try:
+        # One token, eagerly: only the model knows the shapes of its keys and values.
+        with torch.no_grad():
+            model(input_ids=token, past_key_values=cache, use_cache=True)
+    except (AttributeError, KeyError, NotImplementedError, TypeError, ValueError) as error:
+        raise OctavoError(f"{name} does not run with a static cache ({error}); {_WITHOUT}") from error
+    return cache
+
+
+def _first_lines(error: BaseException) -> str:
+    """What happened, and its explanation, without the developers' part of the message."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return " ".join(lines[:3])[:500]
