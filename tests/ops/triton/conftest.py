@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+from typing import Any
+
+import numpy
 import pytest
 import torch
 
@@ -12,3 +16,32 @@ pytest.importorskip("triton", reason="needs the package triton")
 def device() -> str:
     """Of the tensors that kernels are given: "cuda", or "cpu" where `TRITON_INTERPRET` interprets them."""
     return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _bf16_as_on_a_gpu() -> None:
+    """The interpreter holds bf16 as the integers of its bits: up to Triton 3.9 `tl.dot` multiplies those, an integer cast
+    to bf16 becomes them, and fp32 is cut off where a GPU rounds to nearest even."""
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        return
+    import triton.language as tl
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+    cast, dot = InterpreterBuilder.cast_impl, InterpreterBuilder.create_dot
+
+    def rounding_cast(self: Any, source: Any, target: Any) -> Any:
+        before, after = source.dtype.scalar, target.scalar
+        if before == after or tl.bfloat16 not in (before, after):
+            return cast(self, source, target)
+        if before == tl.bfloat16:
+            bits = torch.from_numpy(numpy.ascontiguousarray(source.data).view(numpy.int16))
+            return cast(self, TensorHandle(bits.view(torch.bfloat16).float().numpy(), tl.float32), target)
+        rounded = torch.from_numpy(numpy.ascontiguousarray(source.data)).bfloat16()
+        return TensorHandle(rounded.view(torch.int16).numpy().view(numpy.uint16), after)
+
+    def widening_dot(self: Any, a: Any, b: Any, *rest: Any) -> Any:
+        if a.dtype.scalar == tl.bfloat16:
+            a, b = rounding_cast(self, a, tl.float32), rounding_cast(self, b, tl.float32)
+        return dot(self, a, b, *rest)
+
+    InterpreterBuilder.cast_impl, InterpreterBuilder.create_dot = rounding_cast, widening_dot
