@@ -43,6 +43,35 @@ def scale(*shape: int) -> Tensor:
 CALLS: dict[str, Callable[[], Iterator[tuple[Any, ...]]]] = {}
 """Op -> arguments of the calls that are compiled: every tile of its table, and every dtype."""
 
+MIXTRAL, QWEN3, SMALL, LEAST = (8, 4096, 14336), (128, 2048, 768), (8, 255, 4095), (1, 1, 16)
+"""Experts E, and N and K of a projection of each. A 1 among the arguments is compiled as a constant."""
+
+
+def experts_linear() -> Iterator[tuple[Any, ...]]:
+    for dtype in (BF16, FP16, FP32):
+        for rows, (e, n, k) in expert_shapes():
+            x, ends = torch.empty(rows, k, dtype=dtype), torch.empty(e, dtype=torch.int32)
+            yield x, ends, codes(e, n, k), scale(e, n, 1), None
+            yield x, ends, codes(e, n, k), scale(e, n, 1), torch.empty(e, n, dtype=dtype)
+
+
+def int8_experts_linear() -> Iterator[tuple[Any, ...]]:
+    for dtype in (BF16, FP16, FP32):
+        for rows, (e, n, k) in expert_shapes():
+            bias = torch.empty(e, n, dtype=dtype) if dtype == BF16 else None
+            ends = torch.empty(e, dtype=torch.int32)
+            yield codes(rows, k), scale(rows, 1), ends, codes(e, n, k), scale(e, n, 1), bias, dtype
+
+
+def expert_shapes() -> Iterator[tuple[int, tuple[int, int, int]]]:
+    """Rows and shape: each tile of a single row, each of several."""
+    yield from ((2, MIXTRAL), (8, QWEN3), (2, SMALL), (2, LEAST))
+    yield from ((64, MIXTRAL), (128, MIXTRAL), (500, MIXTRAL), (4096, MIXTRAL), (64, SMALL), (64, LEAST))
+
+
+CALLS["w8a16_experts_linear"] = experts_linear
+CALLS["w8a8_experts_linear"] = int8_experts_linear
+
 
 @dataclasses.dataclass(frozen=True)
 class Compiled:
