@@ -66,7 +66,7 @@ def int8_experts_linear() -> Iterator[tuple[Any, ...]]:
 def expert_shapes() -> Iterator[tuple[int, tuple[int, int, int]]]:
     """Rows and shape: each tile of a single row, each of several."""
     yield from ((2, MIXTRAL), (8, QWEN3), (2, SMALL), (2, LEAST))
-    yield from ((64, MIXTRAL), (128, MIXTRAL), (500, MIXTRAL), (4096, MIXTRAL), (64, SMALL), (64, LEAST))
+    yield from ((64, MIXTRAL), (128, MIXTRAL), (500, MIXTRAL), (4096, MIXTRAL), (64, SMALL))
 
 
 CALLS["w8a16_experts_linear"] = experts_linear

@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from octavo.errors import QuantizeError
 from octavo.ops import reference
@@ -228,6 +229,41 @@ def test_the_host_reads_no_value(rows: int, monkeypatch: pytest.MonkeyPatch) -> 
     y = w8a8_experts_linear(x.to(torch.int8), x[:, :1], ends, codes, scale, None, torch.float16)
     assert y.shape == (rows, 4) and y.dtype == torch.float16
     assert launched == ([(2,)] * 2 if rows == 2 else [((50 + 15 * 9) // 16,)] * 2)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("scheme", ["w8a16", "w8a8"])
+def test_a_layer_of_experts_reads_no_value(scheme: str) -> None:
+    """Nor does `QuantExperts` on its way to the op, in either way of routing, or a CUDA graph could not hold it."""
+    pytest.importorskip("transformers")
+    from tests.test_experts import gpt_oss_experts, int8, mixtral_experts, routing
+
+    for layer in (mixtral_experts(), gpt_oss_experts()):
+        quantized, inputs = int8(layer, scheme), routing(7, 2)
+        with FakeTensorMode(allow_non_fake_inputs=True) as fake:
+            y = quantized(*(fake.from_tensor(part) for part in inputs))
+        assert y.shape == inputs[0].shape
+
+
+@pytest.mark.gpu
+@torch.no_grad()
+@pytest.mark.parametrize("tokens", [1, 40])
+@pytest.mark.parametrize("scheme", ["w8a16", "w8a8"])
+def test_a_cuda_graph_follows_the_routing(scheme: str, tokens: int) -> None:
+    pytest.importorskip("transformers")
+    from tests.test_experts import int8, mixtral_experts, routing
+
+    layer = int8(mixtral_experts(), scheme).to("cuda")
+    inputs = [part.to("cuda") for part in routing(tokens, 2)]
+    layer(*inputs)  # compiles
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = layer(*inputs)
+    for _ in range(3):
+        for part, new in zip(inputs, routing(tokens, 2), strict=True):
+            part.copy_(new)
+        graph.replay()
+        assert torch.equal(y, layer(*inputs))
 
 
 def test_float64_is_the_reference(device: str) -> None:
