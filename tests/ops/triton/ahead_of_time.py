@@ -69,6 +69,29 @@ def expert_shapes() -> Iterator[tuple[int, tuple[int, int, int]]]:
     yield from ((64, MIXTRAL), (128, MIXTRAL), (500, MIXTRAL), (4096, MIXTRAL), (64, SMALL))
 
 
+def int8_attention() -> Iterator[tuple[Any, ...]]:
+    for dtype in (BF16, FP16, FP32):
+        for rows, keys, size in ((2048, 512, 64), (2048, 512, 128), (2047, 511, 128), (1, 4096, 128)):
+            yield heads(rows, keys, size, size, dtype, torch.empty((1, 1, rows, keys), dtype=dtype))
+    for rows, keys, size, width in ((2048, 512, 64, 64), (2047, 511, 128, 128), (1, 4001, 80, 80), (64, 512, 192, 128)):
+        yield heads(rows, keys, size, width, BF16, None)
+        yield heads(rows, keys, size, width, BF16, torch.empty((1, 1, rows, keys), dtype=torch.bool))
+    yield heads(64, 512, 256, 256, BF16, torch.empty((1, 1, 64, 512), dtype=BF16))
+    yield (*heads(512, 512, 128, 128, BF16, torch.empty((1, 1, 512, 512), dtype=BF16)), 30.0)
+    yield heads(90, 512, 17, 19, BF16, None)
+
+
+def heads(
+    rows: int, keys: int, size: int, width: int, dtype: torch.dtype, mask: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, float]:
+    """4 heads to a key; the scaling is that of Llama."""
+    query, key, value = (
+        torch.zeros(shape, dtype=dtype) for shape in ((1, 8, rows, size), (1, 2, keys, size), (1, 2, keys, width))
+    )
+    return query, key, value, mask, size**-0.5
+
+
+CALLS["int8_attention"] = int8_attention
 CALLS["w8a16_experts_linear"] = experts_linear
 CALLS["w8a8_experts_linear"] = int8_experts_linear
 
