@@ -114,7 +114,7 @@ def _products(x: Tensor, x_scale: Tensor, weight: Tensor, weight_scale: Tensor) 
     Returns: fp32 [B, M, N].
     """
     count, rows = x.shape[:2]
-    ends = torch.arange(1, count + 1, dtype=torch.int32) * rows
+    ends = torch.arange(1, count + 1, dtype=torch.int32, device=x.device) * rows
     y: Tensor = torch.ops.octavo.w8a8_experts_linear(
         x.flatten(0, 1), x_scale.flatten(0, 1), ends, weight, weight_scale, None, torch.float32
     )

@@ -99,6 +99,58 @@ CALLS: dict[str, Callable[[], Iterator[tuple[Any, ...]]]] = {
 }
 """Op -> arguments of the calls that are compiled: every tile of its table, and every dtype."""
 
+MIXTRAL, QWEN3, SMALL, LEAST = (8, 4096, 14336), (128, 2048, 768), (8, 255, 4095), (1, 1, 16)
+"""Experts E, and N and K of a projection of each. A 1 among the arguments is compiled as a constant."""
+
+
+def experts_linear() -> Iterator[tuple[Any, ...]]:
+    for dtype in (BF16, FP16, FP32):
+        for rows, (e, n, k) in expert_shapes():
+            x, ends = torch.empty(rows, k, dtype=dtype), torch.empty(e, dtype=torch.int32)
+            yield x, ends, codes(e, n, k), scale(e, n, 1), None
+            yield x, ends, codes(e, n, k), scale(e, n, 1), torch.empty(e, n, dtype=dtype)
+
+
+def int8_experts_linear() -> Iterator[tuple[Any, ...]]:
+    for dtype in (BF16, FP16, FP32):
+        for rows, (e, n, k) in expert_shapes():
+            bias = torch.empty(e, n, dtype=dtype) if dtype == BF16 else None
+            ends = torch.empty(e, dtype=torch.int32)
+            yield codes(rows, k), scale(rows, 1), ends, codes(e, n, k), scale(e, n, 1), bias, dtype
+
+
+def expert_shapes() -> Iterator[tuple[int, tuple[int, int, int]]]:
+    """Rows and shape: each tile of a single row, each of several."""
+    yield from ((2, MIXTRAL), (8, QWEN3), (2, SMALL), (2, LEAST))
+    yield from ((64, MIXTRAL), (128, MIXTRAL), (500, MIXTRAL), (4096, MIXTRAL), (64, SMALL))
+
+
+def int8_attention() -> Iterator[tuple[Any, ...]]:
+    for dtype in (BF16, FP16, FP32):
+        for rows, keys, size in ((2048, 512, 64), (2048, 512, 128), (2047, 511, 128), (1, 4096, 128)):
+            yield heads(rows, keys, size, size, dtype, torch.empty((1, 1, rows, keys), dtype=dtype))
+    for rows, keys, size, width in ((2048, 512, 64, 64), (2047, 511, 128, 128), (1, 4001, 80, 80), (64, 512, 192, 128)):
+        yield heads(rows, keys, size, width, BF16, None)
+        yield heads(rows, keys, size, width, BF16, torch.empty((1, 1, rows, keys), dtype=torch.bool))
+    yield heads(64, 512, 256, 256, BF16, torch.empty((1, 1, 64, 512), dtype=BF16))
+    yield (*heads(512, 512, 128, 128, BF16, torch.empty((1, 1, 512, 512), dtype=BF16)), 30.0)
+    yield heads(90, 512, 17, 19, BF16, None)
+
+
+def heads(
+    rows: int, keys: int, size: int, width: int, dtype: torch.dtype, mask: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, float]:
+    """4 heads to a key; the scaling is that of Llama."""
+    query, key, value = (
+        torch.zeros(shape, dtype=dtype) for shape in ((1, 8, rows, size), (1, 2, keys, size), (1, 2, keys, width))
+    )
+    return query, key, value, mask, size**-0.5
+
+
+CALLS["int8_attention"] = int8_attention
+CALLS["w8a16_experts_linear"] = experts_linear
+CALLS["w8a8_experts_linear"] = int8_experts_linear
+
 
 @dataclasses.dataclass(frozen=True)
 class Compiled:

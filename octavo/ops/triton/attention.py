@@ -1,0 +1,292 @@
+"""Attention with both of its products in int8, in two passes over the keys: no score is ever written to memory.
+
+The definition, and what each letter stands for, is at the head of `octavo/ops/attention.py`. Codes of the probabilities
+need the largest p * sv of the whole row, which is known once all keys were seen; scores are cheap to compute again:
+
+    _statistics   of each row: the largest score m, the sum l of exp(score - m), the largest g of exp(score - m) * sv
+    _products     codes of exp(score - m) * sv under the scale g / 127, times v, summed exactly; times g / 127 / l
+    _add_parts    the same sums, where several programs share the keys of a row: integers, so their order says nothing
+
+Query heads that share a key stand below each other as rows of one matrix, and so they do in memory already: when one
+token is decoded, a program reads each key once for all of them. Then there are few rows and many keys, and the keys are
+split, in so many parts that the programs fill a GPU. Sums are cut at 131072 keys in any case, to stay within int32.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from octavo.ops import attention
+from octavo.ops.triton.launch import launch
+
+__all__ = ["int8_attention"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Tile:
+    """Rows of the query and keys that a program takes at a time, and how it is compiled."""
+
+    rows: int
+    keys: int
+    warps: int
+    stages: int
+
+
+_FEW, _MANY, _MANY_UNALIGNED, _WIDE = Tile(16, 64, 4, 3), Tile(64, 64, 4, 3), Tile(64, 32, 4, 3), Tile(16, 32, 4, 2)
+"""Up to 16 rows (decoding, up to 16 heads to a key): bytes of keys are the bound, 8 KiB of them a step. More rows: what
+fits registers, 32 scores and, of 128 channels, 64 sums a thread. A mask whose rows do not start at multiples of 16, as
+for any odd number of keys, is read entry by entry, for whose addresses there is room with half as many keys. Heads of
+more than 128 channels: a quarter of the rows.
+"""
+
+_PROGRAMS = 264
+"""Two for each of an H200's 132 SMs: with fewer, the keys are split."""
+
+_LEAST_KEYS, _MOST_KEYS = 256, 131072
+"""Of a part: below, its program would do little but start; above, 127 * 127 a key could pass 2 ** 31."""
+
+
+def int8_attention(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float, softcap: float | None = None
+) -> Tensor:
+    """As `octavo.ops.int8_attention`; float64, of the query or the mask, goes to the composition in `attention.py`."""
+    attention.check_heads(query, key, value, mask)
+    if torch.float64 in (query.dtype, None if mask is None else mask.dtype):
+        return attention.int8_attention(query, key, value, mask, scaling, softcap)
+    (batch, heads, rows, size), (kv_heads, keys), width = query.shape, key.shape[1:3], value.shape[3]
+    y = torch.empty((batch, heads, rows, width), dtype=query.dtype, device=query.device)
+    if not keys or not y.numel():
+        return y.zero_()
+    (q, q_scale), (k, k_scale), (v, v_scale) = (torch.ops.octavo.quantize_per_token(x) for x in (query, key, value))
+    # The int8 products of tensor cores take rows of what they sum over: v stands transposed, its rows at multiples of
+    # 16 bytes. What fills them up is multiplied by codes that are 0.
+    v_rows = torch.empty((batch, kv_heads, width, triton.cdiv(keys, 16) * 16), dtype=torch.int8, device=query.device)
+    v_rows[..., :keys] = v.mT
+
+    shared, groups = heads // kv_heads * rows, batch * kv_heads
+    tile = _tile_of(shared, max(size, width), mask)
+    tiles = triton.cdiv(shared, tile.rows)
+    steps = _steps_of_part(tiles * groups, keys, tile.keys)
+    parts = triton.cdiv(keys, steps * tile.keys)
+    # Of each row of each part: m, l and g.
+    statistics = torch.empty((3, parts, groups * shared), dtype=torch.float32, device=query.device)
+    strides = (0, 0, 0, 0) if mask is None else _broadcast_strides(mask)
+    operands = (
+        q, q_scale, k, k_scale, v_scale, mask, scaling, softcap, *strides, rows, shared, groups, heads // kv_heads,
+        kv_heads, size, keys, steps,
+    )  # fmt: skip
+    blocks = {
+        "BLOCK_M": tile.rows, "BLOCK_S": tile.keys, "BLOCK_D": max(32, triton.next_power_of_2(size)),
+        "num_warps": tile.warps, "num_stages": tile.stages,
+    }  # fmt: skip
+    block_n = max(16, triton.next_power_of_2(width))
+    launch(_statistics, (tiles * groups * parts,), statistics, *operands, **blocks)
+    sums = y if parts == 1 else torch.empty((parts, groups * shared, width), dtype=torch.int32, device=query.device)
+    launch(
+        _products, (tiles * groups * parts,), sums, statistics, v_rows, *operands, parts, width, v_rows.shape[3],
+        WHOLE=parts == 1, BLOCK_N=block_n, **blocks,
+    )  # fmt: skip
+    if parts > 1:
+        launch(_add_parts, (groups * shared,), y, sums, statistics, parts, width, BLOCK_N=block_n, num_warps=1)
+    return y
+
+
+def _tile_of(rows: int, width: int, mask: Tensor | None) -> Tile:
+    if width > 128:
+        return _WIDE
+    if rows <= 16:
+        return _FEW
+    return _MANY if mask is None or (mask.stride(2) % 16 == 0 and mask.shape[3] % 16 == 0) else _MANY_UNALIGNED
+
+
+def _steps_of_part(programs: int, keys: int, step: int) -> int:
+    """How many times `step` keys a program takes, where so many programs would take all keys."""
+    wanted = max(1, min(_PROGRAMS // programs, keys // _LEAST_KEYS))
+    return min(triton.cdiv(keys, wanted * step), _MOST_KEYS // step)
+
+
+def _broadcast_strides(mask: Tensor) -> tuple[int, ...]:
+    return tuple(0 if size == 1 else stride for size, stride in zip(mask.shape, mask.stride(), strict=True))
+
+
+# Not specialized: what changes from one decoded token to the next, or each kind of number would be compiled anew.
+@triton.jit(do_not_specialize=["rows", "shared", "steps"])
+def _statistics(  # type: ignore[no-untyped-def]
+    statistics, q, q_scale, k, k_scale, v_scale, mask, scaling, softcap, mask_batch, mask_head, mask_row, mask_key,
+    rows, shared, groups, heads, kv_heads, size, keys, steps,
+    BLOCK_M: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """m, l and g of a tile of rows, over one part of the keys."""
+    row, group, part = _place(shared, groups, BLOCK_M)
+    first = part * steps * BLOCK_S
+    q_codes, scale = _query(q, q_scale, scaling, row, group, shared, size, BLOCK_D)
+    mask_at = _mask_rows(mask, mask_batch, mask_head, mask_row, row, group, rows, shared, heads, kv_heads)
+    largest = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+    total = tl.zeros((BLOCK_M,), tl.float32)
+    heaviest = tl.zeros((BLOCK_M,), tl.float32)
+    for start in range(first, tl.minimum(first + steps * BLOCK_S, keys), BLOCK_S):
+        token = start + tl.arange(0, BLOCK_S)
+        scores = _scores(q_codes, scale, k, k_scale, mask_at, softcap, mask_key, token, group, size, keys, BLOCK_D)
+        before, largest = largest, tl.maximum(largest, tl.max(scores, 1))
+        origin = tl.where(largest == float("-inf"), 0.0, largest)
+        exponentials = tl.exp(scores - origin[:, None])
+        shrunk = tl.exp(before - origin)
+        total = total * shrunk + tl.sum(exponentials, 1)
+        weights = exponentials * tl.load(v_scale + group * keys + token, mask=token < keys, other=0.0)[None, :]
+        weights = tl.where(weights == weights, weights, float("inf"))  # a maximum may pass NaN over
+        heaviest = tl.maximum(_shrink(heaviest, shrunk), tl.max(weights, 1))
+    at = statistics + (part.to(tl.int64) * groups + group) * shared + row
+    one = tl.cdiv(keys, steps * BLOCK_S).to(tl.int64) * groups * shared
+    tl.store(at, largest, mask=row < shared)
+    tl.store(at + one, total, mask=row < shared)
+    tl.store(at + 2 * one, heaviest, mask=row < shared)
+
+
+@triton.jit(do_not_specialize=["rows", "shared", "steps", "parts"])
+def _products(  # type: ignore[no-untyped-def]
+    y, statistics, v_rows, q, q_scale, k, k_scale, v_scale, mask, scaling, softcap, mask_batch, mask_head, mask_row,
+    mask_key, rows, shared, groups, heads, kv_heads, size, keys, steps, parts, width, v_row,
+    WHOLE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """y [rows, width] for a tile of rows, or the int32 sums of one part of the keys, y being [parts, rows, width]."""
+    row, group, part = _place(shared, groups, BLOCK_M)
+    first = part * steps * BLOCK_S
+    q_codes, scale = _query(q, q_scale, scaling, row, group, shared, size, BLOCK_D)
+    mask_at = _mask_rows(mask, mask_batch, mask_head, mask_row, row, group, rows, shared, heads, kv_heads)
+    at = group * shared + row
+    origin, total, heaviest = _of_all_parts(statistics + at, row < shared, tl.cast(groups, tl.int64) * shared, parts)
+    inverse = 127.0 / heaviest
+    channel = tl.arange(0, BLOCK_N)
+    v_rows += group * width * v_row
+    sums = tl.zeros((BLOCK_M, BLOCK_N), tl.int32)
+    for start in range(first, tl.minimum(first + steps * BLOCK_S, keys), BLOCK_S):
+        token = start + tl.arange(0, BLOCK_S)
+        scores = _scores(q_codes, scale, k, k_scale, mask_at, softcap, mask_key, token, group, size, keys, BLOCK_D)
+        weights = tl.exp(scores - origin[:, None])
+        weights *= tl.load(v_scale + group * keys + token, mask=token < keys, other=0.0)[None, :]
+        # Adding 1.5 * 2 ** 23 leaves the code, rounded half to even, in the lowest bits.
+        codes = (tl.minimum(weights * inverse[:, None], 127.0) + 12582912.0).to(tl.int32, bitcast=True).to(tl.int8)
+        values = tl.load(
+            v_rows + channel[None, :] * v_row + token[:, None],
+            mask=(token < v_row)[:, None] & (channel < width)[None, :], other=0,
+        )  # fmt: skip
+        sums = tl.dot(codes, values, sums, out_dtype=tl.int32)
+    mask_y = (row < shared)[:, None] & (channel < width)[None, :]
+    if WHOLE:
+        result = sums.to(tl.float32) * _result_scale(total, heaviest)[:, None]
+        tl.store(y + at[:, None] * width + channel[None, :], result.to(y.dtype.element_ty), mask=mask_y)
+    else:
+        at += part.to(tl.int64) * groups * shared
+        tl.store(y + at[:, None] * width + channel[None, :], sums, mask=mask_y)
+
+
+@triton.jit(do_not_specialize=["parts"])
+def _add_parts(y, sums, statistics, parts, width, BLOCK_N: tl.constexpr):  # type: ignore[no-untyped-def]
+    """One row of y. Sums of up to 2 ** 31 / parts each are exact in int64."""
+    row, rows = tl.program_id(0).to(tl.int64), tl.num_programs(0).to(tl.int64)
+    channel = tl.arange(0, BLOCK_N)
+    total = tl.zeros((BLOCK_N,), tl.int64)
+    for part in range(0, parts):
+        total += tl.load(sums + (part * rows + row) * width + channel, mask=channel < width, other=0).to(tl.int64)
+    only = tl.arange(0, 1)
+    _, exponentials, heaviest = _of_all_parts(statistics + row + only, only == 0, rows, parts)
+    result = total.to(tl.float32) * _result_scale(exponentials, heaviest)
+    tl.store(y + row * width + channel, result.to(y.dtype.element_ty), mask=channel < width)
+
+
+@triton.jit
+def _place(shared, groups, BLOCK_M: tl.constexpr):  # type: ignore[no-untyped-def]
+    """(rows [BLOCK_M], group of heads, part of the keys) of this program; the tile of rows changes fastest."""
+    tiles = tl.cdiv(shared, BLOCK_M)
+    program = tl.program_id(0)
+    row = program % tiles * BLOCK_M + tl.arange(0, BLOCK_M)
+    group = program // tiles % groups
+    return row, group.to(tl.int64), program // (tiles * groups)
+
+
+@triton.jit
+def _query(q, q_scale, scaling, row, group, shared, size, BLOCK_D: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Codes of the rows [BLOCK_M, BLOCK_D], and their scale times that of the scores."""
+    channel = tl.arange(0, BLOCK_D)
+    at = group * shared + row
+    inside = (row < shared)[:, None] & (channel < size)[None, :]
+    codes = tl.load(q + at[:, None] * size + channel[None, :], mask=inside, other=0)
+    return codes, tl.load(q_scale + at, mask=row < shared, other=0.0) * tl.cast(scaling, tl.float32)
+
+
+@triton.jit
+def _mask_rows(  # type: ignore[no-untyped-def]
+    mask, mask_batch, mask_head, mask_row, row, group, rows, shared, heads, kv_heads
+):
+    """Where the mask of each row starts, past the last row that of the last; None without one."""
+    if mask is None:
+        return None
+    else:
+        row = tl.minimum(row, shared - 1)
+        number = group.to(tl.int32)  # 64 bits are slow to divide
+        head = (number % kv_heads * heads + row // rows).to(tl.int64)
+        batch = (number // kv_heads).to(tl.int64)
+        return mask + batch * mask_batch + head * mask_head + (row % rows).to(tl.int64) * mask_row
+
+
+@triton.jit
+def _scores(  # type: ignore[no-untyped-def]
+    q_codes, scale, k, k_scale, mask_at, softcap, mask_key, token, group, size, keys, BLOCK_D: tl.constexpr
+):
+    """Scores of the rows for BLOCK_S keys, in fp32; -inf for a key that the mask forbids or that is not there. Within
+    the keys of one group 32 bits are enough."""
+    channel = tl.arange(0, BLOCK_D)
+    k_codes = tl.load(
+        k + group * keys * size + token[None, :] * size + channel[:, None],
+        mask=(token < keys)[None, :] & (channel < size)[:, None], other=0,
+    )  # fmt: skip
+    scores = tl.dot(q_codes, k_codes, out_dtype=tl.int32).to(tl.float32)
+    scores *= scale[:, None] * tl.load(k_scale + group * keys + token, mask=token < keys, other=0.0)[None, :]
+    if softcap is not None:
+        # tanh(x) = 1 - 2 / (exp(2 x) + 1)
+        cap = tl.cast(softcap, tl.float32)
+        scores = (1.0 - 2.0 / (tl.exp(2.0 * (scores / cap)) + 1.0)) * cap
+    if mask_at is not None:
+        at = mask_at[:, None] + token[None, :].to(tl.int64) * mask_key
+        masked = tl.load(at, mask=(token < keys)[None, :], other=0)
+        if masked.dtype == tl.int1:
+            scores = tl.where(masked, scores, float("-inf"))
+        else:
+            scores += masked.to(tl.float32)
+    return tl.where((token < keys)[None, :], scores, float("-inf"))
+
+
+@triton.jit
+def _of_all_parts(at, present, rows, parts):  # type: ignore[no-untyped-def]
+    """m, l and g of the rows whose first m is `at`. m is 0 for a row that may attend to nothing; g at least 2 ** -119,
+    of which 127 can be divided, and inf for a row whose result is NaN."""
+    largest = tl.load(at, mask=present, other=0.0)
+    for part in range(1, parts):
+        largest = tl.maximum(largest, tl.load(at + part * rows, mask=present, other=0.0))
+    origin = tl.where(largest == float("-inf"), 0.0, largest)
+    total = tl.zeros_like(largest)
+    heaviest = tl.zeros_like(largest) + 1.5046328e-36
+    for part in range(0, parts):
+        shrunk = tl.exp(tl.load(at + part * rows, mask=present, other=0.0) - origin)
+        total += tl.load(at + (parts + part) * rows, mask=present, other=0.0) * shrunk
+        of_part = tl.load(at + (2 * parts + part) * rows, mask=present, other=float("inf"))
+        heaviest = tl.maximum(heaviest, _shrink(of_part, shrunk))
+    return origin, total, heaviest
+
+
+@triton.jit
+def _shrink(heaviest, shrunk):  # type: ignore[no-untyped-def]
+    """g under a larger m; inf, of a row whose result is NaN, stays."""
+    return tl.where(heaviest == float("inf"), heaviest, heaviest * shrunk)
+
+
+@triton.jit
+def _result_scale(total, heaviest):  # type: ignore[no-untyped-def]
+    """sp of rows with l and g: 0 for a row that may attend to nothing."""
+    scale = tl.where(total == 0.0, 0.0, heaviest / 127.0 / tl.where(total == 0.0, 1.0, total))
+    return tl.where(heaviest == float("inf"), float("nan"), scale)

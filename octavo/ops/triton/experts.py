@@ -1,0 +1,274 @@
+"""The linear layers of a stack of experts as one launch: rows sorted by expert, a grid that no routing changes.
+
+    row tiles        expert 0      expert 1      expert 3    past the last end
+    of rows          [0 .. 15]     [16 .. 20]    [21 .. 29]  [30 .. 31]: zeros
+
+How many tiles there are is known on the device alone. The grid holds as many as the shapes allow,
+(S + (BLOCK_M - 1) * min(E + 1, S)) / BLOCK_M; each program counts, in `ends`, the tiles of the experts before it, and
+so finds its own, or that there is none. An expert without rows has no tile: its weights are not read.
+
+Two kernels serve both ops, in float and in int8:
+
+    _vector_kernel   a program for each row: where hardly two rows have the same expert, as when a token is decoded.
+                     Each thread loads 16 codes of a channel at a time and multiplies them by x without tensor cores.
+    _tile_kernel     a program for each BLOCK_M rows of one expert: y.T = weight @ x.T on tensor cores. The weight
+                     stands left, for that is the side of which Hopper's wgmma wants 64 rows and takes them from
+                     registers, where codes become x's dtype; the rows of x, which are few, stand right.
+
+Neither splits K: in no mixture is N * S so small that the programs do not fill a GPU, see the tables.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from octavo.ops import reference
+from octavo.ops.reference import check_codes, check_input
+from octavo.ops.triton.launch import launch
+
+__all__ = ["Tile", "w8a8_experts_linear", "w8a16_experts_linear"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Tile:
+    """Sizes of what one program computes ([n] or [m, n] of y, in steps of k), and how it is compiled."""
+
+    m: int
+    n: int
+    k: int
+    warps: int
+    stages: int
+
+    def options(self) -> dict[str, int]:
+        return {"BLOCK_N": self.n, "BLOCK_K": self.k, "num_warps": self.warps, "num_stages": self.stages}
+
+
+_VECTOR = Tile(1, 16, 512, 4, 1)
+_VECTOR_SHORT = Tile(1, 32, 256, 4, 1)
+_VECTOR_FEW = Tile(1, 4, 512, 4, 1)
+_VECTOR_PROGRAMS = 512
+"""A warp reads 512 bytes of a channel at once, each thread 16 codes of 4 channels. With 80 registers a thread, 6
+programs have room on an SM: 48 KiB under way, where 4.8 TB/s over an H200's 132 SMs at 700 ns ask for 25. A code is
+converted by one instruction and multiplied by another, 18 codes a clock where an SM converts 64: bytes are the bound.
+Under 1024 input channels a step is 256 long, or half of it would be empty, for 32 channels. Where there would be fewer
+than 512 programs, not 4 for each SM, a program takes 4 channels.
+
+Programs at T = 1: Mixtral (top 2) 3584 up and 512 down; Qwen3-30B-A3B (top 8) 768 and 512; DeepSeek-V3 (top 8) 2048
+and 3584. Predicted for an H200, not measured: 80 % of its bandwidth for Mixtral and DeepSeek (235 MB a launch up in
+61 us, 117 MB down); Qwen moves 25 and 13 MB in 5 and 3 us, in which the start of a launch shows.
+"""
+
+_FLOAT = (Tile(16, 64, 128, 4, 4), Tile(32, 64, 128, 4, 4), Tile(64, 128, 64, 8, 4), Tile(128, 128, 64, 8, 3))
+_INT8 = (Tile(16, 64, 128, 4, 4), Tile(32, 64, 128, 4, 4), Tile(64, 128, 64, 8, 4), Tile(128, 128, 64, 8, 4))
+_FP32 = (Tile(16, 64, 32, 4, 3), Tile(32, 64, 32, 4, 3), Tile(64, 64, 32, 8, 3))
+"""By the rows an expert has on average, S / E: up to 10 a tile of 16, up to 24 of 32, up to 64 of 64, else of 128.
+
+Up to 64 rows the bound is the weights' bytes: a tile keeps 3 steps of 8 KiB of codes under way in 30 to 56 KiB of
+shared memory, at least 3 programs on an SM of an H200, 2 of an A100, 1 of sm_86. From 64 rows on, 128 channels share
+the rows of x, whose bytes would otherwise ask more of the L2 cache than the weights do; at 128 a code, once converted,
+serves 128 rows.
+
+Float32 has no tensor cores here (tf32 would cost it 13 bits): tiles that fit registers.
+"""
+
+_UNALIGNED = Tile(32, 64, 32, 4, 3)
+"""Where K is no multiple of 16, rows of codes start anywhere and are loaded byte by byte: a larger tile has no
+registers for so many addresses. No model is known to have such experts; it has to be right, not fast."""
+
+_GROUP_M = 8
+"""Row tiles that take turns at one block of weights before the next: their rows stay in the L2 cache (8 * 128 rows of
+4096 bf16 values are 8 MiB of an H200's 50), the weights are read once for all of them."""
+
+_BLOCK_E = 512
+"""Experts whose ends are looked at in one step."""
+
+
+def w8a16_experts_linear(x: Tensor, ends: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None) -> Tensor:
+    """As `octavo.ops.w8a16_experts_linear`; float64 goes to the reference, which waits for the device."""
+    check_input(x, weight)
+    if x.dtype == torch.float64:
+        return reference.w8a16_experts_linear(x, ends, weight, weight_scale, bias)
+    return _linear(x, None, ends, weight, weight_scale, bias, x.dtype)
+
+
+def w8a8_experts_linear(
+    x: Tensor, x_scale: Tensor, ends: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None,
+    dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
+    """As `octavo.ops.w8a8_experts_linear`; a result in float64 is the reference's, which waits for the device."""
+    check_codes(x, weight)
+    if dtype == torch.float64:
+        return reference.w8a8_experts_linear(x, x_scale, ends, weight, weight_scale, bias, dtype)
+    return _linear(x, x_scale, ends, weight, weight_scale, bias, dtype)
+
+
+def _linear(
+    x: Tensor, x_scale: Tensor | None, ends: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None,
+    dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
+    (rows, k), (experts, n, _) = x.shape, weight.shape
+    y = torch.empty((rows, n), dtype=dtype, device=x.device)
+    x, weight = _rows_in_line(x), _rows_in_line(weight)
+    if bias is not None:
+        bias = _rows_in_line(bias)
+    args = (
+        x, x_scale, ends.contiguous(), weight, weight_scale.contiguous(), bias, rows, n, k, experts, x.stride(0),
+        0 if x_scale is None else x_scale.stride(0), weight.stride(0), weight.stride(1),
+        0 if bias is None else bias.stride(0),
+    )  # fmt: skip
+    block_e = min(_BLOCK_E, triton.next_power_of_2(experts + 1))
+    if _hardly_two_share(rows, experts):
+        tile = _vector_tile(rows, n, k)
+        launch(_vector_kernel, (triton.cdiv(n, tile.n) * rows,), y, *args, BLOCK_E=block_e, **tile.options())
+    else:
+        tile = _tile_of(x.dtype, rows, experts, k)
+        row_tiles = (rows + (tile.m - 1) * min(experts + 1, rows)) // tile.m
+        launch(
+            _tile_kernel, (triton.cdiv(n, tile.n) * row_tiles,), y, *args, row_tiles,
+            BLOCK_M=tile.m, GROUP_M=_GROUP_M, BLOCK_E=block_e, **tile.options(),
+        )  # fmt: skip
+    return y
+
+
+def _rows_in_line(x: Tensor) -> Tensor:
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _hardly_two_share(rows: int, experts: int) -> bool:
+    """One token of Mixtral (E = 8, top 2), 4 of Qwen3 (128, 8), 8 of DeepSeek-V3 (256, 8): were the experts drawn
+    evenly, 12 % of the rows would find theirs taken."""
+    return rows <= 2 or 4 * rows <= experts
+
+
+def _vector_tile(rows: int, n: int, k: int) -> Tile:
+    tile = _VECTOR_SHORT if k < 1024 else _VECTOR
+    return tile if triton.cdiv(n, tile.n) * rows >= _VECTOR_PROGRAMS else _VECTOR_FEW
+
+
+def _tile_of(dtype: torch.dtype, rows: int, experts: int, k: int) -> Tile:
+    if k % 16:
+        return _UNALIGNED
+    table = _INT8 if dtype == torch.int8 else _FP32 if dtype == torch.float32 else _FLOAT
+    average = rows // max(1, experts)
+    step = 0 if average <= 10 else 1 if average <= 24 else 2 if average <= 64 else 3
+    return table[min(step, len(table) - 1)]
+
+
+# Not specialized: the number of rows changes from call to call, and each kind of number would be compiled anew.
+@triton.jit(do_not_specialize=["rows"])
+def _vector_kernel(  # type: ignore[no-untyped-def]
+    y, x, x_scale, ends, weight, weight_scale, bias, rows, n, k, experts, x_row, x_scale_row, weight_expert,
+    weight_row, bias_expert,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_E: tl.constexpr,
+):  # fmt: skip
+    """y[row, channels] for one row, whose number changes fastest: rows of one expert read the same weights together."""
+    row = tl.program_id(0) % rows
+    channel = tl.program_id(0) // rows * BLOCK_N + tl.arange(0, BLOCK_N)
+    expert = _expert_of_row(ends, rows, experts, row, BLOCK_E)
+    routed = expert < experts
+
+    row, expert = row.to(tl.int64), expert.to(tl.int64)
+    # The 16 columns of a load lie in one thread, which adds their products up before it asks any other.
+    column = tl.arange(0, BLOCK_K // 16)[:, None] * 16 + tl.arange(0, 16)[None, :]
+    x_at = x + row * x_row + column
+    weight_at = weight + expert * weight_expert + channel[:, None, None].to(tl.int64) * weight_row + column[None, :, :]
+    total = tl.zeros((BLOCK_N, BLOCK_K // 16), tl.float32 if x_scale is None else tl.int32)
+    for first in range(0, tl.where(routed, k, 0), BLOCK_K):
+        inside = column < k - first
+        codes = tl.load(weight_at + first, mask=(channel < n)[:, None, None] & inside[None, :, :], other=0)
+        values = tl.load(x_at + first, mask=inside, other=0)
+        total += tl.sum(codes.to(total.dtype) * values.to(total.dtype)[None, :, :], 2)
+    result = tl.sum(total, 1).to(tl.float32)
+
+    wanted = channel < tl.where(routed, n, 0)
+    scale = tl.load(weight_scale + expert * n + channel, mask=wanted, other=0)
+    if x_scale is not None:
+        scale *= tl.load(x_scale + row * x_scale_row, mask=routed, other=0)
+    result *= scale
+    if bias is not None:
+        result += tl.load(bias + expert * bias_expert + channel, mask=wanted, other=0).to(tl.float32)
+    tl.store(y + row * n + channel, result.to(y.dtype.element_ty), mask=channel < n)
+
+
+@triton.jit(do_not_specialize=["rows", "row_tiles"])
+def _tile_kernel(  # type: ignore[no-untyped-def]
+    y, x, x_scale, ends, weight, weight_scale, bias, rows, n, k, experts, x_row, x_scale_row, weight_expert,
+    weight_row, bias_expert, row_tiles,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr, BLOCK_E: tl.constexpr,
+):  # fmt: skip
+    """y[rows, channels] for a tile of the rows of one expert, or of the rows that belong to none."""
+    group = tl.program_id(0) // (GROUP_M * tl.cdiv(n, BLOCK_N))
+    within = tl.program_id(0) % (GROUP_M * tl.cdiv(n, BLOCK_N))
+    height = tl.minimum(row_tiles - group * GROUP_M, GROUP_M)
+    expert, row, end = _rows_of_tile(ends, rows, experts, group * GROUP_M + within % height, BLOCK_M, BLOCK_E)
+    if row >= end:
+        return  # there are fewer tiles than the grid has room for
+    routed = expert < experts
+
+    row = row + tl.arange(0, BLOCK_M)
+    present = row < end
+    row, expert = row.to(tl.int64), expert.to(tl.int64)
+    channel = within // height * BLOCK_N + tl.arange(0, BLOCK_N)
+    column = tl.arange(0, BLOCK_K)
+    x_at = x + row[None, :] * x_row + column[:, None]
+    weight_at = weight + expert * weight_expert + channel[:, None].to(tl.int64) * weight_row + column[None, :]
+    total = tl.zeros((BLOCK_N, BLOCK_M), tl.float32 if x_scale is None else tl.int32)
+    for first in range(0, tl.where(routed, k, 0), BLOCK_K):
+        inside = column < k - first
+        codes = tl.load(weight_at + first, mask=(channel < n)[:, None] & inside[None, :], other=0)
+        values = tl.load(x_at + first, mask=present[None, :] & inside[:, None], other=0)
+        if x_scale is None:
+            total = tl.dot(codes.to(values.dtype), values, total, input_precision="ieee")
+        else:
+            total = tl.dot(codes, values, total, out_dtype=tl.int32)
+
+    wanted = channel < tl.where(routed, n, 0)
+    scale = tl.load(weight_scale + expert * n + channel, mask=wanted, other=0)[:, None]
+    if x_scale is not None:
+        scale = scale * tl.load(x_scale + row * x_scale_row, mask=row < tl.where(routed, end, 0), other=0)[None, :]
+    result = total.to(tl.float32) * scale
+    if bias is not None:
+        result += tl.load(bias + expert * bias_expert + channel, mask=wanted, other=0).to(tl.float32)[:, None]
+    y_at = y + row[None, :] * n + channel[:, None]
+    tl.store(y_at, result.to(y.dtype.element_ty), mask=present[None, :] & (channel < n)[:, None])
+
+
+@triton.jit
+def _expert_of_row(ends, rows, experts, row, BLOCK_E: tl.constexpr):  # type: ignore[no-untyped-def]
+    """`experts` for a row past the last end."""
+    expert = 0
+    for first in range(0, experts, BLOCK_E):
+        e = first + tl.arange(0, BLOCK_E)
+        expert += tl.sum((tl.load(ends + e, mask=e < experts, other=rows) <= row).to(tl.int32))
+    return expert
+
+
+@triton.jit
+def _rows_of_tile(  # type: ignore[no-untyped-def]
+    ends, rows, experts, tile, BLOCK_M: tl.constexpr, BLOCK_E: tl.constexpr
+):
+    """(expert, first row, end of the expert's rows) of row tile number `tile`.
+
+    Rows past the last end stand under expert number `experts`. A tile that is not there has no rows.
+    """
+    expert = 0
+    earlier = 0  # tiles of the experts before it
+    counted = 0
+    for first in range(0, experts + 1, BLOCK_E):
+        e = first + tl.arange(0, BLOCK_E)
+        start = tl.load(ends + e - 1, mask=(e > 0) & (e <= experts), other=0)
+        end = tl.load(ends + e, mask=e < experts, other=rows)
+        tiles = tl.where(e <= experts, (end - start + BLOCK_M - 1) // BLOCK_M, 0)
+        so_far = counted + tl.cumsum(tiles, 0)
+        passed = (so_far <= tile) & (e <= experts)
+        expert += tl.sum(passed.to(tl.int32))
+        earlier = tl.maximum(earlier, tl.max(tl.where(passed, so_far, 0)))
+        counted += tl.sum(tiles)
+    start = tl.load(ends + expert - 1, mask=(expert > 0) & (expert <= experts), other=0)
+    end = tl.minimum(tl.load(ends + expert, mask=expert < experts, other=rows), rows)
+    return expert, start + (tile - earlier) * BLOCK_M, tl.where(expert <= experts, end, 0)
