@@ -88,22 +88,11 @@ def embedding_calls() -> Iterator[tuple[Any, ...]]:
         yield torch.empty(77, dtype=torch.int64), codes(1000, 100), scale(1000, 1), dtype
 
 
-CALLS: dict[str, Callable[[], Iterator[tuple[Any, ...]]]] = {
-    "quantize_per_token": rows_calls,
-    "quantize_per_tensor": rows_calls,
-    "quantize_static": static_calls,
-    "quantize_weight": rows_calls,
-    "w8a16_embedding": embedding_calls,
-    "w8a16_linear": linear_calls,
-    "w8a8_linear": int8_linear_calls,
-}
-"""Op -> arguments of the calls that are compiled: every tile of its table, and every dtype."""
-
 MIXTRAL, QWEN3, SMALL, LEAST = (8, 4096, 14336), (128, 2048, 768), (8, 255, 4095), (1, 1, 16)
 """Experts E, and N and K of a projection of each. A 1 among the arguments is compiled as a constant."""
 
 
-def experts_linear() -> Iterator[tuple[Any, ...]]:
+def experts_linear_calls() -> Iterator[tuple[Any, ...]]:
     for dtype in (BF16, FP16, FP32):
         for rows, (e, n, k) in expert_shapes():
             x, ends = torch.empty(rows, k, dtype=dtype), torch.empty(e, dtype=torch.int32)
@@ -111,7 +100,7 @@ def experts_linear() -> Iterator[tuple[Any, ...]]:
             yield x, ends, codes(e, n, k), scale(e, n, 1), torch.empty(e, n, dtype=dtype)
 
 
-def int8_experts_linear() -> Iterator[tuple[Any, ...]]:
+def int8_experts_linear_calls() -> Iterator[tuple[Any, ...]]:
     for dtype in (BF16, FP16, FP32):
         for rows, (e, n, k) in expert_shapes():
             bias = torch.empty(e, n, dtype=dtype) if dtype == BF16 else None
@@ -125,7 +114,7 @@ def expert_shapes() -> Iterator[tuple[int, tuple[int, int, int]]]:
     yield from ((64, MIXTRAL), (128, MIXTRAL), (500, MIXTRAL), (4096, MIXTRAL), (64, SMALL))
 
 
-def int8_attention() -> Iterator[tuple[Any, ...]]:
+def int8_attention_calls() -> Iterator[tuple[Any, ...]]:
     for dtype in (BF16, FP16, FP32):
         for rows, keys, size in ((2048, 512, 64), (2048, 512, 128), (2047, 511, 128), (1, 4096, 128)):
             yield heads(rows, keys, size, size, dtype, torch.empty((1, 1, rows, keys), dtype=dtype))
@@ -147,9 +136,19 @@ def heads(
     return query, key, value, mask, size**-0.5
 
 
-CALLS["int8_attention"] = int8_attention
-CALLS["w8a16_experts_linear"] = experts_linear
-CALLS["w8a8_experts_linear"] = int8_experts_linear
+CALLS: dict[str, Callable[[], Iterator[tuple[Any, ...]]]] = {
+    "quantize_per_token": rows_calls,
+    "quantize_per_tensor": rows_calls,
+    "quantize_static": static_calls,
+    "quantize_weight": rows_calls,
+    "w8a16_embedding": embedding_calls,
+    "w8a16_linear": linear_calls,
+    "w8a8_linear": int8_linear_calls,
+    "w8a16_experts_linear": experts_linear_calls,
+    "w8a8_experts_linear": int8_experts_linear_calls,
+    "int8_attention": int8_attention_calls,
+}
+"""Op -> arguments of the calls that are compiled: every tile of its table, and every dtype."""
 
 
 @dataclasses.dataclass(frozen=True)
