@@ -41,7 +41,7 @@ _FEW, _MANY, _MANY_UNALIGNED, _WIDE = Tile(16, 64, 4, 3), Tile(64, 64, 4, 3), Ti
 """Up to 16 rows (decoding, up to 16 heads to a key): bytes of keys are the bound, 8 KiB of them a step. More rows: what
 fits registers, 32 scores and, of 128 channels, 64 sums a thread. A mask whose rows do not start at multiples of 16, as
 for any odd number of keys, is read entry by entry, for whose addresses there is room with half as many keys. Heads of
-more than 128 channels: a quarter of the rows. What the mask hides is computed all the same. Nothing of this is measured.
+more than 128 channels: a quarter of the rows. What the mask hides is computed all the same. None of it is measured.
 """
 
 _PROGRAMS = 264
