@@ -41,7 +41,7 @@ _FEW, _MANY, _MANY_UNALIGNED, _WIDE = Tile(16, 64, 4, 3), Tile(64, 64, 4, 3), Ti
 """Up to 16 rows (decoding, up to 16 heads to a key): bytes of keys are the bound, 8 KiB of them a step. More rows: what
 fits registers, 32 scores and, of 128 channels, 64 sums a thread. A mask whose rows do not start at multiples of 16, as
 for any odd number of keys, is read entry by entry, for whose addresses there is room with half as many keys. Heads of
-more than 128 channels: a quarter of the rows.
+more than 128 channels: a quarter of the rows. What the mask hides is computed all the same. None of it is measured.
 """
 
 _PROGRAMS = 264
@@ -101,7 +101,8 @@ def _tile_of(rows: int, width: int, mask: Tensor | None) -> Tile:
         return _WIDE
     if rows <= 16:
         return _FEW
-    return _MANY if mask is None or (mask.stride(2) % 16 == 0 and mask.shape[3] % 16 == 0) else _MANY_UNALIGNED
+    by_sixteen = mask is None or (mask.stride(3) == 1 and mask.stride(2) % 16 == 0 and mask.shape[3] % 16 == 0)
+    return _MANY if by_sixteen else _MANY_UNALIGNED
 
 
 def _steps_of_part(programs: int, keys: int, step: int) -> int:
