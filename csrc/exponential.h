@@ -1,4 +1,4 @@
-// exp and tanh of 16 numbers, right to a few units of the last place, which a table of 2^n and a polynomial give.
+// exp and tanh of 16 numbers, by range reduction and a polynomial: right to two units of the last place.
 //
 // Included by a translation unit after its target pragma, which must name AVX-512 F and DQ.
 #pragma once
