@@ -23,6 +23,10 @@
 
 #include "exponential.h"
 
+#include "mask.h"
+
+#include "softmax.h"
+
 #include "attention.h"
 
 namespace octavo {
@@ -235,6 +239,7 @@ extern constexpr Kernels avx512_kernels = [] {
   Kernels kernels = kernels_of<Vec>("avx512", w8a16_scratch, w8a16, w8a8_scratch, w8a8);
   kernels.attention_packed = AttentionInt8::packed;
   kernels.attention_scratch = AttentionInt8::scratch;
+  kernels.attention_mask = AttentionInt8::mask;
   kernels.attention_tokens = AttentionInt8::tokens;
   kernels.attention_rows = AttentionInt8::rows;
   return kernels;

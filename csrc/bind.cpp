@@ -19,6 +19,7 @@
 
 namespace {
 
+using octavo::Allowed;
 using octavo::Attention;
 using octavo::Block;
 using octavo::Float;
@@ -383,17 +384,29 @@ Mask mask_of(const Tensor& mask, const Attention& a) {
   for (int d = 0; d < 3; d++)
     STD_TORCH_CHECK(mask.size(d) == 1 || mask.size(d) == sizes[d], "mask has ", mask.size(d), " in dimension ", d);
   const auto step = [&](int d) { return mask.size(d) == 1 ? 0 : mask.stride(d); };
-  return {*mask_kind(mask.scalar_type()), mask.const_data_ptr(), step(0), step(1), step(2)};
+  return {*mask_kind(mask.scalar_type()),
+          mask.const_data_ptr(),
+          mask.size(0),
+          mask.size(1),
+          mask.size(2),
+          step(0),
+          step(1),
+          step(2),
+          nullptr};
 }
 
 // Rows in the middle of a causal attention cost as much as all do on average: the first goes with the last, the second
 // with the last but one, so that every thread gets its share.
 int64_t from_both_ends(int64_t i, int64_t count) { return i % 2 == 0 ? i / 2 : count - 1 - i / 2; }
 
-void run(const Attention& a) {
+void run(Attention& a) {
   const auto& k = kernels();
   const int64_t key_heads = a.B * a.KV, rows = a.KV ? a.H / a.KV * a.T : 0;
   if (key_heads * rows * a.Dv == 0) return;
+  std::vector<Allowed> allowed(a.mask.kind == Mask::Kind::none ? 0 : a.mask.B * a.mask.H * a.mask.T);
+  a.mask.allowed = allowed.data();
+  in_parallel(static_cast<int64_t>(allowed.size()), a.S,
+              [&](int64_t begin, int64_t end) { k.attention_mask(a, begin, end); });
   const size_t bytes = k.attention_scratch(a);
   const int64_t parts = (a.S + octavo::kAttentionTokens - 1) / octavo::kAttentionTokens;
   in_parallel(key_heads * parts, octavo::kAttentionTokens * (a.D + a.Dv), [&](int64_t begin, int64_t end) {

@@ -6,8 +6,8 @@
 namespace octavo {
 namespace {
 
-// e^x for x <= 0, where nothing overflows: x = n ln 2 + r with |r| <= ln 2 / 2, e^x = 2^n e^r. The polynomial is that
-// of Moshier's Cephes library (expf). -inf gives 0, NaN stays.
+// e^x for x <= 0, where nothing overflows: x = n ln 2 + r with |r| <= ln 2 / 2, e^x = 2^n e^r. e^r = 1 + r + r^2 p(r),
+// p fitted to the least relative error, which is 2^-28. -inf gives 0, NaN stays.
 inline __m512 exp_of_negative(__m512 x) {
   // e^-104 is 0 in fp32. In this order of operands NaN stays.
   x = _mm512_max_ps(_mm512_set1_ps(-104.0f), x);
@@ -15,17 +15,18 @@ inline __m512 exp_of_negative(__m512 x) {
   // ln 2 in two parts: n times the first is exact
   __m512 r = _mm512_fnmadd_ps(n, _mm512_set1_ps(0.693359375f), x);
   r = _mm512_fnmadd_ps(n, _mm512_set1_ps(-2.12194440e-4f), r);
-  __m512 p = _mm512_set1_ps(1.9875691500e-4f);
-  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.3981999507e-3f));
-  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(8.3334519073e-3f));
-  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(4.1665795894e-2f));
-  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.6666665459e-1f));
-  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(5.0000001201e-1f));
-  p = _mm512_fmadd_ps(p, _mm512_mul_ps(r, r), r);
-  return _mm512_scalef_ps(_mm512_add_ps(p, _mm512_set1_ps(1.0f)), n);
+  __m512 p = _mm512_set1_ps(1.38145394e-3f);
+  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(8.36874545e-3f));
+  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(4.16683890e-2f));
+  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.66665211e-1f));
+  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(4.99999940e-1f));
+  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.0f));
+  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.0f));
+  return _mm512_scalef_ps(p, n);
 }
 
-// (1 - t) / (1 + t) with t = e^-2|x|; where that would cancel, the polynomial of Cephes (tanhf). NaN stays.
+// (1 - t) / (1 + t) with t = e^-2|x|; where that would cancel, the polynomial of Moshier's Cephes library (tanhf). NaN
+// stays.
 inline __m512 tanh_of(__m512 x) {
   const __m512 one = _mm512_set1_ps(1.0f), magnitude = _mm512_abs_ps(x);
   const __m512 bounded = _mm512_min_ps(_mm512_set1_ps(10.0f), magnitude);  // of which it is 1

@@ -64,17 +64,27 @@ struct Heads {
   int64_t batch_step, head_step, token_step;  // elements from one to the next
 };
 
-// Where a query may attend, [batch, heads, rows, tokens], and 0 is the step of what is the same for all: a row's
-// entries are contiguous.
+// What is known of a row of a mask: outside of [first, last) it forbids.
+struct Allowed {
+  int64_t first, last;
+  bool plain;    // within it allows, and adds nothing
+  bool certain;  // what it forbids has a probability of 0, as long as scores are no larger than csrc/mask.h says
+};
+
+// Where a query may attend, [batch, heads, rows, tokens]; the first three may be 1 for what is the same for all. A
+// row's entries are contiguous.
 struct Mask {
   enum class Kind : int { none, boolean, f32, bf16, f16 };  // boolean: a byte, 1 where it may; else added to the score
   Kind kind;
   const void* x;
+  int64_t B, H, T;
   int64_t batch_step, head_step, row_step;
+  Allowed* allowed;  // [B, H, T]
 };
 
-// softmax(softcap(q k^T) + mask) v with both products in int8, as octavo/ops/attention.py defines it, in two steps.
+// softmax(softcap(q k^T) + mask) v with both products in int8, as octavo/ops/attention.py defines it, in three steps.
 //
+//     attention_mask     mask -> `mask.allowed`, for rows [i0, i1) of its B * H * T; if there is one
 //     attention_tokens   k, v -> `packed`: their codes, laid out as the products read them, and scales
 //     attention_rows     q, packed -> y
 //
@@ -117,7 +127,8 @@ struct Kernels {
 
   // All null where the instruction set has none: attention is then composed of the other ops.
   size_t (*attention_packed)(const Attention&);   // bytes for each key head, a multiple of 64
-  size_t (*attention_scratch)(const Attention&);  // of either step, 64-byte aligned
+  size_t (*attention_scratch)(const Attention&);  // of the last two steps, 64-byte aligned
+  void (*attention_mask)(const Attention&, int64_t i0, int64_t i1);
   void (*attention_tokens)(const Attention&, int64_t key_head, int64_t s0, int64_t s1, void* scratch);
   void (*attention_rows)(const Attention&, int64_t key_head, int64_t r0, int64_t r1, void* scratch);
 };

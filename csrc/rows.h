@@ -114,26 +114,15 @@ struct RowKernels {
   }
 };
 
-// A table of kernels: those of rows, and the linear layers that it is given; none for attention.
+// A table of kernels: those of rows, and the linear layers that it is given. None for attention.
 template <class V>
 constexpr Kernels kernels_of(const char* isa, size_t (*w8a16_scratch)(const Linear&),
                              void (*w8a16)(const Linear&, Block, void*), size_t (*w8a8_scratch)(const Linear&),
                              void (*w8a8)(const Linear&, Block, void*)) {
   using Of = RowKernels<V>;
-  return {isa,
-          w8a16_scratch,
-          w8a16,
-          w8a8_scratch,
-          w8a8,
-          Of::quantize_weight,
-          Of::quantize_token,
-          Of::quantize_given,
-          Of::amax,
-          Of::lookup,
-          nullptr,
-          nullptr,
-          nullptr,
-          nullptr};
+  return {
+      isa,      w8a16_scratch, w8a16, w8a8_scratch, w8a8, Of::quantize_weight, Of::quantize_token, Of::quantize_given,
+      Of::amax, Of::lookup};
 }
 
 }  // namespace
