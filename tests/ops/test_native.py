@@ -361,8 +361,12 @@ def a_mask(kind: str, batch: int, heads: int, rows: int, tokens: int, seed: int)
         allowed = (torch.arange(tokens) >= tokens // 2).expand(batch, 1, 1, tokens)
     if "finite" in kind or "infinite" in kind:
         dtype = FLOATS[seed % 3]
-        low = torch.finfo(dtype).min if "in" not in kind.split()[0] else -torch.inf
-        return torch.zeros(allowed.shape, dtype=dtype).masked_fill(~allowed, low)
+        lowest = kind.startswith("lowest")
+        if lowest and dtype == torch.float16:  # next to which a score loses its last bits: in no row is it alone
+            allowed = allowed | (torch.arange(tokens) == 0)
+        return torch.zeros(allowed.shape, dtype=dtype).masked_fill(
+            ~allowed, torch.finfo(dtype).min if lowest else -torch.inf
+        )
     return allowed.mT.contiguous().mT if seed & 8 else allowed
 
 
