@@ -17,7 +17,19 @@ import sys
 import time
 from pathlib import Path
 
-from bench import audio, embeddings, experts, kernels, language, mixtral, quantize, smoothquant, speed, vision
+from bench import (
+    attention,
+    audio,
+    embeddings,
+    experts,
+    kernels,
+    language,
+    mixtral,
+    quantize,
+    smoothquant,
+    speed,
+    vision,
+)
 from bench.record import FOLDER, Skipped, page, record
 
 BENCHMARKS = {
@@ -29,6 +41,7 @@ BENCHMARKS = {
     "audio": audio,
     "quantize": quantize,
     "kernels": kernels,
+    "attention": attention,
     "experts": experts,
     "speed": speed,
 }
