@@ -153,6 +153,7 @@ struct AttentionKernels {
     Place places[kAttentionRows];
     find(a, key_head, r0, r1, places);
     const auto q_row = [&](int64_t i) { return head_row(a.q, batch, places[i].head - batch * a.H, places[i].query); };
+    for (int64_t i = 0; i < count; i++) fetch(q_row(i), size_of(a.q.type) * a.D);
     quantize(count, q_row, a.q.type, a.D, scratch.q, scratch.ldq, scratch.scale);
     for (int64_t i = 0; i < count; i++) {
       scratch.scale[i] *= a.scaling;
