@@ -13,8 +13,8 @@ and a key-value cache gives what computing everything anew gives. Folding sv int
 rounded spends their 127 steps on what reaches the result: a first token that draws most of the attention has a small
 value in most models, and would otherwise leave few steps for the rest.
 
-Where there is a kernel of its own (`octavo backends`) that answers instead, in the memory of a few rows of scores; what is
-here answers everywhere else, and float64.
+Where attention has a kernel of its own (`octavo backends`), that answers; what is here answers everywhere else, and
+float64.
 """
 
 from __future__ import annotations
