@@ -17,7 +17,20 @@ import sys
 import time
 from pathlib import Path
 
-from bench import audio, embeddings, experts, gpu, kernels, language, mixtral, quantize, smoothquant, speed, vision
+from bench import (
+    attention,
+    audio,
+    embeddings,
+    experts,
+    gpu,
+    kernels,
+    language,
+    mixtral,
+    quantize,
+    smoothquant,
+    speed,
+    vision,
+)
 from bench.record import FOLDER, Skipped, page, record
 
 BENCHMARKS = {
@@ -29,6 +42,7 @@ BENCHMARKS = {
     "audio": audio,
     "quantize": quantize,
     "kernels": kernels,
+    "attention": attention,
     "experts": experts,
     "speed": speed,
     "gpu": gpu,

@@ -4,6 +4,7 @@
 
 #include <immintrin.h>
 
+#include <cmath>
 #include <cstring>
 #include <type_traits>
 
@@ -19,6 +20,14 @@
 #include "dot_linear.h"
 
 #include "outer_linear.h"
+
+#include "exponential.h"
+
+#include "mask.h"
+
+#include "softmax.h"
+
+#include "attention.h"
 
 namespace octavo {
 namespace {
@@ -188,12 +197,21 @@ struct Int8Unit {
   static int32_t sum_x(const X* x, int64_t K) { return Int8::sum_x(x, K); }
 };
 
+// Codes of probabilities, which are not negative, times codes of values.
+struct WeightedUnit {
+  using X = int8_t;
+  using Sum = int32_t;
+  static constexpr int64_t kElements = 4;
+  static __m512i product(__m512i sums, __m512i x, __m512i w) { return Int8::dot(sums, w, x); }
+};
+
 using LinearF32 = DotLinear<Vec, Fp32Direct<Float::f32>, Fp32Packed<Float::f32>>;
 using LinearF16 = DotLinear<Vec, Fp32Direct<Float::f16>, Fp32Packed<Float::f16>>;
 using LinearBf16 = DotLinear<Vec, Bf16Direct, Bf16Packed>;
 using LinearInt8 = DotLinear<Vec, Int8Direct, Int8Direct>;
 using ManyRowsBf16 = OuterLinear<Vec, Bf16Unit>;
 using ManyRowsInt8 = OuterLinear<Vec, Int8Unit>;
+using AttentionInt8 = AttentionKernels<Vec, Int8Unit, WeightedUnit>;
 
 constexpr size_t kScratchBf16 = max64(sizeof(Scratch<Bf16Packed>), sizeof(ManyRowsBf16::Scratch));
 constexpr size_t kScratchInt8 = max64(sizeof(Scratch<Int8Direct>), sizeof(ManyRowsInt8::Scratch));
@@ -217,7 +235,15 @@ void w8a8(const Linear& layer, Block block, void* scratch) {
 
 }  // namespace
 
-extern constexpr Kernels avx512_kernels = kernels_of<Vec>("avx512", w8a16_scratch, w8a16, w8a8_scratch, w8a8);
+extern constexpr Kernels avx512_kernels = [] {
+  Kernels kernels = kernels_of<Vec>("avx512", w8a16_scratch, w8a16, w8a8_scratch, w8a8);
+  kernels.attention_packed = AttentionInt8::packed;
+  kernels.attention_scratch = AttentionInt8::scratch;
+  kernels.attention_mask = AttentionInt8::mask;
+  kernels.attention_tokens = AttentionInt8::tokens;
+  kernels.attention_rows = AttentionInt8::rows;
+  return kernels;
+}();
 
 }  // namespace octavo
 

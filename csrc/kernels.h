@@ -57,6 +57,54 @@ struct Lookup {
   Float y_type;
 };
 
+// One operand of attention, [batch, heads, tokens, values]: a token's values are contiguous, tokens lie anywhere.
+struct Heads {
+  const void* x;
+  Float type;
+  int64_t batch_step, head_step, token_step;  // elements from one to the next
+};
+
+// What is known of a row of a mask: outside of [first, last) it forbids.
+struct Allowed {
+  int64_t first, last;
+  bool plain;    // within it allows, and adds nothing
+  bool certain;  // what it forbids has a probability of 0, as long as scores are no larger than csrc/mask.h says
+};
+
+// Where a query may attend, [batch, heads, rows, tokens]; the first three may be 1 for what is the same for all. A
+// row's entries are contiguous.
+struct Mask {
+  enum class Kind : int { none, boolean, f32, bf16, f16 };  // boolean: a byte, 1 where it may; else added to the score
+  Kind kind;
+  const void* x;
+  int64_t B, H, T;
+  int64_t batch_step, head_step, row_step;
+  Allowed* allowed;  // [B, H, T]
+};
+
+// softmax(softcap(q k^T) + mask) v with both products in int8, as octavo/ops/attention.py defines it, in three steps.
+//
+//     attention_mask     mask -> `mask.allowed`, for rows [i0, i1) of its B * H * T; if there is one
+//     attention_tokens   k, v -> `packed`: their codes, laid out as the products read them, and scales
+//     attention_rows     q, packed -> y
+//
+// A key head is batch * KV + (its number there). Its rows are those of the H / KV query heads that share it: row r is
+// of head r % (H / KV) among them, and query r / (H / KV).
+struct Attention {
+  int64_t B, H, KV, T, S, D, Dv;  // KV divides H
+  Heads q, k, v;                  // [B, H, T, D], [B, KV, S, D], [B, KV, S, Dv]
+  Mask mask;
+  float scaling;
+  bool has_softcap;
+  float softcap;
+  char* packed;  // 64-byte aligned, `attention_packed` bytes for each key head
+  void* y;       // [B, H, T, Dv] of `y_type`
+  Float y_type;
+};
+
+constexpr int64_t kAttentionTokens = 32;  // the unit in which `attention_tokens` is dealt out
+constexpr int64_t kAttentionRows = 12;    // that `attention_rows` takes at most
+
 struct Kernels {
   const char* isa;
 
@@ -76,6 +124,13 @@ struct Kernels {
   float (*amax)(const Rows&, int64_t r0, int64_t r1);
 
   void (*lookup)(const Lookup&, int64_t i0, int64_t i1);
+
+  // All null where the instruction set has none: attention is then composed of the other ops.
+  size_t (*attention_packed)(const Attention&);   // bytes for each key head, a multiple of 64
+  size_t (*attention_scratch)(const Attention&);  // of the last two steps, 64-byte aligned
+  void (*attention_mask)(const Attention&, int64_t i0, int64_t i1);
+  void (*attention_tokens)(const Attention&, int64_t key_head, int64_t s0, int64_t s1, void* scratch);
+  void (*attention_rows)(const Attention&, int64_t key_head, int64_t r0, int64_t r1, void* scratch);
 };
 
 extern const Kernels scalar_kernels, avx2_kernels, avx512_kernels, amx_kernels;

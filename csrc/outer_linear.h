@@ -85,6 +85,29 @@ OCTAVO_INLINE void outer_tile_of(int64_t rows, const typename Unit::X* x, int64_
     outer_tile<Unit, MR, false>(x, ldx, panel, whole, left, sums, add, next);
 }
 
+// Up to 32 rows of W, `ldw` codes apart, over `length` elements -> panel. What the missing rows would be is zeros.
+template <class Unit>
+void lay_across(const int8_t* w, int64_t ldw, int64_t rows, int64_t length, char* panel) {
+  constexpr int64_t kVector = 16 * Unit::kElements;
+  for (int64_t done = 0; done < length; done += kVector) {
+    const int count = static_cast<int>(min64(kVector, length - done));
+    for (int half = 0; half < 2; half++) {
+      __m512i r[16];
+#pragma GCC unroll 16
+      for (int j = 0; j < 16; j++) {
+        const int64_t n = 16 * half + j;
+        const int8_t* codes = w + n * ldw + done;
+        r[j] = n >= rows ? _mm512_setzero_si512() : count == kVector ? Unit::load_w(codes) : Unit::load_w(codes, count);
+      }
+      transpose(r);
+      char* to = panel + done / Unit::kElements * 128 + 64 * half;
+#pragma GCC unroll 16
+      for (int j = 0; j < 16; j++)
+        if (j * Unit::kElements < count) _mm512_store_si512(to + 128 * j, r[j]);
+    }
+  }
+}
+
 template <class V, class Unit>
 struct OuterLinear {
   using X = typename Unit::X;
@@ -115,36 +138,12 @@ struct OuterLinear {
     const int64_t rows = part.m1 - part.m0, height = ceil_div(rows, ceil_div(rows, kTileRows));
     for (int64_t k = 0; k < layer.K || k == 0; k += kPanelSteps * Unit::kElements) {
       const int64_t length = min64(kPanelSteps * Unit::kElements, layer.K - k);
-      lay_across(layer, part, k, length, scratch.panel);
+      lay_across<Unit>(layer.w + part.n0 * layer.K + k, layer.K, part.n1 - part.n0, length, scratch.panel);
       for (int64_t i = 0; i < rows; i += height)
         outer_tile_of<Unit, kTileRows>(min64(height, rows - i), x_row(layer, part.m0 + i) + k, layer.K, scratch.panel,
                                        length / Unit::kElements, static_cast<int>(length % Unit::kElements),
                                        scratch.sums + i * kBlockN, k > 0,
                                        i == 0 ? layer.w + part.n1 * layer.K + kBlockN * k : nullptr);
-    }
-  }
-
-  // Columns [k, k + length) of the part's rows of W -> panel. Rows past the last are zeros.
-  static void lay_across(const Linear& layer, Block part, int64_t k, int64_t length, char* panel) {
-    constexpr int64_t kVector = 16 * Unit::kElements;
-    for (int64_t done = 0; done < length; done += kVector) {
-      const int count = static_cast<int>(min64(kVector, length - done));
-      for (int half = 0; half < 2; half++) {
-        __m512i r[16];
-#pragma GCC unroll 16
-        for (int j = 0; j < 16; j++) {
-          const int64_t n = part.n0 + 16 * half + j;
-          const int8_t* codes = layer.w + n * layer.K + k + done;
-          r[j] = n >= part.n1       ? _mm512_setzero_si512()
-                 : count == kVector ? Unit::load_w(codes)
-                                    : Unit::load_w(codes, count);
-        }
-        transpose(r);
-        char* to = panel + done / Unit::kElements * 128 + 64 * half;
-#pragma GCC unroll 16
-        for (int j = 0; j < 16; j++)
-          if (j * Unit::kElements < count) _mm512_store_si512(to + 128 * j, r[j]);
-      }
     }
   }
 };

@@ -114,7 +114,7 @@ struct RowKernels {
   }
 };
 
-// A table of kernels: those of rows, and the linear layers that it is given.
+// A table of kernels: those of rows, and the linear layers that it is given. None for attention.
 template <class V>
 constexpr Kernels kernels_of(const char* isa, size_t (*w8a16_scratch)(const Linear&),
                              void (*w8a16)(const Linear&, Block, void*), size_t (*w8a8_scratch)(const Linear&),

@@ -427,6 +427,170 @@ void check_rows_and_lookups(const Kernels& kernels) {
   }
 }
 
+// -- attention -------------------------------------------------------------------------------------------------------
+
+// One operand, [batch, heads, tokens, size] as it lies in memory: heads before tokens, or tokens before heads.
+struct Operand {
+  int64_t heads, tokens, size;
+  bool tokens_first;
+  Floats values;
+  std::vector<int> codes;
+  std::vector<double> scale;
+
+  Operand(int64_t batch, int64_t heads, int64_t tokens, int64_t size)
+      : heads(heads),
+        tokens(tokens),
+        size(size),
+        tokens_first(random_below(2)),
+        values(batch * heads * tokens * size, one_of(kTypes)),
+        codes(values.size()),
+        scale(batch * heads * tokens) {
+    values.fill(-3, 1);
+    for (size_t row = 0; row < scale.size(); row++) {
+      const float step = static_cast<float>(largest_of(values, row * size, (row + 1) * size)) / 127;
+      scale[row] = step == 0 ? 1 : step;
+      for (int64_t i = 0; i < size; i++)
+        codes[row * size + i] = code_of(static_cast<float>(values[row * size + i]), static_cast<float>(scale[row]));
+    }
+  }
+
+  int64_t row(int64_t b, int64_t h, int64_t t) const {
+    return tokens_first ? (b * tokens + t) * heads + h : (b * heads + h) * tokens + t;
+  }
+  Heads as_heads() {
+    return {values.data(), values.type(), heads * tokens * size, (tokens_first ? 1 : tokens) * size,
+            (tokens_first ? heads : 1) * size};
+  }
+  double product(int64_t row, const Operand& other, int64_t other_row) const {
+    int64_t sum = 0;
+    for (int64_t i = 0; i < size; i++)
+      sum += static_cast<int64_t>(codes[row * size + i]) * other.codes[other_row * size + i];
+    return static_cast<double>(sum) * scale[row] * other.scale[other_row];
+  }
+};
+
+// A mask whose rows forbid something at their ends, or anywhere; as booleans, or as numbers that are added.
+struct RandomMask {
+  int64_t B, H, T, S;
+  Mask::Kind kind;
+  Floats values;
+  Array<char> booleans;
+  std::vector<double> added;  // -infinity where forbidden
+  Array<Allowed> allowed;
+
+  RandomMask(int64_t batch, int64_t heads, int64_t rows, int64_t S, Mask::Kind kind)
+      : B(random_below(2) ? batch : 1),
+        H(random_below(2) ? heads : 1),
+        T(random_below(3) ? rows : 1),
+        S(S),
+        kind(kind),
+        values(is_float() ? B * H * T * S : 0, kind == Mask::Kind::bf16  ? Float::bf16
+                                               : kind == Mask::Kind::f16 ? Float::f16
+                                                                         : Float::f32),
+        booleans(kind == Mask::Kind::boolean ? B * H * T * S : 0),
+        added(B * H * T * S),
+        allowed(kind == Mask::Kind::none ? 0 : B * H * T) {
+    const auto [e, f] = format_of(values.type());
+    const uint32_t sign = 1u << (e + f), infinity = ((1u << e) - 1) << f, lowest = sign | (infinity - 1);
+    const int form = static_cast<int>(random_below(4));
+    for (int64_t row = 0; row < B * H * T; row++) {
+      // Next to fp16's lowest number a score loses its last bits: a row of nothing else has no exact result.
+      const bool some = form == 0 && kind == Mask::Kind::f16;
+      const int64_t first = random_below(S + !some), last = first + some + random_below(S - first + !some);
+      for (int64_t s = 0; s < S; s++) {
+        const int64_t i = row * S + s;
+        const bool open = form == 3 ? random_below(4) == 0 : s >= first && s < last;
+        added[i] = open ? 0 : -std::numeric_limits<double>::infinity();
+        if (kind == Mask::Kind::boolean) booleans[i] = open;
+        if (!is_float()) continue;
+        values.set_bits(i, open ? 0 : form == 0 ? lowest : sign | infinity);
+        if (form == 2 && open) values.set_bits(i, (127u >> (8 - e)) << f | random_bits() % 2 << (e + f));  // 1, -1
+        added[i] = values[i];
+      }
+    }
+  }
+  bool is_float() const { return kind != Mask::Kind::none && kind != Mask::Kind::boolean; }
+
+  Mask as_mask() {
+    const void* x = kind == Mask::Kind::boolean ? static_cast<void*>(booleans.data()) : values.data();
+    return {kind, x, B, H, T, B > 1 ? H * T * S : 0, H > 1 ? T * S : 0, T > 1 ? S : 0, allowed.data()};
+  }
+  double at(int64_t b, int64_t h, int64_t t, int64_t s) const {
+    return added[(((B > 1 ? b : 0) * H + (H > 1 ? h : 0)) * T + (T > 1 ? t : 0)) * S + s];
+  }
+};
+
+void check_attention(const Kernels& kernels, int64_t batch, int64_t kv, int64_t shared, int64_t T, int64_t S, int64_t D,
+                     int64_t Dv, Mask::Kind kind) {
+  Operand q(batch, kv * shared, T, D), k(batch, kv, S, D), v(batch, kv, S, Dv);
+  RandomMask mask(batch, kv * shared, T, S, kind);
+  Floats y(batch * kv * shared * T * Dv, one_of(kTypes));
+  Attention a{};
+  a.B = batch, a.H = kv * shared, a.KV = kv, a.T = T, a.S = S, a.D = D, a.Dv = Dv;
+  a.q = q.as_heads(), a.k = k.as_heads(), a.v = v.as_heads();
+  a.mask = mask.as_mask();
+  a.scaling = 0.5f / std::sqrt(static_cast<float>(D));
+  a.has_softcap = random_below(3) == 0, a.softcap = 2;
+  Array<char> packed(kernels.attention_packed(a) * batch * kv), scratch((kernels.attention_scratch(a) + 63) / 64 * 64);
+  a.packed = packed.data(), a.y = y.data(), a.y_type = y.type();
+
+  const int64_t of_mask = kind == Mask::Kind::none ? 0 : mask.B * mask.H * mask.T;
+  kernels.attention_mask(a, 0, of_mask / 2);
+  kernels.attention_mask(a, of_mask / 2, of_mask);
+  const int64_t rows = shared * T, height = 1 + random_below(kAttentionRows);
+  const int64_t cut = S / 2 / kAttentionTokens * kAttentionTokens;
+  for (int64_t head = 0; head < batch * kv; head++) {
+    kernels.attention_tokens(a, head, cut, S, scratch.data());
+    kernels.attention_tokens(a, head, 0, cut, scratch.data());
+  }
+  for (int64_t head = 0; head < batch * kv; head++)
+    for (int64_t r = 0; r < rows; r += height)
+      kernels.attention_rows(a, head, r, std::min(r + height, rows), scratch.data());
+
+  std::vector<double> weight(S);
+  for (int64_t i = 0; i < batch * a.H * T; i++) {
+    const int64_t b = i / (a.H * T), h = i / T % a.H, t = i % T, own = q.row(b, h, t);
+    double top = -std::numeric_limits<double>::infinity(), total = 0, most = 0;
+    for (int64_t s = 0; s < S; s++) {
+      double score = q.product(own, k, k.row(b, h / shared, s)) * a.scaling;
+      if (a.has_softcap) score = std::tanh(score / a.softcap) * a.softcap;
+      weight[s] = score + (kind == Mask::Kind::none ? 0 : mask.at(b, h, t, s));
+      top = std::max(top, weight[s]);
+    }
+    for (double& one : weight) total += one = std::isinf(top) ? 0 : std::exp(one - top);
+    for (int64_t s = 0; s < S; s++) most = std::max(most, weight[s] *= v.scale[v.row(b, h / shared, s)]);
+    for (int64_t d = 0; d < Dv; d++) {
+      double sum = 0, allowed = 0;
+      for (int64_t s = 0; s < S && most > 0; s++) {
+        const double exact = weight[s] * 127 / most, code = v.codes[v.row(b, h / shared, s) * Dv + d];
+        sum += std::nearbyint(exact) * code;
+        if (std::fabs(exact - std::floor(exact) - 0.5) < 2e-3) allowed += std::fabs(code);  // may get either code
+      }
+      const double step = most > 0 ? most / 127 / total : 0, expected = sum * step;
+      allowed = allowed * step + 1e-4 * std::fabs(expected) + ulp(expected, y.type());
+      if (!(std::fabs(y[i * Dv + d] - expected) <= allowed))
+        fail(
+            "%s: attention of %ld heads that share %ld of a batch of %ld, T %ld S %ld D %ld Dv %ld, mask %d: "
+            "y[%ld, %ld, %ld, %ld] is %.9g, expected %.9g in %s",
+            kernels.isa, a.H, kv, batch, T, S, D, Dv, static_cast<int>(kind), b, h, t, d, y[i * Dv + d], expected,
+            name_of(y.type()));
+    }
+  }
+}
+
+void check_attentions(const Kernels& kernels) {
+  constexpr int64_t kT[] = {1, 2, 3, 7, 12, 13, 30}, kS[] = {1, 2, 15, 16, 17, 31, 32, 33, 64, 65, 100, 200};
+  constexpr int64_t kD[] = {1, 2, 3, 4, 5, 15, 16, 31, 33, 63, 64, 65, 130};
+  using Kind = Mask::Kind;
+  for (int64_t S : kS) {
+    for (int64_t D : kD) {
+      for (const Kind kind : {Kind::none, Kind::boolean, Kind::f32, Kind::bf16, Kind::f16})
+        check_attention(kernels, 1 + random_below(2), 1 + random_below(2), 1 + random_below(4), one_of(kT), S, D,
+                        one_of(kD), kind);
+    }
+  }
+}
+
 // -- which kernels a machine gets ------------------------------------------------------------------------------------
 
 void check_choice(const Machine& machine, const char* forced, const char* isa, const char* why) {
@@ -473,7 +637,10 @@ int main() {
     else
       printf("%s: left out, %s\n", isa, choice.kernels ? "it has no kernels" : choice.why);
   }
-  for (const Kernels* kernels : all) check_rows_and_lookups(*kernels);
+  for (const Kernels* kernels : all) {
+    check_rows_and_lookups(*kernels);
+    if (kernels->attention_rows) check_attentions(*kernels);
+  }
   check_linear_layers(all);
   for (const Kernels* kernels : all)
     printf("%s: every shape right, and nothing touched outside of its operands\n", kernels->isa);

@@ -42,7 +42,7 @@ import torch
 from torch import Tensor
 
 from octavo import primitives
-from octavo.ops import fakes, gradients, native, reference, triton  # noqa: F401  fakes, gradients register themselves
+from octavo.ops import attention, fakes, gradients, native, reference, triton  # noqa: F401  some register themselves
 from octavo.ops.schemas import OPS
 from octavo.primitives import Granularity
 
@@ -279,11 +279,14 @@ def int8_attention(
         attend; None if everywhere. A causal attention needs its mask.
     scaling: of the scores, usually D ** -0.5. softcap: bounds them before the mask, as softcap * tanh(score / softcap).
     Returns: [B, H, T, Dv] of query's dtype; zeros for a row whose mask is False or -inf everywhere.
-    Memory: a few blocks of 16 MiB and the codes, whatever T and S.
+    Memory: the codes of key and value, and scores of 12 rows for each thread; where attention has no kernels of its own
+        (`backends`), the codes and a few blocks of 16 MiB. Whatever T is.
     Raises: QuantizeError for shapes that do not go together or operands that are not floating point; OctavoError when
         a gradient is computed through it: it is for inference.
     """
-    return _int8_attention(autocast(query), key, value, mask, scaling, softcap)
+    query = autocast(query)
+    args = (query, key, value, mask, scaling, softcap)
+    return _run(_int8_attention, lambda: attention.check_heads(query, key, value, mask), *args)
 
 
 def straight_through(y: Tensor, x: Tensor, weight: Tensor, weight_scale: Tensor, ends: Tensor | None = None) -> Tensor:
@@ -321,6 +324,8 @@ def backends() -> list[Serving]:
     for op in OPS:
         if _native.isa is None:
             rows.append(Serving(op, "cpu", "reference", _native.why))
+        elif op == "int8_attention" and not _native.attends:
+            rows.append(Serving(op, "cpu", "reference", f"composed of other ops, which {_native.isa} kernels serve"))
         elif op in native.OPS:
             rows.append(Serving(op, "cpu", _native.isa, _native.why))
         else:

@@ -1,4 +1,4 @@
-"""Attention with both of its products in int8, out of other ops of this package: right on every device.
+"""Attention with both of its products in int8: its definition, and it composed of other ops, right on every device.
 
 SmoothQuant's BMM (Xiao et al., arXiv:2211.10438, section 4), with scales found on the fly:
 
@@ -12,6 +12,9 @@ With a scale a token no token changes how another one is rounded: what padding h
 and a key-value cache gives what computing everything anew gives. Folding sv into the probabilities before they are
 rounded spends their 127 steps on what reaches the result: a first token that draws most of the attention has a small
 value in most models, and would otherwise leave few steps for the rest.
+
+Where attention has a kernel of its own (`octavo backends`), that answers; what is here answers everywhere else, and
+float64.
 """
 
 from __future__ import annotations

@@ -30,16 +30,19 @@ OPS = (
     "quantize_per_tensor",
     "quantize_static",
     "quantize_weight",
+    "int8_attention",
 )
 """The ops that it answers; `csrc/bind.cpp` registers them."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Native:
-    """What serves on CPUs. isa: the instruction set, or None where the reference does. why: in either case."""
+    """What serves on CPUs. isa: the instruction set, or None where the reference does. why: in either case.
+    attends: whether attention has kernels of its own for that instruction set, and is not composed of other ops."""
 
     isa: str | None
     why: str
+    attends: bool = False
 
 
 def reference_is_forced() -> bool:
@@ -85,9 +88,10 @@ def select(isa: str) -> Native:
     library = ctypes.CDLL(str(LIBRARY))
     library.octavo_select.restype = ctypes.c_char_p
     library.octavo_isa.restype = ctypes.c_char_p
+    library.octavo_attends.restype = ctypes.c_bool
     error = ctypes.c_int()
     why = library.octavo_select(isa.encode(), ctypes.byref(error)).decode()
     if error:
         raise QuantizeError(why)
     name = library.octavo_isa()
-    return Native(None if name is None else name.decode(), why)
+    return Native(None if name is None else name.decode(), why, library.octavo_attends())

@@ -155,10 +155,11 @@ def test_fake_and_real_agree_to_rounding(masked: bool, softcap: float | None) ->
 
 
 def test_blocks_of_rows_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the composition: of the kernels, see test_native.py."""
     operands = (*heads(rows=10, tokens=12), torch.rand(2, 4, 10, 12) < 0.8, 0.25)
-    whole = ops.int8_attention(*operands)
+    whole = attention.int8_attention(*operands)
     monkeypatch.setattr(attention, "_BLOCK_SCORES", 3 * 2 * 4 * 12)
-    assert torch.equal(ops.int8_attention(*operands), whole)
+    assert torch.equal(attention.int8_attention(*operands), whole)
 
 
 # -- masks ------------------------------------------------------------------------------------------------------------
@@ -297,5 +298,6 @@ def test_a_gradient_is_refused() -> None:
 def test_shapes_that_do_not_go_together_are_refused(change: dict[str, Tensor], message: str, device: str) -> None:
     operands: dict[str, Any] = {**dict(zip(("query", "key", "value"), heads(), strict=True)), "mask": None, **change}
     on_device = {name: x if x is None else x.to(device) for name, x in operands.items()}
+    call = ops.int8_attention if device == "cpu" else torch.ops.octavo.int8_attention
     with pytest.raises(QuantizeError, match=message):
-        torch.ops.octavo.int8_attention(**on_device, scaling=0.25)
+        call(**on_device, scaling=0.25)

@@ -1,0 +1,247 @@
+// Attention with both products in int8, for AVX-512: by outer products, a few rows of the query at a time.
+//
+//     tokens   32 keys are quantized and laid across, [D / 4][32 keys][4], as a linear layer's rows of W are; 32 values
+//              too, [S / 4][32 columns][4] for each 32 columns of v, where four tokens are four rows as they lie
+//     rows     up to 12: their codes, their scores with all keys, the probabilities' codes, y. What is between the two
+//              products stays in scratch, which is in L1 for 500 tokens and in L2 for 10000
+//
+// Each value of e^(score - largest) * (scale of v) is computed once and kept. Its sum over the row divides y at the
+// end, not the probabilities: a factor of the whole row changes no code.
+//
+// What the mask forbids to all of the rows at either end of the tokens is passed over where that changes no bit
+// (mask.h).
+//
+// Included by a translation unit after its target pragma, like outer_linear.h, whose tiles it uses.
+#pragma once
+
+namespace octavo {
+namespace {
+
+// `Score` is the unit of q times k, `Weighted` of probabilities times v.
+template <class V, class Score, class Weighted>
+struct AttentionKernels {
+  using F = typename V::F;
+
+  // What `packed` holds of one key head.
+  struct Tokens {
+    int64_t count;             // S, and tokens up to the next multiple of 32: their scale is 0
+    int64_t panel;             // bytes of 32 keys
+    char *keys, *values;       // [count / 32][D / 4][32][4], [Dv / 32][count / 4][32][4]
+    float *k_scale, *v_scale;  // [count]
+
+    Tokens(const Attention& a, int64_t key_head)
+        : count(whole(a.S)), panel(ceil_div(a.D, 4) * 4 * kBlockN), keys(a.packed + key_head * packed(a)) {
+      values = keys + count / kBlockN * panel;
+      k_scale = reinterpret_cast<float*>(values + count * whole(a.Dv));
+      v_scale = k_scale + count;
+    }
+  };
+
+  static int64_t whole(int64_t count) { return ceil_div(count, kBlockN) * kBlockN; }
+
+  static size_t packed(const Attention& a) {
+    return whole(a.S) * (ceil_div(a.D, 4) * 4 + whole(a.Dv) + 2 * sizeof(float));
+  }
+
+  // -- tokens ----------------------------------------------------------------------------------------------------
+
+  static void tokens(const Attention& a, int64_t key_head, int64_t s0, int64_t s1, void* memory) {
+    const Tokens to(a, key_head);
+    auto* const codes = static_cast<int8_t*>(memory);
+    const int64_t batch = key_head / a.KV, head = key_head % a.KV;
+    for (int64_t s = s0; s < s1; s += kBlockN) {
+      const int64_t rows = min64(kBlockN, s1 - s);
+      for (int64_t j = s + kBlockN; j < min64(s + 2 * kBlockN, a.S); j++) {
+        fetch(head_row(a.k, batch, head, j), size_of(a.k.type) * a.D);
+        fetch(head_row(a.v, batch, head, j), size_of(a.v.type) * a.Dv);
+      }
+      for (int64_t j = 0; j < kBlockN; j++) to.k_scale[s + j] = to.v_scale[s + j] = 0;
+      quantize(
+          rows, [&](int64_t j) { return head_row(a.k, batch, head, s + j); }, a.k.type, a.D, codes, a.D,
+          to.k_scale + s);
+      lay_across<Score>(codes, a.D, rows, a.D, to.keys + s / kBlockN * to.panel);
+      quantize(
+          rows, [&](int64_t j) { return head_row(a.v, batch, head, s + j); }, a.v.type, a.Dv, codes, whole(a.Dv),
+          to.v_scale + s);
+      lay_by_fours(codes, whole(a.Dv), to.values + s * kBlockN, to.count * kBlockN);
+    }
+  }
+
+  static void fetch(const void* row, int64_t bytes) {
+    for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(static_cast<const char*>(row) + i);
+  }
+
+  // Rows that lie anywhere -> codes, `step` apart, and scales. In two passes, for what is found across the lanes of a
+  // vector takes long, and the next row need not wait for it.
+  template <class RowOf>
+  static void quantize(int64_t rows, const RowOf& row_of, Float type, int64_t K, int8_t* codes, int64_t step,
+                       float* scale) {
+    for (int64_t i = 0; i < rows; i++) scale[i] = RowKernels<V>::amax_of(row_of(i), type, K) / kQmax;
+    for (int64_t i = 0; i < rows; i++) {
+      if (scale[i] == 0) scale[i] = 1;
+      RowKernels<V>::codes_of(row_of(i), type, K, scale[i], codes + i * step);
+    }
+  }
+
+  static const void* head_row(const Heads& x, int64_t batch, int64_t head, int64_t token) {
+    return element(x.x, x.type, batch * x.batch_step + head * x.head_step + token * x.token_step);
+  }
+
+  // 32 rows of `width` codes, each 32 columns -> [8][32 columns][4 rows], `step` bytes apart.
+  static void lay_by_fours(const int8_t* codes, int64_t width, char* panels, int64_t step) {
+    for (int64_t column = 0; column < width; column += 16) {
+      char* to = panels + column / kBlockN * step + column % kBlockN * 4;
+      for (int64_t row = 0; row < kBlockN; row += 4, to += 4 * kBlockN) {
+        const int8_t* from = codes + row * width + column;
+        const __m128i r0 = load16(from), r1 = load16(from + width), r2 = load16(from + 2 * width),
+                      r3 = load16(from + 3 * width);
+        const __m128i low01 = _mm_unpacklo_epi8(r0, r1), high01 = _mm_unpackhi_epi8(r0, r1);
+        const __m128i low23 = _mm_unpacklo_epi8(r2, r3), high23 = _mm_unpackhi_epi8(r2, r3);
+        store16(to, _mm_unpacklo_epi16(low01, low23)), store16(to + 16, _mm_unpackhi_epi16(low01, low23));
+        store16(to + 32, _mm_unpacklo_epi16(high01, high23)), store16(to + 48, _mm_unpackhi_epi16(high01, high23));
+      }
+    }
+  }
+
+  static __m128i load16(const int8_t* p) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(p)); }
+  static void store16(char* p, __m128i v) { _mm_storeu_si128(reinterpret_cast<__m128i*>(p), v); }
+
+  // -- rows ------------------------------------------------------------------------------------------------------
+
+  struct Scratch {
+    int64_t ldq, ldp;  // odd multiples of a cache line, so that rows do not all fall into the same sets of the cache
+    int32_t* scores;   // [tokens / 32][12][32]; after the softmax's first pass fp32
+    int32_t* y;        // [12][32]
+    int8_t *q, *p;     // [12][ldq], [12][ldp]
+    float scale[kAttentionRows];
+    int32_t excess[kAttentionRows];
+
+    Scratch(const Attention& a, void* memory)
+        : ldq(padded(a.D)), ldp(padded(a.S)), scores(static_cast<int32_t*>(memory)) {
+      y = scores + kAttentionRows * whole(a.S);
+      q = reinterpret_cast<int8_t*>(y + kAttentionRows * kBlockN);
+      p = q + kAttentionRows * ldq;
+    }
+    static int64_t padded(int64_t count) { return ceil_div(count, 128) * 128 + 64; }
+    static size_t bytes(const Attention& a) {
+      return kAttentionRows * ((whole(a.S) + kBlockN) * sizeof(int32_t) + padded(a.D) + padded(a.S));
+    }
+  };
+
+  static size_t scratch(const Attention& a) { return max64(Scratch::bytes(a), kBlockN * max64(a.D, whole(a.Dv))); }
+
+  // Rows [r0, r1) of a key head, the heads that share it taking turns: whose each is, and which of the mask's rows.
+  struct Place {
+    int64_t head, query, of_mask;  // `head` is counted over the batch
+  };
+  static void find(const Attention& a, int64_t key_head, int64_t r0, int64_t r1, Place* places) {
+    const int64_t shared = a.H / a.KV, batch = key_head / a.KV;
+    const Mask& m = a.mask;
+    int64_t head = r0 % shared, query = r0 / shared;
+    for (int64_t r = r0; r < r1; r++, places++) {
+      places->head = key_head * shared + head, places->query = query;
+      places->of_mask =
+          ((m.B > 1 ? batch : 0) * m.H + (m.H > 1 ? places->head - batch * a.H : 0)) * m.T + (m.T > 1 ? query : 0);
+      if (++head == shared) head = 0, query++;
+    }
+  }
+
+  static void rows(const Attention& a, int64_t key_head, int64_t r0, int64_t r1, void* memory) {
+    const Tokens tokens(a, key_head);
+    Scratch scratch(a, memory);
+    const int64_t count = r1 - r0, batch = key_head / a.KV;
+    Place places[kAttentionRows];
+    find(a, key_head, r0, r1, places);
+    const auto q_row = [&](int64_t i) { return head_row(a.q, batch, places[i].head - batch * a.H, places[i].query); };
+    for (int64_t i = 0; i < count; i++) fetch(q_row(i), size_of(a.q.type) * a.D);
+    quantize(count, q_row, a.q.type, a.D, scratch.q, scratch.ldq, scratch.scale);
+    for (int64_t i = 0; i < count; i++) {
+      scratch.scale[i] *= a.scaling;
+      scratch.excess[i] = excess_of<Score>(scratch.q + i * scratch.ldq, a.D);
+    }
+    const Part part = part_of(a, tokens, scratch.scale, places, count);
+    for (int64_t s = part.first; s < part.last; s += kBlockN)
+      outer_tile_of<Score, kAttentionRows>(count, scratch.q, scratch.ldq, tokens.keys + s / kBlockN * tokens.panel,
+                                           a.D / 4, a.D % 4, scratch.scores + s * kAttentionRows, false, nullptr);
+    SoftmaxRow softmax[kAttentionRows];
+    for (int64_t i = 0; i < count; i++) softmax[i] = softmax_row(a, tokens, part, scratch, i, places[i].of_mask);
+    Softmax<V>::run(softmax, count);
+    for (int64_t i = 0; i < count; i++) scratch.scale[i] = Softmax<V>::scale_of(softmax[i]);
+    for (int64_t n = 0; n < a.Dv; n += kBlockN) {
+      outer_tile_of<Weighted, kAttentionRows>(count, scratch.p + part.first, scratch.ldp,
+                                              tokens.values + (n * tokens.count + part.first * kBlockN),
+                                              (part.last - part.first) / 4, 0, scratch.y, false, nullptr);
+      for (int64_t i = 0; i < count; i++)
+        store_y(a, (places[i].head * a.T + places[i].query) * a.Dv, n, scratch.y + i * kBlockN, scratch.scale[i]);
+    }
+  }
+
+  // Sums -> y[n : n + 32] of a row that begins at element `row`.
+  static void store_y(const Attention& a, int64_t row, int64_t n, const int32_t* sums, float scale) {
+    const int64_t end = min64(n + kBlockN, a.Dv);
+    for (; n < end; n += V::kLanes, sums += V::kLanes)
+      V::store(element(a.y, a.y_type, row + n), a.y_type, static_cast<int>(min64(V::kLanes, end - n)),
+               V::mul(V::from_sums(sums, 0), V::set1(scale)));
+  }
+
+  // -- masks -----------------------------------------------------------------------------------------------------
+
+  static void mask(const Attention& a, int64_t i0, int64_t i1) { MaskRows<V>::look(a.mask, a.S, i0, i1); }
+
+  // Tokens [first, last), multiples of 32, outside of which each probability of rows [r0, r1) is 0.
+  struct Part {
+    int64_t first, last;
+    bool trusted;  // so is each of a row outside of what its mask allows
+  };
+
+  static Part part_of(const Attention& a, const Tokens& tokens, const float* q_scale, const Place* places,
+                      int64_t count) {
+    const Part all{0, tokens.count, false};
+    const Mask& m = a.mask;
+    if (m.kind == Mask::Kind::none) return all;
+    int64_t first = a.S, last = 0;
+    for (int64_t i = 0; i < count; i++) {
+      const Allowed& row = m.allowed[places[i].of_mask];
+      if (!row.certain) return all;
+      if (row.first < row.last) first = min64(first, row.first), last = max64(last, row.last);
+    }
+    // What is not finite is NaN in the result, times 0 too.
+    if (!std::isfinite(RowKernels<V>::amax_of(tokens.v_scale, Float::f32, a.S))) return all;
+    if (m.kind != Mask::Kind::boolean) {
+      const float largest = RowKernels<V>::amax_of(tokens.k_scale, Float::f32, a.S) *
+                            RowKernels<V>::amax_of(q_scale, Float::f32, count) * 16384.0f * static_cast<float>(a.D);
+      if (!(largest < MaskRows<V>::reach(m.kind)) || (a.has_softcap && a.softcap == 0)) return all;
+    }
+    if (first >= last) return {0, 0, true};
+    return {first / kBlockN * kBlockN, whole(last), true};
+  }
+
+  // Row i, whose sums are in scratch. The codes of what its own mask forbids, and only others' allow, are zeros.
+  static SoftmaxRow softmax_row(const Attention& a, const Tokens& tokens, const Part& part, Scratch& scratch, int64_t i,
+                                int64_t of_mask) {
+    int8_t* const codes = scratch.p + i * scratch.ldp;
+    SoftmaxRow row{};
+    row.x = reinterpret_cast<float*>(scratch.scores) + i * kBlockN, row.step = kAttentionRows * kBlockN;
+    row.excess = scratch.excess[i], row.scale = scratch.scale[i];
+    row.k_scale = tokens.k_scale, row.v_scale = tokens.v_scale;
+    row.first = part.first, row.last = min64(part.last, a.S);
+    row.has_softcap = a.has_softcap, row.softcap = a.softcap;
+    row.codes = codes;
+    if (a.mask.kind != Mask::Kind::none) {
+      const Allowed& allowed = a.mask.allowed[of_mask];
+      if (part.trusted && allowed.plain) {
+        row.first = allowed.first, row.last = allowed.last;
+        const bool some = row.first < row.last;
+        const int64_t from = some ? row.first / kBlockN * kBlockN : part.last, to = some ? whole(row.last) : part.last;
+        memset(codes + part.first, 0, from - part.first);
+        memset(codes + to, 0, part.last - to);
+      } else {
+        row.kind = a.mask.kind, row.mask = MaskRows<V>::row(a.mask, of_mask);
+      }
+    }
+    return row;
+  }
+};
+
+}  // namespace
+}  // namespace octavo

@@ -1,0 +1,117 @@
+// What a mask forbids to a row of attention at either end of its tokens: the future, what left a window, padding.
+//
+// Most masks say nothing else, and hold zeros (or true) where something is allowed. Their rows are read once, for all
+// heads that share them, and what is known of them afterwards are two numbers.
+//
+// A finite entry forbids as well as -inf does where another entry of its row is so far above it that e^(difference) is
+// 0: masks of transformers hold the lowest number of their type. Entries <= `never` do, next to one >= -`reach`, as
+// long as no score is as large as `reach`.
+//
+// Included by a translation unit after its target pragma, which must name AVX-512 F, BW and VL.
+#pragma once
+
+namespace octavo {
+namespace {
+
+template <class V>
+struct MaskRows {
+  using Kind = Mask::Kind;
+
+  static Float float_of(Kind kind) {
+    return kind == Kind::f32 ? Float::f32 : kind == Kind::bf16 ? Float::bf16 : Float::f16;
+  }
+
+  // Entries of row i, counted over all that the mask has.
+  static const void* row(const Mask& m, int64_t i) {
+    const int64_t at = i / (m.H * m.T) * m.batch_step + i / m.T % m.H * m.head_step + i % m.T * m.row_step;
+    return m.kind == Kind::boolean ? static_cast<const char*>(m.x) + at : element(m.x, float_of(m.kind), at);
+  }
+
+  static float never(Kind kind) { return kind == Kind::f16 ? -6e4f : -1e30f; }
+  static float reach(Kind kind) { return kind == Kind::f16 ? 1e4f : 1e29f; }
+
+  // mask rows [i0, i1) of S entries -> allowed
+  static void look(const Mask& m, int64_t S, int64_t i0, int64_t i1) {
+    for (int64_t i = i0; i < i1; i++) {
+      const void* const entries = row(m, i);
+      m.allowed[i] = m.kind == Kind::boolean ? look<Kind::boolean>(entries, S)
+                     : m.kind == Kind::f32   ? look<Kind::f32>(entries, S)
+                     : m.kind == Kind::bf16  ? look<Kind::bf16>(entries, S)
+                                             : look<Kind::f16>(entries, S);
+    }
+  }
+
+  template <Kind kind>
+  static Allowed look(const void* entries, int64_t S) {
+    Allowed found{0, 0, true, kind == Kind::boolean};
+    int64_t s = 0;
+    while (s < S && !allows_some<kind>(entries, s, S)) s += kMany;
+    // Else all are equally far from what is allowed, and share the attention.
+    if (s >= S) return found;
+    while (!allows<kind>(entries, s, count(S - s))) s += 16;
+    found.first = s + __builtin_ctz(allows<kind>(entries, s, count(S - s)));
+    if constexpr (kind != Kind::boolean) found.certain = first_is_near<kind>(entries, found.first);
+
+    for (s = (S - 1) / kMany * kMany; !allows_some<kind>(entries, s, S);) s -= kMany;
+    for (s = (min64(s + kMany, S) - 1) / 16 * 16; !allows<kind>(entries, s, count(S - s));) s -= 16;
+    found.last = s + 32 - __builtin_clz(allows<kind>(entries, s, count(S - s)));
+
+    for (s = found.first; s < found.last && found.plain; s += kMany)
+      found.plain = all_change_nothing<kind>(entries, s, found.last);
+    return found;
+  }
+
+  static constexpr int64_t kMany = 64;  // entries that are looked at before it is asked what was found
+
+  template <Kind kind>
+  static bool allows_some(const void* entries, int64_t s, int64_t S) {
+    const int64_t end = min64(s + kMany, S);
+    unsigned found = 0;
+    for (; s + 16 <= end; s += 16) found |= allows<kind>(entries, s, 16);
+    if (s < end) found |= allows<kind>(entries, s, count(end - s));
+    return found;
+  }
+
+  template <Kind kind>
+  static bool all_change_nothing(const void* entries, int64_t s, int64_t last) {
+    const int64_t end = min64(s + kMany, last);
+    unsigned found = 0xffff;
+    for (; s + 16 <= end; s += 16) found &= changes_nothing<kind>(entries, s, 16);
+    if (s < end) found &= changes_nothing<kind>(entries, s, count(end - s)) | ~mask16(count(end - s));
+    return found == 0xffff;
+  }
+
+  static int count(int64_t left) { return static_cast<int>(min64(16, left)); }
+
+  // Which of up to 16 entries allow something. NaN does, for it reaches the result.
+  template <Kind kind>
+  static __mmask16 allows(const void* entries, int64_t s, int count) {
+    if constexpr (kind == Kind::boolean) return changes_nothing<kind>(entries, s, count);
+    return _mm512_mask_cmp_ps_mask(mask16(count), load<kind>(entries, s, count), V::set1(never(kind)), _CMP_NLE_UQ);
+  }
+
+  // Which are true, or add nothing.
+  template <Kind kind>
+  static __mmask16 changes_nothing(const void* entries, int64_t s, int count) {
+    if constexpr (kind == Kind::boolean) {
+      const __m128i bytes = _mm_maskz_loadu_epi8(mask16(count), static_cast<const char*>(entries) + s);
+      return _mm_test_epi8_mask(bytes, bytes);
+    } else {
+      return _mm512_mask_cmp_ps_mask(mask16(count), load<kind>(entries, s, count), V::set1(0), _CMP_EQ_OQ);
+    }
+  }
+
+  template <Kind kind>
+  static typename V::F load(const void* entries, int64_t s, int count) {
+    constexpr Float type = kind == Kind::f32 ? Float::f32 : kind == Kind::bf16 ? Float::bf16 : Float::f16;
+    return V::load(element(entries, type, s), type, count);
+  }
+
+  template <Kind kind>
+  static bool first_is_near(const void* entries, int64_t first) {
+    return _mm512_cmp_ps_mask(load<kind>(entries, first, 1), V::set1(-reach(kind)), _CMP_GE_OQ) & 1;
+  }
+};
+
+}  // namespace
+}  // namespace octavo

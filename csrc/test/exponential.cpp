@@ -1,0 +1,84 @@
+// Checks exp and tanh of csrc/exponential.h against those of double: a value in each 64 of all that there are, and the
+// ends of their ranges. tests/ops/test_exponential.py builds and runs this. Exit status 0: all is right; 77: this
+// processor has no AVX-512.
+
+#include <immintrin.h>
+
+#include <cmath>
+#include <cstdint>
+#include <cstdio>
+#include <cstring>
+
+#pragma GCC push_options
+#pragma GCC target("avx512f,avx512dq")
+#include "../exponential.h"
+#pragma GCC pop_options
+
+namespace {
+
+constexpr double kSmallest = 0x1p-149;  // fp32, between which and the next there is no number
+
+float value_of(uint32_t bits) {
+  float value;
+  memcpy(&value, &bits, sizeof value);
+  return value;
+}
+
+// Units of the last place between a fp32 value and what it should be.
+double distance(float value, double expected) {
+  int exponent;
+  std::frexp(expected, &exponent);
+  return std::fabs(value - expected) / std::fmax(std::ldexp(1.0, exponent - 24), kSmallest);
+}
+
+using Function = __m512 (*)(__m512);
+
+#pragma GCC push_options
+#pragma GCC target("avx512f,avx512dq")
+__m512 exp_of(__m512 x) { return octavo::exp_of_negative(x); }
+__m512 tanh_of(__m512 x) { return octavo::tanh_of(x); }
+
+__attribute__((noinline)) void apply(Function function, const float* x, float* y) {
+  _mm512_storeu_ps(y, function(_mm512_loadu_ps(x)));
+}
+#pragma GCC pop_options
+
+// Of the numbers with these bits, 64 apart. Returns: whether each is right to `allowed` units of the last place.
+bool check(const char* name, Function function, double (*exact)(double), uint32_t first, uint32_t last,
+           double allowed) {
+  double worst = 0;
+  for (uint64_t bits = first; bits <= last; bits += 16 * 64) {
+    float x[16], y[16];
+    for (int i = 0; i < 16; i++) x[i] = value_of(static_cast<uint32_t>(bits + 64 * i < last ? bits + 64 * i : last));
+    apply(function, x, y);
+    for (int i = 0; i < 16; i++) {
+      const double error = distance(y[i], exact(x[i]));
+      if (!(error <= worst)) worst = error;
+      if (!(error <= allowed)) {
+        fprintf(stderr, "%s(%.9g) is %.9g, expected %.9g: %.2f units of the last place\n", name, x[i], y[i],
+                exact(x[i]), error);
+        return false;
+      }
+    }
+  }
+  printf("%s: right to %.2f units of the last place\n", name, worst);
+  return true;
+}
+
+}  // namespace
+
+int main() {
+  if (!__builtin_cpu_supports("avx512f") || !__builtin_cpu_supports("avx512dq")) return 77;
+  constexpr uint32_t kZero = 0, kMinus = 0x80000000u, kInfinity = 0x7f800000u, kNan = 0x7fc00000u;
+  bool right = check("exp", exp_of, std::exp, kMinus, kMinus | kInfinity, 2);  // from -0 to -inf
+  right &= check("tanh", tanh_of, std::tanh, kZero, kInfinity, 3);
+  right &= check("tanh", tanh_of, std::tanh, kMinus, kMinus | kInfinity, 3);
+  const Function both[] = {exp_of, tanh_of};
+  for (const Function function : both) {
+    float x[16], y[16];
+    for (float& one : x) one = value_of(kNan);
+    apply(function, x, y);
+    for (const float one : y) right &= std::isnan(one);
+  }
+  return right ? 0 : 1;
+}
