@@ -17,9 +17,13 @@ import octavo
 from octavo.cli import bench_worker
 from octavo.integrations.generation import load_causal
 
-__all__ = ["BF16", "QUANTO", "RUNTIMES", "TORCHAO", "TORCHAO_COMPILED", "TORCHAO_DYNAMIC", "W8A8", "W8A16", "start"]
+__all__ = [
+    "BF16", "QUANTO", "RUNTIMES", "TORCHAO", "TORCHAO_COMPILED", "TORCHAO_DYNAMIC", "W8A8", "W8A8_ATTENTION", "W8A16",
+    "start",
+]  # fmt: skip
 
 BF16, W8A16, W8A8 = "transformers bf16", "octavo w8a16", "octavo w8a8"
+W8A8_ATTENTION = "octavo w8a8, attention int8"
 TORCHAO, TORCHAO_COMPILED = "torchao Int8WeightOnly", "torchao Int8WeightOnly, compiled"
 TORCHAO_DYNAMIC, QUANTO = "torchao Int8DynamicActivation, compiled", "optimum-quanto qint8"
 
@@ -34,8 +38,8 @@ class Runtime:
     plain: bool = False
 
 
-def _octavo(scheme: str) -> Callable[[Any], object]:
-    return lambda model: octavo.quantize(model, scheme, include=["Embedding", "OutputHead"])
+def _octavo(scheme: str, attention: str = "float") -> Callable[[Any], object]:
+    return lambda model: octavo.quantize(model, scheme, include=["Embedding", "OutputHead"], attention=attention)
 
 
 def _torchao(config: str) -> Callable[[Any], object]:
@@ -58,6 +62,7 @@ RUNTIMES = {
     BF16: Runtime(lambda model: None, plain=True),
     W8A16: Runtime(_octavo("w8a16"), plain=True),
     W8A8: Runtime(_octavo("w8a8"), plain=True),
+    W8A8_ATTENTION: Runtime(_octavo("w8a8", attention="int8"), plain=True),
     TORCHAO: Runtime(_torchao("Int8WeightOnlyConfig")),
     TORCHAO_COMPILED: Runtime(_torchao("Int8WeightOnlyConfig"), compiled=True),
     TORCHAO_DYNAMIC: Runtime(_torchao("Int8DynamicActivationInt8WeightConfig"), compiled=True),

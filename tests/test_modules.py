@@ -585,6 +585,14 @@ def test_to_a_gpu_and_back(kind: str) -> None:
     assert torch.equal(model.cpu()(x), expected)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_on_meta_tensors_the_shape_is_told(kind: str) -> None:
+    model, x = whole(kind)
+    expected = model(x)
+    told = model.to("meta")(x.to("meta"))
+    assert told.is_meta and (told.shape, told.dtype) == (expected.shape, expected.dtype)
+
+
 def test_a_state_of_float_weights_is_refused() -> None:
     layer = nn.Linear(12, 5)
     int8, _ = quantized(layer)

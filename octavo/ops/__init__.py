@@ -285,8 +285,12 @@ def int8_attention(
         a gradient is computed through it: it is for inference.
     """
     query = autocast(query)
-    args = (query, key, value, mask, scaling, softcap)
-    return _run(_int8_attention, lambda: attention.check_heads(query, key, value, mask), *args)
+
+    def check() -> None:
+        attention.check_heads(query, key, value, mask)
+        attention.check_longest(key)
+
+    return _run(_int8_attention, check, query, key, value, mask, scaling, softcap)
 
 
 def straight_through(y: Tensor, x: Tensor, weight: Tensor, weight_scale: Tensor, ends: Tensor | None = None) -> Tensor:
@@ -300,7 +304,7 @@ def straight_through(y: Tensor, x: Tensor, weight: Tensor, weight_scale: Tensor,
 def autocast(x: Tensor) -> Tensor:
     """`x` in the dtype that it has inside autocast, if that is on."""
     device = x.device.type
-    if torch.is_autocast_enabled(device) and x.is_floating_point() and x.dtype != torch.float64:
+    if device != "meta" and torch.is_autocast_enabled(device) and x.is_floating_point() and x.dtype != torch.float64:
         return x.to(torch.get_autocast_dtype(device))
     return x
 

@@ -23,9 +23,9 @@ import torch
 from torch import Tensor
 
 from octavo.errors import QuantizeError
-from octavo.ops.reference import check_rows, in_full_precision
+from octavo.ops.reference import LONGEST_EXACT, check_rows, in_full_precision
 
-__all__ = ["check_heads", "fake_int8_attention", "int8_attention"]
+__all__ = ["check_heads", "check_longest", "fake_int8_attention", "int8_attention"]
 
 _BLOCK_SCORES = 1 << 22
 """Rows of the query are taken in blocks of this many scores (16 MiB in fp32, a few of which live at a time)."""
@@ -36,6 +36,7 @@ def int8_attention(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float, softcap: float | None = None
 ) -> Tensor:
     check_heads(query, key, value, mask)
+    check_longest(key)
     (batch, heads, rows, _), (kv_heads, tokens) = query.shape, key.shape[1:3]
     # Heads that share a key stand below each other: [batch * kv_heads, heads / kv_heads * rows, ...].
     q, q_scale = (_by_key(part, kv_heads) for part in _codes(query))
@@ -93,6 +94,19 @@ def check_heads(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) 
             f"mask: shape is {list(mask.shape)}, expected [{batch}, {heads}, {rows}, {tokens}] or 1 in place of any of "
             "these"
         )
+
+
+def check_longest(key: Tensor) -> None:
+    """Raise QuantizeError if int32 cannot hold the sums over the tokens of key, [B, KV, S, D], or over its channels.
+
+    The kernels for CUDA devices have no such bound: they cut the tokens into parts.
+    """
+    for size, of in zip(key.shape[2:], ("tokens", "channels"), strict=True):
+        if size > LONGEST_EXACT:
+            raise QuantizeError(
+                f"key: has {size} {of}, expected up to {LONGEST_EXACT}, of which a sum of products of codes fits int32; "
+                "use float attention (attention='float')"
+            )
 
 
 def _broadcasts(mask: Tensor, shape: tuple[int, ...]) -> bool:

@@ -18,6 +18,7 @@ from octavo.errors import QuantizeError
 from octavo.primitives import dequantize, quantize_weight
 
 __all__ = [
+    "LONGEST_EXACT",
     "accumulator",
     "check_codes",
     "check_float",
@@ -130,7 +131,7 @@ def w8a8_linear(
     return y.to(dtype).view(*x.shape[:-1], n)
 
 
-_LONGEST_EXACT = (2**31 - 1) // 128**2
+LONGEST_EXACT = (2**31 - 1) // 128**2
 """K up to which no sum of products of codes overflows int32."""
 
 _EXACT_K = 1024
@@ -307,9 +308,9 @@ def check_codes(x: Tensor, weight: Tensor) -> None:
             f"x: is {x.dtype} {list(x.shape)}, expected int8 [..., {k}] for an int8 weight of shape "
             f"{list(weight.shape)}"
         )
-    if k > _LONGEST_EXACT:
+    if k > LONGEST_EXACT:
         raise QuantizeError(
-            f"weight: has rows of {k} codes, expected up to {_LONGEST_EXACT}, of which a sum of products fits int32; "
+            f"weight: has rows of {k} codes, expected up to {LONGEST_EXACT}, of which a sum of products fits int32; "
             "quantize this layer with 'w8a16'"
         )
 

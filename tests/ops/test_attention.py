@@ -301,3 +301,10 @@ def test_shapes_that_do_not_go_together_are_refused(change: dict[str, Tensor], m
     call = ops.int8_attention if device == "cpu" else torch.ops.octavo.int8_attention
     with pytest.raises(QuantizeError, match=message):
         call(**on_device, scaling=0.25)
+
+
+def test_more_tokens_than_int32_can_sum_are_refused() -> None:
+    query, many = torch.zeros(1, 1, 1, 8), torch.zeros(1, 1, 1, 8).expand(1, 1, 131072, 8)
+    for call in (ops.int8_attention, attention.int8_attention):
+        with pytest.raises(QuantizeError, match=r"key: has 131072 tokens, expected up to 131071.*use float attention"):
+            call(query, many, many, None, 1.0)
