@@ -104,8 +104,8 @@ def check_longest(key: Tensor) -> None:
     for size, of in zip(key.shape[2:], ("tokens", "channels"), strict=True):
         if size > LONGEST_EXACT:
             raise QuantizeError(
-                f"key: has {size} {of}, expected up to {LONGEST_EXACT}, of which a sum of products of codes fits int32; "
-                "use float attention (attention='float')"
+                f"key: has {size} {of}, expected up to {LONGEST_EXACT}, of which a sum of products of codes fits "
+                "int32; use float attention (attention='float')"
             )
 
 
