@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from octavo.ops import reference
-from octavo.ops.triton.launch import launch
+from octavo.ops.triton.launch import is_hopper, launch
 from octavo.ops.triton.linear import (
     GROUP_OF_PROGRAMS,
     Tile,
@@ -33,8 +33,12 @@ FEW_ROWS = (Tile(16, 64, 256, 4, 4), Tile(32, 64, 128, 4, 4), Tile(64, 64, 128, 
 MANY_ROWS = (Tile(128, 128, 128, 8, 3), Tile(64, 128, 128, 4, 3), Tile(64, 64, 128, 4, 4))
 """More rows: the first that gives nearly every multiprocessor a program. A step of the first reads 32 KB for 512 cycles
 of the tensor cores: 64 bytes a cycle where the L2 cache gives about 32, so half of the tensor cores is predicted. Two
-programs fit a multiprocessor of sm_90 (96 KB, 128 registers a thread). [128, 256] would read 48 bytes a cycle, but
-leaves sm_80 too few registers."""
+programs fit a multiprocessor of sm_90 (96 KB, 128 registers a thread)."""
+
+MANY_ROWS_ON_HOPPER = (Tile(128, 256, 128, 8, 3), *MANY_ROWS)
+"""48 bytes a cycle instead of 64: two thirds of the tensor cores is predicted. The sums of a tile fill half of the
+registers; wgmma takes both operands from shared memory (144 KB), on sm_80 they pass through registers, which it then
+lacks. For a result in 16 bits: with fp32 a few registers are spilled."""
 
 
 def w8a8_linear(
@@ -60,7 +64,8 @@ def w8a8_linear(
             ROWS=rows, COLUMNS=columns, num_warps=4,
         )  # fmt: skip
         return y
-    tile, tiles, parts, steps = plan(m, n, k, FEW_ROWS, MANY_ROWS)
+    many = MANY_ROWS_ON_HOPPER if dtype.itemsize == 2 and is_hopper(x) else MANY_ROWS
+    tile, tiles, parts, steps = plan(m, n, k, FEW_ROWS, many)
     sums = y if parts == 1 else torch.empty((parts, m, n), dtype=torch.int32, device=x.device)
     launch(
         _matrix_product, (tiles, parts), x, x_scale, weight, weight_scale, bias, sums, m, n, k, steps, x.stride(0),

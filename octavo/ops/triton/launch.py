@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["launch"]
+__all__ = ["is_hopper", "launch"]
 
 
 def launch(kernel: Any, grid: tuple[int, ...], first: Tensor, *args: Any, **meta: Any) -> None:
@@ -21,3 +21,8 @@ def launch(kernel: Any, grid: tuple[int, ...], first: Tensor, *args: Any, **meta
         return
     with torch.cuda.device_of(first):
         kernel[grid](first, *args, enable_fp_fusion=True, **meta)
+
+
+def is_hopper(x: Tensor) -> bool:
+    """Whether x is on a GPU of compute capability 9 or above, with its wgmma and 227 KB of shared memory."""
+    return x.is_cuda and torch.cuda.get_device_capability(x.device)[0] >= 9

@@ -63,10 +63,23 @@ def test_borders_of_tiles(device: str, m: int, per_token: bool) -> None:
     assert plan(m, 66, k, int8_linear.FEW_ROWS, int8_linear.MANY_ROWS).parts > 1
 
 
-@pytest.mark.parametrize("tile", int8_linear.MANY_ROWS)
-def test_large_tiles(device: str, tile: Tile, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("tile", int8_linear.MANY_ROWS_ON_HOPPER)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_large_tiles(device: str, tile: Tile, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(int8_linear, "MANY_ROWS", (tile,))
-    check(device, codes(131, 150), torch.rand(131, 1), codes(131, 150), torch.rand(131, 1), torch.randn(131), DTYPES[0])
+    monkeypatch.setattr(int8_linear, "MANY_ROWS_ON_HOPPER", (tile,))
+    check(device, codes(131, 150), torch.rand(131, 1), codes(131, 150), torch.rand(131, 1), torch.randn(131), dtype)
+
+
+def test_the_largest_tile_is_for_hopper_and_16_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen = []
+    monkeypatch.setattr(int8_linear, "launch", lambda *args, **meta: chosen.append((meta["M"], meta["N"])))
+    x, scale, weight = torch.empty(2048, 64, dtype=torch.int8), torch.empty(1), torch.empty(4096, 64, dtype=torch.int8)
+    for hopper in (False, True):
+        monkeypatch.setattr(int8_linear, "is_hopper", lambda x, hopper=hopper: hopper)
+        for dtype in (torch.float32, torch.bfloat16):
+            w8a8_linear(x, scale, weight, torch.empty(4096, 1), None, dtype)
+    assert chosen == [(128, 128), (128, 128), (128, 128), (128, 256)]
 
 
 @pytest.mark.parametrize("m", [1, 2])
