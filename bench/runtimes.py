@@ -19,22 +19,24 @@ from octavo.integrations.generation import load_causal
 
 __all__ = [
     "BF16", "QUANTO", "RUNTIMES", "TORCHAO", "TORCHAO_COMPILED", "TORCHAO_DYNAMIC", "W8A8", "W8A8_ATTENTION", "W8A16",
-    "start",
+    "W8A16_COMPILED", "start",
 ]  # fmt: skip
 
 BF16, W8A16, W8A8 = "transformers bf16", "octavo w8a16", "octavo w8a8"
-W8A8_ATTENTION = "octavo w8a8, attention int8"
+W8A8_ATTENTION, W8A16_COMPILED = "octavo w8a8, attention int8", "octavo w8a16, compiled whole"
 TORCHAO, TORCHAO_COMPILED = "torchao Int8WeightOnly", "torchao Int8WeightOnly, compiled"
 TORCHAO_DYNAMIC, QUANTO = "torchao Int8DynamicActivation, compiled", "optimum-quanto qint8"
 
 
 @dataclasses.dataclass(frozen=True)
 class Runtime:
-    """quantize: changes the bf16 model in place. compiled: by `torch.compile` as it is called by default; otherwise
-    eager. plain: the weights are tensors whose bytes can be counted."""
+    """quantize: changes the bf16 model in place. compiled: by `torch.compile` as it is called by default. whole: as
+    `octavo generate --compile` does it, with a static cache. Otherwise eager. plain: the weights are tensors whose
+    bytes can be counted."""
 
     quantize: Callable[[Any], object]
     compiled: bool = False
+    whole: bool = False
     plain: bool = False
 
 
@@ -63,6 +65,7 @@ RUNTIMES = {
     W8A16: Runtime(_octavo("w8a16"), plain=True),
     W8A8: Runtime(_octavo("w8a8"), plain=True),
     W8A8_ATTENTION: Runtime(_octavo("w8a8", attention="int8"), plain=True),
+    W8A16_COMPILED: Runtime(_octavo("w8a16"), whole=True, plain=True),
     TORCHAO: Runtime(_torchao("Int8WeightOnlyConfig")),
     TORCHAO_COMPILED: Runtime(_torchao("Int8WeightOnlyConfig"), compiled=True),
     TORCHAO_DYNAMIC: Runtime(_torchao("Int8DynamicActivationInt8WeightConfig"), compiled=True),
@@ -71,9 +74,11 @@ RUNTIMES = {
 
 
 def start(
-    name: str, path: str, threads: int, prompt: Sequence[int], following: Sequence[int]
+    name: str, path: str, threads: int, prompt: Sequence[int], following: Sequence[int], new_tokens: int
 ) -> tuple[int | None, Tensor]:
     """Load the bf16 model at `path`, make it that of RUNTIMES[name] and run it once, which compiles and warms up.
+
+    new_tokens: that will be decoded at most, for a static cache.
 
     Returns: bytes of weights that one token of decode reads, where they can be counted, and the `logits`.
     """
@@ -84,6 +89,8 @@ def start(
     if runtime.compiled:
         model.forward = torch.compile(model.forward)
     bench_worker.hold(model)
+    if runtime.whole:
+        bench_worker.compile_model(list(prompt), new_tokens)
     token_bytes = bench_worker.bytes_per_token(model) if runtime.plain else None
     return token_bytes, logits(model, prompt, following)
 

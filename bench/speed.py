@@ -41,20 +41,20 @@ TITLE = "Running: prefill and decode"
 HOW = """
 Each runtime loads the same bf16 checkpoint in a process of its own, and they take turns, batch 1; medians of the
 rounds. In each turn a runtime runs twice, and the second run counts: the first wakes up what slept while others had
-theirs. Prefill is the time from the prompt to the first token, decode greedy, one token
-after the other, with transformers' own cache. Everything is eager, unless "compiled" (by `torch.compile` as it is
-called by default). All int8 includes the output head; in octavo w8a8 that is weight-only, for it is tied to the
-embedding. "Attention int8" is SmoothQuant's: both products of attention in int8 too, by octavo's own kernel; everywhere
-else attention is torch's, in bf16. Error: of the logits after the prompt and after each of some tokens fed one by one,
-against the bf16 model's, as a share of their norm; a runtime with 0.3 or more computes something else, and its speed is
-no goal's rival.
+theirs. Prefill is the time from the prompt to the first token, decode greedy, one token after the other, with
+transformers' own cache. Everything is eager, unless "compiled" (by `torch.compile` as it is called by default) or
+"compiled whole" (`octavo bench --compile`: static cache, prefill and decode in a graph each). All int8 includes the
+output head; in octavo w8a8 that is weight-only, for it is tied to the embedding. "Attention int8" is SmoothQuant's:
+both products of attention in int8 too, by octavo's own kernel; everywhere else attention is torch's, in bf16. Error:
+of the logits after the prompt and after each of some tokens fed one by one, against the bf16 model's, as a share of
+their norm; a runtime with 0.3 or more computes something else, and its speed is no goal's rival.
 """
-PROMPT, NEW, REPEATS = 512, 16, 5
+PROMPT, NEW, REPEATS = 512, 16, 4
 VOCABULARY = 49152
 """Of both models."""
 FOLLOWING = 4
 """Tokens fed one by one before the first round: after the third, `torch.compile` meets no shape that is new to it."""
-PATIENCE = 440.0
+PATIENCE = 600.0
 """Seconds that all the compiled runtimes together have until they are ready."""
 WRONG = 0.3
 
@@ -117,11 +117,11 @@ def _compare(model: str, path: str) -> dict[str, Any]:
     with contextlib.ExitStack() as stack:
         for name in COMPARED[model]:
             worker = stack.enter_context(_own_process())
-            limit = patience if RUNTIMES[name].compiled else None
+            limit = patience if RUNTIMES[name].compiled or RUNTIMES[name].whole else None
             begin = time.perf_counter()
             try:
                 token_bytes, logits = worker(
-                    runtimes.start, name, path, torch.get_num_threads(), prompt, following, limit=limit
+                    runtimes.start, name, path, torch.get_num_threads(), prompt, following, NEW, limit=limit
                 )
             except Exception as error:
                 if name in (BF16, W8A16, W8A8, W8A8_ATTENTION):
