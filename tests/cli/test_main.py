@@ -33,16 +33,18 @@ def test_the_verbs_are_the_verbs() -> None:
 
 
 @pytest.mark.parametrize("verb", VERBS)
-def test_help_describes_in_one_line_and_its_example_parses(verb: str, run: Run) -> None:
+def test_help_describes_in_one_line_and_its_examples_parse(verb: str, run: Run) -> None:
     shown = run(verb, "--help")
     assert shown.code == 0 and shown.err == ""
     description = str(verb_parsers()[verb].description)
     assert description.endswith(".") and len(description) < 90 and description in shown.out
-    head, _, example = shown.out.partition("example:\n")
+    head, _, examples = shown.out.partition("example:\n")
     assert all(option in head for option in ("--json", "--debug"))
-    program, *argv = shlex.split(example)
-    assert program == "octavo"
-    assert new_parser().parse_args(argv).verb == verb
+    assert examples.strip()
+    for example in examples.strip().splitlines():
+        program, *argv = shlex.split(example)
+        assert program == "octavo"
+        assert new_parser().parse_args(argv).verb == verb
 
 
 @pytest.mark.parametrize("verb", VERBS)
