@@ -30,17 +30,11 @@ CALIBRATION = WORK / "calibration.txt"
 VARIANTS = {
     "int8 linears": [],
     "int8 linears, embedding and head": ["--include", "Embedding"],
-    "int8 linears and activations": [
-        "--scheme",
-        "w8a8",
-        "--smooth",
-        "auto",
-        "--calibration",
-        str(CALIBRATION),
-        "--samples",
-        "32",
+    "int8 linears, activations and attention": [
+        "--scheme", "w8a8", "--smooth", "auto", "--calibration", str(CALIBRATION), "--samples", "32",
+        "--attention", "int8",
     ],
-}
+}  # fmt: skip
 
 
 def main() -> int:

@@ -233,7 +233,7 @@ def test_an_unknown_backend_is_an_error() -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", OPS)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_the_reference_on_a_gpu(name: str, dtype: torch.dtype) -> None:
+def test_a_gpu_computes_what_the_cpu_does(name: str, dtype: torch.dtype) -> None:
     op = getattr(torch.ops.octavo, name).default
     for sample in SAMPLES[name](dtype, False):
         on_cpu = op(*sample)
