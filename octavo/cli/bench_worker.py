@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import inspect
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -210,9 +209,9 @@ def _compiled_steps() -> tuple[Step, Step]:
 
 
 def _eager_steps(model: Any) -> tuple[Step, Step]:
-    # What `generate` does: of a prompt only the last position's logits are wanted.
-    has_option = "logits_to_keep" in inspect.signature(model.forward).parameters
-    only_last = {"logits_to_keep": 1} if has_option else {}
+    from octavo.integrations.generation import last_logits_only
+
+    only_last = last_logits_only(model)  # what `generate` does
     cache: Any = None
 
     def prefill(prompt: Tensor) -> Tensor:

@@ -41,6 +41,7 @@ from transformers.cache_utils import StaticLayer, StaticSlidingWindowLayer
 
 from octavo.errors import OctavoError
 from octavo.integrations.equal_calls import EqualCalls
+from octavo.integrations.generation import last_logits_only
 
 __all__ = ["CompiledModel", "TokenChoice", "likeliest"]
 
@@ -113,9 +114,7 @@ class CompiledModel:
         self._name = type(model).__name__
         self._device = model.device
         self._cache = cache = _static_cache(model, length)
-        # Of a prompt only the last position's logits are wanted.
-        accepted = inspect.signature(model.forward).parameters
-        only_last = {"logits_to_keep": 1} if "logits_to_keep" in accepted else {}
+        only_last = last_logits_only(model)
 
         def step(tokens: Tensor) -> Tensor:
             output = model(input_ids=tokens, past_key_values=cache, use_cache=True, **only_last)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import inspect
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -21,10 +22,11 @@ from transformers.utils import logging
 
 from octavo.errors import CheckpointError
 from octavo.formats.checkpoint import CheckpointReader
-from octavo.integrations.compiled import CompiledModel, TokenChoice
 from octavo.integrations.hub import load, load_tokenizer, resolve
 
-__all__ = ["Generated", "generate", "load_causal", "load_language_model", "no_progress_bar", "token_ids"]
+__all__ = [
+    "Generated", "generate", "last_logits_only", "load_causal", "load_language_model", "no_progress_bar", "token_ids",
+]  # fmt: skip
 
 
 def load_language_model(path: str | Path, *, device: str = "cpu") -> tuple[Any, Any]:
@@ -72,6 +74,11 @@ def no_progress_bar() -> Iterator[None]:
     finally:
         if shown:
             logging.enable_progress_bar()
+
+
+def last_logits_only(model: Any) -> dict[str, int]:
+    """Options of the model's forward under which it computes the logits of the last position alone, if it has any."""
+    return {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
 
 
 def token_ids(tokenizer: Any, text: str, *, limit: int, window: int) -> Tensor:
@@ -169,6 +176,9 @@ class _CompiledLoop:
         generation_config: Any,
         **model_kwargs: Any,
     ) -> Tensor:
+        # Here, and not above: it loads torch's compiler, for which a model that is not compiled need not wait.
+        from octavo.integrations.compiled import CompiledModel, TokenChoice
+
         length = generation_config.max_length
         start = time.perf_counter()
         choose = TokenChoice(input_ids, length, logits_processor, sample=generation_config.do_sample)
