@@ -202,18 +202,12 @@ def quantize_per_token(x: Tensor) -> tuple[Tensor, Tensor]:
     is as fast as the fused one (decode and 512 rows of SmolLM2, within 2%), and compiling takes up to twice as long
     with the formula: there it stays an op, and so it does for `torch.export`.
     """
-    x = x.detach() if x.requires_grad else x
-    if _is_fused(x):
-        return reference.quantize_per_token(x)
-    return _run(_per_token, lambda: reference.check_rows(x), x)
+    return _quantize(_per_token, reference.quantize_per_token, x)
 
 
 def quantize_per_tensor(x: Tensor) -> tuple[Tensor, Tensor]:
     """The same with one scale for all rows. x: [..., K] float. Returns: codes int8 [..., K], scale fp32 [1]."""
-    x = x.detach() if x.requires_grad else x
-    if _is_fused(x):
-        return reference.quantize_per_tensor(x)
-    return _run(_per_tensor, lambda: reference.check_rows(x), x)
+    return _quantize(_per_tensor, reference.quantize_per_tensor, x)
 
 
 def quantize_static(x: Tensor, input_scale: Tensor) -> Tensor:
@@ -222,15 +216,15 @@ def quantize_static(x: Tensor, input_scale: Tensor) -> Tensor:
     x: [..., K] float; not modified. input_scale: fp32 [1]. NaN has no code: where x may hold it, quantize dynamically.
     Returns: int8 [..., K]. Raises: QuantizeError if x is not floating point or 0-d.
     """
+    return _quantize(_static, reference.quantize_static, x, input_scale)
+
+
+def _quantize(op: Callable[..., Any], formula: Callable[..., Any], x: Tensor, *scale: Tensor) -> Any:
+    """`op(x, *scale)`, or `formula` of them where a compiler is at work that should see how x is quantized."""
     x = x.detach() if x.requires_grad else x
-    if _is_fused(x):
-        return reference.quantize_static(x, input_scale)
-    return _run(_static, lambda: reference.check_rows(x), x, input_scale)
-
-
-def _is_fused(x: Tensor) -> bool:
-    """Whether a compiler is at work that should see how x is quantized."""
-    return x.is_cuda and torch.compiler.is_compiling() and not torch.compiler.is_exporting()
+    if x.is_cuda and torch.compiler.is_compiling() and not torch.compiler.is_exporting():
+        return formula(x, *scale)
+    return _run(op, lambda: reference.check_rows(x), x, *scale)
 
 
 def quantize_weight(

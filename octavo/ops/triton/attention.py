@@ -117,7 +117,7 @@ def _broadcast_strides(mask: Tensor) -> tuple[int, ...]:
 
 # Not specialized: what changes from one decoded token to the next, or each kind of number would be compiled anew.
 @triton.jit(do_not_specialize=["rows", "shared", "steps"])
-def _statistics(  # type: ignore[no-untyped-def]
+def _statistics(
     statistics, q, q_scale, k, k_scale, v_scale, mask, scaling, softcap, mask_batch, mask_head, mask_row, mask_key,
     rows, shared, groups, heads, kv_heads, size, keys, steps,
     BLOCK_M: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -149,7 +149,7 @@ def _statistics(  # type: ignore[no-untyped-def]
 
 
 @triton.jit(do_not_specialize=["rows", "shared", "steps", "parts"])
-def _products(  # type: ignore[no-untyped-def]
+def _products(
     y, statistics, v_rows, q, q_scale, k, k_scale, v_scale, mask, scaling, softcap, mask_batch, mask_head, mask_row,
     mask_key, rows, shared, groups, heads, kv_heads, size, keys, steps, parts, width, v_row,
     WHOLE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -187,7 +187,7 @@ def _products(  # type: ignore[no-untyped-def]
 
 
 @triton.jit(do_not_specialize=["parts"])
-def _add_parts(y, sums, statistics, parts, width, BLOCK_N: tl.constexpr):  # type: ignore[no-untyped-def]
+def _add_parts(y, sums, statistics, parts, width, BLOCK_N: tl.constexpr):
     """One row of y. Sums of up to 2 ** 31 / parts each are exact in int64."""
     row, rows = tl.program_id(0).to(tl.int64), tl.num_programs(0).to(tl.int64)
     channel = tl.arange(0, BLOCK_N)
@@ -201,7 +201,7 @@ def _add_parts(y, sums, statistics, parts, width, BLOCK_N: tl.constexpr):  # typ
 
 
 @triton.jit
-def _place(shared, groups, BLOCK_M: tl.constexpr):  # type: ignore[no-untyped-def]
+def _place(shared, groups, BLOCK_M: tl.constexpr):
     """(rows [BLOCK_M], group of heads, part of the keys) of this program; the tile of rows changes fastest."""
     tiles = tl.cdiv(shared, BLOCK_M)
     program = tl.program_id(0)
@@ -211,7 +211,7 @@ def _place(shared, groups, BLOCK_M: tl.constexpr):  # type: ignore[no-untyped-de
 
 
 @triton.jit
-def _query(q, q_scale, scaling, row, group, shared, size, BLOCK_D: tl.constexpr):  # type: ignore[no-untyped-def]
+def _query(q, q_scale, scaling, row, group, shared, size, BLOCK_D: tl.constexpr):
     """Codes of the rows [BLOCK_M, BLOCK_D], and their scale times that of the scores."""
     channel = tl.arange(0, BLOCK_D)
     at = group * shared + row
@@ -221,9 +221,7 @@ def _query(q, q_scale, scaling, row, group, shared, size, BLOCK_D: tl.constexpr)
 
 
 @triton.jit
-def _mask_rows(  # type: ignore[no-untyped-def]
-    mask, mask_batch, mask_head, mask_row, row, group, rows, shared, heads, kv_heads
-):
+def _mask_rows(mask, mask_batch, mask_head, mask_row, row, group, rows, shared, heads, kv_heads):
     """Where the mask of each row starts, past the last row that of the last; None without one."""
     if mask is None:
         return None
@@ -236,9 +234,7 @@ def _mask_rows(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _scores(  # type: ignore[no-untyped-def]
-    q_codes, scale, k, k_scale, mask_at, softcap, mask_key, token, group, size, keys, BLOCK_D: tl.constexpr
-):
+def _scores(q_codes, scale, k, k_scale, mask_at, softcap, mask_key, token, group, size, keys, BLOCK_D: tl.constexpr):
     """Scores of the rows for BLOCK_S keys, in fp32; -inf for a key that the mask forbids or that is not there. Within
     the keys of one group 32 bits are enough."""
     channel = tl.arange(0, BLOCK_D)
@@ -263,7 +259,7 @@ def _scores(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _of_all_parts(at, present, rows, parts):  # type: ignore[no-untyped-def]
+def _of_all_parts(at, present, rows, parts):
     """m, l and g of the rows whose first m is `at`. m is 0 for a row that may attend to nothing; g at least 2 ** -119,
     of which 127 can be divided, and inf for a row whose result is NaN."""
     largest = tl.load(at, mask=present, other=0.0)
@@ -281,13 +277,13 @@ def _of_all_parts(at, present, rows, parts):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _shrink(heaviest, shrunk):  # type: ignore[no-untyped-def]
+def _shrink(heaviest, shrunk):
     """g under a larger m; inf, of a row whose result is NaN, stays."""
     return tl.where(heaviest == float("inf"), heaviest, heaviest * shrunk)
 
 
 @triton.jit
-def _result_scale(total, heaviest):  # type: ignore[no-untyped-def]
+def _result_scale(total, heaviest):
     """sp of rows with l and g: 0 for a row that may attend to nothing."""
     scale = tl.where(total == 0.0, 0.0, heaviest / 127.0 / tl.where(total == 0.0, 1.0, total))
     return tl.where(heaviest == float("inf"), float("nan"), scale)

@@ -20,8 +20,6 @@ Neither splits K: in no mixture is N * S so small that the programs do not fill 
 
 from __future__ import annotations
 
-import dataclasses
-
 import torch
 import triton
 import triton.language as tl
@@ -29,23 +27,10 @@ from torch import Tensor
 
 from octavo.ops import reference
 from octavo.ops.reference import check_codes, check_input
-from octavo.ops.triton.launch import launch
+from octavo.ops.triton.launch import launch, rows_in_line
+from octavo.ops.triton.linear import Tile
 
-__all__ = ["Tile", "w8a8_experts_linear", "w8a16_experts_linear"]
-
-
-@dataclasses.dataclass(frozen=True)
-class Tile:
-    """Sizes of what one program computes ([n] or [m, n] of y, in steps of k), and how it is compiled."""
-
-    m: int
-    n: int
-    k: int
-    warps: int
-    stages: int
-
-    def options(self) -> dict[str, int]:
-        return {"BLOCK_N": self.n, "BLOCK_K": self.k, "num_warps": self.warps, "num_stages": self.stages}
+__all__ = ["w8a8_experts_linear", "w8a16_experts_linear"]
 
 
 _VECTOR = Tile(1, 16, 512, 4, 1)
@@ -113,9 +98,9 @@ def _linear(
 ) -> Tensor:  # fmt: skip
     (rows, k), (experts, n, _) = x.shape, weight.shape
     y = torch.empty((rows, n), dtype=dtype, device=x.device)
-    x, weight = _rows_in_line(x), _rows_in_line(weight)
+    x, weight = rows_in_line(x), rows_in_line(weight)
     if bias is not None:
-        bias = _rows_in_line(bias)
+        bias = rows_in_line(bias)
     args = (
         x, x_scale, ends.contiguous(), weight, weight_scale.contiguous(), bias, rows, n, k, experts, x.stride(0),
         0 if x_scale is None else x_scale.stride(0), weight.stride(0), weight.stride(1),
@@ -124,19 +109,19 @@ def _linear(
     block_e = min(_BLOCK_E, triton.next_power_of_2(experts + 1))
     if _hardly_two_share(rows, experts):
         tile = _vector_tile(rows, n, k)
-        launch(_vector_kernel, (triton.cdiv(n, tile.n) * rows,), y, *args, BLOCK_E=block_e, **tile.options())
+        launch(_vector_kernel, (triton.cdiv(n, tile.n) * rows,), y, *args, BLOCK_E=block_e, **_options(tile))
     else:
         tile = _tile_of(x.dtype, rows, experts, k)
         row_tiles = (rows + (tile.m - 1) * min(experts + 1, rows)) // tile.m
         launch(
             _tile_kernel, (triton.cdiv(n, tile.n) * row_tiles,), y, *args, row_tiles,
-            BLOCK_M=tile.m, GROUP_M=_GROUP_M, BLOCK_E=block_e, **tile.options(),
+            BLOCK_M=tile.m, GROUP_M=_GROUP_M, BLOCK_E=block_e, **_options(tile),
         )  # fmt: skip
     return y
 
 
-def _rows_in_line(x: Tensor) -> Tensor:
-    return x if x.stride(-1) == 1 else x.contiguous()
+def _options(tile: Tile) -> dict[str, int]:
+    return {"BLOCK_N": tile.n, "BLOCK_K": tile.k, "num_warps": tile.warps, "num_stages": tile.stages}
 
 
 def _hardly_two_share(rows: int, experts: int) -> bool:
@@ -161,7 +146,7 @@ def _tile_of(dtype: torch.dtype, rows: int, experts: int, k: int) -> Tile:
 
 # Not specialized: the number of rows changes from call to call, and each kind of number would be compiled anew.
 @triton.jit(do_not_specialize=["rows"])
-def _vector_kernel(  # type: ignore[no-untyped-def]
+def _vector_kernel(
     y, x, x_scale, ends, weight, weight_scale, bias, rows, n, k, experts, x_row, x_scale_row, weight_expert,
     weight_row, bias_expert,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_E: tl.constexpr,
@@ -196,7 +181,7 @@ def _vector_kernel(  # type: ignore[no-untyped-def]
 
 
 @triton.jit(do_not_specialize=["rows", "row_tiles"])
-def _tile_kernel(  # type: ignore[no-untyped-def]
+def _tile_kernel(
     y, x, x_scale, ends, weight, weight_scale, bias, rows, n, k, experts, x_row, x_scale_row, weight_expert,
     weight_row, bias_expert, row_tiles,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr, BLOCK_E: tl.constexpr,
@@ -239,7 +224,7 @@ def _tile_kernel(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _expert_of_row(ends, rows, experts, row, BLOCK_E: tl.constexpr):  # type: ignore[no-untyped-def]
+def _expert_of_row(ends, rows, experts, row, BLOCK_E: tl.constexpr):
     """`experts` for a row past the last end."""
     expert = 0
     for first in range(0, experts, BLOCK_E):
@@ -249,9 +234,7 @@ def _expert_of_row(ends, rows, experts, row, BLOCK_E: tl.constexpr):  # type: ig
 
 
 @triton.jit
-def _rows_of_tile(  # type: ignore[no-untyped-def]
-    ends, rows, experts, tile, BLOCK_M: tl.constexpr, BLOCK_E: tl.constexpr
-):
+def _rows_of_tile(ends, rows, experts, tile, BLOCK_M: tl.constexpr, BLOCK_E: tl.constexpr):
     """(expert, first row, end of the expert's rows) of row tile number `tile`.
 
     Rows past the last end stand under expert number `experts`. A tile that is not there has no rows.

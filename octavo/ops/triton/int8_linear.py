@@ -20,7 +20,9 @@ from octavo.ops.triton.linear import (
     Tile,
     add_parts,
     contiguous_rows,
+    load_chunks,
     plan,
+    rows_of_program,
     tile_of_program,
     vector_piece,
 )
@@ -83,15 +85,12 @@ def _matrix_vector(
     ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """ROWS elements of y for one row of x; 16 columns at a time lie in one thread, as in `linear.py`."""
-    rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    rows = tl.minimum(rows, n - 1)  # the last program computes its last row more than once
+    rows = rows_of_program(n, ROWS)
     chunks = tl.arange(0, COLUMNS // 16)
     sums = tl.zeros((ROWS, COLUMNS // 16), tl.int32)
     for start in range(0, k, COLUMNS):
         columns = start + chunks[:, None] * 16 + tl.arange(0, 16)[None, :]
-        codes = tl.load(
-            weight_ptr + rows[:, None, None] * row_stride + columns[None, :, :], mask=columns[None, :, :] < k, other=0
-        )
+        codes = load_chunks(weight_ptr, rows, columns, row_stride, k)
         x = tl.load(x_ptr + columns, mask=columns < k, other=0)
         sums += tl.sum(codes.to(tl.int32) * x.to(tl.int32)[None, :, :], axis=2)
     y = tl.sum(sums, axis=1).to(tl.float32) * (tl.load(x_scale_ptr) * tl.load(scale_ptr + rows))

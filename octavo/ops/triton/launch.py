@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["is_hopper", "launch"]
+__all__ = ["is_hopper", "launch", "rows_in_line"]
 
 
 def launch(kernel: Any, grid: tuple[int, ...], first: Tensor, *args: Any, **meta: Any) -> None:
@@ -26,3 +26,8 @@ def launch(kernel: Any, grid: tuple[int, ...], first: Tensor, *args: Any, **meta
 def is_hopper(x: Tensor) -> bool:
     """Whether x is on a GPU of compute capability 9 or above, with its wgmma and 227 KB of shared memory."""
     return x.is_cuda and torch.cuda.get_device_capability(x.device)[0] >= 9
+
+
+def rows_in_line(x: Tensor) -> Tensor:
+    """x with elements of a row next to each other; a copy only where they are not."""
+    return x if x.stride(-1) == 1 else x.contiguous()

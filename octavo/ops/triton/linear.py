@@ -22,9 +22,12 @@ import triton.language as tl
 from torch import Tensor
 
 from octavo.ops import reference
-from octavo.ops.triton.launch import launch
+from octavo.ops.triton.launch import launch, rows_in_line
 
-__all__ = ["Plan", "Tile", "add_parts", "contiguous_rows", "plan", "tile_of_program", "vector_piece", "w8a16_linear"]
+__all__ = [
+    "Plan", "Tile", "add_parts", "contiguous_rows", "load_chunks", "plan", "rows_of_program", "tile_of_program",
+    "vector_piece", "w8a16_linear",
+]  # fmt: skip
 
 
 class Tile(NamedTuple):
@@ -153,9 +156,7 @@ def w8a16_linear(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor |
 
 def contiguous_rows(x: Tensor, m: int, k: int) -> Tensor:
     """x [..., k] as [m, k] with elements of a row next to each other; a copy only where they are not."""
-    if x.dim() != 2:
-        x = x.reshape(m, k)
-    return x if x.stride(1) == 1 else x.contiguous()
+    return rows_in_line(x if x.dim() == 2 else x.reshape(m, k))
 
 
 def _longest_step(x: Tensor, group: int) -> int:
@@ -171,15 +172,12 @@ def _matrix_vector(
 ):  # fmt: skip
     """ROWS elements of y for one row of x. A chunk of 16 columns lies in one thread, so that 16 products are added up
     without asking any other; GROUP: columns to a scale, 0 if the whole row has one."""
-    rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    rows = tl.minimum(rows, n - 1)  # the last program computes its last row more than once
+    rows = rows_of_program(n, ROWS)
     chunks = tl.arange(0, COLUMNS // 16)
     sums = tl.zeros((ROWS, COLUMNS // 16), tl.float32)
     for start in range(0, k, COLUMNS):
         columns = start + chunks[:, None] * 16 + tl.arange(0, 16)[None, :]
-        codes = tl.load(
-            weight_ptr + rows[:, None, None] * row_stride + columns[None, :, :], mask=columns[None, :, :] < k, other=0
-        )
+        codes = load_chunks(weight_ptr, rows, columns, row_stride, k)
         x = tl.load(x_ptr + columns, mask=columns < k, other=0.0).to(tl.float32)
         products = _to_fp32(codes) * x[None, :, :]
         if GROUP == 0:
@@ -202,6 +200,21 @@ def _matrix_vector(
     if bias_ptr is not None:
         y += tl.load(bias_ptr + rows).to(tl.float32)
     tl.store(y_ptr + rows, y.to(y_ptr.dtype.element_ty))
+
+
+@triton.jit
+def rows_of_program(n, ROWS: tl.constexpr):
+    """ROWS rows of the weight; the last program computes its last row more than once."""
+    rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    return tl.minimum(rows, n - 1)
+
+
+@triton.jit
+def load_chunks(weight_ptr, rows, columns, row_stride, k):
+    """Codes of rows [R] and columns [C, 16]: [R, C, 16], zeros past the end of a row."""
+    return tl.load(
+        weight_ptr + rows[:, None, None] * row_stride + columns[None, :, :], mask=columns[None, :, :] < k, other=0
+    )
 
 
 @triton.jit(do_not_specialize=["m"])  # so that another number of rows compiles nothing
