@@ -9,12 +9,11 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import gc
-import multiprocessing
 import random
 import statistics
 import sys
-from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -24,6 +23,7 @@ import octavo
 from bench import goals
 from bench.goals import Goal
 from bench.gpt_fast import use_gpt_fast
+from bench.own_process import Worker, own_process
 from octavo.cli import bench_worker
 from octavo.tables import Table, human_bytes, human_percent
 
@@ -54,10 +54,6 @@ class Model:
     at_once: int
     decode: tuple[Goal, ...]
     prefill: tuple[Goal, ...] = ()
-
-
-Worker = Callable[..., Any]
-"""Called with a function and its arguments; the function runs in a process of its own."""
 
 
 def compiled(runtime: str) -> str:
@@ -112,9 +108,9 @@ def _compare(name: str, model: Model, device: str) -> dict[str, Any]:
     missing: dict[str, str] = {}
     passes: list[float] = []
     with contextlib.ExitStack() as stack:
-        stream = stack.enter_context(_own_process())
+        stream = stack.enter_context(own_process())
         stream(bench_worker.open_stream, device, None)
-        workers = {runtime: stack.enter_context(_own_process()) for runtime in model.runtimes}
+        workers = {runtime: stack.enter_context(own_process()) for runtime in model.runtimes}
         calls: dict[str, tuple[Any, ...]] = {runtime: (start, runtime, name, ids, device) for runtime in workers}
         _phase(workers, calls, model, ids, found, missing)
         passes += [stream(bench_worker.stream_bytes_per_s) for _ in range(ROUNDS)]
@@ -157,13 +153,6 @@ def _phase(
                 found[label]["decode_s"].append(one.decode_s / (NEW - 1))
     for label, worker in racing.items():
         found[label]["peak_bytes"] = worker(bench_worker.peak_memory)
-
-
-@contextlib.contextmanager
-def _own_process() -> Iterator[Worker]:
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(1, mp_context=context, initializer=bench_worker.prepare, initargs=(False,)) as pool:
-        yield lambda function, *args: pool.submit(function, *args).result()
 
 
 # -- in a runtime's process -----------------------------------------------------------------------------------------

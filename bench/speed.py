@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 import contextlib
-import multiprocessing
-import os
 import random
-import signal
 import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor, TimeoutError
+from concurrent.futures import TimeoutError
 from typing import Any
 
 import torch
 
 from bench import goals, runtimes
 from bench.goals import Goal
+from bench.own_process import Worker, own_process
 from bench.quantize import llama
 from bench.record import Skipped
 from bench.runtimes import (
@@ -87,9 +84,6 @@ DECODE_GOALS = {
     SMOLLM2: (Goal("decode, w8a16", W8A16, (BF16,), 1.2, 1.6),),
 }
 
-Worker = Callable[..., Any]
-"""Called with a function, its arguments and `limit`, seconds or None; the function runs in the runtime's process."""
-
 
 def measure() -> dict[str, Any]:
     try:
@@ -116,7 +110,7 @@ def _compare(model: str, path: str) -> dict[str, Any]:
     patience = PATIENCE
     with contextlib.ExitStack() as stack:
         for name in COMPARED[model]:
-            worker = stack.enter_context(_own_process())
+            worker = stack.enter_context(own_process())
             limit = patience if RUNTIMES[name].compiled or RUNTIMES[name].whole else None
             begin = time.perf_counter()
             try:
@@ -142,22 +136,6 @@ def _compare(model: str, path: str) -> dict[str, Any]:
                 found[name]["first_token_s"].append(one.first_token_s)
                 found[name]["decode_s"].append(one.decode_s / (NEW - 1))
     return {"runtimes": found, "missing": missing}
-
-
-@contextlib.contextmanager
-def _own_process() -> Iterator[Worker]:
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(1, mp_context=context, initializer=bench_worker.prepare, initargs=(False,)) as pool:
-        process = pool.submit(os.getpid).result()
-
-        def call(function: Callable[..., Any], *args: Any, limit: float | None = None) -> Any:
-            try:
-                return pool.submit(function, *args).result(timeout=limit)
-            except TimeoutError:
-                os.kill(process, signal.SIGKILL)
-                raise
-
-        yield call
 
 
 def _in_words(error: Exception) -> str:
