@@ -13,6 +13,7 @@ from torch import Tensor
 from octavo import ops
 from octavo.errors import OctavoError, QuantizeError
 from octavo.primitives import quantize_weight
+from tests.ops.rounding import assert_off_by
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 
@@ -43,10 +44,25 @@ def exact(x: Tensor, counts: list[int], codes: Tensor, scale: Tensor, bias: Tens
 
 
 def assert_rounded_once(y: Tensor, expected: Tensor, terms: Tensor, k: int) -> None:
-    unit = torch.finfo(y.dtype)
-    sums = 2.0**-53 if y.dtype == torch.float64 else 2.0**-24
-    bound = expected.abs() * unit.eps / 2 * (1 + 2.0**-20) + unit.smallest_normal * unit.eps + (k + 4) * sums * terms
-    assert ((y.double() - expected).abs() <= bound).all()
+    """y is `expected` but for what k sums in fp32 (fp64 for fp64) cost, and one rounding."""
+    assert_off_by(y, expected, (k + 4) * (2.0**-53 if y.dtype == torch.float64 else 2.0**-24) * terms)
+
+
+def check_w8a16(
+    op: Callable[..., Tensor], counts: list[int], unrouted: int, n: int, k: int, dtype: torch.dtype,
+    bias_dtype: torch.dtype | None, transposed: bool,
+) -> None:  # fmt: skip
+    """`op(x, ends, codes, scale, bias)` on random operands. transposed: in memory, x."""
+    codes, scale = stack(len(counts), n, k)
+    bias = None if bias_dtype is None else torch.randn(len(counts), n).to(bias_dtype)
+    rows = sum(counts) + unrouted
+    x = (torch.randn(k, rows).T if transposed else torch.randn(rows, k)).to(dtype)
+    before = x.clone()
+    y = op(x, ends_of(counts), codes, scale, bias)
+    assert y.dtype == dtype and y.shape == (rows, n) and y.is_contiguous()
+    assert_rounded_once(y, *exact(x, counts, codes, scale, bias), k)
+    assert not y[sum(counts) :].any(), "a row past the last end belongs to no expert"
+    assert torch.equal(x, before)
 
 
 @given(
@@ -67,16 +83,7 @@ def test_w8a16(
     bias_dtype: torch.dtype | None,
     transposed: bool,
 ) -> None:
-    codes, scale = stack(len(counts), n, k)
-    bias = None if bias_dtype is None else torch.randn(len(counts), n).to(bias_dtype)
-    rows = sum(counts) + unrouted
-    x = (torch.randn(k, rows).T if transposed else torch.randn(rows, k)).to(dtype)
-    before = x.clone()
-    y = ops.w8a16_experts_linear(x, ends_of(counts), codes, scale, bias)
-    assert y.dtype == dtype and y.shape == (rows, n) and y.is_contiguous()
-    assert_rounded_once(y, *exact(x, counts, codes, scale, bias), k)
-    assert not y[sum(counts) :].any(), "a row past the last end belongs to no expert"
-    assert torch.equal(x, before)
+    check_w8a16(ops.w8a16_experts_linear, counts, unrouted, n, k, dtype, bias_dtype, transposed)
 
 
 @given(

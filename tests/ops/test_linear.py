@@ -11,6 +11,7 @@ from torch import Tensor
 from octavo import ops
 from octavo.errors import OctavoError, QuantizeError
 from octavo.primitives import dequantize, quantize_weight
+from tests.ops.rounding import assert_off_by, linear_in_double
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 
@@ -26,18 +27,10 @@ def exact(codes: Tensor, scale: Tensor) -> Tensor:
 
 def assert_rounded_once(y: Tensor, x: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | None) -> None:
     """Half a unit in the last place of the output, and what summing in fp32 (fp64 for fp64) costs at most."""
-    w = exact(codes, scale)
-    expected = x.double() @ w.T
-    terms = x.double().abs() @ w.abs().T
-    if bias is not None:
-        expected, terms = expected + bias.double(), terms + bias.double().abs()
-    unit = torch.finfo(y.dtype)
+    expected, terms = linear_in_double(x, codes, scale, bias)
     sums = 2.0**-53 if y.dtype == torch.float64 else 2.0**-24
-    rounding = expected.abs() * unit.eps / 2 + unit.smallest_normal * unit.eps
-    bound = rounding * (1 + 2.0**-20) + (x.shape[-1] + 4) * sums * terms
     assert y.dtype == x.dtype
-    assert y.shape == expected.shape
-    assert ((y.double() - expected).abs() <= bound).all()
+    assert_off_by(y, expected, (x.shape[-1] + 4) * sums * terms)
 
 
 @given(

@@ -12,7 +12,7 @@ from octavo.errors import QuantizeError
 from octavo.ops import attention as composition
 from octavo.ops.triton import attention
 from octavo.ops.triton.attention import int8_attention
-from tests.ops.test_attention import causal, exact, heads, in_integers, sqnr_db
+from tests.ops.test_attention import assert_same_codes, causal, exact, heads, in_integers, sqnr_db
 
 
 def computed(
@@ -21,13 +21,6 @@ def computed(
 ) -> Tensor:  # fmt: skip
     on_device = (None if x is None else x.to(device) for x in (query, key, value, mask))
     return int8_attention(*on_device, scaling, softcap).cpu()
-
-
-def assert_same_codes(y: Tensor, expected: Tensor) -> None:
-    """But for a probability, here and there, that fell to the other side of a rounding."""
-    difference = (y.double() - expected).abs() / expected.double().abs().amax(-1, keepdim=True).clamp_min(1e-30)
-    assert difference.max() < 0.02
-    assert (difference < 1e-5).double().mean() > 0.98
 
 
 @pytest.mark.parametrize("softcap", [None, 1.5])

@@ -11,9 +11,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from octavo.errors import QuantizeError
 from octavo.ops import reference
-from octavo.ops.triton import experts
+from octavo.ops.triton import experts, linear
 from octavo.ops.triton.experts import w8a8_experts_linear, w8a16_experts_linear
-from tests.ops.test_experts_linear import assert_rounded_once, ends_of, exact, stack
+from tests.ops.test_experts_linear import assert_rounded_once, check_w8a16, ends_of, exact, stack
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -65,16 +65,10 @@ def test_w8a16(
     transposed: bool,
     device: str,
 ) -> None:
-    codes, scale = stack(len(counts), n, k)
-    bias = None if bias_dtype is None else torch.randn(len(counts), n).to(bias_dtype)
-    rows = sum(counts) + unrouted
-    x = (torch.randn(k, rows).T if transposed else torch.randn(rows, k)).to(dtype)
-    before = x.clone()
-    y = w8a16(x, counts, codes, scale, bias, device)
-    assert y.dtype == dtype and y.shape == (rows, n) and y.is_contiguous()
-    assert_rounded_once(y, *exact(x, counts, codes, scale, bias), k)
-    assert not y[sum(counts) :].any(), "a row past the last end belongs to no expert"
-    assert torch.equal(x, before)
+    def op(x: Tensor, ends: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+        return w8a16(x, counts, codes, scale, bias, device)
+
+    check_w8a16(op, counts, unrouted, n, k, dtype, bias_dtype, transposed)
 
 
 @settings(max_examples=25)
@@ -126,7 +120,7 @@ def test_every_tile(rows: str, dtype: torch.dtype, device: str) -> None:
     [(experts._VECTOR, 25, 1030), (experts._VECTOR_SHORT, 50, 270), (experts._VECTOR_FEW, 9, 1030)],
 )
 def test_every_tile_of_one_row(
-    tile: experts.Tile, n: int, k: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch, device: str
+    tile: linear.Tile, n: int, k: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch, device: str
 ) -> None:
     monkeypatch.setattr(experts, "_VECTOR_PROGRAMS", 8)
     counts = [0, 1, *[0] * 6, 2, *[0] * 6, 1]

@@ -12,6 +12,7 @@ from octavo.errors import QuantizeError
 from octavo.ops.triton import int8_linear
 from octavo.ops.triton.int8_linear import w8a8_linear
 from octavo.ops.triton.linear import Tile, plan
+from tests.ops.rounding import assert_off_by
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -28,10 +29,8 @@ def check(
     y = w8a8_linear(*operands, None if bias is None else bias.to(device), dtype).cpu()
     product = (x.long() @ weight.long().T).double() * (x_scale.double() * scale.double().flatten())
     expected = product if bias is None else product + bias.double()
-    unit = torch.finfo(dtype)
-    rounding = expected.abs() * unit.eps / 2 + unit.smallest_normal * unit.eps
-    assert y.dtype == dtype and y.shape == expected.shape and y.is_contiguous()
-    assert ((y.double() - expected).abs() <= rounding * 1.001 + (product.abs() + expected.abs()) * 2.0**-22).all()
+    assert y.dtype == dtype
+    assert_off_by(y, expected, (product.abs() + expected.abs()) * 2.0**-22)
 
 
 @settings(max_examples=30)

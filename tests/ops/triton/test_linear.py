@@ -11,6 +11,7 @@ from torch import Tensor
 from octavo.errors import QuantizeError
 from octavo.ops.triton import linear
 from octavo.ops.triton.linear import w8a16_linear
+from tests.ops.rounding import assert_off_by, linear_in_double
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -21,23 +22,12 @@ def weight(n: int, k: int, groups: int = 1) -> tuple[Tensor, Tensor]:
     return codes, torch.rand(n, groups) * 2.0 ** torch.randint(-12, -4, (n, groups))
 
 
-def assert_rounded_once(y: Tensor, x: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | None) -> None:
-    """Half a unit in the last place of the output, and what sums in fp32 cost; those of tensor cores are cut off, which
-    is twice of what rounding costs."""
-    w = codes.double() * scale.double().repeat_interleave(codes.shape[1] // max(scale.shape[1], 1), dim=1)
-    expected, terms = x.double() @ w.T, x.double().abs() @ w.abs().T
-    if bias is not None:
-        expected, terms = expected + bias.double(), terms + bias.double().abs()
-    unit = torch.finfo(x.dtype)
-    rounding = expected.abs() * unit.eps / 2 + unit.smallest_normal * unit.eps
-    bound = rounding * (1 + 2.0**-20) + (x.shape[-1] + 6) * 2.0**-23 * terms
-    assert y.dtype == x.dtype and y.shape == expected.shape and y.is_contiguous()
-    assert ((y.double() - expected).abs() <= bound).all()
-
-
 def check(device: str, x: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | None = None) -> None:
+    """Sums of tensor cores are cut off, which is twice of what rounding costs."""
     y = w8a16_linear(x.to(device), codes.to(device), scale.to(device), None if bias is None else bias.to(device))
-    assert_rounded_once(y.cpu(), x, codes, scale, bias)
+    expected, terms = linear_in_double(x, codes, scale, bias)
+    assert y.dtype == x.dtype
+    assert_off_by(y.cpu(), expected, (x.shape[-1] + 6) * 2.0**-23 * terms)
 
 
 @settings(max_examples=30)
