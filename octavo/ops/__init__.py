@@ -252,7 +252,8 @@ def quantize_weight(
 def w8a8_linear(
     x: Tensor, x_scale: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, dtype: torch.dtype
 ) -> Tensor:
-    """y = (x @ weight.T) * x_scale * weight_scale.T + bias: an exact int32 sum, then fp32, rounded once to `dtype`.
+    """y = (x @ weight.T) * x_scale * weight_scale.T + bias: an exact int32 sum, then fp32, rounded once to `dtype`
+    (fp64 where that is `dtype`).
 
     x: int8 [..., K]. x_scale: fp32 [..., 1] or [1]. weight: int8 [N, K]. weight_scale: fp32 [N, 1].
     bias: [N] float, or None. Returns: [..., N] of `dtype`.

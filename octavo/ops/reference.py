@@ -125,7 +125,7 @@ def w8a8_linear(
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     y = int8_matmul(x.reshape(math.prod(x.shape[:-1]), k), weight).to(wide)
     # The scales multiply each other first: one rounding of their product, one of the sum times it.
-    y *= x_scale.reshape(-1, 1) * weight_scale.reshape(1, -1)
+    y *= x_scale.reshape(-1, 1).to(wide) * weight_scale.reshape(1, -1).to(wide)
     if bias is not None:
         y += bias
     return y.to(dtype).view(*x.shape[:-1], n)

@@ -125,7 +125,7 @@ def test_linear(
     # fp32 rounds the integer sum, the two scales' product, their product and the sum with the bias: once each.
     unit = 2.0**-50 if dtype == torch.float64 else 2.0**-24
     terms = (x.double() * x_scale.double()).abs() @ (codes.double() * scale.double()).abs().T
-    bound = expected.abs() * torch.finfo(dtype).eps / 2 + (terms + expected.abs() + 1) * max(unit, 2.0**-24) * 4
+    bound = expected.abs() * torch.finfo(dtype).eps / 2 + (terms + expected.abs() + 1) * unit * 4
     assert bool(((y.double() - expected).abs() <= bound).all())
 
 
@@ -189,9 +189,8 @@ def test_a_compiler_for_cuda_sees_the_formula(
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")  # torch's own, when inductor is imported
-def test_the_formula_is_fused_with_what_makes_x(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_formula_is_fused_with_what_makes_x() -> None:
     """As it would be on a GPU: one kernel from the input of a norm to codes, which are right to half a step."""
-    monkeypatch.setattr(ops, "_is_fused", lambda x: torch.compiler.is_compiling())
     from torch._inductor.utils import run_and_get_code
 
     torch._dynamo.reset()
@@ -201,7 +200,7 @@ def test_the_formula_is_fused_with_what_makes_x(monkeypatch: pytest.MonkeyPatch)
 
     x = torch.randn(5, 300) * torch.logspace(-3, 3, 5).unsqueeze(1)
     with torch.no_grad():
-        compiled = torch.compile(lambda x: ops.quantize_per_token(norm(x)), fullgraph=True)
+        compiled = torch.compile(lambda x: reference.quantize_per_token(norm(x)), fullgraph=True)
         (codes, scale), (source,) = run_and_get_code(compiled, x)
     assert source.count("async_compile.cpp_pybinding(") == 1 and "octavo" not in source
     assert_are_codes_of(codes, scale, norm(x.double()))
