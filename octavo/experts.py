@@ -198,7 +198,7 @@ def _by_interface(layer: Any) -> ExpertsSpec | None:
         interleaved=not layer.is_concatenated,
         up_bias=f"{up}_bias" if layer.has_bias else None,
         down_bias="down_proj_bias" if layer.has_bias else None,
-        norm="post_expert_norm" if layer.has_post_expert_norm else None,
+        norm="post_expert_norm" if getattr(layer, "has_post_expert_norm", False) else None,
     )
 
 

@@ -61,10 +61,10 @@ def tied_llama(**changes: Any) -> Any:
     return llama(tie_word_embeddings=True, **changes)
 
 
-def qwen2() -> Any:
+def qwen2(**changes: Any) -> Any:
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
-    return Qwen2ForCausalLM(Qwen2Config(**TEXT, num_key_value_heads=2))
+    return Qwen2ForCausalLM(Qwen2Config(**{**TEXT, "num_key_value_heads": 2, **changes}))
 
 
 def gpt2() -> Any:

@@ -57,10 +57,11 @@ def expert_parts(
         for param in spec.params if spec is not None else ():
             assert spec is not None
             name = f"{prefix}.{param}" if prefix else param
-            first = owners[-1][0] + numbered[owners[-1][1]].numel() if owners else 0
+            first = owners[-1][0] + numbered[owners[-1][1]][..., 0].numel() if owners else 0
             stack = getattr(layer, param)
             e, n = (stack if isinstance(layer, QuantExperts) else spec.rows(stack)).shape[:2]
-            numbered[name] = torch.arange(first, first + e * n, device="cpu").view(e, n, 1)
+            # Two equal columns: older releases of transformers squeeze what they cut out, and would drop a single one.
+            numbered[name] = torch.arange(first, first + e * n, device="cpu").view(e, n, 1).repeat(1, 1, 2)
             owners.append((first, name))
             whole[name] = (spec, torch.arange(e * n, device="cpu").view(e, n))
     parts: dict[str, Part] = {}
