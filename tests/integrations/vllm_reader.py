@@ -31,7 +31,7 @@ CODES_PER_WORD = 4
 
 
 class EightBitWeights(MPLinearKernel):
-    """y = x W^T of packed 8-bit weights, for which vLLM has kernels on GPUs only: all that comes before them is its own.
+    """y = x W^T of packed 8-bit weights, for which vLLM has kernels on GPUs only; all that comes before is its own.
 
     weight_packed: int32 [N, K/4], of codes + 128. weight_scale: [N, groups].
     """
