@@ -104,7 +104,8 @@ def compare(
     batches: iterable of tensors, tuples (positional arguments) or dicts (keyword arguments). Where a dict has an
         `attention_mask` [B, T], positions with a 0 there do not count, in outputs [B, T, ...] of model and layers.
     layers: also the output SQNR of each module of the int8 model that says what of it is quantized (it has an attribute
-        `quantized_params`), against the module of the same name in the float model. Both must be nn.Module.
+        `quantized_params`), against the module of the same name in the float model. Both must be nn.Module. Smoothing
+        divides the outputs of some (up_proj, v_proj): those of a smoothed model go with the smoothed float model.
     progress: called with (batches done, number of batches or 0).
     Returns: Comparison. Where logits tie, top-1 agrees if the choice of one model is a highest logit of the other too.
         Logits of -inf in both models at the same place (tokens that are forbidden) count as equal.
