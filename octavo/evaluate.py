@@ -51,6 +51,8 @@ def perplexity(model: Model, token_ids: Tensor, *, window: int = 512, progress: 
     model: called with ids int64 [1, w], w <= window; returns logits [1, w, V] floating point, or an object, dict or
         tuple that holds them (see `compare`).
     token_ids: int64 [T] or [1, T], T >= 2.
+    window: tokens that the model sees at once.
+    progress: called with (windows done, number of windows).
     Returns: the perplexity, >= 1; inf when a token was given no probability at all. Log likelihoods are computed in
         fp32 (fp64 for fp64 logits) and summed in fp64.
     Raises: EvaluateError for ids of another dtype or shape, negative ids, fewer than two tokens, a window below 2,
@@ -144,7 +146,7 @@ def compare(
 def sqnr(reference: Tensor, actual: Tensor) -> float:
     """Signal to quantization noise ratio in dB: 10 * log10(sum reference^2 / sum (reference - actual)^2).
 
-    reference, actual: floating point, of one shape; on any device.
+    reference, actual: floating point, of one shape (any); on any device.
     Returns: dB, computed in float64. inf for equal tensors, -inf for a reference of zeros with an `actual` that is not,
         NaN if either holds NaN or inf.
     Raises: EvaluateError for different shapes.

@@ -109,6 +109,7 @@ def quantize(
         inputs (or, where those are no better, float ones) together with the layers that are fed the same tensor.
     fake: let linear layers compute in float with what the codes stand for, to study what int8 does; real int8 gives the
         same up to the rounding of sums.
+    progress: called with (layers done, number of layers).
     Returns: what became int8, what stayed float, and why.
     Raises: RecipeError for an unknown scheme, a pattern that matches nothing, a group_size that does not divide a K, or
         a layer that is ignored while it shares its weight with one that is not; QuantizeError for a model that is

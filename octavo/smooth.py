@@ -65,6 +65,7 @@ def smooth(
     repair: as it will be given to `octavo.quantize`: whether layers that static inputs do not suit will get others. The
         alpha of those is chosen for dynamic inputs.
     batch: an input to find and prove the pairs with; by default the first that `stats` were made of.
+    progress: called with (pairs done, number of pairs).
     Returns: each pair with its alpha and its effect; each norm and each stack of experts that was left alone, with the
         reason.
     Raises: CalibrateError for statistics of another model, or without an example batch where no `batch` is given;
