@@ -1,11 +1,14 @@
 """Octavo folds any PyTorch model to eight bits: half the memory of bf16, with the accuracy measured and shown.
 
     report = octavo.quantize(model, "w8a16")      in place; what became int8, what did not, and why
-    stats = octavo.calibrate(model, batches)      for int8 activations: the ranges of the layers' inputs,
-    octavo.smooth(model, stats, alpha="auto")     outliers moved into the weights, the function preserved
-    octavo.quantize(model, "w8a8")
     octavo.save(model, "out/")                    safetensors in the compressed-tensors layout
     model = octavo.load("out/")                   runs int8 as it lies on disk
+
+Int8 activations take three steps, from the float model, in the place of the first:
+
+    stats = octavo.calibrate(model, batches)      the ranges of the layers' inputs
+    octavo.smooth(model, stats, alpha="auto")     outliers moved into the weights, the function preserved
+    octavo.quantize(model, "w8a8")
 
 The names are loaded when they are first used (PEP 562), so that the command line answers before torch is there. A
 program exported with int8 layers needs only their ops: `import octavo.ops`, then `torch.export.load`.

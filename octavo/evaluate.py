@@ -51,6 +51,8 @@ def perplexity(model: Model, token_ids: Tensor, *, window: int = 512, progress: 
     model: called with ids int64 [1, w], w <= window; returns logits [1, w, V] floating point, or an object, dict or
         tuple that holds them (see `compare`).
     token_ids: int64 [T] or [1, T], T >= 2.
+    window: tokens that the model sees at once.
+    progress: called with (windows done, number of windows).
     Returns: the perplexity, >= 1; inf when a token was given no probability at all. Log likelihoods are computed in
         fp32 (fp64 for fp64 logits) and summed in fp64.
     Raises: EvaluateError for ids of another dtype or shape, negative ids, fewer than two tokens, a window below 2,
@@ -104,7 +106,8 @@ def compare(
     batches: iterable of tensors, tuples (positional arguments) or dicts (keyword arguments). Where a dict has an
         `attention_mask` [B, T], positions with a 0 there do not count, in outputs [B, T, ...] of model and layers.
     layers: also the output SQNR of each module of the int8 model that says what of it is quantized (it has an attribute
-        `quantized_params`), against the module of the same name in the float model. Both must be nn.Module.
+        `quantized_params`), against the module of the same name in the float model. Both must be nn.Module. Smoothing
+        divides the outputs of some (up_proj, v_proj): those of a smoothed model go with the smoothed float model.
     progress: called with (batches done, number of batches or 0).
     Returns: Comparison. Where logits tie, top-1 agrees if the choice of one model is a highest logit of the other too.
         Logits of -inf in both models at the same place (tokens that are forbidden) count as equal.
@@ -143,7 +146,7 @@ def compare(
 def sqnr(reference: Tensor, actual: Tensor) -> float:
     """Signal to quantization noise ratio in dB: 10 * log10(sum reference^2 / sum (reference - actual)^2).
 
-    reference, actual: floating point, of one shape; on any device.
+    reference, actual: floating point, of one shape (any); on any device.
     Returns: dB, computed in float64. inf for equal tensors, -inf for a reference of zeros with an `actual` that is not,
         NaN if either holds NaN or inf.
     Raises: EvaluateError for different shapes.

@@ -95,6 +95,9 @@ def quantize(
 ) -> Coverage:
     """Quantize the layers of `model` in place; each float weight is freed before the next is touched.
 
+    A weight W [N, K] of any float dtype becomes codes int8 [N, K] and a scale fp32 [N, 1] ([N, K/g] in groups of g
+    columns), W ~ codes * scale: the arithmetic of octavo.primitives. Which layers there are: the head of octavo.layers.
+
     model: any module with its weights loaded, on any device.
     scheme: a preset's name ("w8a16"), a Scheme or a Recipe; see octavo.recipe for `ignore`, `include`, `overrides`
         and `group_size`, which are added to it.
@@ -106,11 +109,14 @@ def quantize(
         inputs (or, where those are no better, float ones) together with the layers that are fed the same tensor.
     fake: let linear layers compute in float with what the codes stand for, to study what int8 does; real int8 gives the
         same up to the rounding of sums.
+    progress: called with (layers done, number of layers).
     Returns: what became int8, what stayed float, and why.
-    Raises: RecipeError for an unknown scheme or a pattern that matches nothing; QuantizeError for a model that is
+    Raises: RecipeError for an unknown scheme, a pattern that matches nothing, a group_size that does not divide a K, or
+        a layer that is ignored while it shares its weight with one that is not; QuantizeError for a model that is
         already quantized, on `meta`, itself a single layer, that holds NaN or inf, or whose attention cannot be int8;
-        CalibrateError for static inputs without `stats`, or with those of another model. The plan is checked before
-        anything is changed; a weight with NaN or inf stops at its layer, with the layers before it already int8.
+        CalibrateError for static inputs without `stats`, or with those of another model, and for an unknown observer;
+        MissingExtra for int8 attention without transformers. The plan is checked before anything is changed; a weight
+        with NaN or inf stops at its layer, with the layers before it already int8.
     Warns: OctavoWarning if more than 5% of the bytes stay float for a reason that the recipe did not ask for.
     """
     recipe = Recipe.of(

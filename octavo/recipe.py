@@ -77,7 +77,8 @@ class WeightArgs:
     """How a weight [N, K] becomes int8: one scale a row (per_channel), one for `group_size` columns of a row
     (per_group), or one for all of it (per_tensor).
 
-    Layer kinds without a K axis of their own (convolutions, embeddings) are always per_channel.
+    Layer kinds without a K axis of their own (convolutions, embeddings) and experts are always per_channel.
+    Raises: RecipeError for a granularity that does not exist, or a group_size that does not go with it.
     """
 
     granularity: WeightGranularity = "per_channel"
@@ -100,6 +101,7 @@ class InputArgs:
 
     dynamic: the scale is that of the input at hand. Otherwise it is fixed (static) beforehand by calibration, which
         only a per_tensor scale can be.
+    Raises: RecipeError for a granularity that does not exist, and for a static scale per_token.
     """
 
     granularity: InputGranularity = "per_token"
@@ -144,7 +146,7 @@ class Scheme:
     """What is int8 in a layer, and with which scales.
 
     name: a preset's. weight, input: the preset's own where None is given; `input` stays None for w8a16, whose
-        activations are float. Only linear layers have int8 inputs; other kinds take the weight's part.
+        activations are float. Linear layers and experts have int8 inputs; other kinds take the weight's part.
     Raises: RecipeError for an unknown name, and for weights per_group under int8 inputs (no int8 kernel has them).
     """
 
@@ -256,7 +258,12 @@ class Recipe:
         attention: str | None = None,
     ) -> Recipe:
         """A recipe from a preset's name, a Scheme or another Recipe, with `ignore`, `include` and `overrides` added,
-        and `attention` replaced if it is given."""
+        and `attention` replaced if it is given.
+
+        include: patterns and kinds that become targets besides the recipe's own.
+        group_size: columns of a weight that share a scale; goes with a preset's name only.
+        Raises: RecipeError as `Recipe` and `Scheme` do, and for a group_size with anything but a preset's name.
+        """
         for field, value in (("ignore", ignore), ("include", include)):
             if isinstance(value, str):
                 raise RecipeError(f"{field} is {value!r}, expected a list of patterns; write [{value!r}]")

@@ -6,8 +6,8 @@
 (Xiao et al., arXiv:2211.10438, equation 4.) Here s is rounded to a power of two. That costs next to nothing in
 accuracy and makes every fold *exact*, in bf16 and fp16 too: no weight is rounded anew, and the smoothed model computes
 the same bits as before. So "the function is preserved" is a test for equality, made on the model itself; a fold that
-fails it is taken back, and the report says why. (Two exceptions, for which the test allows for rounding: norms that
-scale by 1 + weight, which is exact in fp32 only, and the smallest numbers of fp16, which have fewer digits.)
+fails it is taken back, and the report says why. (Three exceptions, for which the test allows for rounding: norms that
+scale by 1 + weight, fp16, whose smallest numbers have fewer digits, and devices other than CPUs.)
 
 Inside a stack of experts, up -> down, each expert has factors of its own: s is [E, I] there. Experts that calibration
 routed no token to have factors of 1.
@@ -54,19 +54,23 @@ def smooth(
     batch: Any = None,
     progress: Progress | None = None,
 ) -> SmoothReport:
-    """Smooth a float model in place; what it computes stays the same.
+    """Smooth a float model in place; what it computes stays the same. The formula is at the head of this file.
 
+    model: float, on any device.
     stats: of this model, from `octavo.calibrate`. They follow: afterwards they are those of the smoothed model.
     alpha: 0 to 1, how much of the difficulty moves from activations to weights; "auto" takes for each pair the value of
-        `GRID` with the smallest error at the outputs of its layers, measured on the rows that `stats` kept.
-    scheme: the quantization that "auto" measures, and the report's errors are of.
+        `GRID` with the smallest error at the outputs of its layers, measured on the rows that `stats` kept, and leaves
+        alone a pair that none were kept of.
+    scheme: the quantization that "auto" measures, and the report's errors are of; a preset's name or a Scheme.
     repair: as it will be given to `octavo.quantize`: whether layers that static inputs do not suit will get others. The
         alpha of those is chosen for dynamic inputs.
     batch: an input to find and prove the pairs with; by default the first that `stats` were made of.
+    progress: called with (pairs done, number of pairs).
     Returns: each pair with its alpha and its effect; each norm and each stack of experts that was left alone, with the
         reason.
-    Raises: CalibrateError for statistics of another model, or without rows for "auto"; QuantizeError for an alpha that
-        is out of range, or a model that is int8 already.
+    Raises: CalibrateError for statistics of another model, or without an example batch where no `batch` is given;
+        QuantizeError for an alpha that is out of range, or a model that is int8 already; RecipeError for an unknown
+        scheme; EvaluateError for a batch that the model cannot be fed.
     """
     if alpha != "auto" and not (isinstance(alpha, float | int) and 0 <= alpha <= 1):
         raise QuantizeError(f"alpha is {alpha!r}, expected a number from 0 to 1, or 'auto'")

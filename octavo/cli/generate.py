@@ -36,7 +36,7 @@ def add_parser(verbs: Verbs) -> None:
     parser.add_argument("--seed", metavar="N", type=int, default=0, help="for a temperature above 0 (default 0)")
     parser.add_argument("--raw", action="store_true", help="go on with the text itself, without the chat template")
     parser.add_argument(
-        "--compile", action="store_true", help="by torch.compile first, which takes a minute or more; faster on a GPU"
+        "--compile", action="store_true", help="by torch.compile first, which takes a minute or more; meant for GPUs"
     )
     add_device(parser)
 

@@ -4,6 +4,7 @@ saving.py              a quantized model -> a checkpoint folder
 loading.py             a checkpoint folder -> int8 layers in a model
 stream.py              a float checkpoint -> an int8 one, one tensor at a time, without a model
 compressed_tensors.py  how an int8 weight lies in the files (the layout that vLLM and transformers read)
+experts.py             a stack of experts [E, N, K] as the 2-D weights that each expert has in the files
 checkpoint.py          the files: sharded safetensors, whole or not at all
 gpt_fast.py            gpt-fast's own layout, a state dict in a .pth file
 """

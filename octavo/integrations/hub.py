@@ -67,7 +67,9 @@ def load(
         checkpoint that octavo can run; a folder, Hub id or .gguf file. A float checkpoint loads as float.
     model: for anything that is not a transformers model: the float model of the same structure, freshly built, on
         `meta` or not; it is changed in place and returned.
-    options: for `from_pretrained` of transformers (`dtype`, `device_map`, `trust_remote_code`, ...).
+    progress: called with (layers done, number of layers), where `model` is given; transformers shows its own.
+    options: for `from_pretrained` of transformers (`dtype`, `device_map`, `trust_remote_code`, ...); a given `model` is
+        as it was built, and they have no effect on it.
     Returns: the model, in eval mode if transformers built it.
     Raises: CheckpointError for a source that is missing, damaged or in a format that octavo cannot run; MissingExtra
         if transformers is needed and not installed.
@@ -127,6 +129,7 @@ def save(
     tokenizer: tokenizer or processor to save along. Without one, the files beside the model's own checkpoint are
         copied, if it was loaded from a local folder.
     max_shard_size: bytes, or "5GB".
+    progress: called with (tensors written, number of tensors).
     Returns: the folder's path.
     Raises: QuantizeError if no layer is int8; CheckpointError if the folder exists or cannot be written whole.
     Warns: OctavoWarning if a layer's kind keeps transformers and vLLM from loading the folder.
@@ -166,13 +169,16 @@ def quantize_checkpoint(
 
     src: a folder or Hub id with safetensors, or a .gguf file (which is dequantized in memory, in bf16).
     dst: must not exist (an empty folder may).
-    scheme, ignore, include, overrides, group_size: as for `octavo.quantize`.
+    scheme, ignore, include, overrides, group_size: as for `octavo.quantize`; a Recipe may ask for int8 attention.
     model: a skeleton that says what the tensors are, for a checkpoint that is not a transformers model; on `meta` or
         not, it is not modified.
+    max_shard_size: bytes, or "5GB".
+    progress: called with (tensors done, number of tensors).
     Returns: what became int8, what stayed float and why, in bytes on disk. Peak memory is about twice the largest
         tensor; the result is bit-identical to quantizing the loaded model and saving it.
-    Raises: CheckpointError, RecipeError, QuantizeError as `octavo.quantize` and `octavo.save` do; MissingExtra if
-        transformers is needed and not installed. Nothing is left of `dst` after an error.
+    Raises: CheckpointError, RecipeError, QuantizeError as `octavo.quantize` and `octavo.save` do; QuantizeError for
+        static inputs too, whose scales only a model that runs can give; MissingExtra if transformers is needed and not
+        installed. Nothing is left of `dst` after an error.
     """
     recipe = Recipe.of(scheme, ignore=ignore, include=include, overrides=overrides, group_size=group_size)
     source = resolve(src)

@@ -20,9 +20,10 @@
     op                      query                 key, value                  mask                         result
     int8_attention          [B, H, T, D] float    [B, KV, S, D] float         bool or float [B, H, T, S]   [B, H, T, D]
 
-Each w8a16 op computes sum(code * x), accumulated in fp32, *then* multiplies by the scale, adds the bias and rounds
-once to the output dtype: where the float model does not overflow fp16, neither does this, inside autocast too. (K/g is
-1 for per_channel. With per_group the scale belongs inside the sum, so code * scale is formed in fp32 first.)
+Each w8a16 op computes sum(code * x), accumulated in fp32 (fp64 for an fp64 x), *then* multiplies by the scale, adds the
+bias and rounds once to the output dtype: where the float model does not overflow fp16, neither does this, inside
+autocast too. (K/g is 1 for per_channel. With per_group the scale belongs inside the sum, so code * scale is formed in
+fp32 first.)
 w8a8_linear sums in int32, exactly, then multiplies by both scales. Its input is quantized by an op of its own, so that
 layers which read the same tensor can share the codes (`octavo.inputs`). int8_attention quantizes its operands itself.
 Results are contiguous, whatever the strides.
@@ -318,7 +319,7 @@ class Serving:
 
 
 def backends() -> list[Serving]:
-    """Which kernels serve which op on the devices of this machine, and why."""
+    """Which kernels serve which op on the devices of this machine, and why: a row for each op and device."""
     rows = []
     for op in OPS:
         if _native.isa is None:
