@@ -298,6 +298,10 @@ class OctavoQuantizer(HfQuantizer):  # type: ignore[misc]
         ):
             if patterns:
                 setattr(model, attribute, {*(getattr(model, attribute, None) or ()), *patterns})
+        # Nor to initialize them, which some classes do from the module around the stack.
+        for stack in {part.param.rpartition(".")[0] for part in own.values()}:
+            for name in (stack, stack.rpartition(".")[0]):
+                model.get_submodule(name)._is_hf_initialized = True  # type: ignore[assignment]
 
     def _is_int8(self, part: Part) -> bool:
         return any(decision.name == part.param.rpartition(".")[0] for decision in self._decisions)
