@@ -130,7 +130,11 @@ _EXPERTS_KIND = _ExpertsKind(EXPERTS, (), modules.QuantExperts, params=(), int8_
 
 KINDS: tuple[LayerKind, ...] = (
     LayerKind(
-        "Linear", ("Linear", "NonDynamicallyQuantizableLinear"), modules.QuantLinear, per_group=True, int8_input=True
+        "Linear",
+        ("Linear", "NonDynamicallyQuantizableLinear", "FalconLinear"),
+        modules.QuantLinear,
+        per_group=True,
+        int8_input=True,
     ),
     LayerKind("Conv1D", ("Conv1D",), modules.QuantLinear, rows=_transposed, per_group=True, int8_input=True),
     LayerKind("Conv1d", ("Conv1d",), modules.QuantConv),
@@ -150,7 +154,7 @@ KINDS: tuple[LayerKind, ...] = (
     ),
 )
 
-_HOMES = ("torch.nn.", "transformers.pytorch_utils")
+_HOMES = ("torch.nn.", "transformers.pytorch_utils", "transformers.models.falcon.")
 """Where the float classes live: a class of the same name elsewhere is another class."""
 
 

@@ -26,7 +26,7 @@ from octavo.modules import (
 )
 from octavo.primitives import dequantize
 from octavo.quantize import output_heads, plan
-from tests.tiny_models import TEXT, VISION, Net, bert, build, gpt2, llama, t5, tied_llama, tokens, vit, whisper
+from tests.tiny_models import TEXT, VISION, Net, bert, build, falcon, gpt2, llama, t5, tied_llama, tokens, vit, whisper
 
 
 def mlp() -> nn.Sequential:
@@ -60,7 +60,7 @@ def test_in_place_with_the_values_of_the_definition() -> None:
 
 
 @pytest.mark.filterwarnings("ignore::octavo.OctavoWarning")  # in so small a ViT, position embeddings are over 5%
-@pytest.mark.parametrize("make", [llama, tied_llama, gpt2, bert, t5, vit, whisper])
+@pytest.mark.parametrize("make", [llama, tied_llama, gpt2, falcon, bert, t5, vit, whisper])
 def test_real_architectures_stay_close_to_the_float_model(make: Any) -> None:
     model = build(make)
     inputs = {

@@ -161,6 +161,35 @@ def qwen3_moe(**changes: Any) -> Any:
     return Qwen3MoeForCausalLM(Qwen3MoeConfig(**{**TEXT, **own, **routing, **changes}))
 
 
+def gte() -> Any:
+    """On disk q, k and v are one tensor, and so are the projections up and of the gate."""
+    from transformers import GteConfig, GteModel
+
+    return GteModel(GteConfig(**TEXT))
+
+
+def qwen3_vl_moe() -> Any:
+    """On disk a stack of experts is one tensor, turned around: [E, K, N]."""
+    from transformers import Qwen3VLMoeConfig, Qwen3VLMoeForConditionalGeneration
+
+    text = {
+        **TEXT, "num_key_value_heads": 2, "head_dim": 8, "num_experts": 4, "num_experts_per_tok": 2,
+        "moe_intermediate_size": 10, "rope_parameters": {"rope_type": "default", "mrope_section": [2, 1, 1]},
+    }  # fmt: skip
+    vision = {"depth": 1, "hidden_size": 32, "intermediate_size": 40, "num_heads": 4, "out_hidden_size": 32,
+              "num_position_embeddings": 16, "deepstack_visual_indexes": []}  # fmt: skip
+    return Qwen3VLMoeForConditionalGeneration(Qwen3VLMoeConfig(text_config=text, vision_config=vision))
+
+
+def falcon() -> Any:
+    """Its linear layers are of a class of its own."""
+    from transformers import FalconConfig, FalconForCausalLM
+
+    return FalconForCausalLM(
+        FalconConfig(vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=2, num_attention_heads=4)
+    )
+
+
 def gpt_oss() -> Any:
     from transformers import GptOssConfig, GptOssForCausalLM
 

@@ -5,10 +5,12 @@ loading.py             a checkpoint folder -> int8 layers in a model
 stream.py              a float checkpoint -> an int8 one, one tensor at a time, without a model
 compressed_tensors.py  how an int8 weight lies in the files (the layout that vLLM and transformers read)
 experts.py             a stack of experts [E, N, K] as the 2-D weights that each expert has in the files
+conversions.py         tensors that are others on disk than in the model
 checkpoint.py          the files: sharded safetensors, whole or not at all
 gpt_fast.py            gpt-fast's own layout, a state dict in a .pth file
 """
 
+from octavo.formats.conversions import Conversion
 from octavo.formats.experts import expert_parts
 from octavo.formats.loading import Rename, int8_names, load_into, read_experts, restore_reasons, stored_decisions
 from octavo.formats.saving import (
@@ -23,6 +25,7 @@ from octavo.formats.saving import (
 
 __all__ = [
     "COVERAGE_FILE",
+    "Conversion",
     "OnDisk",
     "Rename",
     "describe_layout",

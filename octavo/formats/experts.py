@@ -65,8 +65,8 @@ def expert_parts(
             owners.append((first, name))
             whole[name] = (spec, torch.arange(e * n, device="cpu").view(e, n))
     parts: dict[str, Part] = {}
-    renamed = on_disk({name: ids for name, ids in numbered.items() if not whole[name][0].transposed}) if on_disk else {}
-    for name, ids in renamed.items():
+    numbered = {name: ids for name, ids in numbered.items() if not whole[name][0].transposed}
+    for name, ids in _renamed(numbered, on_disk).items():
         if ids.dim() == 2:
             first, param = owners[bisect.bisect_right(owners, int(ids[0, 0]), key=lambda owner: owner[0]) - 1]
             parts[name] = Part(param, ids[:, 0] - first, True)
@@ -74,6 +74,15 @@ def expert_parts(
     for param, (spec, rows) in whole.items():
         parts |= {name: Part(param, part, False) for name, part in _cut(param, spec, rows)}
     return parts
+
+
+def _renamed(
+    numbered: dict[str, Tensor], on_disk: Callable[[dict[str, Tensor]], Mapping[str, Tensor]] | None
+) -> Mapping[str, Tensor]:
+    try:
+        return on_disk(numbered) if on_disk else {}
+    except AttributeError:  # a rule that turns whole stacks around, and asks an int8 model for its float parameter
+        return {}
 
 
 def _cut(param: str, spec: ExpertsSpec, rows: Tensor) -> Iterator[tuple[str, Tensor]]:

@@ -261,24 +261,35 @@ def _stored(model: nn.Module) -> dict[str, _Stored]:
 def _renamed(
     tensors: dict[str, _Stored], on_disk: OnDisk | None
 ) -> tuple[dict[str, _Stored], dict[str, str], list[str]]:
-    """`tensors` under their names on disk; layer's name in the model -> on disk where it differs; names of the parts
-    that a tensor was cut into."""
+    """`tensors` under their names on disk; layer's name in the model -> on disk where it differs; names of the tensors
+    that float ones were merged to or cut into."""
     if on_disk is None:
         return tensors, {}, []
+    merged = _merged(tensors, on_disk)
     origin = {id(stored.tensor): name for name, stored in tensors.items()}
     renamed: dict[str, _Stored] = {}
     names: dict[str, str] = {}
     parts: list[str] = []
-    for name, tensor in on_disk({name: stored.tensor for name, stored in tensors.items()}).items():
+    for name, tensor in on_disk({n: stored.tensor for n, stored in tensors.items() if n not in merged}).items():
         before = origin.get(id(tensor))
         if before is None:
             parts.append(name)
         elif before != name:
             names[before.rpartition(".")[0]] = name.rpartition(".")[0]
         renamed[name] = tensors[before] if before else _Stored(tensor, tensor.dtype)
-    before_and_after = (sum(s.scale is not None for s in some.values()) for some in (tensors, renamed))
-    assert len({*before_and_after}) == 1
-    return renamed, names, parts
+    return renamed | merged, names, parts
+
+
+def _merged(tensors: dict[str, _Stored], on_disk: OnDisk) -> dict[str, _Stored]:
+    """The tensors of int8 layers that would be part of another on disk (a q, k and v that are fused there), with all
+    that would be part of the same. Codes cannot be merged: these keep the names that they have in the model."""
+    empty = {name: torch.empty_like(stored.tensor, device="meta") for name, stored in tensors.items()}
+    kept = {id(tensor) for tensor in on_disk(empty).values()}
+    lost = [name for name, tensor in empty.items() if id(tensor) not in kept]
+    places = {name: frozenset(on_disk({name: empty[name]})) for name in lost}
+    int8 = {name.rpartition(".")[0] for name, stored in tensors.items() if stored.scale is not None}
+    with_codes = {place for name, place in places.items() if name.rpartition(".")[0] in int8}
+    return {name: tensors[name] for name in lost if places[name] in with_codes}
 
 
 def _copies(state: Mapping[str, Tensor], tied: Mapping[str, str]) -> set[str]:

@@ -9,6 +9,7 @@ of another task, say): those are copied as they are, and reported.
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -19,6 +20,7 @@ from octavo.errors import CheckpointError, QuantizeError
 from octavo.experts import routers, spec_of
 from octavo.formats import compressed_tensors as layout
 from octavo.formats.checkpoint import CheckpointReader, CheckpointWriter, copy_companions, new_folder
+from octavo.formats.conversions import AsInModel, Conversion
 from octavo.formats.experts import Part, expert_parts
 from octavo.formats.loading import Rename
 from octavo.formats.saving import OnDisk, quantization_config, write_descriptions
@@ -38,6 +40,7 @@ def quantize_files(
     *,
     rename: Rename = lambda name: name,
     on_disk: OnDisk | None = None,
+    conversions: Callable[[list[str]], list[Conversion]] = lambda names: [],
     max_shard_size: int | str = "5GB",
     progress: Progress | None = None,
 ) -> Coverage:
@@ -46,6 +49,7 @@ def quantize_files(
     src: a float checkpoint's folder, or one .safetensors file. dst: must not exist.
     skeleton: the model that the checkpoint is of, with or without weights (on `meta`); not modified.
     rename: how names on disk become names of the skeleton, where they differ. on_disk: the other way, for `save`.
+    conversions: of tensors on disk, by their names, those that are other tensors in the model.
     Returns: the coverage, with bytes as on disk.
     Raises: CheckpointError for a source that is damaged, already quantized or not of this model, and for a
         destination that exists or cannot be written whole; RecipeError and QuantizeError as `octavo.quantize` does,
@@ -56,7 +60,7 @@ def quantize_files(
         _refuse_quantized(reader)
         decisions = plan(skeleton, recipe)
         _refuse_static(decisions)
-        tensors = _Tensors(reader, skeleton, decisions, rename, on_disk)
+        tensors = _Tensors(reader, skeleton, decisions, rename, on_disk, conversions)
         config = dict(reader.config or {})
         config["quantization_config"] = quantization_config(
             tensors.layers(),
@@ -110,20 +114,23 @@ class _Tensors:
         decisions: list[Decision],
         rename: Rename,
         on_disk: OnDisk | None,
+        conversions: Callable[[list[str]], list[Conversion]],
     ) -> None:
-        self._reader = reader
         self._skeleton = skeleton
         self._modules = dict(skeleton.named_modules())
         self._routers = routers(skeleton)
         self._decisions = {decision.name: decision for decision in decisions}
-        self._param = {name: rename(name) for name in reader.names}
         self._experts = expert_parts(skeleton, on_disk)
+        others = [name for name in reader.names if name not in self._experts]
+        int8 = {decision.name for decision in decisions if decision.scheme}
+        self._reader = AsInModel(reader, conversions(others), int8)
+        self._param = {name: name if name in self._reader.made else rename(name) for name in self._reader.names}
         self.parts = [name for name, param in self._param.items() if param is None and not self._stack_of(name)]
         self._shapes: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {}
         self._refuse_other_shapes()
         self._refuse_missing()
         self._own = self._own_names()
-        self.kept = [name for name in reader.names if not self._is_copy(name)]
+        self.kept = [name for name in self._reader.names if not self._is_copy(name)]
         for name in self.kept:
             if self._scheme(name):
                 self._shapes[name] = self._int8_shapes(name)

@@ -191,7 +191,7 @@ def quantize_checkpoint(
         if recipe.attention == "int8":
             _attention().check_int8_attention(model)
         return quantize_files(source, dst, recipe, model, max_shard_size=max_shard_size, progress=progress)
-    from octavo.integrations.transformers import on_disk, renaming
+    from octavo.integrations.transformers import conversions, on_disk, renaming
 
     built = skeleton(source, trust_remote_code=trust_remote_code)
     if recipe.attention == "int8":
@@ -203,6 +203,7 @@ def quantize_checkpoint(
         built,
         rename=renaming(built),
         on_disk=partial(on_disk, built),
+        conversions=partial(conversions, built),
         max_shard_size=max_shard_size,
         progress=progress,
     )

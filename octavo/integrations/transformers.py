@@ -13,6 +13,7 @@ read, `save_pretrained` one that brings transformers here.
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
@@ -39,6 +40,7 @@ from octavo.formats import compressed_tensors as layout
 from octavo.formats.checkpoint import CheckpointReader
 from octavo.formats.experts import Part
 from octavo.integrations.attention import attention_of, check_int8_attention, use_int8_attention
+from octavo.layers import EXPERTS
 from octavo.modules import QuantModule
 from octavo.quantize import Decision, install, plan, settle, warn_unasked
 from octavo.recipe import Pattern, Recipe, Scheme
@@ -123,22 +125,29 @@ class _QuantizeParameter(_SharedOp):
         self.quantizer = quantizer
 
     def convert(self, input_dict: dict[str, Any], *, full_layer_name: str, **_: Any) -> dict[str, Tensor]:
-        (value,) = input_dict.values()
-        weight = value[0] if isinstance(value, list) else value
-        decision, layer, module = self.quantizer.target(full_layer_name)
+        made: dict[str, Tensor] = {}
+        for name, value in input_dict.items():
+            weight = value[0] if isinstance(value, list) else value
+            # Of one weight the name is that of the layer; of several (a fused q, k and v), some may be to stay float.
+            name = full_layer_name if len(input_dict) == 1 else name
+            made |= self._quantized(name, weight) if self.quantizer.is_int8(name) else {name: weight}
+        return made
+
+    def _quantized(self, name: str, weight: Tensor) -> dict[str, Tensor]:
+        decision, layer, module = self.quantizer.target(name)
         assert decision.scheme is not None
-        param = full_layer_name.rpartition(".")[2]
+        param = name.rpartition(".")[2]
         expected = getattr(layer, param).shape
         try:
             if weight.shape != expected:
                 raise CheckpointError(
-                    f"{full_layer_name}: has shape {list(weight.shape)} in the checkpoint, the model's {list(expected)}"
+                    f"{name}: has shape {list(weight.shape)} in the checkpoint, the model's {list(expected)}"
                 )
-            codes, scale = decision.kind.quantize_param(layer, param, weight, decision.scheme, full_layer_name)
+            codes, scale = decision.kind.quantize_param(layer, param, weight, decision.scheme, name)
         except OctavoError as error:
-            return self.quantizer.put_off(error, full_layer_name)
+            return self.quantizer.put_off(error, name)
         module.float_dtype = weight.dtype
-        return {full_layer_name: codes, f"{full_layer_name}_scale": scale}
+        return {name: codes, f"{name}_scale": scale}
 
 
 class _ReadParameter(_SharedOp):
@@ -242,8 +251,17 @@ class OctavoQuantizer(HfQuantizer):  # type: ignore[misc]
             f"{name}_scale": torch.ones_like(scale, device="cpu"),
         }
 
+    def is_int8(self, name: str) -> bool:
+        """Whether the parameter `name` is to be int8."""
+        return name in self._targets
+
     def param_needs_quantization(self, model: PreTrainedModel, param_name: str, **kwargs: Any) -> bool:
-        return param_name in self._targets
+        return self.is_int8(param_name) or any(map(self.is_int8, self._beside(param_name)))
+
+    def _beside(self, name: str) -> list[str]:
+        """What transformers makes of the same tensors as parameter `name`, if that is the first of several."""
+        rules = (rule.target_patterns for rule in self._rules if isinstance(rule, WeightConverter))
+        return [name.replace(first, other) for first, *others in rules if first in name for other in others]
 
     def get_quantize_ops(self) -> ConversionOps:
         return _QuantizeParameter(self)
@@ -280,6 +298,10 @@ class OctavoQuantizer(HfQuantizer):  # type: ignore[misc]
         ):
             if patterns:
                 setattr(model, attribute, {*(getattr(model, attribute, None) or ()), *patterns})
+        # Nor to initialize them, which some classes do from the module around the stack.
+        for stack in {part.param.rpartition(".")[0] for part in own.values()}:
+            for name in (stack, stack.rpartition(".")[0]):
+                model.get_submodule(name)._is_hf_initialized = True  # type: ignore[assignment]
 
     def _is_int8(self, part: Part) -> bool:
         return any(decision.name == part.param.rpartition(".")[0] for decision in self._decisions)
@@ -305,8 +327,10 @@ class OctavoQuantizer(HfQuantizer):  # type: ignore[misc]
         self._model = None
         self._targets = {}
         # What is kept here save_pretrained would undo; the codes are packed for it by `get_state_dict_and_metadata`.
+        # Nor can codes be merged with others, as a rule that cuts a fused q, k and v would do the other way around.
         rules = self._rules or model._weight_conversions or ()
-        model._weight_conversions = [rule for rule in rules if not _reads_int8(rule)]
+        alone = [f"{made.name}.weight" for made in self._decisions if made.scheme and made.kind.name != EXPERTS]
+        model._weight_conversions = [rule for rule in rules if not (_reads_int8(rule) or _merges_any(rule, alone))]
         if self._folder is not None:
             formats.restore_reasons(model, self._folder, renaming(model))
         else:
@@ -342,6 +366,14 @@ def _merges(rule: Any, stacks: set[str]) -> bool:
     return many and any(param.endswith(target) for target in targets for param in stacks)
 
 
+def _merges_any(rule: Any, params: list[str]) -> bool:
+    """Whether a rule, the other way around, makes one tensor of one of `params` and others."""
+    if not isinstance(rule, WeightConverter):
+        return False
+    reverse = rule.reverse_transform()
+    return any(reverse.rename_source_key(param)[1] is not None for param in params)
+
+
 def _reads_int8(rule: Any) -> bool:
     return any(isinstance(operation, _ReadParameter) for operation in getattr(rule, "operations", ()))
 
@@ -356,18 +388,57 @@ def _tie(model: PreTrainedModel) -> None:
 
 def renaming(model: PreTrainedModel) -> Callable[[str], str | None]:
     """Names on disk -> names in the model, by the rules that transformers loads with; None for a part of a tensor."""
-    rules = get_model_conversion_mapping(model)
-    renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
-    converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
-    state = model.state_dict()
+    converted, state = _loading_names(model), model.state_dict()
 
     def rename(name: str) -> str | None:
-        renamed, converted = rename_source_key(name, renamings, converters, model.base_model_prefix, state)
+        renamed, pattern = converted(name)
         if renamed not in state and name in state:
             return name
-        return None if converted is not None else renamed
+        return None if pattern is not None else renamed
 
     return rename
+
+
+def conversions(model: PreTrainedModel, names: Iterable[str]) -> list[formats.Conversion]:
+    """How transformers makes tensors of the model of those on disk, where it does more than to rename them."""
+    converted = _loading_names(model)
+    groups: dict[str, dict[str, str]] = {}
+    for name in names:
+        target, pattern = converted(name)
+        if pattern is not None:
+            groups.setdefault(target, {})[name] = pattern
+    rules = _rules(model, WeightConverter)
+    made = []
+    for target, patterns in groups.items():
+        rule = next(rule for rule in rules if set(patterns.values()) & set(rule.source_patterns))
+        made.append(formats.Conversion(tuple(patterns), partial(_convert, model, rule, target, patterns)))
+    return made
+
+
+def _convert(
+    model: PreTrainedModel, rule: Any, target: str, patterns: Mapping[str, str], tensors: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    rule = copy.deepcopy(rule)  # it collects tensors
+    for name, tensor in tensors.items():
+        rule.add_tensor(target, name, patterns[name], tensor)
+    made = rule.convert(target, model=model, config=model.config)
+    return {name: value[0] if isinstance(value, list) else value for name, value in made.items()}
+
+
+def _rules(model: PreTrainedModel, kind: type) -> list[Any]:
+    return [rule for rule in get_model_conversion_mapping(model) if isinstance(rule, kind)]
+
+
+def _loading_names(model: PreTrainedModel) -> Callable[[str], tuple[str, str | None]]:
+    """Name on disk -> that in the model, and the pattern of the rule that converts the tensor if one does."""
+    state = model.state_dict()
+    return partial(
+        rename_source_key,
+        weight_renamings=_rules(model, WeightRenaming),
+        weight_converters=_rules(model, WeightConverter),
+        base_model_prefix=model.base_model_prefix,
+        meta_state_dict=state,
+    )
 
 
 def on_disk(model: PreTrainedModel, tensors: dict[str, Tensor]) -> dict[str, Tensor]:

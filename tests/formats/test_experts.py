@@ -52,6 +52,23 @@ def test_what_is_saved_is_loaded_bit_for_bit(tmp_path: Path, make: Callable[...,
     assert one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
 
 
+def test_int8_experts_are_not_initialized_from_around_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As Qwen3-Omni would do it for experts that transformers finds missing in the files."""
+    modeling = transformers.models.mixtral.modeling_mixtral
+    initialize = modeling.MixtralPreTrainedModel._init_weights
+
+    def and_experts(self: Any, module: nn.Module) -> None:
+        initialize(self, module)
+        if isinstance(module, modeling.MixtralSparseMoeBlock):
+            transformers.initialization.normal_(module.experts.gate_up_proj)
+
+    monkeypatch.setattr(modeling.MixtralPreTrainedModel, "_init_weights", and_experts)
+    model = build(tiny_models.mixtral)
+    octavo.quantize(model, "w8a16")
+    octavo.save(model, tmp_path / "int8")
+    assert torch.equal(logits(octavo.load(tmp_path / "int8")), logits(model))
+
+
 @pytest.mark.parametrize("make", MODELS)
 @pytest.mark.parametrize("scheme", ["w8a16", "w8a8"])
 def test_from_file_to_file(tmp_path: Path, make: Callable[..., Any], scheme: str) -> None:

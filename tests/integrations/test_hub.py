@@ -78,6 +78,7 @@ MIXED = {"overrides": {"re:.*self_attn": octavo.Scheme.of("w8a16", group_size=8)
         (tiny_models.qwen2, torch.bfloat16, {}),
         (tiny_models.bert, torch.float32, {}),
         (tiny_models.bert_lm, torch.float16, {}),
+        (tiny_models.gte, torch.bfloat16, {"ignore": ["re:.*k_proj"]}),
         (tiny_models.vit, torch.bfloat16, {"ignore": ["Conv2d"]}),
         (tiny_models.llava, torch.bfloat16, {"ignore": ["Conv2d"]}),
         (tiny_models.llava, torch.float32, {**MIXED, "ignore": ["Conv2d"]}),

@@ -84,6 +84,8 @@ CASES = [
     (tiny_models.vit, {}),
     (tiny_models.llava, {}),
     (tiny_models.mixtral, {}),
+    (tiny_models.gte, {}),
+    (tiny_models.gte, {"ignore": ["re:.*[qv]_proj"]}),
     (tiny_models.llama, {"scheme": "w8a8"}),
     (tiny_models.llama, {"scheme": "w8a8", "overrides": {"re:.*mlp": Scheme.of("w8a16", group_size=2)}}),
     (tiny_models.tied_llama, {"scheme": "w8a8", "include": ["lm_head"]}),
