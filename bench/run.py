@@ -21,6 +21,7 @@ from bench import (
     attention,
     audio,
     embeddings,
+    engines,
     experts,
     gpu,
     kernels,
@@ -45,6 +46,7 @@ BENCHMARKS = {
     "attention": attention,
     "experts": experts,
     "speed": speed,
+    "engines": engines,
     "gpu": gpu,
 }
 

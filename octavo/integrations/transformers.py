@@ -277,12 +277,15 @@ class OctavoQuantizer(HfQuantizer):  # type: ignore[misc]
             WeightConverter("input_scale", "input_scale", [scale]),
         ]
 
-    def update_weight_conversions(self, weight_conversions: list[Any], model: PreTrainedModel) -> list[Any]:
-        """The weights of int8 experts are read here, after the rest: the rules that merge float ones go without."""
+    def update_weight_conversions(self, weight_conversions: list[Any], *model: PreTrainedModel) -> list[Any]:
+        """The weights of int8 experts are read here, after the rest: the rules that merge float ones go without.
+
+        model: given by transformers from 5.20 on.
+        """
         self._rules = list(weight_conversions)
         stacks = {part.param for part in self._parts.values() if self._is_int8(part)}
         kept = [rule for rule in weight_conversions if not _merges(rule, stacks)]
-        return super().update_weight_conversions(kept, model)
+        return super().update_weight_conversions(kept, *model)
 
     def _leave_experts_to_us(self, model: PreTrainedModel) -> None:
         """Tell transformers not to miss the int8 experts in the files, nor to wonder at their weights there."""
