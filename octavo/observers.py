@@ -17,6 +17,7 @@ The largest magnitude that a static int8 input is to hold, by observer:
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Literal, get_args
 
 import torch
@@ -90,19 +91,25 @@ class Observer:
     def largest(self, kind: ObserverKind = "absmax", *, percentile: float = PERCENTILE) -> float:
         """The magnitude that becomes code 127, by the observer `kind`; 0 if every input was 0.
 
-        percentile: for that observer, in percent. Raises: CalibrateError for an observer that does not exist.
+        percentile: for that observer, in percent. Raises: CalibrateError for an observer that does not exist, and for
+            one other than absmax where nothing but the channels' amax is known.
         """
         check_observer(kind)
         top = self.amax.max().item() if self.amax.numel() else 0.0
         if kind == "absmax" or top == 0:
             return top
+        if not bool(self.histogram.any()):
+            raise CalibrateError(
+                f"observer is {kind!r}, and the statistics hold nothing but the largest value of each channel (as "
+                "SmoothQuant's act_scales, or those of rows=0 once smoothed); expected 'absmax', or calibrate anew"
+            )
         if kind == "percentile":
             return min(top, self._percentile(percentile))
         return min(top, self._least_squares(top))
 
     def _percentile(self, percentile: float) -> float:
         seen = self.histogram.cumsum(0)
-        wanted = int(seen[-1].item() * min(max(percentile, 0.0), 100.0) / 100)
+        wanted = math.ceil(seen[-1].item() * min(max(percentile, 0.0), 100.0) / 100)
         bin_ = int(torch.searchsorted(seen, wanted).clamp_max(_BINS - 1))
         return _bin_values(torch.tensor([bin_]), upper=True).item()
 

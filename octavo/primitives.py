@@ -164,7 +164,7 @@ def quantize_weight(
         return torch.empty_like(weight, dtype=torch.int8, memory_format=torch.contiguous_format), scale
     if granularity not in ("per_channel", "per_group") or weight.dim() < 2 or weight.numel() == 0:
         scale = choose_scale(weight, granularity, group_size=group_size, value_range=value_range, name=name)
-        return quantize(weight, scale, value_range=value_range, name=name), scale
+        return quantize(weight, scale, value_range=value_range, name=name).contiguous(), scale
     rows = weight.flatten(1)
     n, k = rows.shape
     step = max(1, _CHUNK_ELEMENTS // k)
@@ -184,8 +184,8 @@ def quantize_weight(
 def check_group_size(weight: Tensor, group_size: int | None, name: str = "weight") -> int:
     """The group size. Raises: QuantizeError unless it divides K of weight [N, K]."""
     k = weight.shape[-1] if weight.dim() else 0
-    if group_size is None or weight.dim() != 2 or group_size < 1 or k % group_size:
-        divisors = [g for g in (256, 128, 96, 64, 48, 32, 16) if k % g == 0]
+    if group_size is None or weight.dim() != 2 or group_size < 1 or not k or k % group_size:
+        divisors = [g for g in (256, 128, 96, 64, 48, 32, 16) if k and k % g == 0]
         raise QuantizeError(
             f"{name}: group_size={group_size} does not fit a weight of shape {list(weight.shape)}; per_group needs a "
             f"divisor of K={k}" + (f", such as {divisors[:3]}" if divisors else "")
@@ -221,8 +221,8 @@ def _align(x: Tensor, scale: Tensor, name: str) -> tuple[Tensor, Tensor]:
         return x, scale.float()
     if scale.dim() == 2 and scale.shape[0] == x.shape[0]:
         if scale.shape[1] == 1:
-            return x.reshape(x.shape[0], -1), scale.float()
-        if x.dim() == 2 and x.shape[1] % scale.shape[1] == 0:
+            return x.reshape(len(x), x.shape[1:].numel()), scale.float()
+        if x.dim() == 2 and scale.shape[1] and x.shape[1] % scale.shape[1] == 0:
             return x.unflatten(-1, (scale.shape[1], -1)), scale.unsqueeze(-1).float()
     raise QuantizeError(
         f"{name}: a scale of shape {list(scale.shape)} does not fit shape {list(x.shape)}; expected [1] (per_tensor), "

@@ -364,7 +364,7 @@ def _check_groups(decision: Decision, layer: nn.Module) -> None:
         return
     for param in decision.kind.params_of(layer):
         k = decision.kind.rows(getattr(layer, param), layer).shape[-1]
-        if k % group_size:
+        if not k or k % group_size:
             raise RecipeError(
                 f"{decision.name}.{param}: group_size={group_size} does not divide K={k}; choose a divisor of every K, "
                 "or give this layer a scheme of its own with overrides"

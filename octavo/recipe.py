@@ -91,7 +91,7 @@ class WeightArgs:
                 f"weight.group_size is {self.group_size} with granularity {self.granularity!r}; "
                 "per_group needs a group_size and the others have none"
             )
-        if self.group_size is not None and (not isinstance(self.group_size, int) or self.group_size < 1):
+        if self.group_size is not None and (type(self.group_size) is not int or self.group_size < 1):
             raise RecipeError(f"weight.group_size is {self.group_size!r}, expected a positive whole number")
 
 
@@ -109,6 +109,8 @@ class InputArgs:
 
     def __post_init__(self) -> None:
         _check_choice("input.granularity", self.granularity, ("per_token", "per_tensor"))
+        if not isinstance(self.dynamic, bool):
+            raise RecipeError(f"input.dynamic is {self.dynamic!r}, expected true or false")
         if self.granularity == "per_token" and not self.dynamic:
             raise RecipeError("input.dynamic is False with granularity 'per_token'; a static scale is 'per_tensor'")
 
@@ -155,7 +157,7 @@ class Scheme:
     input: InputArgs | None = None
 
     def __post_init__(self) -> None:
-        if self.name not in PRESETS:
+        if not isinstance(self.name, str) or self.name not in PRESETS:
             raise RecipeError(f"unknown scheme {self.name!r}; valid: {', '.join(PRESETS)}")
         preset = PRESETS[self.name]
         if preset.input is None and self.input is not None:
@@ -327,7 +329,7 @@ class Recipe:
 
             try:
                 data = yaml.safe_load(text)
-            except yaml.YAMLError as error:
+            except (yaml.YAMLError, ValueError) as error:  # ValueError: a date or a number that is none
                 raise RecipeError(f"{path}: not valid YAML: {error}") from error
         else:
             raise RecipeError(f"{path}: a recipe ends in .json, .yaml or .yml, got {path.suffix!r}")
@@ -361,7 +363,7 @@ def _check_pattern(field: str, pattern: Pattern) -> None:
     if pattern.startswith("re:"):
         try:
             re.compile(pattern[3:])
-        except re.error as error:
+        except (re.error, OverflowError) as error:
             raise RecipeError(f"{field}: {pattern!r} is not a regular expression: {error}") from error
 
 

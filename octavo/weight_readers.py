@@ -32,7 +32,7 @@ from octavo.layers import KINDS
 __all__ = ["weight_readers"]
 
 _WEIGHTS = {param for kind in KINDS for param in kind.params}
-_NOT_RUNNING = re.compile(r"init|reset_parameters|resize|tie_weights|extra_repr|^set_")
+_NOT_RUNNING = re.compile(r"(^|_)init|reset_parameters|resize|tie_weights|extra_repr|^set_")
 _HARMLESS = {"device", "shape", "size", "data_ptr", "is_meta", "dim", "ndim", "numel", "requires_grad"}
 
 
@@ -110,13 +110,22 @@ def _classes_of_file(file: str) -> dict[str, list[ast.ClassDef]]:
     return classes
 
 
+_Path = tuple[str, ...]
+_Names = dict[str, set[_Path]]
+"""The parts of self that a local name may stand for, somewhere in a method."""
+
+
 def _reads_of_method(method: ast.FunctionDef) -> Iterator[_Read]:
-    names: dict[str, tuple[str, ...]] = {"self": ()}
-    for node in ast.walk(method):
-        if isinstance(node, ast.Assign) and len(node.targets) == 1:
-            _bind(node.targets[0], _path(node.value, names), names)
-        elif isinstance(node, ast.For | ast.comprehension):
-            _bind_loop(node.target, node.iter, names)
+    names: _Names = {"self": {()}}
+    for node in _in_order(method):
+        match node:
+            case ast.Assign(targets=targets, value=value):
+                for target in targets:
+                    _bind_value(target, value, names)
+            case ast.AnnAssign(target=target, value=ast.expr() as value) | ast.NamedExpr(target=target, value=value):
+                _bind_value(target, value, names)
+            case ast.For(target=target, iter=iterated) | ast.comprehension(target=target, iter=iterated):
+                _bind_loop(target, iterated, names)
     reads = list(_reads(method, (), names))
     text = ast.unparse(method) if reads else ""
     for path, conditions in reads:
@@ -124,41 +133,66 @@ def _reads_of_method(method: ast.FunctionDef) -> Iterator[_Read]:
             yield _Read(path, method.name, conditions)
 
 
-def _bind(target: ast.expr, path: tuple[str, ...] | None, names: dict[str, tuple[str, ...]]) -> None:
-    if isinstance(target, ast.Name) and path:
-        names[target.id] = path
+def _in_order(node: ast.AST) -> Iterator[ast.AST]:
+    """`node` and all below it, as they stand in the source."""
+    yield node
+    for child in ast.iter_child_nodes(node):
+        yield from _in_order(child)
 
 
-def _bind_loop(target: ast.expr, iterated: ast.expr, names: dict[str, tuple[str, ...]]) -> None:
-    """The names that `for target in iterated` gives to parts of self, through `enumerate` and `zip` too."""
-    if isinstance(iterated, ast.Call) and isinstance(iterated.func, ast.Name) and isinstance(target, ast.Tuple):
-        if iterated.func.id == "enumerate" and len(target.elts) == 2:
-            _bind_loop(target.elts[1], iterated.args[0], names)
-        elif iterated.func.id == "zip":
-            for each, part in zip(target.elts, iterated.args, strict=False):
-                _bind_loop(each, part, names)
-    elif path := _path(iterated, names):
-        _bind(target, (*path, "*"), names)
+def _bind(target: ast.expr, paths: set[_Path], names: _Names) -> None:
+    if isinstance(target, ast.Name) and paths - {()}:
+        names.setdefault(target.id, set()).update(paths)
+    elif isinstance(target, ast.Tuple):  # the parts of a ModuleList
+        for part in target.elts:
+            _bind(part, {(*path, "*") for path in paths}, names)
 
 
-def _path(node: ast.expr, names: dict[str, tuple[str, ...]]) -> tuple[str, ...] | None:
-    """('a', '0', 'b') of the expression `self.a[0].b`; None for what is not a part of self."""
-    if isinstance(node, ast.Name):
-        return names.get(node.id)
-    if isinstance(node, ast.Attribute):
-        path = _path(node.value, names)
-        return None if path is None else (*path, node.attr)
-    if isinstance(node, ast.Subscript):
-        path = _path(node.value, names)
-        if path is None or isinstance(node.slice, ast.Slice):
-            return path
-        return (*path, str(node.slice.value) if isinstance(node.slice, ast.Constant) else "*")
-    return None
+def _bind_value(target: ast.expr, value: ast.expr, names: _Names) -> None:
+    if isinstance(target, ast.Tuple) and isinstance(value, ast.Tuple):
+        for each, part in zip(target.elts, value.elts, strict=False):
+            _bind_value(each, part, names)
+    else:
+        _bind(target, _paths(value, names), names)
+
+
+def _bind_loop(target: ast.expr, iterated: ast.expr, names: _Names) -> None:
+    """The names that `for target in iterated` gives to parts of self, through `enumerate`, `reversed` and `zip` too."""
+    match iterated, target:
+        case ast.Call(func=ast.Name("enumerate"), args=[parts, *_]), ast.Tuple(elts=[_, each]):
+            _bind_loop(each, parts, names)
+        case ast.Call(func=ast.Name("reversed"), args=[parts]), _:
+            _bind_loop(target, parts, names)
+        case ast.Call(func=ast.Name("zip"), args=lists), ast.Tuple(elts=elements):
+            for each, parts in zip(elements, lists, strict=False):
+                _bind_loop(each, parts, names)
+        case _:
+            _bind(target, {(*path, "*") for path in _paths(iterated, names)}, names)
+
+
+def _paths(node: ast.expr, names: _Names) -> set[_Path]:
+    """{('a', '0', 'b')} of the expression `self.a[0].b`; several where it may be one of several parts of self, and none
+    for what is not a part of self."""
+    match node:
+        case ast.Name(id=name):
+            return names.get(name, set())
+        case ast.Attribute(value=value, attr=attribute):
+            return {(*path, attribute) for path in _paths(value, names)}
+        case ast.Subscript(value=value, slice=ast.Slice()):
+            return _paths(value, names)
+        case ast.Subscript(value=value, slice=index):
+            part = str(index.value) if isinstance(index, ast.Constant) else "*"
+            return {(*path, part) for path in _paths(value, names)}
+        case ast.IfExp(body=one, orelse=other):
+            return _paths(one, names) | _paths(other, names)
+        case ast.NamedExpr(value=value):
+            return _paths(value, names)
+    return set()
 
 
 def _reads(
-    node: ast.AST, conditions: tuple[ast.expr, ...], names: dict[str, tuple[str, ...]]
-) -> Iterator[tuple[tuple[str, ...], tuple[ast.expr, ...]]]:
+    node: ast.AST, conditions: tuple[ast.expr, ...], names: _Names
+) -> Iterator[tuple[_Path, tuple[ast.expr, ...]]]:
     """Paths p of `self.p.weight` in and below `node`, each with the conditions that it stands under."""
     if isinstance(node, ast.If | ast.IfExp):
         yield from _reads(node.test, conditions, names)
@@ -167,8 +201,8 @@ def _reads(
                 yield from _reads(statement, (*conditions, condition), names)
         return
     if isinstance(node, ast.Attribute):
-        if node.attr in _WEIGHTS and (path := _path(node.value, names)):
-            yield path, conditions
+        if node.attr in _WEIGHTS:
+            yield from ((path, conditions) for path in sorted(_paths(node.value, names)) if path)
         if node.attr in _HARMLESS and isinstance(node.value, ast.Attribute) and node.value.attr in _WEIGHTS:
             return
     for child in ast.iter_child_nodes(node):
@@ -204,9 +238,10 @@ def _setting(node: ast.expr, module: nn.Module) -> Any:
     """The value of a constant or of `self.a.b`, if it is a plain value that running the model does not change."""
     if isinstance(node, ast.Constant):
         return node.value
-    path = _path(node, {"self": ()})
-    if not isinstance(node, ast.Attribute) or not path or path[0] == "training":
+    paths = _paths(node, {"self": {()}})
+    if not isinstance(node, ast.Attribute) or len(paths) != 1 or node.attr == "training":
         return _UNKNOWN
+    (path,) = paths
     value = vars(module).get(path[0], _UNKNOWN)
     for attribute in path[1:]:
         value = _UNKNOWN if isinstance(value, nn.Module) else getattr(value, attribute, _UNKNOWN)

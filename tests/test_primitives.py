@@ -164,6 +164,13 @@ def test_in_one_pass_the_bits_are_the_same(x: Tensor, granularity: Granularity) 
     assert codes.is_contiguous()
 
 
+@pytest.mark.parametrize("granularity", ["per_channel", "per_group", "per_tensor"])
+def test_codes_are_contiguous_whatever_the_strides(granularity: Granularity) -> None:
+    """Kernels read codes as they lie: others would be copied at every call."""
+    codes, _ = quantize_weight(torch.randn(8, 6).T, granularity, group_size=groups_of(granularity))
+    assert codes.is_contiguous()
+
+
 def test_in_one_pass_over_more_rows_than_a_block() -> None:
     weight = torch.randn(1100, 1000, dtype=torch.bfloat16)  # blocks are of 524 rows: the last is not full
     codes, scale = quantize_weight(weight)
@@ -179,6 +186,14 @@ def test_convolution_weights_have_one_scale_a_filter(shape: tuple[int, ...]) -> 
     for filter_codes, filter_scale, original in zip(codes, scale, weight, strict=True):
         assert filter_scale.item() == original.abs().max().div(127).item()
         assert torch.equal(filter_codes, (original / filter_scale).round().to(torch.int8))
+
+
+@pytest.mark.parametrize("shape", [(0, 3), (3, 0), (0, 3, 2), (3, 0, 2), (0,)])
+def test_weights_without_elements_have_codes(shape: tuple[int, ...]) -> None:
+    codes, scale = quantize_weight(torch.empty(shape))
+    assert codes.shape == shape
+    assert scale.tolist() == [[1.0]] * shape[0]
+    assert dequantize(codes, scale).shape == shape
 
 
 @pytest.mark.parametrize("granularity", ["per_channel", "per_group", "per_tensor"])
@@ -292,6 +307,7 @@ def test_zeros_in_the_full_range() -> None:
         (torch.zeros(2, 8), "per_channel", 4, "w: group_size is 4 with granularity 'per_channel'"),
         (torch.zeros(2, 96), "per_group", 64, r"group_size=64 does not fit .* divisor of K=96, such as \[96, 48, 32\]"),
         (torch.zeros(2, 8), "per_group", 0, "group_size=0"),
+        (torch.zeros(2, 0), "per_group", 4, "group_size=4 does not fit .* needs a divisor of K=0$"),
         (torch.zeros(2, 8, 3), "per_group", 4, r"group_size=4 does not fit a weight of shape \[2, 8, 3\]"),
         (torch.zeros(2, 8), "per_row", None, "unknown granularity 'per_row', expected one of"),
         (torch.tensor(1.0), "per_channel", None, "0-d tensor"),
@@ -309,6 +325,8 @@ def test_a_scale_of_another_shape(function: object) -> None:
         function(x, torch.ones(5, 1))  # type: ignore[operator]
     with pytest.raises(QuantizeError, match="does not fit"):
         function(x, torch.ones(4, 4))  # type: ignore[operator]
+    with pytest.raises(QuantizeError, match="does not fit"):
+        function(x, torch.ones(4, 0))  # type: ignore[operator]
 
 
 def test_dequantize_rounds_once() -> None:

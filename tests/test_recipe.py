@@ -172,6 +172,7 @@ def test_a_predicate_sees_name_and_module() -> None:
     [
         ({"schema": "w8a16"}, "recipe: unknown key 'schema'; valid: scheme, targets, ignore, overrides"),
         ({"scheme": "w4a16"}, f"unknown scheme 'w4a16'; valid: {', '.join(PRESETS)}"),
+        ({"scheme": {"name": ["w8a16"]}}, r"unknown scheme \['w8a16'\]; valid: w8a16"),
         ({"scheme": {"nam": "w8a16"}}, "scheme: unknown key 'nam'; valid: name, weight"),
         (
             {"scheme": {"weight": {"groups": 1}}},
@@ -180,6 +181,7 @@ def test_a_predicate_sees_name_and_module() -> None:
         ({"scheme": {"weight": {"granularity": "per_token"}}}, "weight.granularity is 'per_token', expected"),
         ({"scheme": {"name": "w8a8", "input": {"granularity": "per_channel"}}}, "input.granularity is 'per_channel'"),
         ({"scheme": {"name": "w8a8", "input": {"dynamic": False}}}, "a static scale is 'per_tensor'"),
+        ({"scheme": {"name": "w8a8", "input": {"dynamic": "false"}}}, "input.dynamic is 'false', expected true"),
         ({"scheme": {"name": "w8a16", "input": {}}}, "scheme 'w8a16' has float inputs, got input="),
         (
             {"scheme": {"name": "w8a8", "weight": {"granularity": "per_group", "group_size": 64}}},
@@ -198,6 +200,7 @@ def test_a_predicate_sees_name_and_module() -> None:
         ({"ignore": [""]}, "ignore holds '', expected a module's name"),
         ({"targets": [None]}, "targets holds None"),
         ({"ignore": ["re:("]}, r"ignore: 're:\(' is not a regular expression"),
+        ({"ignore": ["re:a{99999999999}"]}, r"ignore: 're:a.*' is not a regular expression: the repetition number"),
         ({"overrides": ["a"]}, r"recipe.overrides is \['a'\], expected a mapping"),
         ({"overrides": {"a": "w2"}}, "unknown scheme 'w2'"),
         (["w8a16"], r"recipe is \['w8a16'\], expected a mapping"),
@@ -220,7 +223,7 @@ def test_of_refuses_a_group_size_beside_a_scheme() -> None:
         Recipe.of(Scheme(), group_size=64)
 
 
-@pytest.mark.parametrize("group_size", [0, -1, 1.5])
+@pytest.mark.parametrize("group_size", [0, -1, 1.5, True])
 def test_group_sizes_are_positive(group_size: Any) -> None:
     with pytest.raises(RecipeError, match="expected a positive whole number"):
         Scheme.of("w8a16", group_size=group_size)
@@ -248,6 +251,7 @@ def test_a_predicate_does_not_fit_in_a_file(field: str) -> None:
     [
         ("a.json", "{", "a.json: not valid JSON"),
         ("a.yaml", "a: [", "a.yaml: not valid YAML"),
+        ("a.yaml", "scheme: 2026-13-45", "a.yaml: not valid YAML: month must be in 1..12"),
         ("a.toml", "", "a.toml: a recipe ends in .json, .yaml or .yml, got '.toml'"),
         ("a.yaml", "ignored: [x]", "a.yaml: recipe: unknown key 'ignored'"),
         ("a.yaml", "", "a.yaml: recipe is None, expected a mapping"),

@@ -76,6 +76,41 @@ class LocalName(Base):
         return x @ layer.weight
 
 
+class NameOfTwo(Base):
+    def forward(self, x: Tensor) -> Tensor:
+        layer = self.proj if x.dim() > 2 else self.head
+        x = x.to(layer.weight.dtype)
+        layer = self.blocks[0].up  # under the same name, but only called
+        return layer(x)
+
+
+class TwoNames(Base):
+    def forward(self, x: Tensor) -> Tensor:
+        first, second = self.proj, self.head
+        return second(x.to(first.weight.dtype))
+
+
+class Unpacked(Base):
+    def forward(self, x: Tensor) -> Tensor:
+        first, *_ = reversed_blocks = self.blocks
+        for block in reversed(reversed_blocks):
+            x = x.to(block.down.weight.dtype)
+        return first(x)
+
+
+class NamedInPassing(Base):
+    def forward(self, x: Tensor) -> Tensor:
+        head: nn.Linear = self.head
+        if (layer := self.proj) is not None:
+            x = x.to(layer.weight.dtype)
+        return x @ head.weight
+
+
+class InfiniteAttention(Base):
+    def infinite(self, x: Tensor) -> Tensor:  # no constructor, though there is an "init" in its name
+        return x @ self.proj.weight
+
+
 class ByKey(Base):
     def forward(self, x: Tensor) -> Tensor:
         return x @ self.experts["b"].weight
@@ -131,6 +166,11 @@ READS: list[tuple[nn.Module, dict[str, str]]] = [
     (EnumeratedLoop(), {f"blocks.{i}.down": "EnumeratedLoop.forward" for i in range(3)}),
     (ZippedLoop(), {f"blocks.{i}.up": "ZippedLoop.forward" for i in range(3)}),
     (LocalName(), {"blocks.0.up": "LocalName.forward"}),
+    (NameOfTwo(), dict.fromkeys(("proj", "head", "blocks.0.up"), "NameOfTwo.forward")),
+    (TwoNames(), {"proj": "TwoNames.forward"}),
+    (Unpacked(), {f"blocks.{i}.down": "Unpacked.forward" for i in range(3)}),
+    (NamedInPassing(), {"proj": "NamedInPassing.forward", "head": "NamedInPassing.forward"}),
+    (InfiniteAttention(), {"proj": "InfiniteAttention.infinite"}),
     (ByKey(), {"experts.b": "ByKey.forward"}),
     (PackedAttention(), {"attention": "PackedAttention.forward"}),
     (AttentionByHand(), {"attention.out_proj": "AttentionByHand.forward"}),

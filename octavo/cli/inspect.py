@@ -8,11 +8,9 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import math
 import re
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from octavo.cli.terminal import Terminal
@@ -117,27 +115,15 @@ def _dtypes(reader: CheckpointReader) -> list[dict[str, Any]]:
 def _coverage(reader: CheckpointReader, int8: list[str], config: Mapping[str, Any]) -> Coverage:
     """The coverage that octavo left beside the weights, or one that follows from names and config."""
     from octavo.coverage import Coverage
-    from octavo.formats import COVERAGE_FILE
-    from octavo.formats.loading import stored_parts
+    from octavo.formats.loading import stored_coverage, stored_parts
 
-    folder = reader.path if reader.path.is_dir() else reader.path.parent
-    if (folder / COVERAGE_FILE).is_file():
-        return _left_coverage(folder / COVERAGE_FILE)
+    left = stored_coverage(reader.path if reader.path.is_dir() else reader.path.parent)
+    if left is not None:
+        return left
     parts = {part for name in int8 for part in stored_parts(reader, name)}
     floats = [name for name in reader.names if name not in parts and reader.info(name).dtype.is_floating_point]
     rows = [_int8_row(reader, name) for name in int8] + [_float_row(reader, name, config) for name in floats]
     return Coverage(tuple(sorted(rows, key=lambda row: _natural(row.name))))
-
-
-def _left_coverage(file: Path) -> Coverage:
-    from octavo.coverage import Coverage
-
-    try:
-        return Coverage.from_dict(json.loads(file.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise CheckpointError(
-            f"{file}: is not a coverage that octavo wrote ({error!r}); remove it, and it is inferred from the config"
-        ) from error
 
 
 def _int8_row(reader: CheckpointReader, name: str) -> Row:

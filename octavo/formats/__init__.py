@@ -12,7 +12,15 @@ gpt_fast.py            gpt-fast's own layout, a state dict in a .pth file
 
 from octavo.formats.conversions import Conversion
 from octavo.formats.experts import expert_parts
-from octavo.formats.loading import Rename, int8_names, load_into, read_experts, restore_reasons, stored_decisions
+from octavo.formats.loading import (
+    Rename,
+    int8_names,
+    load_into,
+    read_experts,
+    restore_reasons,
+    stored_coverage,
+    stored_decisions,
+)
 from octavo.formats.saving import (
     COVERAGE_FILE,
     OnDisk,
@@ -37,6 +45,7 @@ __all__ = [
     "restore_reasons",
     "save",
     "state_dict",
+    "stored_coverage",
     "stored_decisions",
     "write_descriptions",
 ]

@@ -37,6 +37,7 @@ __all__ = [
     "check_readable",
     "decode",
     "decode_input_scale",
+    "decode_shape",
     "encode",
     "input_scale_name",
     "inputs_of",
@@ -190,9 +191,15 @@ def _decode_codes(name: str, tensors: Mapping[str, Tensor]) -> Tensor:
             raise CheckpointError(f"{name}: is a single int8 code, expected [rows, ...]; the file is corrupt")
         return plain
     packed, shape = (_part(tensors, f"{name}_{suffix}") for suffix in ("packed", "shape"))
+    return unpack(packed, decode_shape(shape, f"{name}_shape"), name=f"{name}_packed")
+
+
+def decode_shape(shape: Tensor, name: str) -> tuple[int, ...]:
+    """The shape of packed codes as it lies on disk, int64 [dimensions]. Raises CheckpointError naming it, `name`, for
+    any other tensor."""
     if shape.dim() != 1 or shape.dtype not in (torch.int64, torch.int32):
-        raise CheckpointError(f"{name}_shape: is {shape.dtype} {list(shape.shape)}, expected torch.int64 [dimensions]")
-    return unpack(packed, shape.tolist(), name=f"{name}_packed")
+        raise CheckpointError(f"{name}: is {shape.dtype} {list(shape.shape)}, expected torch.int64 [dimensions]")
+    return tuple(shape.tolist())
 
 
 def decode_input_scale(scale: Tensor, name: str) -> Tensor:
@@ -386,7 +393,9 @@ class _Unreadable(Exception):
         super().__init__(f"{found}, expected {expected}")
 
 
-def _check_model(config: Mapping[str, Any]) -> None:
+def _check_model(config: Any) -> None:
+    if not isinstance(config, Mapping):
+        raise _Unreadable(repr(config), "an object")
     method = config.get("quant_method")
     if method not in ("compressed-tensors", "octavo"):
         raise _Unreadable(f"quant_method {method!r}", "'compressed-tensors' or 'octavo'")
@@ -404,6 +413,9 @@ def _check_model(config: Mapping[str, Any]) -> None:
 def _check_group(where: str, group: Any, model_format: Any) -> None:
     if not isinstance(group, Mapping):
         raise _Unreadable(f"{where} {group!r}", "an object with targets and weights")
+    targets = group.get("targets") or []
+    if not isinstance(targets, list) or not all(isinstance(target, str) for target in targets):
+        raise _Unreadable(f"{where}.targets {targets!r}", "a list of layers' names, classes and 're:' patterns")
     if group.get("output_activations"):
         raise _Unreadable(f"{where}.output_activations (quantized outputs)", "none: float outputs")
     group_format = group.get("format") or model_format

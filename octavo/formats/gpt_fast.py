@@ -18,7 +18,6 @@ gpt-fast runs any codes and scales.
 
 from __future__ import annotations
 
-import pickle
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -105,14 +104,18 @@ def save(model: nn.Module, file: str | Path) -> Path:
 def read(file: str | Path) -> dict[str, Tensor]:
     """The state dict in a .pth file, read with weights_only: nothing in the file is executed.
 
-    Raises: CheckpointError for a file that is missing, damaged, holds anything but tensors, or has no int8 weights.
+    Raises: CheckpointError for a file that is missing, damaged, holds anything but dense tensors, or has no int8
+        weights.
     """
     try:
         tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError, ValueError) as error:
+    except Exception as error:  # what a damaged pickle raises differs between releases
         raise CheckpointError(f"{file}: is not a state dict that can be read safely: {error}") from error
-    if not isinstance(tensors, dict) or not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
-        raise CheckpointError(f"{file}: holds something else than a state dict of tensors, as gpt-fast writes")
+    if not isinstance(tensors, dict) or not all(
+        isinstance(name, str) and isinstance(tensor, Tensor) and tensor.layout == torch.strided
+        for name, tensor in tensors.items()
+    ):
+        raise CheckpointError(f"{file}: holds something else than a state dict of dense tensors, as gpt-fast writes")
     if not any(name.endswith((".scales", *_EXPERTS.values())) for name in tensors):
         raise CheckpointError(f"{file}: has no <name>.scales; expected gpt-fast's int8 checkpoint, this one is float")
     return tensors
@@ -137,23 +140,28 @@ def load(file: str | Path, model: nn.Module) -> nn.Module:
     int8 = {f"{name}.{part}" for name in codes for part in ("weight", "scales")}
     int8 |= {f"{name}.{part}" for name in stacks for pair in _EXPERTS.items() for part in pair}
     floats = {name: tensor for name, tensor in tensors.items() if name not in int8}
-    expected = {name: tensor.shape for name, tensor in model.state_dict().items() if name not in int8}
+    expected = {name: tensor for name, tensor in model.state_dict().items() if name not in int8}
     for name in (*expected, *floats):
-        if name not in floats or name not in expected or floats[name].shape != expected[name]:
+        if _shape(floats, name) != _shape(expected, name):
             raise CheckpointError(
                 f"{file}: does not fit the model: {name!r} is {_shape(floats, name)} in the file and "
-                f"{list(expected[name]) if name in expected else 'missing'} in the model"
+                f"{_shape(expected, name)} in the model"
+            )
+        if expected[name].is_floating_point() and not floats[name].is_floating_point():
+            raise CheckpointError(
+                f"{file}: does not fit the model: {name!r} is {floats[name].dtype} in the file and "
+                f"{expected[name].dtype} in the model"
             )
 
     def codes_of(decision: Decision, layer: nn.Module) -> tuple[Codes, torch.dtype]:
         if decision.name in stacks:
             parts = {param: (f"{decision.name}.{param}", f"{decision.name}.{s}") for param, s in _EXPERTS.items()}
             return {
-                param: (tensors[weight].clone(), tensors[scales].float().unsqueeze(-1))
+                param: (_copy(tensors[weight]), tensors[scales].float().unsqueeze(-1))
                 for param, (weight, scales) in parts.items()
             }, layer.get_parameter("w1").dtype
         weight, scales = codes[decision.name]
-        return {"weight": (weight.clone(), scales.float().unsqueeze(1))}, scales.dtype
+        return {"weight": (_copy(weight), scales.float().unsqueeze(1))}, scales.dtype
 
     install(model, decisions, codes_of=codes_of)
     model.load_state_dict({name: tensor.clone() for name, tensor in floats.items()}, strict=False, assign=True)
@@ -171,6 +179,7 @@ def _decision(file: str, model: nn.Module, name: str, weight: Tensor, scales: Te
             f"{file}: {name} has a weight of {weight.dtype} {list(weight.shape)} and scales {list(scales.shape)}, "
             f"expected torch.int8 [{n}, {k}] and [{n}]"
         )
+    _check_scales(file, f"{name}.scales", scales)
     return Decision(name, kind, kind.name, Scheme("w8a16"))
 
 
@@ -187,7 +196,21 @@ def _experts_decision(file: str, model: nn.Module, name: str, tensors: Mapping[s
                 f"{file}: {name}.{param} is {got} with {scales} {got_scales}, expected int8 {expected} and "
                 f"{expected[:2]}"
             )
+        _check_scales(file, f"{name}.{scales}", tensors[f"{name}.{scales}"])
     return Decision(name, kind, kind.name, Scheme("w8a16"))
+
+
+def _check_scales(file: str, name: str, scales: Tensor) -> None:
+    if not scales.is_floating_point() or not bool(torch.isfinite(scales).all()):
+        raise CheckpointError(
+            f"{file}: {name} is {scales.dtype} or holds NaN or inf, expected finite floating point scales; the file is "
+            "corrupt"
+        )
+
+
+def _copy(codes: Tensor) -> Tensor:
+    """In memory of its own, as kernels read it, whatever strides the file keeps."""
+    return codes.clone(memory_format=torch.contiguous_format)
 
 
 def _shape(tensors: Mapping[str, Tensor], name: str) -> object:

@@ -35,6 +35,7 @@ __all__ = [
     "read_experts",
     "restore_reasons",
     "scheme_of",
+    "stored_coverage",
     "stored_decisions",
     "stored_parts",
     "stored_shape",
@@ -70,6 +71,7 @@ def load_into(folder: str | Path, model: nn.Module, *, progress: Progress | None
     Raises: CheckpointError, before the model is changed, for a folder that cannot be read or does not fit the model:
         missing or unexpected tensors, other shapes, int8 weights for layers that cannot have them.
     """
+    report = stored_coverage(Path(folder))
     with CheckpointReader(folder) as reader:
         int8 = int8_names(reader)
         parts = expert_parts(model)
@@ -97,7 +99,7 @@ def load_into(folder: str | Path, model: nn.Module, *, progress: Progress | None
             f"{folder}: does not hold {left[0]} ({len(left)} such: buffers that are not saved), and the model is on "
             "meta; build the model with its weights, not on meta"
         )
-    restore_reasons(model, Path(folder))
+    restore_reasons(model, report)
     return model
 
 
@@ -133,9 +135,11 @@ def codes_info(reader: CheckpointReader, name: str) -> TensorInfo:
 
 
 def stored_shape(reader: CheckpointReader, name: str) -> tuple[int, ...]:
-    """The shape of the codes of the int8 parameter `name`."""
+    """The shape of the codes of the int8 parameter `name`. Raises CheckpointError if what says it is damaged."""
     codes = codes_info(reader, name)
-    return codes.shape if codes.name == name else tuple(reader.tensor(f"{name}_shape").tolist())
+    if codes.name == name:
+        return codes.shape
+    return layout.decode_shape(reader.tensor(f"{name}_shape"), f"{name}_shape")
 
 
 def _check_codes(reader: CheckpointReader, name: str) -> None:
@@ -146,22 +150,31 @@ def _check_codes(reader: CheckpointReader, name: str) -> None:
     layout.decode(name, {**parts, codes.name: torch.empty(codes.shape, dtype=codes.dtype, device="meta")})
 
 
-def restore_reasons(model: nn.Module, folder: Path, rename: Rename = lambda name: name) -> None:
-    """Give a loaded model the reasons that it had when it was quantized: of a layer to be float, and of an int8 one not
-    to have the scheme that was asked for."""
+def stored_coverage(folder: Path) -> Coverage | None:
+    """The coverage that was left beside the weights; None if there is none. Raises CheckpointError if it is damaged."""
     file = folder / COVERAGE_FILE
-    if file.is_file():
-        try:
-            rows = Coverage.from_dict(json.loads(file.read_text(encoding="utf-8"))).rows
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise CheckpointError(f"{file}: cannot be read: {error!r}; remove it, it only tells why") from error
-        told = {rename(row.name) or row.name: row for row in rows if row.reason}
-        reasons = {name: (row.reason, row.asked) for name, row in told.items() if not row.scheme}
-        setattr(model, REASONS_ATTRIBUTE, reasons)
-        for prefix, layer in model.named_modules():
-            for param in layer.codes() if isinstance(layer, QuantModule) else ():
-                row = told.get(f"{prefix}.{param}")
-                layer.note = row.reason if row else None
+    if not file.is_file():
+        return None
+    try:
+        return Coverage.from_dict(json.loads(file.read_text(encoding="utf-8")))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(
+            f"{file}: cannot be read as a coverage: {error!r}; remove it, it only tells what is float and why"
+        ) from error
+
+
+def restore_reasons(model: nn.Module, report: Coverage | None, rename: Rename = lambda name: name) -> None:
+    """Give a loaded model the reasons that it had when it was quantized: of a layer to be float, and of an int8 one not
+    to have the scheme that was asked for. report: `stored_coverage`."""
+    if report is None:
+        return
+    told = {rename(row.name) or row.name: row for row in report.rows if row.reason}
+    reasons = {name: (row.reason, row.asked) for name, row in told.items() if not row.scheme}
+    setattr(model, REASONS_ATTRIBUTE, reasons)
+    for prefix, layer in model.named_modules():
+        for param in layer.codes() if isinstance(layer, QuantModule) else ():
+            row = told.get(f"{prefix}.{param}")
+            layer.note = row.reason if row else None
 
 
 def scheme_of(
@@ -328,6 +341,9 @@ def _float_places(
         got, expected = list(reader.info(name).shape), list(state[name].shape)
         if got != expected:
             raise CheckpointError(f"{where}: {name!r} has shape {got}, the model's has {expected}")
+        dtype, own = reader.info(name).dtype, state[name].dtype
+        if own.is_floating_point and not dtype.is_floating_point:
+            raise CheckpointError(f"{where}: {name!r} is {dtype}, the model's is {own}; the file is corrupt")
     return {name: sharing[id(state[name])] for name in stored}
 
 

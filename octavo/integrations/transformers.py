@@ -335,7 +335,7 @@ class OctavoQuantizer(HfQuantizer):  # type: ignore[misc]
         alone = [f"{made.name}.weight" for made in self._decisions if made.scheme and made.kind.name != EXPERTS]
         model._weight_conversions = [rule for rule in rules if not (_reads_int8(rule) or _merges_any(rule, alone))]
         if self._folder is not None:
-            formats.restore_reasons(model, self._folder, renaming(model))
+            formats.restore_reasons(model, formats.stored_coverage(self._folder), renaming(model))
         else:
             warn_unasked(settle(model, self._decisions))
         if self.quantization_config.attention == "int8":

@@ -537,6 +537,8 @@ def test_inputs_that_octavo_cannot_run_are_refused(changes: dict[str, Any], mess
         ("quant_method", None, "quant_method None"),
         ("config_groups", {}, "config_groups {}"),
         ("config_groups/group_0", ["Linear"], r"config_groups.group_0 \['Linear'\]"),
+        ("config_groups/group_0/targets", "Linear", r"group_0.targets 'Linear', expected a list"),
+        ("config_groups/group_0/targets", [None], r"group_0.targets \[None\], expected a list"),
         ("config_groups/group_0/format", "naive-quantized", "format 'naive-quantized' for config_groups.group_0"),
         ("config_groups/group_0/weights", None, r"group_0.weights None"),
         ("config_groups/group_0/weights/num_bits", 4, r"weights.num_bits 4, expected 8"),
@@ -560,6 +562,11 @@ def test_inputs_that_octavo_cannot_run_are_refused(changes: dict[str, Any], mess
 def test_what_octavo_cannot_run_is_refused_by_what_was_found(path: str, value: Any, message: str) -> None:
     with pytest.raises(CheckpointError, match=rf"^dir/config\.json: quantization_config has .*{message}"):
         check_readable(edited(path, value), "dir/config.json")
+
+
+def test_a_config_that_is_no_object_is_refused() -> None:
+    with pytest.raises(CheckpointError, match=r"^dir/config\.json: quantization_config has 'int8', expected an object"):
+        check_readable("int8", "dir/config.json")  # type: ignore[arg-type]
 
 
 # -- the whole --------------------------------------------------------------------------------------------------------

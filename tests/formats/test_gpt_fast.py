@@ -189,12 +189,13 @@ def test_a_pickle_that_runs_code_is_refused(tmp_path: Path, monkeypatch: pytest.
         (None, "is not a state dict that can be read safely"),
         ([torch.zeros(1)], "holds something else"),
         ({"a": 1}, "holds something else"),
+        ({5: torch.zeros(1)}, "holds something else"),
         (
             {"a.weight": torch.zeros(1)},
             r"has no <name>\.scales; expected gpt-fast's int8 checkpoint, this one is float",
         ),
     ],
-    ids=["garbage", "empty", "missing", "list", "numbers", "float"],
+    ids=["garbage", "empty", "missing", "list", "numbers", "unnamed", "float"],
 )
 def test_what_is_no_int8_checkpoint_is_refused(tmp_path: Path, content: Any, message: str) -> None:
     file = tmp_path / "file.pth"
@@ -212,6 +213,9 @@ def test_what_is_no_int8_checkpoint_is_refused(tmp_path: Path, content: Any, mes
         ({"wo.weight": torch.zeros(6, 8, dtype=torch.int8)}, r"wo has a weight of torch\.int8 \[6, 8\].*\[6, 9\]"),
         ({"wo.weight": torch.zeros(6, 9)}, r"wo has a weight of torch\.float32"),
         ({"wo.scales": torch.zeros(5)}, r"scales \[5\], expected"),
+        ({"wo.scales": torch.full((6,), torch.nan)}, r"wo\.scales is .* holds NaN or inf, expected finite"),
+        ({"wo.scales": torch.ones(6, dtype=torch.int8)}, r"wo\.scales is torch\.int8 .*, expected .* floating point"),
+        ({"norm.bias": torch.zeros(6, dtype=torch.int8)}, r"'norm\.bias' is torch\.int8 .* and torch\.float32 in the"),
         ({"norm.scales": torch.zeros(6)}, r"'norm', which is no plain linear layer"),
         ({"gone.scales": torch.zeros(6), "gone.weight": torch.zeros(6, 9, dtype=torch.int8)}, r"'gone', which is no"),
         ({"lonely.scales": torch.zeros(6)}, r"'lonely\.scales' is \[6\] in the file and missing in the model"),

@@ -308,6 +308,8 @@ def with_(name: str, tensor: Tensor) -> Callable[[dict[str, Tensor]], object]:
         (with_("out.weight_packed", torch.zeros(16, 9, dtype=torch.int32)), r"out\.weight_packed: .*expected"),
         (with_("out.weight_scale", torch.full((16, 1), torch.nan)), r"out\.weight_scale: holds NaN or inf"),
         (with_("out.weight", torch.zeros(16, 6)), r"the model lacks, such as 'out\.weight'"),
+        (with_("out.weight_shape", torch.tensor(6)), r"out\.weight_shape: is torch\.int64 \[\], expected .*dimensions"),
+        (with_("out.bias", torch.zeros(16, dtype=torch.int8)), r"'out\.bias' is torch\.int8, the model's is .*float32"),
         (
             with_("out.weight_shape", torch.tensor([6, 16])),
             r"'out\.weight' has shape \[6, 16\], the model's .*\[16, 6\]",
@@ -404,13 +406,16 @@ def test_a_buffer_that_no_file_holds_needs_a_built_model(tmp_path: Path) -> None
         octavo.load(tmp_path / "out", model=on_meta(WithTable))
 
 
-def test_a_damaged_coverage_file_is_named(tmp_path: Path) -> None:
+def test_a_damaged_coverage_file_is_named_and_the_model_left_as_it_was(tmp_path: Path) -> None:
     octavo.save(quantized(), tmp_path / "out")
     (tmp_path / "out" / COVERAGE_FILE).write_text("{")
+    model = Net()
+    before = bits(model)
     with pytest.raises(CheckpointError, match=rf"{COVERAGE_FILE}: cannot be read"):
-        load_into(tmp_path / "out", Net())
+        load_into(tmp_path / "out", model)
+    assert_same(bits(model), before)
     (tmp_path / "out" / COVERAGE_FILE).unlink()
-    load_into(tmp_path / "out", Net())
+    load_into(tmp_path / "out", model)
 
 
 # -- transformers models: what is written ------------------------------------------------------------------------------
