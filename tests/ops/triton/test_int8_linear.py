@@ -120,7 +120,7 @@ def test_a_scale_that_is_nan_reaches_its_row_only(device: str, m: int) -> None:
 def test_fp64_is_scaled_in_fp64(device: str) -> None:
     x, weight, x_scale, scale = codes(3, 40), codes(5, 40), torch.rand(3, 1), torch.rand(5, 1)
     y = w8a8_linear(x.to(device), x_scale.to(device), weight.to(device), scale.to(device), None, torch.float64).cpu()
-    assert torch.equal(y, (x.double() @ weight.double().T) * (x_scale * scale.T).double())
+    assert torch.equal(y, (x.double() @ weight.double().T) * (x_scale.double() * scale.double().T))
 
 
 def test_wrong_inputs(device: str) -> None:
