@@ -68,7 +68,7 @@ Tensor empty(const Tensor& like, const std::vector<int64_t>& sizes, ScalarType t
 template <class Result, class... Args>
 Result reference(const char* name, const Args&... args) {
   std::array<StableIValue, std::max<size_t>(sizeof...(Args), 2)> stack{torch::stable::detail::from(args)...};
-  STABLE_TORCH_ERROR_CODE_CHECK(
+  TORCH_ERROR_CODE_CHECK(
       torch_call_dispatcher((std::string("octavo_reference::") + name).c_str(), "", stack.data(), TORCH_ABI_VERSION));
   if constexpr (std::is_same_v<Result, std::tuple<Tensor, Tensor>>)
     return {torch::stable::detail::to<Tensor>(stack[0]), torch::stable::detail::to<Tensor>(stack[1])};

@@ -40,7 +40,10 @@ def use_int8_attention(model: PreTrainedModel) -> None:
     Raises: QuantizeError, before anything is changed, if the model's attention cannot be switched.
     """
     check_int8_attention(model)
-    model.set_attn_implementation(NAME)
+    # Part by part, for before 5.23 transformers leaves out those that have a copy of the model's config (T5's stacks).
+    for part in model.modules():
+        if isinstance(part, PreTrainedModel):
+            part.set_attn_implementation(NAME)
 
 
 def attention_of(model: PreTrainedModel) -> str:

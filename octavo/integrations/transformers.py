@@ -231,6 +231,19 @@ class OctavoQuantizer(HfQuantizer):  # type: ignore[misc]
         self._model = model
         for name, dtype in dtypes.items():
             self.target(name)[2].float_dtype = dtype
+        if not self.pre_quantized:
+            self._make_float_places()
+
+    def _make_float_places(self) -> None:
+        """Transformers before 5.23 casts what it reads to the dtype of its place, also what is yet to be quantized."""
+        for name in self._targets:
+            _, layer, module = self.target(name)
+            param = name.rpartition(".")[2]
+            module.register_buffer(param, module.get_buffer(param).to(getattr(layer, param).dtype))
+
+    def param_element_size(self, model: PreTrainedModel, param_name: str, param: Tensor) -> float:
+        """Bytes of an element once it is loaded, by which transformers deals layers out to devices."""
+        return 1 if self.is_int8(param_name) else param.element_size()
 
     def target(self, name: str) -> tuple[Decision, nn.Module, QuantModule]:
         """Of the int8 parameter `name`: its decision, the float layer that stood there, the int8 layer."""
@@ -280,7 +293,7 @@ class OctavoQuantizer(HfQuantizer):  # type: ignore[misc]
     def update_weight_conversions(self, weight_conversions: list[Any], *model: PreTrainedModel) -> list[Any]:
         """The weights of int8 experts are read here, after the rest: the rules that merge float ones go without.
 
-        model: given by transformers from 5.20 on.
+        model: given by transformers from 5.21 on.
         """
         self._rules = list(weight_conversions)
         stacks = {part.param for part in self._parts.values() if self._is_int8(part)}

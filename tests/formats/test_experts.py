@@ -14,6 +14,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
+from transformers import initialization
 
 import octavo
 from octavo.errors import CheckpointError
@@ -60,7 +61,7 @@ def test_int8_experts_are_not_initialized_from_around_them(tmp_path: Path, monke
     def and_experts(self: Any, module: nn.Module) -> None:
         initialize(self, module)
         if isinstance(module, modeling.MixtralSparseMoeBlock):
-            transformers.initialization.normal_(module.experts.gate_up_proj)
+            initialization.normal_(module.experts.gate_up_proj)
 
     monkeypatch.setattr(modeling.MixtralPreTrainedModel, "_init_weights", and_experts)
     model = build(tiny_models.mixtral)

@@ -464,7 +464,8 @@ def test_for_convolutions_the_advice_is_to_ignore_them(tmp_path: Path) -> None:
 
 
 def companions(folder: Path) -> dict[str, str]:
-    files = {"tokenizer.json": "{}", "chat_template.jinja": "{{ x }}", "generation_config.json": '{"top_k": 7}'}
+    generation = '{"do_sample": true, "top_k": 7}'
+    files = {"tokenizer.json": "{}", "chat_template.jinja": "{{ x }}", "generation_config.json": generation}
     for name, content in files.items():
         (folder / name).write_text(content)
     return files

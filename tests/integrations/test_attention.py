@@ -59,6 +59,12 @@ def bloom() -> Any:
     return transformers.BloomForCausalLM(transformers.BloomConfig(vocab_size=96, hidden_size=32, n_layer=1, n_head=4))
 
 
+def use_float_attention(model: Any) -> None:
+    for part in model.modules():
+        if isinstance(part, transformers.PreTrainedModel):
+            part.set_attn_implementation("eager")
+
+
 def sharp(make: Callable[..., Any], dtype: torch.dtype = torch.float32) -> Any:
     """A tiny model in eval mode whose queries are large; eager attention."""
     model = build(make, dtype)
@@ -66,7 +72,7 @@ def sharp(make: Callable[..., Any], dtype: torch.dtype = torch.float32) -> Any:
         for factor, names in SHARP.items():
             if name.endswith(names):
                 parameter.data *= factor
-    model.set_attn_implementation("eager")
+    use_float_attention(model)
     return model
 
 
@@ -103,7 +109,7 @@ def test_the_output_is_near_that_of_float_attention(make: Callable[..., Any], dt
     use_int8_attention(model)
     assert attention_of(model) == "int8"
     assert_near(output(model, inputs), expected)
-    model.set_attn_implementation("eager")
+    use_float_attention(model)
     assert torch.equal(output(model, inputs), expected)
 
 

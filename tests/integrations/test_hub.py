@@ -254,6 +254,8 @@ def test_a_tensor_of_another_shape_is_an_error(tmp_path: Path, which: str) -> No
     edit(tmp_path / which, intermediate_size=50)
     with pytest.raises(CheckpointError, match=r"mlp.*\[32, 42\]"):
         octavo.load(tmp_path / which)
+    if which == "int8":
+        pytest.importorskip("transformers", "5.23", reason="of float tensors beside int8 ones it did not say so before")
     edit(tmp_path / which, intermediate_size=42, vocab_size=90)
     with pytest.raises(CheckpointError, match=r"have other shapes, such as .*is \[96, 32\], expected \[90, 32\]"):
         octavo.load(tmp_path / which)

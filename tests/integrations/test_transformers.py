@@ -174,6 +174,18 @@ def test_through_the_auto_class_with_a_device_map_and_generate(tmp_path: Path) -
     assert torch.equal(model.generate(ids, **options), expected.generate(ids, **options))
 
 
+def test_a_device_has_room_for_what_fits_as_int8(tmp_path: Path) -> None:
+    source_of(tmp_path)
+    nbytes = sum(file.stat().st_size for file in (tmp_path / "float").glob("*.safetensors"))
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "float",
+        quantization_config=OctavoConfig("w8a16", include=["Embedding", "lm_head"]),
+        device_map="auto",
+        max_memory={"cpu": int(0.8 * nbytes)},
+    )
+    assert {buffer.device.type for buffer in model.buffers()} == {"cpu"}  # not "meta", as what is put off to disk is
+
+
 def test_copies_and_pickles_answer_the_same(tmp_path: Path) -> None:
     cls = source_of(tmp_path, tiny_models.tied_llama)
     config = OctavoConfig("w8a16", include=["lm_head"], ignore=[lambda name, module: name.endswith("k_proj")])
