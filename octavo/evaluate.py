@@ -149,8 +149,11 @@ def sqnr(reference: Tensor, actual: Tensor) -> float:
     reference, actual: floating point, of one shape (any); on any device.
     Returns: dB, computed in float64. inf for equal tensors, -inf for a reference of zeros with an `actual` that is not,
         NaN if either holds NaN or inf.
-    Raises: EvaluateError for different shapes.
+    Raises: EvaluateError for another dtype, or different shapes.
     """
+    for name, tensor in (("reference", reference), ("actual", actual)):
+        if not tensor.is_floating_point():
+            raise EvaluateError(f"{name} is {tensor.dtype}, expected floating point; dequantize codes first")
     if reference.shape != actual.shape:
         raise EvaluateError(
             f"reference has shape {list(reference.shape)}, actual has {list(actual.shape)}; expected one shape"

@@ -105,6 +105,15 @@ def test_sqnr_of_different_shapes_is_an_error() -> None:
         sqnr(torch.ones(2, 1), torch.ones(2))
 
 
+@pytest.mark.parametrize("dtype", [torch.int8, torch.bool, torch.complex64])
+def test_sqnr_of_what_is_not_floating_point_is_an_error(dtype: torch.dtype) -> None:
+    x = torch.ones(2)
+    with pytest.raises(EvaluateError, match=rf"reference is {dtype}, expected floating point"):
+        sqnr(x.to(dtype), x)
+    with pytest.raises(EvaluateError, match=rf"actual is {dtype}, expected floating point"):
+        sqnr(x, x.to(dtype))
+
+
 # --- perplexity -------------------------------------------------------------------------------------------------------
 
 
