@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from octavo.errors import EvaluateError, OctavoWarning
 from octavo.feeding import at_rest, check_batches, device_of, feed, padding_mask
 from octavo.report import Comparison, LayerQuality, NotCompared
+from octavo.smoothed import smooth_scales
 
 __all__ = ["compare", "perplexity", "sqnr"]
 
@@ -106,8 +107,9 @@ def compare(
     batches: iterable of tensors, tuples (positional arguments) or dicts (keyword arguments). Where a dict has an
         `attention_mask` [B, T], positions with a 0 there do not count, in outputs [B, T, ...] of model and layers.
     layers: also the output SQNR of each module of the int8 model that says what of it is quantized (it has an attribute
-        `quantized_params`), against the module of the same name in the float model. Both must be nn.Module. Smoothing
-        divides the outputs of some (up_proj, v_proj): those of a smoothed model go with the smoothed float model.
+        `quantized_params`), against the module of the same name in the float model. Both must be nn.Module. What
+        `octavo.smooth` divided outputs by (of up_proj, v_proj) is taken back first; to find it, the float model is run
+        on the first tokens of the first batch a few times more, if its weights are not those that became int8.
     progress: called with (batches done, number of batches or 0).
     Returns: Comparison. Where logits tie, top-1 agrees if the choice of one model is a highest logit of the other too.
         Logits of -inf in both models at the same place (tokens that are forbidden) count as equal.
@@ -127,6 +129,10 @@ def compare(
         for count, batch in enumerate(batches, start=1):
             where = f"batch {count - 1}"
             mask = padding_mask(batch)
+            if tallies and count == 1:
+                assert isinstance(float_model, nn.Module) and isinstance(int8_model, nn.Module)
+                for name, factors in smooth_scales(float_model, int8_model, batch).items():
+                    tallies[name].smooth_scale = factors
             with _hooks(float_model, tallies, _LayerTally.keep):
                 reference = _run(float_model, batch, devices[0], f"{where}: the float model")
             with _hooks(int8_model, tallies, functools.partial(_LayerTally.judge, mask=mask)):
@@ -149,8 +155,11 @@ def sqnr(reference: Tensor, actual: Tensor) -> float:
     reference, actual: floating point, of one shape (any); on any device.
     Returns: dB, computed in float64. inf for equal tensors, -inf for a reference of zeros with an `actual` that is not,
         NaN if either holds NaN or inf.
-    Raises: EvaluateError for different shapes.
+    Raises: EvaluateError for another dtype, or different shapes.
     """
+    for name, tensor in (("reference", reference), ("actual", actual)):
+        if not tensor.is_floating_point():
+            raise EvaluateError(f"{name} is {tensor.dtype}, expected floating point; dequantize codes first")
     if reference.shape != actual.shape:
         raise EvaluateError(
             f"reference has shape {list(reference.shape)}, actual has {list(actual.shape)}; expected one shape"
@@ -182,10 +191,14 @@ class _Power:
 
 @dataclasses.dataclass
 class _LayerTally:
-    """One layer so far; `kept` holds the float outputs of this batch that the int8 model has not reached yet."""
+    """One layer so far; `kept` holds the float outputs of this batch that the int8 model has not reached yet.
+
+    smooth_scale: fp32 [N], what smoothing divided the channels of the int8 model's output by; None for nothing.
+    """
 
     kind: str
     problem: str = ""
+    smooth_scale: Tensor | None = None
     power: _Power = dataclasses.field(default_factory=_Power)
     kept: list[Tensor | None] = dataclasses.field(default_factory=list)
     calls: int = 0
@@ -205,6 +218,8 @@ class _LayerTally:
         elif reference.shape != value.shape:
             self.problem = f"output shape is {list(reference.shape)} in float, {list(value.shape)} in int8"
         else:
+            if self.smooth_scale is not None:
+                value = value * self.smooth_scale.to(value.device)
             self.power.add(_without_padding(reference, mask), _without_padding(value, mask))
 
     def end_batch(self) -> None:

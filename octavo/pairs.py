@@ -38,7 +38,7 @@ from octavo.experts import ExpertsSpec, spec_of
 from octavo.feeding import at_rest, device_of, feed, first_tensor
 from octavo.layers import is_stack, kind_of
 
-__all__ = ["Layout", "Pair", "Sink", "find_pairs", "is_norm", "products", "short"]
+__all__ = ["Layout", "Pair", "Sink", "find_pairs", "is_norm", "products", "scales_by_one_plus", "short"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,6 +126,22 @@ def is_norm(module: nn.Module) -> bool:
         and all(p.dim() == 1 for p in parameters)
         and not isinstance(module, nn.modules.batchnorm._NormBase | nn.GroupNorm)
     )
+
+
+def scales_by_one_plus(norm: nn.Module, weight: nn.Parameter) -> bool:
+    """Whether the norm's output for a weight of zeros is not zero (its bias aside)."""
+    x = torch.linspace(-1, 1, len(weight), device=weight.device, dtype=weight.dtype).unsqueeze(0)
+    bias = norm._parameters.get("bias")
+    before = weight.data
+    try:
+        with torch.no_grad():
+            weight.data = torch.zeros_like(before)
+            y = norm(x)
+    except Exception:  # it wants more than x, whatever its way to say so: the proof is the judge then
+        return False
+    finally:
+        weight.data = before
+    return bool((y - bias if bias is not None else y).any())
 
 
 _TOKENS = 128

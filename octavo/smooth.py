@@ -29,7 +29,7 @@ from octavo.errors import CalibrateError, QuantizeError
 from octavo.expert_inputs import ExpertsObserver
 from octavo.experts import spec_of
 from octavo.layers import kind_of
-from octavo.pairs import Pair, Product, Sink, find_pairs, is_norm, products
+from octavo.pairs import Pair, Product, Sink, find_pairs, is_norm, products, scales_by_one_plus
 from octavo.recipe import Scheme
 from octavo.report import SmoothedPair, SmoothReport, sqnr_db
 from octavo.sensitivity import CATASTROPHE_DB, OUTPUTS, evenly, output_error, rounded_input
@@ -373,7 +373,7 @@ class _Fold:
         zeros tell."""
         weight = norm._parameters["weight"]
         assert weight is not None
-        if _scales_by_one_plus(norm, weight):
+        if scales_by_one_plus(norm, weight):
             self._keep(weight)
             weight.data = ((1 + _wide(weight.data)) * inverse - 1).to(weight.dtype)
             self.exact = False
@@ -452,22 +452,6 @@ _MAY_BE_LOST = 1e-3
 def _wide(values: Tensor) -> Tensor:
     """In fp32 at least, where factors that fp16 cannot hold are no trouble."""
     return values.to(torch.promote_types(values.dtype, torch.float32))
-
-
-def _scales_by_one_plus(norm: nn.Module, weight: nn.Parameter) -> bool:
-    """Whether the norm's output for a weight of zeros is not zero (its bias aside)."""
-    x = torch.linspace(-1, 1, len(weight), device=weight.device, dtype=weight.dtype).unsqueeze(0)
-    bias = norm._parameters.get("bias")
-    before = weight.data
-    try:
-        with torch.no_grad():
-            weight.data = torch.zeros_like(before)
-            y = norm(x)
-    except Exception:  # it wants more than x, whatever its way to say so: the proof is the judge then
-        return False
-    finally:
-        weight.data = before
-    return bool((y - bias if bias is not None else y).any())
 
 
 # -- proving ---------------------------------------------------------------------------------------------------------

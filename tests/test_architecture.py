@@ -32,6 +32,7 @@ LAYERS = (
         "layers",
         "weight_readers",
         "pairs",
+        "smoothed",
         "sensitivity",
     ),
     # 3 pipeline

@@ -105,6 +105,15 @@ def test_sqnr_of_different_shapes_is_an_error() -> None:
         sqnr(torch.ones(2, 1), torch.ones(2))
 
 
+@pytest.mark.parametrize("dtype", [torch.int8, torch.bool, torch.complex64])
+def test_sqnr_of_what_is_not_floating_point_is_an_error(dtype: torch.dtype) -> None:
+    x = torch.ones(2)
+    with pytest.raises(EvaluateError, match=rf"reference is {dtype}, expected floating point"):
+        sqnr(x.to(dtype), x)
+    with pytest.raises(EvaluateError, match=rf"actual is {dtype}, expected floating point"):
+        sqnr(x, x.to(dtype))
+
+
 # --- perplexity -------------------------------------------------------------------------------------------------------
 
 
@@ -675,3 +684,24 @@ def test_a_model_quantized_by_octavo() -> None:
     assert [(layer.name, layer.kind) for layer in found.layers] == [("0", "QuantLinear"), ("2", "QuantLinear")]
     assert found.layers[0].sqnr_db == pytest.approx(10 * math.log10((f**2).sum() / (error**2).sum()), abs=1e-3)
     assert found.top1 is not None and found.top1 > 0.9
+
+
+def test_what_smoothing_divided_an_output_by_is_no_error_of_its_layer() -> None:
+    model = mlp().float()
+    model[0].weight.data[:5] *= 50
+    x = torch.randn(200, 6)
+    original = copy.deepcopy(model)
+    stats = octavo.calibrate(model, [x])
+    octavo.smooth(model, stats)
+    smoothed = copy.deepcopy(model)
+    octavo.quantize(model, "w8a16")
+    with torch.no_grad():
+        wanted, as_they_are = {}, {}
+        for name, end in (("0", 1), ("2", 3), ("4", 5)):
+            f, s, q = (each[:end](x.clone()) for each in (original, smoothed, model))
+            wanted[name] = sqnr(f, q * (f.norm(dim=0) / s.norm(dim=0)).log2().round().exp2())
+            as_they_are[name] = sqnr(s, q)
+    assert sqnr(original[0](x), model[0](x)) < 10 < 30 < min(wanted.values())
+    found, to_smoothed = (compare(of, model, [x[:100], x[100:]]) for of in (original, smoothed))
+    assert {layer.name: layer.sqnr_db for layer in found.layers} == pytest.approx(wanted, abs=1e-3)
+    assert {layer.name: layer.sqnr_db for layer in to_smoothed.layers} == pytest.approx(as_they_are, abs=1e-3)

@@ -7,6 +7,8 @@ import os
 import subprocess
 import sys
 
+import pytest
+
 BUDGET = 0.050
 """Seconds of CPU that octavo may add to `import torch`."""
 
@@ -27,6 +29,13 @@ print(json.dumps([seconds, sorted(set(sys.modules) - before)]))
 def test_the_package_itself_does_not_wait_for_torch() -> None:
     # `octavo --help` imports octavo first.
     probe = "import sys, octavo; assert 'torch' not in sys.modules; octavo.quantize; assert 'torch' in sys.modules"
+    subprocess.run([sys.executable, "-c", probe], check=True)
+
+
+def test_who_does_not_compile_does_not_wait_for_torchs_compiler() -> None:
+    # What `octavo generate` and `octavo bench` import: seconds, with the compiler.
+    pytest.importorskip("transformers")
+    probe = "import sys, octavo.integrations.generation; assert 'torch._inductor' not in sys.modules"
     subprocess.run([sys.executable, "-c", probe], check=True)
 
 

@@ -27,11 +27,7 @@ def add_parser(verbs: Verbs) -> None:
         "octavo eval smollm2-int8 --baseline HuggingFaceTB/SmolLM2-135M-Instruct", run,
     )  # fmt: skip
     parser.add_argument("path", metavar="PATH", help="checkpoint folder, Hub id or .gguf file; int8 or float")
-    parser.add_argument(
-        "--baseline", metavar="PATH",
-        help="the original, to compare with on the same tokens; for the single layers of a smoothed model what "
-        "`octavo smooth` wrote, where the same outputs are divided",
-    )  # fmt: skip
+    parser.add_argument("--baseline", metavar="PATH", help="the original, to compare with on the same tokens")
     parser.add_argument("--text", metavar="FILE", help="text to judge on, UTF-8 (default: Python's own documentation)")
     parser.add_argument(
         "--window", metavar="W", type=positive, default=512, help="tokens that the model sees at once (default 512)"

@@ -18,7 +18,7 @@ from torch import nn
 
 from octavo import formats
 from octavo.coverage import Coverage
-from octavo.errors import CheckpointError, MissingExtra
+from octavo.errors import CheckpointError, MissingExtra, OctavoError
 from octavo.formats.checkpoint import CheckpointReader
 from octavo.formats.stream import quantize_files
 from octavo.quantize import Progress
@@ -67,18 +67,27 @@ def load(
         checkpoint that octavo can run; a folder, Hub id or .gguf file. A float checkpoint loads as float.
     model: for anything that is not a transformers model: the float model of the same structure, freshly built, on
         `meta` or not; it is changed in place and returned.
-    progress: called with (layers done, number of layers), where `model` is given; transformers shows its own.
-    options: for `from_pretrained` of transformers (`dtype`, `device_map`, `trust_remote_code`, ...); a given `model` is
-        as it was built, and they have no effect on it.
+    progress: with `model` only (transformers shows its own): called with (layers done, number of layers).
+    options: without `model` only: for `from_pretrained` of transformers (`dtype`, `device_map`, `trust_remote_code`,
+        ...), which raises TypeError for one that it does not know.
     Returns: the model, in eval mode if transformers built it.
     Raises: CheckpointError for a source that is missing, damaged or in a format that octavo cannot run; MissingExtra
-        if transformers is needed and not installed.
+        if transformers is needed and not installed; OctavoError for an argument that would have no effect.
     """
     if model is not None:
+        if options:
+            raise OctavoError(
+                f"{', '.join(options)} would have no effect: options are for transformers, which does not load what is "
+                "given as model=; leave them out"
+            )
         loaded = formats.load_into(resolve(path), model, progress=progress)
         if _stored_attention(resolve(path)) == "int8":
             _attention().use_int8_attention(loaded)
         return loaded
+    if progress is not None:
+        raise OctavoError(
+            "progress would never be called: without model=, transformers loads and shows its own; leave it out"
+        )
     source = resolve(path)
     if source.suffix == ".gguf":
         return _load_gguf(source, **options)
@@ -90,8 +99,13 @@ def load(
         from octavo.integrations.transformers import METHOD
 
         config.quantization_config = {**config.quantization_config, "quant_method": METHOD}
-    options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}  # both are errors, below
-    loaded, info = model_class.from_pretrained(source, config=config, **options)
+    loaded, info = model_class.from_pretrained(
+        source,
+        config=config,
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,  # they are an error, below
+        **options,
+    )
     other = [f"{name} (is {list(got)}, expected {list(needed)})" for name, got, needed in info["mismatched_keys"]]
     for what, names in (("are missing", info["missing_keys"]), ("have other shapes", other)):
         if names:
@@ -170,19 +184,21 @@ def quantize_checkpoint(
     src: a folder or Hub id with safetensors, or a .gguf file (which is dequantized in memory, in bf16).
     dst: must not exist (an empty folder may).
     scheme, ignore, include, overrides, group_size: as for `octavo.quantize`; a Recipe may ask for int8 attention.
-    model: a skeleton that says what the tensors are, for a checkpoint that is not a transformers model; on `meta` or
-        not, it is not modified.
+    model: a skeleton that says what the tensors are, for a checkpoint that is not a transformers model (nor a .gguf
+        file); on `meta` or not, it is not modified.
     max_shard_size: bytes, or "5GB".
     progress: called with (tensors done, number of tensors).
     Returns: what became int8, what stayed float and why, in bytes on disk. Peak memory is about twice the largest
         tensor; the result is bit-identical to quantizing the loaded model and saving it.
     Raises: CheckpointError, RecipeError, QuantizeError as `octavo.quantize` and `octavo.save` do; QuantizeError for
         static inputs too, whose scales only a model that runs can give; MissingExtra if transformers is needed and not
-        installed. Nothing is left of `dst` after an error.
+        installed; OctavoError for `model` with a .gguf file. Nothing is left of `dst` after an error.
     """
     recipe = Recipe.of(scheme, ignore=ignore, include=include, overrides=overrides, group_size=group_size)
     source = resolve(src)
     if source.suffix == ".gguf":
+        if model is not None:
+            raise OctavoError(f"model would have no effect: transformers builds that of {source}; leave it out")
         loaded = _load_gguf(source)
         report = quantize(loaded, recipe, progress=progress)
         save(loaded, dst, tokenizer=load_tokenizer(source), max_shard_size=max_shard_size)

@@ -215,6 +215,15 @@ def set_to(suffix: str, value: Any) -> Callable[[dict[str, Tensor]], object]:
     return lambda tensors: tensors.update({f"a.weight_{suffix}": torch.as_tensor(value)})
 
 
+def check_refused(scheme: Scheme, damage: Callable[[dict[str, Tensor]], object], message: str) -> None:
+    """A weight of that scheme is decoded as it was encoded, and refused once it is damaged."""
+    tensors = encode("a.weight", random_codes(4, 8), torch.ones(4, 1), torch.float32, scheme)
+    decode("a.weight", tensors)
+    damage(tensors)
+    with pytest.raises(CheckpointError, match=message):
+        decode("a.weight", tensors)
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
@@ -241,11 +250,7 @@ def set_to(suffix: str, value: Any) -> Callable[[dict[str, Tensor]], object]:
 def test_a_damaged_weight_is_refused_by_the_tensors_name(
     damage: Callable[[dict[str, Tensor]], object], message: str
 ) -> None:
-    tensors = encode("a.weight", random_codes(4, 8), torch.ones(4, 1), torch.float32, CHANNEL)
-    decode("a.weight", tensors)
-    damage(tensors)
-    with pytest.raises(CheckpointError, match=message):
-        decode("a.weight", tensors)
+    check_refused(CHANNEL, damage, message)
 
 
 @pytest.mark.parametrize(
@@ -262,11 +267,7 @@ def test_a_damaged_weight_is_refused_by_the_tensors_name(
 def test_a_damaged_plain_weight_is_refused_by_the_tensors_name(
     damage: Callable[[dict[str, Tensor]], object], message: str
 ) -> None:
-    tensors = encode("a.weight", random_codes(4, 8), torch.ones(4, 1), torch.float32, W8A8)
-    decode("a.weight", tensors)
-    damage(tensors)
-    with pytest.raises(CheckpointError, match=message):
-        decode("a.weight", tensors)
+    check_refused(W8A8, damage, message)
 
 
 # -- quantization_config ----------------------------------------------------------------------------------------------

@@ -296,6 +296,22 @@ def with_(name: str, tensor: Tensor) -> Callable[[dict[str, Tensor]], object]:
     return lambda tensors: tensors.update({name: tensor})
 
 
+def check_refused_whole(
+    saved: nn.Module, edit: Callable[[dict[str, Tensor]], object], message: str, folder: Path
+) -> None:
+    """A checkpoint of `saved` whose tensors were edited is refused, and the model to load it into is as it was."""
+    octavo.save(saved, folder)
+    tensors = load_file(folder / "model.safetensors")
+    edit(tensors)
+    save_file(tensors, folder / "model.safetensors")
+    model = Net()
+    before, classes = bits(model), [type(module) for module in model.modules()]
+    with pytest.raises(CheckpointError, match=message):
+        octavo.load(folder, model=model)
+    assert [type(module) for module in model.modules()] == classes
+    assert_same(bits(model), before)
+
+
 @pytest.mark.parametrize(
     ("edit", "message"),
     [
@@ -319,16 +335,7 @@ def with_(name: str, tensor: Tensor) -> Callable[[dict[str, Tensor]], object]:
 def test_a_checkpoint_that_does_not_fit_leaves_the_model_as_it_was(
     tmp_path: Path, edit: Callable[[dict[str, Tensor]], object], message: str
 ) -> None:
-    octavo.save(quantized(), tmp_path / "out")
-    tensors = load_file(tmp_path / "out/model.safetensors")
-    edit(tensors)
-    save_file(tensors, tmp_path / "out/model.safetensors")
-    model = Net()
-    before, classes = bits(model), [type(module) for module in model.modules()]
-    with pytest.raises(CheckpointError, match=message):
-        octavo.load(tmp_path / "out", model=model)
-    assert [type(module) for module in model.modules()] == classes
-    assert_same(bits(model), before)
+    check_refused_whole(quantized(), edit, message, tmp_path / "out")
 
 
 @pytest.mark.parametrize(
@@ -350,15 +357,7 @@ def test_a_checkpoint_that_does_not_fit_leaves_the_model_as_it_was(
 def test_a_damaged_layer_with_int8_inputs_leaves_the_model_as_it_was(
     tmp_path: Path, edit: Callable[[dict[str, Tensor]], object], message: str
 ) -> None:
-    octavo.save(calibrated(), tmp_path / "out")
-    tensors = load_file(tmp_path / "out/model.safetensors")
-    edit(tensors)
-    save_file(tensors, tmp_path / "out/model.safetensors")
-    model = Net()
-    before = bits(model)
-    with pytest.raises(CheckpointError, match=message):
-        octavo.load(tmp_path / "out", model=model)
-    assert_same(bits(model), before)
+    check_refused_whole(calibrated(), edit, message, tmp_path / "out")
 
 
 def test_an_input_scale_under_dynamic_inputs_is_refused(tmp_path: Path) -> None:

@@ -426,6 +426,23 @@ def test_a_file_that_is_no_gguf_is_named(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
+def test_an_argument_that_would_have_no_effect_is_refused(tmp_path: Path) -> None:
+    saved(tmp_path)
+    model = build(llama)
+    before = str(model)
+    with pytest.raises(octavo.OctavoError, match="dtype, nonsense would have no effect: options are for transformers"):
+        octavo.load(tmp_path / "int8", model=model, dtype=torch.float16, nonsense=3)
+    assert str(model) == before
+    with pytest.raises(octavo.OctavoError, match="progress would never be called: without model="):
+        octavo.load(tmp_path / "int8", progress=lambda done, total: None)
+    for unknown in ({"nonsense": 3}, {"output_loading_info": False}):
+        with pytest.raises(TypeError, match=next(iter(unknown))):
+            octavo.load(tmp_path / "int8", **unknown)  # type: ignore[arg-type]
+    (tmp_path / "model.gguf").touch()
+    with pytest.raises(octavo.OctavoError, match=r"model would have no effect: .*model\.gguf"):
+        octavo.quantize_checkpoint(tmp_path / "model.gguf", tmp_path / "out", "w8a16", model=model)
+
+
 def test_a_module_of_ones_own_needs_no_config(tmp_path: Path) -> None:
     model = tiny_models.Net().eval()
     octavo.quantize(model, "w8a16")
