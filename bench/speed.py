@@ -28,6 +28,7 @@ from bench.runtimes import (
     W8A8,
     W8A8_ATTENTION,
     W8A16,
+    W8A16_ATTENTION,
 )
 from examples.models import cache_folder, smollm2_checkpoint
 from octavo.cli import bench_worker
@@ -58,7 +59,8 @@ WRONG = 0.3
 SMOLLM2, LLAMA = "SmolLM2-135M-Instruct", "Llama shape, 1.07 B, random"
 COMPARED = {
     LLAMA: tuple(RUNTIMES),
-    SMOLLM2: (BF16, W8A16, W8A8, W8A8_ATTENTION, TORCHAO, QUANTO),  # to compile once more would take minutes
+    # To compile once more would take minutes.
+    SMOLLM2: (BF16, W8A16, W8A16_ATTENTION, W8A8, W8A8_ATTENTION, TORCHAO, QUANTO),
 }
 PREFILL_GOALS = {
     LLAMA: (
@@ -70,15 +72,21 @@ PREFILL_GOALS = {
                 Goal("prefill, w8a8", ours, (TORCHAO_DYNAMIC,), 1.4),
             )
         ),
-        Goal("prefill, w8a16", W8A16, (BF16,), 1.15, 1.5),
+        *(Goal("prefill, w8a16", ours, (BF16,), 1.15, 1.5) for ours in (W8A16, W8A16_ATTENTION)),
     ),
     SMOLLM2: (Goal("prefill, w8a8", W8A8, (BF16,)), Goal("prefill, w8a8", W8A8_ATTENTION, (BF16,))),
 }
 DECODE_GOALS = {
     LLAMA: (
-        Goal("decode, w8a16", W8A16, (BF16,), 1.8),
-        Goal("decode, w8a16", W8A16, (TORCHAO_COMPILED,), 1.25),
-        Goal("decode, w8a16", W8A16, (QUANTO,), 1.5),
+        *(
+            goal
+            for ours in (W8A16, W8A16_ATTENTION)
+            for goal in (
+                Goal("decode, w8a16", ours, (BF16,), 1.8),
+                Goal("decode, w8a16", ours, (TORCHAO_COMPILED,), 1.25),
+                Goal("decode, w8a16", ours, (QUANTO,), 1.5),
+            )
+        ),
         Goal("decode, w8a8", W8A8_ATTENTION, (BF16,)),
     ),
     SMOLLM2: (Goal("decode, w8a16", W8A16, (BF16,), 1.2, 1.6),),
@@ -118,7 +126,7 @@ def _compare(model: str, path: str) -> dict[str, Any]:
                     runtimes.start, name, path, torch.get_num_threads(), prompt, following, NEW, limit=limit
                 )
             except Exception as error:
-                if name in (BF16, W8A16, W8A8, W8A8_ATTENTION):
+                if name in (BF16, W8A16, W8A16_ATTENTION, W8A8, W8A8_ATTENTION):
                     raise
                 missing[name] = _in_words(error)
             else:
