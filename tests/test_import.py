@@ -9,20 +9,22 @@ import sys
 
 import pytest
 
-BUDGET = 0.050
-"""Seconds of CPU that octavo may add to `import torch`."""
+BUDGET = 0.1
+"""Of the processor time that `import torch` takes, what `import octavo` may add: a ratio, so that a slow machine counts
+for both."""
 
 UNASKED = {"transformers", "triton", "lm_eval", "compressed_tensors", "gguf", "peft", "rich", "yaml", "huggingface_hub"}
 
 PROBE = """
 import json, sys, time
+start = time.process_time()
 import torch
 before = set(sys.modules)
-start = time.process_time()
+middle = time.process_time()
 import octavo
 from octavo import *
-seconds = time.process_time() - start
-print(json.dumps([seconds, sorted(set(sys.modules) - before)]))
+end = time.process_time()
+print(json.dumps([(end - middle) / (middle - start), sorted(set(sys.modules) - before)]))
 """
 
 
@@ -40,24 +42,23 @@ def test_who_does_not_compile_does_not_wait_for_torchs_compiler() -> None:
 
 
 def probe() -> tuple[float, list[str]]:
-    """Seconds that `import octavo` and its names took in a fresh interpreter, and the modules that they brought."""
+    """What `import octavo` and its names took in a fresh interpreter, as a share of what torch took, and the modules
+    that they brought."""
     # As an installed package has it: compiled once, and not again in every process.
     env = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
     run = subprocess.run([sys.executable, "-c", PROBE], capture_output=True, text=True, check=True, env=env)
-    seconds, modules = json.loads(run.stdout)
-    return seconds, modules
+    share, modules = json.loads(run.stdout)
+    return share, modules
 
 
 def test_import_adds_little_time_and_no_third_party() -> None:
-    fastest = float("inf")
+    least = float("inf")
     for _ in range(8):
-        seconds, modules = probe()
+        share, modules = probe()
         assert "octavo" in modules
         assert UNASKED.intersection(name.partition(".")[0] for name in modules) == set()
-        # The fastest run has the least of other processes in it.
-        fastest = min(fastest, seconds)
-        if fastest < BUDGET:
+        # The run with the least has the least of other processes in it.
+        least = min(least, share)
+        if least < BUDGET:
             return
-    raise AssertionError(
-        f"import octavo adds {fastest * 1e3:.0f} ms to import torch, at most {BUDGET * 1e3:.0f} allowed"
-    )
+    raise AssertionError(f"import octavo adds {least:.0%} to import torch, at most {BUDGET:.0%} allowed")
