@@ -126,13 +126,15 @@ def _statistics(
     row, group, part = _place(shared, groups, BLOCK_M)
     first = part * steps * BLOCK_S
     q_codes, scale = _query(q, q_scale, scaling, row, group, shared, size, BLOCK_D)
-    mask_at = _mask_rows(mask, mask_batch, mask_head, mask_row, row, group, rows, shared, heads, kv_heads)
+    mask_at = _mask_rows(mask_batch, mask_head, mask_row, row, group, rows, shared, heads, kv_heads)
     largest = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
     heaviest = tl.zeros((BLOCK_M,), tl.float32)
     for start in range(first, tl.minimum(first + steps * BLOCK_S, keys), BLOCK_S):
         token = start + tl.arange(0, BLOCK_S)
-        scores = _scores(q_codes, scale, k, k_scale, mask_at, softcap, mask_key, token, group, size, keys, BLOCK_D)
+        scores = _scores(
+            q_codes, scale, k, k_scale, mask, mask_at, softcap, mask_key, token, group, size, keys, BLOCK_D
+        )  # fmt: skip
         before, largest = largest, tl.maximum(largest, tl.max(scores, 1))
         origin = tl.where(largest == float("-inf"), 0.0, largest)
         exponentials = tl.exp(scores - origin[:, None])
@@ -158,7 +160,7 @@ def _products(
     row, group, part = _place(shared, groups, BLOCK_M)
     first = part * steps * BLOCK_S
     q_codes, scale = _query(q, q_scale, scaling, row, group, shared, size, BLOCK_D)
-    mask_at = _mask_rows(mask, mask_batch, mask_head, mask_row, row, group, rows, shared, heads, kv_heads)
+    mask_at = _mask_rows(mask_batch, mask_head, mask_row, row, group, rows, shared, heads, kv_heads)
     at = group * shared + row
     origin, total, heaviest = _of_all_parts(statistics + at, row < shared, tl.cast(groups, tl.int64) * shared, parts)
     inverse = 127.0 / heaviest
@@ -167,7 +169,9 @@ def _products(
     sums = tl.zeros((BLOCK_M, BLOCK_N), tl.int32)
     for start in range(first, tl.minimum(first + steps * BLOCK_S, keys), BLOCK_S):
         token = start + tl.arange(0, BLOCK_S)
-        scores = _scores(q_codes, scale, k, k_scale, mask_at, softcap, mask_key, token, group, size, keys, BLOCK_D)
+        scores = _scores(
+            q_codes, scale, k, k_scale, mask, mask_at, softcap, mask_key, token, group, size, keys, BLOCK_D
+        )  # fmt: skip
         weights = tl.exp(scores - origin[:, None])
         weights *= tl.load(v_scale + group * keys + token, mask=token < keys, other=0.0)[None, :]
         # Adding 1.5 * 2 ** 23 leaves the code, rounded half to even, in the lowest bits.
@@ -221,20 +225,19 @@ def _query(q, q_scale, scaling, row, group, shared, size, BLOCK_D: tl.constexpr)
 
 
 @triton.jit
-def _mask_rows(mask, mask_batch, mask_head, mask_row, row, group, rows, shared, heads, kv_heads):
-    """Where the mask of each row starts, past the last row that of the last; None without one."""
-    if mask is None:
-        return None
-    else:
-        row = tl.minimum(row, shared - 1)
-        number = group.to(tl.int32)  # 64 bits are slow to divide
-        head = (number % kv_heads * heads + row // rows).to(tl.int64)
-        batch = (number // kv_heads).to(tl.int64)
-        return mask + batch * mask_batch + head * mask_head + (row % rows).to(tl.int64) * mask_row
+def _mask_rows(mask_batch, mask_head, mask_row, row, group, rows, shared, heads, kv_heads):
+    """How far into the mask each row starts, past the last row that of the last."""
+    row = tl.minimum(row, shared - 1)
+    number = group.to(tl.int32)  # 64 bits are slow to divide
+    head = (number % kv_heads * heads + row // rows).to(tl.int64)
+    batch = (number // kv_heads).to(tl.int64)
+    return batch * mask_batch + head * mask_head + (row % rows).to(tl.int64) * mask_row
 
 
 @triton.jit
-def _scores(q_codes, scale, k, k_scale, mask_at, softcap, mask_key, token, group, size, keys, BLOCK_D: tl.constexpr):
+def _scores(
+    q_codes, scale, k, k_scale, mask, mask_at, softcap, mask_key, token, group, size, keys, BLOCK_D: tl.constexpr
+):  # fmt: skip
     """Scores of the rows for BLOCK_S keys, in fp32; -inf for a key that the mask forbids or that is not there. Within
     the keys of one group 32 bits are enough."""
     channel = tl.arange(0, BLOCK_D)
@@ -248,8 +251,8 @@ def _scores(q_codes, scale, k, k_scale, mask_at, softcap, mask_key, token, group
         # tanh(x) = 1 - 2 / (exp(2 x) + 1)
         cap = tl.cast(softcap, tl.float32)
         scores = (1.0 - 2.0 / (tl.exp(2.0 * (scores / cap)) + 1.0)) * cap
-    if mask_at is not None:
-        at = mask_at[:, None] + token[None, :].to(tl.int64) * mask_key
+    if mask is not None:
+        at = mask + mask_at[:, None] + token[None, :].to(tl.int64) * mask_key
         masked = tl.load(at, mask=(token < keys)[None, :], other=0)
         if masked.dtype == tl.int1:
             scores = tl.where(masked, scores, float("-inf"))
