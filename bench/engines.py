@@ -10,6 +10,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ import octavo
 from bench.own_process import own_process
 from bench.quantize import llama
 from bench.record import Skipped
+from bench.speed import NEW, PROMPT, VOCABULARY, take_turns
 from octavo.cli import bench_worker
 from octavo.cli.bench_worker import Round
 from octavo.integrations.generation import load_causal
@@ -33,8 +35,7 @@ zentorch where that is installed. Each in a process of its own, in turns, batch 
 each runs twice, and the second run counts. Prefill is the time from the prompt to the first token. Error: of the
 logprobs of the token after the prompt, against the bf16 model's in transformers, as a share of their spread.
 """
-PROMPT, NEW, REPEATS = 512, 16, 5
-VOCABULARY = 49152
+REPEATS = 5
 BF16 = "transformers, bf16, eager"
 
 
@@ -49,7 +50,7 @@ def measure() -> dict[str, Any]:
         octavo.quantize(model, "w8a8", attention="int8")
         octavo.save(model, f"{folder}/int8")
         del model
-        workers, expected = {}, None
+        rounds, expected = {}, None
         for name, start, path in (
             (BF16, start_transformers, "bf16"),
             ("vLLM, bf16, compiled", start_vllm, "bf16"),
@@ -64,13 +65,9 @@ def measure() -> dict[str, Any]:
             found[name] = {
                 "ready_s": time.perf_counter() - begin, "error": error, "first_token_s": [], "decode_s": []
             }  # fmt: skip
-            workers[name] = (worker, time_vllm if start is start_vllm else bench_worker.time_round)
-        for _ in range(REPEATS):
-            for name, (worker, time_round) in workers.items():
-                worker(time_round, ids, NEW)
-                one = worker(time_round, ids, NEW)
-                found[name]["first_token_s"].append(one.first_token_s)
-                found[name]["decode_s"].append(one.decode_s / (NEW - 1))
+            time_round = time_vllm if start is start_vllm else bench_worker.time_round
+            rounds[name] = partial(worker, time_round, ids, NEW)
+        take_turns(found, rounds, REPEATS)
     return {"runs": found, "zentorch": importlib.util.find_spec("zentorch") is not None}
 
 

@@ -8,7 +8,9 @@ import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Mapping
 from concurrent.futures import TimeoutError
+from functools import partial
 from typing import Any
 
 import torch
@@ -32,6 +34,7 @@ from bench.runtimes import (
 )
 from examples.models import cache_folder, smollm2_checkpoint
 from octavo.cli import bench_worker
+from octavo.cli.bench_worker import Round
 from octavo.ops import backends
 from octavo.tables import Table, human_bytes
 
@@ -137,13 +140,22 @@ def _compare(model: str, path: str) -> dict[str, Any]:
             took = time.perf_counter() - begin
             patience -= took if limit else 0
             print(f"  {model}, {name}: {missing.get(name, 'ready')} after {took:.0f} s", file=sys.stderr, flush=True)
-        for _ in range(REPEATS):
-            for name, worker in workers.items():
-                worker(bench_worker.time_round, prompt, NEW)
-                one = worker(bench_worker.time_round, prompt, NEW)
-                found[name]["first_token_s"].append(one.first_token_s)
-                found[name]["decode_s"].append(one.decode_s / (NEW - 1))
+        take_turns(
+            found,
+            {name: partial(worker, bench_worker.time_round, prompt, NEW) for name, worker in workers.items()},
+            REPEATS,
+        )
     return {"runtimes": found, "missing": missing}
+
+
+def take_turns(found: dict[str, dict[str, Any]], rounds: Mapping[str, Callable[[], Round]], repeats: int) -> None:
+    """Run each of `rounds` twice in its turn, and add what the second took to `found`, in seconds (a token)."""
+    for _ in range(repeats):
+        for name, run in rounds.items():
+            run()
+            one = run()
+            found[name]["first_token_s"].append(one.first_token_s)
+            found[name]["decode_s"].append(one.decode_s / (NEW - 1))
 
 
 def _in_words(error: Exception) -> str:

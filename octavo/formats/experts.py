@@ -66,7 +66,7 @@ def expert_parts(
             whole[name] = (spec, torch.arange(e * n, device="cpu").view(e, n))
     parts: dict[str, Part] = {}
     numbered = {name: ids for name, ids in numbered.items() if not whole[name][0].transposed}
-    for name, ids in _renamed(numbered, on_disk).items():
+    for name, ids in _cut_by_library(numbered, on_disk).items():
         if ids.dim() == 2:
             first, param = owners[bisect.bisect_right(owners, int(ids[0, 0]), key=lambda owner: owner[0]) - 1]
             parts[name] = Part(param, ids[:, 0] - first, True)
@@ -76,12 +76,15 @@ def expert_parts(
     return parts
 
 
-def _renamed(
+def _cut_by_library(
     numbered: dict[str, Tensor], on_disk: Callable[[dict[str, Tensor]], Mapping[str, Tensor]] | None
 ) -> Mapping[str, Tensor]:
     try:
         return on_disk(numbered) if on_disk else {}
-    except AttributeError:  # a rule that turns whole stacks around, and asks an int8 model for its float parameter
+    except AttributeError as error:
+        # A rule that turns whole stacks around, and cuts none, asks an int8 model for its float parameter.
+        if "is not an nn.Parameter" not in str(error):
+            raise
         return {}
 
 

@@ -404,7 +404,8 @@ def _tie(model: PreTrainedModel) -> None:
 
 def renaming(model: PreTrainedModel) -> Callable[[str], str | None]:
     """Names on disk -> names in the model, by the rules that transformers loads with; None for a part of a tensor."""
-    converted, state = _loading_names(model), model.state_dict()
+    state = model.state_dict()
+    converted = _loading_names(model, get_model_conversion_mapping(model), state)
 
     def rename(name: str) -> str | None:
         renamed, pattern = converted(name)
@@ -417,16 +418,17 @@ def renaming(model: PreTrainedModel) -> Callable[[str], str | None]:
 
 def conversions(model: PreTrainedModel, names: Iterable[str]) -> list[formats.Conversion]:
     """How transformers makes tensors of the model of those on disk, where it does more than to rename them."""
-    converted = _loading_names(model)
+    rules = get_model_conversion_mapping(model)
+    converted = _loading_names(model, rules, model.state_dict())
     groups: dict[str, dict[str, str]] = {}
     for name in names:
         target, pattern = converted(name)
         if pattern is not None:
             groups.setdefault(target, {})[name] = pattern
-    rules = _rules(model, WeightConverter)
+    converters = _of_kind(rules, WeightConverter)
     made = []
     for target, patterns in groups.items():
-        rule = next(rule for rule in rules if set(patterns.values()) & set(rule.source_patterns))
+        rule = next(rule for rule in converters if set(patterns.values()) & set(rule.source_patterns))
         made.append(formats.Conversion(tuple(patterns), partial(_convert, model, rule, target, patterns)))
     return made
 
@@ -441,17 +443,18 @@ def _convert(
     return {name: value[0] if isinstance(value, list) else value for name, value in made.items()}
 
 
-def _rules(model: PreTrainedModel, kind: type) -> list[Any]:
-    return [rule for rule in get_model_conversion_mapping(model) if isinstance(rule, kind)]
+def _of_kind(rules: Iterable[Any], kind: type) -> list[Any]:
+    return [rule for rule in rules if isinstance(rule, kind)]
 
 
-def _loading_names(model: PreTrainedModel) -> Callable[[str], tuple[str, str | None]]:
+def _loading_names(
+    model: PreTrainedModel, rules: list[Any], state: Mapping[str, Tensor]
+) -> Callable[[str], tuple[str, str | None]]:
     """Name on disk -> that in the model, and the pattern of the rule that converts the tensor if one does."""
-    state = model.state_dict()
     return partial(
         rename_source_key,
-        weight_renamings=_rules(model, WeightRenaming),
-        weight_converters=_rules(model, WeightConverter),
+        weight_renamings=_of_kind(rules, WeightRenaming),
+        weight_converters=_of_kind(rules, WeightConverter),
         base_model_prefix=model.base_model_prefix,
         meta_state_dict=state,
     )
