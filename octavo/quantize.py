@@ -30,6 +30,7 @@ from octavo.modules import (
     TiedQuantEmbedding,
     TiedQuantLinear,
 )
+from octavo.norms import fused_norms
 from octavo.observers import Observer, ObserverKind, check_observer
 from octavo.recipe import DEFAULT_TARGETS, OPT_IN_TARGETS, Pattern, Recipe, Scheme, pattern_matches
 from octavo.report import sqnr_db
@@ -97,6 +98,8 @@ def quantize(
 
     A weight W [N, K] of any float dtype becomes codes int8 [N, K] and a scale fp32 [N, 1] ([N, K/g] in groups of g
     columns), W ~ codes * scale: the arithmetic of octavo.primitives. Which layers there are: the head of octavo.layers.
+    RMS norms keep their float weights and become FusedRMSNorm, which computes the same in fewer kernels (octavo.norms);
+    `ignore` keeps them as they are.
 
     model: any module with its weights loaded, on any device.
     scheme: a preset's name ("w8a16"), a Scheme or a Recipe; see octavo.recipe for `ignore`, `include`, `overrides`
@@ -125,7 +128,7 @@ def quantize(
     _refuse_missing_values(model)
     decisions = plan(model, recipe)
     fix_inputs(model, decisions, stats, observer=observer, repair=repair)
-    install(model, decisions, progress=progress)
+    install(model, decisions, ignore=recipe.ignore, progress=progress)
     if fake:
         for module in model.modules():
             if isinstance(module, QuantLinear):
@@ -467,9 +470,11 @@ def install(
     decisions: list[Decision],
     *,
     codes_of: CodesOf = quantized_codes,
+    ignore: Iterable[Pattern] = (),
     progress: Progress | None = None,
 ) -> None:
-    """Swap the layers that `decisions` says for int8 ones, one at a time. On `meta` this makes the empty skeleton."""
+    """Swap the layers that `decisions` says for int8 ones, one at a time, then RMS norms for FusedRMSNorm but for those
+    that `ignore` names. On `meta` this makes the empty skeleton."""
     places = _places(model)
     owners: dict[str, QuantModule] = {}
     shared = SharedInput()
@@ -487,6 +492,7 @@ def install(
                 places[id(child)] = [(new if parent is layer else parent, at) for parent, at in places[id(child)]]
         if progress:
             progress(done, len(ordered))
+    _fuse_norms(model, tuple(ignore))
     _switch_off_fused_encoder(model)
 
 
@@ -508,6 +514,14 @@ def _int8_layer(
         new = TiedQuantLinear(layer, owners[decision.owner])
     new.replaces, new.note = decision.label, decision.note
     return new
+
+
+def _fuse_norms(model: nn.Module, ignore: tuple[Pattern, ...]) -> None:
+    places = _places(model)
+    for name, new in fused_norms(model).items():
+        norm = model.get_submodule(name)
+        if not any(_selects(pattern, name, norm, type(norm).__name__) for pattern in ignore):
+            swap(places.get(id(norm), []), norm, new)
 
 
 def settle(model: nn.Module, decisions: list[Decision]) -> Coverage:
@@ -538,7 +552,7 @@ _HOOKS = (
 )  # fmt: skip
 
 
-def swap(places: list[tuple[nn.Module, str]], layer: nn.Module, new: QuantModule) -> None:
+def swap(places: list[tuple[nn.Module, str]], layer: nn.Module, new: nn.Module) -> None:
     """Put `new` wherever `layer` stood, with the hooks that were registered on it."""
     for hooks in _HOOKS:
         setattr(new, hooks, getattr(layer, hooks))

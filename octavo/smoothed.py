@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from octavo.layers import kind_of
 from octavo.modules import QuantLinear
+from octavo.norms import FusedRMSNorm
 from octavo.pairs import find_pairs, is_norm, scales_by_one_plus
 from octavo.primitives import dequantize
 
@@ -54,7 +55,7 @@ def _is_one_layer(was: nn.Module, now: nn.Module | None) -> bool:
         return False
     if isinstance(now, QuantLinear):
         return kind is not None and kind.rows(weight, was).shape == now.weight.shape
-    if now is None or type(now) is not type(was):
+    if now is None or type(now) not in (type(was), FusedRMSNorm):
         return False
     other = now._parameters.get("weight")
     return other is not None and other.shape == weight.shape

@@ -30,6 +30,7 @@ LAYERS = (
         "expert_inputs",
         "modules",
         "layers",
+        "norms",
         "weight_readers",
         "pairs",
         "smoothed",

@@ -24,6 +24,7 @@ from octavo.modules import (
     QuantMultiheadAttention,
     TiedQuantLinear,
 )
+from octavo.norms import FusedRMSNorm
 from octavo.primitives import dequantize
 from octavo.quantize import output_heads, plan
 from tests.tiny_models import TEXT, VISION, Net, bert, build, falcon, gpt2, llama, t5, tied_llama, tokens, vit, whisper
@@ -487,6 +488,76 @@ class TestMoreOfTransformers:
             actual = model(ids).logits
         assert {name for name, m in model.named_modules() if type(m) is nn.Linear} == {"lm_head"}
         assert 0 < relative_error(actual, expected) < 0.03
+
+
+def norms(model: nn.Module) -> dict[str, str]:
+    """Name of each RMS norm of a tiny Llama -> its class."""
+    return {name: type(module).__name__ for name, module in model.named_modules() if name.endswith("norm")}
+
+
+class TestNorms:
+    """Those that octavo.norms recognizes are swapped for modules that compute the same."""
+
+    @pytest.mark.parametrize("options", [{}, {"fake": True}], ids=str)
+    @pytest.mark.parametrize("scheme", ["w8a16", "w8a8"])
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+    def test_not_a_bit_changes(self, dtype: torch.dtype, scheme: str, options: dict[str, bool]) -> None:
+        model, plain, ids = build(llama, dtype), build(llama, dtype), tokens()
+        octavo.quantize(model, scheme, **options)
+        octavo.quantize(plain, scheme, ignore=["re:.*norm"], **options)
+        assert len(norms(model)) == 5 and set(norms(model).values()) == {"FusedRMSNorm"}
+        assert set(norms(plain).values()) == {"LlamaRMSNorm"}
+        with torch.no_grad():
+            assert torch.equal(model(ids).logits, plain(ids).logits)
+        assert model.state_dict().keys() == plain.state_dict().keys()
+
+    @pytest.mark.parametrize(
+        "pattern",
+        [
+            "model.layers.1",
+            "re:model\\.layers\\.1\\.",
+            lambda name, module: "layers.1" in name and "Norm" in type(module).__name__,
+        ],
+        ids=["container", "expression", "predicate"],
+    )
+    def test_what_is_ignored_stays(self, pattern: Any) -> None:
+        model = build(llama)
+        octavo.quantize(model, "w8a16", ignore=[pattern])
+        assert norms(model) == {
+            "model.layers.0.input_layernorm": "FusedRMSNorm",
+            "model.layers.0.post_attention_layernorm": "FusedRMSNorm",
+            "model.layers.1.input_layernorm": "LlamaRMSNorm",
+            "model.layers.1.post_attention_layernorm": "LlamaRMSNorm",
+            "model.norm": "FusedRMSNorm",
+        }
+
+    def test_a_kind_is_no_name_of_a_norm(self) -> None:
+        model = build(llama)
+        octavo.quantize(model, "w8a16", ignore=["Linear"])
+        assert set(norms(model).values()) == {"FusedRMSNorm"}
+
+    def test_a_norm_in_two_places_stays_one(self) -> None:
+        model = build(llama)
+        model.model.layers[1].input_layernorm = norm = model.model.layers[0].input_layernorm
+        optimizer = torch.optim.SGD([norm.weight], lr=1.0)
+        octavo.quantize(model, "w8a16")
+        first, second = (layer.input_layernorm for layer in model.model.layers)
+        assert isinstance(first, FusedRMSNorm) and first is second
+        assert first.weight is optimizer.param_groups[0]["params"][0]
+
+    def test_the_report_has_their_rows(self) -> None:
+        model = build(llama)
+        report = octavo.quantize(model, "w8a16")
+        rows = {row.name: row for row in report.rows if row.kind == "FusedRMSNorm"}
+        assert rows.keys() == {f"{name}.weight" for name in norms(model)}
+        assert {(row.scheme, row.reason, row.asked) for row in rows.values()} == {
+            (None, "1-D: biases and norms stay float", True)
+        }
+
+    def test_a_lone_norm_is_no_model_to_change(self) -> None:
+        norm = build(llama).model.norm
+        octavo.quantize(norm, "w8a16")
+        assert type(norm).__name__ == "LlamaRMSNorm"
 
 
 @pytest.mark.slow

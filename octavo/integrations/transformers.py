@@ -223,7 +223,7 @@ class OctavoQuantizer(HfQuantizer):  # type: ignore[misc]
                 self._targets.update(
                     {f"{decision.name}.{p}": (decision, layer) for p in decision.kind.params_of(layer)}
                 )
-        install(model, self._decisions)
+        install(model, self._decisions, ignore=self.quantization_config.recipe.ignore)
         self._leave_experts_to_us(model)
         for decision in self._decisions:
             if decision.owner is not None:  # tied for good: transformers need not, and could not, tie it again

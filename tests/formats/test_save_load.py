@@ -20,6 +20,7 @@ from octavo import CheckpointError, OctavoWarning, QuantizeError
 from octavo.formats import COVERAGE_FILE, load_into, state_dict
 from octavo.formats import save as save_plain
 from octavo.modules import DynamicQuantLinear, QuantConv, QuantModule, StaticQuantLinear
+from octavo.norms import FusedRMSNorm
 from tests.tiny_models import Net, build, llama, tokens
 
 
@@ -125,6 +126,33 @@ def test_layers_that_are_fed_one_tensor_carry_equal_input_scales(tmp_path: Path)
     stored = load_file(tmp_path / "out/model.safetensors")
     for siblings in (["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"], ["mlp.gate_proj", "mlp.up_proj"]):
         assert len({stored[f"model.layers.1.{name}.input_scale"].item() for name in siblings}) == 1
+
+
+@pytest.mark.parametrize("meta", [False, True], ids=["built", "meta"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_fused_norms_come_back_under_the_names_of_the_float_ones(
+    tmp_path: Path, dtype: torch.dtype, meta: bool
+) -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm = build(llama).model.norm
+            self.out = nn.Linear(32, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.out(self.norm(x))
+
+    model = Model().to(dtype).eval()
+    names = {name for name in model.state_dict() if name.startswith("norm")}
+    model.norm.weight.data.normal_()
+    octavo.quantize(model, "w8a16")
+    octavo.save(model, tmp_path / "out")
+    stored = load_file(tmp_path / "out/model.safetensors")
+    assert {name for name in stored if name.startswith("norm")} == names == {"norm.weight"}
+    loaded = octavo.load(tmp_path / "out", model=on_meta(Model) if meta else Model()).eval()
+    assert type(loaded.norm) is type(model.norm) is FusedRMSNorm
+    x = torch.randn(5, 32).to(dtype)
+    assert torch.equal(loaded(x), model(x))
 
 
 def test_a_lone_file_without_a_config_says_what_its_tensors_say(tmp_path: Path) -> None:

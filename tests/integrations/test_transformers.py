@@ -18,6 +18,7 @@ from torch import Tensor, nn
 import octavo
 from octavo import CheckpointError, OctavoWarning, QuantizeError, Recipe, RecipeError, Scheme
 from octavo.modules import QuantEmbedding, QuantLinear, QuantModule, StaticQuantLinear
+from octavo.norms import FusedRMSNorm
 from octavo.primitives import dequantize
 from tests import tiny_models
 from tests.tiny_models import build, llama, tokens
@@ -132,6 +133,39 @@ def test_in_the_other_dtypes(tmp_path: Path, dtype: torch.dtype) -> None:
     model = cls.from_pretrained(tmp_path / "float", quantization_config=OctavoConfig())
     assert_same(model, expected_of(cls, tmp_path))
     assert model.model.layers[0].mlp.up_proj.float_dtype == dtype
+
+
+def test_norms_are_fused_while_loading_and_when_loaded_again(tmp_path: Path) -> None:
+    cls = source_of(tmp_path)
+    model = cls.from_pretrained(tmp_path / "float", quantization_config=OctavoConfig())
+    model.save_pretrained(tmp_path / "saved")
+    octavo.quantize(plain := cls.from_pretrained(tmp_path / "float"), "w8a16", ignore=["re:.*norm"])
+    for each in (model, cls.from_pretrained(tmp_path / "saved"), octavo.load(tmp_path / "saved")):
+        assert isinstance(each.model.norm, FusedRMSNorm)
+        assert isinstance(each.model.layers[1].input_layernorm, FusedRMSNorm)
+        with torch.no_grad():
+            assert torch.equal(each(IDS).logits, plain(IDS).logits)
+
+
+def test_a_norm_that_is_ignored_stays_while_loading(tmp_path: Path) -> None:
+    cls = source_of(tmp_path)
+    config = OctavoConfig(ignore=["model.norm"])
+    model = cls.from_pretrained(tmp_path / "float", quantization_config=config)
+    assert type(model.model.norm).__name__ == "LlamaRMSNorm"
+    assert isinstance(model.model.layers[1].input_layernorm, FusedRMSNorm)
+
+
+@pytest.mark.parametrize("make", [tiny_models.llama, tiny_models.t5])
+def test_a_norm_that_the_file_lacks_starts_with_ones(tmp_path: Path, make: Callable[[], Any]) -> None:
+    cls = source_of(tmp_path, make)
+    file = tmp_path / "float/model.safetensors"
+    tensors = load_file(file)
+    (name,) = (name for name in tensors if name in ("model.norm.weight", "decoder.final_layer_norm.weight"))
+    del tensors[name]
+    save_file(tensors, file, {"format": "pt"})
+    model = cls.from_pretrained(tmp_path / "float", quantization_config=OctavoConfig())
+    norm = model.get_submodule(name.removesuffix(".weight"))
+    assert isinstance(norm, FusedRMSNorm) and torch.equal(norm.weight, torch.ones_like(norm.weight))
 
 
 def test_saved_in_shards_tied_and_with_everything_int8(tmp_path: Path) -> None:
