@@ -66,14 +66,11 @@ MOST_PARTS = 16
 GROUP_OF_PROGRAMS = 8
 """Tiles of the weight that programs which run at the same time share: they stay in the L2 cache meanwhile."""
 
-VECTOR_ROWS, VECTOR_COLUMNS = 8, 2048
-"""The piece of the weight that a program takes at a time for one row of x: 16 KB, 128 bytes to each of its 128 threads,
-in 8 loads of 16 bytes that wait for none of the others. x is read once by each program. 5.3 instructions for each code:
-24 codes a cycle and multiprocessor could be done, 20 arrive."""
-
-FEW_VECTOR_ROWS = 4
-"""The same where 8 rows to a program would leave multiprocessors idle: fewer rows of the weight to each program, and
-never a split of K, for adding its parts up would be a second launch, which costs more than it gains."""
+VECTOR_ROWS, VECTOR_COLUMNS = 4, 1024
+"""The piece of the weight that a program takes at a time for one row of x: 4 KB, 32 bytes to each of its 128 threads, in
+2 loads of 16. Never a split of K: adding its parts up would be a second launch, which costs more than it gains. Codes
+are converted by the one instruction that takes a byte out of a register, and not by adding to the bits of a float, which
+is three."""
 
 
 class Plan(NamedTuple):
@@ -101,10 +98,9 @@ def plan(m: int, n: int, k: int, few: Sequence[Tile], many: Sequence[Tile], step
     return Plan(tile, tiles, triton.cdiv(steps, steps_of_part), steps_of_part)
 
 
-def vector_piece(n: int, k: int) -> tuple[int, int]:
-    """Rows and columns of weight [n, k] that a program takes at a time for one row of x."""
-    rows = VECTOR_ROWS if n >= VECTOR_ROWS * WANTED_PROGRAMS else FEW_VECTOR_ROWS
-    return rows, min(VECTOR_COLUMNS, max(triton.next_power_of_2(k), 16))
+def vector_piece(k: int) -> tuple[int, int]:
+    """Rows and columns of a weight of k columns that a program takes at a time for one row of x."""
+    return VECTOR_ROWS, min(VECTOR_COLUMNS, max(triton.next_power_of_2(k), 16))
 
 
 def _programs(tile: Tile, m: int, n: int) -> int:
@@ -128,9 +124,7 @@ def w8a16_linear(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor |
     groups = weight_scale.shape[1]
     group = k // groups if groups > 1 else 0
     if m == 1:
-        rows, columns = vector_piece(n, k)
-        if group % 16 or x.dtype == torch.float32:  # both take registers
-            rows = FEW_VECTOR_ROWS
+        rows, columns = vector_piece(k)
         launch(
             _matrix_vector, (triton.cdiv(n, rows),), x, weight, weight_scale, bias, y, n, k, weight.stride(0),
             GROUP=group, ROWS=rows, COLUMNS=columns, num_warps=4,
@@ -179,7 +173,7 @@ def _matrix_vector(
         columns = start + chunks[:, None] * 16 + tl.arange(0, 16)[None, :]
         codes = load_chunks(weight_ptr, rows, columns, row_stride, k)
         x = tl.load(x_ptr + columns, mask=columns < k, other=0.0).to(tl.float32)
-        products = _to_fp32(codes) * x[None, :, :]
+        products = codes.to(tl.float32) * x[None, :, :]
         if GROUP == 0:
             sums += tl.sum(products, axis=2)
         elif GROUP % 16 == 0:
@@ -278,12 +272,6 @@ def _add_product(x, codes, sums):
 def _to_fp16(codes):
     """By their bits: 1536 is 0x6600, and the next number 0x6601. A conversion would go one at a time, this by two."""
     return (codes.to(tl.int16) + 0x6600).to(tl.float16, bitcast=True) - 1536.0
-
-
-@triton.jit
-def _to_fp32(codes):
-    """The same from 1.5 * 2**23: for 8 bits GPUs convert at an eighth of the speed at which they add."""
-    return (codes.to(tl.int32) + 0x4B400000).to(tl.float32, bitcast=True) - 12582912.0
 
 
 @triton.jit
