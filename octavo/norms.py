@@ -1,10 +1,10 @@
-"""RMS norms in one or two kernels instead of eight.
+"""RMS norms by torch's own op, in one or two kernels instead of eight.
 
     y = weight * x / sqrt(mean(x^2) + eps)      x [..., K], weight [K]      https://arxiv.org/abs/1910.07467
 
 A model's class spells this out: to fp32, square, mean, + eps, rsqrt, times x, round, times weight. In eager PyTorch
-each of these is a kernel, which on a GPU takes longer to launch than to run; torch has one op for most of it. Classes
-differ in where they round what they computed in fp32:
+each of these is a kernel, which on a GPU takes longer to launch than to run; torch has one op for most of it, which is
+one kernel there (on CPUs it goes the same steps). Classes differ in where they round what they computed in fp32:
 
     rounding    y                                                    as in
     "x"         weight * (x / rms rounded to x's dtype)              Llama, Qwen, Mistral

@@ -128,12 +128,13 @@ def test_the_same_gradients(name: str, dtype: torch.dtype, tolerance: float) -> 
 @pytest.mark.gpu
 @every_class
 @pytest.mark.parametrize("autocast", [False, True])
-def test_on_a_gpu_to_one_rounding(name: str, autocast: bool) -> None:
+def test_on_a_gpu_but_for_rounding(name: str, autocast: bool) -> None:
     for dtype, weight_dtype in itertools.product(DTYPES, DTYPES):
         norm = norm_of(name, dtype=weight_dtype).cuda()
         x = rows(3, 7, K, dtype=dtype).cuda()
+        tolerance = 8 * max(torch.finfo(dtype).eps, torch.finfo(weight_dtype).eps)
         with torch.autocast("cuda", torch.bfloat16, enabled=autocast):
-            torch.testing.assert_close(fused(norm)(x), norm(x))
+            torch.testing.assert_close(fused(norm)(x), norm(x), rtol=tolerance, atol=1e-6)
 
 
 # -- look-alikes ------------------------------------------------------------------------------------------------------
