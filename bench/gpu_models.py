@@ -24,10 +24,11 @@ from bench import goals
 from bench.goals import Goal
 from bench.gpt_fast import use_gpt_fast
 from bench.own_process import Worker, own_process
+from bench.record import Skipped
 from octavo.cli import bench_worker
 from octavo.tables import Table, human_bytes, human_percent
 
-__all__ = ["measure", "tables"]
+__all__ = ["HOW", "LLAMA", "MIXTRAL", "measure", "tables"]
 
 BF16, W8A16, W8A8, GPT_FAST, TORCHAO = (
     "bf16",
@@ -36,7 +37,14 @@ BF16, W8A16, W8A8, GPT_FAST, TORCHAO = (
     "gpt-fast's int8",
     "torchao Int8WeightOnly",
 )
-NEW, ROUNDS = 64, 5
+LLAMA, MIXTRAL = "Llama-2-7B shape", "Mixtral shape, 16 layers"
+HOW = """
+Random weights in bf16; each runtime has a process, and they take turns, eagerly first, then compiled whole by
+`torch.compile` with a static cache and CUDA graphs, all in the same way. Prefill is the time from the prompt to the first
+token, decode greedy, at batch 1. Error: of the logits after the prompt, against the bf16 model's, as a share of their
+norm.
+"""
+NEW, ROUNDS = 64, 3
 WRONG = 0.3
 """Error of the logits, as a share of their norm, from which on a runtime computes something else."""
 
@@ -61,7 +69,7 @@ def compiled(runtime: str) -> str:
 
 
 MODELS = {
-    "Llama-2-7B shape": Model(
+    LLAMA: Model(
         lambda: transformers.LlamaConfig(
             hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32, vocab_size=32000,
             max_position_embeddings=4096,
@@ -81,7 +89,7 @@ MODELS = {
             Goal("prefill, w8a8 compiled", compiled(W8A8), (compiled(BF16),)),
         ),
     ),
-    "Mixtral shape, 16 layers": Model(
+    MIXTRAL: Model(
         lambda: transformers.MixtralConfig(
             hidden_size=4096, intermediate_size=14336, num_hidden_layers=16, num_attention_heads=32,
             num_key_value_heads=8, vocab_size=32000, num_local_experts=8, num_experts_per_tok=2,
@@ -97,8 +105,11 @@ MODELS = {
 }  # fmt: skip
 
 
-def measure(device: str) -> dict[str, Any]:
-    return {name: _compare(name, model, device) for name, model in MODELS.items()}
+def measure(name: str) -> dict[str, Any]:
+    """Of the model of that name. Raises: Skipped without a GPU."""
+    if not torch.cuda.is_available():
+        raise Skipped("needs a CUDA device")
+    return {name: _compare(name, MODELS[name], "cuda")}
 
 
 def _compare(name: str, model: Model, device: str) -> dict[str, Any]:

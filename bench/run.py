@@ -23,7 +23,9 @@ from bench import (
     embeddings,
     engines,
     experts,
-    gpu,
+    gpu_layers,
+    gpu_llama,
+    gpu_mixtral,
     kernels,
     language,
     mixtral,
@@ -47,7 +49,9 @@ BENCHMARKS = {
     "experts": experts,
     "speed": speed,
     "engines": engines,
-    "gpu": gpu,
+    "gpu_layers": gpu_layers,
+    "gpu_llama": gpu_llama,
+    "gpu_mixtral": gpu_mixtral,
 }
 
 

@@ -23,8 +23,8 @@ class SharedInput:
     """The codes of the tensor that was quantized last, as long as that tensor lives. One for each int8 model.
 
     A lookup is skipped while a model is compiled, for a graph has no such identity (a compiler may join equal calls;
-    `integrations/equal_calls.py` makes Inductor do so), and for tensors of inference mode, which do not count their
-    versions.
+    `integrations/equal_calls.py` makes Inductor do so), while a CUDA graph is recorded, whose replays would go on with
+    the codes of the first input, and for tensors of inference mode, which do not count their versions.
     """
 
     def __init__(self) -> None:
@@ -35,7 +35,7 @@ class SharedInput:
 
         key: says how it is quantized; equal keys mean equal codes.
         """
-        if torch.compiler.is_compiling() or x.is_inference():
+        if torch.compiler.is_compiling() or x.is_inference() or _is_recorded(x):
             return quantize(x)
         wanted = (x._version, key)
         last = self._last
@@ -52,3 +52,7 @@ class SharedInput:
 
     def __getstate__(self) -> dict[str, Any]:
         return {"_last": None}
+
+
+def _is_recorded(x: Tensor) -> bool:
+    return x.is_cuda and torch.cuda.is_current_stream_capturing()

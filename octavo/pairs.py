@@ -284,7 +284,7 @@ def _plain_experts(model: Any) -> Iterator[None]:
         switch(before)
 
 
-_FOR_THE_MODEL_ITSELF = ("past_key_values", "encoder_last_hidden_state")
+_FOR_THE_MODEL_ITSELF = ("cache", "past_key_values", "encoder_last_hidden_state")
 """What transformers' models return to be given back to them; only there are its factors undone."""
 
 

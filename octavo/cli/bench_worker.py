@@ -209,9 +209,10 @@ def _compiled_steps() -> tuple[Step, Step]:
 
 
 def _eager_steps(model: Any) -> tuple[Step, Step]:
-    from octavo.integrations.generation import last_logits_only
+    from octavo.integrations.generation import cache_name, last_logits_only
 
     only_last = last_logits_only(model)  # what `generate` does
+    argument = cache_name(model) or "past_key_values"
     cache: Any = None
 
     def prefill(prompt: Tensor) -> Tensor:
@@ -219,9 +220,9 @@ def _eager_steps(model: Any) -> tuple[Step, Step]:
 
     def step(tokens: Tensor, **options: Any) -> Tensor:
         nonlocal cache
-        past = {} if cache is None else {"past_key_values": cache}
+        past = {} if cache is None else {argument: cache}
         output = model(input_ids=tokens, **past, use_cache=True, **options)
-        cache = output.past_key_values
+        cache = getattr(output, argument)
         return output.logits[:, -1:].argmax(-1)  # type: ignore[no-any-return]
 
     return prefill, step

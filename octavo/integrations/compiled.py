@@ -17,7 +17,6 @@ windows count tokens in Python, and a compiler would see another program at each
 from __future__ import annotations
 
 import contextlib
-import inspect
 import types
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -41,7 +40,7 @@ from transformers.cache_utils import StaticLayer, StaticSlidingWindowLayer
 
 from octavo.errors import OctavoError
 from octavo.integrations.equal_calls import EqualCalls
-from octavo.integrations.generation import last_logits_only
+from octavo.integrations.generation import cache_name, last_logits_only
 
 __all__ = ["CompiledModel", "TokenChoice", "likeliest"]
 
@@ -114,10 +113,10 @@ class CompiledModel:
         self._name = type(model).__name__
         self._device = model.device
         self._cache = cache = _static_cache(model, length)
-        only_last = last_logits_only(model)
+        options: dict[str, Any] = {str(cache_name(model)): cache, **last_logits_only(model)}
 
         def step(tokens: Tensor) -> Tensor:
-            output = model(input_ids=tokens, past_key_values=cache, use_cache=True, **only_last)
+            output = model(input_ids=tokens, use_cache=True, **options)
             return choose(output.logits[:, -1])
 
         self._on_cuda = self._device.type == "cuda"
@@ -194,7 +193,8 @@ def _with_own_code(function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], T
 def _static_cache(model: Any, length: int) -> Cache:
     """An empty cache for `length` tokens, its tensors allocated."""
     name = type(model).__name__
-    if "past_key_values" not in inspect.signature(model.forward).parameters:
+    argument = cache_name(model)
+    if argument is None:
         raise OctavoError(f"{name} keeps its state in no key-value cache, and that cannot be static; {_WITHOUT}")
     try:
         layers = StaticCache(config=model.config, max_cache_len=length).layers
@@ -210,7 +210,7 @@ def _static_cache(model: Any, length: int) -> Cache:
     try:
         # One token, eagerly: only the model knows the shapes of its keys and values.
         with torch.no_grad():
-            model(input_ids=token, past_key_values=cache, use_cache=True)
+            model(input_ids=token, use_cache=True, **{argument: cache})
     except (AttributeError, KeyError, NotImplementedError, TypeError, ValueError) as error:
         raise OctavoError(f"{name} does not run with a static cache ({error}); {_WITHOUT}") from error
     return cache

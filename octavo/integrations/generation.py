@@ -81,6 +81,13 @@ def last_logits_only(model: Any) -> dict[str, int]:
     return {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
 
 
+def cache_name(model: Any) -> str | None:
+    """What the model's forward and its outputs call the key-value cache: transformers before 5.24 said
+    `past_key_values`. None if it has none."""
+    parameters = inspect.signature(model.forward).parameters
+    return next((name for name in ("cache", "past_key_values") if name in parameters), None)
+
+
 def token_ids(tokenizer: Any, text: str, *, limit: int, window: int) -> Tensor:
     """The first `limit` tokens of `text`, for windows of `window` tokens that a model reads one by one.
 
