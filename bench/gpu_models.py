@@ -40,9 +40,9 @@ BF16, W8A16, W8A8, GPT_FAST, TORCHAO = (
 LLAMA, MIXTRAL = "Llama-2-7B shape", "Mixtral shape, 16 layers"
 HOW = """
 Random weights in bf16; each runtime has a process, and they take turns, eagerly first, then compiled whole by
-`torch.compile` with a static cache and CUDA graphs, all in the same way. Prefill is the time from the prompt to the first
-token, decode greedy, at batch 1. Error: of the logits after the prompt, against the bf16 model's, as a share of their
-norm.
+`torch.compile` with a static cache and CUDA graphs, all in the same way. Prefill is the time from the prompt to the
+first token, decode greedy, at batch 1. Error: of the logits after the prompt, against the bf16 model's, as a share of
+their norm.
 """
 NEW, ROUNDS = 64, 3
 WRONG = 0.3

@@ -15,7 +15,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from octavo.ops import reference
-from octavo.ops.triton.launch import early, is_hopper, launch, start_early
+from octavo.ops.triton.launch import is_hopper, launch
 from octavo.ops.triton.linear import (
     GROUP_OF_PROGRAMS,
     Tile,
@@ -63,10 +63,10 @@ def w8a8_linear(
     x_scale, weight_scale = x_scale.contiguous(), weight_scale.contiguous()
     bias = None if bias is None else bias.contiguous()
     if m == 1:
-        rows, columns = vector_piece(n, k)
+        rows, columns = vector_piece(k)
         launch(
             _matrix_vector, (triton.cdiv(n, rows),), x, x_scale, weight, weight_scale, bias, y, n, k, weight.stride(0),
-            ROWS=rows, COLUMNS=columns, num_warps=4, **early(x),
+            ROWS=rows, COLUMNS=columns, num_warps=4,
         )  # fmt: skip
         return y
     if m > FEW_ROWS[-1].m and is_hopper(x) and _can_be_copied(x) and _can_be_copied(weight):
@@ -128,13 +128,11 @@ def _store_scaled(y_ptr, sums, x_scale_ptr, scale_ptr, bias_ptr, rows, channels,
 @triton.jit
 def _matrix_vector(
     x_ptr, x_scale_ptr, weight_ptr, scale_ptr, bias_ptr, y_ptr, n, k, row_stride,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, EARLY: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """ROWS elements of y for one row of x; 16 columns at a time lie in one thread, as in `linear.py`."""
     rows = rows_of_program(n, ROWS)
     chunks = tl.arange(0, COLUMNS // 16)
-    if EARLY:
-        start_early()
     sums = tl.zeros((ROWS, COLUMNS // 16), tl.int32)
     for start in range(0, k, COLUMNS):
         columns = start + chunks[:, None] * 16 + tl.arange(0, 16)[None, :]

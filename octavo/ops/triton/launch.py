@@ -7,16 +7,13 @@ Under these the compiled kernel is kept here, and started directly.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-__all__ = ["early", "is_hopper", "launch", "rows_in_line", "start_early"]
+__all__ = ["is_hopper", "launch", "rows_in_line"]
 
 _compiled: dict[tuple[Any, ...], tuple[Any, list[Any]]] = {}
 """(device, kernel, description of its arguments) -> the compiled kernel, and its constants in their order."""
@@ -72,26 +69,7 @@ def _described(args: Sequence[Any]) -> tuple[tuple[Any, ...], list[Any]]:
 
 def is_hopper(x: Tensor) -> bool:
     """Whether x is on a GPU of compute capability 9 or above, with its wgmma and 227 KB of shared memory."""
-    return x.is_cuda and _capability(x.get_device()) >= 9
-
-
-@functools.cache
-def _capability(device: int) -> int:
-    return torch.cuda.get_device_capability(device)[0]
-
-
-def early(x: Tensor) -> dict[str, bool]:
-    """Arguments under which a kernel on the device of x may begin before the one before it has ended: EARLY, of the
-    kernel, which then calls `start_early`."""
-    return {"EARLY": True, "launch_pdl": True} if is_hopper(x) else {"EARLY": False}
-
-
-@triton.jit
-def start_early():
-    """Let the next kernel begin as soon as the programs of this one have, and wait for the end of the one before, which
-    wrote what this one reads. So the start of one kernel falls into the end of another: about 1 us on an H200."""
-    gdc_launch_dependents()
-    gdc_wait()
+    return x.is_cuda and torch.cuda.get_device_capability(x.device)[0] >= 9
 
 
 def rows_in_line(x: Tensor) -> Tensor:

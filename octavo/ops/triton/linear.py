@@ -22,7 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from octavo.ops import reference
-from octavo.ops.triton.launch import early, launch, rows_in_line, start_early
+from octavo.ops.triton.launch import launch, rows_in_line
 
 __all__ = [
     "Plan", "Tile", "add_parts", "contiguous_rows", "load_chunks", "plan", "rows_of_program", "tile_of_program",
@@ -66,14 +66,10 @@ MOST_PARTS = 16
 GROUP_OF_PROGRAMS = 8
 """Tiles of the weight that programs which run at the same time share: they stay in the L2 cache meanwhile."""
 
-VECTOR_ROWS = 4
-"""Of the weight, that a program multiplies by one row of x. Never a split of K: adding its parts up would be a second
-launch, which costs more than it gains. Codes become floats by an addition to the bits of 1.5 * 2**23: on an H200 that
-is 5% faster than to convert them."""
-
-LONG_COLUMNS, SHORT_COLUMNS = 2048, 1024
-"""That it takes at a time, by 128 threads. Where there are few programs each has 8 KB under way, where there are more
-than fit (2000) 4 KB: measured on an H200 for 4096 x 4096 7.2 us to 8.2, for 32000 x 4096 38.5 us to 37.3."""
+VECTOR_ROWS, VECTOR_COLUMNS = 4, 1024
+"""The piece of the weight that a program takes at a time for one row of x: 4 KB, 32 bytes to each of its 128 threads,
+in 2 loads of 16. Never a split of K: adding its parts up would be a second launch, which costs more than it gains. Codes
+are converted by one instruction: on an H200 32000 x 4096 takes 39 us so, and 45 by adding to the bits of a float."""
 
 
 class Plan(NamedTuple):
@@ -101,10 +97,9 @@ def plan(m: int, n: int, k: int, few: Sequence[Tile], many: Sequence[Tile], step
     return Plan(tile, tiles, triton.cdiv(steps, steps_of_part), steps_of_part)
 
 
-def vector_piece(n: int, k: int) -> tuple[int, int]:
-    """Rows and columns of weight [n, k] that a program takes at a time for one row of x."""
-    columns = LONG_COLUMNS if n <= 2000 * VECTOR_ROWS else SHORT_COLUMNS
-    return VECTOR_ROWS, min(columns, max(triton.next_power_of_2(k), 16))
+def vector_piece(k: int) -> tuple[int, int]:
+    """Rows and columns of a weight of k columns that a program takes at a time for one row of x."""
+    return VECTOR_ROWS, min(VECTOR_COLUMNS, max(triton.next_power_of_2(k), 16))
 
 
 def _programs(tile: Tile, m: int, n: int) -> int:
@@ -128,10 +123,10 @@ def w8a16_linear(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor |
     groups = weight_scale.shape[1]
     group = k // groups if groups > 1 else 0
     if m == 1:
-        rows, columns = vector_piece(n, k)
+        rows, columns = vector_piece(k)
         launch(
             _matrix_vector, (triton.cdiv(n, rows),), x, weight, weight_scale, bias, y, n, k, weight.stride(0),
-            GROUP=group, ROWS=rows, COLUMNS=columns, num_warps=4, **early(x),
+            GROUP=group, ROWS=rows, COLUMNS=columns, num_warps=4,
         )  # fmt: skip
         return y
     few: Sequence[Tile] = FEW_ROWS
@@ -166,20 +161,18 @@ def _longest_step(x: Tensor, group: int) -> int:
 @triton.jit
 def _matrix_vector(
     x_ptr, weight_ptr, scale_ptr, bias_ptr, y_ptr, n, k, row_stride,
-    GROUP: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, EARLY: tl.constexpr,
+    GROUP: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """ROWS elements of y for one row of x. A chunk of 16 columns lies in one thread, so that 16 products are added up
     without asking any other; GROUP: columns to a scale, 0 if the whole row has one."""
     rows = rows_of_program(n, ROWS)
     chunks = tl.arange(0, COLUMNS // 16)
-    if EARLY:
-        start_early()
     sums = tl.zeros((ROWS, COLUMNS // 16), tl.float32)
     for start in range(0, k, COLUMNS):
         columns = start + chunks[:, None] * 16 + tl.arange(0, 16)[None, :]
         codes = load_chunks(weight_ptr, rows, columns, row_stride, k)
         x = tl.load(x_ptr + columns, mask=columns < k, other=0.0).to(tl.float32)
-        products = _to_fp32(codes) * x[None, :, :]
+        products = codes.to(tl.float32) * x[None, :, :]
         if GROUP == 0:
             sums += tl.sum(products, axis=2)
         elif GROUP % 16 == 0:
@@ -278,12 +271,6 @@ def _add_product(x, codes, sums):
 def _to_fp16(codes):
     """By their bits: 1536 is 0x6600, and the next number 0x6601. A conversion would go one at a time, this by two."""
     return (codes.to(tl.int16) + 0x6600).to(tl.float16, bitcast=True) - 1536.0
-
-
-@triton.jit
-def _to_fp32(codes):
-    """The same from 1.5 * 2**23: for 8 bits GPUs convert at an eighth of the speed at which they add."""
-    return (codes.to(tl.int32) + 0x4B400000).to(tl.float32, bitcast=True) - 12582912.0
 
 
 @triton.jit
