@@ -194,7 +194,7 @@ def _static_cache(model: Any, length: int) -> Cache:
     """An empty cache for `length` tokens, its tensors allocated."""
     name = type(model).__name__
     argument = cache_name(model)
-    if argument is None:
+    if argument is None or not hasattr(model.config.get_text_config(), "num_attention_heads"):
         raise OctavoError(f"{name} keeps its state in no key-value cache, and that cannot be static; {_WITHOUT}")
     try:
         layers = StaticCache(config=model.config, max_cache_len=length).layers
