@@ -67,9 +67,10 @@ GROUP_OF_PROGRAMS = 8
 """Tiles of the weight that programs which run at the same time share: they stay in the L2 cache meanwhile."""
 
 VECTOR_ROWS, VECTOR_COLUMNS = 4, 1024
-"""The piece of the weight that a program takes at a time for one row of x: 4 KB, 32 bytes to each of its 128 threads,
-in 2 loads of 16. Never a split of K: adding its parts up would be a second launch, which costs more than it gains. Codes
-are converted by one instruction: on an H200 32000 x 4096 takes 39 us so, and 45 by adding to bits of a float."""
+"""The piece of the weight that a program takes at a time for one row of x: 4 KB, 32 bytes to each of its 128
+threads, in 2 loads of 16. Never a split of K: adding its parts up would be a second launch, which costs more than it
+gains. Codes are converted by one instruction: on an H200 32000 x 4096 takes 39 us so, and 45 by adding to bits of a
+float."""
 
 
 class Plan(NamedTuple):
