@@ -15,7 +15,7 @@ from torch import Tensor
 
 import octavo
 from octavo.cli import bench_worker
-from octavo.integrations.generation import load_causal
+from octavo.integrations.generation import cache_name, load_causal
 
 __all__ = [
     "BF16", "QUANTO", "RUNTIMES", "TORCHAO", "TORCHAO_COMPILED", "TORCHAO_DYNAMIC", "W8A8", "W8A8_ATTENTION", "W8A16",
@@ -99,10 +99,12 @@ def start(
 
 def logits(model: Any, prompt: Sequence[int], following: Sequence[int]) -> Tensor:
     """After the prompt, and after each token that follows, fed one by one as decode does: fp32 [1 + T, V]."""
+    cache = cache_name(model) or "past_key_values"
     with torch.no_grad():
         output = model(input_ids=torch.tensor([prompt]), use_cache=True, logits_to_keep=1)
         found = [output.logits[0, -1].float()]
         for token in following:
-            output = model(input_ids=torch.tensor([[token]]), past_key_values=output.past_key_values, use_cache=True)
+            past = {cache: getattr(output, cache)}
+            output = model(input_ids=torch.tensor([[token]]), use_cache=True, **past)
             found.append(output.logits[0, -1].float())
     return torch.stack(found)

@@ -33,7 +33,7 @@ from octavo.ops.triton.linear import Tile
 __all__ = ["w8a8_experts_linear", "w8a16_experts_linear"]
 
 
-_VECTOR = Tile(1, 4, 1024, 4, 1)
+_VECTOR = Tile(1, 16, 512, 4, 1)
 _VECTOR_SHORT = Tile(1, 32, 256, 4, 1)
 _VECTOR_FEW = Tile(1, 4, 512, 4, 1)
 _VECTOR_PROGRAMS = 512
