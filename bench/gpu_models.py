@@ -163,7 +163,10 @@ def _phase(
                 found[label]["first_token_s"].append(one.first_token_s)
                 found[label]["decode_s"].append(one.decode_s / (NEW - 1))
     for label, worker in racing.items():
-        found[label]["peak_bytes"] = worker(bench_worker.peak_memory)
+        one = found[label]
+        one["peak_bytes"] = worker(bench_worker.peak_memory)
+        prefill, decode = (statistics.median(one[key]) for key in ("first_token_s", "decode_s"))
+        print(f"  {label}: {prefill * 1e3:.1f} ms, {1 / decode:.1f} tokens/s", file=sys.stderr, flush=True)
 
 
 # -- in a runtime's process -----------------------------------------------------------------------------------------

@@ -177,5 +177,6 @@ def _scale(largest, dtype: tl.constexpr, OF_WEIGHT: tl.constexpr):
 @triton.jit
 def _codes(x, scale):
     steps = tl.div_rn(x, tl.broadcast_to(scale, x.shape))
+    steps = tl.where(steps == steps, steps, 0.0)  # of an infinity under an infinite scale; a maximum may pass NaN over
     steps = tl.minimum(tl.maximum(steps, -127.0), 127.0)
     return ((steps + 12582912.0).to(tl.int32, bitcast=True) - 0x4B400000).to(tl.int8)

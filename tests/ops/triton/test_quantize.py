@@ -56,6 +56,15 @@ def test_activations(device: str, lead: tuple[int, ...], k: int, dtype: torch.dt
     )
 
 
+def test_an_infinity_leaves_codes_of_zero_under_an_infinite_scale(device: str) -> None:
+    """inf / inf is NaN, whose code is 0 as that of the rest is: whatever the row is multiplied by becomes NaN."""
+    x = torch.randn(3, 70)
+    x[1, 5], x[2, 6] = torch.inf, -torch.inf
+    codes, scale = (part.cpu() for part in quantize_per_token(x.to(device)))
+    assert scale.isinf().flatten().tolist() == [False, True, True]
+    assert codes[0].any() and not codes[1:].any()
+
+
 def test_halves_are_rounded_to_even(device: str) -> None:
     """Every half from -127.5 to 127.5 of a scale that is a power of two, so that they are met exactly."""
     x = torch.arange(-255, 256, 2) / 2 * 2.0**-3
