@@ -15,7 +15,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from octavo.ops import reference
-from octavo.ops.triton.launch import is_hopper, launch
+from octavo.ops.triton.launch import copied_on_hopper, launch
 from octavo.ops.triton.linear import (
     GROUP_OF_PROGRAMS,
     Tile,
@@ -73,7 +73,7 @@ def w8a8_linear(
             ROWS=rows, COLUMNS=columns, num_warps=4,
         )  # fmt: skip
         return y
-    if m > FEW_ROWS[-1].m and is_hopper(x) and _can_be_copied(x) and _can_be_copied(weight):
+    if m > FEW_ROWS[-1].m and copied_on_hopper(x, weight):
         tiles = triton.cdiv(m, ON_HOPPER.m) * triton.cdiv(n, ON_HOPPER.n)
         tile = ON_HOPPER if tiles > MULTIPROCESSORS else ALONE_ON_HOPPER
         launch(
@@ -93,11 +93,6 @@ def w8a8_linear(
     if parts > 1:
         add_parts(sums, x_scale, weight_scale, bias, y)
     return y
-
-
-def _can_be_copied(codes: Tensor) -> bool:
-    """Whether the copy engine takes [M, K] codes: rows that begin at multiples of 16 bytes."""
-    return codes.shape[1] > 0 and codes.stride(0) % 16 == 0 and codes.data_ptr() % 16 == 0
 
 
 @triton.jit(do_not_specialize=["m"])  # so that another number of rows compiles nothing

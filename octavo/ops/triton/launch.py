@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["is_hopper", "launch", "rows_in_line"]
+__all__ = ["copied_on_hopper", "is_hopper", "launch", "rows_in_line"]
 
 
 def launch(kernel: Any, grid: tuple[int, ...], first: Tensor, *args: Any, **meta: Any) -> None:
@@ -26,6 +26,14 @@ def launch(kernel: Any, grid: tuple[int, ...], first: Tensor, *args: Any, **meta
 def is_hopper(x: Tensor) -> bool:
     """Whether x is on a GPU of compute capability 9 or above, with its wgmma and 227 KB of shared memory."""
     return x.is_cuda and torch.cuda.get_device_capability(x.device)[0] >= 9
+
+
+def copied_on_hopper(*operands: Tensor) -> bool:
+    """Whether the copy engine of a GPU of compute capability 9 fetches tiles of these [M, K] operands, whose rows are
+    in line: they begin at multiples of 16 bytes."""
+    return is_hopper(operands[0]) and all(
+        x.shape[1] > 0 and x.stride(0) * x.itemsize % 16 == 0 and x.data_ptr() % 16 == 0 for x in operands
+    )
 
 
 def rows_in_line(x: Tensor) -> Tensor:

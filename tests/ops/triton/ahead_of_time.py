@@ -28,7 +28,7 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 from octavo.ops import triton as kernels
-from octavo.ops.triton import int8_linear
+from octavo.ops.triton import launch
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 
@@ -189,7 +189,7 @@ def compile_calls(ops: list[str], target: str) -> list[Compiled]:
     """Every launch of the calls of `ops`, compiled for `target`, each once."""
     capability = int(target.removeprefix("sm_"))
     driver.set_active(NoGpu(capability))
-    int8_linear.is_hopper = lambda x: capability >= 90
+    launch.is_hopper = lambda x: capability >= 90
     found: dict[str, Compiled] = {}
     run = JITFunction.run
 

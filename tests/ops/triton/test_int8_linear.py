@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
 from hypothesis import given, settings
@@ -13,9 +11,9 @@ from torch import Tensor
 from octavo.errors import QuantizeError
 from octavo.ops.triton import int8_linear
 from octavo.ops.triton.int8_linear import w8a8_linear
-from octavo.ops.triton.launch import launch
 from octavo.ops.triton.linear import Tile, plan
 from tests.ops.rounding import assert_off_by
+from tests.ops.triton.hopper import as_on_hopper, launched
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -72,18 +70,6 @@ def test_large_tiles(device: str, tile: Tile, dtype: torch.dtype, monkeypatch: p
     check(device, codes(131, 150), torch.rand(131, 1), codes(131, 150), torch.rand(131, 1), torch.randn(131), dtype)
 
 
-def launched(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The names of the kernels that are launched from now on."""
-    names = []
-
-    def noting(kernel: Any, *args: Any, **meta: Any) -> None:
-        names.append(kernel.__name__)
-        launch(kernel, *args, **meta)
-
-    monkeypatch.setattr(int8_linear, "launch", noting)
-    return names
-
-
 @pytest.mark.parametrize("per_token", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(("m", "n", "k"), [(65, 3, 16), (128, 128, 128), (131, 131, 144), (300, 140, 4000)])
@@ -91,19 +77,16 @@ def test_the_copy_engine(
     device: str, m: int, n: int, k: int, dtype: torch.dtype, per_token: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Rows, channels and columns past the end of a tile."""
-    hopper = device == "cpu" or int8_linear.is_hopper(torch.empty(1, device=device))
-    if not hopper:
-        pytest.skip("needs compute capability 9")
-    monkeypatch.setattr(int8_linear, "is_hopper", lambda x: True)
-    names = launched(monkeypatch)
+    as_on_hopper(device, monkeypatch)
+    names = launched(int8_linear, monkeypatch)
     x_scale = torch.rand(m, 1) if per_token else torch.rand(1)
     check(device, codes(m, k), x_scale, codes(n, k), torch.rand(n, 1) * 2**-12, torch.randn(n), dtype)
     assert names == ["_copied_product"]
 
 
 def test_the_copy_engine_takes_rows_at_multiples_of_16(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(int8_linear, "is_hopper", lambda x: True)
-    names = launched(monkeypatch)
+    as_on_hopper(device, monkeypatch)
+    names = launched(int8_linear, monkeypatch)
     x, weight = codes(80, 100).to(device), codes(40, 200).to(device)
     for one in (weight[:, :100], weight[:, 1:97], weight[:, 8:104]):
         k = one.shape[1]

@@ -12,6 +12,7 @@ from octavo.errors import QuantizeError
 from octavo.ops.triton import linear
 from octavo.ops.triton.linear import w8a16_linear
 from tests.ops.rounding import assert_off_by, linear_in_double
+from tests.ops.triton.hopper import as_on_hopper, launched
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -177,3 +178,23 @@ def test_wrong_inputs(device: str) -> None:
         w8a16_linear(torch.randn(2, 5, device=device), codes, scale, None)
     with pytest.raises(QuantizeError, match=r"x: dtype is torch.int8"):
         w8a16_linear(torch.zeros(2, 6, dtype=torch.int8, device=device), codes, scale, None)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("m", "n", "k"), [(256, 64, 128), (257, 65, 144), (300, 130, 1000)])
+def test_the_copy_engine(
+    device: str, m: int, n: int, k: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows, channels and columns past the end of a tile. Rows of 1000 codes do not begin at multiples of 16 bytes."""
+    as_on_hopper(device, monkeypatch)
+    names = launched(linear, monkeypatch)
+    check(device, torch.randn(m, k).to(dtype), *weight(n, k), torch.randn(n))
+    assert ("_copied_product" in names) == (k % 16 == 0)
+
+
+def test_the_copy_engine_is_for_16_bits_and_one_scale_a_channel(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    as_on_hopper(device, monkeypatch)
+    names = launched(linear, monkeypatch)
+    check(device, torch.randn(256, 64), *weight(8, 64))
+    check(device, torch.randn(256, 64).bfloat16(), *weight(8, 64, groups=2))
+    assert "_copied_product" not in names
