@@ -58,8 +58,8 @@ reads the codes two at a time for it): 956 cycles to 466, next to 1024 of multip
 ON_HOPPER = Tile(256, 64, 128, 4, 3)
 """The same for 16 bits on sm_90: y.T = weight @ x.T, for which codes are widened in registers and stay there, for wgmma
 takes its first operand from there; the copy engine fetches both. Measured on an H200 at 512 and 2048 rows, for [N, K]
-of 4096 x 4096, 14336 x 4096 and 4096 x 14336: 1.2 to 2.2 times as fast as the tiles above, 0.7 to 0.9 times the speed of
-cuBLAS in bf16. Shorter steps and tiles of 256 x 128 and 128 x 128 take 1.1 to 2.3 times as long."""
+of 4096 x 4096, 14336 x 4096 and 4096 x 14336: 1.2 to 2.2 times as fast as the tiles above, 0.7 to 0.9 times as fast
+as cuBLAS in bf16. Shorter steps and tiles of 256 x 128 and 128 x 128 take 1.1 to 2.3 times as long."""
 
 LEAST_ROWS_ON_HOPPER = 256
 """For it: a tile of x is full."""
