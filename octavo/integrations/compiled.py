@@ -112,8 +112,8 @@ class CompiledModel:
     def __init__(self, model: Any, length: int, choose: Callable[[Tensor], Tensor] = likeliest) -> None:
         self._name = type(model).__name__
         self._device = model.device
-        self._cache = cache = _static_cache(model, length)
-        options: dict[str, Any] = {str(cache_name(model)): cache, **last_logits_only(model)}
+        argument, self._cache = _static_cache(model, length)
+        options: dict[str, Any] = {argument: self._cache, **last_logits_only(model)}
 
         def step(tokens: Tensor) -> Tensor:
             output = model(input_ids=tokens, use_cache=True, **options)
@@ -190,10 +190,11 @@ def _with_own_code(function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], T
     return types.FunctionType(code, function.__globals__, name, function.__defaults__, function.__closure__)
 
 
-def _static_cache(model: Any, length: int) -> Cache:
-    """An empty cache for `length` tokens, its tensors allocated."""
+def _static_cache(model: Any, length: int) -> tuple[str, Cache]:
+    """The argument of the model's forward that takes a cache, and an empty one for `length` tokens, already allocated."""
     name = type(model).__name__
     argument = cache_name(model)
+    # Since transformers 5.24 a state without keys (Mamba's) is called a cache, too.
     if argument is None or not hasattr(model.config.get_text_config(), "num_attention_heads"):
         raise OctavoError(f"{name} keeps its state in no key-value cache, and that cannot be static; {_WITHOUT}")
     try:
@@ -213,7 +214,7 @@ def _static_cache(model: Any, length: int) -> Cache:
             model(input_ids=token, use_cache=True, **{argument: cache})
     except (AttributeError, KeyError, NotImplementedError, TypeError, ValueError) as error:
         raise OctavoError(f"{name} does not run with a static cache ({error}); {_WITHOUT}") from error
-    return cache
+    return argument, cache
 
 
 def _first_lines(error: BaseException) -> str:

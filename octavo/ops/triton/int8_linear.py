@@ -23,6 +23,7 @@ from octavo.ops.triton.linear import (
     contiguous_rows,
     load_chunks,
     plan,
+    programs,
     rows_of_program,
     tile_of_program,
     vector_piece,
@@ -74,7 +75,7 @@ def w8a8_linear(
         )  # fmt: skip
         return y
     if m > FEW_ROWS[-1].m and copied_on_hopper(x, weight):
-        tiles = triton.cdiv(m, ON_HOPPER.m) * triton.cdiv(n, ON_HOPPER.n)
+        tiles = programs(ON_HOPPER, m, n)
         tile = ON_HOPPER if tiles > MULTIPROCESSORS else ALONE_ON_HOPPER
         launch(
             _copied_product, (tiles,), y,

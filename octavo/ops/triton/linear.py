@@ -26,8 +26,8 @@ from octavo.ops import reference
 from octavo.ops.triton.launch import copied_on_hopper, launch, rows_in_line
 
 __all__ = [
-    "Plan", "Tile", "add_parts", "contiguous_rows", "load_chunks", "plan", "rows_of_program", "tile_of_program",
-    "vector_piece", "w8a16_linear",
+    "Plan", "Tile", "add_parts", "contiguous_rows", "load_chunks", "plan", "programs", "rows_of_program",
+    "tile_of_program", "vector_piece", "w8a16_linear",
 ]  # fmt: skip
 
 
@@ -97,12 +97,12 @@ def plan(m: int, n: int, k: int, few: Sequence[Tile], many: Sequence[Tile], step
     if m <= few[-1].m:
         tile = next(tile for tile in few if m <= tile.m)
     else:
-        tile = next((tile for tile in many if _programs(tile, m, n) >= ENOUGH_PROGRAMS), many[-1])
+        tile = next((tile for tile in many if programs(tile, m, n) >= ENOUGH_PROGRAMS), many[-1])
     if k % 16:  # rows start anywhere, and are read a few bytes at a time: many loads, each with its registers
         step = min(step, 64)
     tile = tile._replace(k=min(tile.k, step))
     steps = max(1, triton.cdiv(k, tile.k))
-    tiles = _programs(tile, m, n)
+    tiles = programs(tile, m, n)
     parts = 1 if tiles >= ENOUGH_PROGRAMS else max(1, min(WANTED_PROGRAMS // tiles, steps // 2, MOST_PARTS))
     steps_of_part = triton.cdiv(steps, parts)
     return Plan(tile, tiles, triton.cdiv(steps, steps_of_part), steps_of_part)
@@ -113,7 +113,8 @@ def vector_piece(k: int) -> tuple[int, int]:
     return VECTOR_ROWS, min(VECTOR_COLUMNS, max(triton.next_power_of_2(k), 16))
 
 
-def _programs(tile: Tile, m: int, n: int) -> int:
+def programs(tile: Tile, m: int, n: int) -> int:
+    """How many of the tile cover y [m, n]."""
     return triton.cdiv(m, tile.m) * triton.cdiv(n, tile.n)
 
 
@@ -144,7 +145,7 @@ def w8a16_linear(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor |
     if halves and m >= LEAST_ROWS_ON_HOPPER and copied_on_hopper(x, weight):
         tile = ON_HOPPER
         launch(
-            _copied_product, (triton.cdiv(m, tile.m) * triton.cdiv(n, tile.n),), y,
+            _copied_product, (programs(tile, m, n),), y,
             TensorDescriptor.from_tensor(x, [tile.m, tile.k]), TensorDescriptor.from_tensor(weight, [tile.n, tile.k]),
             weight_scale, bias, m, n, k, M=tile.m, N=tile.n, K=tile.k, TILES=GROUP_OF_PROGRAMS,
             num_warps=tile.warps, num_stages=tile.stages,
