@@ -9,7 +9,7 @@ from torch import Tensor
 
 from bench import goals
 from bench.goals import Goal
-from bench.record import Skipped
+from bench.gpu import need_gpu
 from octavo.cli.op_speed import (
     AMAX,
     BF16,
@@ -64,8 +64,7 @@ LOOKUP_GOALS = (Goal("looking up 8192 rows", LOOKUP, (LOOKUP_BF16,)),)
 
 
 def measure() -> dict[str, Any]:
-    if not torch.cuda.is_available():
-        raise Skipped("needs a CUDA device")
+    need_gpu()
     return {f"{N}x{K}": _layer(N, K, "cuda") for N, K in SHAPES}
 
 

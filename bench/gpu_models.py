@@ -23,8 +23,8 @@ import octavo
 from bench import goals
 from bench.goals import Goal
 from bench.gpt_fast import use_gpt_fast
+from bench.gpu import need_gpu
 from bench.own_process import Worker, own_process
-from bench.record import Skipped
 from octavo.cli import bench_worker
 from octavo.tables import Table, human_bytes, human_percent
 
@@ -106,9 +106,8 @@ MODELS = {
 
 
 def measure(name: str) -> dict[str, Any]:
-    """Of the model of that name. Raises: Skipped without a GPU."""
-    if not torch.cuda.is_available():
-        raise Skipped("needs a CUDA device")
+    """Of the model of that name. Raises: as `need_gpu`."""
+    need_gpu()
     return {name: _compare(name, MODELS[name], "cuda")}
 
 
