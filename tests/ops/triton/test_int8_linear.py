@@ -84,6 +84,16 @@ def test_the_copy_engine(
     assert names == ["_copied_product"]
 
 
+def test_a_program_that_is_alone_has_fewer_warps(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    as_on_hopper(device, monkeypatch)
+    chosen = []
+    monkeypatch.setattr(int8_linear, "launch", lambda *args, **meta: chosen.append((meta["num_warps"], args[1])))
+    weight, scale = torch.empty(4096, 64, dtype=torch.int8), torch.empty(4096, 1)
+    for m in (512, 2048):
+        w8a8_linear(torch.empty(m, 64, dtype=torch.int8), torch.empty(1), weight, scale, None, torch.bfloat16)
+    assert chosen == [(4, (4 * 32,)), (8, (16 * 32,))]
+
+
 def test_the_copy_engine_takes_rows_at_multiples_of_16(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     as_on_hopper(device, monkeypatch)
     names = launched(int8_linear, monkeypatch)
