@@ -191,7 +191,8 @@ def _with_own_code(function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], T
 
 
 def _static_cache(model: Any, length: int) -> tuple[str, Cache]:
-    """The argument of the model's forward that takes a cache, and an empty one for `length` tokens, already allocated."""
+    """The argument of the model's forward that takes a cache, and an empty one for `length` tokens, with its
+    tensors allocated."""
     name = type(model).__name__
     argument = cache_name(model)
     # Since transformers 5.24 a state without keys (Mamba's) is called a cache, too.
