@@ -37,6 +37,7 @@ __all__ = [
     "dequantize",
     "quantize",
     "quantize_weight",
+    "rounded_quotient",
 ]
 
 Granularity = Literal["per_tensor", "per_channel", "per_group", "per_token"]
@@ -98,7 +99,7 @@ def choose_scale(
 
 
 def _scale_of(largest: Tensor, dtype: torch.dtype, value_range: Range) -> Tensor:
-    scale = largest / _DIVISOR[value_range]
+    scale = rounded_quotient(largest, _DIVISOR[value_range])
     if value_range == "full":
         return scale.clamp_(min=torch.finfo(torch.float32).eps)
     stored = dtype if dtype in _SAME_WIDTH_INT else torch.float32
@@ -109,6 +110,15 @@ def _scale_of(largest: Tensor, dtype: torch.dtype, value_range: Range) -> Tensor
     step_up = (rounded.view(_SAME_WIDTH_INT[stored]) + 1).view(stored)
     scale = torch.where(clips, step_up, rounded).float()
     return torch.where(largest == 0, 1.0, scale)
+
+
+def rounded_quotient(x: Tensor, number: float) -> Tensor:
+    """x / number, rounded to the nearest on every device, so that scales have the same bits everywhere.
+
+    x: any shape, floating point. Returns: the same shape and dtype. On CUDA devices a division by a Python number is a
+    multiplication by the number's reciprocal, which is often one off in the last place.
+    """
+    return x / torch.full_like(x, number)
 
 
 def quantize(x: Tensor, scale: Tensor, *, value_range: Range = "narrow", name: str = "x") -> Tensor:

@@ -14,12 +14,14 @@ from octavo.errors import QuantizeError
 from octavo.primitives import (
     GRANULARITIES,
     Granularity,
+    Range,
     amax,
     choose_scale,
     dequantize,
     quantize,
     quantize_weight,
 )
+from tests.cuda_division import CudaDivision
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 STORED = [torch.float32, torch.bfloat16, torch.float16]
@@ -203,6 +205,15 @@ def test_on_meta_there_are_shapes(granularity: Granularity) -> None:
     real = quantize_weight(torch.randn(6, 8), granularity, group_size=groups_of(granularity))
     assert codes.is_meta and scale.is_meta
     assert [(t.shape, t.dtype) for t in (codes, scale)] == [(t.shape, t.dtype) for t in real]
+
+
+@pytest.mark.parametrize("value_range", ["narrow", "full"])
+def test_scales_are_the_same_where_a_division_by_a_number_is_not_exact(value_range: Range) -> None:
+    x = torch.randn(2000, 3)
+    expected = choose_scale(x, "per_channel", value_range=value_range)
+    with CudaDivision():
+        assert not torch.equal(x / 127.0, x / torch.full_like(x, 127.0))
+        assert torch.equal(choose_scale(x, "per_channel", value_range=value_range), expected)
 
 
 def test_the_default_dtype_has_no_say() -> None:

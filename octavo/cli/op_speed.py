@@ -123,7 +123,8 @@ class Layer:
         groups = K // GROUP if K % GROUP == 0 else 1
         self.group_scale = self.scale * (0.5 + torch.rand(N, groups, generator=chance, device=device))
         self.x = torch.randn(M, K, generator=chance, device=device).bfloat16()
-        self.x_scale = self.x.float().abs().amax(1, keepdim=True) / 127
+        # In fp64, for on CUDA devices a division by a number is not rounded to the nearest; the tensor's below is.
+        self.x_scale = (self.x.double().abs().amax(1, keepdim=True) / 127).float()
         self.x_codes = (self.x.float() / self.x_scale).round().to(torch.int8)
         self.floats = rotation(self.weight)
         self.int8 = rotation(self.codes, self.scale, self.group_scale)

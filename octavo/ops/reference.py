@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from octavo.errors import QuantizeError
-from octavo.primitives import dequantize, quantize_weight
+from octavo.primitives import dequantize, quantize_weight, rounded_quotient
 
 __all__ = [
     "LONGEST_EXACT",
@@ -107,7 +107,7 @@ def quantize_static(x: Tensor, input_scale: Tensor) -> Tensor:
 def _input_scale(largest: Tensor) -> Tensor:
     """amax / 127 in fp32; 1 for zeros. Neither NaN nor inf is looked for, which would wait for the device: either
     makes the scale, and with it the output, NaN, as it would be in the float model."""
-    scale = largest.float() / _QMAX
+    scale = rounded_quotient(largest.float(), _QMAX)
     return torch.where(scale == 0, 1.0, scale)
 
 

@@ -17,6 +17,7 @@ from octavo import ops
 from octavo.errors import OctavoError, QuantizeError
 from octavo.ops import reference
 from octavo.primitives import quantize_weight
+from tests.cuda_division import CudaDivision
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 SHAPES = [(), (0,), (1,), (3,), (33,), (2, 1), (2, 3, 5), (4, 0, 2)]
@@ -52,6 +53,15 @@ def test_dynamic_codes(lead: tuple[int, ...], k: int, dtype: torch.dtype, expone
     if x.numel():
         torch.testing.assert_close(scale.double() * 127, x.double().abs().max().reshape(1), rtol=1e-6, atol=0)
     assert torch.equal(x, before)
+
+
+def test_scales_are_the_same_where_a_division_by_a_number_is_not_exact() -> None:
+    x = torch.randn(2000, 3)
+    expected, of_all = reference.quantize_per_token(x), reference.quantize_per_tensor(x)
+    with CudaDivision():
+        codes, scale = reference.quantize_per_token(x)
+        assert torch.equal(codes, expected[0]) and torch.equal(scale, expected[1])
+        assert torch.equal(reference.quantize_per_tensor(x)[1], of_all[1])
 
 
 def test_zeros_have_scale_one_and_codes_zero() -> None:
