@@ -10,6 +10,7 @@ from torch import Tensor
 from bench import goals
 from bench.goals import Goal
 from bench.gpu import need_gpu
+from octavo import ops
 from octavo.cli.op_speed import (
     AMAX,
     BF16,
@@ -21,6 +22,8 @@ from octavo.cli.op_speed import (
     W8A16,
     Layer,
     Way,
+    Weights,
+    close_to,
     race,
 )
 from octavo.ops import reference
@@ -38,6 +41,7 @@ SHAPES = ((4096, 4096), (4096, 14336), (14336, 4096))
 SIZES = (1, 4, 16, 64, 512, 2048, 8192)
 INT_MM = "torch._int_mm and scales, compiled"
 GPT_FAST = "gpt-fast's formula, compiled"
+BF16_THREE, APART, SIDE_BY_SIDE = "three bf16 layers", "three w8a16 layers", "three w8a16 layers side by side"
 MOST_FOR_GPT_FAST, LEAST_FOR_INT_MM = 16, 512
 """Rows of x: decoding is what the one is for, and prefill the other."""
 
@@ -59,6 +63,7 @@ GOALS = {
     },
 }
 WEIGHT_GOALS = (Goal("quantizing a weight, bytes in per second", QUANTIZE, (AMAX,)),)
+THREE_GOALS = tuple(Goal("three layers of one row", SIDE_BY_SIDE, (rival,)) for rival in (BF16_THREE, APART))
 LOOKUP_GOALS = (Goal("looking up 8192 rows", LOOKUP, (LOOKUP_BF16,)),)
 
 
@@ -71,6 +76,7 @@ def _layer(N: int, K: int, device: str) -> dict[str, Any]:
     layer = Layer(N, K, max(SIZES), device)
     return {
         "linear": {str(M): race(layer.ways(M) + _rivals(layer, M), device) for M in SIZES},
+        "three": race(_three(layer), device),
         "weight": race(layer.quantizing(), device),
         "lookup": race(layer.lookups(max(SIZES)), device),
     }
@@ -98,6 +104,33 @@ def _rivals(layer: Layer, M: int) -> list[Way]:
     return ways
 
 
+def _three(layer: Layer) -> list[Way]:
+    """One row through three layers, as q/k/v are: one after the other, and in one launch, as in a compiled model."""
+    x = layer.x[:1]
+
+    def bf16(*weights: Tensor) -> list[Tensor]:
+        return [torch.nn.functional.linear(x, weight) for weight in weights]
+
+    def apart(*operands: Tensor) -> list[Tensor]:
+        return [ops.w8a16_linear(x, *layer) for layer in zip(operands[::3], operands[1::3], strict=True)]
+
+    def side_by_side(*operands: Tensor) -> Tensor:
+        return torch.ops.octavo.w8a16_linears(x, operands[::3], operands[1::3], [None] * 3)
+
+    expected = x.double() @ (layer.codes.double() * layer.scale.double()).T
+    right = close_to(expected.repeat(1, 3))
+    return [
+        Way(BF16_THREE, bf16, _threes(layer.floats), lambda y: _near(torch.cat(y, 1), expected.repeat(1, 3))),
+        Way(APART, apart, _threes(layer.int8), lambda y: right(torch.cat(y, 1))),
+        Way(SIDE_BY_SIDE, side_by_side, _threes(layer.int8), right),
+    ]
+
+
+def _threes(weights: Weights) -> Weights:
+    while True:
+        yield tuple(tensor for _ in range(3) for tensor in next(weights))
+
+
 def _near(y: Tensor, expected: Tensor) -> bool:
     """gpt-fast rounds the sum to bf16 before it is scaled, and the scale too: three roundings. Inductor multiplies by
     1 / 127 where it should divide by 127, so that some codes differ by one."""
@@ -108,7 +141,7 @@ def tables(found: dict[str, Any]) -> list[Table]:
     rows = []
     for name, one in found.items():
         raced = [(GOALS[M], f", M = {M}", one["linear"][str(M)]) for M in SIZES]
-        raced += [(WEIGHT_GOALS, "", one["weight"]), (LOOKUP_GOALS, "", one["lookup"])]
+        raced += [(THREE_GOALS, "", one["three"]), (WEIGHT_GOALS, "", one["weight"]), (LOOKUP_GOALS, "", one["lookup"])]
         for several, size, seconds in raced:
             rows += [(f"{name}{size}", *goals.row(goal, seconds, _time)) for goal in several]
     return [

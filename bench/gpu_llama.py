@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 from bench import gpu_models
@@ -12,5 +13,5 @@ __all__ = ["HOW", "TITLE", "measure", "tables"]
 TITLE = "A model of 7 billion parameters on a GPU"
 
 
-def measure() -> dict[str, Any]:
+def measure() -> Iterator[dict[str, Any]]:
     return gpu_models.measure(gpu_models.LLAMA)

@@ -12,7 +12,7 @@ import gc
 import random
 import statistics
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -44,7 +44,7 @@ Random weights in bf16; each runtime has a process, and they take turns, eagerly
 first token, decode greedy, at batch 1. Error: of the logits after the prompt, against the bf16 model's, as a share of
 their norm.
 """
-NEW, ROUNDS = 64, 3
+NEW, ROUNDS = 32, 3
 WRONG = 0.3
 """Error of the logits, as a share of their norm, from which on a runtime computes something else."""
 
@@ -76,7 +76,7 @@ MODELS = {
         ),
         2048,
         (BF16, W8A16, W8A8, GPT_FAST, TORCHAO),
-        5,
+        3,
         (
             Goal("decode, w8a16 compiled", compiled(W8A16), (compiled(BF16),), 1.6),
             Goal("decode, w8a16 compiled", compiled(W8A16), (compiled(GPT_FAST),), 1.0),
@@ -105,13 +105,14 @@ MODELS = {
 }  # fmt: skip
 
 
-def measure(name: str) -> dict[str, Any]:
-    """Of the model of that name. Raises: as `need_gpu`."""
+def measure(name: str) -> Iterator[dict[str, Any]]:
+    """Of the model of that name: first what was measured of it eagerly, then all. Raises: as `need_gpu`."""
     need_gpu()
-    return {name: _compare(name, MODELS[name], "cuda")}
+    for found in _compare(name, MODELS[name], "cuda"):
+        yield {name: found}
 
 
-def _compare(name: str, model: Model, device: str) -> dict[str, Any]:
+def _compare(name: str, model: Model, device: str) -> Iterator[dict[str, Any]]:
     chance = random.Random(0)
     ids = [chance.randrange(model.make().vocab_size) for _ in range(model.prompt)]
     found: dict[str, Any] = {}
@@ -124,14 +125,18 @@ def _compare(name: str, model: Model, device: str) -> dict[str, Any]:
         calls: dict[str, tuple[Any, ...]] = {runtime: (start, runtime, name, ids, device) for runtime in workers}
         _phase(workers, calls, model, ids, found, missing)
         passes += [stream(bench_worker.stream_bytes_per_s) for _ in range(ROUNDS)]
+        expected = found[BF16]["logits"]
+        for one in found.values():
+            one["error"] = _relative_error(one.pop("logits"), expected)
+        yield {"runtimes": found, "missing": missing, "memory_bytes_per_s": statistics.median(passes)}
         workers = {compiled(runtime): worker for runtime, worker in workers.items() if runtime in found}
         _phase(workers, dict.fromkeys(workers, (compile_whole, ids)), model, ids, found, missing)
         passes += [stream(bench_worker.stream_bytes_per_s) for _ in range(ROUNDS)]
-    expected = found[BF16]["logits"]
-    for one in found.values():
-        logits = one.pop("logits", expected)
-        one["error"] = float((logits - expected).norm() / expected.norm())
-    return {"runtimes": found, "missing": missing, "memory_bytes_per_s": statistics.median(passes)}
+        yield {"runtimes": found, "missing": missing, "memory_bytes_per_s": statistics.median(passes)}
+
+
+def _relative_error(logits: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((logits - expected).norm() / expected.norm())
 
 
 def _phase(

@@ -4,7 +4,8 @@ A benchmark is a file of this folder with
 
     TITLE          its heading on the page
     HOW            a paragraph: what was measured, on what, and how
-    measure()      does it; returns figures in JSON's own types, or raises Skipped
+    measure()      does it; returns figures in JSON's own types, or raises Skipped; a long one may yield figures several
+                   times, all that it has so far, so that less is lost when it is stopped
     tables(found)  those figures for people
 
 bench/results/NAME.json holds the figures with the machine, the versions, the date and the command. bench/RESULTS.md is
@@ -16,7 +17,7 @@ from __future__ import annotations
 import datetime
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from importlib import metadata
 from pathlib import Path
 from types import ModuleType
@@ -41,19 +42,20 @@ class Skipped(Exception):
 def record(name: str, benchmark: ModuleType, command: str) -> None:
     """Run a benchmark and write bench/results/NAME.json."""
     load_before = os.getloadavg()[0]
-    results = benchmark.measure()
-    found = {
-        "name": name,
-        "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
-        "command": command,
-        "machine": describe_machine(),
-        "packages": {package: version for package in PACKAGES if (version := _version(package))},
-        "load_before": round(load_before, 2),
-        "results": results,
-    }
     path = FOLDER / "results" / f"{name}.json"
     path.parent.mkdir(exist_ok=True)
-    path.write_text(to_json(found) + "\n", encoding="utf-8")
+    measured = benchmark.measure()
+    for results in measured if isinstance(measured, Iterator) else [measured]:
+        found = {
+            "name": name,
+            "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
+            "command": command,
+            "machine": describe_machine(),
+            "packages": {package: version for package in PACKAGES if (version := _version(package))},
+            "load_before": round(load_before, 2),
+            "results": results,
+        }
+        path.write_text(to_json(found) + "\n", encoding="utf-8")
 
 
 def page(benchmarks: Mapping[str, ModuleType]) -> str:

@@ -41,6 +41,7 @@ from transformers.cache_utils import StaticLayer, StaticSlidingWindowLayer
 from octavo.errors import OctavoError
 from octavo.integrations.equal_calls import EqualCalls
 from octavo.integrations.generation import cache_name, last_logits_only
+from octavo.integrations.side_by_side import SideBySide
 
 __all__ = ["CompiledModel", "TokenChoice", "likeliest"]
 
@@ -121,9 +122,9 @@ class CompiledModel:
 
         self._on_cuda = self._device.type == "cuda"
         once: dict[str, Any] = {"post_grad_custom_pre_pass": EqualCalls()}
-        graphs: dict[str, Any] = {"triton.cudagraphs": True} if self._on_cuda else {}
+        a_row: dict[str, Any] = {"post_grad_custom_post_pass": SideBySide(), "triton.cudagraphs": self._on_cuda}
         self._prefill = torch.compile(_with_own_code(step), fullgraph=True, dynamic=False, options=once)
-        self._decode = torch.compile(_with_own_code(step), fullgraph=True, dynamic=False, options=once | graphs)
+        self._decode = torch.compile(_with_own_code(step), fullgraph=True, dynamic=False, options=once | a_row)
         self._length = length
         self._guarded = True
 

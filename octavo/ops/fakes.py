@@ -22,6 +22,11 @@ def _linear_fake(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor |
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
 
+@torch.library.register_fake("octavo::w8a16_linears", lib=library)
+def _linears_fake(x: Tensor, weights: list[Tensor], scales: list[Tensor], biases: list[Tensor | None]) -> Tensor:
+    return x.new_empty((*x.shape[:-1], sum(weight.shape[0] for weight in weights)))
+
+
 @torch.library.register_fake("octavo::w8a16_conv", lib=library)
 def _conv_fake(
     x: Tensor,

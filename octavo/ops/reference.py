@@ -86,6 +86,12 @@ def w8a16_linear(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor |
     return y.to(x.dtype).view(*x.shape[:-1], n)
 
 
+def w8a16_linears(x: Tensor, weights: list[Tensor], scales: list[Tensor], biases: list[Tensor | None]) -> Tensor:
+    """`w8a16_linear` of each layer, the results next to each other."""
+    layers = zip(weights, scales, biases, strict=True)
+    return torch.cat([torch.ops.octavo.w8a16_linear(x, *layer) for layer in layers], -1)
+
+
 def quantize_per_token(x: Tensor) -> tuple[Tensor, Tensor]:
     check_rows(x)
     largest = x.abs().amax(-1, keepdim=True) if x.shape[-1] else x.new_zeros((*x.shape[:-1], 1))

@@ -53,3 +53,7 @@ library.define("straight_through(Tensor y, Tensor x, Tensor weight, Tensor weigh
 library.impl("straight_through", lambda y, x, weight, weight_scale, ends: y.clone(), "CompositeExplicitAutograd")
 library.define("experts_input_gradient(Tensor grad, Tensor ends, Tensor weight, Tensor weight_scale) -> Tensor")
 library.impl("experts_input_gradient", reference.experts_input_gradient, "CompositeExplicitAutograd")
+
+# What a compiler joins (`integrations/side_by_side.py`): layers of one input, [..., N] of each next to each other.
+library.define("w8a16_linears(Tensor x, Tensor[] weights, Tensor[] weight_scales, Tensor?[] biases) -> Tensor")
+library.impl("w8a16_linears", reference.w8a16_linears, "CompositeExplicitAutograd")

@@ -15,6 +15,7 @@ from torch._dynamo.utils import counters
 
 import octavo
 from octavo import OctavoError
+from octavo.integrations import side_by_side
 from octavo.integrations.compiled import CompiledModel, TokenChoice
 from octavo.integrations.generation import generate, load_language_model
 from tests.tiny_checkpoints import language_model
@@ -185,6 +186,30 @@ def test_a_real_model_writes_the_same(scheme: str, smollm2: Path) -> None:
     eager = generate(model, tokenizer, "The capital of France is", **options)
     compiled = generate(model, tokenizer, "The capital of France is", compiling=contextlib.nullcontext(), **options)
     assert compiled.text == eager.text and compiled.new_tokens == eager.new_tokens > 1
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
+def test_layers_side_by_side_write_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As they are on a GPU: q/k/v and gate/up of each of two blocks."""
+    from torch._inductor.utils import fresh_cache
+
+    join, found = side_by_side._join, []
+
+    def counted(graph: Any, x: Any, layers: list[Any]) -> None:
+        found.append(len(layers))
+        join(graph, x, layers)
+
+    monkeypatch.setattr(side_by_side, "_join", counted)
+    monkeypatch.setattr(side_by_side, "_is_row_on_gpu", lambda x: x.meta["val"].numel() == x.meta["val"].shape[-1])
+    model = build(llama)
+    octavo.quantize(model, "w8a16")
+    compiled = CompiledModel(model, LENGTH)
+    prompt = tokens(1, 1)  # so that decode is all that is compiled
+    with fresh_cache():  # neither graphs that were not joined, nor for others those that are
+        compiled.compile(prompt)
+    assert found == [3, 2, 3, 2]
+    assert written(compiled, prompt) == without_cache(model, prompt)
 
 
 @pytest.mark.gpu

@@ -27,7 +27,7 @@ from octavo.ops.triton.launch import copied_on_hopper, launch, rows_in_line
 
 __all__ = [
     "Plan", "Tile", "add_parts", "contiguous_rows", "load_chunks", "plan", "programs", "rows_of_program",
-    "tile_of_program", "vector_piece", "w8a16_linear",
+    "tile_of_program", "vector_piece", "w8a16_linear", "w8a16_linears",
 ]  # fmt: skip
 
 
@@ -169,6 +169,29 @@ def w8a16_linear(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor |
     return y
 
 
+def w8a16_linears(x: Tensor, weights: list[Tensor], scales: list[Tensor], biases: list[Tensor | None]) -> Tensor:
+    """Layers of one input, their outputs next to each other: one launch for one row of x, if their groups are alike."""
+    k = x.shape[-1]
+    total = sum(len(weight) for weight in weights)
+    groups = scales[0].shape[1]
+    alike = all(scale.shape[1] == groups for scale in scales)
+    if x.numel() != k or x.dtype == torch.float64 or not k or not total or not alike:
+        return reference.w8a16_linears(x, weights, scales, biases)
+    for weight in weights:
+        reference.check_input(x, weight)
+    y = x.new_empty((*x.shape[:-1], total))
+    weights = [rows_in_line(weight) for weight in weights]
+    rows, columns = vector_piece(k)
+    launch(
+        _matrix_vectors, (sum(triton.cdiv(len(weight), rows) for weight in weights),), rows_in_line(x.reshape(1, k)),
+        tuple(weights), tuple(scale.contiguous() for scale in scales),
+        tuple(None if bias is None else bias.contiguous() for bias in biases), y,
+        tuple(len(weight) for weight in weights), k, tuple(weight.stride(0) for weight in weights),
+        GROUP=k // groups if groups > 1 else 0, ROWS=rows, COLUMNS=columns, num_warps=4,
+    )  # fmt: skip
+    return y
+
+
 def contiguous_rows(x: Tensor, m: int, k: int) -> Tensor:
     """x [..., k] as [m, k] with elements of a row next to each other; a copy only where they are not."""
     return rows_in_line(x if x.dim() == 2 else x.reshape(m, k))
@@ -185,11 +208,39 @@ def _matrix_vector(
     x_ptr, weight_ptr, scale_ptr, bias_ptr, y_ptr, n, k, row_stride,
     GROUP: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """ROWS elements of y for one row of x. A chunk of 16 columns lies in one thread, so that 16 products are added up
-    without asking any other; GROUP: columns to a scale, 0 if the whole row has one."""
+    """ROWS elements of y for one row of x; GROUP: columns to a scale, 0 if the whole row has one."""
     rows = rows_of_program(n, ROWS)
+    y = _rows_times_vector(x_ptr, weight_ptr, scale_ptr, bias_ptr, rows, k, row_stride, GROUP, COLUMNS)
+    tl.store(y_ptr + rows, y.to(y_ptr.dtype.element_ty))
+
+
+@triton.jit
+def _matrix_vectors(
+    x_ptr, weights, scales, biases, y_ptr, sizes, k, row_strides,
+    GROUP: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """The same for a program of any of several weights, whose elements of y follow each other; sizes: of each."""
+    program = tl.program_id(0)
+    for layer in tl.static_range(len(weights)):
+        programs = tl.cdiv(sizes[layer], ROWS)
+        if (program >= 0) & (program < programs):
+            rows = tl.minimum(program.to(tl.int64) * ROWS + tl.arange(0, ROWS), sizes[layer] - 1)
+            y = _rows_times_vector(
+                x_ptr, weights[layer], scales[layer], biases[layer], rows, k, row_strides[layer], GROUP, COLUMNS
+            )
+            tl.store(y_ptr + rows, y.to(y_ptr.dtype.element_ty))
+        program -= programs
+        y_ptr += sizes[layer]
+
+
+@triton.jit
+def _rows_times_vector(
+    x_ptr, weight_ptr, scale_ptr, bias_ptr, rows, k, row_stride, GROUP: tl.constexpr, COLUMNS: tl.constexpr
+):
+    """y of these rows of the weight, fp32. A chunk of 16 columns lies in one thread, so that 16 products are added up
+    without asking any other."""
     chunks = tl.arange(0, COLUMNS // 16)
-    sums = tl.zeros((ROWS, COLUMNS // 16), tl.float32)
+    sums = tl.zeros((rows.shape[0], COLUMNS // 16), tl.float32)
     for start in range(0, k, COLUMNS):
         columns = start + chunks[:, None] * 16 + tl.arange(0, 16)[None, :]
         codes = load_chunks(weight_ptr, rows, columns, row_stride, k)
@@ -214,7 +265,7 @@ def _matrix_vector(
         y *= tl.load(scale_ptr + rows)
     if bias_ptr is not None:
         y += tl.load(bias_ptr + rows).to(tl.float32)
-    tl.store(y_ptr + rows, y.to(y_ptr.dtype.element_ty))
+    return y
 
 
 @triton.jit

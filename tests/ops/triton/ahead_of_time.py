@@ -58,6 +58,17 @@ def linear_calls() -> Iterator[tuple[Any, ...]]:
         yield floats(dtype, 4096, 4096), codes(28672, 4096), scale(28672, 1), floats(FP32, 28672)
 
 
+def linears_calls() -> Iterator[tuple[Any, ...]]:
+    """q/k/v and gate/up of a row, with biases and without, with groups, sizes that are odd."""
+    for dtype in (BF16, FP16, FP32):
+        for sizes, k, groups, bias in (
+            ((4096, 1024, 1024), 4096, 1, None), ((3584, 512, 512), 3584, 1, dtype), ((11008, 11008), 4096, 1, None),
+            ((4096, 1024, 1024), 4096, 32, None), ((1003, 33), 1001, 1, None),
+        ):  # fmt: skip
+            biases = [None if bias is None else floats(bias, n) for n in sizes]
+            yield floats(dtype, 1, k), [codes(n, k) for n in sizes], [scale(n, groups) for n in sizes], biases
+
+
 def int8_linear_calls() -> Iterator[tuple[Any, ...]]:
     """Every tile, a scale for each row and for all, a bias, every dtype, and a K of which nothing is known."""
     for m in (1, 16, 32, 64, 128, 256, 512):
@@ -144,6 +155,7 @@ CALLS: dict[str, Callable[[], Iterator[tuple[Any, ...]]]] = {
     "quantize_weight": rows_calls,
     "w8a16_embedding": embedding_calls,
     "w8a16_linear": linear_calls,
+    "w8a16_linears": linears_calls,
     "w8a8_linear": int8_linear_calls,
     "w8a16_experts_linear": experts_linear_calls,
     "w8a8_experts_linear": int8_experts_linear_calls,

@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from octavo.errors import QuantizeError
+from octavo.ops import reference
 from octavo.ops.triton import linear
-from octavo.ops.triton.linear import w8a16_linear
+from octavo.ops.triton.linear import w8a16_linear, w8a16_linears
 from tests.ops.rounding import assert_off_by, linear_in_double
 from tests.ops.triton.hopper import as_on_hopper, launched
 
@@ -198,3 +199,58 @@ def test_the_copy_engine_is_for_16_bits_and_one_scale_a_channel(device: str, mon
     check(device, torch.randn(256, 64), *weight(8, 64))
     check(device, torch.randn(256, 64).bfloat16(), *weight(8, 64, groups=2))
     assert "_copied_product" not in names
+
+
+@settings(max_examples=20)
+@given(
+    sizes=st.lists(st.sampled_from([0, 1, 4, 7, 66]), min_size=1, max_size=4),
+    lead=st.sampled_from([(), (1,), (1, 1), (2,), (0,)]),
+    k=st.sampled_from([0, 1, 31, 64, 1100]),
+    dtype=st.sampled_from([*DTYPES, torch.float64]),
+    bias=st.booleans(),
+)
+def test_layers_side_by_side(
+    device: str, sizes: list[int], lead: tuple[int, ...], k: int, dtype: torch.dtype, bias: bool
+) -> None:
+    x = torch.randn(*lead, k).to(dtype)
+    layers = [(*weight(n, k), torch.randn(n) if bias else None) for n in sizes]
+    y = linears(device, x, layers)
+    assert y.dtype == dtype and y.shape == (*lead, sum(sizes))
+    for part, layer in zip(y.cpu().split(sizes, -1), layers, strict=True):
+        expected, terms = linear_in_double(x, *layer)
+        assert_off_by(part.contiguous(), expected, (k + 6) * torch.finfo(torch.float32).eps * terms)
+
+
+@pytest.mark.parametrize("groups", [[2, 2, 2], [8, 8, 8], [1, 2, 1]])
+def test_layers_side_by_side_in_groups(device: str, groups: list[int]) -> None:
+    """Of 32 and of 8 columns; those of differing groups are not for one launch."""
+    x = torch.randn(1, 64)
+    layers = [(*weight(9, 64, count), None) for count in groups]
+    for part, layer in zip(linears(device, x, layers).cpu().split(9, -1), layers, strict=True):
+        expected, terms = linear_in_double(x, *layer)
+        assert_off_by(part.contiguous(), expected, 70 * 2.0**-23 * terms)
+
+
+def test_layers_side_by_side_with_strides(device: str) -> None:
+    x, wide, scale = torch.randn(1, 96)[:, ::2].to(device), *(t.to(device) for t in weight(9, 96))
+    layers = [(codes, scale, None) for codes in (wide[:, :48], wide[:, ::2], wide[::3, 48:])]
+    layers[2] = (layers[2][0], scale[::3], None)
+    expected = torch.cat([w8a16_linear(x, *layer) for layer in layers], -1)
+    assert torch.equal(linears(device, x, layers), expected)
+
+
+def test_layers_side_by_side_are_one_launch(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    names = launched(linear, monkeypatch)
+    linears(device, torch.randn(1, 1, 40), [(*weight(9, 40), None)] * 3)
+    assert names == ["_matrix_vectors"]
+
+
+def linears(device: str, x: Tensor, layers: list[tuple[Tensor, Tensor, Tensor | None]]) -> Tensor:
+    there = ([None if one is None else one.to(device) for one in column] for column in zip(*layers, strict=True))
+    return w8a16_linears(x.to(device), *there)
+
+
+def test_the_reference_puts_layers_side_by_side() -> None:
+    x, layers = torch.randn(2, 3, 40), [(*weight(n, 40), torch.randn(n)) for n in (5, 6)]
+    y = reference.w8a16_linears(x, *map(list, zip(*layers, strict=True)))
+    assert torch.equal(y, torch.cat([torch.ops.octavo.w8a16_linear(x, *layer) for layer in layers], -1))
