@@ -22,7 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from octavo.ops import attention
-from octavo.ops.triton.launch import launch
+from octavo.ops.triton.launch import ceil_div, launch, power_of_two
 
 __all__ = ["int8_attention"]
 
@@ -65,14 +65,14 @@ def int8_attention(
     (q, q_scale), (k, k_scale), (v, v_scale) = (torch.ops.octavo.quantize_per_token(x) for x in (query, key, value))
     # The int8 products of tensor cores take rows of what they sum over: v stands transposed, its rows at multiples of
     # 16 bytes. What fills them up is multiplied by codes that are 0.
-    v_rows = torch.empty((batch, kv_heads, width, triton.cdiv(keys, 16) * 16), dtype=torch.int8, device=query.device)
+    v_rows = torch.empty((batch, kv_heads, width, ceil_div(keys, 16) * 16), dtype=torch.int8, device=query.device)
     v_rows[..., :keys] = v.mT
 
     shared, groups = heads // kv_heads * rows, batch * kv_heads
     tile = _tile_of(shared, max(size, width), mask)
-    tiles = triton.cdiv(shared, tile.rows)
+    tiles = ceil_div(shared, tile.rows)
     steps = _steps_of_part(tiles * groups, keys, tile.keys)
-    parts = triton.cdiv(keys, steps * tile.keys)
+    parts = ceil_div(keys, steps * tile.keys)
     # Of each row of each part: m, l and g.
     statistics = torch.empty((3, parts, groups * shared), dtype=torch.float32, device=query.device)
     strides = (0, 0, 0, 0) if mask is None else _broadcast_strides(mask)
@@ -81,10 +81,10 @@ def int8_attention(
         kv_heads, size, keys, steps,
     )  # fmt: skip
     blocks = {
-        "BLOCK_M": tile.rows, "BLOCK_S": tile.keys, "BLOCK_D": max(32, triton.next_power_of_2(size)),
+        "BLOCK_M": tile.rows, "BLOCK_S": tile.keys, "BLOCK_D": max(32, power_of_two(size)),
         "num_warps": tile.warps, "num_stages": tile.stages,
     }  # fmt: skip
-    block_n = max(16, triton.next_power_of_2(width))
+    block_n = max(16, power_of_two(width))
     launch(_statistics, (tiles * groups * parts,), statistics, *operands, **blocks)
     sums = y if parts == 1 else torch.empty((parts, groups * shared, width), dtype=torch.int32, device=query.device)
     launch(
@@ -108,7 +108,7 @@ def _tile_of(rows: int, width: int, mask: Tensor | None) -> Tile:
 def _steps_of_part(programs: int, keys: int, step: int) -> int:
     """How many times `step` keys a program takes, where so many programs would take all keys."""
     wanted = max(1, min(_PROGRAMS // programs, keys // _LEAST_KEYS))
-    return min(triton.cdiv(keys, wanted * step), _MOST_KEYS // step)
+    return min(ceil_div(keys, wanted * step), _MOST_KEYS // step)
 
 
 def _broadcast_strides(mask: Tensor) -> tuple[int, ...]:

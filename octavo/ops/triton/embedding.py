@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from octavo.ops import reference
-from octavo.ops.triton.launch import launch
+from octavo.ops.triton.launch import ceil_div, launch, power_of_two
 
 __all__ = ["w8a16_embedding"]
 
@@ -29,10 +29,10 @@ def w8a16_embedding(indices: Tensor, weight: Tensor, weight_scale: Tensor, dtype
     v, h = weight.shape
     y = torch.empty((*indices.shape, h), dtype=dtype, device=weight.device)
     weight = weight if weight.stride(1) == 1 else weight.contiguous()
-    columns = min(triton.next_power_of_2(max(h, 16)), PIECE)
+    columns = min(power_of_two(max(h, 16)), PIECE)
     rows = PIECE // columns
     launch(
-        _look_up, (triton.cdiv(indices.numel(), rows), triton.cdiv(h, columns)), weight, indices.contiguous(),
+        _look_up, (ceil_div(indices.numel(), rows), ceil_div(h, columns)), weight, indices.contiguous(),
         weight_scale.contiguous(), y, indices.numel(), v, h, weight.stride(0), ROWS=rows, COLUMNS=columns, num_warps=4,
     )  # fmt: skip
     return y

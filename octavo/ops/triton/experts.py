@@ -27,7 +27,7 @@ from torch import Tensor
 
 from octavo.ops import reference
 from octavo.ops.reference import check_codes, check_input
-from octavo.ops.triton.launch import launch, rows_in_line
+from octavo.ops.triton.launch import ceil_div, launch, power_of_two, rows_in_line
 from octavo.ops.triton.linear import Tile
 
 __all__ = ["w8a8_experts_linear", "w8a16_experts_linear"]
@@ -99,15 +99,15 @@ def _linear(
         0 if x_scale is None else x_scale.stride(0), weight.stride(0), weight.stride(1),
         0 if bias is None else bias.stride(0),
     )  # fmt: skip
-    block_e = min(_BLOCK_E, triton.next_power_of_2(experts + 1))
+    block_e = min(_BLOCK_E, power_of_two(experts + 1))
     if _hardly_two_share(rows, experts):
         tile = _VECTOR_SHORT if k < 1024 else _VECTOR
-        launch(_vector_kernel, (triton.cdiv(n, tile.n) * rows,), y, *args, BLOCK_E=block_e, **_options(tile))
+        launch(_vector_kernel, (ceil_div(n, tile.n) * rows,), y, *args, BLOCK_E=block_e, **_options(tile))
     else:
         tile = _tile_of(x.dtype, rows, experts, k)
         row_tiles = (rows + (tile.m - 1) * min(experts + 1, rows)) // tile.m
         launch(
-            _tile_kernel, (triton.cdiv(n, tile.n) * row_tiles,), y, *args, row_tiles,
+            _tile_kernel, (ceil_div(n, tile.n) * row_tiles,), y, *args, row_tiles,
             BLOCK_M=tile.m, GROUP_M=_GROUP_M, BLOCK_E=block_e, **_options(tile),
         )  # fmt: skip
     return y

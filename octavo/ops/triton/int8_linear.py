@@ -15,7 +15,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from octavo.ops import reference
-from octavo.ops.triton.launch import copied_on_hopper, launch
+from octavo.ops.triton.launch import ceil_div, copied_on_hopper, launch, rows_in_line
 from octavo.ops.triton.linear import (
     GROUP_OF_PROGRAMS,
     Tile,
@@ -63,17 +63,17 @@ def w8a8_linear(
     if not y.numel():
         return y
     m = y.numel() // n
-    x = contiguous_rows(x, m, k)
-    weight = contiguous_rows(weight, n, k)
+    weight = rows_in_line(weight)
     x_scale, weight_scale = x_scale.contiguous(), weight_scale.contiguous()
     bias = None if bias is None else bias.contiguous()
     if m == 1:
         rows, columns = vector_piece(k)
         launch(
-            _matrix_vector, (triton.cdiv(n, rows),), x, x_scale, weight, weight_scale, bias, y, n, k, weight.stride(0),
-            ROWS=rows, COLUMNS=columns, num_warps=4,
+            _matrix_vector, (ceil_div(n, rows),), rows_in_line(x), x_scale, weight, weight_scale, bias, y, n, k,
+            weight.stride(0), ROWS=rows, COLUMNS=columns, num_warps=4,
         )  # fmt: skip
         return y
+    x = contiguous_rows(x, m, k)
     if m > FEW_ROWS[-1].m and copied_on_hopper(x, weight):
         tiles = programs(ON_HOPPER, m, n)
         tile = ON_HOPPER if tiles > MULTIPROCESSORS else ALONE_ON_HOPPER

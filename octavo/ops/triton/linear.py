@@ -23,7 +23,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from octavo.ops import reference
-from octavo.ops.triton.launch import copied_on_hopper, launch, rows_in_line
+from octavo.ops.triton.launch import ceil_div, copied_on_hopper, launch, power_of_two, rows_in_line
 
 __all__ = [
     "Plan", "Tile", "add_parts", "contiguous_rows", "load_chunks", "plan", "programs", "rows_of_program",
@@ -101,21 +101,21 @@ def plan(m: int, n: int, k: int, few: Sequence[Tile], many: Sequence[Tile], step
     if k % 16:  # rows start anywhere, and are read a few bytes at a time: many loads, each with its registers
         step = min(step, 64)
     tile = tile._replace(k=min(tile.k, step))
-    steps = max(1, triton.cdiv(k, tile.k))
+    steps = max(1, ceil_div(k, tile.k))
     tiles = programs(tile, m, n)
     parts = 1 if tiles >= ENOUGH_PROGRAMS else max(1, min(WANTED_PROGRAMS // tiles, steps // 2, MOST_PARTS))
-    steps_of_part = triton.cdiv(steps, parts)
-    return Plan(tile, tiles, triton.cdiv(steps, steps_of_part), steps_of_part)
+    steps_of_part = ceil_div(steps, parts)
+    return Plan(tile, tiles, ceil_div(steps, steps_of_part), steps_of_part)
 
 
 def vector_piece(k: int) -> tuple[int, int]:
     """Rows and columns of a weight of k columns that a program takes at a time for one row of x."""
-    return VECTOR_ROWS, min(VECTOR_COLUMNS, max(triton.next_power_of_2(k), 16))
+    return VECTOR_ROWS, min(VECTOR_COLUMNS, max(power_of_two(k), 16))
 
 
 def programs(tile: Tile, m: int, n: int) -> int:
     """How many of the tile cover y [m, n]."""
-    return triton.cdiv(m, tile.m) * triton.cdiv(n, tile.n)
+    return ceil_div(m, tile.m) * ceil_div(n, tile.n)
 
 
 def w8a16_linear(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None) -> Tensor:
@@ -128,8 +128,7 @@ def w8a16_linear(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor |
     if not y.numel():
         return y
     m = y.numel() // n
-    x = contiguous_rows(x, m, k)
-    weight = contiguous_rows(weight, n, k)
+    weight = rows_in_line(weight)
     weight_scale = weight_scale.contiguous()
     bias = None if bias is None else bias.contiguous()
     groups = weight_scale.shape[1]
@@ -137,10 +136,11 @@ def w8a16_linear(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor |
     if m == 1:
         rows, columns = vector_piece(k)
         launch(
-            _matrix_vector, (triton.cdiv(n, rows),), x, weight, weight_scale, bias, y, n, k, weight.stride(0),
-            GROUP=group, ROWS=rows, COLUMNS=columns, num_warps=4,
+            _matrix_vector, (ceil_div(n, rows),), rows_in_line(x), weight, weight_scale, bias, y, n, k,
+            weight.stride(0), GROUP=group, ROWS=rows, COLUMNS=columns, num_warps=4,
         )  # fmt: skip
         return y
+    x = contiguous_rows(x, m, k)
     halves = x.dtype != torch.float32 and not group
     if halves and m >= LEAST_ROWS_ON_HOPPER and copied_on_hopper(x, weight):
         tile = ON_HOPPER
@@ -183,7 +183,7 @@ def w8a16_linears(x: Tensor, weights: list[Tensor], scales: list[Tensor], biases
     weights = [rows_in_line(weight) for weight in weights]
     rows, columns = vector_piece(k)
     launch(
-        _matrix_vectors, (sum(triton.cdiv(len(weight), rows) for weight in weights),), rows_in_line(x.reshape(1, k)),
+        _matrix_vectors, (sum(ceil_div(len(weight), rows) for weight in weights),), rows_in_line(x),
         tuple(weights), tuple(scale.contiguous() for scale in scales),
         tuple(None if bias is None else bias.contiguous() for bias in biases), y,
         tuple(len(weight) for weight in weights), k, tuple(weight.stride(0) for weight in weights),
@@ -393,7 +393,7 @@ def add_parts(parts: Tensor, x_scale: Tensor | None, scale: Tensor | None, bias:
     """
     count, m, n = parts.shape
     launch(
-        _add_parts, (m, triton.cdiv(n, 512)), parts, x_scale, scale, bias, y, m, n,
+        _add_parts, (m, ceil_div(n, 512)), parts, x_scale, scale, bias, y, m, n,
         EACH_ROW=x_scale is not None and x_scale.numel() > 1, PARTS=count, COLUMNS=512, num_warps=4,
     )  # fmt: skip
 

@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from octavo.ops import reference
-from octavo.ops.triton.launch import launch
+from octavo.ops.triton.launch import ceil_div, launch, power_of_two
 from octavo.ops.triton.linear import contiguous_rows
 
 __all__ = ["quantize_per_tensor", "quantize_per_token", "quantize_static", "quantize_weight"]
@@ -55,10 +55,10 @@ def _rows(x: Tensor, of_weight: bool) -> tuple[Tensor, Tensor]:
     if not m:
         return codes, scale
     x = contiguous_rows(x, m, k)
-    columns = max(triton.next_power_of_2(k), 16) if k <= LONGEST_ROW else PIECE
-    rows = max(1, min(PIECE // columns, triton.next_power_of_2(m)))
+    columns = max(power_of_two(k), 16) if k <= LONGEST_ROW else PIECE
+    rows = max(1, min(PIECE // columns, power_of_two(m)))
     launch(
-        _quantize_rows, (triton.cdiv(m, rows),), x, codes, scale, m, k, x.stride(0),
+        _quantize_rows, (ceil_div(m, rows),), x, codes, scale, m, k, x.stride(0),
         OF_WEIGHT=of_weight, WHOLE=k <= LONGEST_ROW, ROWS=rows, COLUMNS=columns,
         num_warps=max(1, min(16, rows * columns // 512)),
     )  # fmt: skip
@@ -71,7 +71,7 @@ def quantize_per_tensor(x: Tensor) -> tuple[Tensor, Tensor]:
     x = x.contiguous()
     codes = torch.empty(x.shape, dtype=torch.int8, device=x.device)
     scale = torch.empty(1, dtype=torch.float32, device=x.device)
-    pieces = max(1, triton.cdiv(x.numel(), PIECE))
+    pieces = max(1, ceil_div(x.numel(), PIECE))
     programs = min(pieces, PARTIAL_PROGRAMS)
     largest = torch.empty(programs, dtype=torch.int32, device=x.device)
     launch(_largest_magnitudes, (programs,), x, largest, x.numel(), PIECE=PIECE, num_warps=4)
@@ -87,7 +87,7 @@ def quantize_static(x: Tensor, input_scale: Tensor) -> Tensor:
     x = x.contiguous()
     codes = torch.empty(x.shape, dtype=torch.int8, device=x.device)
     launch(
-        _quantize_pieces, (triton.cdiv(x.numel(), PIECE),), x, codes, input_scale, None, x.numel(), 0,
+        _quantize_pieces, (ceil_div(x.numel(), PIECE),), x, codes, input_scale, None, x.numel(), 0,
         PARTIALS=PARTIAL_PROGRAMS, PIECE=PIECE, num_warps=4,
     )  # fmt: skip
     return codes
