@@ -16,24 +16,37 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 __all__ = ["SideBySide"]
 
-_LAYER = torch.ops.octavo.w8a16_linear.default
+_JOINED: dict[Any, Any] = {
+    torch.ops.octavo.w8a16_linear.default: torch.ops.octavo.w8a16_linears.default,
+    torch.ops.octavo.w8a8_linear.default: torch.ops.octavo.w8a8_linears.default,
+}
+"""The op of a layer -> that of several, whose arguments are the same, with lists for weight, scale and bias."""
 
 
 class SideBySide(CustomGraphPass):
-    """`w8a16_linear` of one row, of several weights: one `w8a16_linears`, and slices of what it returns."""
+    """Linear layers of one row, of several weights: one call for all, and slices of what it returns."""
 
     def __call__(self, graph: fx.Graph) -> None:
-        readers: dict[tuple[fx.Node, int], list[fx.Node]] = {}
+        readers: dict[tuple[Any, ...], list[fx.Node]] = {}
         for node in graph.nodes:
-            if node.target is _LAYER and _is_row_on_gpu(node.args[0]) and _are_inputs(node.args[1:]):
-                x, _, scale, _ = node.args
-                readers.setdefault((x, scale.meta["val"].shape[1]), []).append(node)
-        for (x, _), layers in readers.items():
+            if node.target not in _JOINED:
+                continue
+            before, layer, after = _parts(node)
+            if _is_row_on_gpu(before[0]) and _are_inputs(layer):
+                groups = layer[1].meta["val"].shape[1]
+                readers.setdefault((node.target, before, after, groups), []).append(node)
+        for layers in readers.values():
             if len(layers) > 1:
-                _join(graph, x, layers)
+                _join(graph, layers)
 
     def uuid(self) -> Any:
         return get_hash_for_files((__file__,))
+
+
+def _parts(node: fx.Node) -> tuple[tuple[Any, ...], ...]:
+    """The arguments: x, and its scale if it is int8; weight, scale and bias; a dtype."""
+    weight = [argument.name for argument in node.target._schema.arguments].index("weight")  # type: ignore[union-attr]
+    return node.args[:weight], node.args[weight : weight + 3], node.args[weight + 3 :]
 
 
 def _is_row_on_gpu(x: Any) -> bool:
@@ -46,11 +59,13 @@ def _are_inputs(operands: tuple[Any, ...]) -> bool:
     return all(one is None or one.op in ("placeholder", "get_attr") for one in operands)
 
 
-def _join(graph: fx.Graph, x: fx.Node, layers: list[fx.Node]) -> None:
-    weights, scales, biases = (list(column) for column in zip(*(layer.args[1:] for layer in layers), strict=True))
-    with graph.inserting_before(layers[0]):
-        y = graph.call_function(torch.ops.octavo.w8a16_linears.default, (x, weights, scales, biases))
-        one = layers[0].meta["val"]
+def _join(graph: fx.Graph, layers: list[fx.Node]) -> None:
+    first = layers[0]
+    before, _, after = _parts(first)
+    columns = [list(column) for column in zip(*(_parts(layer)[1] for layer in layers), strict=True)]
+    one = first.meta["val"]
+    with graph.inserting_before(first):
+        y = graph.call_function(_JOINED[first.target], (*before, *columns, *after))
         y.meta["val"] = one.new_empty((*one.shape[:-1], sum(layer.meta["val"].shape[-1] for layer in layers)))
         start = 0
         for layer in layers:

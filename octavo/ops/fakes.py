@@ -23,8 +23,18 @@ def _linear_fake(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor |
 
 
 @torch.library.register_fake("octavo::w8a16_linears", lib=library)
-def _linears_fake(x: Tensor, weights: list[Tensor], scales: list[Tensor], biases: list[Tensor | None]) -> Tensor:
-    return x.new_empty((*x.shape[:-1], sum(weight.shape[0] for weight in weights)))
+def _linears_fake(
+    x: Tensor, weight: Sequence[Tensor], weight_scale: Sequence[Tensor], bias: Sequence[Tensor | None]
+) -> Tensor:
+    return x.new_empty((*x.shape[:-1], sum(len(one) for one in weight)))
+
+
+@torch.library.register_fake("octavo::w8a8_linears", lib=library)
+def _int8_linears_fake(
+    x: Tensor, x_scale: Tensor, weight: Sequence[Tensor], weight_scale: Sequence[Tensor],
+    bias: Sequence[Tensor | None], dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
+    return x.new_empty((*x.shape[:-1], sum(len(one) for one in weight)), dtype=dtype)
 
 
 @torch.library.register_fake("octavo::w8a16_conv", lib=library)

@@ -86,9 +86,11 @@ def w8a16_linear(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor |
     return y.to(x.dtype).view(*x.shape[:-1], n)
 
 
-def w8a16_linears(x: Tensor, weights: list[Tensor], scales: list[Tensor], biases: list[Tensor | None]) -> Tensor:
+def w8a16_linears(
+    x: Tensor, weight: Sequence[Tensor], weight_scale: Sequence[Tensor], bias: Sequence[Tensor | None]
+) -> Tensor:
     """`w8a16_linear` of each layer, the results next to each other."""
-    layers = zip(weights, scales, biases, strict=True)
+    layers = zip(weight, weight_scale, bias, strict=True)
     return torch.cat([torch.ops.octavo.w8a16_linear(x, *layer) for layer in layers], -1)
 
 
@@ -135,6 +137,15 @@ def w8a8_linear(
     if bias is not None:
         y += bias
     return y.to(dtype).view(*x.shape[:-1], n)
+
+
+def w8a8_linears(
+    x: Tensor, x_scale: Tensor, weight: Sequence[Tensor], weight_scale: Sequence[Tensor],
+    bias: Sequence[Tensor | None], dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
+    """`w8a8_linear` of each layer, the results next to each other."""
+    layers = zip(weight, weight_scale, bias, strict=True)
+    return torch.cat([torch.ops.octavo.w8a8_linear(x, x_scale, *layer, dtype) for layer in layers], -1)
 
 
 LONGEST_EXACT = (2**31 - 1) // 128**2

@@ -55,5 +55,10 @@ library.define("experts_input_gradient(Tensor grad, Tensor ends, Tensor weight, 
 library.impl("experts_input_gradient", reference.experts_input_gradient, "CompositeExplicitAutograd")
 
 # What a compiler joins (`integrations/side_by_side.py`): layers of one input, [..., N] of each next to each other.
-library.define("w8a16_linears(Tensor x, Tensor[] weights, Tensor[] weight_scales, Tensor?[] biases) -> Tensor")
+library.define("w8a16_linears(Tensor x, Tensor[] weight, Tensor[] weight_scale, Tensor?[] bias) -> Tensor")
 library.impl("w8a16_linears", reference.w8a16_linears, "CompositeExplicitAutograd")
+library.define(
+    "w8a8_linears(Tensor x, Tensor x_scale, Tensor[] weight, Tensor[] weight_scale, Tensor?[] bias, ScalarType dtype) "
+    "-> Tensor"
+)
+library.impl("w8a8_linears", reference.w8a8_linears, "CompositeExplicitAutograd")

@@ -67,6 +67,25 @@ def test_layers_in_other_groups_are_apart() -> None:
     )
 
 
+def test_layers_of_a_row_of_codes() -> None:
+    """Those of one quantization of it, that end in one dtype."""
+
+    def function(x: Tensor, *operands: Tensor | None) -> list[Tensor]:
+        codes, scale = x.to(torch.int8), x.float().amax(-1, keepdim=True)
+        types = (torch.float32, torch.float32, torch.float16, torch.float32)
+        scales = (scale, scale, scale, scale * 2)
+        return [
+            ops.w8a8_linear(codes, x_scale, *operands[3 * i : 3 * i + 3], dtype) * 2
+            for i, (x_scale, dtype) in enumerate(zip(scales, types, strict=True))
+        ]
+
+    x, operands = torch.randint(-127, 128, (1, K)).float(), layers([(5, 1), (7, 1), (3, 1), (4, 1)], bias=True)
+    module = joined(function, x, *operands)
+    assert calls(module) == ["w8a8_linears", "w8a8_linear", "w8a8_linear"]
+    for got, wanted in zip(module(x, *operands), function(x, *operands), strict=True):
+        assert torch.equal(got, wanted) and got.dtype == wanted.dtype
+
+
 def test_one_layer_stays() -> None:
     check(torch.randn(1, K), [(5, 1)], ["w8a16_linear"])
 

@@ -24,6 +24,7 @@ OPS: dict[str, Callable[[], Any]] = {
     "w8a16_linear": lambda: import_module("octavo.ops.triton.linear").w8a16_linear,
     "w8a16_linears": lambda: import_module("octavo.ops.triton.linear").w8a16_linears,
     "w8a8_linear": lambda: import_module("octavo.ops.triton.int8_linear").w8a8_linear,
+    "w8a8_linears": lambda: import_module("octavo.ops.triton.int8_linear").w8a8_linears,
     "w8a16_experts_linear": lambda: import_module("octavo.ops.triton.experts").w8a16_experts_linear,
     "w8a8_experts_linear": lambda: import_module("octavo.ops.triton.experts").w8a8_experts_linear,
     "w8a16_embedding": lambda: import_module("octavo.ops.triton.embedding").w8a16_embedding,

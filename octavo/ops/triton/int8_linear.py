@@ -8,6 +8,8 @@ integers do not depend on their order.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
@@ -18,6 +20,7 @@ from octavo.ops import reference
 from octavo.ops.triton.launch import ceil_div, copied_on_hopper, launch, rows_in_line
 from octavo.ops.triton.linear import (
     GROUP_OF_PROGRAMS,
+    Layers,
     Tile,
     add_parts,
     contiguous_rows,
@@ -29,7 +32,7 @@ from octavo.ops.triton.linear import (
     vector_piece,
 )
 
-__all__ = ["w8a8_linear"]
+__all__ = ["w8a8_linear", "w8a8_linears"]
 
 FEW_ROWS = (Tile(16, 64, 256, 4, 4), Tile(32, 64, 128, 4, 4), Tile(64, 64, 128, 4, 4))
 """As in `linear.py`: the weight is read once, 8 to 16 KB a step, three of them under way."""
@@ -96,6 +99,27 @@ def w8a8_linear(
     return y
 
 
+def w8a8_linears(
+    x: Tensor, x_scale: Tensor, weight: Sequence[Tensor], weight_scale: Sequence[Tensor],
+    bias: Sequence[Tensor | None], dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
+    """Layers of one input, their outputs next to each other: one launch for one row of x."""
+    k = x.shape[-1]
+    total = sum(len(one) for one in weight)
+    if x.numel() != k or dtype == torch.float64 or not k or not total:
+        return reference.w8a8_linears(x, x_scale, weight, weight_scale, bias, dtype)
+    for one in weight:
+        reference.check_codes(x, one)
+    y = x.new_empty((*x.shape[:-1], total), dtype=dtype)
+    rows, columns = vector_piece(k)
+    layers = Layers.of(weight, weight_scale, bias)
+    launch(
+        _matrix_vectors, (layers.programs(rows),), rows_in_line(x), x_scale, *layers[:3], y, *layers[3:], k,
+        ROWS=rows, COLUMNS=columns, num_warps=4,
+    )  # fmt: skip
+    return y
+
+
 @triton.jit(do_not_specialize=["m"])  # so that another number of rows compiles nothing
 def _copied_product(
     y_ptr, x_codes, weight_codes, x_scale_ptr, scale_ptr, bias_ptr, m, n, k,
@@ -131,10 +155,36 @@ def _matrix_vector(
     x_ptr, x_scale_ptr, weight_ptr, scale_ptr, bias_ptr, y_ptr, n, k, row_stride,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """ROWS elements of y for one row of x; 16 columns at a time lie in one thread, as in `linear.py`."""
-    rows = rows_of_program(n, ROWS)
+    """ROWS elements of y for one row of x."""
+    rows = rows_of_program(tl.program_id(0), n, ROWS)
+    y = _rows_times_vector(x_ptr, x_scale_ptr, weight_ptr, scale_ptr, bias_ptr, rows, k, row_stride, COLUMNS)
+    tl.store(y_ptr + rows, y.to(y_ptr.dtype.element_ty))
+
+
+@triton.jit
+def _matrix_vectors(
+    x_ptr, x_scale_ptr, weights, scales, biases, y_ptr, sizes, row_strides, k,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """The same for a program of any of several layers, as in `linear.py`."""
+    program = tl.program_id(0)
+    for layer in tl.static_range(len(weights)):
+        programs = tl.cdiv(sizes[layer], ROWS)
+        if (program >= 0) & (program < programs):
+            rows = rows_of_program(program, sizes[layer], ROWS)
+            y = _rows_times_vector(
+                x_ptr, x_scale_ptr, weights[layer], scales[layer], biases[layer], rows, k, row_strides[layer], COLUMNS
+            )
+            tl.store(y_ptr + rows, y.to(y_ptr.dtype.element_ty))
+        program -= programs
+        y_ptr += sizes[layer]
+
+
+@triton.jit
+def _rows_times_vector(x_ptr, x_scale_ptr, weight_ptr, scale_ptr, bias_ptr, rows, k, row_stride, COLUMNS: tl.constexpr):
+    """y of these rows of the weight, fp32; 16 columns at a time lie in one thread, as in `linear.py`."""
     chunks = tl.arange(0, COLUMNS // 16)
-    sums = tl.zeros((ROWS, COLUMNS // 16), tl.int32)
+    sums = tl.zeros((rows.shape[0], COLUMNS // 16), tl.int32)
     for start in range(0, k, COLUMNS):
         columns = start + chunks[:, None] * 16 + tl.arange(0, 16)[None, :]
         codes = load_chunks(weight_ptr, rows, columns, row_stride, k)
@@ -143,7 +193,7 @@ def _matrix_vector(
     y = tl.sum(sums, axis=1).to(tl.float32) * (tl.load(x_scale_ptr) * tl.load(scale_ptr + rows))
     if bias_ptr is not None:
         y += tl.load(bias_ptr + rows).to(tl.float32)
-    tl.store(y_ptr + rows, y.to(y_ptr.dtype.element_ty))
+    return y
 
 
 @triton.jit(do_not_specialize=["m"])  # so that another number of rows compiles nothing

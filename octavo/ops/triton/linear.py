@@ -26,7 +26,7 @@ from octavo.ops import reference
 from octavo.ops.triton.launch import ceil_div, copied_on_hopper, launch, power_of_two, rows_in_line
 
 __all__ = [
-    "Plan", "Tile", "add_parts", "contiguous_rows", "load_chunks", "plan", "programs", "rows_of_program",
+    "Layers", "Plan", "Tile", "add_parts", "contiguous_rows", "load_chunks", "plan", "programs", "rows_of_program",
     "tile_of_program", "vector_piece", "w8a16_linear", "w8a16_linears",
 ]  # fmt: skip
 
@@ -169,27 +169,49 @@ def w8a16_linear(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor |
     return y
 
 
-def w8a16_linears(x: Tensor, weights: list[Tensor], scales: list[Tensor], biases: list[Tensor | None]) -> Tensor:
+def w8a16_linears(
+    x: Tensor, weight: Sequence[Tensor], weight_scale: Sequence[Tensor], bias: Sequence[Tensor | None]
+) -> Tensor:
     """Layers of one input, their outputs next to each other: one launch for one row of x, if their groups are alike."""
     k = x.shape[-1]
-    total = sum(len(weight) for weight in weights)
-    groups = scales[0].shape[1]
-    alike = all(scale.shape[1] == groups for scale in scales)
-    if x.numel() != k or x.dtype == torch.float64 or not k or not total or not alike:
-        return reference.w8a16_linears(x, weights, scales, biases)
-    for weight in weights:
-        reference.check_input(x, weight)
+    groups = {scale.shape[1] for scale in weight_scale}
+    total = sum(len(one) for one in weight)
+    if x.numel() != k or x.dtype == torch.float64 or not k or not total or len(groups) > 1:
+        return reference.w8a16_linears(x, weight, weight_scale, bias)
+    for one in weight:
+        reference.check_input(x, one)
     y = x.new_empty((*x.shape[:-1], total))
-    weights = [rows_in_line(weight) for weight in weights]
     rows, columns = vector_piece(k)
+    layers = Layers.of(weight, weight_scale, bias)
+    (count,) = groups
     launch(
-        _matrix_vectors, (sum(ceil_div(len(weight), rows) for weight in weights),), rows_in_line(x),
-        tuple(weights), tuple(scale.contiguous() for scale in scales),
-        tuple(None if bias is None else bias.contiguous() for bias in biases), y,
-        tuple(len(weight) for weight in weights), k, tuple(weight.stride(0) for weight in weights),
-        GROUP=k // groups if groups > 1 else 0, ROWS=rows, COLUMNS=columns, num_warps=4,
+        _matrix_vectors, (layers.programs(rows),), rows_in_line(x), *layers[:3], y, *layers[3:], k,
+        GROUP=k // count if count > 1 else 0, ROWS=rows, COLUMNS=columns, num_warps=4,
     )  # fmt: skip
     return y
+
+
+class Layers(NamedTuple):
+    """Layers of one input, as a kernel takes them."""
+
+    weights: tuple[Tensor, ...]
+    scales: tuple[Tensor, ...]
+    biases: tuple[Tensor | None, ...]
+    sizes: tuple[int, ...]
+    row_strides: tuple[int, ...]
+
+    @classmethod
+    def of(cls, weight: Sequence[Tensor], scale: Sequence[Tensor], bias: Sequence[Tensor | None]) -> Layers:
+        weights = tuple(rows_in_line(one) for one in weight)
+        return cls(
+            weights, tuple(one.contiguous() for one in scale),
+            tuple(None if one is None else one.contiguous() for one in bias),
+            tuple(len(one) for one in weights), tuple(one.stride(0) for one in weights),
+        )  # fmt: skip
+
+    def programs(self, rows: int) -> int:
+        """How many pieces of that many rows there are; each is of one layer."""
+        return sum(ceil_div(size, rows) for size in self.sizes)
 
 
 def contiguous_rows(x: Tensor, m: int, k: int) -> Tensor:
@@ -209,22 +231,22 @@ def _matrix_vector(
     GROUP: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """ROWS elements of y for one row of x; GROUP: columns to a scale, 0 if the whole row has one."""
-    rows = rows_of_program(n, ROWS)
+    rows = rows_of_program(tl.program_id(0), n, ROWS)
     y = _rows_times_vector(x_ptr, weight_ptr, scale_ptr, bias_ptr, rows, k, row_stride, GROUP, COLUMNS)
     tl.store(y_ptr + rows, y.to(y_ptr.dtype.element_ty))
 
 
 @triton.jit
 def _matrix_vectors(
-    x_ptr, weights, scales, biases, y_ptr, sizes, k, row_strides,
+    x_ptr, weights, scales, biases, y_ptr, sizes, row_strides, k,
     GROUP: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """The same for a program of any of several weights, whose elements of y follow each other; sizes: of each."""
+    """The same for a program of any of several layers, whose elements of y follow each other; sizes: N of each."""
     program = tl.program_id(0)
     for layer in tl.static_range(len(weights)):
         programs = tl.cdiv(sizes[layer], ROWS)
         if (program >= 0) & (program < programs):
-            rows = tl.minimum(program.to(tl.int64) * ROWS + tl.arange(0, ROWS), sizes[layer] - 1)
+            rows = rows_of_program(program, sizes[layer], ROWS)
             y = _rows_times_vector(
                 x_ptr, weights[layer], scales[layer], biases[layer], rows, k, row_strides[layer], GROUP, COLUMNS
             )
@@ -269,10 +291,9 @@ def _rows_times_vector(
 
 
 @triton.jit
-def rows_of_program(n, ROWS: tl.constexpr):
-    """ROWS rows of the weight; the last program computes its last row more than once."""
-    rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    return tl.minimum(rows, n - 1)
+def rows_of_program(program, n, ROWS: tl.constexpr):
+    """ROWS rows of a weight of n; the last program computes its last row more than once."""
+    return tl.minimum(program.to(tl.int64) * ROWS + tl.arange(0, ROWS), n - 1)
 
 
 @triton.jit

@@ -80,6 +80,12 @@ def int8_linear_calls() -> Iterator[tuple[Any, ...]]:
         yield codes(4096, 4096), scale(1), codes(28672, 4096), scale(28672, 1), None, dtype
 
 
+def int8_linears_calls() -> Iterator[tuple[Any, ...]]:
+    for x, weight, weight_scale, bias in linears_calls():
+        if weight_scale[0].shape[1] == 1:
+            yield codes(*x.shape), scale(1, 1), weight, weight_scale, bias, x.dtype
+
+
 def rows_calls() -> Iterator[tuple[Any, ...]]:
     """Short rows and long, and those that are read twice."""
     for dtype in (BF16, FP16, FP32, torch.float64):
@@ -157,6 +163,7 @@ CALLS: dict[str, Callable[[], Iterator[tuple[Any, ...]]]] = {
     "w8a16_linear": linear_calls,
     "w8a16_linears": linears_calls,
     "w8a8_linear": int8_linear_calls,
+    "w8a8_linears": int8_linears_calls,
     "w8a16_experts_linear": experts_linear_calls,
     "w8a8_experts_linear": int8_experts_linear_calls,
     "int8_attention": int8_attention_calls,

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from octavo.errors import QuantizeError
 from octavo.ops.triton import int8_linear
-from octavo.ops.triton.int8_linear import w8a8_linear
+from octavo.ops.triton.int8_linear import w8a8_linear, w8a8_linears
 from octavo.ops.triton.linear import Tile, plan
 from tests.ops.rounding import assert_off_by
 from tests.ops.triton.hopper import as_on_hopper, launched
@@ -153,3 +153,33 @@ def test_wrong_inputs(device: str) -> None:
     weight, scale = codes(4, 8).to(device), torch.ones(4, 1, device=device)
     with pytest.raises(QuantizeError, match=r"x: is torch.float32 \[2, 8\], expected int8 \[..., 8\]"):
         w8a8_linear(torch.randn(2, 8, device=device), torch.ones(1), weight, scale, None, torch.float32)
+
+
+@settings(max_examples=20)
+@given(
+    sizes=st.lists(st.sampled_from([0, 1, 4, 7, 66]), min_size=1, max_size=4),
+    lead=st.sampled_from([(), (1,), (1, 1), (2,), (0,)]),
+    k=st.sampled_from([0, 1, 31, 64, 1100]),
+    dtype=st.sampled_from([*DTYPES, torch.float64]),
+    bias=st.booleans(),
+    per_token=st.booleans(),
+)
+def test_layers_side_by_side(
+    device: str, sizes: list[int], lead: tuple[int, ...], k: int, dtype: torch.dtype, bias: bool, per_token: bool
+) -> None:
+    x, x_scale = codes(*lead, k), torch.rand(*lead, 1) if per_token else torch.rand(1)
+    layers = [(codes(n, k), torch.rand(n, 1) * 2**-10, torch.randn(n) if bias else None) for n in sizes]
+    columns = ([None if one is None else one.to(device) for one in column] for column in zip(*layers, strict=True))
+    y = w8a8_linears(x.to(device), x_scale.to(device), *columns, dtype).cpu()
+    assert y.dtype == dtype and y.shape == (*lead, sum(sizes))
+    for part, (weight, scale, offset) in zip(y.split(sizes, -1), layers, strict=True):
+        product = (x.long() @ weight.long().T).double() * (x_scale.double() * scale.double().flatten())
+        expected = product if offset is None else product + offset.double()
+        assert_off_by(part.contiguous(), expected, (product.abs() + expected.abs()) * 2.0**-22)
+
+
+def test_layers_side_by_side_are_one_launch(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    names = launched(int8_linear, monkeypatch)
+    weights, scales = [codes(9, 40).to(device) for _ in range(3)], [torch.ones(9, 1, device=device)] * 3
+    w8a8_linears(codes(1, 1, 40).to(device), torch.ones(1, device=device), weights, scales, [None] * 3, torch.float32)
+    assert names == ["_matrix_vectors"]
