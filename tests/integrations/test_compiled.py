@@ -196,9 +196,9 @@ def test_layers_side_by_side_write_the_same(monkeypatch: pytest.MonkeyPatch) -> 
 
     join, found = side_by_side._join, []
 
-    def counted(graph: Any, x: Any, layers: list[Any]) -> None:
+    def counted(graph: Any, layers: list[Any]) -> None:
         found.append(len(layers))
-        join(graph, x, layers)
+        join(graph, layers)
 
     monkeypatch.setattr(side_by_side, "_join", counted)
     monkeypatch.setattr(side_by_side, "_is_row_on_gpu", lambda x: x.meta["val"].numel() == x.meta["val"].shape[-1])
