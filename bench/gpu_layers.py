@@ -112,15 +112,15 @@ def _three(layer: Layer) -> list[Way]:
         return [torch.nn.functional.linear(x, weight) for weight in weights]
 
     def apart(*operands: Tensor) -> list[Tensor]:
-        return [ops.w8a16_linear(x, *layer) for layer in zip(operands[::3], operands[1::3], strict=True)]
+        return [ops.w8a16_linear(x, *one) for one in zip(operands[::3], operands[1::3], strict=True)]
 
     def side_by_side(*operands: Tensor) -> Tensor:
         return torch.ops.octavo.w8a16_linears(x, operands[::3], operands[1::3], [None] * 3)
 
-    expected = x.double() @ (layer.codes.double() * layer.scale.double()).T
-    right = close_to(expected.repeat(1, 3))
+    expected = (x.double() @ (layer.codes.double() * layer.scale.double()).T).repeat(1, 3)
+    right = close_to(expected)
     return [
-        Way(BF16_THREE, bf16, _threes(layer.floats), lambda y: _near(torch.cat(y, 1), expected.repeat(1, 3))),
+        Way(BF16_THREE, bf16, _threes(layer.floats), lambda y: _near(torch.cat(y, 1), expected)),
         Way(APART, apart, _threes(layer.int8), lambda y: right(torch.cat(y, 1))),
         Way(SIDE_BY_SIDE, side_by_side, _threes(layer.int8), right),
     ]
