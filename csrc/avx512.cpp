@@ -173,12 +173,32 @@ struct Int8Direct : Int8 {
   static WV load_w(const W* w, int count) { return unsign(_mm512_maskz_loadu_epi8(mask64(count), w)); }
 };
 
-// Products of pairs and of fours, for outer products.
-struct Bf16Unit {
-  using X = uint16_t;
+// Single products, products of pairs and of fours, for outer products.
+struct FloatUnit {
   using Sum = float;
   static constexpr int32_t kOffset = 0;
+  static constexpr bool kGroups = true;
+};
+
+// For groups of columns only.
+struct Fp32Unit : FloatUnit {
+  using X = float;
+  static constexpr int64_t kElements = 1;
+  static constexpr int64_t kManyRows = INT64_MAX;
+  static constexpr int64_t kManyRowsOfGroups = 17;
+  static __m512i load_w(const int8_t* codes) { return _mm512_castps_si512(Vec::load_codes(codes)); }
+  static __m512i load_w(const int8_t* codes, int count) { return _mm512_castps_si512(Vec::load_codes(codes, count)); }
+  static __m512i product(__m512i sums, __m512i x, __m512i w) {
+    return _mm512_castps_si512(
+        _mm512_fmadd_ps(_mm512_castsi512_ps(x), _mm512_castsi512_ps(w), _mm512_castsi512_ps(sums)));
+  }
+};
+
+struct Bf16Unit : FloatUnit {
+  using X = uint16_t;
   static constexpr int64_t kElements = 2;
+  static constexpr int64_t kManyRows = Bf16Direct::kFewRows + 1;
+  static constexpr int64_t kManyRowsOfGroups = 13;
   static __m512i load_w(const int8_t* codes) { return Bf16Direct::load_w(codes); }
   static __m512i load_w(const int8_t* codes, int count) { return Bf16Direct::load_w(codes, count); }
   static __m512i product(__m512i sums, __m512i x, __m512i w) {
@@ -190,7 +210,9 @@ struct Int8Unit {
   using X = int8_t;
   using Sum = int32_t;
   static constexpr int32_t kOffset = Int8::kOffset;
+  static constexpr bool kGroups = false;
   static constexpr int64_t kElements = 4;
+  static constexpr int64_t kManyRows = Int8Direct::kFewRows + 1;
   static __m512i load_w(const int8_t* codes) { return Int8Direct::load_w(codes); }
   static __m512i load_w(const int8_t* codes, int count) { return Int8Direct::load_w(codes, count); }
   static __m512i product(__m512i sums, __m512i x, __m512i w) { return Int8::dot(sums, x, w); }
@@ -209,29 +231,30 @@ using LinearF32 = DotLinear<Vec, Fp32Direct<Float::f32>, Fp32Packed<Float::f32>>
 using LinearF16 = DotLinear<Vec, Fp32Direct<Float::f16>, Fp32Packed<Float::f16>>;
 using LinearBf16 = DotLinear<Vec, Bf16Direct, Bf16Packed>;
 using LinearInt8 = DotLinear<Vec, Int8Direct, Int8Direct>;
+using ManyRowsF32 = OuterLinear<Vec, Fp32Unit>;
 using ManyRowsBf16 = OuterLinear<Vec, Bf16Unit>;
 using ManyRowsInt8 = OuterLinear<Vec, Int8Unit>;
 using AttentionInt8 = AttentionKernels<Vec, Int8Unit, WeightedUnit>;
 
+constexpr size_t kScratchFp32 = max64(sizeof(Scratch<Fp32Packed<Float::f32>>), sizeof(ManyRowsF32::Scratch));
 constexpr size_t kScratchBf16 = max64(sizeof(Scratch<Bf16Packed>), sizeof(ManyRowsBf16::Scratch));
 constexpr size_t kScratchInt8 = max64(sizeof(Scratch<Int8Direct>), sizeof(ManyRowsInt8::Scratch));
 
-size_t w8a16_scratch(const Linear& layer) {
-  return layer.x_type == Float::bf16 ? kScratchBf16 : LinearF32::scratch(layer);
-}
+size_t w8a16_scratch(const Linear& layer) { return layer.x_type == Float::bf16 ? kScratchBf16 : kScratchFp32; }
 size_t w8a8_scratch(const Linear&) { return kScratchInt8; }
 
-void w8a16(const Linear& layer, Block block, void* scratch) {
-  if (layer.x_type == Float::f16) return LinearF16::run(layer, block, scratch);
-  if (layer.x_type == Float::f32) return LinearF32::run(layer, block, scratch);
-  const bool many = block.m1 - block.m0 > Bf16Direct::kFewRows && layer.groups == 1;
-  many ? ManyRowsBf16::run(layer, block, scratch) : LinearBf16::run(layer, block, scratch);
+template <class FewRows, class ManyRows>
+void linear(const Linear& layer, Block block, void* scratch) {
+  ManyRows::takes(layer, block) ? ManyRows::run(layer, block, scratch) : FewRows::run(layer, block, scratch);
 }
 
-void w8a8(const Linear& layer, Block block, void* scratch) {
-  const bool many = block.m1 - block.m0 > Int8Direct::kFewRows;
-  many ? ManyRowsInt8::run(layer, block, scratch) : LinearInt8::run(layer, block, scratch);
+void w8a16(const Linear& layer, Block block, void* scratch) {
+  if (layer.x_type == Float::bf16) return linear<LinearBf16, ManyRowsBf16>(layer, block, scratch);
+  if (layer.x_type == Float::f32) return linear<LinearF32, ManyRowsF32>(layer, block, scratch);
+  LinearF16::run(layer, block, scratch);
 }
+
+void w8a8(const Linear& layer, Block block, void* scratch) { linear<LinearInt8, ManyRowsInt8>(layer, block, scratch); }
 
 }  // namespace
 
