@@ -324,10 +324,7 @@ struct TileLinear {
 using LinearInt8 = TileLinear<Int8Tiles>;
 using LinearBf16 = TileLinear<Bf16Tiles>;
 
-bool takes_tiles_w8a16(const Linear& layer) {
-  return layer.M > kFewRows && layer.groups == 1 && layer.x_type == Float::bf16;
-}
-bool takes_tiles_w8a8(const Linear& layer) { return layer.M > kFewRows; }
+bool takes_tiles(const Linear& layer) { return layer.M > kFewRows && layer.groups == 1; }
 
 }  // namespace
 }  // namespace octavo
@@ -338,21 +335,30 @@ bool takes_tiles_w8a8(const Linear& layer) { return layer.M > kFewRows; }
 // but for the linear layers.
 namespace octavo {
 
+namespace {
+
+const LinearKernels& avx512_bf16() { return avx512_kernels.w8a16[static_cast<int>(Float::bf16)]; }
+const LinearKernels& avx512_int8() { return avx512_kernels.w8a8; }
+
+template <class Tiles, const LinearKernels& (*avx512)()>
+constexpr LinearKernels tiles_or{
+    [](const Linear& layer) {
+      return takes_tiles(layer) ? sizeof(typename Tiles::Scratch) : avx512().scratch_bytes(layer);
+    },
+    [](const Linear& layer, Block block, void* scratch) {
+      takes_tiles(layer) ? Tiles::run(layer, block, scratch) : avx512().run(layer, block, scratch);
+    },
+    [](const Linear& layer) { return takes_tiles(layer) ? 0 : avx512().packed_bytes(layer); },
+    [](const Linear& layer, int64_t m0, int64_t m1) { avx512().pack(layer, m0, m1); },
+};
+
+}  // namespace
+
 extern const Kernels amx_kernels = [] {
   Kernels kernels = avx512_kernels;
   kernels.isa = "amx";
-  kernels.w8a16_scratch = [](const Linear& layer) {
-    return takes_tiles_w8a16(layer) ? sizeof(LinearBf16::Scratch) : avx512_kernels.w8a16_scratch(layer);
-  };
-  kernels.w8a16 = [](const Linear& layer, Block block, void* scratch) {
-    takes_tiles_w8a16(layer) ? LinearBf16::run(layer, block, scratch) : avx512_kernels.w8a16(layer, block, scratch);
-  };
-  kernels.w8a8_scratch = [](const Linear& layer) {
-    return takes_tiles_w8a8(layer) ? sizeof(LinearInt8::Scratch) : avx512_kernels.w8a8_scratch(layer);
-  };
-  kernels.w8a8 = [](const Linear& layer, Block block, void* scratch) {
-    takes_tiles_w8a8(layer) ? LinearInt8::run(layer, block, scratch) : avx512_kernels.w8a8(layer, block, scratch);
-  };
+  kernels.w8a16[static_cast<int>(Float::bf16)] = tiles_or<LinearBf16, avx512_bf16>;
+  kernels.w8a8 = tiles_or<LinearInt8, avx512_int8>;
   return kernels;
 }();
 

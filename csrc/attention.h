@@ -161,19 +161,19 @@ struct AttentionKernels {
     }
     const Part part = part_of(a, tokens, scratch.scale, places, count);
     for (int64_t s = part.first; s < part.last; s += kBlockN)
-      outer_tile_of<Score, kAttentionRows>(count,
-                                           {scratch.q, scratch.ldq, tokens.keys + s / kBlockN * tokens.panel, a.D / 4,
-                                            static_cast<int>(a.D % 4), nullptr},
-                                           scratch.scores + s * kAttentionRows, false);
+      outer_tile_of<Score>(count,
+                           {reinterpret_cast<const char*>(scratch.q), scratch.ldq, kUnitBytes,
+                            tokens.keys + s / kBlockN * tokens.panel, a.D / 4, a.D % 4, nullptr},
+                           scratch.scores + s * kAttentionRows, false);
     SoftmaxRow softmax[kAttentionRows];
     for (int64_t i = 0; i < count; i++) softmax[i] = softmax_row(a, tokens, part, scratch, i, places[i].of_mask);
     Softmax<V>::run(softmax, count);
     for (int64_t i = 0; i < count; i++) scratch.scale[i] = Softmax<V>::scale_of(softmax[i]);
     for (int64_t n = 0; n < a.Dv; n += kBlockN) {
-      outer_tile_of<Weighted, kAttentionRows>(
+      outer_tile_of<Weighted>(
           count,
-          {scratch.p + part.first, scratch.ldp, tokens.values + (n * tokens.count + part.first * kBlockN),
-           (part.last - part.first) / 4, 0, nullptr},
+          {reinterpret_cast<const char*>(scratch.p + part.first), scratch.ldp, kUnitBytes,
+           tokens.values + (n * tokens.count + part.first * kBlockN), (part.last - part.first) / 4, 0, nullptr},
           scratch.y, false);
       for (int64_t i = 0; i < count; i++)
         store_y(a, (places[i].head * a.T + places[i].query) * a.Dv, n, scratch.y + i * kBlockN, scratch.scale[i]);

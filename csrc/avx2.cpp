@@ -253,8 +253,9 @@ using LinearInt8 = DotLinear<Vec, Int8Direct, Int8Packed>;
 
 }  // namespace
 
-extern constexpr Kernels avx2_kernels = kernels_of<Vec>(
-    "avx2", LinearFloat<Float::f32>::scratch, by_type_of_x<LinearFloat>, LinearInt8::scratch, LinearInt8::run);
+extern constexpr Kernels avx2_kernels =
+    kernels_of<Vec>("avx2", linear_kernels<LinearFloat<Float::f32>>, linear_kernels<LinearFloat<Float::bf16>>,
+                    linear_kernels<LinearFloat<Float::f16>>, linear_kernels<LinearInt8>);
 
 }  // namespace octavo
 

@@ -70,71 +70,40 @@ struct FloatSums {
 template <Float type>
 struct Fp32 : FloatSums {
   using X = std::conditional_t<type == Float::f32, float, uint16_t>;
+  using W = int8_t;
   using XV = __m512;
   using WV = __m512;
   static constexpr int kStep = 16;
   static constexpr int kTileM = 6;
   static XV load_x(const X* x) { return Vec::load(x, type); }
   static XV load_x(const X* x, int count) { return Vec::load(x, type, count); }
+  static WV load_w(const W* w) { return Vec::load_codes(w); }
+  static WV load_w(const W* w, int count) { return Vec::load_codes(w, count); }
   static Acc dot(Acc acc, XV x, WV w) { return _mm512_fmadd_ps(x, w, acc); }
-};
-
-template <Float type>
-struct Fp32Direct : Fp32<type> {
-  static constexpr int64_t kFewRows = 12;
-  using W = int8_t;
-  static __m512 load_w(const W* w) { return Vec::load_codes(w); }
-  static __m512 load_w(const W* w, int count) { return Vec::load_codes(w, count); }
-};
-
-template <Float type>
-struct Fp32Packed : Fp32<type> {
-  using W = float;
-  static __m512 load_w(const W* w) { return _mm512_loadu_ps(w); }
-  static __m512 load_w(const W* w, int count) { return _mm512_maskz_loadu_ps(mask16(count), w); }
-  static void pack(const int8_t* codes, int64_t count, W* w) {
-    int64_t k = 0;
-    for (; k + 16 <= count; k += 16) _mm512_storeu_ps(w + k, Vec::load_codes(codes + k));
-    if (k < count) _mm512_storeu_ps(w + k, Vec::load_codes(codes + k, static_cast<int>(count - k)));
-  }
 };
 
 // Products of bf16 pairs, summed in fp32. A code is exact in bf16.
 struct Bf16 : FloatSums {
   using X = uint16_t;
+  using W = int8_t;
   using XV = __m512i;
   using WV = __m512i;
   static constexpr int kStep = 32;
   static constexpr int kTileM = 6;
   static XV load_x(const X* x) { return _mm512_loadu_si512(x); }
   static XV load_x(const X* x, int count) { return _mm512_maskz_loadu_epi16(mask32(count), x); }
+  static WV load_w(const W* w) { return widened_to_bf16(w); }
+  static WV load_w(const W* w, int count) { return widened_to_bf16(w, count); }
   static Acc dot(Acc acc, XV x, WV w) {
     __asm__("vdpbf16ps %2, %1, %0" : "+v"(acc) : "v"(x), "v"(w));
     return acc;
   }
 };
 
-struct Bf16Direct : Bf16 {
-  static constexpr int64_t kFewRows = 24;
-  using W = int8_t;
-  static WV load_w(const W* w) { return widened_to_bf16(w); }
-  static WV load_w(const W* w, int count) { return widened_to_bf16(w, count); }
-};
-
-struct Bf16Packed : Bf16 {
-  using W = uint16_t;
-  static WV load_w(const W* w) { return _mm512_loadu_si512(w); }
-  static WV load_w(const W* w, int count) { return _mm512_maskz_loadu_epi16(mask32(count), w); }
-  static void pack(const int8_t* codes, int64_t count, W* w) {
-    int64_t k = 0;
-    for (; k + kStep <= count; k += kStep) _mm512_storeu_si512(w + k, widened_to_bf16(codes + k));
-    if (k < count) _mm512_storeu_si512(w + k, widened_to_bf16(codes + k, static_cast<int>(count - k)));
-  }
-};
-
 // Products of codes, summed in int32. The instruction wants one operand without sign: W + 128.
 struct Int8 {
   using X = int8_t;
+  using W = int8_t;
   using Sum = int32_t;
   using XV = __m512i;
   using WV = __m512i;
@@ -146,6 +115,8 @@ struct Int8 {
   static WV unsign(__m512i codes) { return _mm512_xor_si512(codes, _mm512_set1_epi8(-128)); }
   static XV load_x(const X* x) { return _mm512_loadu_si512(x); }
   static XV load_x(const X* x, int count) { return _mm512_maskz_loadu_epi8(mask64(count), x); }
+  static WV load_w(const W* w) { return unsign(_mm512_loadu_si512(w)); }
+  static WV load_w(const W* w, int count) { return unsign(_mm512_maskz_loadu_epi8(mask64(count), w)); }
   static Acc zero() { return _mm512_setzero_si512(); }
   static Acc dot(Acc acc, XV x, WV w) {
     __asm__("vpdpbusd %2, %1, %0" : "+v"(acc) : "v"(w), "v"(x));
@@ -166,57 +137,40 @@ struct Int8 {
   }
 };
 
-struct Int8Direct : Int8 {
-  static constexpr int64_t kFewRows = 32;
-  using W = int8_t;
-  static WV load_w(const W* w) { return unsign(_mm512_loadu_si512(w)); }
-  static WV load_w(const W* w, int count) { return unsign(_mm512_maskz_loadu_epi8(mask64(count), w)); }
-};
-
-// Single products, products of pairs and of fours, for outer products.
-struct FloatUnit {
-  using Sum = float;
-  static constexpr int32_t kOffset = 0;
-  static constexpr bool kGroups = true;
-};
-
-// For groups of columns only.
-struct Fp32Unit : FloatUnit {
-  using X = float;
+// The same one by one, in pairs and in fours, for outer products.
+template <Float type>
+struct Fp32Unit : Fp32<type> {
+  using typename Fp32<type>::X;
   static constexpr int64_t kElements = 1;
-  static constexpr int64_t kManyRows = INT64_MAX;
-  static constexpr int64_t kManyRowsOfGroups = 17;
-  static __m512i load_w(const int8_t* codes) { return _mm512_castps_si512(Vec::load_codes(codes)); }
-  static __m512i load_w(const int8_t* codes, int count) { return _mm512_castps_si512(Vec::load_codes(codes, count)); }
+  static constexpr int64_t kManyRows = 25;
+  static constexpr int64_t kManyRowsOfGroups = 13;
+  template <class... Count>
+  static __m512i load_x(const X* x, Count... count) {
+    return _mm512_castps_si512(Fp32<type>::load_x(x, count...));
+  }
+  template <class... Count>
+  static __m512i load_w(const int8_t* w, Count... count) {
+    return _mm512_castps_si512(Fp32<type>::load_w(w, count...));
+  }
   static __m512i product(__m512i sums, __m512i x, __m512i w) {
     return _mm512_castps_si512(
-        _mm512_fmadd_ps(_mm512_castsi512_ps(x), _mm512_castsi512_ps(w), _mm512_castsi512_ps(sums)));
+        Fp32<type>::dot(_mm512_castsi512_ps(sums), _mm512_castsi512_ps(x), _mm512_castsi512_ps(w)));
   }
 };
 
-struct Bf16Unit : FloatUnit {
-  using X = uint16_t;
+struct Bf16Unit : Bf16 {
   static constexpr int64_t kElements = 2;
-  static constexpr int64_t kManyRows = Bf16Direct::kFewRows + 1;
+  static constexpr int64_t kManyRows = 25;
   static constexpr int64_t kManyRowsOfGroups = 13;
-  static __m512i load_w(const int8_t* codes) { return Bf16Direct::load_w(codes); }
-  static __m512i load_w(const int8_t* codes, int count) { return Bf16Direct::load_w(codes, count); }
   static __m512i product(__m512i sums, __m512i x, __m512i w) {
-    return _mm512_castps_si512(Bf16::dot(_mm512_castsi512_ps(sums), x, w));
+    return _mm512_castps_si512(dot(_mm512_castsi512_ps(sums), x, w));
   }
 };
 
-struct Int8Unit {
-  using X = int8_t;
-  using Sum = int32_t;
-  static constexpr int32_t kOffset = Int8::kOffset;
-  static constexpr bool kGroups = false;
+struct Int8Unit : Int8 {
   static constexpr int64_t kElements = 4;
-  static constexpr int64_t kManyRows = Int8Direct::kFewRows + 1;
-  static __m512i load_w(const int8_t* codes) { return Int8Direct::load_w(codes); }
-  static __m512i load_w(const int8_t* codes, int count) { return Int8Direct::load_w(codes, count); }
-  static __m512i product(__m512i sums, __m512i x, __m512i w) { return Int8::dot(sums, x, w); }
-  static int32_t sum_x(const X* x, int64_t K) { return Int8::sum_x(x, K); }
+  static constexpr int64_t kManyRows = 33;
+  static __m512i product(__m512i sums, __m512i x, __m512i w) { return dot(sums, x, w); }
 };
 
 // Codes of probabilities, which are not negative, times codes of values.
@@ -227,39 +181,34 @@ struct WeightedUnit {
   static __m512i product(__m512i sums, __m512i x, __m512i w) { return Int8::dot(sums, w, x); }
 };
 
-using LinearF32 = DotLinear<Vec, Fp32Direct<Float::f32>, Fp32Packed<Float::f32>>;
-using LinearF16 = DotLinear<Vec, Fp32Direct<Float::f16>, Fp32Packed<Float::f16>>;
-using LinearBf16 = DotLinear<Vec, Bf16Direct, Bf16Packed>;
-using LinearInt8 = DotLinear<Vec, Int8Direct, Int8Direct>;
-using ManyRowsF32 = OuterLinear<Vec, Fp32Unit>;
+using LinearF32 = DotLinear<Vec, Fp32<Float::f32>>;
+using LinearF16 = DotLinear<Vec, Fp32<Float::f16>>;
+using LinearBf16 = DotLinear<Vec, Bf16>;
+using LinearInt8 = DotLinear<Vec, Int8>;
+using ManyRowsF32 = OuterLinear<Vec, Fp32Unit<Float::f32>>;
+using ManyRowsF16 = OuterLinear<Vec, Fp32Unit<Float::f16>>;
 using ManyRowsBf16 = OuterLinear<Vec, Bf16Unit>;
 using ManyRowsInt8 = OuterLinear<Vec, Int8Unit>;
 using AttentionInt8 = AttentionKernels<Vec, Int8Unit, WeightedUnit>;
 
-constexpr size_t kScratchFp32 = max64(sizeof(Scratch<Fp32Packed<Float::f32>>), sizeof(ManyRowsF32::Scratch));
-constexpr size_t kScratchBf16 = max64(sizeof(Scratch<Bf16Packed>), sizeof(ManyRowsBf16::Scratch));
-constexpr size_t kScratchInt8 = max64(sizeof(Scratch<Int8Direct>), sizeof(ManyRowsInt8::Scratch));
-
-size_t w8a16_scratch(const Linear& layer) { return layer.x_type == Float::bf16 ? kScratchBf16 : kScratchFp32; }
-size_t w8a8_scratch(const Linear&) { return kScratchInt8; }
-
+// Few rows of x by one, many by the other, for which they are packed.
 template <class FewRows, class ManyRows>
-void linear(const Linear& layer, Block block, void* scratch) {
-  ManyRows::takes(layer, block) ? ManyRows::run(layer, block, scratch) : FewRows::run(layer, block, scratch);
-}
-
-void w8a16(const Linear& layer, Block block, void* scratch) {
-  if (layer.x_type == Float::bf16) return linear<LinearBf16, ManyRowsBf16>(layer, block, scratch);
-  if (layer.x_type == Float::f32) return linear<LinearF32, ManyRowsF32>(layer, block, scratch);
-  LinearF16::run(layer, block, scratch);
-}
-
-void w8a8(const Linear& layer, Block block, void* scratch) { linear<LinearInt8, ManyRowsInt8>(layer, block, scratch); }
+constexpr LinearKernels either{
+    [](const Linear& layer) {
+      return ManyRows::takes(layer) ? sizeof(typename ManyRows::Scratch) : FewRows::scratch_bytes(layer);
+    },
+    [](const Linear& layer, Block block, void* scratch) {
+      ManyRows::takes(layer) ? ManyRows::run(layer, block, scratch) : FewRows::run(layer, block, scratch);
+    },
+    [](const Linear& layer) { return ManyRows::takes(layer) ? ManyRows::packed_bytes(layer) : 0; },
+    ManyRows::pack,
+};
 
 }  // namespace
 
 extern constexpr Kernels avx512_kernels = [] {
-  Kernels kernels = kernels_of<Vec>("avx512", w8a16_scratch, w8a16, w8a8_scratch, w8a8);
+  Kernels kernels = kernels_of<Vec>("avx512", either<LinearF32, ManyRowsF32>, either<LinearBf16, ManyRowsBf16>,
+                                    either<LinearF16, ManyRowsF16>, either<LinearInt8, ManyRowsInt8>);
   kernels.attention_packed = AttentionInt8::packed;
   kernels.attention_scratch = AttentionInt8::scratch;
   kernels.attention_mask = AttentionInt8::mask;

@@ -26,6 +26,7 @@ using octavo::Float;
 using octavo::Heads;
 using octavo::Kernels;
 using octavo::Linear;
+using octavo::LinearKernels;
 using octavo::Lookup;
 using octavo::Mask;
 using octavo::Rows;
@@ -163,28 +164,47 @@ struct Operands {
   static const void* at(const void* base, int64_t bytes) { return static_cast<const char*>(base) + bytes; }
 };
 
-// Columns of y are dealt out to the threads, of all layers together.
-void run(const std::vector<Linear>& layers, void (*kernel)(const Linear&, Block, void*),
-         size_t (*scratch)(const Linear&)) {
-  std::vector<int64_t> ends;  // of the layers, counted in units of columns
+// Deals out units of `size` to the threads, of all layers together, of which each has `of(layer)`.
+template <class Of, class Work>
+void deal_out(const std::vector<Linear>& layers, int64_t size, const Of& of, const Work& work) {
+  std::vector<int64_t> ends;  // of the layers, counted in units
   int64_t units = 0, products = 0;
-  size_t bytes = 0;
   for (const Linear& layer : layers) {
-    ends.push_back(units += (layer.N + kColumns - 1) / kColumns);
+    ends.push_back(units += (of(layer) + size - 1) / size);
     products += layer.N * layer.K * layer.M;
-    bytes = std::max(bytes, scratch(layer));
   }
   if (units == 0) return;
   in_parallel(units, products / units, [&](int64_t begin, int64_t end) {
-    void* memory = scratch_of(bytes);
     for (size_t i = 0; i < layers.size(); i++) {
       const int64_t first = i ? ends[i - 1] : 0;
       const int64_t from = std::max(begin, first), to = std::min(end, ends[i]);
-      if (from >= to) continue;
-      kernel(layers[i], {0, layers[i].M, (from - first) * kColumns, std::min((to - first) * kColumns, layers[i].N)},
-             memory);
+      if (from < to) work(layers[i], (from - first) * size, std::min((to - first) * size, of(layers[i])));
     }
   });
+}
+
+// Rows of x are packed where the kernels want it, then columns of y computed. `like`: what memory is allocated like.
+void run(std::vector<Linear> layers, const LinearKernels& kernels, const Tensor& like) {
+  size_t scratch_bytes = 0, packed_bytes = 0;
+  for (const Linear& layer : layers) {
+    scratch_bytes = std::max(scratch_bytes, kernels.scratch_bytes(layer));
+    if (kernels.packed_bytes) packed_bytes += kernels.packed_bytes(layer);
+  }
+  Tensor packed;
+  if (packed_bytes) {
+    packed = empty(like, {static_cast<int64_t>(packed_bytes) + 64}, ScalarType::Char);
+    char* memory = aligned(packed.mutable_data_ptr());
+    for (Linear& layer : layers) {
+      const size_t bytes = kernels.packed_bytes(layer);
+      if (bytes) layer.packed = memory, memory += bytes;
+    }
+    deal_out(layers, octavo::kPackedRows, [](const Linear& layer) { return layer.packed ? layer.M : 0; }, kernels.pack);
+  }
+  deal_out(
+      layers, kColumns, [](const Linear& layer) { return layer.N; },
+      [&](const Linear& layer, int64_t n0, int64_t n1) {
+        kernels.run(layer, {0, layer.M, n0, n1}, scratch_of(scratch_bytes));
+      });
 }
 
 // Whether there are kernels for floats of these types: of x in w8a16, of y in w8a8.
@@ -192,12 +212,16 @@ bool served(ScalarType type, const std::optional<Tensor>& bias) {
   return float_type(type) && (!bias || float_type(bias->scalar_type()));
 }
 
+const LinearKernels& w8a16_kernels(const Tensor& x) {
+  return kernels().w8a16[static_cast<int>(*float_type(x.scalar_type()))];
+}
+
 Tensor w8a16_linear(const Tensor& x, const Tensor& weight, const Tensor& weight_scale,
                     const std::optional<Tensor>& bias) {
   if (!served(x.scalar_type(), bias)) return reference<Tensor>("w8a16_linear", x, weight, weight_scale, bias);
   const Operands in(x, std::nullopt, weight, weight_scale, bias);
   Tensor y = empty(x, with_last(x, weight.size(0)), x.scalar_type());
-  run({in.layer(0, rows_of(x), 0, y, *float_type(x.scalar_type()))}, kernels().w8a16, kernels().w8a16_scratch);
+  run({in.layer(0, rows_of(x), 0, y, *float_type(x.scalar_type()))}, w8a16_kernels(x), x);
   return y;
 }
 
@@ -207,7 +231,7 @@ Tensor w8a8_linear(const Tensor& x, const Tensor& x_scale, const Tensor& weight,
   STD_TORCH_CHECK(x.scalar_type() == ScalarType::Char, "x must be int8");
   const Operands in(x, x_scale, weight, weight_scale, bias);
   Tensor y = empty(x, with_last(x, weight.size(0)), dtype);
-  run({in.layer(0, rows_of(x), 0, y, *float_type(dtype))}, kernels().w8a8, kernels().w8a8_scratch);
+  run({in.layer(0, rows_of(x), 0, y, *float_type(dtype))}, kernels().w8a8, x);
   return y;
 }
 
@@ -235,7 +259,7 @@ Tensor w8a16_experts_linear(const Tensor& x, const Tensor& ends, const Tensor& w
     return reference<Tensor>("w8a16_experts_linear", x, ends, weight, weight_scale, bias);
   const Operands in(x, std::nullopt, weight, weight_scale, bias);
   Tensor y = empty(x, with_last(x, weight.size(1)), x.scalar_type());
-  run(routed(in, ends, y, *float_type(x.scalar_type())), kernels().w8a16, kernels().w8a16_scratch);
+  run(routed(in, ends, y, *float_type(x.scalar_type())), w8a16_kernels(x), x);
   return y;
 }
 
@@ -246,7 +270,7 @@ Tensor w8a8_experts_linear(const Tensor& x, const Tensor& x_scale, const Tensor&
   STD_TORCH_CHECK(x.scalar_type() == ScalarType::Char, "x must be int8");
   const Operands in(x, x_scale, weight, weight_scale, bias);
   Tensor y = empty(x, with_last(x, weight.size(1)), dtype);
-  run(routed(in, ends, y, *float_type(dtype)), kernels().w8a8, kernels().w8a8_scratch);
+  run(routed(in, ends, y, *float_type(dtype)), kernels().w8a8, x);
   return y;
 }
 

@@ -14,8 +14,8 @@
 //     XV, WV, Acc       a step's operands, and an accumulator, in registers
 //     kStep             elements of K per step
 //     kTileM            rows of x in a register tile
-//     kFewRows          rows of x up to which widening W for each tile is cheaper than once (Direct only)
-//     kOffset           what was added to every code of W: the sums are too large by kOffset * (sum of x's row)
+//     kFewRows          rows of x up to which widening W for each tile is cheaper than once (Direct, if there is
+//     Packed) kOffset           what was added to every code of W: the sums are too large by kOffset * (sum of x's row)
 //     load_x, load_w    a step's operand: whole, or its first `count` elements with zeros behind
 //     zero, dot         an accumulator, and one step added to it
 //     kGroups           whether groups of columns may have scales of their own, and then
@@ -199,13 +199,13 @@ OCTAVO_INLINE int32_t excess_of(const typename Dot::X* x, int64_t K) {
 }
 
 // `Packed` may be `Direct`, where nothing is gained by widening once, or many rows of x are somebody else's.
-template <class V, class Direct, class Packed>
+template <class V, class Direct, class Packed = Direct>
 struct DotLinear {
   using X = typename Packed::X;
   using Sum = typename Packed::Sum;
   static constexpr int64_t kPiece = kPieceBytes / static_cast<int64_t>(sizeof(typename Packed::W));
 
-  static size_t scratch(const Linear&) { return sizeof(Scratch<Packed>); }
+  static size_t scratch_bytes(const Linear&) { return sizeof(Scratch<Packed>); }
 
   static void run(const Linear& layer, Block block, void* memory) {
     auto& scratch = *static_cast<Scratch<Packed>*>(memory);
@@ -215,11 +215,10 @@ struct DotLinear {
       for (int64_t i = 0; i < rows; i++) scratch.excess[i] = excess_of<Packed>(x_row(layer, m + i), layer.K);
       for (int64_t n = block.n0; n < block.n1; n += kBlockN) {
         const Block part{m, m + rows, n, min64(n + kBlockN, block.n1)};
-        if (std::is_same_v<Direct, Packed> || rows <= Direct::kFewRows) {
+        if (!many(rows))
           grouped ? few_rows<Direct::kGroups>(layer, part, scratch) : few_rows<false>(layer, part, scratch);
-        } else if constexpr (!std::is_same_v<Direct, Packed>) {
+        else if constexpr (!std::is_same_v<Direct, Packed>)
           grouped ? many_rows<Packed::kGroups>(layer, part, scratch) : many_rows<false>(layer, part, scratch);
-        }
         finish<V>(layer, part, scratch.sums, scratch.excess);
       }
     }
@@ -227,6 +226,13 @@ struct DotLinear {
 
  private:
   static const X* x_row(const Linear& layer, int64_t m) { return static_cast<const X*>(layer.x) + m * layer.K; }
+
+  static bool many(int64_t rows) {
+    if constexpr (std::is_same_v<Direct, Packed>)
+      return false;
+    else
+      return rows > Direct::kFewRows;
+  }
 
   // Row j of the tile that begins at row n of W. Past the last row the last is met again; its sums are not used.
   static int64_t w_row(int64_t n, int j, int64_t end) { return min64(n + j, end - 1); }
@@ -294,13 +300,8 @@ struct DotLinear {
   }
 };
 
-// w8a16, by a `LinearOf<type of x>`.
-template <template <Float> class LinearOf>
-void by_type_of_x(const Linear& layer, Block block, void* scratch) {
-  if (layer.x_type == Float::bf16) return LinearOf<Float::bf16>::run(layer, block, scratch);
-  if (layer.x_type == Float::f16) return LinearOf<Float::f16>::run(layer, block, scratch);
-  LinearOf<Float::f32>::run(layer, block, scratch);
-}
+template <class Layer>
+constexpr LinearKernels linear_kernels{Layer::scratch_bytes, Layer::run};
 
 }  // namespace
 }  // namespace octavo

@@ -31,6 +31,7 @@ struct Linear {
   Float bias_type;
   void* y;  // [M, N] of `y_type`
   Float y_type;
+  char* packed = nullptr;  // x once more, as `LinearKernels::pack` lays it out
 };
 
 // The part of y that one call computes: rows [m0, m1), columns [n0, n1).
@@ -105,14 +106,23 @@ struct Attention {
 constexpr int64_t kAttentionTokens = 32;  // the unit in which `attention_tokens` is dealt out
 constexpr int64_t kAttentionRows = 12;    // that `attention_rows` takes at most
 
+constexpr int64_t kPackedRows = 12;  // of x, the unit in which `pack` is dealt out
+
+struct LinearKernels {
+  // Of `scratch`: 64-byte aligned, and not shared between threads.
+  size_t (*scratch_bytes)(const Linear&);
+  void (*run)(const Linear&, Block, void* scratch);
+
+  // Of `Linear::packed`, 64-byte aligned, which rows [m0, m1) of x are packed into before any block is run: 0 where x
+  // is read as it lies. Null where it always is.
+  size_t (*packed_bytes)(const Linear&) = nullptr;
+  void (*pack)(const Linear&, int64_t m0, int64_t m1) = nullptr;
+};
+
 struct Kernels {
   const char* isa;
 
-  // `scratch`: 64-byte aligned, as many bytes as `*_scratch` says, and not shared between threads.
-  size_t (*w8a16_scratch)(const Linear&);
-  void (*w8a16)(const Linear&, Block, void* scratch);
-  size_t (*w8a8_scratch)(const Linear&);
-  void (*w8a8)(const Linear&, Block, void* scratch);
+  LinearKernels w8a16[3], w8a8;  // w8a16: for each `Float` type of x
 
   // A weight's rows [r0, r1): scale = amax / 127, rounded to the type of x; one step up where that would clip.
   void (*quantize_weight)(const Rows&, int64_t r0, int64_t r1);

@@ -1,13 +1,14 @@
 // y = x W^T by outer products, for many rows of x: vectors of 16 columns of y.
 //
-// Dot products along K (dot_linear.h) read each vector of x and of W whole. With many rows of x it pays to lay 32 rows
-// of W across instead, once for all rows of x: [K / u][32 rows of W][u] for units of u elements, 4 bytes. A step then
-// takes two vectors of W and one unit of each row of x, which fills a vector by broadcast: less than half of the bytes
-// from cache for the same products.
+// Dot products along K (dot_linear.h) read each vector of x and of W whole. With many rows of x it pays to lay both
+// across instead, in units of u elements, 4 bytes: 32 rows of W as [K / u][32][u], and 12 rows of x as [K / u][12][u].
+// A step then takes two vectors of W and one unit of each row of x, which fills a vector by broadcast: less than half
+// of the bytes from cache for the same products, and all in the order in which they lie.
 //
-//     columns of y   32 at a time: two vectors
-//     rows of y      up to kTileRows at a time: 24 accumulators
-//     K              in pieces, so that a tile's rows of x stay in L1 and the panel of W in L2
+//     x              packed before, once, by all threads (`pack`): tiles of 12 rows, which with 32 columns of y fill
+//                    24 accumulators
+//     W              a panel of 32 rows at a time, laid across piece by piece of K into scratch, where it stays in L2
+//                    while all tiles pass by
 //
 // Groups of columns with scales of their own are tiles of their own, whose sums are added under the group's scale.
 //
@@ -16,8 +17,8 @@
 //     kOffset     what was added to every code of W, to be taken off again: offset * (sum of x's row)
 //     kElements   in a unit
 //     kManyRows   of x, from which outer products are faster than dot products
-//     load_w      64 bytes of a row of W as the product wants them: whole, or the first `count` elements with zeros
-//                 behind
+//     load_x      16 units of a row of x: whole, or their first `count` elements with zeros behind
+//     load_w      the same of a row of W, as the product wants them
 //     product     sums + unit of x * unit of W
 //     sum_x       the sum of a row of x (only where there is an offset)
 //     kGroups     whether groups of columns may have scales of their own (fp32 sums only), and then
@@ -27,10 +28,19 @@
 namespace octavo {
 namespace {
 
-constexpr int kTileRows = 12;
-constexpr int64_t kPanelSteps = 512;  // units of K at a time: 2 KB of a row of x, 64 KB of W
-constexpr int64_t kGroupSteps = 8;    // units of a group of columns, at least: smaller ones are left to dot products
-constexpr int64_t kPanelGroups = kPanelSteps / kGroupSteps + 1;  // one of them may have begun in the panel before
+constexpr int kTileRows = kPackedRows;
+constexpr int64_t kUnitBytes = 4;
+
+// What a tile reads: rows of x, and 32 rows of W laid across, over `whole` units of K and one of `left` bytes if that
+// is not 0. `next`: codes that later panels need, fetched from memory meanwhile, 32 rows times a unit for each step; or
+// null.
+struct OuterOperands {
+  const char* x;
+  int64_t row, unit;  // bytes from one row of x to the next, and from one of its units to the next
+  const char* panel;
+  int64_t whole, left;
+  const int8_t* next;
+};
 
 // acc += x[MR, a unit] panel[a unit]. p: every third row of x; `bytes`: of the unit that are there.
 template <class Unit, int MR>
@@ -47,19 +57,6 @@ OCTAVO_INLINE void outer_step(__m512i (&acc)[MR][2], const char* const (&p)[(MR 
   }
 }
 
-// What a tile reads: rows of x, `ldx` elements apart, and 32 rows of W laid across, over `whole` units of K and one of
-// `left` elements if that is not 0. `next`: codes that later panels need, fetched from memory meanwhile, 32 rows times
-// a unit for each step; or null.
-template <class Unit>
-struct OuterOperands {
-  const typename Unit::X* x;
-  int64_t ldx;
-  const char* panel;
-  int64_t whole;
-  int left;
-  const int8_t* next;
-};
-
 OCTAVO_INLINE void store_scaled(float* sums, __m512 partial, __m512 scale, bool add) {
   const __m512 v = _mm512_mul_ps(partial, scale);
   _mm512_storeu_ps(sums, add ? _mm512_add_ps(v, _mm512_loadu_ps(sums)) : v);
@@ -67,7 +64,7 @@ OCTAVO_INLINE void store_scaled(float* sums, __m512 partial, __m512 scale, bool 
 
 // sums[MR][kBlockN] += x[MR, units] panel[units], or = if not `add`. `Scaled`: what is added is under scale[kBlockN].
 template <class Unit, int MR, bool Ahead, bool Scaled>
-__attribute__((noinline)) void outer_tile(const OuterOperands<Unit>& in, typename Unit::Sum* sums, bool add,
+__attribute__((noinline)) void outer_tile(const OuterOperands& in, typename Unit::Sum* sums, bool add,
                                           const float* scale) {
   __m512i acc[MR][2];
 #pragma GCC unroll 12
@@ -75,23 +72,24 @@ __attribute__((noinline)) void outer_tile(const OuterOperands<Unit>& in, typenam
     acc[i][0] = add && !Scaled ? _mm512_loadu_si512(sums + i * kBlockN) : _mm512_setzero_si512();
     acc[i][1] = add && !Scaled ? _mm512_loadu_si512(sums + i * kBlockN + 16) : _mm512_setzero_si512();
   }
-  const int64_t row = in.ldx * static_cast<int64_t>(sizeof(typename Unit::X));
+  const int64_t row = in.row, unit = in.unit;
   const char* p[(MR + 2) / 3];
 #pragma GCC unroll 4
-  for (int j = 0; j < (MR + 2) / 3; j++) p[j] = reinterpret_cast<const char*>(in.x) + 3 * j * row;
+  for (int j = 0; j < (MR + 2) / 3; j++) p[j] = in.x + 3 * j * row;
   const char* panel = in.panel;
   const int8_t* next = in.next;
-  for (int64_t left = in.whole; left > 0; left--, panel += 128) {
+  constexpr int64_t kCodes = kBlockN * Unit::kElements;  // of W in a step
+  for (int64_t steps = in.whole; steps > 0; steps--, panel += 128) {
     if constexpr (Ahead) {
 #pragma GCC unroll 2
-      for (int line = 0; line < kBlockN * Unit::kElements; line += 64) __builtin_prefetch(next + line, 0, 2);
-      next += kBlockN * Unit::kElements;
+      for (int64_t line = 0; line < kCodes; line += 64) __builtin_prefetch(next + line, 0, 2);
+      next += kCodes;
     }
-    outer_step<Unit, MR>(acc, p, row, panel, sizeof(int));
+    outer_step<Unit, MR>(acc, p, row, panel, kUnitBytes);
 #pragma GCC unroll 4
-    for (int j = 0; j < (MR + 2) / 3; j++) p[j] += 4;
+    for (int j = 0; j < (MR + 2) / 3; j++) p[j] += unit;
   }
-  if (in.left) outer_step<Unit, MR>(acc, p, row, panel, in.left * sizeof(typename Unit::X));
+  if (in.left) outer_step<Unit, MR>(acc, p, row, panel, in.left);
   if constexpr (Scaled) {
     // Else the compiler prefers registers for what follows, and copies or spills each at every step above.
 #pragma GCC unroll 12
@@ -112,11 +110,11 @@ __attribute__((noinline)) void outer_tile(const OuterOperands<Unit>& in, typenam
 }
 
 // A tile of `rows` rows, 1 to MR.
-template <class Unit, int MR, bool Scaled = false>
-OCTAVO_INLINE void outer_tile_of(int64_t rows, const OuterOperands<Unit>& in, typename Unit::Sum* sums, bool add,
+template <class Unit, bool Scaled = false, int MR = kTileRows>
+OCTAVO_INLINE void outer_tile_of(int64_t rows, const OuterOperands& in, typename Unit::Sum* sums, bool add,
                                  const float* scale = nullptr) {
   if constexpr (MR > 1) {
-    if (rows < MR) return outer_tile_of<Unit, MR - 1, Scaled>(rows, in, sums, add, scale);
+    if (rows < MR) return outer_tile_of<Unit, Scaled, MR - 1>(rows, in, sums, add, scale);
   }
   if (in.next)
     outer_tile<Unit, MR, true, Scaled>(in, sums, add, scale);
@@ -124,25 +122,31 @@ OCTAVO_INLINE void outer_tile_of(int64_t rows, const OuterOperands<Unit>& in, ty
     outer_tile<Unit, MR, false, Scaled>(in, sums, add, scale);
 }
 
+// 16 rows of 16 units, `load(row)` -> `count` units of `kRows` rows, `unit` bytes from one to the next.
+template <int kRows, class Load>
+OCTAVO_INLINE void lay_units(const Load& load, int64_t count, char* to, int64_t unit) {
+  __m512i r[16];
+#pragma GCC unroll 16
+  for (int j = 0; j < 16; j++) r[j] = load(j);
+  transpose(r);
+#pragma GCC unroll 16
+  for (int j = 0; j < 16; j++)
+    if (j < count) _mm512_mask_storeu_epi32(to + unit * j, static_cast<__mmask16>((1 << kRows) - 1), r[j]);
+}
+
 // Up to 32 rows of W, `ldw` codes apart, over `length` elements -> panel. What the missing rows would be is zeros.
 template <class Unit>
 void lay_across(const int8_t* w, int64_t ldw, int64_t rows, int64_t length, char* panel) {
   constexpr int64_t kVector = 16 * Unit::kElements;
-  for (int64_t done = 0; done < length; done += kVector) {
-    const int count = static_cast<int>(min64(kVector, length - done));
+  for (int64_t k = 0; k < length; k += kVector, panel += 16 * 128) {
+    const int count = static_cast<int>(min64(kVector, length - k));
     for (int half = 0; half < 2; half++) {
-      __m512i r[16];
-#pragma GCC unroll 16
-      for (int j = 0; j < 16; j++) {
+      const auto load = [&](int j) {
         const int64_t n = 16 * half + j;
-        const int8_t* codes = w + n * ldw + done;
-        r[j] = n >= rows ? _mm512_setzero_si512() : count == kVector ? Unit::load_w(codes) : Unit::load_w(codes, count);
-      }
-      transpose(r);
-      char* to = panel + done / Unit::kElements * 128 + 64 * half;
-#pragma GCC unroll 16
-      for (int j = 0; j < 16; j++)
-        if (j * Unit::kElements < count) _mm512_store_si512(to + 128 * j, r[j]);
+        const int8_t* codes = w + n * ldw + k;
+        return n >= rows ? _mm512_setzero_si512() : count == kVector ? Unit::load_w(codes) : Unit::load_w(codes, count);
+      };
+      lay_units<16>(load, ceil_div(count, Unit::kElements), panel + 64 * half, 128);
     }
   }
 }
@@ -150,63 +154,92 @@ void lay_across(const int8_t* w, int64_t ldw, int64_t rows, int64_t length, char
 template <class V, class Unit>
 struct OuterLinear {
   using X = typename Unit::X;
+  static constexpr int64_t kPanelSteps = 512;  // units of K at a time: 64 KB of a panel
+  static constexpr int64_t kPanelK = kPanelSteps * Unit::kElements;
+  static constexpr int64_t kTiles = 43;      // of x, whose sums wait in scratch
+  static constexpr int64_t kGroupSteps = 8;  // of a group, at least: smaller ones are not served
+  static constexpr int64_t kGroups = kPanelSteps / kGroupSteps + 1;  // in a panel: one may have begun before it
 
   struct Scratch {
-    alignas(64) typename Unit::Sum sums[kBlockM * kBlockN];
-    int32_t excess[kBlockM];
+    alignas(64) typename Unit::Sum sums[kTiles * kTileRows * kBlockN];
     alignas(64) char panel[kPanelSteps * 128];
-    float scales[kPanelGroups][kBlockN];
+    float scales[kGroups][kBlockN];
   };
 
-  // Whether it serves a block: what is left are few rows, and groups that are small or cut a unit.
-  static bool takes(const Linear& layer, Block block) {
-    const int64_t rows = block.m1 - block.m0;
-    if (layer.groups == 1) return rows >= Unit::kManyRows;
+  // What is left to dot products: few rows, and groups that are small or cut a unit.
+  static bool takes(const Linear& layer) {
+    if (layer.groups == 1) return layer.M >= Unit::kManyRows;
     if constexpr (Unit::kGroups) {
       const int64_t size = group_size(layer);
-      return rows >= Unit::kManyRowsOfGroups && size >= kGroupSteps * Unit::kElements && size % Unit::kElements == 0;
+      return layer.M >= Unit::kManyRowsOfGroups && size >= kGroupSteps * Unit::kElements && size % Unit::kElements == 0;
     }
     return false;
   }
 
+  static size_t packed_bytes(const Linear& layer) { return ceil_div(layer.M, kTileRows) * tile_bytes(layer); }
+
+  static void pack(const Linear& layer, int64_t m0, int64_t m1) {
+    for (int64_t m = m0; m < m1; m += kTileRows) {
+      const int64_t rows = min64(kTileRows, m1 - m);
+      char* to = tile_of(layer, m);
+      for (int64_t i = 0; i < rows; i++) excess_at(layer, m)[i] = excess_of<Unit>(x_row(layer, m + i), layer.K);
+      constexpr int64_t kVector = 16 * Unit::kElements;
+      for (int64_t k = 0; k < layer.K; k += kVector, to += 16 * kTileRows * kUnitBytes) {
+        const int count = static_cast<int>(min64(kVector, layer.K - k));
+        const auto load = [&](int j) {
+          if (j >= rows) return _mm512_setzero_si512();
+          const X* x = x_row(layer, m + j) + k;
+          return count == kVector ? Unit::load_x(x) : Unit::load_x(x, count);
+        };
+        lay_units<kTileRows>(load, ceil_div(count, Unit::kElements), to, kTileRows * kUnitBytes);
+      }
+    }
+  }
+
   static void run(const Linear& layer, Block block, void* memory) {
     auto& scratch = *static_cast<Scratch*>(memory);
-    for (int64_t m = block.m0; m < block.m1; m += kBlockM) {
-      const int64_t rows = min64(kBlockM, block.m1 - m);
-      for (int64_t i = 0; i < rows; i++) scratch.excess[i] = excess_of<Unit>(x_row(layer, m + i), layer.K);
+    for (int64_t m = block.m0 / kTileRows * kTileRows; m < block.m1; m += kTiles * kTileRows) {
       for (int64_t n = block.n0; n < block.n1; n += kBlockN) {
-        const Block part{m, m + rows, n, min64(n + kBlockN, block.n1)};
-        for (int64_t k = 0; k < layer.K || k == 0; k += kPanelSteps * Unit::kElements)
-          products(layer, part, k, min64(kPanelSteps * Unit::kElements, layer.K - k), scratch);
-        finish<V>(layer, part, scratch.sums, scratch.excess);
+        const Block part{m, min64(m + kTiles * kTileRows, block.m1), n, min64(n + kBlockN, block.n1)};
+        for (int64_t k = 0; k == 0 || k < layer.K; k += kPanelK)
+          products(layer, part, k, min64(kPanelK, layer.K - k), scratch);
+        store(layer, part, block.m0, scratch);
       }
     }
   }
 
  private:
-  static const X* x_row(const Linear& layer, int64_t m) { return static_cast<const X*>(layer.x) + m * layer.K; }
   static int64_t group_size(const Linear& layer) { return layer.K / layer.groups; }
 
-  // Sums over columns [k, k + length), a panel.
+  static const X* x_row(const Linear& layer, int64_t m) { return static_cast<const X*>(layer.x) + m * layer.K; }
+
+  // A tile of x: its units, and by how much an offset of W's codes makes the sums of its rows too large.
+  static int64_t tile_bytes(const Linear& layer) {
+    return ceil_div(ceil_div(layer.K, Unit::kElements) * kTileRows * kUnitBytes, 64) * 64 + 64;
+  }
+  static char* tile_of(const Linear& layer, int64_t m) { return layer.packed + m / kTileRows * tile_bytes(layer); }
+  static int32_t* excess_at(const Linear& layer, int64_t m) {
+    return reinterpret_cast<int32_t*>(tile_of(layer, m) + tile_bytes(layer) - 64);
+  }
+
+  // The sums of `part` over columns [k, k + length) of W.
   static void products(const Linear& layer, Block part, int64_t k, int64_t length, Scratch& scratch) {
     lay_across<Unit>(layer.w + part.n0 * layer.K + k, layer.K, part.n1 - part.n0, length, scratch.panel);
     if (layer.groups > 1) lay_scales_across(layer, part, k, length, scratch.scales);
-    const int64_t rows = part.m1 - part.m0, height = ceil_div(rows, ceil_div(rows, kTileRows));
-    for (int64_t i = 0; i < rows; i += height) {
-      const OuterOperands<Unit> in{x_row(layer, part.m0 + i) + k,
-                                   layer.K,
-                                   scratch.panel,
-                                   length / Unit::kElements,
-                                   static_cast<int>(length % Unit::kElements),
-                                   i == 0 ? layer.w + part.n1 * layer.K + kBlockN * k : nullptr};
-      auto* const sums = scratch.sums + i * kBlockN;
-      if constexpr (Unit::kGroups) {
-        if (layer.groups > 1) {
-          grouped_tile(layer, k, length, min64(height, rows - i), in, sums, scratch.scales);
-          continue;
-        }
-      }
-      outer_tile_of<Unit, kTileRows>(min64(height, rows - i), in, sums, k > 0);
+    for (int64_t m = part.m0; m < part.m1; m += kTileRows) {
+      const OuterOperands in{tile_of(layer, m) + k / Unit::kElements * kTileRows * kUnitBytes,
+                             kUnitBytes,
+                             kTileRows * kUnitBytes,
+                             scratch.panel,
+                             ceil_div(length, Unit::kElements),
+                             0,
+                             m == part.m0 ? layer.w + part.n1 * layer.K + kBlockN * k : nullptr};
+      const int64_t rows = min64(kTileRows, layer.M - m);
+      auto* const sums = scratch.sums + (m - part.m0) * kBlockN;
+      if (layer.groups == 1)
+        outer_tile_of<Unit>(rows, in, sums, k > 0);
+      else if constexpr (Unit::kGroups)
+        grouped_tile(layer, k, length, rows, in, sums, scratch.scales);
     }
   }
 
@@ -218,16 +251,25 @@ struct OuterLinear {
   }
 
   // A tile for each of these groups.
-  static void grouped_tile(const Linear& layer, int64_t k, int64_t length, int64_t rows, OuterOperands<Unit> in,
+  static void grouped_tile(const Linear& layer, int64_t k, int64_t length, int64_t rows, OuterOperands in,
                            typename Unit::Sum* sums, const float (*scale)[kBlockN]) {
     const int64_t size = group_size(layer);
     for (int64_t begin = k, end; begin < k + length; begin = end, scale++) {
       end = min64((begin / size + 1) * size, k + length);
       in.whole = (end - begin) / Unit::kElements;
-      outer_tile_of<Unit, kTileRows, true>(rows, in, sums, begin > 0, *scale);
-      in.x += end - begin;
-      in.panel += 128 * in.whole;
+      outer_tile_of<Unit, true>(rows, in, sums, begin > 0, *scale);
+      in.x += in.whole * in.unit;
+      in.panel += in.whole * 128;
       if (in.next) in.next += kBlockN * (end - begin);
+    }
+  }
+
+  // The sums of `part` -> y, from row m0 on: a block may begin inside of a tile.
+  static void store(const Linear& layer, Block part, int64_t m0, const Scratch& scratch) {
+    for (int64_t m = part.m0; m < part.m1; m += kTileRows) {
+      const int64_t from = max64(m, m0);
+      finish<V>(layer, {from, min64(m + kTileRows, part.m1), part.n0, part.n1},
+                scratch.sums + (from - part.m0) * kBlockN, excess_at(layer, m) + (from - m));
     }
   }
 };

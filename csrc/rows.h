@@ -114,15 +114,13 @@ struct RowKernels {
   }
 };
 
-// A table of kernels: those of rows, and the linear layers that it is given. None for attention.
+// A table of kernels: those of rows, and the linear layers that it is given, by the type of x. None for attention.
 template <class V>
-constexpr Kernels kernels_of(const char* isa, size_t (*w8a16_scratch)(const Linear&),
-                             void (*w8a16)(const Linear&, Block, void*), size_t (*w8a8_scratch)(const Linear&),
-                             void (*w8a8)(const Linear&, Block, void*)) {
+constexpr Kernels kernels_of(const char* isa, LinearKernels f32, LinearKernels bf16, LinearKernels f16,
+                             LinearKernels int8) {
   using Of = RowKernels<V>;
-  return {
-      isa,      w8a16_scratch, w8a16, w8a8_scratch, w8a8, Of::quantize_weight, Of::quantize_token, Of::quantize_given,
-      Of::amax, Of::lookup};
+  return {isa,      {f32, bf16, f16}, int8, Of::quantize_weight, Of::quantize_token, Of::quantize_given,
+          Of::amax, Of::lookup};
 }
 
 }  // namespace

@@ -125,6 +125,7 @@ struct Vec {
 template <class X_, class Sum_>
 struct Product {
   using X = X_;
+  using W = int8_t;
   using Sum = Sum_;
   using XV = Sum;
   using WV = Sum;
@@ -133,24 +134,14 @@ struct Product {
   static constexpr int kTileM = std::is_same<Sum, float>::value ? 2 : 1;
   static constexpr int32_t kOffset = 0;
   static constexpr bool kGroups = std::is_same<Sum, float>::value;
+  static WV load_w(const W* w) { return *w; }
+  static WV load_w(const W* w, int) { return *w; }
   static Acc zero() { return 0; }
   static Acc dot(Acc acc, XV x, WV w) { return acc + x * w; }
   static Acc scaled_add(Acc total, Acc partial, float scale) { return total + partial * scale; }
   static void store4(Acc a, Acc b, Acc c, Acc d, Sum* sums, bool add) {
     const Sum four[4] = {a, b, c, d};
     for (int j = 0; j < 4; j++) sums[j] = add ? sums[j] + four[j] : four[j];
-  }
-};
-
-// Both ways of meeting a weight, as stored and widened to `W_`.
-template <class Base, class W_>
-struct Meets : Base {
-  using W = W_;
-  static constexpr int64_t kFewRows = 4;
-  static typename Base::WV load_w(const W* w) { return static_cast<typename Base::WV>(*w); }
-  static typename Base::WV load_w(const W* w, int) { return load_w(w); }
-  static void pack(const int8_t* codes, int64_t count, W* w) {
-    for (int64_t k = 0; k < count; k++) w[k] = static_cast<W>(codes[k]);
   }
 };
 
@@ -167,12 +158,13 @@ struct Int8 : Product<int8_t, int32_t> {
 };
 
 template <Float type>
-using LinearFloat = DotLinear<Vec, Meets<Fp32<type>, int8_t>, Meets<Fp32<type>, float>>;
-using LinearInt8 = DotLinear<Vec, Meets<Int8, int8_t>, Meets<Int8, int8_t>>;
+using LinearFloat = DotLinear<Vec, Fp32<type>>;
+using LinearInt8 = DotLinear<Vec, Int8>;
 
 }  // namespace
 
-extern constexpr Kernels scalar_kernels = kernels_of<Vec>(
-    "scalar", LinearFloat<Float::f32>::scratch, by_type_of_x<LinearFloat>, LinearInt8::scratch, LinearInt8::run);
+extern constexpr Kernels scalar_kernels =
+    kernels_of<Vec>("scalar", linear_kernels<LinearFloat<Float::f32>>, linear_kernels<LinearFloat<Float::bf16>>,
+                    linear_kernels<LinearFloat<Float::f16>>, linear_kernels<LinearInt8>);
 
 }  // namespace octavo

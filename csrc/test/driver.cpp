@@ -236,22 +236,30 @@ struct Problem {
   void check(const Kernels& kernels, Block block, Float y_type) {
     const auto [M, N, K, groups] = shape;
     Floats out(M * N, y_type);
-    const Linear layer{M,
-                       N,
-                       K,
-                       int8 ? static_cast<void*>(x_codes.data()) : x.data(),
-                       type,
-                       int8 ? x_scale.data() : nullptr,
-                       x_scale.size() > 1,
-                       w.data(),
-                       w_scale.data(),
-                       groups,
-                       has_bias ? bias.data() : nullptr,
-                       bias_type,
-                       out.data(),
-                       y_type};
-    Array<char> scratch(((int8 ? kernels.w8a8_scratch : kernels.w8a16_scratch)(layer) + 63) / 64 * 64);
-    (int8 ? kernels.w8a8 : kernels.w8a16)(layer, block, scratch.data());
+    Linear layer{M,
+                 N,
+                 K,
+                 int8 ? static_cast<void*>(x_codes.data()) : x.data(),
+                 type,
+                 int8 ? x_scale.data() : nullptr,
+                 x_scale.size() > 1,
+                 w.data(),
+                 w_scale.data(),
+                 groups,
+                 has_bias ? bias.data() : nullptr,
+                 bias_type,
+                 out.data(),
+                 y_type};
+    const LinearKernels& of = int8 ? kernels.w8a8 : kernels.w8a16[static_cast<int>(type)];
+    const size_t packed_bytes = of.packed_bytes ? of.packed_bytes(layer) : 0;
+    Array<char> scratch((of.scratch_bytes(layer) + 63) / 64 * 64), packed((packed_bytes + 63) / 64 * 64);
+    if (packed_bytes) {
+      layer.packed = packed.data();
+      const int64_t cut = random_below(M / kPackedRows + 1) * kPackedRows;
+      of.pack(layer, cut, M);
+      of.pack(layer, 0, cut);
+    }
+    of.run(layer, block, scratch.data());
     for (int64_t m = 0; m < M; m++) {
       for (int64_t n = 0; n < N; n++) {
         const bool asked = m >= block.m0 && m < block.m1 && n >= block.n0 && n < block.n1;
@@ -632,7 +640,7 @@ int main() {
   std::vector<const Kernels*> all;
   for (const char* isa : {"scalar", "avx2", "avx512", "amx"}) {
     const Choice choice = choose(this_machine(), isa);
-    if (choice.kernels && choice.kernels->w8a16)
+    if (choice.kernels && choice.kernels->w8a8.run)
       all.push_back(choice.kernels);
     else
       printf("%s: left out, %s\n", isa, choice.kernels ? "it has no kernels" : choice.why);

@@ -146,11 +146,12 @@ void check(const Case& c) {
   if (c.bias) layer.bias = bias.as<void>(), layer.bias_type = c.bias_type;
   layer.y = y.as<void>(), layer.y_type = c.y_type;
 
-  const Fenced scratch((c.codes ? amx_kernels.w8a8_scratch : amx_kernels.w8a16_scratch)(layer), c.at_start, 64);
+  const LinearKernels& kernels = c.codes ? amx_kernels.w8a8 : amx_kernels.w8a16[static_cast<int>(Float::bf16)];
+  const Fenced scratch(kernels.scratch_bytes(layer), c.at_start, 64);
   const int64_t units = (N + 31) / 32;
   for (int64_t t = 0; t < c.threads; t++) {
     const int64_t n0 = units * t / c.threads * 32, n1 = std::min(units * (t + 1) / c.threads * 32, N);
-    if (n0 < n1) (c.codes ? amx_kernels.w8a8 : amx_kernels.w8a16)(layer, {0, M, n0, n1}, scratch.as<void>());
+    if (n0 < n1) kernels.run(layer, {0, M, n0, n1}, scratch.as<void>());
     if (holds_tiles()) fail(c, "tiles are held after the call", 0, n0, 1, 0);
   }
 
@@ -203,24 +204,28 @@ void check_both(Shape shape) {
   check(any_case(shape, false));
 }
 
-// What is left to AVX-512 must arrive there, with scratch that is large enough.
-void check_left_to_avx512() {
-  const int64_t M = 7, N = 33, K = 64;
-  const Fenced x(M * K * 4, false), w(N * K, false), w_scale(N * 2 * 4, false), y(M * N * 4, false);
-  for (int64_t i = 0; i < M * K; i++) x.as<float>()[i] = 1;
+// Few rows and groups of columns, left to AVX-512, must arrive there: with enough scratch, and packed where it wants
+// that.
+void check_left_to_avx512(int64_t M, int64_t groups) {
+  const int64_t N = 33, K = 64;
+  const Fenced x(M * K * 2, false), w(N * K, false), w_scale(N * groups * 4, false), y(M * N * 4, false);
+  for (int64_t i = 0; i < M * K; i++) x.as<uint16_t>()[i] = to_bf16(1);
   for (int64_t i = 0; i < N * K; i++) w.as<int8_t>()[i] = 1;
-  for (int64_t n = 0; n < 2 * N; n++) w_scale.as<float>()[n] = n % 2 ? 3 : 1;
-  for (const int64_t groups : {1, 2}) {
-    Linear layer{M,      N,       K,          x.as<void>(), Float::f32, nullptr, 0, w.as<int8_t>(), w_scale.as<float>(),
-                 groups, nullptr, Float::f32, y.as<void>(), Float::f32};
-    const Fenced scratch(amx_kernels.w8a16_scratch(layer), false, 64);
-    amx_kernels.w8a16(layer, {0, M, 0, N}, scratch.as<void>());
-    for (int64_t i = 0; i < M * N; i++) {
-      const float expected = groups == 2 ? 32 + 96 : 64 * w_scale.as<float>()[i % N];
-      if (y.as<float>()[i] != expected) {
-        fprintf(stderr, "groups=%ld: y[%ld] is %g, expected %g\n", groups, i, y.as<float>()[i], expected);
-        exit(1);
-      }
+  for (int64_t n = 0; n < N * groups; n++) w_scale.as<float>()[n] = n % 2 ? 3 : 1;
+  Linear layer{M,      N,       K,          x.as<void>(), Float::bf16, nullptr, 0, w.as<int8_t>(), w_scale.as<float>(),
+               groups, nullptr, Float::f32, y.as<void>(), Float::f32};
+  const LinearKernels& kernels = amx_kernels.w8a16[static_cast<int>(Float::bf16)];
+  const Fenced scratch(kernels.scratch_bytes(layer), false, 64), packed(kernels.packed_bytes(layer), false, 64);
+  if (kernels.packed_bytes(layer)) {
+    layer.packed = packed.as<char>();
+    kernels.pack(layer, 0, M);
+  }
+  kernels.run(layer, {0, M, 0, N}, scratch.as<void>());
+  for (int64_t i = 0; i < M * N; i++) {
+    const float expected = groups == 2 ? 32 + 96 : 64 * w_scale.as<float>()[i % N];
+    if (y.as<float>()[i] != expected) {
+      fprintf(stderr, "M=%ld groups=%ld: y[%ld] is %g, expected %g\n", M, groups, i, y.as<float>()[i], expected);
+      exit(1);
     }
   }
 }
@@ -232,7 +237,9 @@ int main(int argc, char** argv) {
       !__builtin_cpu_supports("avx512bf16"))
     return 77;
   generator.seed(argc > 1 ? static_cast<unsigned>(atoi(argv[1])) : 1);
-  check_left_to_avx512();
+  check_left_to_avx512(3, 1);
+  check_left_to_avx512(7, 2);
+  check_left_to_avx512(50, 2);
   for (const int64_t M : {1, 4, 5, 15, 16, 17, 31, 32, 33, 48, 65})
     for (const int64_t N : {1, 15, 16, 17, 32, 33, 95})
       for (const int64_t K : {0, 1, 31, 32, 33, 63, 64, 65, 257}) check_both({M, N, K});

@@ -610,7 +610,7 @@ for threads in (1, 2):
     done = run_python(program, OMP_WAIT_POLICY="passive")
     assert done.returncode == 0, done.stderr
     one, two = (float(line) for line in done.stdout.split())
-    assert one < 1.1 and 1.5 < two < 2.5
+    assert one < 1.1 and two > 1.3
 
 
 def test_an_instruction_set_that_nobody_knows() -> None:
