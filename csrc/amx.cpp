@@ -337,7 +337,7 @@ namespace octavo {
 
 namespace {
 
-const LinearKernels& avx512_bf16() { return avx512_kernels.w8a16[static_cast<int>(Float::bf16)]; }
+const LinearKernels& avx512_bf16() { return avx512_kernels.w8a16(Float::bf16); }
 const LinearKernels& avx512_int8() { return avx512_kernels.w8a8; }
 
 template <class Tiles, const LinearKernels& (*avx512)()>
@@ -357,7 +357,7 @@ constexpr LinearKernels tiles_or{
 extern const Kernels amx_kernels = [] {
   Kernels kernels = avx512_kernels;
   kernels.isa = "amx";
-  kernels.w8a16[static_cast<int>(Float::bf16)] = tiles_or<LinearBf16, avx512_bf16>;
+  kernels.w8a16_of[static_cast<int>(Float::bf16)] = tiles_or<LinearBf16, avx512_bf16>;
   kernels.w8a8 = tiles_or<LinearInt8, avx512_int8>;
   return kernels;
 }();

@@ -212,9 +212,7 @@ bool served(ScalarType type, const std::optional<Tensor>& bias) {
   return float_type(type) && (!bias || float_type(bias->scalar_type()));
 }
 
-const LinearKernels& w8a16_kernels(const Tensor& x) {
-  return kernels().w8a16[static_cast<int>(*float_type(x.scalar_type()))];
-}
+const LinearKernels& w8a16_kernels(const Tensor& x) { return kernels().w8a16(*float_type(x.scalar_type())); }
 
 Tensor w8a16_linear(const Tensor& x, const Tensor& weight, const Tensor& weight_scale,
                     const std::optional<Tensor>& bias) {

@@ -122,7 +122,8 @@ struct LinearKernels {
 struct Kernels {
   const char* isa;
 
-  LinearKernels w8a16[3], w8a8;  // w8a16: for each `Float` type of x
+  LinearKernels w8a16_of[3];  // f32, bf16, f16: see `w8a16`
+  LinearKernels w8a8;
 
   // A weight's rows [r0, r1): scale = amax / 127, rounded to the type of x; one step up where that would clip.
   void (*quantize_weight)(const Rows&, int64_t r0, int64_t r1);
@@ -141,6 +142,8 @@ struct Kernels {
   void (*attention_mask)(const Attention&, int64_t i0, int64_t i1);
   void (*attention_tokens)(const Attention&, int64_t key_head, int64_t s0, int64_t s1, void* scratch);
   void (*attention_rows)(const Attention&, int64_t key_head, int64_t r0, int64_t r1, void* scratch);
+
+  const LinearKernels& w8a16(Float x) const { return w8a16_of[static_cast<int>(x)]; }
 };
 
 extern const Kernels scalar_kernels, avx2_kernels, avx512_kernels, amx_kernels;

@@ -250,7 +250,7 @@ struct Problem {
                  bias_type,
                  out.data(),
                  y_type};
-    const LinearKernels& of = int8 ? kernels.w8a8 : kernels.w8a16[static_cast<int>(type)];
+    const LinearKernels& of = int8 ? kernels.w8a8 : kernels.w8a16(type);
     const size_t packed_bytes = of.packed_bytes ? of.packed_bytes(layer) : 0;
     Array<char> scratch((of.scratch_bytes(layer) + 63) / 64 * 64), packed((packed_bytes + 63) / 64 * 64);
     if (packed_bytes) {

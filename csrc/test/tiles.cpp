@@ -146,7 +146,7 @@ void check(const Case& c) {
   if (c.bias) layer.bias = bias.as<void>(), layer.bias_type = c.bias_type;
   layer.y = y.as<void>(), layer.y_type = c.y_type;
 
-  const LinearKernels& kernels = c.codes ? amx_kernels.w8a8 : amx_kernels.w8a16[static_cast<int>(Float::bf16)];
+  const LinearKernels& kernels = c.codes ? amx_kernels.w8a8 : amx_kernels.w8a16(Float::bf16);
   const Fenced scratch(kernels.scratch_bytes(layer), c.at_start, 64);
   const int64_t units = (N + 31) / 32;
   for (int64_t t = 0; t < c.threads; t++) {
@@ -214,7 +214,7 @@ void check_left_to_avx512(int64_t M, int64_t groups) {
   for (int64_t n = 0; n < N * groups; n++) w_scale.as<float>()[n] = n % 2 ? 3 : 1;
   Linear layer{M,      N,       K,          x.as<void>(), Float::bf16, nullptr, 0, w.as<int8_t>(), w_scale.as<float>(),
                groups, nullptr, Float::f32, y.as<void>(), Float::f32};
-  const LinearKernels& kernels = amx_kernels.w8a16[static_cast<int>(Float::bf16)];
+  const LinearKernels& kernels = amx_kernels.w8a16(Float::bf16);
   const Fenced scratch(kernels.scratch_bytes(layer), false, 64), packed(kernels.packed_bytes(layer), false, 64);
   if (kernels.packed_bytes(layer)) {
     layer.packed = packed.as<char>();

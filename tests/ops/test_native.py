@@ -596,21 +596,23 @@ assert torch.equal(ops.w8a16_linear(x, weight, scale), before)
 
 def test_the_number_of_threads_is_obeyed() -> None:
     program = """
-import time, torch
+import statistics, time, torch
 from octavo import ops
 weight, scale, x = torch.zeros(4096, 4096, dtype=torch.int8), torch.ones(4096, 1), torch.randn(16, 4096).bfloat16()
 for threads in (1, 2):
     torch.set_num_threads(threads)
     ops.w8a16_linear(x, weight, scale)
-    all_threads, this_thread = time.process_time(), time.thread_time()
-    for _ in range(5):
+    shares = []
+    for _ in range(25):
+        all_threads, this_thread = time.process_time(), time.thread_time()
         ops.w8a16_linear(x, weight, scale)
-    print((time.process_time() - all_threads) / (time.thread_time() - this_thread))
+        shares.append((time.process_time() - all_threads) / (time.thread_time() - this_thread))
+    print(statistics.median(shares))
 """
     done = run_python(program, OMP_WAIT_POLICY="passive")
     assert done.returncode == 0, done.stderr
     one, two = (float(line) for line in done.stdout.split())
-    assert one < 1.1 and two > 1.3
+    assert one < 1.1 and 1.5 < two < 2.5
 
 
 def test_an_instruction_set_that_nobody_knows() -> None:
