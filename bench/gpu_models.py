@@ -1,7 +1,7 @@
 """Language models of random weights on a GPU: octavo's int8 next to bf16, gpt-fast's formulas and torchao.
 
-Each runtime has a process, and makes the same bf16 model there. First all run eagerly, in turns; then each is compiled
-whole, with a static cache (`octavo.integrations.compiled`), and they take turns again.
+Each runtime has a process, and makes the same bf16 model there. First all run eagerly, in turns; then decode and
+prefill are compiled whole, with a static cache (`octavo.integrations.compiled`), and they take turns again.
 """
 
 from __future__ import annotations
@@ -40,20 +40,23 @@ BF16, W8A16, W8A8, GPT_FAST, TORCHAO = (
 LLAMA, MIXTRAL = "Llama-2-7B shape", "Mixtral shape, 16 layers"
 HOW = """
 Random weights in bf16; each runtime has a process, and they take turns, eagerly first, then compiled whole by
-`torch.compile` with a static cache and CUDA graphs, all in the same way. Prefill is the time from the prompt to the
-first token, decode greedy, at batch 1. Error: of the logits after the prompt, against the bf16 model's, as a share of
-their norm.
+`torch.compile` with a static cache and CUDA graphs, all in the same way. Decode is greedy, at batch 1, from the first
+token on, as gpt-fast measures it; prefill is the time from the prompt to the first token. Error: of the logits after
+the prompt, against the bf16 model's, as a share of their norm.
 """
-NEW, ROUNDS = 32, 3
+ROUNDS = 3
 WRONG = 0.3
 """Error of the logits, as a share of their norm, from which on a runtime computes something else."""
+DECODED = 64
+"""Tokens, the first of which is the prompt."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Model:
     """A shape and what is measured of it. at_once: how many processes may hold the bf16 model besides their own.
 
-    gpt-fast gathers the experts of each token of the prompt, so that the prompt of a mixture is short.
+    prompt: tokens of a prefill; gpt-fast gathers the experts of each, so that a mixture's is short. prefilling: the
+    runtimes whose prefill is compiled.
     """
 
     make: Callable[[], Any]
@@ -62,6 +65,8 @@ class Model:
     at_once: int
     decode: tuple[Goal, ...]
     prefill: tuple[Goal, ...] = ()
+    prefilling: tuple[str, ...] = ()
+    memory: tuple[Goal, ...] = ()
 
 
 def compiled(runtime: str) -> str:
@@ -76,7 +81,7 @@ MODELS = {
         ),
         2048,
         (BF16, W8A16, W8A8, GPT_FAST, TORCHAO),
-        3,
+        5,
         (
             Goal("decode, w8a16 compiled", compiled(W8A16), (compiled(BF16),), 1.6),
             Goal("decode, w8a16 compiled", compiled(W8A16), (compiled(GPT_FAST),), 1.0),
@@ -87,6 +92,11 @@ MODELS = {
         (
             Goal("prefill, w8a8 eager", W8A8, (BF16,), 1.56, 1.7),
             Goal("prefill, w8a8 compiled", compiled(W8A8), (compiled(BF16),)),
+        ),
+        (BF16, W8A16, W8A8),
+        tuple(
+            Goal("peak memory, times less", ours, (rival,), 1.82, 1.92)  # 0.55 and 0.52 of it
+            for ours, rival in ((W8A16, BF16), (W8A8, BF16), (compiled(W8A16), compiled(BF16)))
         ),
     ),
     MIXTRAL: Model(
@@ -115,62 +125,86 @@ def measure(name: str) -> Iterator[dict[str, Any]]:
 def _compare(name: str, model: Model, device: str) -> Iterator[dict[str, Any]]:
     chance = random.Random(0)
     ids = [chance.randrange(model.make().vocab_size) for _ in range(model.prompt)]
-    found: dict[str, Any] = {}
+    decode, prefill = Part("decode_s", ids[:1], DECODED), Part("first_token_s", ids, 1)
+    runs: dict[str, Any] = {}
     missing: dict[str, str] = {}
     passes: list[float] = []
     with contextlib.ExitStack() as stack:
         stream = stack.enter_context(own_process())
         stream(bench_worker.open_stream, device, None)
+
+        def found() -> dict[str, Any]:
+            passes.extend(stream(bench_worker.stream_bytes_per_s) for _ in range(ROUNDS))
+            return {"runtimes": runs, "missing": missing, "memory_bytes_per_s": statistics.median(passes)}
+
         workers = {runtime: stack.enter_context(own_process()) for runtime in model.runtimes}
         calls: dict[str, tuple[Any, ...]] = {runtime: (start, runtime, name, ids, device) for runtime in workers}
-        _phase(workers, calls, model, ids, found, missing)
-        passes += [stream(bench_worker.stream_bytes_per_s) for _ in range(ROUNDS)]
-        expected = found[BF16]["logits"]
-        for one in found.values():
-            one["error"] = _relative_error(one.pop("logits"), expected)
-        yield {"runtimes": found, "missing": missing, "memory_bytes_per_s": statistics.median(passes)}
-        workers = {compiled(runtime): worker for runtime, worker in workers.items() if runtime in found}
-        _phase(workers, dict.fromkeys(workers, (compile_whole, ids)), model, ids, found, missing)
-        passes += [stream(bench_worker.stream_bytes_per_s) for _ in range(ROUNDS)]
-        yield {"runtimes": found, "missing": missing, "memory_bytes_per_s": statistics.median(passes)}
+        eager = _make_ready(workers, calls, model.at_once, runs, missing)
+        expected = runs[BF16]["logits"]
+        for label in eager:
+            runs[label]["error"] = _relative_error(runs[label].pop("logits"), expected)
+        for part in (decode, prefill):
+            _race(eager, part, runs)
+        yield found()
+        for part, runtimes in ((decode, model.runtimes), (prefill, model.prefilling)):
+            whole = {compiled(runtime): eager[runtime] for runtime in runtimes if runtime in eager}
+            ready = _make_ready(whole, dict.fromkeys(whole, (compile_whole, part)), len(whole), runs, missing)
+            _race(ready, part, runs)
+            yield found()
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """A part of generation that is timed by itself. key: of `Round`; ids: the prompt; tokens: that come of it."""
+
+    key: str
+    ids: list[int]
+    tokens: int
 
 
 def _relative_error(logits: torch.Tensor, expected: torch.Tensor) -> float:
     return float((logits - expected).norm() / expected.norm())
 
 
-def _phase(
+def _make_ready(
     workers: dict[str, Worker],
     calls: dict[str, tuple[Any, ...]],
-    model: Model,
-    ids: list[int],
-    found: dict[str, Any],
+    at_once: int,
+    runs: dict[str, Any],
     missing: dict[str, str],
-) -> None:
-    """Make the workers ready by their calls, and time them in turns. Adds to `found`, or to `missing` why not."""
-    with ThreadPoolExecutor(model.at_once) as pool:
-        ready = {label: pool.submit(worker, *calls[label]) for label, worker in workers.items()}
-    racing = {}
-    for label, future in ready.items():
+) -> dict[str, Worker]:
+    """Make the workers ready by their calls, and note in `runs` what these return, in `missing` why one failed.
+    Returns: those that are ready."""
+    with ThreadPoolExecutor(max(1, at_once)) as pool:
+        futures = {label: pool.submit(worker, *calls[label]) for label, worker in workers.items()}
+    ready = {}
+    for label, future in futures.items():
         try:
-            found[label] = {**future.result(), "first_token_s": [], "decode_s": []}
-            racing[label] = workers[label]
+            runs.setdefault(label, {"peak_bytes": 0}).update(future.result())
+            ready[label] = workers[label]
         except Exception as error:
             if label.removesuffix(compiled("")) in (BF16, W8A16, W8A8):
                 raise
             missing[label] = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+            del runs[label]
         print(f"  {label}: {missing.get(label, 'ready')}", file=sys.stderr, flush=True)
+    return ready
+
+
+def _race(workers: dict[str, Worker], part: Part, runs: dict[str, Any]) -> None:
+    """Time them in turns. Adds to their `runs` the seconds of a prompt or a token, in rounds, and their peak memory."""
+    steps = max(1, part.tokens - 1)
+    for label in workers:
+        runs[label][part.key] = []
     for round_ in range(ROUNDS + 1):
-        for label, worker in racing.items():
-            one = worker(bench_worker.time_round, ids, NEW)
+        for label, worker in workers.items():
+            seconds = getattr(worker(bench_worker.time_round, part.ids, part.tokens), part.key)
             if round_:  # the first warms up
-                found[label]["first_token_s"].append(one.first_token_s)
-                found[label]["decode_s"].append(one.decode_s / (NEW - 1))
-    for label, worker in racing.items():
-        one = found[label]
-        one["peak_bytes"] = worker(bench_worker.peak_memory)
-        prefill, decode = (statistics.median(one[key]) for key in ("first_token_s", "decode_s"))
-        print(f"  {label}: {prefill * 1e3:.1f} ms, {1 / decode:.1f} tokens/s", file=sys.stderr, flush=True)
+                runs[label][part.key].append(seconds / steps)
+    for label, worker in workers.items():
+        runs[label]["peak_bytes"] = max(runs[label]["peak_bytes"], worker(bench_worker.peak_memory))
+        milliseconds = statistics.median(runs[label][part.key]) * 1e3
+        print(f"  {label}, {part.key}: {milliseconds:.2f} ms", file=sys.stderr, flush=True)
 
 
 # -- in a runtime's process -----------------------------------------------------------------------------------------
@@ -199,11 +233,12 @@ def start(runtime: str, name: str, ids: list[int], device: str) -> dict[str, Any
     return {"token_bytes": read, "logits": logits}
 
 
-def compile_whole(ids: list[int]) -> dict[str, Any]:
-    """Returns: the seconds that compiling took."""
-    seconds = bench_worker.compile_model(ids, NEW)
+def compile_whole(part: Part) -> dict[str, Any]:
+    """Compile decode, or prefill alone. Returns: the seconds that it took."""
+    decoding = part.key == "decode_s"
+    seconds = bench_worker.compile_model(part.ids, part.tokens if decoding else 0)
     _forget_peak(bench_worker.held().device.type)
-    return {"token_bytes": None, "compile_s": seconds}
+    return {f"compile_{part.key}": seconds}
 
 
 def _read_by_a_token(model: Any) -> int:
@@ -237,8 +272,10 @@ def tables(found: dict[str, Any]) -> list[Table]:
             (MODELS[name].decode, "decode_s", lambda seconds: f"{1 / seconds:.1f} tokens/s"),
             (MODELS[name].prefill, "first_token_s", lambda seconds: f"{seconds * 1e3:.1f} ms"),
         ):
-            seconds = {label: statistics.median(run[key]) for label, run in right.items()}
+            seconds = {label: statistics.median(run[key]) for label, run in right.items() if key in run}
             rows += [(name, *goals.row(goal, seconds, show)) for goal in several]
+        peaks = {label: float(run["peak_bytes"]) for label, run in right.items()}
+        rows += [(name, *goals.row(goal, peaks, lambda peak: human_bytes(int(peak)))) for goal in MODELS[name].memory]
     return [
         Table("Models: what must be reached", ("model", *goals.COLUMNS), tuple(rows), "llllrrrrl"),
         *(_runtimes(name, one) for name, one in found.items()),
@@ -255,32 +292,28 @@ def _runtimes(name: str, one: dict[str, Any]) -> Table:
     rows = []
     for label, run in runs.items():
         plain = label.removesuffix(compiled(""))
-        baseline = runs[label.replace(plain, BF16)]
+        bf16 = runs[label.replace(plain, BF16)]
         bytes_read = runs[plain]["token_bytes"] or runs[W8A16]["token_bytes"]
-        prefill, decode = statistics.median(run["first_token_s"]), statistics.median(run["decode_s"])
-        ratios = (
-            statistics.median(baseline["first_token_s"]) / prefill,
-            statistics.median(baseline["decode_s"]) / decode,
-        )
-        rows.append(
-            (
-                label,
-                f"{prefill * 1e3:.1f} ms ({ratios[0]:.2f}x)",
-                f"{1 / decode:.1f} ({ratios[1]:.2f}x)",
-                f"{human_bytes(int(bytes_read / decode))}/s",
-                human_percent(bytes_read / decode / speed),
-                f"{human_bytes(run['peak_bytes'])} ({run['peak_bytes'] / baseline['peak_bytes']:.2f}x)",
-                "-" if run.get("compile_s") is None else f"{run['compile_s']:.0f} s",
-                f"{_error(one, label):.3f}",
-            )
-        )
+        compile_s = [seconds for key, seconds in run.items() if key.startswith("compile_")]
+        row = [label, "-", "-", "-", "-"]
+        if "first_token_s" in run:
+            prefill = statistics.median(run["first_token_s"])
+            row[1] = f"{prefill * 1e3:.1f} ms ({statistics.median(bf16['first_token_s']) / prefill:.2f}x)"
+        if "decode_s" in run:
+            decode = statistics.median(run["decode_s"])
+            row[2] = f"{1 / decode:.1f} ({statistics.median(bf16['decode_s']) / decode:.2f}x)"
+            row[3] = f"{human_bytes(int(bytes_read / decode))}/s"
+            row[4] = human_percent(bytes_read / decode / speed)
+        peak = f"{human_bytes(run['peak_bytes'])} ({run['peak_bytes'] / bf16['peak_bytes']:.2f}x)"
+        compiling = f"{sum(compile_s):.0f} s" if compile_s else "-"
+        rows.append((*row, peak, compiling, f"{_error(one, label):.3f}"))
     rows += [(label, why, *("-" for _ in range(6))) for label, why in one["missing"].items()]
     columns = (
         "runtime", "prefill", "decode, tokens/s", "weights read", "of a copy's speed", "peak memory", "compile time",
         "error of the logits",
     )  # fmt: skip
     title = (
-        f"{name}: {MODELS[name].prompt} tokens in, {NEW} out, batch 1; medians of {ROUNDS} rounds; in brackets: next "
-        f"to bf16. A copy on the GPU: {human_bytes(int(speed))}/s, read and written"
+        f"{name}: prefill of {MODELS[name].prompt} tokens, decode of {DECODED}, batch 1; medians of {ROUNDS} rounds; "
+        f"in brackets: next to bf16. A copy on the GPU: {human_bytes(int(speed))}/s, read and written"
     )
     return Table(title, columns, tuple(rows), "lrrrrrrr")

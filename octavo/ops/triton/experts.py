@@ -10,7 +10,7 @@ so finds its own, or that there is none. An expert without rows has no tile: its
 Two kernels serve both ops, in float and in int8:
 
     _vector_kernel   a program for each row: where hardly two rows have the same expert, as when a token is decoded.
-                     Each thread loads 16 codes of a channel at a time and multiplies them by x without tensor cores.
+                     The ordinary cores multiply (`vector.py`).
     _tile_kernel     a program for each BLOCK_M rows of one expert: y.T = weight @ x.T on tensor cores. The weight
                      stands left, for that is the side of which Hopper's wgmma wants 64 rows and takes them from
                      registers, where codes become x's dtype; the rows of x, which are few, stand right.
@@ -27,19 +27,12 @@ from torch import Tensor
 
 from octavo.ops import reference
 from octavo.ops.reference import check_codes, check_input
+from octavo.ops.triton import vector
 from octavo.ops.triton.launch import ceil_div, launch, power_of_two, rows_in_line
 from octavo.ops.triton.linear import Tile
 
 __all__ = ["w8a8_experts_linear", "w8a16_experts_linear"]
 
-
-_VECTOR, _VECTOR_SHORT = Tile(1, 4, 1024, 4, 1), Tile(1, 32, 256, 4, 1)
-"""A program takes 1024 codes of 4 channels at once, 32 to each of its threads. A code is converted by one instruction
-and multiplied by another. Under 1024 input channels a step is 256 long, or much of it would be empty, for 32 channels.
-
-Measured on an H200 for Mixtral's experts at T = 1 (top 2), up 235 MB and down 117 MB: 71 and 40 us, 3.3 and 2.9 TB/s.
-512 codes of 16 channels take 80 and 51 us, 2048 of 4 take 74 and 39, 4096 of 2 take 103 and 47.
-"""
 
 _FLOAT = (Tile(16, 64, 128, 4, 4), Tile(32, 64, 128, 4, 4), Tile(64, 128, 64, 8, 4), Tile(128, 128, 64, 8, 3))
 _INT8 = (Tile(16, 64, 128, 4, 4), Tile(32, 64, 128, 4, 4), Tile(64, 128, 64, 8, 4), Tile(128, 128, 64, 8, 4))
@@ -101,8 +94,11 @@ def _linear(
     )  # fmt: skip
     block_e = min(_BLOCK_E, power_of_two(experts + 1))
     if _hardly_two_share(rows, experts):
-        tile = _VECTOR_SHORT if k < 1024 else _VECTOR
-        launch(_vector_kernel, (ceil_div(n, tile.n) * rows,), y, *args, BLOCK_E=block_e, **_options(tile))
+        columns, warps = vector.piece(k)
+        launch(
+            _vector_kernel, (ceil_div(n, vector.ROWS.value) * rows,), y, *args,
+            COLUMNS=columns, BLOCK_E=block_e, num_warps=warps,
+        )  # fmt: skip
     else:
         tile = _tile_of(x.dtype, rows, experts, k)
         row_tiles = (rows + (tile.m - 1) * min(experts + 1, rows)) // tile.m
@@ -137,35 +133,28 @@ def _tile_of(dtype: torch.dtype, rows: int, experts: int, k: int) -> Tile:
 def _vector_kernel(
     y, x, x_scale, ends, weight, weight_scale, bias, rows, n, k, experts, x_row, x_scale_row, weight_expert,
     weight_row, bias_expert,
-    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_E: tl.constexpr,
+    COLUMNS: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
     """y[row, channels] for one row, whose number changes fastest: rows of one expert read the same weights together."""
     row = tl.program_id(0) % rows
-    channel = tl.program_id(0) // rows * BLOCK_N + tl.arange(0, BLOCK_N)
+    program = tl.program_id(0) // rows
     expert = _expert_of_row(ends, rows, experts, row, BLOCK_E)
     routed = expert < experts
 
     row, expert = row.to(tl.int64), expert.to(tl.int64)
-    # The 16 columns of a load lie in one thread, which adds their products up before it asks any other.
-    column = tl.arange(0, BLOCK_K // 16)[:, None] * 16 + tl.arange(0, 16)[None, :]
-    x_at = x + row * x_row + column
-    weight_at = weight + expert * weight_expert + channel[:, None, None].to(tl.int64) * weight_row + column[None, :, :]
-    total = tl.zeros((BLOCK_N, BLOCK_K // 16), tl.float32 if x_scale is None else tl.int32)
-    for first in range(0, tl.where(routed, k, 0), BLOCK_K):
-        inside = column < k - first
-        codes = tl.load(weight_at + first, mask=(channel < n)[:, None, None] & inside[None, :, :], other=0)
-        values = tl.load(x_at + first, mask=inside, other=0)
-        total += tl.sum(codes.to(total.dtype) * values.to(total.dtype)[None, :, :], 2)
-    result = tl.sum(total, 1).to(tl.float32)
-
+    sums = vector.rows_times_vector(
+        x + row * x_row, weight + expert * weight_expert, None, program, n, tl.where(routed, k, 0), weight_row,
+        tl.float32 if x_scale is None else tl.int32, 0, COLUMNS,
+    )  # fmt: skip
+    channel = vector.rows_of_program(program, n)
     wanted = channel < tl.where(routed, n, 0)
     scale = tl.load(weight_scale + expert * n + channel, mask=wanted, other=0)
     if x_scale is not None:
         scale *= tl.load(x_scale + row * x_scale_row, mask=routed, other=0)
-    result *= scale
+    result = sums.to(tl.float32) * scale
     if bias is not None:
         result += tl.load(bias + expert * bias_expert + channel, mask=wanted, other=0).to(tl.float32)
-    tl.store(y + row * n + channel, result.to(y.dtype.element_ty), mask=channel < n)
+    tl.store(y + row * n + channel, result.to(y.dtype.element_ty))
 
 
 @triton.jit(do_not_specialize=["rows", "row_tiles"])

@@ -17,6 +17,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from octavo.ops import reference
+from octavo.ops.triton import vector
 from octavo.ops.triton.launch import ceil_div, copied_on_hopper, launch, rows_in_line
 from octavo.ops.triton.linear import (
     GROUP_OF_PROGRAMS,
@@ -24,12 +25,9 @@ from octavo.ops.triton.linear import (
     Tile,
     add_parts,
     contiguous_rows,
-    load_chunks,
     plan,
     programs,
-    rows_of_program,
     tile_of_program,
-    vector_piece,
 )
 
 __all__ = ["w8a8_linear", "w8a8_linears"]
@@ -70,10 +68,10 @@ def w8a8_linear(
     x_scale, weight_scale = x_scale.contiguous(), weight_scale.contiguous()
     bias = None if bias is None else bias.contiguous()
     if m == 1:
-        rows, columns = vector_piece(k)
+        columns, warps = vector.piece(k)
         launch(
-            _matrix_vector, (ceil_div(n, rows),), rows_in_line(x), x_scale, weight, weight_scale, bias, y, n, k,
-            weight.stride(0), ROWS=rows, COLUMNS=columns, num_warps=4,
+            _matrix_vector, (ceil_div(n, vector.ROWS.value),), rows_in_line(x), x_scale, weight, weight_scale, bias, y,
+            n, k, weight.stride(0), COLUMNS=columns, num_warps=warps,
         )  # fmt: skip
         return y
     x = contiguous_rows(x, m, k)
@@ -111,11 +109,11 @@ def w8a8_linears(
     for one in weight:
         reference.check_codes(x, one)
     y = x.new_empty((*x.shape[:-1], total), dtype=dtype)
-    rows, columns = vector_piece(k)
+    columns, warps = vector.piece(k)
     layers = Layers.of(weight, weight_scale, bias)
     launch(
-        _matrix_vectors, (layers.programs(rows),), rows_in_line(x), x_scale, *layers[:3], y, *layers[3:], k,
-        ROWS=rows, COLUMNS=columns, num_warps=4,
+        _matrix_vectors, (layers.programs(),), rows_in_line(x), x_scale, *layers[:3], y, *layers[3:], k,
+        COLUMNS=columns, num_warps=warps,
     )  # fmt: skip
     return y
 
@@ -151,49 +149,37 @@ def _store_scaled(y_ptr, sums, x_scale_ptr, scale_ptr, bias_ptr, rows, channels,
 
 
 @triton.jit
-def _matrix_vector(
-    x_ptr, x_scale_ptr, weight_ptr, scale_ptr, bias_ptr, y_ptr, n, k, row_stride,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-):  # fmt: skip
-    """ROWS elements of y for one row of x."""
-    rows = rows_of_program(tl.program_id(0), n, ROWS)
-    y = _rows_times_vector(x_ptr, x_scale_ptr, weight_ptr, scale_ptr, bias_ptr, rows, k, row_stride, COLUMNS)
-    tl.store(y_ptr + rows, y.to(y_ptr.dtype.element_ty))
+def _matrix_vector(x_ptr, x_scale_ptr, weight_ptr, scale_ptr, bias_ptr, y_ptr, n, k, row_stride, COLUMNS: tl.constexpr):
+    """Elements of y for one row of x."""
+    program = tl.program_id(0)
+    _rows_of_y(x_ptr, x_scale_ptr, weight_ptr, scale_ptr, bias_ptr, y_ptr, program, n, k, row_stride, COLUMNS)
 
 
 @triton.jit
-def _matrix_vectors(
-    x_ptr, x_scale_ptr, weights, scales, biases, y_ptr, sizes, row_strides, k,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-):  # fmt: skip
+def _matrix_vectors(x_ptr, x_scale_ptr, weights, scales, biases, y_ptr, sizes, row_strides, k, COLUMNS: tl.constexpr):
     """The same for a program of any of several layers, as in `linear.py`."""
     program = tl.program_id(0)
     for layer in tl.static_range(len(weights)):
-        programs = tl.cdiv(sizes[layer], ROWS)
+        programs = tl.cdiv(sizes[layer], vector.ROWS)
         if (program >= 0) & (program < programs):
-            rows = rows_of_program(program, sizes[layer], ROWS)
-            y = _rows_times_vector(
-                x_ptr, x_scale_ptr, weights[layer], scales[layer], biases[layer], rows, k, row_strides[layer], COLUMNS
-            )
-            tl.store(y_ptr + rows, y.to(y_ptr.dtype.element_ty))
+            _rows_of_y(
+                x_ptr, x_scale_ptr, weights[layer], scales[layer], biases[layer], y_ptr, program, sizes[layer], k,
+                row_strides[layer], COLUMNS,
+            )  # fmt: skip
         program -= programs
         y_ptr += sizes[layer]
 
 
 @triton.jit
-def _rows_times_vector(x_ptr, x_scale_ptr, weight_ptr, scale_ptr, bias_ptr, rows, k, row_stride, COLUMNS: tl.constexpr):
-    """y of these rows of the weight, fp32; 16 columns at a time lie in one thread, as in `linear.py`."""
-    chunks = tl.arange(0, COLUMNS // 16)
-    sums = tl.zeros((rows.shape[0], COLUMNS // 16), tl.int32)
-    for start in range(0, k, COLUMNS):
-        columns = start + chunks[:, None] * 16 + tl.arange(0, 16)[None, :]
-        codes = load_chunks(weight_ptr, rows, columns, row_stride, k)
-        x = tl.load(x_ptr + columns, mask=columns < k, other=0)
-        sums += tl.sum(codes.to(tl.int32) * x.to(tl.int32)[None, :, :], axis=2)
-    y = tl.sum(sums, axis=1).to(tl.float32) * (tl.load(x_scale_ptr) * tl.load(scale_ptr + rows))
+def _rows_of_y(
+    x_ptr, x_scale_ptr, weight_ptr, scale_ptr, bias_ptr, y_ptr, program, n, k, row_stride, COLUMNS: tl.constexpr
+):
+    rows = vector.rows_of_program(program, n)
+    sums = vector.rows_times_vector(x_ptr, weight_ptr, None, program, n, k, row_stride, tl.int32, 0, COLUMNS)
+    y = sums.to(tl.float32) * (tl.load(x_scale_ptr) * tl.load(scale_ptr + rows))
     if bias_ptr is not None:
         y += tl.load(bias_ptr + rows).to(tl.float32)
-    return y
+    tl.store(y_ptr + rows, y.to(y_ptr.dtype.element_ty))
 
 
 @triton.jit(do_not_specialize=["m"])  # so that another number of rows compiles nothing

@@ -4,7 +4,7 @@
 
 Up to a few hundred rows of x the time is that of reading the codes once, so all that matters is that many bytes are
 under way, and that widening them costs few instructions: one row of x is multiplied on the ordinary cores
-(`_matrix_vector`), more on the tensor cores (`_matrix_product`), where few rows are one tile, padded to 16.
+(`vector.py`), more on the tensor cores (`_matrix_product`), where few rows are one tile, padded to 16.
 
 Widening the whole weight and leaving the rest to cuBLAS would be faster for thousands of rows, but cuBLAS rounds its
 result to x's dtype before a scale can be applied: fp16 would overflow, and everything would be rounded twice.
@@ -23,11 +23,12 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from octavo.ops import reference
-from octavo.ops.triton.launch import ceil_div, copied_on_hopper, launch, power_of_two, rows_in_line
+from octavo.ops.triton import vector
+from octavo.ops.triton.launch import ceil_div, copied_on_hopper, launch, rows_in_line
 
 __all__ = [
-    "Layers", "Plan", "Tile", "add_parts", "contiguous_rows", "load_chunks", "plan", "programs", "rows_of_program",
-    "tile_of_program", "vector_piece", "w8a16_linear", "w8a16_linears",
+    "Layers", "Plan", "Tile", "add_parts", "contiguous_rows", "plan", "programs", "tile_of_program", "w8a16_linear",
+    "w8a16_linears",
 ]  # fmt: skip
 
 
@@ -76,12 +77,6 @@ MOST_PARTS = 16
 GROUP_OF_PROGRAMS = 8
 """Tiles of the weight that programs which run at the same time share: they stay in the L2 cache meanwhile."""
 
-VECTOR_ROWS, VECTOR_COLUMNS = 4, 1024
-"""The piece of the weight that a program takes at a time for one row of x: 4 KB, 32 bytes to each of its 128
-threads, in 2 loads of 16. Never a split of K: adding its parts up would be a second launch, which costs more than it
-gains. Codes are converted by one instruction: on an H200 32000 x 4096 takes 39 us so, and 45 by adding to bits of a
-float."""
-
 
 class Plan(NamedTuple):
     """The tile for a shape, how many of it there are, in how many parts K is split, and of how many steps each."""
@@ -108,11 +103,6 @@ def plan(m: int, n: int, k: int, few: Sequence[Tile], many: Sequence[Tile], step
     return Plan(tile, tiles, ceil_div(steps, steps_of_part), steps_of_part)
 
 
-def vector_piece(k: int) -> tuple[int, int]:
-    """Rows and columns of a weight of k columns that a program takes at a time for one row of x."""
-    return VECTOR_ROWS, min(VECTOR_COLUMNS, max(power_of_two(k), 16))
-
-
 def programs(tile: Tile, m: int, n: int) -> int:
     """How many of the tile cover y [m, n]."""
     return ceil_div(m, tile.m) * ceil_div(n, tile.n)
@@ -134,10 +124,10 @@ def w8a16_linear(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor |
     groups = weight_scale.shape[1]
     group = k // groups if groups > 1 else 0
     if m == 1:
-        rows, columns = vector_piece(k)
+        columns, warps = vector.piece(k)
         launch(
-            _matrix_vector, (ceil_div(n, rows),), rows_in_line(x), weight, weight_scale, bias, y, n, k,
-            weight.stride(0), GROUP=group, ROWS=rows, COLUMNS=columns, num_warps=4,
+            _matrix_vector, (ceil_div(n, vector.ROWS.value),), rows_in_line(x), weight, weight_scale, bias, y, n, k,
+            weight.stride(0), GROUP=group, COLUMNS=columns, num_warps=warps,
         )  # fmt: skip
         return y
     x = contiguous_rows(x, m, k)
@@ -181,12 +171,12 @@ def w8a16_linears(
     for one in weight:
         reference.check_input(x, one)
     y = x.new_empty((*x.shape[:-1], total))
-    rows, columns = vector_piece(k)
+    columns, warps = vector.piece(k)
     layers = Layers.of(weight, weight_scale, bias)
     (count,) = groups
     launch(
-        _matrix_vectors, (layers.programs(rows),), rows_in_line(x), *layers[:3], y, *layers[3:], k,
-        GROUP=k // count if count > 1 else 0, ROWS=rows, COLUMNS=columns, num_warps=4,
+        _matrix_vectors, (layers.programs(),), rows_in_line(x), *layers[:3], y, *layers[3:], k,
+        GROUP=k // count if count > 1 else 0, COLUMNS=columns, num_warps=warps,
     )  # fmt: skip
     return y
 
@@ -209,9 +199,9 @@ class Layers(NamedTuple):
             tuple(len(one) for one in weights), tuple(one.stride(0) for one in weights),
         )  # fmt: skip
 
-    def programs(self, rows: int) -> int:
-        """How many pieces of that many rows there are; each is of one layer."""
-        return sum(ceil_div(size, rows) for size in self.sizes)
+    def programs(self) -> int:
+        """How many there are for one row of x; each is of one layer."""
+        return sum(ceil_div(size, vector.ROWS.value) for size in self.sizes)
 
 
 def contiguous_rows(x: Tensor, m: int, k: int) -> Tensor:
@@ -227,81 +217,42 @@ def _longest_step(x: Tensor, group: int) -> int:
 
 @triton.jit
 def _matrix_vector(
-    x_ptr, weight_ptr, scale_ptr, bias_ptr, y_ptr, n, k, row_stride,
-    GROUP: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-):  # fmt: skip
-    """ROWS elements of y for one row of x; GROUP: columns to a scale, 0 if the whole row has one."""
-    rows = rows_of_program(tl.program_id(0), n, ROWS)
-    y = _rows_times_vector(x_ptr, weight_ptr, scale_ptr, bias_ptr, rows, k, row_stride, GROUP, COLUMNS)
-    tl.store(y_ptr + rows, y.to(y_ptr.dtype.element_ty))
+    x_ptr, weight_ptr, scale_ptr, bias_ptr, y_ptr, n, k, row_stride, GROUP: tl.constexpr, COLUMNS: tl.constexpr
+):
+    """Elements of y for one row of x; GROUP: columns to a scale, 0 if the whole row has one."""
+    program = tl.program_id(0)
+    _rows_of_y(x_ptr, weight_ptr, scale_ptr, bias_ptr, y_ptr, program, n, k, row_stride, GROUP, COLUMNS)
 
 
 @triton.jit
 def _matrix_vectors(
-    x_ptr, weights, scales, biases, y_ptr, sizes, row_strides, k,
-    GROUP: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-):  # fmt: skip
+    x_ptr, weights, scales, biases, y_ptr, sizes, row_strides, k, GROUP: tl.constexpr, COLUMNS: tl.constexpr
+):
     """The same for a program of any of several layers, whose elements of y follow each other; sizes: N of each."""
     program = tl.program_id(0)
     for layer in tl.static_range(len(weights)):
-        programs = tl.cdiv(sizes[layer], ROWS)
+        programs = tl.cdiv(sizes[layer], vector.ROWS)
         if (program >= 0) & (program < programs):
-            rows = rows_of_program(program, sizes[layer], ROWS)
-            y = _rows_times_vector(
-                x_ptr, weights[layer], scales[layer], biases[layer], rows, k, row_strides[layer], GROUP, COLUMNS
-            )
-            tl.store(y_ptr + rows, y.to(y_ptr.dtype.element_ty))
+            _rows_of_y(
+                x_ptr, weights[layer], scales[layer], biases[layer], y_ptr, program, sizes[layer], k,
+                row_strides[layer], GROUP, COLUMNS,
+            )  # fmt: skip
         program -= programs
         y_ptr += sizes[layer]
 
 
 @triton.jit
-def _rows_times_vector(
-    x_ptr, weight_ptr, scale_ptr, bias_ptr, rows, k, row_stride, GROUP: tl.constexpr, COLUMNS: tl.constexpr
-):
-    """y of these rows of the weight, fp32. A chunk of 16 columns lies in one thread, so that 16 products are added up
-    without asking any other."""
-    chunks = tl.arange(0, COLUMNS // 16)
-    sums = tl.zeros((rows.shape[0], COLUMNS // 16), tl.float32)
-    for start in range(0, k, COLUMNS):
-        columns = start + chunks[:, None] * 16 + tl.arange(0, 16)[None, :]
-        codes = load_chunks(weight_ptr, rows, columns, row_stride, k)
-        x = tl.load(x_ptr + columns, mask=columns < k, other=0.0).to(tl.float32)
-        products = codes.to(tl.float32) * x[None, :, :]
-        if GROUP == 0:
-            sums += tl.sum(products, axis=2)
-        elif GROUP % 16 == 0:
-            first = start + chunks * 16
-            scale = tl.load(
-                scale_ptr + rows[:, None] * (k // GROUP) + first[None, :] // GROUP, mask=first[None, :] < k, other=0.0
-            )
-            sums += tl.sum(products, axis=2) * scale
-        else:
-            scale = tl.load(
-                scale_ptr + rows[:, None, None] * (k // GROUP) + columns[None, :, :] // GROUP,
-                mask=columns[None, :, :] < k, other=0.0,
-            )  # fmt: skip
-            sums += tl.sum(products * scale, axis=2)
-    y = tl.sum(sums, axis=1)
+def _rows_of_y(
+    x_ptr, weight_ptr, scale_ptr, bias_ptr, y_ptr, program, n, k, row_stride,
+    GROUP: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    rows = vector.rows_of_program(program, n)
+    y = vector.rows_times_vector(x_ptr, weight_ptr, scale_ptr, program, n, k, row_stride, tl.float32, GROUP, COLUMNS)
     if GROUP == 0:
         y *= tl.load(scale_ptr + rows)
     if bias_ptr is not None:
         y += tl.load(bias_ptr + rows).to(tl.float32)
-    return y
-
-
-@triton.jit
-def rows_of_program(program, n, ROWS: tl.constexpr):
-    """ROWS rows of a weight of n; the last program computes its last row more than once."""
-    return tl.minimum(program.to(tl.int64) * ROWS + tl.arange(0, ROWS), n - 1)
-
-
-@triton.jit
-def load_chunks(weight_ptr, rows, columns, row_stride, k):
-    """Codes of rows [R] and columns [C, 16]: [R, C, 16], zeros past the end of a row."""
-    return tl.load(
-        weight_ptr + rows[:, None, None] * row_stride + columns[None, :, :], mask=columns[None, :, :] < k, other=0
-    )
+    tl.store(y_ptr + rows, y.to(y_ptr.dtype.element_ty))
 
 
 @triton.jit(do_not_specialize=["m"])  # so that another number of rows compiles nothing

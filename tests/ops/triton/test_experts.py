@@ -11,9 +11,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from octavo.errors import QuantizeError
 from octavo.ops import reference
-from octavo.ops.triton import experts, linear
+from octavo.ops.triton import experts
 from octavo.ops.triton.experts import w8a8_experts_linear, w8a16_experts_linear
 from tests.ops.test_experts_linear import assert_rounded_once, check_w8a16, ends_of, exact, stack
+from tests.ops.triton.hopper import launched
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -114,17 +115,13 @@ def test_every_tile(rows: str, dtype: torch.dtype, device: str) -> None:
     assert not y[-2:].any()
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.int8])
-@pytest.mark.parametrize(
-    ("tile", "n", "k"),
-    [(experts._VECTOR, 25, 1030), (experts._VECTOR_SHORT, 50, 270)],
-)
-def test_every_tile_of_one_row(
-    tile: linear.Tile, n: int, k: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch, device: str
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.int8])
+@pytest.mark.parametrize(("n", "k"), [(25, 2100), (50, 1030), (33, 270), (3, 1)])
+def test_every_piece_of_one_row(
+    n: int, k: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch, device: str
 ) -> None:
-    taken = []
-    options = experts._options
-    monkeypatch.setattr(experts, "_options", lambda tile: taken.append(tile) or options(tile))
+    """Rows of more than a program takes at a time, and of less, by fewer warps."""
+    kernels = launched(experts, monkeypatch)
     counts = [0, 1, *[0] * 6, 2, *[0] * 6, 1]
     codes, scale = stack(len(counts), n, k)
     x = torch.randn(sum(counts), k)
@@ -135,7 +132,7 @@ def test_every_tile_of_one_row(
     else:
         y = w8a16(x.to(dtype), counts, codes, scale, None, device)
         assert_rounded_once(y, *exact(x.to(dtype), counts, codes, scale, None), k)
-    assert taken == [tile]
+    assert kernels == ["_vector_kernel"]
 
 
 @pytest.mark.parametrize("counts", [[0, 1] * 9, [3, 0, 20, 1, 0, 40]])

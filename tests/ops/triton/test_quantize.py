@@ -73,6 +73,19 @@ def test_halves_are_rounded_to_even(device: str) -> None:
     assert codes[127].item() == 0 and codes[129].item() == 2
 
 
+@pytest.mark.parametrize("exponent", [*range(-149, 128, 9), -148, -127, -126, -125, -65, -64, -63, 63, 64, 65, 127])
+def test_next_to_halves(device: str, exponent: int) -> None:
+    """Quotients a few steps of fp32 around every half, for scales of every size, denormal ones too."""
+    halves = torch.arange(-257, 258, 2) / 2
+    for mantissa in (1.0, 1.0 + 2**-23, 1.5, 1.9999998807907104, *(1 + torch.rand(4)).tolist()):
+        scale = torch.tensor([mantissa]).ldexp(torch.tensor(exponent))
+        tie = (halves.double() * scale.double()).float().view(torch.int32)
+        x = (tie + torch.arange(-3, 4, dtype=torch.int32)[:, None]).view(torch.float32)
+        codes = quantize_static(x.to(device), scale.to(device)).cpu()
+        wanted = (x / scale).nan_to_num(0.0, torch.inf, -torch.inf).round().clamp(-127, 127)
+        assert torch.equal(codes.float(), wanted)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_every_row_by_itself(device: str, dtype: torch.dtype) -> None:
     """The quotients lie next to a half for some of 30 000 values: a division that is not rounded right would show."""
