@@ -94,9 +94,10 @@ def _linear(
     )  # fmt: skip
     block_e = min(_BLOCK_E, power_of_two(experts + 1))
     if _hardly_two_share(rows, experts):
-        columns, warps = vector.piece(k)
+        count = ceil_div(n, vector.ROWS.value) * rows
+        columns, warps = vector.piece(k, count)
         launch(
-            _vector_kernel, (ceil_div(n, vector.ROWS.value) * rows,), y, *args,
+            _vector_kernel, (count,), y, *args,
             COLUMNS=columns, BLOCK_E=block_e, num_warps=warps,
         )  # fmt: skip
     else:

@@ -40,13 +40,13 @@ MANY_ROWS = (Tile(128, 128, 128, 8, 3), Tile(64, 128, 128, 4, 3), Tile(64, 64, 1
 of the tensor cores: 64 bytes a cycle where the L2 cache gives about 32, so half of the tensor cores is predicted. Two
 programs fit a multiprocessor of sm_90 (96 KB, 128 registers a thread)."""
 
-ON_HOPPER, ALONE_ON_HOPPER = Tile(128, 128, 128, 8, 3), Tile(128, 128, 128, 4, 4)
+ON_HOPPER, ALONE_ON_HOPPER = Tile(128, 128, 128, 8, 3), Tile(128, 128, 256, 4, 3)
 """Where the copy engine of sm_90 fetches the operands (`_copied_product`): no thread computes addresses, and two
 programs of this tile fit a multiprocessor (98 KB, 112 registers a thread), so that one stores its results while the
 other multiplies. Measured on an H200 for [N, K] of 4096 x 4096 and 14336 x 4096: 1.2 to 1.4 times as fast as the tiles
 above, at 512 rows and at 2048; [128, 256] and [256, 128], of which one fits, are 2 to 10% slower, and so are programs
-that take one tile after the other. Where a multiprocessor has one program at most, 4 warps and a stage more are 1.2 to
-1.3 times as fast."""
+that take one tile after the other. Where a multiprocessor has one program at most, 4 warps and longer steps are 1.2 to
+1.4 times as fast; 64 x 256 and a fifth stage of 128 change nothing, steps of 64 take 1.3 times as long."""
 
 MULTIPROCESSORS = 132
 """Of an H200."""
@@ -68,9 +68,10 @@ def w8a8_linear(
     x_scale, weight_scale = x_scale.contiguous(), weight_scale.contiguous()
     bias = None if bias is None else bias.contiguous()
     if m == 1:
-        columns, warps = vector.piece(k)
+        count = ceil_div(n, vector.ROWS.value)
+        columns, warps = vector.piece(k, count)
         launch(
-            _matrix_vector, (ceil_div(n, vector.ROWS.value),), rows_in_line(x), x_scale, weight, weight_scale, bias, y,
+            _matrix_vector, (count,), rows_in_line(x), x_scale, weight, weight_scale, bias, y,
             n, k, weight.stride(0), COLUMNS=columns, num_warps=warps,
         )  # fmt: skip
         return y
@@ -109,7 +110,7 @@ def w8a8_linears(
     for one in weight:
         reference.check_codes(x, one)
     y = x.new_empty((*x.shape[:-1], total), dtype=dtype)
-    columns, warps = vector.piece(k)
+    columns, warps = vector.piece_of_several(k)
     layers = Layers.of(weight, weight_scale, bias)
     launch(
         _matrix_vectors, (layers.programs(),), rows_in_line(x), x_scale, *layers[:3], y, *layers[3:], k,

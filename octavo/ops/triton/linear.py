@@ -124,9 +124,10 @@ def w8a16_linear(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor |
     groups = weight_scale.shape[1]
     group = k // groups if groups > 1 else 0
     if m == 1:
-        columns, warps = vector.piece(k)
+        count = ceil_div(n, vector.ROWS.value)
+        columns, warps = vector.piece(k, count)
         launch(
-            _matrix_vector, (ceil_div(n, vector.ROWS.value),), rows_in_line(x), weight, weight_scale, bias, y, n, k,
+            _matrix_vector, (count,), rows_in_line(x), weight, weight_scale, bias, y, n, k,
             weight.stride(0), GROUP=group, COLUMNS=columns, num_warps=warps,
         )  # fmt: skip
         return y
@@ -171,7 +172,7 @@ def w8a16_linears(
     for one in weight:
         reference.check_input(x, one)
     y = x.new_empty((*x.shape[:-1], total))
-    columns, warps = vector.piece(k)
+    columns, warps = vector.piece_of_several(k)
     layers = Layers.of(weight, weight_scale, bias)
     (count,) = groups
     launch(

@@ -1,8 +1,8 @@
 """One row of x times rows of int8 codes, on the ordinary cores: what a layer does when a token is decoded.
 
-The time is that of reading the codes, as long as computing keeps up with it: of a program's 2048 columns each thread
-has 16, in each of ROWS rows. So x, which is widened too, is widened once for that many codes, 64 bytes of codes are
-under way in each thread, and nothing is asked of another thread before the end.
+The time is that of reading the codes, as long as computing keeps up with it. Each thread has the same columns of ROWS
+rows, so that x, which is widened too, is widened once for that many codes; nothing is asked of another thread before
+the end.
 """
 
 from __future__ import annotations
@@ -12,21 +12,47 @@ import triton.language as tl
 
 from octavo.ops.triton.launch import power_of_two
 
-__all__ = ["ROWS", "piece", "rows_of_program", "rows_times_vector"]
+__all__ = ["ROWS", "piece", "piece_of_several", "rows_of_program", "rows_times_vector"]
 
 ROWS = tl.constexpr(4)
 """Of the weight, that a program takes."""
 
 MOST_COLUMNS, COLUMNS_OF_WARP = 2048, 512
-"""That a program takes at a time. Never a split of K: adding its parts up would be a second launch, which costs more
-than it gains."""
+"""That a program takes at a time: 16 columns a thread. Never a split of K: adding its parts up would be a second
+launch, which costs more than it gains."""
+
+MANY_PROGRAMS = 4096
+"""Fewer do not fill 132 multiprocessors with their warps, and have twice as many. Measured on an H200, in us, for
+[N, K] of
+
+    columns, warps    4096 x 4096    4096 x 11008    11008 x 4096    32000 x 4096    three of    two of 11008 x 4096
+    2048, 4               8.4            20.5            16.6            39.3           19.0           29.3
+    2048, 8               7.9            17.9            16.3            41.3           19.7           30.2
+    4096, 4               9.0            19.4            17.4            40.2           17.4           28.0
+    4096, 8               8.7            18.6            16.9            41.4           19.7           31.8
+    1024, 2               9.8            22.9            18.3            40.2           20.8           30.8
+
+"Three of" and "two of" are layers side by side in one launch: `PIECE_OF_SEVERAL`."""
+
+PIECE_OF_SEVERAL = 4096, 1024
+"""Columns of a program, and of a warp, where one launch is of several layers."""
 
 
-def piece(k: int) -> tuple[int, int]:
-    """Columns that a program takes at a time for rows of k codes, and its warps."""
-    columns = min(MOST_COLUMNS, max(power_of_two(k), 16))
-    # Rows that start anywhere are read a byte at a time: many loads, each with registers.
-    return columns, max(1, columns // (COLUMNS_OF_WARP if k % 16 == 0 else COLUMNS_OF_WARP // 4))
+def piece(k: int, programs: int) -> tuple[int, int]:
+    """Columns that one of these programs takes at a time for rows of k codes, and its warps."""
+    return _piece(k, MOST_COLUMNS, COLUMNS_OF_WARP if programs >= MANY_PROGRAMS else COLUMNS_OF_WARP // 2)
+
+
+def piece_of_several(k: int) -> tuple[int, int]:
+    """The same for layers side by side."""
+    return _piece(k, *PIECE_OF_SEVERAL)
+
+
+def _piece(k: int, most: int, of_warp: int) -> tuple[int, int]:
+    columns = min(most, max(power_of_two(k), 16))
+    if k % 16:  # rows that start anywhere are read a byte at a time: many loads, each with registers
+        of_warp = min(of_warp, 128)
+    return columns, min(16, max(1, columns // of_warp))
 
 
 @triton.jit
