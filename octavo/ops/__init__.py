@@ -101,6 +101,20 @@ def _run(op: Callable[..., Any], check: Callable[[], None], *args: Any) -> Any:
         raise
 
 
+def _nothing_listens(x: Tensor) -> bool:
+    """Whether a kernel may be started for x without the dispatcher: nobody differentiates, compiles, traces, maps or
+    otherwise watches what is called."""
+    return (
+        not torch.compiler.is_compiling()
+        and not torch.is_grad_enabled()
+        and type(x) is Tensor
+        and not torch._C._len_torch_dispatch_stack()
+        and not torch._C._is_torch_function_mode_enabled()
+        and torch._C._get_tracing_state() is None
+        and not torch._C._functorch.is_functorch_wrapped_tensor(x)
+    )
+
+
 def w8a16_linear(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None = None) -> Tensor:
     """y = (x @ weight.T) * weight_scale.T + bias, with int8 weights.
 
@@ -110,6 +124,10 @@ def w8a16_linear(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor |
     Raises: QuantizeError if x is not floating point or its last size is not K.
     """
     x = autocast(x)
+    if x.is_cuda and _why_not_triton is None and _nothing_listens(x):
+        y: Tensor | None = triton.w8a16_row(x, weight, weight_scale, bias)
+        if y is not None:
+            return y
     return _run(_linear, lambda: reference.check_input(x, weight), x, weight, weight_scale, bias)
 
 

@@ -18,7 +18,20 @@ from typing import Any
 
 from octavo.ops.schemas import library
 
-__all__ = ["OPS", "load", "version"]
+__all__ = ["OPS", "load", "version", "w8a16_row"]
+
+
+def _when_called(fetch: Callable[[], Any]) -> Callable[..., Any]:
+    body: Callable[..., Any] | None = None
+
+    def call(*args: Any) -> Any:
+        nonlocal body
+        if body is None:
+            body = fetch()
+        return body(*args)
+
+    return call
+
 
 OPS: dict[str, Callable[[], Any]] = {
     "w8a16_linear": lambda: import_module("octavo.ops.triton.linear").w8a16_linear,
@@ -37,6 +50,10 @@ OPS: dict[str, Callable[[], Any]] = {
 """The ops that they answer, and what fetches the function that does."""
 
 
+w8a16_row = _when_called(lambda: import_module("octavo.ops.triton.direct").w8a16_row)
+"""`w8a16_linear` of one row without the dispatcher; None where that is not for it."""
+
+
 def load() -> str | None:
     """Register the kernels for CUDA devices. Returns: why they cannot serve, or None if they do."""
     if importlib.util.find_spec("triton") is None:
@@ -49,15 +66,3 @@ def load() -> str | None:
 def version() -> str:
     """Of triton, which is installed."""
     return metadata.version("triton")
-
-
-def _when_called(fetch: Callable[[], Any]) -> Callable[..., Any]:
-    body: Callable[..., Any] | None = None
-
-    def call(*args: Any) -> Any:
-        nonlocal body
-        if body is None:
-            body = fetch()
-        return body(*args)
-
-    return call

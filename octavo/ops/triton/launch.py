@@ -11,20 +11,26 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["ceil_div", "copied_on_hopper", "is_hopper", "launch", "power_of_two", "rows_in_line"]
+__all__ = ["ceil_div", "copied_on_hopper", "is_current", "is_hopper", "launch", "power_of_two", "rows_in_line"]
 
 
-def launch(kernel: Any, grid: tuple[int, ...], first: Tensor, *args: Any, **meta: Any) -> None:
-    """`kernel[grid](first, *args, **meta)` on the device of `first`, a tensor; nothing for an empty grid.
+def launch(kernel: Any, grid: tuple[int, ...], first: Tensor, *args: Any, **meta: Any) -> Any:
+    """`kernel[grid](first, *args, **meta)` on the device of `first`, a tensor; nothing for an empty grid. Returns: the
+    kernel as it was compiled, None where it is interpreted.
 
     Triton takes the device that is current, which need not be the one of the operands where there are several. A
     product and a sum may be fused into one rounding, as every compiler of CUDA does; Triton 3.10 would no longer do so
     by itself.
     """
     if 0 in grid:
-        return
+        return None
     with torch.cuda.device_of(first):
-        kernel[grid](first, *args, enable_fp_fusion=True, **meta)
+        return kernel[grid](first, *args, enable_fp_fusion=True, **meta)
+
+
+def is_current(x: Tensor) -> bool:
+    """Whether a kernel that is launched now runs on the device of x."""
+    return not x.is_cuda or torch.cuda.current_device() == x.get_device()
 
 
 def ceil_div(size: int, piece: int) -> int:

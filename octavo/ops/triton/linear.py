@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -27,8 +27,8 @@ from octavo.ops.triton import vector
 from octavo.ops.triton.launch import ceil_div, copied_on_hopper, launch, rows_in_line
 
 __all__ = [
-    "Layers", "Plan", "Tile", "add_parts", "contiguous_rows", "plan", "programs", "tile_of_program", "w8a16_linear",
-    "w8a16_linears",
+    "Layers", "Plan", "Tile", "add_parts", "contiguous_rows", "plan", "programs", "start_row", "tile_of_program",
+    "w8a16_linear", "w8a16_linears",
 ]  # fmt: skip
 
 
@@ -124,12 +124,7 @@ def w8a16_linear(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor |
     groups = weight_scale.shape[1]
     group = k // groups if groups > 1 else 0
     if m == 1:
-        count = ceil_div(n, vector.ROWS.value)
-        columns, warps = vector.piece(k, count)
-        launch(
-            _matrix_vector, (count,), rows_in_line(x), weight, weight_scale, bias, y, n, k,
-            weight.stride(0), GROUP=group, COLUMNS=columns, num_warps=warps,
-        )  # fmt: skip
+        start_row(rows_in_line(x), weight, weight_scale, bias, y)
         return y
     x = contiguous_rows(x, m, k)
     halves = x.dtype != torch.float32 and not group
@@ -158,6 +153,20 @@ def w8a16_linear(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor |
     if parts > 1:
         add_parts(sums, None, weight_scale if group == 0 else None, bias, y)
     return y
+
+
+def start_row(
+    x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, y: Tensor
+) -> tuple[Any, int, tuple[int, ...]]:
+    """Launch the kernel of one row; rows of the operands are in line. Returns: the compiled kernel, None where it is
+    interpreted; how many programs there are; and the numbers that it takes after the tensors."""
+    n, k = weight.shape
+    groups = weight_scale.shape[1]
+    count = ceil_div(n, vector.ROWS.value)
+    columns, warps = vector.piece(k, count)
+    numbers = (n, k, weight.stride(0), k // groups if groups > 1 else 0, columns)
+    compiled = launch(_matrix_vector, (count,), x, weight, weight_scale, bias, y, *numbers, num_warps=warps)
+    return compiled, count, numbers
 
 
 def w8a16_linears(
