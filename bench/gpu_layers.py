@@ -88,6 +88,7 @@ def _layer(N: int, K: int, device: str) -> dict[str, Any]:
 
 def _rivals(layer: Layer, M: int) -> list[Way]:
     x = layer.x[:M]
+    torch.compiler.reset()  # or the ninth shape of a function would not be compiled any more
 
     @torch.compile(dynamic=False)
     def gpt_fast(codes: Tensor, scale: Tensor, _: Tensor) -> Tensor:

@@ -45,8 +45,10 @@ token on, as gpt-fast measures it; prefill is the time from the prompt to the fi
 the prompt, against the bf16 model's, as a share of their norm.
 """
 ROUNDS = 3
-WRONG = 0.3
-"""Error of the logits, as a share of their norm, from which on a runtime computes something else."""
+WRONG = 0.5
+"""Error of the logits, as a share of their norm, from which on a runtime computes something else: 1.4 if they have
+nothing to do with each other. Random weights amplify what rounding does: of the shape of Llama-2-7B int8 weights leave
+0.19, by gpt-fast's formula, torchao and octavo alike, and int8 inputs 0.30."""
 DECODED = 64
 """Tokens, the first of which is the prompt."""
 
@@ -55,17 +57,18 @@ DECODED = 64
 class Model:
     """A shape and what is measured of it. at_once: how many processes may hold the bf16 model besides their own.
 
-    prompt: tokens of a prefill; gpt-fast gathers the experts of each, so that a mixture's is short. prefilling: the
-    runtimes whose prefill is compiled.
+    prompt: tokens of a prefill; gpt-fast gathers the experts of each, so that a mixture's is short. decoding and
+    prefilling: the runtimes of which that is compiled.
     """
 
     make: Callable[[], Any]
     prompt: int
     runtimes: tuple[str, ...]
     at_once: int
+    decoding: tuple[str, ...]
+    prefilling: tuple[str, ...]
     decode: tuple[Goal, ...]
     prefill: tuple[Goal, ...] = ()
-    prefilling: tuple[str, ...] = ()
     memory: tuple[Goal, ...] = ()
 
 
@@ -82,6 +85,8 @@ MODELS = {
         2048,
         (BF16, W8A16, W8A8, GPT_FAST, TORCHAO),
         5,
+        (BF16, W8A16, GPT_FAST, TORCHAO),
+        (BF16, W8A8),
         (
             Goal("decode, w8a16 compiled", compiled(W8A16), (compiled(BF16),), 1.6),
             Goal("decode, w8a16 compiled", compiled(W8A16), (compiled(GPT_FAST),), 1.0),
@@ -93,9 +98,8 @@ MODELS = {
             Goal("prefill, w8a8 eager", W8A8, (BF16,), 1.56, 1.7),
             Goal("prefill, w8a8 compiled", compiled(W8A8), (compiled(BF16),)),
         ),
-        (BF16, W8A16, W8A8),
         tuple(
-            Goal("peak memory, times less", ours, (rival,), 1.82, 1.92)  # 0.55 and 0.52 of it
+            Goal("peak memory, times less", ours, (rival,), 1.818, 1.923)  # 0.55 and 0.52 of it
             for ours, rival in ((W8A16, BF16), (W8A8, BF16), (compiled(W8A16), compiled(BF16)))
         ),
     ),
@@ -107,6 +111,8 @@ MODELS = {
         8,
         (BF16, W8A16, GPT_FAST),
         1,
+        (BF16, W8A16, GPT_FAST),
+        (),
         (
             Goal("decode, w8a16 compiled", compiled(W8A16), (compiled(BF16),), 1.6),
             Goal("decode, w8a16 compiled", compiled(W8A16), (compiled(GPT_FAST),), 1.2),
@@ -137,20 +143,44 @@ def _compare(name: str, model: Model, device: str) -> Iterator[dict[str, Any]]:
             passes.extend(stream(bench_worker.stream_bytes_per_s) for _ in range(ROUNDS))
             return {"runtimes": runs, "missing": missing, "memory_bytes_per_s": statistics.median(passes)}
 
-        workers = {runtime: stack.enter_context(own_process()) for runtime in model.runtimes}
-        calls: dict[str, tuple[Any, ...]] = {runtime: (start, runtime, name, ids, device) for runtime in workers}
-        eager = _make_ready(workers, calls, model.at_once, runs, missing)
+        def job(label: str, worker: Worker, *call: Any) -> Job:
+            return Job(label, worker, call)
+
+        jobs = [job(one, stack.enter_context(own_process()), start, one, name, ids, device) for one in model.runtimes]
+        eager = _make_ready(jobs, model.at_once, runs, missing)
         expected = runs[BF16]["logits"]
-        for label in eager:
-            runs[label]["error"] = _relative_error(runs[label].pop("logits"), expected)
+        for one in eager:
+            runs[one.label]["error"] = _relative_error(runs[one.label].pop("logits"), expected)
         for part in (decode, prefill):
             _race(eager, part, runs)
         yield found()
-        for part, runtimes in ((decode, model.runtimes), (prefill, model.prefilling)):
-            whole = {compiled(runtime): eager[runtime] for runtime in runtimes if runtime in eager}
-            ready = _make_ready(whole, dict.fromkeys(whole, (compile_whole, part)), len(whole), runs, missing)
-            _race(ready, part, runs)
+
+        # All at once, for it takes minutes: who compiles decode and prefill has two processes.
+        free = {one.label: one.worker for one in eager}
+        jobs = []
+        for part, runtimes in ((decode, model.decoding), (prefill, model.prefilling)):
+            for runtime in runtimes:
+                if runtime in missing:
+                    continue
+                whole = (compiled(runtime), free.pop(runtime, None))
+                if whole[1] is not None:
+                    jobs.append(job(*whole, compile_whole, part))
+                else:
+                    worker = stack.enter_context(own_process())
+                    jobs.append(job(whole[0], worker, start_and_compile, part, runtime, name, ids, device))
+        ready = _make_ready(jobs, len(jobs), runs, missing)
+        for part in (decode, prefill):
+            _race([one for one in ready if part in one.call], part, runs)
             yield found()
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """What makes a worker ready to be timed as the runtime `label`: a function and its arguments."""
+
+    label: str
+    worker: Worker
+    call: tuple[Any, ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -166,45 +196,39 @@ def _relative_error(logits: torch.Tensor, expected: torch.Tensor) -> float:
     return float((logits - expected).norm() / expected.norm())
 
 
-def _make_ready(
-    workers: dict[str, Worker],
-    calls: dict[str, tuple[Any, ...]],
-    at_once: int,
-    runs: dict[str, Any],
-    missing: dict[str, str],
-) -> dict[str, Worker]:
-    """Make the workers ready by their calls, and note in `runs` what these return, in `missing` why one failed.
-    Returns: those that are ready."""
+def _make_ready(jobs: list[Job], at_once: int, runs: dict[str, Any], missing: dict[str, str]) -> list[Job]:
+    """Do them, and note in `runs` what they return, in `missing` why one failed. Returns: those that did not."""
     with ThreadPoolExecutor(max(1, at_once)) as pool:
-        futures = {label: pool.submit(worker, *calls[label]) for label, worker in workers.items()}
-    ready = {}
-    for label, future in futures.items():
+        futures = [(job, pool.submit(job.worker, *job.call)) for job in jobs]
+    ready = []
+    for job, future in futures:
         try:
-            runs.setdefault(label, {"peak_bytes": 0}).update(future.result())
-            ready[label] = workers[label]
+            runs.setdefault(job.label, {"peak_bytes": 0}).update(future.result())
+            ready.append(job)
         except Exception as error:
-            if label.removesuffix(compiled("")) in (BF16, W8A16, W8A8):
+            if job.label.removesuffix(compiled("")) in (BF16, W8A16, W8A8):
                 raise
-            missing[label] = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
-            del runs[label]
-        print(f"  {label}: {missing.get(label, 'ready')}", file=sys.stderr, flush=True)
+            missing[job.label] = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+            del runs[job.label]
+        print(f"  {job.label}: {missing.get(job.label, 'ready')}", file=sys.stderr, flush=True)
     return ready
 
 
-def _race(workers: dict[str, Worker], part: Part, runs: dict[str, Any]) -> None:
+def _race(jobs: list[Job], part: Part, runs: dict[str, Any]) -> None:
     """Time them in turns. Adds to their `runs` the seconds of a prompt or a token, in rounds, and their peak memory."""
     steps = max(1, part.tokens - 1)
-    for label in workers:
-        runs[label][part.key] = []
+    for job in jobs:
+        runs[job.label][part.key] = []
     for round_ in range(ROUNDS + 1):
-        for label, worker in workers.items():
-            seconds = getattr(worker(bench_worker.time_round, part.ids, part.tokens), part.key)
+        for job in jobs:
+            seconds = getattr(job.worker(bench_worker.time_round, part.ids, part.tokens), part.key)
             if round_:  # the first warms up
-                runs[label][part.key].append(seconds / steps)
-    for label, worker in workers.items():
-        runs[label]["peak_bytes"] = max(runs[label]["peak_bytes"], worker(bench_worker.peak_memory))
-        milliseconds = statistics.median(runs[label][part.key]) * 1e3
-        print(f"  {label}, {part.key}: {milliseconds:.2f} ms", file=sys.stderr, flush=True)
+                runs[job.label][part.key].append(seconds / steps)
+    for job in jobs:
+        run = runs[job.label]
+        run["peak_bytes"] = max(run["peak_bytes"], job.worker(bench_worker.peak_memory))
+        milliseconds = statistics.median(run[part.key]) * 1e3
+        print(f"  {job.label}, {part.key}: {milliseconds:.2f} ms", file=sys.stderr, flush=True)
 
 
 # -- in a runtime's process -----------------------------------------------------------------------------------------
@@ -217,7 +241,7 @@ def start(runtime: str, name: str, ids: list[int], device: str) -> dict[str, Any
         model = transformers.AutoModelForCausalLM.from_config(MODELS[name].make(), dtype=torch.bfloat16).eval()
     read = None
     if runtime in (W8A16, W8A8):
-        octavo.quantize(model, "w8a16" if runtime == W8A16 else "w8a8", include=["OutputHead"])
+        octavo.quantize(model, "w8a16" if runtime == W8A16 else "w8a8", include=["Embedding", "OutputHead"])
     elif runtime == GPT_FAST:
         use_gpt_fast(model)
     elif runtime == TORCHAO:
@@ -231,6 +255,12 @@ def start(runtime: str, name: str, ids: list[int], device: str) -> dict[str, Any
         logits = model(input_ids=torch.tensor([ids], device=device), logits_to_keep=1).logits[0, -1].float().cpu()
     _forget_peak(device)
     return {"token_bytes": read, "logits": logits}
+
+
+def start_and_compile(part: Part, runtime: str, name: str, ids: list[int], device: str) -> dict[str, Any]:
+    """In a process that has no model yet."""
+    start(runtime, name, ids, device)
+    return compile_whole(part)
 
 
 def compile_whole(part: Part) -> dict[str, Any]:

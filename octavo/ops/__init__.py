@@ -101,6 +101,13 @@ def _run(op: Callable[..., Any], check: Callable[[], None], *args: Any) -> Any:
         raise
 
 
+def _directly(op: str, x: Tensor, *args: Any) -> Any:
+    """What the op returns, its kernel started without the dispatcher; None where the op is to be called."""
+    if _why_not_triton is None and _nothing_listens(x):
+        return triton.DIRECT[op](x, *args)
+    return None
+
+
 def _nothing_listens(x: Tensor) -> bool:
     """Whether a kernel may be started for x without the dispatcher: nobody differentiates, compiles, traces, maps or
     otherwise watches what is called."""
@@ -124,10 +131,8 @@ def w8a16_linear(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor |
     Raises: QuantizeError if x is not floating point or its last size is not K.
     """
     x = autocast(x)
-    if x.is_cuda and _why_not_triton is None and _nothing_listens(x):
-        y: Tensor | None = triton.w8a16_row(x, weight, weight_scale, bias)
-        if y is not None:
-            return y
+    if x.is_cuda and (y := _directly("w8a16_linear", x, weight, weight_scale, bias)) is not None:
+        return y  # type: ignore[no-any-return]
     return _run(_linear, lambda: reference.check_input(x, weight), x, weight, weight_scale, bias)
 
 
@@ -221,6 +226,8 @@ def quantize_per_token(x: Tensor) -> tuple[Tensor, Tensor]:
     is as fast as the fused one (decode and 512 rows of SmolLM2, within 2%), and compiling takes up to twice as long
     with the formula: there it stays an op, and so it does for `torch.export`.
     """
+    if x.is_cuda and (quantized := _directly("quantize_per_token", x)) is not None:
+        return quantized  # type: ignore[no-any-return]
     return _quantize(_per_token, reference.quantize_per_token, x)
 
 
@@ -278,6 +285,8 @@ def w8a8_linear(
     bias: [N] float, or None. Returns: [..., N] of `dtype`.
     Raises: QuantizeError if x is not int8 or its last size is not K.
     """
+    if x.is_cuda and (y := _directly("w8a8_linear", x, x_scale, weight, weight_scale, bias, dtype)) is not None:
+        return y  # type: ignore[no-any-return]
     return _run(_w8a8_linear, lambda: reference.check_codes(x, weight), x, x_scale, weight, weight_scale, bias, dtype)
 
 

@@ -18,7 +18,7 @@ from typing import Any
 
 from octavo.ops.schemas import library
 
-__all__ = ["OPS", "load", "version", "w8a16_row"]
+__all__ = ["DIRECT", "OPS", "load", "version"]
 
 
 def _when_called(fetch: Callable[[], Any]) -> Callable[..., Any]:
@@ -50,8 +50,12 @@ OPS: dict[str, Callable[[], Any]] = {
 """The ops that they answer, and what fetches the function that does."""
 
 
-w8a16_row = _when_called(lambda: import_module("octavo.ops.triton.direct").w8a16_row)
-"""`w8a16_linear` of one row without the dispatcher; None where that is not for it."""
+DIRECT: dict[str, Callable[..., Any]] = {
+    "w8a16_linear": _when_called(lambda: import_module("octavo.ops.triton.direct").w8a16_linear),
+    "w8a8_linear": _when_called(lambda: import_module("octavo.ops.triton.direct").w8a8_linear),
+    "quantize_per_token": _when_called(lambda: import_module("octavo.ops.triton.direct").quantize_per_token),
+}
+"""Those that can be called without the dispatcher, too; they return None where they are not for what they are given."""
 
 
 def load() -> str | None:

@@ -1,70 +1,132 @@
-"""w8a16_linear of one row, without torch's dispatcher and without Triton's look-up of the compiled kernel.
+"""Ops without torch's dispatcher, and without Triton's look-up of the compiled kernel.
 
-When a model decodes eagerly, a GPU waits for Python: the kernel of a layer takes 8 us, a call of the op several times
-as long. Of that time the dispatcher, which finds this package's Python in the end, takes a third, and most of the rest
-Triton, which asks at each call what every argument means for the kernel that it compiled. Here that is asked once for
-all layers of a shape.
+When a model runs eagerly, a GPU waits for Python: the kernel of a layer and a row takes 8 us, a call of its op several
+times as long. Of that time the dispatcher, which finds this package's Python in the end, takes a third, and most of the
+rest Triton, which asks at each call what every argument means for the kernel that it compiled. Here that is asked once
+for all layers of a shape.
+
+The functions have the names and arguments of the ops that models spend their time in. They return None for what is
+not as usual, and there the op is called.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from octavo.ops.triton.launch import is_current
-from octavo.ops.triton.linear import start_row
+from octavo.ops.triton import int8_linear, linear, quantize
+from octavo.ops.triton.launch import Started, copied_on_hopper, is_current
 
-__all__ = ["w8a16_row"]
+__all__ = ["quantize_per_token", "w8a8_linear", "w8a16_linear"]
 
 _FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 
+MOST_KEPT = 10_000
+"""Kernels and shapes, which are kept until then; prompts of every length have one."""
 
-class _Started(NamedTuple):
-    """A compiled kernel on its grid, and the numbers that it takes after the tensors."""
-
-    run: Callable[..., None]
-    numbers: tuple[int, ...]
-
-
-_started: dict[tuple[Any, ...], _Started] = {}
-"""By all that decides which kernel is compiled; what the tensors hold is no part of it."""
+_kept: dict[tuple[Any, ...], tuple[Callable[..., None], tuple[int, ...]]] = {}
+"""By all that decides which kernel is compiled and how it is started: what runs it, and the arguments after the
+tensors. What the tensors hold is no part of it."""
 
 
-def w8a16_row(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None) -> Tensor | None:
-    """As `octavo.ops.w8a16_linear` for one row of x. None for what is not as usual: the op answers that."""
-    if x.numel() != weight.shape[1] or not x.is_contiguous() or not is_current(x):
-        return None
-    pointers = x.data_ptr() | weight.data_ptr() | weight_scale.data_ptr() | (0 if bias is None else bias.data_ptr())
-    if pointers % 16:  # another kernel is compiled for these
-        return None
-    key = (
-        x.dtype, x.get_device(), weight.shape, weight.stride(), weight_scale.shape, weight_scale.stride(),
-        None if bias is None else (bias.dtype, bias.stride()),
-    )  # fmt: skip
-    started = _started.get(key)
-    if started is None:
-        return _start(key, x, weight, weight_scale, bias)
-    y = x.new_empty((*x.shape[:-1], weight.shape[0]))
-    started.run(x, weight, weight_scale, bias, y, *started.numbers)
-    return y
-
-
-def _start(key: tuple[Any, ...], x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None) -> Tensor | None:
-    """The first call for a key: by the usual way, which returns the compiled kernel."""
+def w8a16_linear(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None) -> Tensor | None:
+    """For one row of x."""
     n, k = weight.shape
-    usual = (
-        (x.dtype in _FLOATS and x.dim() and x.shape[-1] == k and n > 0)
-        and (weight.dtype == torch.int8 and weight_scale.dtype == torch.float32)
-        and (weight.stride(1) == 1 and weight_scale.is_contiguous() and (bias is None or bias.is_contiguous()))
-        and all(one is None or one.device == x.device for one in (weight, weight_scale, bias))
-    )
-    if not usual:
+    if x.numel() != k or not _are_usual(x, weight, weight_scale, bias):
+        return None
+    key = ("w8a16_linear", *_described(x, weight, weight_scale, bias))
+    kept = _kept.get(key)
+    if kept is None and not (x.dtype in _FLOATS and _are_layer(x, weight, weight_scale)):
         return None
     y = x.new_empty((*x.shape[:-1], n))
-    compiled, grid, numbers = start_row(x, weight, weight_scale, bias, y)
-    if compiled is not None:  # there is none where the kernel is interpreted
-        _started[key] = _Started(compiled[(grid, 1, 1)], numbers)
+    if kept is None:
+        _keep(key, linear.start_row(x, weight, weight_scale, bias, y))
+    else:
+        run, numbers = kept
+        run(x, weight, weight_scale, bias, y, *numbers)
     return y
+
+
+def w8a8_linear(
+    x: Tensor, x_scale: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, dtype: torch.dtype
+) -> Tensor | None:
+    """For one row of x, or as many as the copy engine fetches."""
+    n, k = weight.shape
+    m = x.numel() // max(1, k)
+    if not m or 1 < m <= int8_linear.FEW_ROWS[-1].m or not _are_usual(x, weight, weight_scale, bias, x_scale):
+        return None
+    key = ("w8a8_linear", dtype, x_scale.dtype, x_scale.numel(), *_described(x, weight, weight_scale, bias))
+    kept = _kept.get(key)
+    if kept is None and not (
+        (dtype in _FLOATS and x.dtype == torch.int8 and _are_layer(x, weight, weight_scale))
+        and (x_scale.dtype == torch.float32 and x_scale.numel() in (1, m))
+        and (m == 1 or copied_on_hopper(x.view(m, k), weight))
+    ):
+        return None
+    y = x.new_empty((*x.shape[:-1], n), dtype=dtype)
+    if m == 1:
+        operands: tuple[Any, ...] = (x, x_scale, weight, weight_scale, bias, y)
+        start: Callable[..., Started] = int8_linear.start_row
+    else:
+        operands = int8_linear.copied_operands(x.view(m, k), x_scale, weight, weight_scale, bias, y)
+        start = int8_linear.start_copied
+    if kept is None:
+        _keep(key, start(*operands))
+    else:
+        run, numbers = kept
+        run(*operands, *numbers)
+    return y
+
+
+def quantize_per_token(x: Tensor) -> tuple[Tensor, Tensor] | None:
+    if not x.numel() or not _are_usual(x):
+        return None
+    key = ("quantize_per_token", x.dtype, x.get_device(), x.shape)
+    kept = _kept.get(key)
+    if kept is None and x.dtype not in _FLOATS:
+        return None
+    codes = x.new_empty(x.shape, dtype=torch.int8)
+    scale = x.new_empty((*x.shape[:-1], 1), dtype=torch.float32)
+    if kept is None:
+        _keep(key, quantize.start_rows(x, x.shape[-1], codes, scale, False))
+    else:
+        run, numbers = kept
+        run(x, codes, scale, *numbers)
+    return codes, scale
+
+
+def _are_usual(x: Tensor, *others: Tensor | None) -> bool:
+    """Whether a kernel can be started now on these as they are: contiguous and where x is, at multiples of 16 bytes
+    (for other addresses another kernel is compiled)."""
+    addresses, device = x.data_ptr(), x.get_device()
+    for one in others:
+        if one is not None:
+            if one.get_device() != device or not one.is_contiguous():
+                return False
+            addresses |= one.data_ptr()
+    return not addresses % 16 and x.is_contiguous() and x.dim() > 0 and is_current(x)
+
+
+def _described(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None) -> tuple[Any, ...]:
+    """What these decide of a launch, if they are usual."""
+    return (
+        x.get_device(), x.dtype, x.shape, weight.dtype, weight.shape, weight_scale.dtype, weight_scale.shape,
+        None if bias is None else bias.dtype,
+    )  # fmt: skip
+
+
+def _are_layer(x: Tensor, weight: Tensor, weight_scale: Tensor) -> bool:
+    """Whether these are rows of x, and codes and scales for them."""
+    n, k = weight.shape
+    return n > 0 and x.shape[-1] == k and weight.dtype == torch.int8 and weight_scale.dtype == torch.float32
+
+
+def _keep(key: tuple[Any, ...], started: Started) -> None:
+    if started.kernel is None:  # it is interpreted
+        return
+    if len(_kept) == MOST_KEPT:
+        _kept.clear()
+    _kept[key] = started.kernel[(started.programs, 1, 1)], started.numbers

@@ -18,7 +18,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from octavo.ops import reference
 from octavo.ops.triton import vector
-from octavo.ops.triton.launch import ceil_div, copied_on_hopper, launch, rows_in_line
+from octavo.ops.triton.launch import Started, ceil_div, copied_on_hopper, launch, rows_in_line
 from octavo.ops.triton.linear import (
     GROUP_OF_PROGRAMS,
     Layers,
@@ -30,7 +30,7 @@ from octavo.ops.triton.linear import (
     tile_of_program,
 )
 
-__all__ = ["w8a8_linear", "w8a8_linears"]
+__all__ = ["copied_operands", "start_copied", "start_row", "w8a8_linear", "w8a8_linears"]
 
 FEW_ROWS = (Tile(16, 64, 256, 4, 4), Tile(32, 64, 128, 4, 4), Tile(64, 64, 128, 4, 4))
 """As in `linear.py`: the weight is read once, 8 to 16 KB a step, three of them under way."""
@@ -68,23 +68,11 @@ def w8a8_linear(
     x_scale, weight_scale = x_scale.contiguous(), weight_scale.contiguous()
     bias = None if bias is None else bias.contiguous()
     if m == 1:
-        count = ceil_div(n, vector.ROWS.value)
-        columns, warps = vector.piece(k, count)
-        launch(
-            _matrix_vector, (count,), rows_in_line(x), x_scale, weight, weight_scale, bias, y,
-            n, k, weight.stride(0), COLUMNS=columns, num_warps=warps,
-        )  # fmt: skip
+        start_row(rows_in_line(x), x_scale, weight, weight_scale, bias, y)
         return y
     x = contiguous_rows(x, m, k)
     if m > FEW_ROWS[-1].m and copied_on_hopper(x, weight):
-        tiles = programs(ON_HOPPER, m, n)
-        tile = ON_HOPPER if tiles > MULTIPROCESSORS else ALONE_ON_HOPPER
-        launch(
-            _copied_product, (tiles,), y,
-            TensorDescriptor.from_tensor(x, [tile.m, tile.k]), TensorDescriptor.from_tensor(weight, [tile.n, tile.k]),
-            x_scale, weight_scale, bias, m, n, k, EACH_ROW=x_scale.numel() > 1, M=tile.m, N=tile.n, K=tile.k,
-            TILES=GROUP_OF_PROGRAMS, num_warps=tile.warps, num_stages=tile.stages,
-        )  # fmt: skip
+        start_copied(*copied_operands(x, x_scale, weight, weight_scale, bias, y))
         return y
     tile, tiles, parts, steps = plan(m, n, k, FEW_ROWS, MANY_ROWS)
     sums = y if parts == 1 else torch.empty((parts, m, n), dtype=torch.int32, device=x.device)
@@ -96,6 +84,48 @@ def w8a8_linear(
     if parts > 1:
         add_parts(sums, x_scale, weight_scale, bias, y)
     return y
+
+
+def start_row(
+    x: Tensor, x_scale: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, y: Tensor
+) -> Started:
+    """The kernel of one row; rows of the operands are in line."""
+    n, k = weight.shape
+    count = ceil_div(n, vector.ROWS.value)
+    columns, warps = vector.piece(k, count)
+    numbers = (n, k, weight.stride(0), columns)
+    operands = (x, x_scale, weight, weight_scale, bias, y)
+    return Started(launch(_matrix_vector, (count,), *operands, *numbers, num_warps=warps), count, numbers)
+
+
+def start_copied(
+    y: Tensor, x: TensorDescriptor, weight: TensorDescriptor, x_scale: Tensor, weight_scale: Tensor,
+    bias: Tensor | None,
+) -> Started:  # fmt: skip
+    """The kernel of many rows that the copy engine fetches, on `copied_operands`."""
+    (m, k), n = x.shape, weight.shape[0]
+    count, tile = _copied_tiles(m, n)
+    numbers = (m, n, k, x_scale.numel() > 1, *tile[:3], GROUP_OF_PROGRAMS)
+    kernel = launch(
+        _copied_product, (count,), y, x, weight, x_scale, weight_scale, bias, *numbers,
+        num_warps=tile.warps, num_stages=tile.stages,
+    )  # fmt: skip
+    return Started(kernel, count, numbers)
+
+
+def copied_operands(
+    x: Tensor, x_scale: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, y: Tensor
+) -> tuple[Tensor, TensorDescriptor, TensorDescriptor, Tensor, Tensor, Tensor | None]:
+    """As the kernel takes them: x [m, k] and the weight described to the copy engine."""
+    _, tile = _copied_tiles(len(x), len(weight))
+    described = (TensorDescriptor.from_tensor(one, [rows, tile.k]) for one, rows in ((x, tile.m), (weight, tile.n)))
+    return y, *described, x_scale, weight_scale, bias
+
+
+def _copied_tiles(m: int, n: int) -> tuple[int, Tile]:
+    """How many tiles cover y [m, n] where the copy engine fetches the operands, and which."""
+    count = programs(ON_HOPPER, m, n)
+    return count, ON_HOPPER if count > MULTIPROCESSORS else ALONE_ON_HOPPER
 
 
 def w8a8_linears(

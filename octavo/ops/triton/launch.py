@@ -6,12 +6,21 @@ compilers can call, takes 2 us; the division here 0.1).
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-__all__ = ["ceil_div", "copied_on_hopper", "is_current", "is_hopper", "launch", "power_of_two", "rows_in_line"]
+__all__ = [
+    "Started",
+    "ceil_div",
+    "copied_on_hopper",
+    "is_current",
+    "is_hopper",
+    "launch",
+    "power_of_two",
+    "rows_in_line",
+]
 
 
 def launch(kernel: Any, grid: tuple[int, ...], first: Tensor, *args: Any, **meta: Any) -> Any:
@@ -26,6 +35,15 @@ def launch(kernel: Any, grid: tuple[int, ...], first: Tensor, *args: Any, **meta
         return None
     with torch.cuda.device_of(first):
         return kernel[grid](first, *args, enable_fp_fusion=True, **meta)
+
+
+class Started(NamedTuple):
+    """A launch. kernel: as compiled, None where it is interpreted; programs: how many; numbers: the arguments
+    after the tensors."""
+
+    kernel: Any
+    programs: int
+    numbers: tuple[int, ...]
 
 
 def is_current(x: Tensor) -> bool:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import triton
@@ -24,7 +24,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from octavo.ops import reference
 from octavo.ops.triton import vector
-from octavo.ops.triton.launch import ceil_div, copied_on_hopper, launch, rows_in_line
+from octavo.ops.triton.launch import Started, ceil_div, copied_on_hopper, launch, rows_in_line
 
 __all__ = [
     "Layers", "Plan", "Tile", "add_parts", "contiguous_rows", "plan", "programs", "start_row", "tile_of_program",
@@ -155,18 +155,15 @@ def w8a16_linear(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor |
     return y
 
 
-def start_row(
-    x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, y: Tensor
-) -> tuple[Any, int, tuple[int, ...]]:
-    """Launch the kernel of one row; rows of the operands are in line. Returns: the compiled kernel, None where it is
-    interpreted; how many programs there are; and the numbers that it takes after the tensors."""
+def start_row(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, y: Tensor) -> Started:
+    """The kernel of one row; rows of the operands are in line."""
     n, k = weight.shape
     groups = weight_scale.shape[1]
     count = ceil_div(n, vector.ROWS.value)
     columns, warps = vector.piece(k, count)
     numbers = (n, k, weight.stride(0), k // groups if groups > 1 else 0, columns)
-    compiled = launch(_matrix_vector, (count,), x, weight, weight_scale, bias, y, *numbers, num_warps=warps)
-    return compiled, count, numbers
+    operands = (x, weight, weight_scale, bias, y)
+    return Started(launch(_matrix_vector, (count,), *operands, *numbers, num_warps=warps), count, numbers)
 
 
 def w8a16_linears(

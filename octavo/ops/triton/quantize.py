@@ -20,10 +20,10 @@ import triton.language as tl
 from torch import Tensor
 
 from octavo.ops import reference
-from octavo.ops.triton.launch import ceil_div, launch, power_of_two
+from octavo.ops.triton.launch import Started, ceil_div, launch, power_of_two
 from octavo.ops.triton.linear import contiguous_rows
 
-__all__ = ["quantize_per_tensor", "quantize_per_token", "quantize_static", "quantize_weight"]
+__all__ = ["quantize_per_tensor", "quantize_per_token", "quantize_static", "quantize_weight", "start_rows"]
 
 PIECE = 4096
 """Elements that a program holds at a time, 16 to 32 to a thread: several short rows, or a part of a tensor."""
@@ -57,14 +57,18 @@ def _rows(x: Tensor, of_weight: bool) -> tuple[Tensor, Tensor]:
     if not m:
         return codes, scale
     x = contiguous_rows(x, m, k)
+    start_rows(x, x.stride(0), codes, scale, of_weight)
+    return codes, scale
+
+
+def start_rows(x: Tensor, row_stride: int, codes: Tensor, scale: Tensor, of_weight: bool) -> Started:
+    """The kernel for rows x [..., k], each `row_stride` elements after the one before it."""
+    m, k = scale.numel(), x.shape[-1]
     columns = max(power_of_two(k), 16) if k <= LONGEST_ROW else PIECE
     rows = max(1, min(PIECE // columns, power_of_two(m)))
-    launch(
-        _quantize_rows, (ceil_div(m, rows),), x, codes, scale, m, k, x.stride(0),
-        OF_WEIGHT=of_weight, WHOLE=k <= LONGEST_ROW, ROWS=rows, COLUMNS=columns,
-        num_warps=max(1, min(16, rows * columns // 512)),
-    )  # fmt: skip
-    return codes, scale
+    numbers = (m, k, row_stride, of_weight, k <= LONGEST_ROW, rows, columns)
+    count, warps = ceil_div(m, rows), max(1, min(16, rows * columns // 512))
+    return Started(launch(_quantize_rows, (count,), x, codes, scale, *numbers, num_warps=warps), count, numbers)
 
 
 def quantize_per_tensor(x: Tensor) -> tuple[Tensor, Tensor]:

@@ -9,9 +9,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from ahead_of_time import BF16, FP16, FP32, NoGpu, codes, floats, scale
+from ahead_of_time import BF16, FP16, FP32, NoGpu, codes, floats, launch, scale
+from torch import Tensor
 from triton.compiler.compiler import CompiledKernel, LazyDict
 from triton.runtime import driver
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from octavo.ops.triton import direct
 
@@ -20,14 +22,16 @@ started: list[tuple[Any, ...]] = []
 
 def main() -> None:
     driver.set_active(NoGpu(90))
+    launch.is_hopper = lambda x: True
     CompiledKernel._init_handles = init_handles
     alike = 0
-    for operands in calls():
-        outputs = [direct.w8a16_row(*operands) for _ in range(2)]
-        by_triton, kept = (
-            ["y" if any(argument is y for y in outputs) else argument for argument in call] for call in started
-        )
-        assert len(by_triton) == len(kept) and all(map(same, by_triton, kept)), (by_triton, kept)
+    for function, operands in calls():
+        kept = len(direct._kept)
+        results = [function(*operands) for _ in range(2)]
+        assert len(direct._kept) == kept + 1
+        outputs = [result if isinstance(result, tuple) else (result,) for result in results]
+        (by_triton, by_itself) = ([named(argument, outputs) for argument in call] for call in started)
+        assert len(by_triton) == len(by_itself) and all(map(same, by_triton, by_itself)), (by_triton, by_itself)
         started.clear()
         alike += 1
     print(alike, "alike")
@@ -38,19 +42,42 @@ def init_handles(self: Any) -> None:
     self.function, self._run = self.hash, lambda *args: started.append(args)
 
 
+def named(argument: Any, outputs: list[tuple[Tensor, ...]]) -> Any:
+    """An output by its place, for the two calls have their own."""
+    places = (place for output in outputs for place, one in enumerate(output) if argument is one)
+    return next((f"output {place}" for place in places), argument)
+
+
 def same(one: Any, other: Any) -> bool:
     if isinstance(one, LazyDict):  # what profilers are told
         return isinstance(other, LazyDict) and one.get() == other.get()
+    if isinstance(one, TensorDescriptor):
+        return (one.base.data_ptr(), one.shape, one.strides, one.block_shape) == (
+            other.base.data_ptr(), other.shape, other.strides, other.block_shape,
+        )  # fmt: skip
     return one is other or (type(one) is type(other) and one == other)
 
 
-def calls() -> Iterator[tuple[Any, ...]]:
-    yield floats(BF16, 1, 4096), codes(4096, 4096), scale(4096, 1), None
-    yield floats(BF16, 1, 1, 4096), codes(32000, 4096), scale(32000, 1), None
-    yield floats(FP16, 1, 4096), codes(4096, 4096), scale(4096, 32), floats(FP16, 4096)
-    yield floats(FP32, 4096), codes(11008, 4096), scale(11008, 1), floats(BF16, 11008)
-    yield floats(BF16, 1, 100), codes(7, 100), scale(7, 1), None
-    yield floats(BF16, 1, 1), codes(1, 1), scale(1, 1), floats(FP32, 1)
+def calls() -> Iterator[tuple[Any, tuple[Any, ...]]]:
+    for operands in (
+        (floats(BF16, 1, 4096), codes(4096, 4096), scale(4096, 1), None),
+        (floats(BF16, 1, 1, 4096), codes(32000, 4096), scale(32000, 1), None),
+        (floats(FP16, 1, 4096), codes(4096, 4096), scale(4096, 32), floats(FP16, 4096)),
+        (floats(FP32, 4096), codes(11008, 4096), scale(11008, 1), floats(BF16, 11008)),
+        (floats(BF16, 1, 100), codes(7, 100), scale(7, 1), None),
+        (floats(BF16, 1, 1), codes(1, 1), scale(1, 1), floats(FP32, 1)),
+    ):
+        yield direct.w8a16_linear, operands
+    for operands in (
+        (codes(1, 4096), scale(1, 1), codes(4096, 4096), scale(4096, 1), None, BF16),
+        (codes(1, 1, 4096), scale(1), codes(4096, 4096), scale(4096, 1), floats(BF16, 4096), FP32),
+        (codes(1, 2048, 4096), scale(1, 2048, 1), codes(11008, 4096), scale(11008, 1), None, BF16),
+        (codes(512, 4096), scale(512, 1), codes(4096, 4096), scale(4096, 1), floats(FP32, 4096), FP16),
+        (codes(777, 4096), scale(1), codes(4096, 4096), scale(4096, 1), None, BF16),
+    ):
+        yield direct.w8a8_linear, operands
+    for x in (floats(BF16, 1, 4096), floats(BF16, 1, 2048, 4096), floats(FP32, 3, 7, 20000), floats(FP16, 33)):
+        yield direct.quantize_per_token, (x,)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""A row without the dispatcher: the bits of the op, started as Triton starts it, and only where nobody would notice."""
+"""Ops without the dispatcher: their bits, started as Triton starts them, and only where nobody would notice."""
 
 from __future__ import annotations
 
@@ -12,26 +12,29 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import octavo
 from octavo import ops
-from octavo.ops.triton import direct
-from octavo.ops.triton.linear import w8a16_linear
+from octavo.ops.triton import direct, int8_linear, linear, quantize
+from octavo.ops.triton.launch import Started
+from tests.ops.triton.hopper import as_on_hopper
 
 HERE = Path(__file__).parent
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
-Operands = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]
+BIASES = st.sampled_from([None, torch.bfloat16, torch.float32])
+Layer = tuple[Tensor, Tensor, Tensor | None]
 
 
-def operands(
-    n: int, k: int, device: str, dtype: torch.dtype = torch.bfloat16, groups: int = 1, bias: torch.dtype | None = None
-) -> Operands:
+def layer(n: int, k: int, device: str, groups: int = 1, bias: torch.dtype | None = None) -> Layer:
     codes = torch.randint(-127, 128, (n, k), dtype=torch.int8, device=device)
     scale = torch.rand(n, groups, device=device) + 0.1
-    return (
-        torch.randn(1, 1, k, device=device).to(dtype), codes, scale,
-        None if bias is None else torch.randn(n, device=device).to(bias),
-    )  # fmt: skip
+    return codes, scale, None if bias is None else torch.randn(n, device=device).to(bias)
+
+
+def rows(m: int, k: int, device: str, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    return torch.randn(1, m, k, device=device).to(dtype)
 
 
 @settings(max_examples=25, deadline=None)
@@ -39,37 +42,87 @@ def operands(
     n=st.sampled_from([1, 3, 64]),
     k_and_groups=st.sampled_from([(1, 1), (33, 1), (64, 1), (64, 2), (96, 12)]),
     dtype=st.sampled_from(DTYPES),
-    bias=st.sampled_from([None, torch.bfloat16, torch.float32]),
+    bias=BIASES,
 )
-def test_the_bits_of_the_op(
+def test_w8a16(
     device: str, n: int, k_and_groups: tuple[int, int], dtype: torch.dtype, bias: torch.dtype | None
 ) -> None:
     k, groups = k_and_groups
-    given_ = operands(n, k, device, dtype, groups, bias)
+    x, operands = rows(1, k, device, dtype), layer(n, k, device, groups, bias)
     for _ in range(2):  # started anew, and from what is kept
-        y = direct.w8a16_row(*given_)
+        y = direct.w8a16_linear(x, *operands)
         assert y is not None and y.shape == (1, 1, n)
-        assert torch.equal(y, w8a16_linear(*given_))
+        assert torch.equal(y, linear.w8a16_linear(x, *operands))
+
+
+@pytest.mark.parametrize("m", [1, 80])
+@settings(max_examples=10, deadline=None)
+@given(
+    n=st.sampled_from([1, 3, 80]),
+    k=st.sampled_from([16, 64, 144]),
+    dtype=st.sampled_from(DTYPES),
+    bias=BIASES,
+    each_row=st.booleans(),
+)
+def test_w8a8(
+    m: int, device: str, n: int, k: int, dtype: torch.dtype, bias: torch.dtype | None, each_row: bool
+) -> None:
+    x, x_scale = quantize.quantize_per_token(rows(m, k, device))
+    x_scale = x_scale if each_row else x_scale[0, 0].clone()
+    operands = layer(n, k, device, bias=bias)
+    with pytest.MonkeyPatch.context() as patch:
+        as_on_hopper(device, patch)
+        for _ in range(2):
+            y = direct.w8a8_linear(x, x_scale, *operands, dtype)
+            assert y is not None and y.shape == (1, m, n) and y.dtype == dtype
+            assert torch.equal(y, int8_linear.w8a8_linear(x, x_scale, *operands, dtype))
+
+
+@pytest.mark.parametrize("shape", [(64,), (1, 1, 64), (2, 3, 4096), (5, 9000), (7, 33)])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_quantize_per_token(device: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    x = torch.randn(shape, device=device).to(dtype)
+    for _ in range(2):
+        found = direct.quantize_per_token(x)
+        assert found is not None
+        for one, expected in zip(found, quantize.quantize_per_token(x), strict=True):
+            assert one.shape == expected.shape and torch.equal(one, expected)
+
+
+def misplaced(x: Tensor) -> Tensor:
+    """A copy that begins between multiples of 16 bytes."""
+    return torch.cat([x.new_zeros(1), x.flatten()])[1:].view(x.shape)
 
 
 def test_what_is_not_as_usual_is_left_to_the_op(device: str) -> None:
-    x, codes, scale, _ = operands(32, 64, device)
-    bias = torch.randn(64, device=device)
-    misplaced = torch.randn(65, device=device).bfloat16()[1:].view(1, 64)
+    x, (codes, scale, _), bias = rows(1, 64, device), layer(32, 64, device), torch.randn(64, device=device)
     for unusual in (
-        (x.expand(2, 1, 64).contiguous(), codes, scale, None),
-        (x[..., :63].contiguous(), codes, scale, None),
+        (rows(2, 64, device), codes, scale, None),
+        (rows(1, 63, device), codes, scale, None),
         (x.double(), codes, scale, None),
-        (torch.randn(64, 1, device=device).T.expand(1, 64)[:, ::1].to(torch.int8), codes, scale, None),
-        (misplaced, codes, scale, None),
+        (misplaced(x), codes, scale, None),
         (x, codes.T.contiguous().T, scale, None),
+        (x, codes.float(), scale, None),
         (x, codes, torch.rand(32, 2, device=device)[:, ::2], None),
         (x, codes, scale.double(), None),
         (x, codes, scale, bias[::2]),
-        (x, torch.empty(0, 64, dtype=torch.int8, device=device), scale[:0], None),
+        (x, codes[:0], scale[:0], None),
         (x.view(64, 1), codes, scale, None),
     ):
-        assert direct.w8a16_row(*unusual) is None
+        assert direct.w8a16_linear(*unusual) is None
+    x, x_scale = quantize.quantize_per_token(x)
+    many, scales = quantize.quantize_per_token(rows(80, 64, device))
+    for unusual8 in (
+        (many[:, :64].contiguous(), scales[:, :64].contiguous(), codes, scale, None, torch.bfloat16),
+        (many, scales[:, :40], codes, scale, None, torch.bfloat16),
+        (x, x_scale.double(), codes, scale, None, torch.bfloat16),
+        (x, x_scale, codes, scale, None, torch.float64),
+        (x.float(), x_scale, codes, scale, None, torch.bfloat16),
+        (many[:0], scales[:0], codes, scale, None, torch.bfloat16),
+    ):
+        assert direct.w8a8_linear(*unusual8) is None
+    for x in (torch.tensor(1.0, device=device), bias.double(), bias[::2], bias[:0], misplaced(bias)):
+        assert direct.quantize_per_token(x) is None
 
 
 class Compiled:
@@ -85,29 +138,33 @@ class Compiled:
 def test_one_look_up_serves_all_layers_of_a_shape(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     kernels: list[Compiled] = []
 
-    def start(*_: Any) -> tuple[Compiled, int, tuple[int, ...]]:
+    def start(*_: Any) -> Started:
         kernels.append(Compiled())
-        return kernels[-1], 8, (1, 2, 3)
+        return Started(kernels[-1], 8, (1, 2, 3))
 
-    monkeypatch.setattr(direct, "start_row", start)
-    monkeypatch.setattr(direct, "_started", {})
-    one, other = operands(32, 64, device), operands(32, 64, device)
-    for given_ in (one, other, one):
-        y = direct.w8a16_row(*given_)
+    monkeypatch.setattr(linear, "start_row", start)
+    monkeypatch.setattr(direct, "_kept", {})
+    one, other = ((rows(1, 64, device), *layer(32, 64, device)) for _ in range(2))
+    for operands in (one, other, one):
+        y = direct.w8a16_linear(*operands)
     (kernel,) = kernels
-    assert y is not None and [call[1:4] for call in kernel.calls] == [other[:3], one[:3]]
+    assert [call[1:4] for call in kernel.calls] == [other[:3], one[:3]]
     grid, *_, bias, last, n, k, stride = kernel.calls[-1]
     assert grid == (8, 1, 1) and bias is None and last is y and (n, k, stride) == (1, 2, 3)
-    for given_ in (
-        operands(32, 64, device, torch.float16),
-        operands(32, 64, device, groups=2),
-        operands(32, 64, device, bias=torch.bfloat16),
-        operands(32, 64, device, bias=torch.float32),
-        operands(32, 128, device),
-        operands(16, 64, device),
+    x = one[0]
+    for operands in (
+        (x.half(), *layer(32, 64, device)),
+        (x, *layer(32, 64, device, groups=2)),
+        (x, *layer(32, 64, device, bias=torch.bfloat16)),
+        (x, *layer(32, 64, device, bias=torch.float32)),
+        (rows(1, 128, device), *layer(32, 128, device)),
+        (x, *layer(16, 64, device)),
     ):
-        direct.w8a16_row(*given_)
+        direct.w8a16_linear(*operands)
     assert len(kernels) == 7 and not any(kernel.calls for kernel in kernels[1:])
+    monkeypatch.setattr(direct, "MOST_KEPT", 7)
+    direct.w8a16_linear(x, *layer(48, 64, device))
+    assert len(direct._kept) == 1
 
 
 def test_kept_kernels_are_run_as_triton_runs_them() -> None:
@@ -117,7 +174,7 @@ def test_kept_kernels_are_run_as_triton_runs_them() -> None:
         capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert done.stdout.split() == ["6", "alike"]
+    assert done.stdout.split() == ["15", "alike"]
 
 
 class Watching(TorchDispatchMode):
@@ -137,7 +194,7 @@ def test_whoever_listens_is_heard() -> None:
             assert not ops._nothing_listens(x)
         seen: list[bool] = []
 
-        def note(row: torch.Tensor) -> torch.Tensor:
+        def note(row: Tensor) -> Tensor:
             seen.append(ops._nothing_listens(row))
             return row + 0
 
@@ -152,30 +209,35 @@ def test_whoever_listens_is_heard() -> None:
 
 
 @pytest.mark.gpu
-def test_modules_take_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    import octavo
+@pytest.mark.parametrize("scheme", ["w8a16", "w8a8"])
+@pytest.mark.parametrize("m", [1, 100])
+def test_modules_take_it(m: int, scheme: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if m > 1:
+        as_on_hopper("cuda", monkeypatch)
+    model = torch.nn.Sequential(torch.nn.Linear(256, 128)).bfloat16().cuda()
+    octavo.quantize(model, scheme)
+    taken: dict[str, list[bool]] = {}
+    for op, function in list(ops.triton.DIRECT.items()):
 
-    layer = torch.nn.Sequential(torch.nn.Linear(256, 128)).bfloat16().cuda()
-    octavo.quantize(layer, "w8a16")
-    taken: list[bool] = []
-    row = direct.w8a16_row
+        def counted(*args: Any, op: str = op, function: Any = function) -> Any:
+            result = function(*args)
+            taken.setdefault(op, []).append(result is not None)
+            return result
 
-    def counted(*args: Any) -> torch.Tensor | None:
-        y = row(*args)
-        taken.append(y is not None)
-        return y
-
-    monkeypatch.setattr(ops.triton, "w8a16_row", counted)
-    x = torch.randn(1, 1, 256, device="cuda").bfloat16()
-    expected = layer(x)  # with gradients: by the op
+        monkeypatch.setitem(ops.triton.DIRECT, op, counted)
+    x = rows(m, 256, "cuda")
+    expected = model(x)  # with gradients: by the ops
     assert not taken
     with torch.no_grad():
         for _ in range(3):
-            assert torch.equal(layer(x), expected)
+            assert torch.equal(model(x.clone()), expected)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            recorded = layer(x)
+            recorded = model(x)
         x.copy_(torch.randn_like(x))
         graph.replay()
-        assert torch.equal(recorded, layer(x))
-    assert taken == [True] * 5
+        assert torch.equal(recorded, model(x.clone()))
+    if scheme == "w8a8":
+        assert taken == {"w8a8_linear": [True] * 5, "quantize_per_token": [True] * 5}
+    else:
+        assert taken == {"w8a16_linear": [m == 1] * 5}
