@@ -118,7 +118,7 @@ def _nothing_listens(x: Tensor) -> bool:
         and not torch._C._len_torch_dispatch_stack()
         and not torch._C._is_torch_function_mode_enabled()
         and torch._C._get_tracing_state() is None
-        and not torch._C._functorch.is_functorch_wrapped_tensor(x)
+        and torch._C._functorch.peek_interpreter_stack() is None
     )
 
 
@@ -132,7 +132,7 @@ def w8a16_linear(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor |
     """
     x = autocast(x)
     if x.is_cuda and (y := _directly("w8a16_linear", x, weight, weight_scale, bias)) is not None:
-        return y  # type: ignore[no-any-return]
+        return y
     return _run(_linear, lambda: reference.check_input(x, weight), x, weight, weight_scale, bias)
 
 
@@ -227,7 +227,7 @@ def quantize_per_token(x: Tensor) -> tuple[Tensor, Tensor]:
     with the formula: there it stays an op, and so it does for `torch.export`.
     """
     if x.is_cuda and (quantized := _directly("quantize_per_token", x)) is not None:
-        return quantized  # type: ignore[no-any-return]
+        return quantized
     return _quantize(_per_token, reference.quantize_per_token, x)
 
 
@@ -286,7 +286,7 @@ def w8a8_linear(
     Raises: QuantizeError if x is not int8 or its last size is not K.
     """
     if x.is_cuda and (y := _directly("w8a8_linear", x, x_scale, weight, weight_scale, bias, dtype)) is not None:
-        return y  # type: ignore[no-any-return]
+        return y
     return _run(_w8a8_linear, lambda: reference.check_codes(x, weight), x, x_scale, weight, weight_scale, bias, dtype)
 
 

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from octavo.ops.triton import int8_linear, linear, quantize
 from octavo.ops.triton.launch import Started, copied_on_hopper, is_current
@@ -23,6 +23,7 @@ from octavo.ops.triton.launch import Started, copied_on_hopper, is_current
 __all__ = ["quantize_per_token", "w8a8_linear", "w8a16_linear"]
 
 _FLOATS = (torch.bfloat16, torch.float16, torch.float32)
+_PLAIN = (Tensor, nn.Parameter)  # and nothing that is derived from them, which may have no memory of its own
 
 MOST_KEPT = 10_000
 """Kernels and shapes, which are kept until then; prompts of every length have one."""
@@ -104,7 +105,7 @@ def _are_usual(x: Tensor, *others: Tensor | None) -> bool:
     addresses, device = x.data_ptr(), x.get_device()
     for one in others:
         if one is not None:
-            if one.get_device() != device or not one.is_contiguous():
+            if type(one) not in _PLAIN or one.get_device() != device or not one.is_contiguous():
                 return False
             addresses |= one.data_ptr()
     return not addresses % 16 and x.is_contiguous() and x.dim() > 0 and is_current(x)

@@ -89,6 +89,10 @@ def test_quantize_per_token(device: str, shape: tuple[int, ...], dtype: torch.dt
             assert one.shape == expected.shape and torch.equal(one, expected)
 
 
+class Derived(Tensor):
+    pass
+
+
 def misplaced(x: Tensor) -> Tensor:
     """A copy that begins between multiples of 16 bytes."""
     return torch.cat([x.new_zeros(1), x.flatten()])[1:].view(x.shape)
@@ -106,6 +110,7 @@ def test_what_is_not_as_usual_is_left_to_the_op(device: str) -> None:
         (x, codes, torch.rand(32, 2, device=device)[:, ::2], None),
         (x, codes, scale.double(), None),
         (x, codes, scale, bias[::2]),
+        (x, codes.as_subclass(Derived), scale, None),
         (x, codes[:0], scale[:0], None),
         (x.view(64, 1), codes, scale, None),
     ):
@@ -199,9 +204,10 @@ def test_whoever_listens_is_heard() -> None:
             return row + 0
 
         torch.vmap(note)(x)
+        torch.vmap(lambda _: note(x))(x)
         with pytest.warns(DeprecationWarning):
             torch.jit.trace(note, (x,), check_trace=False)
-        assert seen == [False, False]
+        assert seen == [False] * 3
         compiled = torch.compile(lambda row: row + ops._nothing_listens(row), fullgraph=True, backend="eager")
         assert torch.equal(compiled(x), x)
     with torch.inference_mode():
