@@ -28,9 +28,14 @@ __all__ = ["quantize_per_tensor", "quantize_per_token", "quantize_static", "quan
 PIECE = 4096
 """Elements that a program holds at a time, 16 to 32 to a thread: several short rows, or a part of a tensor."""
 
-LONGEST_ROW = 8192
-"""That is held whole, by 16 warps, 16 elements to a thread. A longer one is read twice, by 4096 elements at a time, the
-second time from the L2 cache: on an H200 2048 rows of 11008 take 33 us so, and 50 held whole; of 4096 9.5 and 8."""
+LONGEST_ROW, LONGEST_FULL_ROW = 8192, 16384
+"""That is held whole, by 16 warps: the first whatever its length, the second if it leaves an eighth of a power of two
+empty at most. Others are read twice, by 4096 elements at a time, the second time from the L2 cache. On an H200, of
+
+    rows x columns    2048 x 4096    512 x 14336    2048 x 14336    2048 x 11008
+    held whole            9.0 us        10.0 us         29.3 us         28.3 us
+    read twice                          10.0            34.0            26.4
+"""
 
 PARTIAL_PROGRAMS = 512
 """That look for the largest magnitude of a tensor, about four on each multiprocessor; each program of the second launch
@@ -64,9 +69,11 @@ def _rows(x: Tensor, of_weight: bool) -> tuple[Tensor, Tensor]:
 def start_rows(x: Tensor, row_stride: int, codes: Tensor, scale: Tensor, of_weight: bool) -> Started:
     """The kernel for rows x [..., k], each `row_stride` elements after the one before it."""
     m, k = scale.numel(), x.shape[-1]
-    columns = max(power_of_two(k), 16) if k <= LONGEST_ROW else PIECE
+    padded = max(power_of_two(k), 16)
+    whole = k <= LONGEST_ROW or (k <= LONGEST_FULL_ROW and 8 * k >= 7 * padded)
+    columns = padded if whole else PIECE
     rows = max(1, min(PIECE // columns, power_of_two(m)))
-    numbers = (m, k, row_stride, of_weight, k <= LONGEST_ROW, rows, columns)
+    numbers = (m, k, row_stride, of_weight, whole, rows, columns)
     count, warps = ceil_div(m, rows), max(1, min(16, rows * columns // 512))
     return Started(launch(_quantize_rows, (count,), x, codes, scale, *numbers, num_warps=warps), count, numbers)
 

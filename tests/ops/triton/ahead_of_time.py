@@ -215,7 +215,11 @@ def compile_calls(ops: list[str], target: str) -> list[Compiled]:
     def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
         kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
         if kernel.hash not in found:
-            meta = ", ".join(f"{name}={value}" for name, value in kwargs.items() if isinstance(value, int | bool | str))
+            chosen = {name: kwargs[name] for name in ("num_warps", "num_stages") if name in kwargs}
+            chosen |= {
+                name: kernel.src.constants[place,] for place, name in enumerate(self.arg_names) if name.isupper()
+            }
+            meta = ", ".join(f"{name}={value}" for name, value in chosen.items())
             found[kernel.hash] = described(op, self.__name__, target, meta, kernel)
         return kernel
 

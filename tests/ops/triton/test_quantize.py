@@ -93,7 +93,7 @@ def test_every_row_by_itself(device: str, dtype: torch.dtype) -> None:
     assert_same(quantize_per_token(x.to(device)), expected(x, amax(x)))
 
 
-@pytest.mark.parametrize("k", [quantize.LONGEST_ROW, quantize.LONGEST_ROW + 1, 2 * quantize.LONGEST_ROW + 5])
+@pytest.mark.parametrize("k", [8192, 8193, 14335, 14336, 16384, 16389])
 def test_long_rows(device: str, k: int) -> None:
     x = torch.randn(2, k)
     x[0, -1], x[1, 0] = 40.0, -50.0  # the largest at either end
