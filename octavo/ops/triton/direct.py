@@ -39,15 +39,10 @@ def w8a16_linear(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor |
     if x.numel() != k or not _are_usual(x, weight, weight_scale, bias):
         return None
     key = ("w8a16_linear", *_described(x, weight, weight_scale, bias))
-    kept = _kept.get(key)
-    if kept is None and not (x.dtype in _FLOATS and _are_layer(x, weight, weight_scale)):
+    if key not in _kept and not (x.dtype in _FLOATS and _are_layer(x, weight, weight_scale)):
         return None
     y = x.new_empty((*x.shape[:-1], n))
-    if kept is None:
-        _keep(key, linear.start_row(x, weight, weight_scale, bias, y))
-    else:
-        run, numbers = kept
-        run(x, weight, weight_scale, bias, y, *numbers)
+    _start(key, linear.start_row, x, weight, weight_scale, bias, y)
     return y
 
 
@@ -60,8 +55,7 @@ def w8a8_linear(
     if not m or 1 < m <= int8_linear.FEW_ROWS[-1].m or not _are_usual(x, weight, weight_scale, bias, x_scale):
         return None
     key = ("w8a8_linear", dtype, x_scale.dtype, x_scale.numel(), *_described(x, weight, weight_scale, bias))
-    kept = _kept.get(key)
-    if kept is None and not (
+    if key not in _kept and not (
         (dtype in _FLOATS and x.dtype == torch.int8 and _are_layer(x, weight, weight_scale))
         and (x_scale.dtype == torch.float32 and x_scale.numel() in (1, m))
         and (m == 1 or copied_on_hopper(x.view(m, k), weight))
@@ -69,16 +63,10 @@ def w8a8_linear(
         return None
     y = x.new_empty((*x.shape[:-1], n), dtype=dtype)
     if m == 1:
-        operands: tuple[Any, ...] = (x, x_scale, weight, weight_scale, bias, y)
-        start: Callable[..., Started] = int8_linear.start_row
+        _start(key, int8_linear.start_row, x, x_scale, weight, weight_scale, bias, y)
     else:
         operands = int8_linear.copied_operands(x.view(m, k), x_scale, weight, weight_scale, bias, y)
-        start = int8_linear.start_copied
-    if kept is None:
-        _keep(key, start(*operands))
-    else:
-        run, numbers = kept
-        run(*operands, *numbers)
+        _start(key, int8_linear.start_copied, *operands)
     return y
 
 
@@ -86,17 +74,27 @@ def quantize_per_token(x: Tensor) -> tuple[Tensor, Tensor] | None:
     if not x.numel() or not _are_usual(x):
         return None
     key = ("quantize_per_token", x.dtype, x.get_device(), x.shape)
-    kept = _kept.get(key)
-    if kept is None and x.dtype not in _FLOATS:
+    if key not in _kept and x.dtype not in _FLOATS:
         return None
     codes = x.new_empty(x.shape, dtype=torch.int8)
     scale = x.new_empty((*x.shape[:-1], 1), dtype=torch.float32)
-    if kept is None:
-        _keep(key, quantize.start_rows(x, x.shape[-1], codes, scale, False))
-    else:
-        run, numbers = kept
-        run(x, codes, scale, *numbers)
+    _start(key, quantize.start_rows, x, codes, scale)
     return codes, scale
+
+
+def _start(key: tuple[Any, ...], start: Callable[..., Started], *operands: Any) -> None:
+    """The kernel that is kept for the key, on these; the first time by `start`, as the op does it."""
+    kept = _kept.get(key)
+    if kept is not None:
+        run, numbers = kept
+        run(*operands, *numbers)
+        return
+    started = start(*operands)
+    if started.kernel is None:  # it is interpreted
+        return
+    if len(_kept) == MOST_KEPT:
+        _kept.clear()
+    _kept[key] = started.kernel[(started.programs, 1, 1)], started.numbers
 
 
 def _are_usual(x: Tensor, *others: Tensor | None) -> bool:
@@ -123,11 +121,3 @@ def _are_layer(x: Tensor, weight: Tensor, weight_scale: Tensor) -> bool:
     """Whether these are rows of x, and codes and scales for them."""
     n, k = weight.shape
     return n > 0 and x.shape[-1] == k and weight.dtype == torch.int8 and weight_scale.dtype == torch.float32
-
-
-def _keep(key: tuple[Any, ...], started: Started) -> None:
-    if started.kernel is None:  # it is interpreted
-        return
-    if len(_kept) == MOST_KEPT:
-        _kept.clear()
-    _kept[key] = started.kernel[(started.programs, 1, 1)], started.numbers

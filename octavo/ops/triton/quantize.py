@@ -62,13 +62,16 @@ def _rows(x: Tensor, of_weight: bool) -> tuple[Tensor, Tensor]:
     if not m:
         return codes, scale
     x = contiguous_rows(x, m, k)
-    start_rows(x, x.stride(0), codes, scale, of_weight)
+    start_rows(x, codes, scale, x.stride(0), of_weight)
     return codes, scale
 
 
-def start_rows(x: Tensor, row_stride: int, codes: Tensor, scale: Tensor, of_weight: bool) -> Started:
-    """The kernel for rows x [..., k], each `row_stride` elements after the one before it."""
+def start_rows(
+    x: Tensor, codes: Tensor, scale: Tensor, row_stride: int | None = None, of_weight: bool = False
+) -> Started:
+    """The kernel for rows x [..., k], each `row_stride` elements after the one before it, or next to it."""
     m, k = scale.numel(), x.shape[-1]
+    row_stride = k if row_stride is None else row_stride
     padded = max(power_of_two(k), 16)
     whole = k <= LONGEST_ROW or (k <= LONGEST_FULL_ROW and 8 * k >= 7 * padded)
     columns = padded if whole else PIECE
