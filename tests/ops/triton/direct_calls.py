@@ -1,29 +1,31 @@
 """Run by `test_direct.py`: a kernel that was kept gets what Triton gives it at a call of its own.
 
 The compiler is the real one, for a GPU that need not be there (`ahead_of_time.py`); what would start a kernel notes its
-arguments.
+arguments. `python tests/ops/triton/direct_calls.py time` prints what both take, without starting anything.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import sys
+import timeit
+from collections.abc import Callable, Iterator
 from typing import Any
 
+import torch
 from ahead_of_time import BF16, FP16, FP32, NoGpu, codes, floats, launch, scale
 from torch import Tensor
 from triton.compiler.compiler import CompiledKernel, LazyDict
 from triton.runtime import driver
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from octavo.ops import triton as kernels
 from octavo.ops.triton import direct
 
 started: list[tuple[Any, ...]] = []
 
 
 def main() -> None:
-    driver.set_active(NoGpu(90))
-    launch.is_hopper = lambda x: True
-    CompiledKernel._init_handles = init_handles
+    as_with_a_gpu(started.append)
     alike = 0
     for function, operands in calls():
         kept = len(direct._kept)
@@ -37,9 +39,28 @@ def main() -> None:
     print(alike, "alike")
 
 
-def init_handles(self: Any) -> None:
-    """As if the kernel were on a GPU."""
-    self.function, self._run = self.hash, lambda *args: started.append(args)
+def measure() -> None:
+    """Microseconds of a call: of the function that answers the op, and of the one that does without the dispatcher."""
+    as_with_a_gpu(lambda args: None)
+    with torch.no_grad():
+        for function, operands in calls():
+            op = function.__name__
+            both = [
+                min(timeit.repeat(lambda one=one, with_=operands: one(*with_), number=300, repeat=9)) / 300 * 1e6
+                for one in (kernels.OPS[op](), function)
+            ]
+            print(f"{op:20} {tuple(operands[0].shape)!s:16} {both[0]:6.1f} {both[1]:6.1f}")
+
+
+def as_with_a_gpu(start: Callable[[tuple[Any, ...]], None]) -> None:
+    """Kernels are compiled for compute capability 9; `start` is given what would start one."""
+
+    def init_handles(self: Any) -> None:
+        self.function, self._run = self.hash, lambda *args: start(args)
+
+    driver.set_active(NoGpu(90))
+    launch.is_hopper = lambda x: True
+    CompiledKernel._init_handles = init_handles
 
 
 def named(argument: Any, outputs: list[tuple[Tensor, ...]]) -> Any:
@@ -81,4 +102,4 @@ def calls() -> Iterator[tuple[Any, tuple[Any, ...]]]:
 
 
 if __name__ == "__main__":
-    main()
+    measure() if sys.argv[1:] == ["time"] else main()
