@@ -25,6 +25,7 @@ from octavo.ops.triton.linear import (
     Tile,
     add_parts,
     contiguous_rows,
+    descriptors,
     plan,
     programs,
     tile_of_program,
@@ -118,8 +119,7 @@ def copied_operands(
 ) -> tuple[Tensor, TensorDescriptor, TensorDescriptor, Tensor, Tensor, Tensor | None]:
     """As the kernel takes them: x [m, k] and the weight described to the copy engine."""
     _, tile = _copied_tiles(len(x), len(weight))
-    described = (TensorDescriptor.from_tensor(one, [rows, tile.k]) for one, rows in ((x, tile.m), (weight, tile.n)))
-    return y, *described, x_scale, weight_scale, bias
+    return y, *descriptors(x, weight, tile), x_scale, weight_scale, bias
 
 
 def _copied_tiles(m: int, n: int) -> tuple[int, Tile]:

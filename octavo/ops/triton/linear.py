@@ -27,8 +27,8 @@ from octavo.ops.triton import vector
 from octavo.ops.triton.launch import Started, ceil_div, copied_on_hopper, launch, rows_in_line
 
 __all__ = [
-    "Layers", "Plan", "Tile", "add_parts", "contiguous_rows", "plan", "programs", "start_row", "tile_of_program",
-    "w8a16_linear", "w8a16_linears",
+    "Layers", "Plan", "Tile", "add_parts", "contiguous_rows", "descriptors", "plan", "programs", "start_row",
+    "tile_of_program", "w8a16_linear", "w8a16_linears",
 ]  # fmt: skip
 
 
@@ -131,9 +131,8 @@ def w8a16_linear(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor |
     if halves and m >= LEAST_ROWS_ON_HOPPER and copied_on_hopper(x, weight):
         tile = ON_HOPPER
         launch(
-            _copied_product, (programs(tile, m, n),), y,
-            TensorDescriptor.from_tensor(x, [tile.m, tile.k]), TensorDescriptor.from_tensor(weight, [tile.n, tile.k]),
-            weight_scale, bias, m, n, k, M=tile.m, N=tile.n, K=tile.k, TILES=GROUP_OF_PROGRAMS,
+            _copied_product, (programs(tile, m, n),), y, *descriptors(x, weight, tile), weight_scale, bias, m, n, k,
+            M=tile.m, N=tile.n, K=tile.k, TILES=GROUP_OF_PROGRAMS,
             num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
         return y
@@ -153,6 +152,11 @@ def w8a16_linear(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor |
     if parts > 1:
         add_parts(sums, None, weight_scale if group == 0 else None, bias, y)
     return y
+
+
+def descriptors(x: Tensor, weight: Tensor, tile: Tile) -> tuple[TensorDescriptor, TensorDescriptor]:
+    """x [m, k] and weight [n, k], of which the copy engine is to fetch pieces of the tile."""
+    return TensorDescriptor.from_tensor(x, [tile.m, tile.k]), TensorDescriptor.from_tensor(weight, [tile.n, tile.k])
 
 
 def start_row(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, y: Tensor) -> Started:

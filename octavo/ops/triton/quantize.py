@@ -4,8 +4,8 @@
 
 Both divisions are rounded to nearest, which Triton's `/` is not. x / scale is a product with the reciprocal, which is
 the same for a whole row, corrected by its remainder; that gives the quotient's bits (Markstein, "Computation of
-elementary functions on the IBM RISC System/6000 processor", 1990) in a third of a division's instructions. Rounding to
-an integer is adding 1.5 * 2**23, of which the next number is 1 more: what then stands in the lowest 8 bits is the code.
+elementary functions on the IBM RISC System/6000 processor", 1990) in fewer instructions than a division. Rounding to an
+integer is adding 1.5 * 2**23, of which the next number is 1 more: what then stands in the lowest 8 bits is the code.
 The largest magnitude is found among the bits without the sign, read as integers: these are ordered as the numbers are,
 and NaN comes after infinity, so that it is not lost, as a maximum of floats would lose it.
 

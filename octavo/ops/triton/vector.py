@@ -18,8 +18,8 @@ ROWS = tl.constexpr(4)
 """Of the weight, that a program takes."""
 
 MOST_COLUMNS, COLUMNS_OF_WARP = 2048, 512
-"""That a program takes at a time: 16 columns a thread. Never a split of K: adding its parts up would be a second
-launch, which costs more than it gains."""
+"""That a program takes at a time: 16 columns a thread, or 8 (`MANY_PROGRAMS`). Never a split of K: adding its parts up
+would be a second launch, which costs more than it gains."""
 
 MANY_PROGRAMS = 4096
 """Fewer do not fill 132 multiprocessors with their warps, and have twice as many. Measured on an H200, in us, for

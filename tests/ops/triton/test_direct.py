@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import octavo
 from octavo import ops
-from octavo.ops.triton import direct, int8_linear, linear, quantize
+from octavo.ops.triton import direct, int8_linear, launch, linear, quantize
 from octavo.ops.triton.launch import Started
 from tests.ops.triton.hopper import as_on_hopper
 
@@ -98,7 +98,7 @@ def misplaced(x: Tensor) -> Tensor:
     return torch.cat([x.new_zeros(1), x.flatten()])[1:].view(x.shape)
 
 
-def test_what_is_not_as_usual_is_left_to_the_op(device: str) -> None:
+def test_what_is_not_as_usual_is_left_to_the_op(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     x, (codes, scale, _), bias = rows(1, 64, device), layer(32, 64, device), torch.randn(64, device=device)
     for unusual in (
         (rows(2, 64, device), codes, scale, None),
@@ -117,15 +117,20 @@ def test_what_is_not_as_usual_is_left_to_the_op(device: str) -> None:
         assert direct.w8a16_linear(*unusual) is None
     x, x_scale = quantize.quantize_per_token(x)
     many, scales = quantize.quantize_per_token(rows(80, 64, device))
+    as_on_hopper(device, monkeypatch)
+    assert direct.w8a8_linear(many, scales, codes, scale, None, torch.bfloat16) is not None
     for unusual8 in (
         (many[:, :64].contiguous(), scales[:, :64].contiguous(), codes, scale, None, torch.bfloat16),
-        (many, scales[:, :40], codes, scale, None, torch.bfloat16),
+        (many, scales[:, :40].contiguous(), codes, scale, None, torch.bfloat16),
         (x, x_scale.double(), codes, scale, None, torch.bfloat16),
         (x, x_scale, codes, scale, None, torch.float64),
         (x.float(), x_scale, codes, scale, None, torch.bfloat16),
         (many[:0], scales[:0], codes, scale, None, torch.bfloat16),
     ):
         assert direct.w8a8_linear(*unusual8) is None
+    monkeypatch.setattr(launch, "is_hopper", lambda x: False)
+    monkeypatch.setattr(direct, "_kept", {})
+    assert direct.w8a8_linear(many, scales, codes, scale, None, torch.bfloat16) is None
     for x in (torch.tensor(1.0, device=device), bias.double(), bias[::2], bias[:0], misplaced(bias)):
         assert direct.quantize_per_token(x) is None
 
