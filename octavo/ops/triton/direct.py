@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from octavo.ops.triton import int8_linear, linear, quantize
+from octavo.ops.triton import int8_linear, quantize, vector
 from octavo.ops.triton.launch import Started, copied_on_hopper, is_current
 
 __all__ = ["quantize_per_token", "w8a8_linear", "w8a16_linear"]
@@ -42,7 +42,7 @@ def w8a16_linear(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor |
     if key not in _kept and not (x.dtype in _FLOATS and _are_layer(x, weight, weight_scale)):
         return None
     y = x.new_empty((*x.shape[:-1], n))
-    _start(key, linear.start_row, x, weight, weight_scale, bias, y)
+    _start(key, vector.start_row, x, None, weight, weight_scale, bias, y)
     return y
 
 
@@ -63,7 +63,7 @@ def w8a8_linear(
         return None
     y = x.new_empty((*x.shape[:-1], n), dtype=dtype)
     if m == 1:
-        _start(key, int8_linear.start_row, x, x_scale, weight, weight_scale, bias, y)
+        _start(key, vector.start_row, x, x_scale, weight, weight_scale, bias, y)
     else:
         operands = int8_linear.copied_operands(x.view(m, k), x_scale, weight, weight_scale, bias, y)
         _start(key, int8_linear.start_copied, *operands)

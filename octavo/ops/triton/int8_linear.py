@@ -18,10 +18,9 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from octavo.ops import reference
 from octavo.ops.triton import vector
-from octavo.ops.triton.launch import Started, ceil_div, copied_on_hopper, launch, rows_in_line
+from octavo.ops.triton.launch import Started, copied_on_hopper, launch, rows_in_line
 from octavo.ops.triton.linear import (
     GROUP_OF_PROGRAMS,
-    Layers,
     Tile,
     add_parts,
     contiguous_rows,
@@ -31,7 +30,7 @@ from octavo.ops.triton.linear import (
     tile_of_program,
 )
 
-__all__ = ["copied_operands", "start_copied", "start_row", "w8a8_linear", "w8a8_linears"]
+__all__ = ["copied_operands", "start_copied", "w8a8_linear", "w8a8_linears"]
 
 FEW_ROWS = (Tile(16, 64, 256, 4, 4), Tile(32, 64, 128, 4, 4), Tile(64, 64, 128, 4, 4))
 """As in `linear.py`: the weight is read once, 8 to 16 KB a step, three of them under way."""
@@ -69,7 +68,7 @@ def w8a8_linear(
     x_scale, weight_scale = x_scale.contiguous(), weight_scale.contiguous()
     bias = None if bias is None else bias.contiguous()
     if m == 1:
-        start_row(rows_in_line(x), x_scale, weight, weight_scale, bias, y)
+        vector.start_row(rows_in_line(x), x_scale, weight, weight_scale, bias, y)
         return y
     x = contiguous_rows(x, m, k)
     if m > FEW_ROWS[-1].m and copied_on_hopper(x, weight):
@@ -85,18 +84,6 @@ def w8a8_linear(
     if parts > 1:
         add_parts(sums, x_scale, weight_scale, bias, y)
     return y
-
-
-def start_row(
-    x: Tensor, x_scale: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, y: Tensor
-) -> Started:
-    """The kernel of one row; rows of the operands are in line."""
-    n, k = weight.shape
-    count = ceil_div(n, vector.ROWS.value)
-    columns, warps = vector.piece(k, count)
-    numbers = (n, k, weight.stride(0), columns)
-    operands = (x, x_scale, weight, weight_scale, bias, y)
-    return Started(launch(_matrix_vector, (count,), *operands, *numbers, num_warps=warps), count, numbers)
 
 
 def start_copied(
@@ -139,14 +126,7 @@ def w8a8_linears(
         return reference.w8a8_linears(x, x_scale, weight, weight_scale, bias, dtype)
     for one in weight:
         reference.check_codes(x, one)
-    y = x.new_empty((*x.shape[:-1], total), dtype=dtype)
-    columns, warps = vector.piece_of_several(k)
-    layers = Layers.of(weight, weight_scale, bias)
-    launch(
-        _matrix_vectors, (layers.programs(),), rows_in_line(x), x_scale, *layers[:3], y, *layers[3:], k,
-        COLUMNS=columns, num_warps=warps,
-    )  # fmt: skip
-    return y
+    return vector.start_layers(x, x_scale, weight, weight_scale, bias, dtype)
 
 
 @triton.jit(do_not_specialize=["m"])  # so that another number of rows compiles nothing
@@ -177,40 +157,6 @@ def _store_scaled(y_ptr, sums, x_scale_ptr, scale_ptr, bias_ptr, rows, channels,
         scaled += tl.load(bias_ptr + channel).to(tl.float32)[None, :]
     y = y_ptr + rows.to(tl.int64)[:, None] * n + channels[None, :]
     tl.store(y, scaled.to(y_ptr.dtype.element_ty), mask=(rows < m)[:, None] & (channels < n)[None, :])
-
-
-@triton.jit
-def _matrix_vector(x_ptr, x_scale_ptr, weight_ptr, scale_ptr, bias_ptr, y_ptr, n, k, row_stride, COLUMNS: tl.constexpr):
-    """Elements of y for one row of x."""
-    program = tl.program_id(0)
-    _rows_of_y(x_ptr, x_scale_ptr, weight_ptr, scale_ptr, bias_ptr, y_ptr, program, n, k, row_stride, COLUMNS)
-
-
-@triton.jit
-def _matrix_vectors(x_ptr, x_scale_ptr, weights, scales, biases, y_ptr, sizes, row_strides, k, COLUMNS: tl.constexpr):
-    """The same for a program of any of several layers, as in `linear.py`."""
-    program = tl.program_id(0)
-    for layer in tl.static_range(len(weights)):
-        programs = tl.cdiv(sizes[layer], vector.ROWS)
-        if (program >= 0) & (program < programs):
-            _rows_of_y(
-                x_ptr, x_scale_ptr, weights[layer], scales[layer], biases[layer], y_ptr, program, sizes[layer], k,
-                row_strides[layer], COLUMNS,
-            )  # fmt: skip
-        program -= programs
-        y_ptr += sizes[layer]
-
-
-@triton.jit
-def _rows_of_y(
-    x_ptr, x_scale_ptr, weight_ptr, scale_ptr, bias_ptr, y_ptr, program, n, k, row_stride, COLUMNS: tl.constexpr
-):
-    rows = vector.rows_of_program(program, n)
-    sums = vector.rows_times_vector(x_ptr, weight_ptr, None, program, n, k, row_stride, tl.int32, 0, COLUMNS)
-    y = sums.to(tl.float32) * (tl.load(x_scale_ptr) * tl.load(scale_ptr + rows))
-    if bias_ptr is not None:
-        y += tl.load(bias_ptr + rows).to(tl.float32)
-    tl.store(y_ptr + rows, y.to(y_ptr.dtype.element_ty))
 
 
 @triton.jit(do_not_specialize=["m"])  # so that another number of rows compiles nothing

@@ -24,11 +24,11 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from octavo.ops import reference
 from octavo.ops.triton import vector
-from octavo.ops.triton.launch import Started, ceil_div, copied_on_hopper, launch, rows_in_line
+from octavo.ops.triton.launch import ceil_div, copied_on_hopper, launch, rows_in_line
 
 __all__ = [
-    "Layers", "Plan", "Tile", "add_parts", "contiguous_rows", "descriptors", "plan", "programs", "start_row",
-    "tile_of_program", "w8a16_linear", "w8a16_linears",
+    "Plan", "Tile", "add_parts", "contiguous_rows", "descriptors", "plan", "programs", "tile_of_program",
+    "w8a16_linear", "w8a16_linears",
 ]  # fmt: skip
 
 
@@ -124,7 +124,7 @@ def w8a16_linear(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor |
     groups = weight_scale.shape[1]
     group = k // groups if groups > 1 else 0
     if m == 1:
-        start_row(rows_in_line(x), weight, weight_scale, bias, y)
+        vector.start_row(rows_in_line(x), None, weight, weight_scale, bias, y)
         return y
     x = contiguous_rows(x, m, k)
     halves = x.dtype != torch.float32 and not group
@@ -159,17 +159,6 @@ def descriptors(x: Tensor, weight: Tensor, tile: Tile) -> tuple[TensorDescriptor
     return TensorDescriptor.from_tensor(x, [tile.m, tile.k]), TensorDescriptor.from_tensor(weight, [tile.n, tile.k])
 
 
-def start_row(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, y: Tensor) -> Started:
-    """The kernel of one row; rows of the operands are in line."""
-    n, k = weight.shape
-    groups = weight_scale.shape[1]
-    count = ceil_div(n, vector.ROWS.value)
-    columns, warps = vector.piece(k, count)
-    numbers = (n, k, weight.stride(0), k // groups if groups > 1 else 0, columns)
-    operands = (x, weight, weight_scale, bias, y)
-    return Started(launch(_matrix_vector, (count,), *operands, *numbers, num_warps=warps), count, numbers)
-
-
 def w8a16_linears(
     x: Tensor, weight: Sequence[Tensor], weight_scale: Sequence[Tensor], bias: Sequence[Tensor | None]
 ) -> Tensor:
@@ -181,38 +170,7 @@ def w8a16_linears(
         return reference.w8a16_linears(x, weight, weight_scale, bias)
     for one in weight:
         reference.check_input(x, one)
-    y = x.new_empty((*x.shape[:-1], total))
-    columns, warps = vector.piece_of_several(k)
-    layers = Layers.of(weight, weight_scale, bias)
-    (count,) = groups
-    launch(
-        _matrix_vectors, (layers.programs(),), rows_in_line(x), *layers[:3], y, *layers[3:], k,
-        GROUP=k // count if count > 1 else 0, COLUMNS=columns, num_warps=warps,
-    )  # fmt: skip
-    return y
-
-
-class Layers(NamedTuple):
-    """Layers of one input, as a kernel takes them."""
-
-    weights: tuple[Tensor, ...]
-    scales: tuple[Tensor, ...]
-    biases: tuple[Tensor | None, ...]
-    sizes: tuple[int, ...]
-    row_strides: tuple[int, ...]
-
-    @classmethod
-    def of(cls, weight: Sequence[Tensor], scale: Sequence[Tensor], bias: Sequence[Tensor | None]) -> Layers:
-        weights = tuple(rows_in_line(one) for one in weight)
-        return cls(
-            weights, tuple(one.contiguous() for one in scale),
-            tuple(None if one is None else one.contiguous() for one in bias),
-            tuple(len(one) for one in weights), tuple(one.stride(0) for one in weights),
-        )  # fmt: skip
-
-    def programs(self) -> int:
-        """How many there are for one row of x; each is of one layer."""
-        return sum(ceil_div(size, vector.ROWS.value) for size in self.sizes)
+    return vector.start_layers(x, None, weight, weight_scale, bias, x.dtype)
 
 
 def contiguous_rows(x: Tensor, m: int, k: int) -> Tensor:
@@ -224,46 +182,6 @@ def _longest_step(x: Tensor, group: int) -> int:
     """Of K: a power of two that divides the group, and for fp32, whose three parts take registers, a short one."""
     longest = 32 if x.dtype == torch.float32 else 256
     return 16 if group % 16 else math.gcd(group, longest)
-
-
-@triton.jit
-def _matrix_vector(
-    x_ptr, weight_ptr, scale_ptr, bias_ptr, y_ptr, n, k, row_stride, GROUP: tl.constexpr, COLUMNS: tl.constexpr
-):
-    """Elements of y for one row of x; GROUP: columns to a scale, 0 if the whole row has one."""
-    program = tl.program_id(0)
-    _rows_of_y(x_ptr, weight_ptr, scale_ptr, bias_ptr, y_ptr, program, n, k, row_stride, GROUP, COLUMNS)
-
-
-@triton.jit
-def _matrix_vectors(
-    x_ptr, weights, scales, biases, y_ptr, sizes, row_strides, k, GROUP: tl.constexpr, COLUMNS: tl.constexpr
-):
-    """The same for a program of any of several layers, whose elements of y follow each other; sizes: N of each."""
-    program = tl.program_id(0)
-    for layer in tl.static_range(len(weights)):
-        programs = tl.cdiv(sizes[layer], vector.ROWS)
-        if (program >= 0) & (program < programs):
-            _rows_of_y(
-                x_ptr, weights[layer], scales[layer], biases[layer], y_ptr, program, sizes[layer], k,
-                row_strides[layer], GROUP, COLUMNS,
-            )  # fmt: skip
-        program -= programs
-        y_ptr += sizes[layer]
-
-
-@triton.jit
-def _rows_of_y(
-    x_ptr, weight_ptr, scale_ptr, bias_ptr, y_ptr, program, n, k, row_stride,
-    GROUP: tl.constexpr, COLUMNS: tl.constexpr,
-):  # fmt: skip
-    rows = vector.rows_of_program(program, n)
-    y = vector.rows_times_vector(x_ptr, weight_ptr, scale_ptr, program, n, k, row_stride, tl.float32, GROUP, COLUMNS)
-    if GROUP == 0:
-        y *= tl.load(scale_ptr + rows)
-    if bias_ptr is not None:
-        y += tl.load(bias_ptr + rows).to(tl.float32)
-    tl.store(y_ptr + rows, y.to(y_ptr.dtype.element_ty))
 
 
 @triton.jit(do_not_specialize=["m"])  # so that another number of rows compiles nothing

@@ -7,12 +7,16 @@ the end.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
-from octavo.ops.triton.launch import power_of_two
+from octavo.ops.triton.launch import Started, ceil_div, launch, power_of_two, rows_in_line
 
-__all__ = ["ROWS", "piece", "piece_of_several", "rows_of_program", "rows_times_vector"]
+__all__ = ["ROWS", "piece", "rows_of_program", "rows_times_vector", "start_layers", "start_row"]
 
 ROWS = tl.constexpr(4)
 """Of the weight, that a program takes."""
@@ -53,6 +57,85 @@ def _piece(k: int, most: int, of_warp: int) -> tuple[int, int]:
     if k % 16:  # rows that start anywhere are read a byte at a time: many loads, each with registers
         of_warp = min(of_warp, 128)
     return columns, min(16, max(1, columns // of_warp))
+
+
+def start_row(
+    x: Tensor, x_scale: Tensor | None, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, y: Tensor
+) -> Started:
+    """A layer of one row; rows of the operands are in line. x_scale: of an int8 x."""
+    n, k = weight.shape
+    groups = weight_scale.shape[1]
+    count = ceil_div(n, ROWS.value)
+    columns, warps = piece(k, count)
+    numbers = (n, k, weight.stride(0), k // groups if groups > 1 else 0, columns)
+    operands = (x, x_scale, weight, weight_scale, bias, y)
+    return Started(launch(_matrix_vector, (count,), *operands, *numbers, num_warps=warps), count, numbers)
+
+
+def start_layers(
+    x: Tensor, x_scale: Tensor | None, weight: Sequence[Tensor], weight_scale: Sequence[Tensor],
+    bias: Sequence[Tensor | None], dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
+    """Layers of one row, whose groups are alike, in one launch: their outputs next to each other."""
+    weights = tuple(rows_in_line(one) for one in weight)
+    sizes, row_strides = tuple(len(one) for one in weights), tuple(one.stride(0) for one in weights)
+    k, groups = x.shape[-1], weight_scale[0].shape[1]
+    y = x.new_empty((*x.shape[:-1], sum(sizes)), dtype=dtype)
+    columns, warps = piece_of_several(k)
+    launch(
+        _matrix_vectors, (sum(ceil_div(size, ROWS.value) for size in sizes),), rows_in_line(x), x_scale, weights,
+        tuple(one.contiguous() for one in weight_scale),
+        tuple(None if one is None else one.contiguous() for one in bias), y, sizes, row_strides, k,
+        GROUP=k // groups if groups > 1 else 0, COLUMNS=columns, num_warps=warps,
+    )  # fmt: skip
+    return y
+
+
+@triton.jit
+def _matrix_vector(
+    x_ptr, x_scale_ptr, weight_ptr, scale_ptr, bias_ptr, y_ptr, n, k, row_stride,
+    GROUP: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """Elements of y for one row of x; GROUP: columns to a scale, 0 if the whole row has one."""
+    program = tl.program_id(0)
+    _rows_of_y(x_ptr, x_scale_ptr, weight_ptr, scale_ptr, bias_ptr, y_ptr, program, n, k, row_stride, GROUP, COLUMNS)
+
+
+@triton.jit
+def _matrix_vectors(
+    x_ptr, x_scale_ptr, weights, scales, biases, y_ptr, sizes, row_strides, k,
+    GROUP: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """The same for a program of any of several layers, whose elements of y follow each other; sizes: N of each."""
+    program = tl.program_id(0)
+    for layer in tl.static_range(len(weights)):
+        programs = tl.cdiv(sizes[layer], ROWS)
+        if (program >= 0) & (program < programs):
+            _rows_of_y(
+                x_ptr, x_scale_ptr, weights[layer], scales[layer], biases[layer], y_ptr, program, sizes[layer], k,
+                row_strides[layer], GROUP, COLUMNS,
+            )  # fmt: skip
+        program -= programs
+        y_ptr += sizes[layer]
+
+
+@triton.jit
+def _rows_of_y(
+    x_ptr, x_scale_ptr, weight_ptr, scale_ptr, bias_ptr, y_ptr, program, n, k, row_stride,
+    GROUP: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    rows = rows_of_program(program, n)
+    dtype = tl.float32 if x_scale_ptr is None else tl.int32
+    y = rows_times_vector(x_ptr, weight_ptr, scale_ptr, program, n, k, row_stride, dtype, GROUP, COLUMNS)
+    y = y.to(tl.float32)
+    if GROUP == 0:
+        scale = tl.load(scale_ptr + rows)
+        if x_scale_ptr is not None:
+            scale *= tl.load(x_scale_ptr)
+        y *= scale
+    if bias_ptr is not None:
+        y += tl.load(bias_ptr + rows).to(tl.float32)
+    tl.store(y_ptr + rows, y.to(y_ptr.dtype.element_ty))
 
 
 @triton.jit

@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import octavo
 from octavo import ops
-from octavo.ops.triton import direct, int8_linear, launch, linear, quantize
+from octavo.ops.triton import direct, int8_linear, launch, linear, quantize, vector
 from octavo.ops.triton.launch import Started
 from tests.ops.triton.hopper import as_on_hopper
 
@@ -152,15 +152,15 @@ def test_one_look_up_serves_all_layers_of_a_shape(device: str, monkeypatch: pyte
         kernels.append(Compiled())
         return Started(kernels[-1], 8, (1, 2, 3))
 
-    monkeypatch.setattr(linear, "start_row", start)
+    monkeypatch.setattr(vector, "start_row", start)
     monkeypatch.setattr(direct, "_kept", {})
     one, other = ((rows(1, 64, device), *layer(32, 64, device)) for _ in range(2))
     for operands in (one, other, one):
         y = direct.w8a16_linear(*operands)
     (kernel,) = kernels
-    assert [call[1:4] for call in kernel.calls] == [other[:3], one[:3]]
-    grid, *_, bias, last, n, k, stride = kernel.calls[-1]
-    assert grid == (8, 1, 1) and bias is None and last is y and (n, k, stride) == (1, 2, 3)
+    for call, (x, codes, scale, _) in zip(kernel.calls, (other, one), strict=True):
+        assert call[:6] == ((8, 1, 1), x, None, codes, scale, None) and call[7:] == (1, 2, 3)
+    assert kernel.calls[-1][6] is y
     x = one[0]
     for operands in (
         (x.half(), *layer(32, 64, device)),

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from octavo.errors import QuantizeError
-from octavo.ops.triton import int8_linear
+from octavo.ops.triton import int8_linear, vector
 from octavo.ops.triton.int8_linear import w8a8_linear, w8a8_linears
 from octavo.ops.triton.linear import Tile, plan
 from tests.ops.rounding import assert_off_by
@@ -179,7 +179,7 @@ def test_layers_side_by_side(
 
 
 def test_layers_side_by_side_are_one_launch(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    names = launched(int8_linear, monkeypatch)
+    names = launched(vector, monkeypatch)
     weights, scales = [codes(9, 40).to(device) for _ in range(3)], [torch.ones(9, 1, device=device)] * 3
     w8a8_linears(codes(1, 1, 40).to(device), torch.ones(1, device=device), weights, scales, [None] * 3, torch.float32)
     assert names == ["_matrix_vectors"]

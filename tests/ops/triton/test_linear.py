@@ -10,7 +10,7 @@ from torch import Tensor
 
 from octavo.errors import QuantizeError
 from octavo.ops import reference
-from octavo.ops.triton import linear
+from octavo.ops.triton import linear, vector
 from octavo.ops.triton.linear import w8a16_linear, w8a16_linears
 from tests.ops.rounding import assert_off_by, linear_in_double
 from tests.ops.triton.hopper import as_on_hopper, launched
@@ -240,7 +240,7 @@ def test_layers_side_by_side_with_strides(device: str) -> None:
 
 
 def test_layers_side_by_side_are_one_launch(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    names = launched(linear, monkeypatch)
+    names = launched(vector, monkeypatch)
     linears(device, torch.randn(1, 1, 40), [(*weight(9, 40), None)] * 3)
     assert names == ["_matrix_vectors"]
 
