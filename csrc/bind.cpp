@@ -119,14 +119,19 @@ void in_parallel(int64_t units, int64_t cost_of_unit, const Work& work) {
 struct Operands {
   Tensor x, x_scale, weight, weight_scale, bias;
 
-  Operands(const Tensor& x_, const std::optional<Tensor>& x_scale_, const Tensor& weight_, const Tensor& weight_scale_,
-           const std::optional<Tensor>& bias_)
+  // dims: of the weight, 2, or 3 with experts.
+  Operands(int64_t dims, const Tensor& x_, const std::optional<Tensor>& x_scale_, const Tensor& weight_,
+           const Tensor& weight_scale_, const std::optional<Tensor>& bias_)
       : x(dense(x_)), weight(dense(weight_)), weight_scale(dense(weight_scale_)) {
     if (x_scale_) x_scale = dense(*x_scale_);
     if (bias_) bias = dense(*bias_);
-    STD_TORCH_CHECK(weight.scalar_type() == ScalarType::Char, "weight must be int8");
+    STD_TORCH_CHECK(weight.scalar_type() == ScalarType::Char && weight.dim() == dims, "weight must be int8, of ", dims,
+                    " dimensions");
     STD_TORCH_CHECK(weight_scale.scalar_type() == ScalarType::Float, "weight_scale must be fp32");
     STD_TORCH_CHECK(x.dim() >= 1 && x.size(-1) == weight.size(-1), "x must have rows of ", weight.size(-1), " values");
+    STD_TORCH_CHECK(weight_scale.dim() == dims && is_by_row(weight_scale), "weight_scale must be of the weight's rows");
+    STD_TORCH_CHECK(!bias.defined() || (bias.dim() == dims - 1 && is_by_row(bias)),
+                    "bias must be of the weight's rows");
   }
 
   // The layer with rows [m0, m1) of x, and the weight of expert e (0 where there are no experts).
@@ -145,11 +150,9 @@ struct Operands {
       layer.x_scale = static_cast<const float*>(x_scale.const_data_ptr()) + m0 * layer.x_scale_step;
     }
     layer.w = static_cast<const int8_t*>(weight.const_data_ptr()) + e * layer.N * layer.K;
-    const int64_t rows = weight.dim() > 2 ? weight.size(0) * layer.N : layer.N;
-    layer.groups = rows ? weight_scale.numel() / rows : 1;
-    STD_TORCH_CHECK(weight_scale.numel() == rows * layer.groups && layer.groups >= 1 && layer.K % layer.groups == 0 &&
-                        (layer.groups == 1 || !codes),
-                    "weight_scale has ", weight_scale.numel(), " values for ", rows, " rows of ", layer.K);
+    layer.groups = weight_scale.size(-1);
+    STD_TORCH_CHECK(layer.groups >= 1 && layer.K % layer.groups == 0 && (layer.groups == 1 || !codes),
+                    "weight_scale has ", layer.groups, " groups for rows of ", layer.K);
     layer.w_scale = static_cast<const float*>(weight_scale.const_data_ptr()) + e * layer.N * layer.groups;
     if (bias.defined()) {
       layer.bias_type = *float_type(bias.scalar_type());
@@ -161,6 +164,13 @@ struct Operands {
   }
 
  private:
+  // Whether the sizes that come before the weight's last are those of `one`, too.
+  bool is_by_row(const Tensor& one) const {
+    for (int64_t d = 0; d + 1 < weight.dim(); d++)
+      if (one.size(d) != weight.size(d)) return false;
+    return true;
+  }
+
   static const void* at(const void* base, int64_t bytes) { return static_cast<const char*>(base) + bytes; }
 };
 
@@ -217,7 +227,7 @@ const LinearKernels& w8a16_kernels(const Tensor& x) { return kernels().w8a16(*fl
 Tensor w8a16_linear(const Tensor& x, const Tensor& weight, const Tensor& weight_scale,
                     const std::optional<Tensor>& bias) {
   if (!served(x.scalar_type(), bias)) return reference<Tensor>("w8a16_linear", x, weight, weight_scale, bias);
-  const Operands in(x, std::nullopt, weight, weight_scale, bias);
+  const Operands in(2, x, std::nullopt, weight, weight_scale, bias);
   Tensor y = empty(x, with_last(x, weight.size(0)), x.scalar_type());
   run({in.layer(0, rows_of(x), 0, y, *float_type(x.scalar_type()))}, w8a16_kernels(x), x);
   return y;
@@ -227,7 +237,7 @@ Tensor w8a8_linear(const Tensor& x, const Tensor& x_scale, const Tensor& weight,
                    const std::optional<Tensor>& bias, ScalarType dtype) {
   if (!served(dtype, bias)) return reference<Tensor>("w8a8_linear", x, x_scale, weight, weight_scale, bias, dtype);
   STD_TORCH_CHECK(x.scalar_type() == ScalarType::Char, "x must be int8");
-  const Operands in(x, x_scale, weight, weight_scale, bias);
+  const Operands in(2, x, x_scale, weight, weight_scale, bias);
   Tensor y = empty(x, with_last(x, weight.size(0)), dtype);
   run({in.layer(0, rows_of(x), 0, y, *float_type(dtype))}, kernels().w8a8, x);
   return y;
@@ -255,7 +265,7 @@ Tensor w8a16_experts_linear(const Tensor& x, const Tensor& ends, const Tensor& w
                             const std::optional<Tensor>& bias) {
   if (!served(x.scalar_type(), bias))
     return reference<Tensor>("w8a16_experts_linear", x, ends, weight, weight_scale, bias);
-  const Operands in(x, std::nullopt, weight, weight_scale, bias);
+  const Operands in(3, x, std::nullopt, weight, weight_scale, bias);
   Tensor y = empty(x, with_last(x, weight.size(1)), x.scalar_type());
   run(routed(in, ends, y, *float_type(x.scalar_type())), w8a16_kernels(x), x);
   return y;
@@ -266,7 +276,7 @@ Tensor w8a8_experts_linear(const Tensor& x, const Tensor& x_scale, const Tensor&
   if (!served(dtype, bias))
     return reference<Tensor>("w8a8_experts_linear", x, x_scale, ends, weight, weight_scale, bias, dtype);
   STD_TORCH_CHECK(x.scalar_type() == ScalarType::Char, "x must be int8");
-  const Operands in(x, x_scale, weight, weight_scale, bias);
+  const Operands in(3, x, x_scale, weight, weight_scale, bias);
   Tensor y = empty(x, with_last(x, weight.size(1)), dtype);
   run(routed(in, ends, y, *float_type(dtype)), kernels().w8a8, x);
   return y;

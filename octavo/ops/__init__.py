@@ -109,8 +109,8 @@ def _directly(op: str, x: Tensor, *args: Any) -> Any:
 
 
 def _nothing_listens(x: Tensor) -> bool:
-    """Whether a kernel may be started for x without the dispatcher: nobody differentiates, compiles, traces, maps or
-    otherwise watches what is called."""
+    """Whether a kernel may be started for x without the dispatcher: nobody differentiates, compiles, traces, maps,
+    profiles or otherwise watches what is called."""
     return (
         not torch.compiler.is_compiling()
         and not torch.is_grad_enabled()
@@ -119,6 +119,7 @@ def _nothing_listens(x: Tensor) -> bool:
         and not torch._C._is_torch_function_mode_enabled()
         and torch._C._get_tracing_state() is None
         and torch._C._functorch.peek_interpreter_stack() is None
+        and not torch._C._autograd._profiler_enabled()
     )
 
 
@@ -133,7 +134,7 @@ def w8a16_linear(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor |
     x = autocast(x)
     if x.is_cuda and (y := _directly("w8a16_linear", x, weight, weight_scale, bias)) is not None:
         return y
-    return _run(_linear, lambda: reference.check_input(x, weight), x, weight, weight_scale, bias)
+    return _run(_linear, lambda: reference.check_input(x, weight, weight_scale, bias), x, weight, weight_scale, bias)
 
 
 def w8a16_conv(
@@ -194,7 +195,8 @@ def w8a16_experts_linear(
     Raises: QuantizeError if x is not floating point or its last size is not K.
     """
     x = autocast(x)
-    return _run(_experts_linear, lambda: reference.check_input(x, weight), x, ends, weight, weight_scale, bias)
+    args = (x, ends, weight, weight_scale, bias)
+    return _run(_experts_linear, lambda: reference.check_input(x, weight, weight_scale, bias), *args)
 
 
 def w8a8_experts_linear(
@@ -209,7 +211,7 @@ def w8a8_experts_linear(
     Raises: QuantizeError if x is not int8 or its last size is not K.
     """
     args = (x, x_scale, ends, weight, weight_scale, bias, dtype)
-    return _run(_int8_experts_linear, lambda: reference.check_codes(x, weight), *args)
+    return _run(_int8_experts_linear, lambda: reference.check_codes(x, weight, weight_scale, bias), *args)
 
 
 def quantize_per_token(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -287,7 +289,8 @@ def w8a8_linear(
     """
     if x.is_cuda and (y := _directly("w8a8_linear", x, x_scale, weight, weight_scale, bias, dtype)) is not None:
         return y
-    return _run(_w8a8_linear, lambda: reference.check_codes(x, weight), x, x_scale, weight, weight_scale, bias, dtype)
+    args = (x, x_scale, weight, weight_scale, bias, dtype)
+    return _run(_w8a8_linear, lambda: reference.check_codes(x, weight, weight_scale, bias), *args)
 
 
 def int8_attention(
@@ -363,8 +366,9 @@ def backends() -> list[Serving]:
 
 
 def _on_cuda(op: str) -> Serving:
-    if _why_not_triton is not None:
-        return Serving(op, "cuda", "reference", _why_not_triton)
+    why_not = _why_not_triton or triton.why_not_here()
+    if why_not is not None:
+        return Serving(op, "cuda", "reference", why_not)
     if op in triton.OPS:
         return Serving(op, "cuda", "triton", f"triton {triton.version()} is installed")
     return Serving(op, "cuda", "reference", "no native kernel in this version")

@@ -18,7 +18,7 @@ __all__: list[str] = []
 
 @torch.library.register_fake("octavo::w8a16_linear", lib=library)
 def _linear_fake(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None) -> Tensor:
-    reference.check_input(x, weight)
+    reference.check_input(x, weight, weight_scale, bias)
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
 
@@ -102,7 +102,7 @@ def _weight_fake(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 @torch.library.register_fake("octavo::w8a16_experts_linear", lib=library)
 def _experts_linear_fake(x: Tensor, ends: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None) -> Tensor:
-    reference.check_input(x, weight[0])
+    reference.check_input(x, weight, weight_scale, bias)
     return x.new_empty((x.shape[0], weight.shape[1]))
 
 
@@ -111,7 +111,7 @@ def _int8_experts_linear_fake(
     x: Tensor, x_scale: Tensor, ends: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None,
     dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
-    reference.check_codes(x, weight[0])
+    reference.check_codes(x, weight, weight_scale, bias)
     return x.new_empty((x.shape[0], weight.shape[1]), dtype=dtype)
 
 
@@ -129,7 +129,7 @@ def _straight_through_fake(y: Tensor, x: Tensor, weight: Tensor, weight_scale: T
 def _w8a8_linear_fake(
     x: Tensor, x_scale: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, dtype: torch.dtype
 ) -> Tensor:
-    reference.check_codes(x, weight)
+    reference.check_codes(x, weight, weight_scale, bias)
     return x.new_empty((*x.shape[:-1], weight.shape[0]), dtype=dtype)
 
 

@@ -1,6 +1,7 @@
 """Gradients of the ops, to the input and the bias, so that adapters can be trained on a frozen int8 base.
 
-Importing this file registers them. Codes and scales are frozen: a gradient of theirs is refused.
+Importing this file registers them. Codes and scales are frozen: a gradient of theirs is refused. Forward-mode
+derivatives (`torch.func.jvp`) do not exist: there torch takes ops that are registered so for constants, in silence.
 """
 
 from __future__ import annotations

@@ -68,7 +68,7 @@ def in_full_precision(compute: Callable[Concatenate[Tensor, _Rest], Tensor]) -> 
 
 @in_full_precision
 def w8a16_linear(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None) -> Tensor:
-    check_input(x, weight)
+    check_input(x, weight, weight_scale, bias)
     n, k = weight.shape
     wide = accumulator(x)
     rows = x.reshape(math.prod(x.shape[:-1]), k).to(wide).contiguous()  # so that its strides change no bit
@@ -128,7 +128,7 @@ def _codes(x: Tensor, scale: Tensor) -> Tensor:
 def w8a8_linear(
     x: Tensor, x_scale: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, dtype: torch.dtype
 ) -> Tensor:
-    check_codes(x, weight)
+    check_codes(x, weight, weight_scale, bias)
     n, k = weight.shape
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     y = int8_matmul(x.reshape(math.prod(x.shape[:-1]), k), weight).to(wide)
@@ -175,7 +175,7 @@ def int8_matmul(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def w8a16_experts_linear(x: Tensor, ends: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None) -> Tensor:
-    check_input(x, weight)
+    check_input(x, weight, weight_scale, bias)
     y = x.new_zeros((len(x), weight.shape[1]))
     for e, rows in _routed(ends):
         y[rows] = w8a16_linear(x[rows], weight[e], weight_scale[e], None if bias is None else bias[e])
@@ -186,7 +186,7 @@ def w8a8_experts_linear(
     x: Tensor, x_scale: Tensor, ends: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None,
     dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
-    check_codes(x, weight)
+    check_codes(x, weight, weight_scale, bias)
     y = x.new_zeros((len(x), weight.shape[1]), dtype=dtype)
     for e, rows in _routed(ends):
         y[rows] = w8a8_linear(
@@ -317,8 +317,9 @@ def check_rows(x: Tensor) -> None:
         raise QuantizeError("x: is a 0-d tensor, expected [..., K]")
 
 
-def check_codes(x: Tensor, weight: Tensor) -> None:
-    """Raise QuantizeError unless x is int8 [..., K] with the K of weight [..., N, K], and their sums fit int32."""
+def check_codes(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None) -> None:
+    """Raise QuantizeError unless x is int8 [..., K] with the K of weight [..., N, K], their sums fit int32, and the
+    others are of this weight."""
     k = weight.shape[-1]
     if x.dtype != torch.int8 or x.dim() == 0 or x.shape[-1] != k:
         raise QuantizeError(
@@ -330,6 +331,7 @@ def check_codes(x: Tensor, weight: Tensor) -> None:
             f"weight: has rows of {k} codes, expected up to {LONGEST_EXACT}, of which a sum of products fits int32; "
             "quantize this layer with 'w8a16'"
         )
+    _check_layer(x, weight, weight_scale, bias)
 
 
 def check_indices(indices: Tensor, weight: Tensor) -> None:
@@ -339,14 +341,36 @@ def check_indices(indices: Tensor, weight: Tensor) -> None:
         raise IndexError(f"indices: out of range, {found}; expected rows of a table of {len(weight)}")
 
 
-def check_input(x: Tensor, weight: Tensor) -> None:
-    """Raise QuantizeError unless x is floating point [..., K] with the K of weight [..., N, K]."""
+def check_input(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None) -> None:
+    """Raise QuantizeError unless x is floating point [..., K] with the K of weight [..., N, K], and the others are of
+    this weight."""
     check_float(x)
     if x.dim() == 0 or x.shape[-1] != weight.shape[-1]:
         raise QuantizeError(
             f"x: shape is {list(x.shape)}, expected [..., {weight.shape[-1]}] for an int8 weight of shape "
             f"{list(weight.shape)}"
         )
+    _check_layer(x, weight, weight_scale, bias)
+
+
+def _check_layer(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None) -> None:
+    """Raise QuantizeError unless a scale for each row or group of a row, a bias for each row, and x belong to weight
+    [..., N, K]: kernels read what these shapes promise."""
+    *rows, k = weight.shape
+    groups = weight_scale.shape[-1] if weight_scale.dim() == weight.dim() else 0
+    grouped = x.dtype != torch.int8
+    if not groups or k % groups or (groups > 1 and not grouped) or list(weight_scale.shape[:-1]) != rows:
+        raise QuantizeError(
+            f"weight_scale: shape is {list(weight_scale.shape)}, expected {[*rows, 1]}"
+            + (f", or in place of 1 a number of groups that divides {k}," if grouped else "")
+            + f" for an int8 weight of shape {list(weight.shape)}"
+        )
+    if bias is not None and list(bias.shape) != rows:
+        raise QuantizeError(
+            f"bias: shape is {list(bias.shape)}, expected {rows} for an int8 weight of shape {list(weight.shape)}"
+        )
+    if x.device != weight.device:
+        raise QuantizeError(f"x: is on {x.device}, expected {weight.device}, where the int8 weight is")
 
 
 def accumulator(x: Tensor) -> torch.dtype:

@@ -5,11 +5,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 
 from octavo.ops import attention, reference
 
-__all__ = ["OPS", "library"]
+__all__ = ["OPS", "library", "reference_of"]
 
 _CONVOLUTION = (
     "(Tensor x, Tensor weight, Tensor weight_scale, Tensor? bias, SymInt[] stride, SymInt[] padding, "
@@ -39,13 +42,18 @@ OPS: dict[str, str] = {
 }
 """Name -> schema of every op, in the namespace `torch.ops.octavo`."""
 
+
+def reference_of(op: str) -> Callable[..., Any]:
+    """What answers the op in plain torch, on every device."""
+    return attention.int8_attention if op == "int8_attention" else getattr(reference, op)
+
+
 library = torch.library.Library("octavo", "DEF")
 _reference_library = torch.library.Library("octavo_reference", "DEF")
 for _name, _schema in OPS.items():
-    _body = attention.int8_attention if _name == "int8_attention" else getattr(reference, _name)
     for _one in (library, _reference_library):
         _one.define(_name + _schema)
-        _one.impl(_name, _body, "CompositeExplicitAutograd")
+        _one.impl(_name, reference_of(_name), "CompositeExplicitAutograd")
 
 # What is there for gradients alone is not in the table. A gradient that asks which rows an expert has is an op of its
 # own, for no compiler can follow it.

@@ -3,7 +3,7 @@
 Each file here is one kind of op: its kernels, a table of tile sizes at the top with their reasons, and for each op a
 function of the same name and arguments, which checks what it is given, chooses a tile by shape and launches. Only these
 files import triton, and they are imported when a CUDA device first asks for one of their ops: nothing is compiled or
-probed before. `launch.py` is how all of them start a kernel.
+probed before. `launch.py` is how all of them start a kernel; `direct.py` starts it again.
 
 Nothing is tuned at run time. A tile follows from the shape alone, so that a result is the same in every run, and no
 timing can happen inside a CUDA graph.
@@ -11,26 +11,37 @@ timing can happen inside a CUDA graph.
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 from collections.abc import Callable
 from importlib import import_module, metadata
 from typing import Any
 
-from octavo.ops.schemas import library
+import torch
 
-__all__ = ["DIRECT", "OPS", "load", "version"]
+from octavo.ops.schemas import library, reference_of
+
+__all__ = ["DIRECT", "LEAST_CAPABILITY", "OPS", "load", "version", "why_not_here"]
+
+LEAST_CAPABILITY = (8, 0)
+"""Of a GPU: before, `tl.dot` of codes does not compile for tensor cores (Triton 3.9 for 7.5)."""
 
 
-def _when_called(fetch: Callable[[], Any]) -> Callable[..., Any]:
+def _when_called(fetch: Callable[[], Any], otherwise: Callable[..., Any]) -> Callable[..., Any]:
+    """What `fetch` returns, asked for when it is first called; `otherwise` where the kernels do not serve."""
     body: Callable[..., Any] | None = None
 
     def call(*args: Any) -> Any:
         nonlocal body
         if body is None:
-            body = fetch()
+            body = fetch() if why_not_here() is None else otherwise
         return body(*args)
 
     return call
+
+
+def _declined(*_: Any) -> None:
+    return None
 
 
 OPS: dict[str, Callable[[], Any]] = {
@@ -51,20 +62,31 @@ OPS: dict[str, Callable[[], Any]] = {
 
 
 DIRECT: dict[str, Callable[..., Any]] = {
-    "w8a16_linear": _when_called(lambda: import_module("octavo.ops.triton.direct").w8a16_linear),
-    "w8a8_linear": _when_called(lambda: import_module("octavo.ops.triton.direct").w8a8_linear),
-    "quantize_per_token": _when_called(lambda: import_module("octavo.ops.triton.direct").quantize_per_token),
+    "w8a16_linear": _when_called(lambda: import_module("octavo.ops.triton.direct").w8a16_linear, _declined),
+    "w8a8_linear": _when_called(lambda: import_module("octavo.ops.triton.direct").w8a8_linear, _declined),
+    "quantize_per_token": _when_called(lambda: import_module("octavo.ops.triton.direct").quantize_per_token, _declined),
 }
 """Those that can be called without the dispatcher, too; they return None where they are not for what they are given."""
 
 
 def load() -> str | None:
-    """Register the kernels for CUDA devices. Returns: why they cannot serve, or None if they do."""
+    """Register the kernels for CUDA devices. Returns: why they cannot serve, or None if they do wherever
+    `why_not_here` has nothing against it."""
     if importlib.util.find_spec("triton") is None:
         return "the package triton is not installed"
     for op, fetch in OPS.items():
-        library.impl(op, _when_called(fetch), "CUDA")
+        library.impl(op, _when_called(fetch, reference_of(op)), "CUDA")
     return None
+
+
+@functools.cache
+def why_not_here() -> str | None:
+    """Why the reference serves this machine's GPUs, of which there is one; None if the kernels do."""
+    least = min(torch.cuda.get_device_capability(device) for device in range(torch.cuda.device_count()))
+    if least >= LEAST_CAPABILITY:
+        return None
+    wanted, found = (".".join(map(str, one)) for one in (LEAST_CAPABILITY, least))
+    return f"the kernels need GPUs of compute capability {wanted}, one here has {found}"
 
 
 def version() -> str:

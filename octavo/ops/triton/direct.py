@@ -39,7 +39,7 @@ def w8a16_linear(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor |
     if x.numel() != k or not _are_usual(x, weight, weight_scale, bias):
         return None
     key = ("w8a16_linear", *_described(x, weight, weight_scale, bias))
-    if key not in _kept and not (x.dtype in _FLOATS and _are_layer(x, weight, weight_scale)):
+    if key not in _kept and not (x.dtype in _FLOATS and _are_layer(x, weight, weight_scale, bias)):
         return None
     y = x.new_empty((*x.shape[:-1], n))
     _start(key, vector.start_row, x, None, weight, weight_scale, bias, y)
@@ -56,7 +56,8 @@ def w8a8_linear(
         return None
     key = ("w8a8_linear", dtype, x_scale.dtype, x_scale.numel(), *_described(x, weight, weight_scale, bias))
     if key not in _kept and not (
-        (dtype in _FLOATS and x.dtype == torch.int8 and _are_layer(x, weight, weight_scale))
+        (dtype in _FLOATS and x.dtype == torch.int8 and _are_layer(x, weight, weight_scale, bias))
+        and weight_scale.shape[1] == 1
         and (x_scale.dtype == torch.float32 and x_scale.numel() in (1, m))
         and (m == 1 or copied_on_hopper(x.view(m, k), weight))
     ):
@@ -92,7 +93,7 @@ def _start(key: tuple[Any, ...], start: Callable[..., Started], *operands: Any) 
     started = start(*operands)
     if started.kernel is None:  # it is interpreted
         return
-    if len(_kept) == MOST_KEPT:
+    if len(_kept) >= MOST_KEPT:
         _kept.clear()
     _kept[key] = started.kernel[(started.programs, 1, 1)], started.numbers
 
@@ -106,18 +107,22 @@ def _are_usual(x: Tensor, *others: Tensor | None) -> bool:
             if type(one) not in _PLAIN or one.get_device() != device or not one.is_contiguous():
                 return False
             addresses |= one.data_ptr()
-    return not addresses % 16 and x.is_contiguous() and x.dim() > 0 and is_current(x)
+    return not addresses % 16 and x.is_contiguous() and x.dim() > 0 and not x.is_neg() and is_current(x)
 
 
 def _described(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None) -> tuple[Any, ...]:
     """What these decide of a launch, if they are usual."""
     return (
         x.get_device(), x.dtype, x.shape, weight.dtype, weight.shape, weight_scale.dtype, weight_scale.shape,
-        None if bias is None else bias.dtype,
+        None if bias is None else (bias.dtype, bias.shape),
     )  # fmt: skip
 
 
-def _are_layer(x: Tensor, weight: Tensor, weight_scale: Tensor) -> bool:
-    """Whether these are rows of x, and codes and scales for them."""
+def _are_layer(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None) -> bool:
+    """Whether these are rows of x, and codes, scales and a bias for them."""
     n, k = weight.shape
-    return n > 0 and x.shape[-1] == k and weight.dtype == torch.int8 and weight_scale.dtype == torch.float32
+    return (
+        n > 0 and x.shape[-1] == k and weight.dtype == torch.int8
+        and weight_scale.dtype == torch.float32 and len(weight_scale) == n and k % weight_scale.shape[1] == 0
+        and (bias is None or bias.shape == (n,))
+    )  # fmt: skip

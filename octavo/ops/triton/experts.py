@@ -26,7 +26,6 @@ import triton.language as tl
 from torch import Tensor
 
 from octavo.ops import reference
-from octavo.ops.reference import check_codes, check_input
 from octavo.ops.triton import vector
 from octavo.ops.triton.launch import ceil_div, launch, power_of_two, rows_in_line
 from octavo.ops.triton.linear import Tile
@@ -61,7 +60,7 @@ _BLOCK_E = 512
 
 def w8a16_experts_linear(x: Tensor, ends: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None) -> Tensor:
     """As `octavo.ops.w8a16_experts_linear`; float64 goes to the reference, which waits for the device."""
-    check_input(x, weight)
+    reference.check_input(x, weight, weight_scale, bias)
     if x.dtype == torch.float64:
         return reference.w8a16_experts_linear(x, ends, weight, weight_scale, bias)
     return _linear(x, None, ends, weight, weight_scale, bias, x.dtype)
@@ -72,7 +71,7 @@ def w8a8_experts_linear(
     dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
     """As `octavo.ops.w8a8_experts_linear`; a result in float64 is the reference's, which waits for the device."""
-    check_codes(x, weight)
+    reference.check_codes(x, weight, weight_scale, bias)
     if dtype == torch.float64:
         return reference.w8a8_experts_linear(x, x_scale, ends, weight, weight_scale, bias, dtype)
     return _linear(x, x_scale, ends, weight, weight_scale, bias, dtype)

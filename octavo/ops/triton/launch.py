@@ -62,12 +62,13 @@ def power_of_two(size: int) -> int:
 
 
 def is_hopper(x: Tensor) -> bool:
-    """Whether x is on a GPU of compute capability 9 or above, with its wgmma and 227 KB of shared memory."""
-    return x.is_cuda and torch.cuda.get_device_capability(x.device)[0] >= 9
+    """Whether x is on a GPU of compute capability 9 (Hopper) or 10 (Blackwell for servers): with a copy engine, and
+    with 227 KB of shared memory, of which 12 (Blackwell for desktops) has 99."""
+    return x.is_cuda and torch.version.hip is None and torch.cuda.get_device_capability(x.device)[0] in (9, 10)
 
 
 def copied_on_hopper(*operands: Tensor) -> bool:
-    """Whether the copy engine of a GPU of compute capability 9 fetches tiles of these [M, K] operands, whose rows are
+    """Whether the copy engine of such a GPU (`is_hopper`) fetches tiles of these [M, K] operands, whose rows are
     in line: they begin at multiples of 16 bytes."""
     return is_hopper(operands[0]) and all(
         x.shape[1] > 0 and x.stride(0) * x.itemsize % 16 == 0 and x.data_ptr() % 16 == 0 for x in operands

@@ -110,7 +110,7 @@ def programs(tile: Tile, m: int, n: int) -> int:
 
 def w8a16_linear(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None) -> Tensor:
     """Shapes as in the table of `octavo.ops`. The reference computes in fp64, which is no work for a GPU, and K = 0."""
-    reference.check_input(x, weight)
+    reference.check_input(x, weight, weight_scale, bias)
     if x.dtype == torch.float64 or not weight.shape[1]:
         return reference.w8a16_linear(x, weight, weight_scale, bias)
     n, k = weight.shape
@@ -168,8 +168,8 @@ def w8a16_linears(
     total = sum(len(one) for one in weight)
     if x.numel() != k or x.dtype == torch.float64 or not k or not total or len(groups) > 1:
         return reference.w8a16_linears(x, weight, weight_scale, bias)
-    for one in weight:
-        reference.check_input(x, one)
+    for layer in zip(weight, weight_scale, bias, strict=True):
+        reference.check_input(x, *layer)
     return vector.start_layers(x, None, weight, weight_scale, bias, x.dtype)
 
 

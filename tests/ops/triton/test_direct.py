@@ -110,6 +110,10 @@ def test_what_is_not_as_usual_is_left_to_the_op(device: str, monkeypatch: pytest
         (x, codes, torch.rand(32, 2, device=device)[:, ::2], None),
         (x, codes, scale.double(), None),
         (x, codes, scale, bias[::2]),
+        (x, codes, scale, bias[:1].clone()),
+        (x, codes, scale[:8], None),
+        (x, codes, torch.rand(32, 3, device=device), None),
+        (torch._neg_view(x), codes, scale, None),
         (x, codes.as_subclass(Derived), scale, None),
         (x, codes[:0], scale[:0], None),
         (x.view(64, 1), codes, scale, None),
@@ -123,6 +127,7 @@ def test_what_is_not_as_usual_is_left_to_the_op(device: str, monkeypatch: pytest
         (many[:, :64].contiguous(), scales[:, :64].contiguous(), codes, scale, None, torch.bfloat16),
         (many, scales[:, :40].contiguous(), codes, scale, None, torch.bfloat16),
         (x, x_scale.double(), codes, scale, None, torch.bfloat16),
+        (x, x_scale, codes, torch.rand(32, 2, device=device), None, torch.bfloat16),
         (x, x_scale, codes, scale, None, torch.float64),
         (x.float(), x_scale, codes, scale, None, torch.bfloat16),
         (many[:0], scales[:0], codes, scale, None, torch.bfloat16),
@@ -201,6 +206,8 @@ def test_whoever_listens_is_heard() -> None:
         with Watching():
             assert not ops._nothing_listens(x)
         with torch.device("cpu"):
+            assert not ops._nothing_listens(x)
+        with torch.profiler.profile():
             assert not ops._nothing_listens(x)
         seen: list[bool] = []
 
