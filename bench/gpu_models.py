@@ -209,7 +209,7 @@ def _make_ready(jobs: list[Job], at_once: int, runs: dict[str, Any], missing: di
                 raise
             missing[job.label] = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
         else:
-            runs.setdefault(job.label, {"peak_bytes": 0}).update(returned)
+            runs.setdefault(job.label, {"peak_bytes": {}}).update(returned)
             ready.append(job)
         print(f"  {job.label}: {missing.get(job.label, 'ready')}", file=sys.stderr, flush=True)
     return ready
@@ -227,7 +227,7 @@ def _race(jobs: list[Job], part: Part, runs: dict[str, Any]) -> None:
                 runs[job.label][part.key].append(seconds / steps)
     for job in jobs:
         run = runs[job.label]
-        run["peak_bytes"] = max(run["peak_bytes"], job.worker(bench_worker.peak_memory))
+        run["peak_bytes"][part.key] = job.worker(bench_worker.peak_memory)
         milliseconds = statistics.median(run[part.key]) * 1e3
         print(f"  {job.label}, {part.key}: {milliseconds:.2f} ms", file=sys.stderr, flush=True)
 
@@ -305,8 +305,9 @@ def tables(found: dict[str, Any]) -> list[Table]:
         ):
             seconds = {label: statistics.median(run[key]) for label, run in right.items() if key in run}
             rows += [(name, *goals.row(goal, seconds, show)) for goal in several]
-        peaks = {label: float(run["peak_bytes"]) for label, run in right.items()}
-        rows += [(name, *goals.row(goal, peaks, lambda peak: human_bytes(int(peak)))) for goal in MODELS[name].memory]
+        for goal in MODELS[name].memory:
+            peaks = _peaks({label: run for label, run in right.items() if label in (goal.ours, *goal.rivals)})
+            rows.append((name, *goals.row(goal, peaks, lambda peak: human_bytes(int(peak)))))
     return [
         Table("Models: what must be reached", ("model", *goals.COLUMNS), tuple(rows), "llllrrrrl"),
         *(_runtimes(name, one) for name, one in found.items()),
@@ -320,6 +321,14 @@ def _error(one: dict[str, Any], label: str) -> float:
 
 def _wrong(label: str) -> float:
     return WRONG_INT8_INPUTS if label.startswith(W8A8) else WRONG
+
+
+def _peaks(runs: dict[str, Any]) -> dict[str, float]:
+    """Bytes of a prefill if all ran one, else of decoding: who only decodes holds no activations of a prompt."""
+    for part in ("first_token_s", "decode_s"):
+        if all(part in run["peak_bytes"] for run in runs.values()):
+            return {label: float(run["peak_bytes"][part]) for label, run in runs.items()}
+    return {}
 
 
 def _runtimes(name: str, one: dict[str, Any]) -> Table:
@@ -339,7 +348,8 @@ def _runtimes(name: str, one: dict[str, Any]) -> Table:
             row[2] = f"{1 / decode:.1f} ({statistics.median(bf16['decode_s']) / decode:.2f}x)"
             row[3] = f"{human_bytes(int(bytes_read / decode))}/s"
             row[4] = human_percent(bytes_read / decode / speed)
-        peak = f"{human_bytes(run['peak_bytes'])} ({run['peak_bytes'] / bf16['peak_bytes']:.2f}x)"
+        peaks = _peaks({label: run, label.replace(plain, BF16): bf16})
+        peak = f"{human_bytes(int(peaks[label]))} ({peaks[label] / peaks[label.replace(plain, BF16)]:.2f}x)"
         compiling = f"{sum(compile_s):.0f} s" if compile_s else "-"
         rows.append((*row, peak, compiling, f"{_error(one, label):.3f}"))
     rows += [(label, why, *("-" for _ in range(6))) for label, why in one["missing"].items()]

@@ -5,17 +5,16 @@
 // lanes once, when K is done.
 //
 //     few rows of x     a weight is widened in registers, anew for each tile of rows (`Direct`)
-//     many rows of x    kBlockN rows of W are widened once, piece by piece of K, into scratch in L2, and are then met
-//     by
-//                       every row of x, of which a tile stays in L1 meanwhile (`Packed`)
+//     many rows of x    kBlockN rows of W are widened once, piece by piece of K, into scratch in L2; every row of x
+//                       then meets them, a tile of which stays in L1 meanwhile (`Packed`)
 //
 // `Direct` and `Packed` are dot products of one instruction set (see avx512.cpp):
 //     X, W, Sum         element types of x, of W as the dot reads it, and of the sums (float or int32)
 //     XV, WV, Acc       a step's operands, and an accumulator, in registers
 //     kStep             elements of K per step
 //     kTileM            rows of x in a register tile
-//     kFewRows          rows of x up to which widening W for each tile is cheaper than once (Direct, if there is
-//     Packed) kOffset           what was added to every code of W: the sums are too large by kOffset * (sum of x's row)
+//     kFewRows          rows of x up to which widening W for each tile is cheaper than once (Direct, beside Packed)
+//     kOffset           what was added to every code of W: the sums are too large by kOffset * (sum of x's row)
 //     load_x, load_w    a step's operand: whole, or its first `count` elements with zeros behind
 //     zero, dot         an accumulator, and one step added to it
 //     kGroups           whether groups of columns may have scales of their own, and then

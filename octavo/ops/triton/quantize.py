@@ -109,7 +109,7 @@ def quantize_static(x: Tensor, input_scale: Tensor) -> Tensor:
     return codes
 
 
-@triton.jit(do_not_specialize=["m"])  # so that another number of rows compiles nothing
+@triton.jit(do_not_specialize=["m"])  # so that another number of many rows compiles nothing
 def _quantize_rows(
     x_ptr, codes_ptr, scale_ptr, m, k, row_stride,
     OF_WEIGHT: tl.constexpr, WHOLE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
