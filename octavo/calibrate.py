@@ -68,6 +68,31 @@ class Stats:
         """The experts that saw no token, by the name of their down projections. Smoothing leaves them as they are."""
         return {name: seen.unrouted for name, seen in self.experts.items() if seen.unrouted}
 
+    def check_are_of(self, model: nn.Module) -> None:
+        """Raise CalibrateError if they are of another model: one with other layers, or with inputs of other sizes."""
+        modules, parameters = dict(model.named_modules()), dict(model.named_parameters())
+        strange = [name for name in self.observers if name not in modules]
+        strange += [name for name in self.experts if name not in parameters]
+        if strange:
+            raise CalibrateError(
+                f"stats are of another model: it has no layer {strange[0]!r} ({len(strange)} such); calibrate this one"
+            )
+        for name, seen in self.observers.items():
+            columns = _columns(modules[name])
+            if columns not in (None, len(seen.amax)):
+                raise CalibrateError(
+                    f"stats are of another model: {name!r} had {len(seen.amax)} input channels, expected {columns}; "
+                    "calibrate this one"
+                )
+        if any(len(seen.rows) for seen in self.observers.values()):  # else a file of SmoothQuant's, of linear layers
+            watched = {name for name, module in modules.items() if is_watched(module)}
+            missing = watched - self.observers.keys() - set(self.unreached)
+            if missing:
+                raise CalibrateError(
+                    f"stats are of another model: they do not know {min(missing)!r} ({len(missing)} such); calibrate "
+                    "this one"
+                )
+
     def siblings(self, name: str) -> tuple[str, ...]:
         """The layers that are always fed the same tensor as layer `name`, itself among them."""
         return next((group for group in self.shared if name in group), (name,))
@@ -219,6 +244,14 @@ def _warn_of_unrouted(stats: Stats) -> None:
         OctavoWarning,
         stacklevel=3,  # the caller of octavo.calibrate
     )
+
+
+def _columns(module: nn.Module) -> int | None:
+    """K of a layer with one weight that has rows of K; None if that is not what it is."""
+    kind, weight = kind_of(module), module._parameters.get("weight")
+    if kind is None or weight is None or weight.dim() != 2:
+        return None
+    return kind.rows(weight, module).shape[1]
 
 
 def is_watched(module: nn.Module) -> bool:

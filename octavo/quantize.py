@@ -393,8 +393,13 @@ def fix_inputs(
             f"{next(iter(static.values())).scheme} has static inputs, and stats is None; pass stats=octavo.calibrate("
             "model, batches), or take 'w8a8', which needs none"
         )
-    if not any(name in stats.observers for name in static):
-        raise CalibrateError(f"stats know none of this model's layers (such as {min(static)!r}); calibrate this model")
+    stats.check_are_of(model)
+    unknown = static.keys() - stats.observers.keys() - set(stats.unreached)
+    if unknown:
+        raise CalibrateError(
+            f"stats know nothing of {min(unknown)!r} ({len(unknown)} such), which is to have static inputs; calibrate "
+            "this model, or put it on the ignore list"
+        )
     done: set[str] = set()
     for name in static:
         if name not in done:

@@ -80,7 +80,7 @@ def smooth(
     if example is None:
         raise CalibrateError("these statistics hold no example batch; pass one as batch=")
     _refuse_int8(model)
-    _check_stats(model, stats)
+    stats.check_are_of(model)
     before = products(model, example)
     done: list[SmoothedPair] = []
     folded: list[_Fold] = []
@@ -109,15 +109,6 @@ def smooth(
 def _refuse_int8(model: nn.Module) -> None:
     if any(hasattr(module, "quantized_params") for module in model.modules()):
         raise QuantizeError("the model holds int8 layers, whose codes cannot be scaled; smooth it first, then quantize")
-
-
-def _check_stats(model: nn.Module, stats: Stats) -> None:
-    modules, parameters = dict(model.named_modules()), dict(model.named_parameters())
-    unknown = [name for name in (*stats.observers, *stats.experts) if name not in modules and name not in parameters]
-    if unknown:
-        raise CalibrateError(
-            f"stats are of another model: it has no layer {unknown[0]!r} ({len(unknown)} such); calibrate this one"
-        )
 
 
 def _left_out(pair: Pair, why: str) -> SmoothedPair:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 import textwrap
@@ -128,6 +129,38 @@ def test_layers_that_no_batch_reached_are_listed_and_get_dynamic_inputs() -> Non
     assert fates["zero.weight"] == ("w8a8", "its inputs were all 0 in calibration: a dynamic scale")
     with pytest.raises(CalibrateError, match="dead: has no static scale, no batch reached it"):
         stats.input_scale("dead", torch.float32)
+
+
+def net(width: int = 4, layers: int = 2) -> nn.Sequential:
+    return nn.Sequential(*(nn.Linear(width, width) for _ in range(layers)))
+
+
+@pytest.mark.parametrize(
+    ("other", "why"),
+    [
+        (net(layers=1), "it has no layer '1' (1 such)"),
+        (net(layers=4), "they do not know '2' (2 such)"),
+        (net(width=6), "'0' had 4 input channels, expected 6"),
+    ],
+)
+def test_statistics_of_another_model_are_refused_before_anything_changes(other: nn.Sequential, why: str) -> None:
+    """Of the same architecture, so that names alone do not tell."""
+    stats, before = calibrate(net(), [torch.randn(6, 4)]), {key: t.clone() for key, t in other.state_dict().items()}
+    for use in (lambda: octavo.smooth(other, stats), lambda: octavo.quantize(other, "w8a8-static", stats=stats)):
+        with pytest.raises(CalibrateError, match=re.escape(f"stats are of another model: {why}")):
+            use()
+    assert all(torch.equal(value, before[key]) for key, value in other.state_dict().items())
+
+
+def test_act_scales_that_lack_a_layer(tmp_path: Path) -> None:
+    """A file of SmoothQuant's may be of some layers only: these get what they ask for, the others are named."""
+    stats = calibrate(net(), [torch.randn(6, 4)])
+    torch.save({"0": stats.observers["0"].amax}, tmp_path / "act_scales.pt")
+    some = Stats.load_act_scales(tmp_path / "act_scales.pt")
+    with pytest.raises(CalibrateError, match=r"stats know nothing of '1' \(1 such\), which is to have static inputs"):
+        octavo.quantize(net(), "w8a8-static", stats=some)
+    report = octavo.quantize(net(), octavo.Recipe.of("w8a8-static", ignore=["1"]), stats=some)
+    assert {row.name: row.scheme for row in report.rows if row.scheme} == {"0.weight": "w8a8-static"}
 
 
 def test_progress_and_bad_batches() -> None:
