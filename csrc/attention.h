@@ -57,12 +57,12 @@ struct AttentionKernels {
       }
       for (int64_t j = 0; j < kBlockN; j++) to.k_scale[s + j] = to.v_scale[s + j] = 0;
       quantize(
-          rows, [&](int64_t j) { return head_row(a.k, batch, head, s + j); }, a.k.type, a.D, codes, a.D,
-          to.k_scale + s);
+          rows, [&](int64_t j) { return head_row(a.k, batch, head, s + j); }, a.k.type, a.D, codes, a.D, to.k_scale + s,
+          1);
       lay_across<Score>(codes, a.D, rows, a.D, to.keys + s / kBlockN * to.panel);
       quantize(
           rows, [&](int64_t j) { return head_row(a.v, batch, head, s + j); }, a.v.type, a.Dv, codes, whole(a.Dv),
-          to.v_scale + s);
+          to.v_scale + s, 0);
       lay_by_fours(codes, whole(a.Dv), to.values + s * kBlockN, to.count * kBlockN);
     }
   }
@@ -71,15 +71,16 @@ struct AttentionKernels {
     for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(static_cast<const char*>(row) + i);
   }
 
-  // Rows that lie anywhere -> codes, `step` apart, and scales. In two passes, for what is found across the lanes of a
-  // vector takes long, and the next row need not wait for it.
+  // Rows that lie anywhere -> codes, `step` apart, and scales, `of_zeros` for a row of zeros. In two passes, for what
+  // is found across the lanes of a vector takes long, and the next row need not wait for it.
   template <class RowOf>
   static void quantize(int64_t rows, const RowOf& row_of, Float type, int64_t K, int8_t* codes, int64_t step,
-                       float* scale) {
+                       float* scale, float of_zeros) {
     for (int64_t i = 0; i < rows; i++) scale[i] = RowKernels<V>::amax_of(row_of(i), type, K) / kQmax;
     for (int64_t i = 0; i < rows; i++) {
-      if (scale[i] == 0) scale[i] = 1;
-      RowKernels<V>::codes_of(row_of(i), type, K, scale[i], codes + i * step);
+      const bool zeros = scale[i] == 0;
+      RowKernels<V>::codes_of(row_of(i), type, K, zeros ? 1 : scale[i], codes + i * step);
+      if (zeros) scale[i] = of_zeros;
     }
   }
 
@@ -154,7 +155,7 @@ struct AttentionKernels {
     find(a, key_head, r0, r1, places);
     const auto q_row = [&](int64_t i) { return head_row(a.q, batch, places[i].head - batch * a.H, places[i].query); };
     for (int64_t i = 0; i < count; i++) fetch(q_row(i), size_of(a.q.type) * a.D);
-    quantize(count, q_row, a.q.type, a.D, scratch.q, scratch.ldq, scratch.scale);
+    quantize(count, q_row, a.q.type, a.D, scratch.q, scratch.ldq, scratch.scale, 1);
     for (int64_t i = 0; i < count; i++) {
       scratch.scale[i] *= a.scaling;
       scratch.excess[i] = excess_of<Score>(scratch.q + i * scratch.ldq, a.D);

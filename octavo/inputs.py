@@ -1,7 +1,9 @@
 """Quantized once, read by many: q/k/v, and gate/up, are fed the same tensor, and share one quantization of it.
 
 Who shares is not configured: a layer asks for the codes of the very tensor that it was given, and gets those that the
-layer before it had computed if that was the same tensor, unchanged since (same object, same version counter).
+layer before it had computed if that was the same tensor, unchanged since: same object, same version counter. Versions
+do not count what is written behind torch's back (a buffer of numpy's that is filled anew for each
+call), so no layer is served the same codes twice: when the first layer asks again, all begin anew.
 """
 
 from __future__ import annotations
@@ -22,27 +24,28 @@ Quantized = tuple[Tensor, Tensor]
 class SharedInput:
     """The codes of the tensor that was quantized last, as long as that tensor lives. One for each int8 model.
 
-    A lookup is skipped while a model is compiled, for a graph has no such identity (a compiler may join equal calls;
-    `integrations/equal_calls.py` makes Inductor do so), while a CUDA graph is recorded, whose replays would go on with
-    the codes of the first input, and for tensors of inference mode, which do not count their versions.
+    A lookup is skipped while a model is compiled or traced, for a graph has no such identity (a compiler may join equal
+    calls; `integrations/equal_calls.py` makes Inductor do so), while a CUDA graph is recorded, whose replays would go
+    on with the codes of the first input, and for tensors of inference mode, which do not count their versions.
     """
 
     def __init__(self) -> None:
-        self._last: tuple[weakref.ref[Tensor], tuple[Any, ...], Quantized] | None = None
+        self._last: tuple[weakref.ref[Tensor], tuple[Any, ...], set[int], Quantized] | None = None
 
-    def quantized(self, x: Tensor, key: object, quantize: Callable[[Tensor], Quantized]) -> Quantized:
-        """`quantize(x)`, or what an equal call for the same tensor returned.
+    def quantized(self, x: Tensor, key: object, layer: object, quantize: Callable[[Tensor], Quantized]) -> Quantized:
+        """`quantize(x)`, or what an equal call of another layer for the same tensor returned.
 
-        key: says how it is quantized; equal keys mean equal codes.
+        key: says how it is quantized; equal keys mean equal codes. layer: who asks.
         """
         if torch.compiler.is_compiling() or x.is_inference() or _is_recorded(x):
             return quantize(x)
-        wanted = (x._version, key)
+        wanted = (x._version, x.shape, key)
         last = self._last
-        if last is not None and last[0]() is x and last[1] == wanted:
-            return last[2]
+        if last is not None and last[0]() is x and last[1] == wanted and id(layer) not in last[2]:
+            last[2].add(id(layer))
+            return last[3]
         codes = quantize(x)
-        self._last = (weakref.ref(x, self._forget), wanted, codes)
+        self._last = (weakref.ref(x, self._forget), wanted, {id(layer)}, codes)
         return codes
 
     def _forget(self, dead: weakref.ref[Tensor]) -> None:
@@ -55,4 +58,5 @@ class SharedInput:
 
 
 def _is_recorded(x: Tensor) -> bool:
-    return x.is_cuda and torch.cuda.is_current_stream_capturing()
+    traced = torch._C._get_tracing_state() is not None
+    return traced or (x.is_cuda and torch.cuda.is_current_stream_capturing())

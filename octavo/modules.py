@@ -193,7 +193,9 @@ class DynamicQuantLinear(QuantLinear):
             rounded = dequantize(codes, scale)
             return self._simulate(input, input.float() + (rounded - input.float()).detach())
         x = ops.autocast(input)
-        codes, scale = self.shared_input.quantized(input, (self._key(), x.dtype), lambda _: self.quantize_input(x))
+        codes, scale = self.shared_input.quantized(
+            input, (self._key(), x.dtype), self, lambda _: self.quantize_input(x)
+        )
         y = ops.w8a8_linear(codes, scale, self.weight, self.weight_scale, self.bias, x.dtype)
         return ops.straight_through(y, input, self.weight, self.weight_scale)
 

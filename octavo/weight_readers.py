@@ -22,17 +22,22 @@ import inspect
 import linecache
 import operator
 import re
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
 from torch import nn
 
+from octavo.errors import OctavoWarning
 from octavo.layers import KINDS
 
 __all__ = ["weight_readers"]
 
 _WEIGHTS = {param for kind in KINDS for param in kind.params}
-_NOT_RUNNING = re.compile(r"(^|_)init|reset_parameters|resize|tie_weights|extra_repr|^set_")
+_NOT_RUNNING = re.compile(
+    r"^_*(init|initialize)(_*weights?|_*parameters|_+)?$|^__init_subclass__$|reset_parameters|resize|tie_weights|"
+    "extra_repr|^set_"
+)
 _HARMLESS = {"device", "shape", "size", "data_ptr", "is_meta", "dim", "ndim", "numel", "requires_grad"}
 
 
@@ -48,10 +53,11 @@ class _Read:
 def weight_readers(model: nn.Module) -> dict[str, str]:
     """Module name -> the method (Class.method) that reads its weight directly, for the modules of `model`."""
     found: dict[str, str] = {}
+    _warn_of_unreadable({type(module) for module in model.modules() if not _is_known(type(module))})
     names = {id(module): name for name, module in model.named_modules()}
     places = dict(model.named_modules(remove_duplicate=False))  # one layer may stand in several
     for name, module in model.named_modules():
-        if type(module).__module__.startswith(("torch.", "octavo.")):
+        if _is_known(type(module)):
             continue
         for read in _reads_of_class(type(module)):  # type: ignore[arg-type]  # a class is hashable
             if all(_truth(condition, module) is not False for condition in read.conditions):
@@ -64,6 +70,23 @@ def weight_readers(model: nn.Module) -> dict[str, str]:
                     read_layers = [places[path]] if path in places else []
                 found.update((names[id(layer)], method) for layer in read_layers)
     return found
+
+
+def _is_known(cls: type) -> bool:
+    return cls.__module__.startswith(("torch.", "octavo."))
+
+
+def _warn_of_unreadable(classes: set[type]) -> None:
+    own = (base for cls in classes for base in cls.__mro__ if "forward" in vars(base) and not _is_known(base))
+    names = sorted({base.__qualname__ for base in own if not _is_readable(base)})
+    if names:
+        warnings.warn(
+            f"the source of {', '.join(names)} cannot be read (it was typed at a prompt?): code that reads a layer's "
+            "weight instead of calling the layer is not found there, and would compute with int8 codes; put the class "
+            "into a file, or such layers on the ignore list",
+            OctavoWarning,
+            stacklevel=4,
+        )
 
 
 @functools.cache
@@ -79,12 +102,23 @@ def _reads_of_class(cls: Any) -> tuple[_Read, ...]:
 
 
 def _methods_of_class(cls: type) -> Iterator[ast.FunctionDef]:
+    for file in _files_of_class(cls):
+        for definition in _classes_of_file(file).get(cls.__qualname__, []):
+            yield from (part for part in definition.body if isinstance(part, ast.FunctionDef))
+
+
+def _files_of_class(cls: type) -> set[str]:
+    """Where its source may stand: files, and cells of notebooks, whose names its functions know, and `linecache`."""
+    functions = (inspect.unwrap(value) for value in vars(cls).values() if callable(value))
+    files = {function.__code__.co_filename for function in functions if hasattr(function, "__code__")}
     try:
-        file = inspect.getsourcefile(cls)
-    except TypeError:
-        return  # no source to read (a class from a notebook or a compiled module)
-    for definition in _classes_of_file(file).get(cls.__qualname__, []) if file else []:
-        yield from (part for part in definition.body if isinstance(part, ast.FunctionDef))
+        return {*files, inspect.getsourcefile(cls) or ""}
+    except (TypeError, OSError):  # typed at a prompt, or compiled
+        return files
+
+
+def _is_readable(cls: type) -> bool:
+    return any(cls.__qualname__ in _classes_of_file(file) for file in _files_of_class(cls))
 
 
 @functools.lru_cache(maxsize=8)  # a model's classes are in a few files, and syntax trees are large
@@ -116,7 +150,7 @@ _Names = dict[str, set[_Path]]
 
 
 def _reads_of_method(method: ast.FunctionDef) -> Iterator[_Read]:
-    names: _Names = {"self": {()}}
+    names: _Names = {name.arg: {()} for name in method.args.args[:1]}
     for node in _in_order(method):
         match node:
             case ast.Assign(targets=targets, value=value):

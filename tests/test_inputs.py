@@ -5,14 +5,20 @@ from __future__ import annotations
 import copy
 import gc
 import pickle
+import warnings
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import octavo
 from octavo import ops
 from octavo.inputs import SharedInput
+
+ONE, OTHER = object(), object()
+"""Layers, as far as anyone asks."""
 
 
 class Counted:
@@ -26,28 +32,28 @@ class Counted:
 
 def test_the_same_tensor_is_quantized_once() -> None:
     shared, quantize, x = SharedInput(), Counted(), torch.randn(3, 4)
-    first = shared.quantized(x, "k", quantize)
-    assert shared.quantized(x, "k", quantize) is first
+    first = shared.quantized(x, "k", ONE, quantize)
+    assert shared.quantized(x, "k", OTHER, quantize) is first
     assert quantize.calls == 1
     assert torch.equal(first[0], ops.quantize_per_token(x)[0])
 
 
 def test_another_key_tensor_or_version_is_quantized_anew() -> None:
     shared, quantize, x = SharedInput(), Counted(), torch.randn(3, 4)
-    shared.quantized(x, "k", quantize)
-    shared.quantized(x, "other", quantize)
-    shared.quantized(x.clone(), "other", quantize)
+    shared.quantized(x, "k", ONE, quantize)
+    shared.quantized(x, "other", ONE, quantize)
+    shared.quantized(x.clone(), "other", ONE, quantize)
     assert quantize.calls == 3
-    shared.quantized(x, "k", quantize)
+    shared.quantized(x, "k", OTHER, quantize)
     x.mul_(3)  # in place: the same object, another content
-    _, scale = shared.quantized(x, "k", quantize)
+    _, scale = shared.quantized(x, "k", ONE, quantize)
     assert quantize.calls == 5
     assert torch.equal(scale, ops.quantize_per_token(x)[1])
 
 
 def test_codes_die_with_their_tensor() -> None:
     shared, x = SharedInput(), torch.randn(3, 4)
-    shared.quantized(x, "k", Counted())
+    shared.quantized(x, "k", ONE, Counted())
     assert shared._last is not None
     del x
     gc.collect()
@@ -59,16 +65,53 @@ def test_nothing_is_shared_where_versions_are_not_counted() -> None:
     with torch.inference_mode():
         x = torch.randn(3, 4)
         for _ in range(2):
-            shared.quantized(x, "k", quantize)
+            shared.quantized(x, "k", ONE, quantize)
     assert quantize.calls == 2
+
+
+def test_a_layer_is_never_served_the_same_codes_twice() -> None:
+    shared, quantize, x = SharedInput(), Counted(), torch.randn(3, 4)
+    for calls in (1, 2):
+        for layer in (ONE, OTHER):
+            shared.quantized(x, "k", layer, quantize)
+        assert quantize.calls == calls
+
+
+@pytest.mark.parametrize("scheme", ["w8a8", "o2", "w8a8-static"])
+def test_a_buffer_that_is_filled_behind_torchs_back(scheme: str) -> None:
+    """As streaming code does: a tensor over numpy's memory, whose version does not count what numpy writes."""
+    torch.manual_seed(0)
+    model, buffer = Block(), np.zeros((5, 8), np.float32)
+    octavo.quantize(model, scheme, stats=octavo.calibrate(model, [torch.randn(50, 8)]), repair=False)
+    x = torch.from_numpy(buffer)
+    with torch.no_grad():
+        for _ in range(3):
+            buffer[:] = np.random.default_rng(0).normal(size=(5, 8))
+            assert torch.equal(model(x), model(x.clone()))
+            x.data = torch.randn(3, 8)
+            assert torch.equal(model(x), model(x.clone()))
+            x.data = torch.from_numpy(buffer)
+
+
+def test_a_trace_follows_its_input() -> None:
+    """Though the model has seen the very tensor that it is traced on."""
+    torch.manual_seed(0)
+    model, x, other = Block(), torch.randn(5, 8), torch.randn(5, 8)
+    octavo.quantize(model, "w8a8")
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        expected = model(other)
+        model(x)
+        assert torch.equal(torch.jit.trace(model, x, check_trace=False)(other), expected)
+        assert torch.equal(make_fx(model)(x)(other), expected)
 
 
 def test_copies_start_empty() -> None:
     shared, x = SharedInput(), torch.randn(3, 4)
-    shared.quantized(x, "k", Counted())
+    shared.quantized(x, "k", ONE, Counted())
     for twin in (copy.deepcopy(shared), pickle.loads(pickle.dumps(shared))):
         assert twin._last is None
-        twin.quantized(x, "k", Counted())
+        twin.quantized(x, "k", ONE, Counted())
 
 
 class Block(nn.Module):
@@ -104,5 +147,5 @@ def test_sharing_changes_no_bit(monkeypatch: pytest.MonkeyPatch) -> None:
     model, x = Block(), torch.randn(5, 8)
     octavo.quantize(model, "w8a8")
     shared = model(x)
-    monkeypatch.setattr(SharedInput, "quantized", lambda self, x, key, quantize: quantize(x))
+    monkeypatch.setattr(SharedInput, "quantized", lambda self, x, key, layer, quantize: quantize(x))
     assert torch.equal(model(x), shared)

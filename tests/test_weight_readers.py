@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import linecache
+import sys
+import types
 from typing import Any
 
 import pytest
@@ -9,6 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+import octavo
+from octavo.errors import OctavoWarning
 from octavo.weight_readers import weight_readers
 
 
@@ -41,6 +46,19 @@ class AsksItsDtype(Base):
 class MultipliesByIt(Base):
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.head.weight)
+
+
+class InitialState(Base):
+    def initial_state(self, x: Tensor) -> Tensor:  # no constructor either
+        return x @ self.proj.weight
+
+    def init_hidden(self, x: Tensor) -> Tensor:
+        return x @ self.head.weight
+
+
+class AnotherNameForSelf(Base):
+    def forward(this, x: Tensor) -> Tensor:
+        return x @ this.proj.weight
 
 
 class Deep(Base):
@@ -171,6 +189,8 @@ READS: list[tuple[nn.Module, dict[str, str]]] = [
     (Unpacked(), {f"blocks.{i}.down": "Unpacked.forward" for i in range(3)}),
     (NamedInPassing(), {"proj": "NamedInPassing.forward", "head": "NamedInPassing.forward"}),
     (InfiniteAttention(), {"proj": "InfiniteAttention.infinite"}),
+    (InitialState(), {"proj": "InitialState.initial_state", "head": "InitialState.init_hidden"}),
+    (AnotherNameForSelf(), {"proj": "AnotherNameForSelf.forward"}),
     (ByKey(), {"experts.b": "ByKey.forward"}),
     (PackedAttention(), {"attention": "PackedAttention.forward"}),
     (AttentionByHand(), {"attention.out_proj": "AttentionByHand.forward"}),
@@ -259,10 +279,31 @@ def test_a_layer_in_two_places_is_found_by_its_first_name() -> None:
     assert weight_readers(model) == {"shared": "AsksItsDtype.forward"}
 
 
-def test_classes_without_a_source_are_passed_over() -> None:
-    namespace: dict[str, Any] = {"Base": Base}
-    exec("class Typed(Base):\n    def forward(self, x):\n        return x @ self.proj.weight", namespace)
-    assert weight_readers(namespace["Typed"]()) == {}
+CELL = "class Typed(Base):\n    def forward(self, x):\n        return x @ self.proj.weight\n"
+
+
+def typed(file: str) -> nn.Module:
+    """An instance of the class in `CELL`, as an interactive interpreter makes it: in a module without a file."""
+    module = types.ModuleType("typed")
+    module.Base = Base
+    sys.modules["typed"] = module
+    try:
+        exec(compile(CELL, file, "exec"), vars(module))
+        return module.Typed()
+    finally:
+        del sys.modules["typed"]
+
+
+def test_a_class_in_a_cell_of_a_notebook_is_read() -> None:
+    linecache.cache["<cell 1>"] = (len(CELL), None, CELL.splitlines(True), "<cell 1>")  # as IPython does
+    assert weight_readers(typed("<cell 1>")) == {"proj": "Typed.forward"}
+
+
+def test_a_class_without_a_source_is_named() -> None:
+    with pytest.warns(OctavoWarning, match="the source of Typed cannot be read"):
+        assert weight_readers(typed("<stdin>")) == {}
+    with pytest.warns(OctavoWarning, match="the source of Typed cannot be read"):
+        assert octavo.quantize(typed("<stdin>"), "w8a16").quantized_fraction > 0.5
 
 
 def test_a_setting_is_looked_up_in_a_configuration_too() -> None:

@@ -11,7 +11,7 @@ SmoothQuant's BMM (Xiao et al., arXiv:2211.10438, section 4), with scales found 
 With a scale a token no token changes how another one is rounded: what padding holds and what comes later has no effect,
 and a key-value cache gives what computing everything anew gives. Folding sv into the probabilities before they are
 rounded spends their 127 steps on what reaches the result: a first token that draws most of the attention has a small
-value in most models, and would otherwise leave few steps for the rest.
+value in most models, and would otherwise leave few steps for the rest. The sv of a row of zeros is 0 for that reason.
 
 Where attention has a kernel of its own (`octavo backends`), that answers; what is here answers everywhere else, and
 float64.
@@ -25,7 +25,7 @@ from torch import Tensor
 from octavo.errors import QuantizeError
 from octavo.ops.reference import LONGEST_EXACT, check_rows, in_full_precision
 
-__all__ = ["check_heads", "check_longest", "fake_int8_attention", "int8_attention"]
+__all__ = ["check_heads", "check_longest", "fake_int8_attention", "int8_attention", "value_codes"]
 
 _BLOCK_SCORES = 1 << 22
 """Rows of the query are taken in blocks of this many scores (16 MiB in fp32, a few of which live at a time)."""
@@ -41,7 +41,7 @@ def int8_attention(
     # Heads that share a key stand below each other: [batch * kv_heads, heads / kv_heads * rows, ...].
     q, q_scale = (_by_key(part, kv_heads) for part in _codes(query))
     k, k_scale = (part.flatten(0, 1) for part in _codes(key))
-    v, v_scale = (part.flatten(0, 1) for part in _codes(value))
+    v, v_scale = (part.flatten(0, 1) for part in value_codes(value))
     v_rows = v.mT.contiguous()
     no_scale = v_scale.new_ones((*v_rows.shape[:2], 1))
     y = query.new_empty((batch, heads, rows, value.shape[3]))
@@ -66,7 +66,7 @@ def fake_int8_attention(
     """
     check_heads(query, key, value, mask)
     shared = query.shape[1] // key.shape[1]
-    v, v_scale = (part.repeat_interleave(shared, 1) for part in _codes(value))
+    v, v_scale = (part.repeat_interleave(shared, 1) for part in value_codes(value))
     scores = _rounded(query) @ _rounded(key).repeat_interleave(shared, 1).mT * scaling
     weights = _rounded(_probabilities(scores, mask, softcap) * v_scale.mT)
     return (weights @ v.float()).to(query.dtype)
@@ -122,6 +122,13 @@ def _by_key(x: Tensor, kv_heads: int) -> Tensor:
 def _codes(x: Tensor) -> tuple[Tensor, Tensor]:
     codes, scale = torch.ops.octavo.quantize_per_token(x)
     return codes, scale
+
+
+def value_codes(value: Tensor) -> tuple[Tensor, Tensor]:
+    """`quantize_per_token`, but a scale of 0 for a row of zeros, which is to have no step of the probabilities."""
+    codes, scale = _codes(value)
+    zeros = (scale == 1) & (codes == 0).all(-1, keepdim=True)
+    return codes, scale.masked_fill(zeros, 0)
 
 
 def _products(x: Tensor, x_scale: Tensor, weight: Tensor, weight_scale: Tensor) -> Tensor:

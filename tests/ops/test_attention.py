@@ -145,6 +145,18 @@ def test_a_first_token_that_draws_the_attention_leaves_steps_for_the_rest() -> N
     assert sqnr_db(ops.int8_attention(query, key, value, None, 32**-0.5), exact(query, key, value, None, 32**-0.5)) > 25
 
 
+@pytest.mark.parametrize("zeros", [1, 3, 7])
+def test_tokens_whose_value_is_zero_leave_the_steps_to_the_rest(zeros: int) -> None:
+    """As where values are shifted by a token, or padded: a scale of 1 for them would be far above all others."""
+    query, key, value = heads(1, 2, 2, 8, 8, 64, 64)
+    value *= 0.1
+    value[:, :, :zeros] = 0
+    expected = exact(query, key, value, None, 0.125)
+    for attend in (ops.int8_attention, attention.int8_attention, attention.fake_int8_attention):
+        assert sqnr_db(attend(query, key, value, None, 0.125), expected) > 35
+    assert not ops.int8_attention(query, key, torch.zeros_like(value), None, 0.125).any()
+
+
 @pytest.mark.parametrize("softcap", [None, 2.0])
 @pytest.mark.parametrize("masked", [False, True])
 def test_fake_and_real_agree_to_rounding(masked: bool, softcap: float | None) -> None:

@@ -62,7 +62,8 @@ def int8_attention(
     y = torch.empty((batch, heads, rows, width), dtype=query.dtype, device=query.device)
     if not keys or not y.numel():
         return y.zero_()
-    (q, q_scale), (k, k_scale), (v, v_scale) = (torch.ops.octavo.quantize_per_token(x) for x in (query, key, value))
+    (q, q_scale), (k, k_scale) = (torch.ops.octavo.quantize_per_token(x) for x in (query, key))
+    v, v_scale = attention.value_codes(value)
     # The int8 products of tensor cores take rows of what they sum over: v stands transposed, its rows at multiples of
     # 16 bytes. What fills them up is multiplied by codes that are 0.
     v_rows = torch.empty((batch, kv_heads, width, ceil_div(keys, 16) * 16), dtype=torch.int8, device=query.device)

@@ -190,6 +190,9 @@ def test_values_of_every_size(device: str) -> None:
         assert sqnr_db(y, exact(query, key, value * factor, None, 0.25)) > 30
     assert (computed(query, key, value * 1e-38, None, 0.25, device=device).abs() < 1e-36).all()
     assert (computed(query, key, value * 0, None, 0.25, device=device) == 0).all()
+    value *= 1e-3
+    value[:, :, :3] = 0  # their scale takes no step from the rest
+    assert sqnr_db(computed(query, key, value, None, 0.25, device=device), exact(query, key, value, None, 0.25)) > 30
 
 
 def test_strides_change_no_bit(device: str) -> None:
