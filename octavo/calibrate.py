@@ -38,7 +38,7 @@ from octavo.feeding import at_rest, check_batches, device_of, feed, first_tensor
 from octavo.layers import is_stack, kind_of
 from octavo.observers import Observer, ObserverKind, observe
 
-__all__ = ["Stats", "calibrate"]
+__all__ = ["Stats", "calibrate", "columns_of"]
 
 Progress = Callable[[int, int], None]
 """Called with (batches done, number of batches or 0)."""
@@ -53,14 +53,16 @@ class Stats:
 
     observers: layer's name -> its inputs. unreached: layers that no batch reached. shared: groups of layers that were
     fed the very same tensor, at every call. example: the first batch, by which `octavo.smooth` finds its way through
-    the model; None for statistics that came without one. experts: name of a stack of down projections -> its inputs,
-    expert by expert.
+    the model; None for statistics that came without one. further: batches that reach layers which no batch before them
+    did (another modality, another branch), on which smoothing is proved too. experts: name of a stack of down
+    projections -> its inputs, expert by expert.
     """
 
     observers: dict[str, Observer]
     unreached: tuple[str, ...] = ()
     shared: tuple[tuple[str, ...], ...] = ()
     example: Any = None
+    further: tuple[Any, ...] = ()
     experts: dict[str, ExpertsObserver] = dataclasses.field(default_factory=dict)
 
     @property
@@ -78,7 +80,7 @@ class Stats:
                 f"stats are of another model: it has no layer {strange[0]!r} ({len(strange)} such); calibrate this one"
             )
         for name, seen in self.observers.items():
-            columns = _columns(modules[name])
+            columns = columns_of(modules[name])
             if columns not in (None, len(seen.amax)):
                 raise CalibrateError(
                     f"stats are of another model: {name!r} had {len(seen.amax)} input channels, expected {columns}; "
@@ -131,6 +133,7 @@ class Stats:
             "shared": self.shared,
             "experts": list(self.experts),
             "example": _flattened(self.example, tensors),
+            "further": [_flattened(batch, tensors) for batch in self.further],
         }
         _write_whole(Path(path), tensors, about)
         return Path(path)
@@ -154,6 +157,7 @@ class Stats:
         for name in about["experts"]:
             stats.experts[name] = ExpertsObserver(**{part: tensors[f"{name}:{part}"] for part in parts})
         stats.example = _restored(about["example"], tensors)
+        stats.further = tuple(_restored(batch, tensors) for batch in about.get("further", ()))
         return stats
 
     def save_act_scales(self, path: str | Path) -> None:
@@ -223,7 +227,7 @@ def calibrate(
             if (count - 1) % processes == rank:
                 watch.begin(batch, count - 1)
                 feed(model, batch, device, f"batch {count - 1}: the model")
-                watch.end()
+                watch.end(batch)
             if progress is not None:
                 progress(count, total)
     if not count:
@@ -246,7 +250,7 @@ def _warn_of_unrouted(stats: Stats) -> None:
     )
 
 
-def _columns(module: nn.Module) -> int | None:
+def columns_of(module: nn.Module) -> int | None:
     """K of a layer with one weight that has rows of K; None if that is not what it is."""
     kind, weight = kind_of(module), module._parameters.get("weight")
     if kind is None or weight is None or weight.dim() != 2:
@@ -262,6 +266,15 @@ def is_watched(module: nn.Module) -> bool:
     return any(p is not None and p.dim() >= 2 and p.is_floating_point() for p in module._parameters.values())
 
 
+@dataclasses.dataclass(frozen=True)
+class _Reached:
+    """The layers that a batch reached, of a process some of which those before did not."""
+
+    index: int
+    names: frozenset[str]
+    batch: Any
+
+
 class _Watch:
     """Collects what the hooks see. A tensor that several layers are fed is looked at once."""
 
@@ -271,6 +284,7 @@ class _Watch:
         self.observers: dict[str, Observer] = {}
         self.experts: dict[str, ExpertsObserver] = {}
         self.history: dict[str, Any] = {}
+        self.reached: list[_Reached] = []
         self._masks: list[Tensor] = []
         self._batch = 0
         self._calls: dict[str, int] = {}
@@ -284,7 +298,10 @@ class _Watch:
         self._batch = index
         self._calls = {}
 
-    def end(self) -> None:
+    def end(self, batch: Any) -> None:
+        names = frozenset(self._calls)
+        if not names <= frozenset().union(*(before.names for before in self.reached)):
+            self.reached.append(_Reached(self._batch, names, batch))
         for name in self._calls:  # in the order in which they ran: the first is where it began
             _refuse_infinite(name, self.observers[name].amax, f"batch {self._batch}")
             if name in self._stacks:
@@ -402,11 +419,12 @@ def _share() -> tuple[int, int]:
 
 def _merged(watch: _Watch, layers: Iterable[str], rows: int, example: Any) -> Stats:
     """What all processes saw."""
-    parts: list[tuple[dict[str, Observer], dict[str, str], dict[str, ExpertsObserver]]] = [
+    parts: list[tuple[dict[str, Observer], dict[str, str], dict[str, ExpertsObserver], list[_Reached]]] = [
         (
             {name: seen.cpu() for name, seen in watch.observers.items()},
             {name: history.hexdigest() for name, history in watch.history.items()},
             {name: seen.cpu() for name, seen in watch.experts.items()},
+            watch.reached,
         )
     ]
     processes = _share()[1]
@@ -417,21 +435,34 @@ def _merged(watch: _Watch, layers: Iterable[str], rows: int, example: Any) -> St
     observers: dict[str, Observer] = {}
     groups: dict[tuple[str | None, ...], list[str]] = {}
     for name in layers:
-        found = [seen[name] for seen, _, _ in parts if name in seen]
+        found = [seen[name] for seen, *_ in parts if name in seen]
         if found:
             observers[name] = found[0]
             for other in found[1:]:
                 observers[name] = observers[name].merged(other, rows)
-            groups.setdefault(tuple(histories.get(name) for _, histories, _ in parts), []).append(name)
+            groups.setdefault(tuple(histories.get(name) for _, histories, *_ in parts), []).append(name)
     shared = tuple(tuple(group) for group in groups.values() if len(group) > 1)
     experts: dict[str, ExpertsObserver] = {}
-    for _, _, stacks in parts:
+    for _, _, stacks, _ in parts:
         for name, seen in stacks.items():
             before = experts.get(name)
             experts[name] = seen if before is None else before.merged(seen, rows_of_each(rows, len(seen.amax)))
     place = {name: at for at, name in enumerate(layers)}
     experts = dict(sorted(experts.items(), key=lambda item: place[item[0].rpartition(".")[0]]))
-    return Stats(observers, tuple(name for name in layers if name not in observers), shared, example, experts)
+    further = _further([one for *_, reached in parts for one in reached])
+    unreached = tuple(name for name in layers if name not in observers)
+    return Stats(observers, unreached, shared, example, further, experts)
+
+
+def _further(reached: list[_Reached]) -> tuple[Any, ...]:
+    """The batches, but for the very first, that reach what none before did, whoever ran them."""
+    seen: set[str] = set()
+    batches = []
+    for one in sorted(reached, key=lambda one: one.index):
+        if one.index and not one.names <= seen:
+            batches.append(one.batch)
+        seen |= one.names
+    return tuple(batches)
 
 
 # -- on disk ------------------------------------------------------------------------------------------------------

@@ -5,9 +5,10 @@
 
 (Xiao et al., arXiv:2211.10438, equation 4.) Here s is rounded to a power of two. That costs next to nothing in
 accuracy and makes every fold *exact*, in bf16 and fp16 too: no weight is rounded anew, and the smoothed model computes
-the same bits as before. So "the function is preserved" is a test for equality, made on the model itself; a fold that
-fails it is taken back, and the report says why. (Three exceptions, for which the test allows for rounding: norms that
-scale by 1 + weight, fp16, whose smallest numbers have fewer digits, and devices other than CPUs.)
+the same bits as before. So "the function is preserved" is a test for equality, made on the model itself, on a batch
+for each way through it that calibration saw; a fold that fails it is taken back, and the report says why. (Three
+exceptions, for which the test allows for rounding: norms that scale by 1 + weight, fp16, whose smallest numbers have
+fewer digits, and devices other than CPUs.)
 
 Inside a stack of experts, up -> down, each expert has factors of its own: s is [E, I] there. Experts that calibration
 routed no token to have factors of 1.
@@ -18,14 +19,16 @@ Where to fold is found by `octavo.pairs`.
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from octavo.calibrate import Stats
-from octavo.errors import CalibrateError, QuantizeError
+from octavo.calibrate import Stats, columns_of
+from octavo.errors import CalibrateError, OctavoWarning, QuantizeError
 from octavo.expert_inputs import ExpertsObserver
 from octavo.experts import spec_of
 from octavo.layers import kind_of
@@ -64,10 +67,12 @@ def smooth(
     scheme: the quantization that "auto" measures, and the report's errors are of; a preset's name or a Scheme.
     repair: as it will be given to `octavo.quantize`: whether layers that static inputs do not suit will get others. The
         alpha of those is chosen for dynamic inputs.
-    batch: an input to find and prove the pairs with; by default the first that `stats` were made of.
+    batch: an input to find and prove the pairs with; by default the first that `stats` were made of. Those that reach
+        layers which it does not prove them too.
     progress: called with (pairs done, number of pairs).
     Returns: each pair with its alpha and its effect; each norm and each stack of experts that was left alone, with the
         reason.
+    Warns: OctavoWarning if layers that a folded norm may feed were reached by no batch.
     Raises: CalibrateError for statistics of another model, or without an example batch where no `batch` is given;
         QuantizeError for an alpha that is out of range, or a model that is int8 already; RecipeError for an unknown
         scheme; EvaluateError for a batch that the model cannot be fed.
@@ -81,29 +86,55 @@ def smooth(
         raise CalibrateError("these statistics hold no example batch; pass one as batch=")
     _refuse_int8(model)
     stats.check_are_of(model)
-    before = products(model, example)
+    examples = [example, *stats.further]
+    before = [products(model, one) for one in examples]
     done: list[SmoothedPair] = []
     folded: list[_Fold] = []
     pairs = find_pairs(model, example)
-    for count, pair in enumerate(pairs, 1):
-        fold = _planned(model, pair, stats, alpha, schemes) if pair.reason is None else pair.reason
-        if isinstance(fold, _Fold):
-            why = fold.apply()
-            if why is None:
-                folded.append(fold)
-            else:
+    try:
+        for count, pair in enumerate(pairs, 1):
+            fold = _planned(model, pair, stats, alpha, schemes) if pair.reason is None else pair.reason
+            why = fold if isinstance(fold, str) else _applied(fold, folded)
+            if why is not None:
                 done.append(_left_out(pair, why))
-        else:
-            done.append(_left_out(pair, fold))
-        if progress is not None:
-            progress(count, len(pairs))
-    for fold, why in _prove(model, example, folded, before):
-        done.append(_left_out(fold.pair, why))
+            if progress is not None:
+                progress(count, len(pairs))
+        for one, trace in zip(examples, before, strict=True):
+            for fold, why in _prove(model, one, folded, trace):
+                done.append(_left_out(fold.pair, why))
+    except BaseException:  # an interrupt, too: nothing is to stay folded that the statistics do not know of
+        for fold in folded:
+            fold.undo()
+        raise
+    _warn_of_unreached(model, stats, folded)
     for fold in folded:
         fold.divide(stats)
         done.append(fold.report)
     order = {pair.source: i for i, pair in enumerate(pairs)}
     return SmoothReport(tuple(sorted(done, key=lambda row: order[row.source])))
+
+
+def _applied(fold: _Fold, folded: list[_Fold]) -> str | None:
+    """Fold, and note it in `folded`; returns why not, if it cannot be done."""
+    folded.append(fold)
+    why = fold.apply()
+    if why is not None:
+        folded.remove(fold)
+    return why
+
+
+def _warn_of_unreached(model: nn.Module, stats: Stats, folded: list[_Fold]) -> None:
+    """That no batch reached a layer which a folded norm may feed: what it computes then was not looked at."""
+    fed = {sink.layer for fold in folded for sink in fold.pair.sinks}
+    widths = {fold.columns.shape[-1] for fold in folded}
+    names = [name for name in stats.unreached if name not in fed and columns_of(model.get_submodule(name)) in widths]
+    if names:
+        warnings.warn(
+            f"no batch of the calibration reached {names[0]} ({len(names)} such): if a norm that was smoothed feeds "
+            "it, it computes something else now; calibrate on a batch that reaches it too",
+            OctavoWarning,
+            stacklevel=3,
+        )
 
 
 def _refuse_int8(model: nn.Module) -> None:
@@ -335,8 +366,7 @@ class _Fold:
         self.report = report
         self.exact = True
         self._model = model
-        self._scaled: list[tuple[nn.Parameter, Tensor]] = []
-        self._kept: list[tuple[nn.Parameter, Tensor]] = []
+        self._undo: list[Callable[[], None]] = []
 
     def apply(self) -> str | None:
         """Fold; returns why not, if it cannot be done."""
@@ -365,7 +395,7 @@ class _Fold:
         weight = norm._parameters["weight"]
         assert weight is not None
         if scales_by_one_plus(norm, weight):
-            self._keep(weight)
+            self._undo.append(partial(_restore, weight, weight.data))
             weight.data = ((1 + _wide(weight.data)) * inverse - 1).to(weight.dtype)
             self.exact = False
             return self._scale_bias(norm, inverse)
@@ -398,19 +428,17 @@ class _Fold:
 
     def _scale(self, parameter: nn.Parameter, factors: Tensor) -> str | None:
         """Multiply by powers of two; returns why not, if the dtype cannot hold a product. fp16 cannot hold the smallest
-        in full, which is let pass as long as it is small beside the largest weight."""
+        in full, which is let pass as long as it is small beside the largest weight; a copy is kept then."""
         data = parameter.data
         scaled = (_wide(data) * factors).to(data.dtype)
         lost = ((_wide(scaled) / factors).to(data.dtype) - data).abs()
         if not bool((lost <= _MAY_BE_LOST * data.abs().amax()).all()):  # NaN and inf, too
             return f"{data.dtype} cannot hold its weights times the factors; smooth the model in fp32"
         self.exact = self.exact and not bool(lost.any())
+        inexact = bool(lost.any())
+        self._undo.append(partial(_restore, parameter, data) if inexact else partial(_divide, parameter, factors))
         parameter.data = scaled
-        self._scaled.append((parameter, factors))
         return None
-
-    def _keep(self, parameter: nn.Parameter) -> None:
-        self._kept.append((parameter, parameter.data))
 
     def factors_of(self, product: Product) -> Tensor:
         """What the input of a sink's product is divided by now, to be broadcast over it."""
@@ -429,11 +457,17 @@ class _Fold:
 
     def undo(self) -> None:
         """Take the factors out again."""
-        for parameter, factors in self._scaled:
-            parameter.data = (_wide(parameter.data) / factors).to(parameter.dtype)
-        for parameter, data in self._kept:
-            parameter.data = data
-        self._scaled, self._kept, self.exact = [], [], True
+        while self._undo:
+            self._undo.pop()()
+        self.exact = True
+
+
+def _restore(parameter: nn.Parameter, data: Tensor) -> None:
+    parameter.data = data
+
+
+def _divide(parameter: nn.Parameter, factors: Tensor) -> None:
+    parameter.data = (_wide(parameter.data) / factors).to(parameter.dtype)
 
 
 _MAY_BE_LOST = 1e-3

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import importlib
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,7 +14,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from octavo import CalibrateError, QuantizeError, register_experts
-from octavo.calibrate import calibrate
+from octavo.calibrate import Stats, calibrate
+from octavo.errors import OctavoWarning
 from octavo.modules import QuantExperts
 from octavo.pairs import Layout, find_pairs
 from octavo.quantize import quantize
@@ -621,6 +623,69 @@ def test_an_int8_model_cannot_be_smoothed() -> None:
     quantize(model, "w8a8")
     with pytest.raises(QuantizeError, match="smooth it first, then quantize"):
         smooth(model, stats)
+
+
+class Branches(nn.Module):
+    """One norm, and heads of which a call takes one, as models for text and images have them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.text, self.image = nn.LayerNorm(16), nn.Linear(16, 16), nn.Linear(16, 24)
+        nn.init.constant_(self.norm.weight[3:4], 40.0)
+
+    def forward(self, x: Tensor, image: bool = False) -> Tensor:
+        h = self.norm(x)
+        return self.image(h) if image else self.text(h)
+
+
+@pytest.mark.parametrize("stored", [False, True])
+def test_a_branch_that_the_first_batch_does_not_take_is_preserved(stored: bool, tmp_path: Path) -> None:
+    model = Branches().eval()
+    x = torch.randn(64, 16)
+    before = [model(x), model(x, True)]
+    stats = calibrate(model, [{"x": x}, {"x": x}, {"x": x, "image": True}])
+    assert len(stats.further) == 1
+    if stored:
+        stats = Stats.load(stats.save(tmp_path / "stats.safetensors"))
+    report = smooth(model, stats)
+    assert torch.equal(model(x), before[0]) and torch.equal(model(x, True), before[1])
+    assert why(report, "norm") == "folding it changes the model: the input of image is another"
+
+
+def test_a_branch_that_no_batch_took_is_warned_of() -> None:
+    model = Branches().eval()
+    x = torch.randn(64, 16)
+    with pytest.warns(OctavoWarning, match=r"no batch of the calibration reached image \(1 such\)"):
+        smooth(model, calibrate(model, [x]))
+
+
+def test_an_interrupt_leaves_the_model_as_it_was() -> None:
+    model = Net()
+    stats = calibrate(model, [X])
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+
+    def interrupt(done: int, total: int) -> None:
+        if done == total:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        smooth(model, stats, progress=interrupt)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert smooth(model, stats).smoothed
+
+
+def test_weights_that_fp16_cannot_hold_scaled_are_left_as_they_are() -> None:
+    """The norm's smallest weight is lost when it is divided, and multiplying does not bring it back."""
+    model = nn.Sequential(nn.LayerNorm(8, bias=False), nn.Linear(8, 8, bias=False)).half()
+    with torch.no_grad():
+        model[0].weight.fill_(1)
+        model[0].weight[0] = 3e-5
+        model[1].weight[:, 0] = 6e4
+    stats = calibrate(model, [torch.randn(16, 8).half()])
+    stats.observers["1"].amax[0] = 1e9
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    assert "cannot hold its weights" in (why(smooth(model, stats, 0.9), "0") or "")
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
 def test_statistics_of_another_model() -> None:
