@@ -33,8 +33,9 @@ __all__ = ["load", "load_tokenizer", "quantize", "quantize_checkpoint", "resolve
 _Arguments = ParamSpec("_Arguments")
 
 
-def _attention_too(core: Callable[_Arguments, Coverage]) -> Callable[_Arguments, Coverage]:
-    """`core` is `octavo.quantize.quantize`; a recipe that asks for int8 attention gets it as well.
+def _with_transformers(core: Callable[_Arguments, Coverage]) -> Callable[_Arguments, Coverage]:
+    """`core` is `octavo.quantize.quantize`; a recipe that asks for int8 attention gets it as well, and transformers is
+    told how to save its models.
 
     Whether the model's attention can be int8 is checked before anything is changed.
     """
@@ -42,20 +43,29 @@ def _attention_too(core: Callable[_Arguments, Coverage]) -> Callable[_Arguments,
     @wraps(core)
     def quantize(*args: _Arguments.args, **kwargs: _Arguments.kwargs) -> Coverage:
         given = inspect.signature(core).bind(*args, **kwargs).arguments
-        scheme = given["scheme"]
+        model, scheme = given["model"], given["scheme"]
         asked = given.get("attention") or (scheme.attention if isinstance(scheme, Recipe) else "float")
-        if asked != "int8":
-            return core(*args, **kwargs)
-        attention = _attention()
-        attention.check_int8_attention(given["model"])
+        attention = _attention() if asked == "int8" else None
+        if attention is not None:
+            attention.check_int8_attention(model)
         report = core(*args, **kwargs)
-        attention.use_int8_attention(given["model"])
+        if attention is not None:
+            attention.use_int8_attention(model)
+        if any(map(_is_pretrained, model.modules())):
+            from octavo.integrations.transformers import let_transformers_save
+
+            let_transformers_save(model)
         return report
 
     return quantize
 
 
-quantize = _attention_too(quantize_layers)
+quantize = _with_transformers(quantize_layers)
+
+
+def _is_pretrained(module: nn.Module) -> bool:
+    """Whether it is a model of transformers, which need not be installed."""
+    return hasattr(module, "save_pretrained") and hasattr(module, "base_model_prefix")
 
 
 def load(
@@ -98,7 +108,13 @@ def load(
     if int8:
         from octavo.integrations.transformers import METHOD
 
-        config.quantization_config = {**config.quantization_config, "quant_method": METHOD}
+        described = getattr(config, "quantization_config", None)
+        if not described:
+            raise CheckpointError(
+                f"{source}: holds int8 codes, and its config.json has no quantization_config to say what they are; "
+                "download or quantize the checkpoint again"
+            )
+        config.quantization_config = {**described, "quant_method": METHOD}
     loaded, info = model_class.from_pretrained(
         source,
         config=config,
@@ -149,7 +165,7 @@ def save(
     Warns: OctavoWarning if a layer's kind keeps transformers and vLLM from loading the folder.
     """
     on_disk, attention = None, "float"
-    if hasattr(model, "save_pretrained") and hasattr(model, "base_model_prefix"):
+    if _is_pretrained(model):
         from octavo.integrations import transformers
         from octavo.integrations.attention import attention_of
 

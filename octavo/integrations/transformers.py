@@ -40,12 +40,11 @@ from octavo.formats import compressed_tensors as layout
 from octavo.formats.checkpoint import CheckpointReader
 from octavo.formats.experts import Part
 from octavo.integrations.attention import attention_of, check_int8_attention, use_int8_attention
-from octavo.layers import EXPERTS
-from octavo.modules import QuantModule
+from octavo.modules import QuantExperts, QuantModule
 from octavo.quantize import Decision, install, plan, settle, warn_unasked
 from octavo.recipe import Pattern, Recipe, Scheme
 
-__all__ = ["OctavoConfig", "OctavoQuantizer", "on_disk", "renaming"]
+__all__ = ["OctavoConfig", "OctavoQuantizer", "let_transformers_save", "on_disk", "renaming"]
 
 METHOD = "octavo"
 
@@ -193,6 +192,7 @@ class OctavoQuantizer(HfQuantizer):  # type: ignore[misc]
         self._error: OctavoError | None = None
         self._parts: dict[str, Part] = {}
         self._rules: list[Any] = []
+        self._put_aside: list[Any] = []
 
     def _process_model_before_weight_loading(
         self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **kwargs: Any
@@ -297,6 +297,7 @@ class OctavoQuantizer(HfQuantizer):  # type: ignore[misc]
         """
         self._rules = list(weight_conversions)
         stacks = {part.param for part in self._parts.values() if self._is_int8(part)}
+        self._put_aside = [rule for rule in weight_conversions if _merges(rule, stacks)]
         kept = [rule for rule in weight_conversions if not _merges(rule, stacks)]
         return super().update_weight_conversions(kept, *model)
 
@@ -342,11 +343,9 @@ class OctavoQuantizer(HfQuantizer):  # type: ignore[misc]
             self._read_experts(model)
         self._model = None
         self._targets = {}
-        # What is kept here save_pretrained would undo; the codes are packed for it by `get_state_dict_and_metadata`.
-        # Nor can codes be merged with others, as a rule that cuts a fused q, k and v would do the other way around.
-        rules = self._rules or model._weight_conversions or ()
-        alone = [f"{made.name}.weight" for made in self._decisions if made.scheme and made.kind.name != EXPERTS]
-        model._weight_conversions = [rule for rule in rules if not (_reads_int8(rule) or _merges_any(rule, alone))]
+        # Of the rules, transformers keeps those that it used, for what it writes; it does not know of ours.
+        used = {id(rule) for rule in (*(model._weight_conversions or ()), *self._put_aside)}
+        model._weight_conversions = _for_saving([rule for rule in self._rules if id(rule) in used], model)
         if self._folder is not None:
             formats.restore_reasons(model, formats.stored_coverage(self._folder), renaming(model))
         else:
@@ -359,6 +358,7 @@ class OctavoQuantizer(HfQuantizer):  # type: ignore[misc]
         """What `save_pretrained` writes, and the config that says how it is laid out."""
         names = partial(on_disk, model)
         self.quantization_config.layout = formats.describe_layout(model, names, attention_of(model))
+        model.config.quantization_config = self.quantization_config
         return formats.state_dict(model, names), {}
 
     def is_serializable(self) -> bool:
@@ -372,6 +372,27 @@ class OctavoQuantizer(HfQuantizer):  # type: ignore[misc]
     @property
     def is_compileable(self) -> bool:
         return True
+
+
+def let_transformers_save(model: nn.Module) -> None:
+    """Make `save_pretrained` of a model that was quantized in memory, and of the models within it, write int8, as of
+    one that was loaded as int8: of itself it would take the codes for weights."""
+    for part in model.modules():
+        if isinstance(part, PreTrainedModel) and any(isinstance(module, QuantModule) for module in part.modules()):
+            part.hf_quantizer = OctavoQuantizer(OctavoConfig())
+            if getattr(part, "_weight_conversions", None) is not None:
+                part._weight_conversions = _for_saving(part._weight_conversions, part)
+
+
+def _for_saving(rules: Iterable[Any], model: PreTrainedModel) -> list[Any]:
+    """The rules that `save_pretrained` may undo: the codes are packed for it by `get_state_dict_and_metadata`. Nor can
+    codes be merged with others, as a rule that cuts a fused q, k and v would do the other way around."""
+    alone = [
+        f"{name}.weight"
+        for name, module in model.named_modules()
+        if isinstance(module, QuantModule) and not isinstance(module, QuantExperts)
+    ]
+    return [rule for rule in rules if not (_reads_int8(rule) or _merges_any(rule, alone))]
 
 
 def _merges(rule: Any, stacks: set[str]) -> bool:

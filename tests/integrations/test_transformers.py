@@ -127,6 +127,41 @@ def test_while_loading_is_load_then_quantize_and_comes_back(
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
+@pytest.mark.parametrize(("make", "options"), CASES)
+def test_what_was_quantized_in_memory_is_saved_as_int8(
+    tmp_path: Path, make: Callable[[], Any], options: dict[str, Any]
+) -> None:
+    """By the method that every user of transformers knows, which by itself would take the codes for weights."""
+    cls = source_of(tmp_path, make)
+    model = expected_of(cls, tmp_path, **options)
+    model.save_pretrained(tmp_path / "int8")
+    assert_same(cls.from_pretrained(tmp_path / "int8"), model)
+
+
+def test_a_model_within_one_is_saved_as_int8(tmp_path: Path) -> None:
+    model = source_of(tmp_path).from_pretrained(tmp_path / "float")
+    octavo.quantize(nn.ModuleDict({"lm": model}), "w8a16")
+    model.model.save_pretrained(tmp_path / "inner")
+    assert_same(type(model.model).from_pretrained(tmp_path / "inner"), model.model)
+
+
+def names_in(folder: Path) -> set[str]:
+    return set(load_file(folder / "model.safetensors"))
+
+
+def test_float_tensors_keep_their_names(tmp_path: Path) -> None:
+    """Of the rules by which transformers renames old checkpoints' tensors, only those that it used are undone."""
+    config = transformers.BertConfig(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4, vocab_size=64
+    )
+    transformers.BertForMaskedLM(config).save_pretrained(tmp_path / "float")
+    model = transformers.BertForMaskedLM.from_pretrained(tmp_path / "float", quantization_config=OctavoConfig("w8a16"))
+    octavo.save(model, tmp_path / "ours")
+    model.save_pretrained(tmp_path / "theirs")
+    norms = {name for name in names_in(tmp_path / "float") if "LayerNorm" in name}
+    assert norms and norms <= names_in(tmp_path / "ours") & names_in(tmp_path / "theirs")
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_in_the_other_dtypes(tmp_path: Path, dtype: torch.dtype) -> None:
     cls = source_of(tmp_path, llama, dtype)
