@@ -289,7 +289,7 @@ class _Watch:
         self._batch = 0
         self._calls: dict[str, int] = {}
         self._stacks: dict[str, str] = {}
-        self._last: tuple[weakref.ref[Tensor], int, int, Observer] | None = None
+        self._last: tuple[weakref.ref[Tensor], int | None, int, Observer] | None = None
         self._events = 0
 
     def begin(self, batch: Any, index: int) -> None:
@@ -336,25 +336,28 @@ class _Watch:
 
     def _observed(self, module: nn.Module, x: Tensor, call: int) -> tuple[int, Observer]:
         last = self._last
-        if last is not None and last[0]() is x and last[1] == x._version:
+        version = None if x.is_inference() else x._version
+        if last is not None and version is not None and last[0]() is x and last[1] == version:
             return last[2], last[3]
         self._events += 1
         counts = self._counts(module, x)
         flat = x.reshape(-1, x.shape[-1])
         seen = observe(flat if counts is None else flat[counts], self._batch * 4096 + call, self.rows)
-        self._last = (weakref.ref(x), x._version, self._events, seen)
+        self._last = (weakref.ref(x), version, self._events, seen)
         return self._events, seen
 
     def _counts(self, module: nn.Module, x: Tensor) -> Tensor | None:
         """Which rows of x [..., K] are no padding, as booleans for all of them; None if all count."""
         spec = spec_of(module)
         copies = len(module.get_parameter(spec.down)) if spec is not None and spec.routing == "sorted" else 1
+        counts: list[Tensor] = []
         for mask in self._masks:
             if x.dim() >= 3 and x.shape[:2] == mask.shape:
-                return mask.reshape(-1).to(x.device).repeat_interleave(x.shape[2:-1].numel())
-            if x.dim() == 2 and len(x) == copies * mask.numel():  # tokens in one row, as mixtures of experts have them
-                return mask.reshape(-1).to(x.device).repeat(copies)
-        return None
+                counts.append(mask.reshape(-1).to(x.device).repeat_interleave(x.shape[2:-1].numel()))
+            elif x.dim() == 2 and len(x) == copies * mask.numel():  # tokens in one row, as mixtures of experts have it
+                counts.append(mask.reshape(-1).to(x.device).repeat(copies))
+        # Encoder and decoder may be fed as many tokens: which mask is whose is not known, and no token may be missed.
+        return torch.stack(counts).any(0) if counts else None
 
 
 Hook = Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]

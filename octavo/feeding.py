@@ -49,7 +49,7 @@ def _to_device(value: Any, device: torch.device | None) -> Any:
         return value if device is None else value.to(device)
     if isinstance(value, Mapping):
         return {name: _to_device(item, device) for name, item in value.items()}
-    return [_to_device(item, device) for item in value] if type(value) in (tuple, list) else value
+    return type(value)(_to_device(item, device) for item in value) if type(value) in (tuple, list) else value
 
 
 def first_tensor(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:

@@ -10,6 +10,8 @@ import dataclasses
 import difflib
 import warnings
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -415,25 +417,34 @@ def _fix_group(model: nn.Module, group: list[Decision], stats: Stats, observer: 
     seen = stats.observers.get(first.name)
     if seen is None or seen.largest() == 0:
         why = "its inputs were all 0 in calibration" if seen else "no batch of the calibration reached it"
-        return _give(group, first.scheme.as_dynamic(), f"{why}: a dynamic scale")
+        return _give(group, Scheme.as_dynamic, f"{why}: a dynamic scale")
     scale = stats.input_scale(first.name, _weight(model, first).dtype, observer)
     if repair and len(seen.rows):
         static_db, dynamic_db = (
-            min(_sqnr(model, decision, scheme, seen, scale * 127) for decision in group)
-            for scheme in (first.scheme, first.scheme.as_dynamic())
+            min(_sqnr(model, decision, change, seen, scale * 127) for decision in group)
+            for change in (_as_is, Scheme.as_dynamic)
         )
         if static_db < CATASTROPHE_DB <= dynamic_db:
-            return _give(group, first.scheme.as_dynamic(), f"a static scale leaves {static_db:.1f} dB: a dynamic one")
+            return _give(group, Scheme.as_dynamic, f"a static scale leaves {static_db:.1f} dB: a dynamic one")
         if static_db < CATASTROPHE_DB:
             why = f"a static scale leaves {static_db:.1f} dB, a dynamic one {dynamic_db:.1f}: float inputs"
-            return _give(group, Scheme("w8a16", first.scheme.weight), why)
+            return _give(group, _with_float_inputs, why)
     for decision in group:
         decision.input_scale = scale
 
 
-def _give(group: list[Decision], scheme: Scheme, note: str) -> None:
+def _give(group: list[Decision], change: Callable[[Scheme], Scheme], note: str) -> None:
     for decision in group:
-        decision.scheme, decision.note = scheme, note
+        assert decision.scheme is not None
+        decision.scheme, decision.note = change(decision.scheme), note
+
+
+def _as_is(scheme: Scheme) -> Scheme:
+    return scheme
+
+
+def _with_float_inputs(scheme: Scheme) -> Scheme:
+    return Scheme("w8a16", scheme.weight)
 
 
 def _weight(model: nn.Module, decision: Decision) -> Tensor:
@@ -442,9 +453,13 @@ def _weight(model: nn.Module, decision: Decision) -> Tensor:
     return weight.detach()
 
 
-def _sqnr(model: nn.Module, decision: Decision, scheme: Scheme, seen: Observer, largest: Tensor) -> float:
-    """Of the layer's output under `scheme`, in dB, on the rows that calibration kept; largest: fp32 [1], of a static
-    input."""
+def _sqnr(
+    model: nn.Module, decision: Decision, change: Callable[[Scheme], Scheme], seen: Observer, largest: Tensor
+) -> float:
+    """Of the layer's output under its scheme, changed, in dB, on the rows that calibration kept; largest: fp32 [1], of
+    a static input."""
+    assert decision.scheme is not None
+    scheme = change(decision.scheme)
     weight = evenly(decision.kind.rows(_weight(model, decision), model.get_submodule(decision.name)))
     x = seen.rows.to(weight.device).float()
     return sqnr_db(output_error(weight, x @ weight.T, rounded_input(x, scheme, largest.to(x.device)), scheme))
@@ -480,7 +495,7 @@ def install(
 ) -> None:
     """Swap the layers that `decisions` says for int8 ones, one at a time, then RMS norms for FusedRMSNorm but for those
     that `ignore` names. On `meta` this makes the empty skeleton."""
-    places = _places(model)
+    places, held = _places(model), _held(model)
     owners: dict[str, QuantModule] = {}
     shared = SharedInput()
     todo = [decision for decision in decisions if decision.scheme]
@@ -492,6 +507,8 @@ def install(
         assert decision.scheme is not None
         new = owners[decision.name] = _int8_layer(decision, layer, codes_of, owners, shared)
         swap(places.pop(id(layer)), layer, new)
+        for hold in held.pop(id(layer), ()):
+            hold(new)
         for child in new.children():  # taken over from `layer`: it now stands in `new`
             if id(child) in places:
                 places[id(child)] = [(new if parent is layer else parent, at) for parent, at in places[id(child)]]
@@ -522,23 +539,33 @@ def _int8_layer(
 
 
 def _fuse_norms(model: nn.Module, ignore: tuple[Pattern, ...]) -> None:
-    places = _places(model)
+    places, held = _places(model), _held(model)
     for name, new in fused_norms(model).items():
         norm = model.get_submodule(name)
         if not any(_selects(pattern, name, norm, type(norm).__name__) for pattern in ignore):
             swap(places.get(id(norm), []), norm, new)
+            for hold in held.get(id(norm), ()):
+                hold(new)
 
 
 def settle(model: nn.Module, decisions: list[Decision]) -> Coverage:
     """Leave the reasons of the float layers on the model, for `coverage`, and return the coverage."""
-    reasons = {}
+    reasons: dict[str, tuple[str, bool]] = {}
     for decision in decisions:
         if decision.reason is not None:
             layer = model.get_submodule(decision.name)
-            for param in decision.kind.params_of(layer):
-                reasons[f"{decision.name}.{param}"] = (decision.reason, decision.asked)
+            for param in {*decision.kind.params, *decision.kind.params_of(layer)}:
+                reasons |= {
+                    f"{decision.name}.{name}": (decision.reason, decision.asked) for name in _made_of(layer, param)
+                }
     setattr(model, REASONS_ATTRIBUTE, reasons)
     return coverage(model)
+
+
+def _made_of(layer: nn.Module, param: str) -> list[str]:
+    """The parameters that the layer's `param` is, or is computed of (by weight_norm, pruning and the like)."""
+    starts = (f"{param}_", f"parametrizations.{param}.")
+    return [name for name, _ in layer.named_parameters() if name == param or name.startswith(starts)]
 
 
 def _places(model: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:
@@ -549,6 +576,31 @@ def _places(model: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:
             if child is not None:
                 places.setdefault(id(child), []).append((parent, attribute))
     return places
+
+
+def _held(model: nn.Module) -> dict[int, list[Callable[[nn.Module], None]]]:
+    """id of a module -> what puts another in its place in each plain list, tuple or dict that a module holds it in
+    besides (MaskFormer's blocks call their layers from such lists)."""
+    held: dict[int, list[Callable[[nn.Module], None]]] = {}
+    for parent in model.modules():
+        for attribute, value in vars(parent).items():
+            items: Iterable[tuple[Any, Any]] = ()
+            if type(value) in (list, tuple):
+                items = enumerate(value)
+            elif type(value) is dict and attribute != "_modules":
+                items = value.items()
+            for key, item in items:
+                if isinstance(item, nn.Module):
+                    held.setdefault(id(item), []).append(partial(_put, vars(parent), attribute, key))
+    return held
+
+
+def _put(attributes: dict[str, Any], attribute: str, key: Any, new: nn.Module) -> None:
+    value = attributes[attribute]
+    if isinstance(value, tuple):
+        attributes[attribute] = (*value[:key], new, *value[key + 1 :])
+    else:
+        value[key] = new
 
 
 _HOOKS = (

@@ -336,3 +336,44 @@ def test_two_processes_see_what_one_does(tmp_path: Path) -> None:
     assert_equal_stats(Stats.load(one), Stats.load(two))
     assert Stats.load(one).observers["0"].tokens == 3 + 4 + 5 + 6 + 7
     assert 25 <= int(Stats.load(one).experts["2.experts.w2"].tokens.sum()) <= 50
+
+
+class EncoderDecoder(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder, self.decoder = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x: Tensor, y: Tensor, attention_mask: Tensor, decoder_attention_mask: Tensor) -> Tensor:
+        return self.decoder(y) + self.encoder(x).mean()
+
+
+def test_no_token_of_a_decoder_is_missed_where_the_encoder_has_as_many() -> None:
+    """Which of two masks of one shape is whose cannot be told: what either counts is counted."""
+    masks = torch.tensor([[1, 0, 0]]), torch.tensor([[1, 1, 1]])
+    x, y = torch.randn(1, 3, 4), torch.randn(1, 3, 4)
+    batch = {"x": x, "y": y, "attention_mask": masks[0], "decoder_attention_mask": masks[1]}
+    stats = calibrate(EncoderDecoder(), [batch])
+    assert torch.equal(stats.observers["decoder"].amax, y.abs().amax((0, 1)))
+
+
+def test_inference_tensors_are_calibrated_on() -> None:
+    """They count no versions; what is fed to two layers is looked at twice."""
+    model = Branches()
+    x = torch.randn(6, 4)
+    expected = calibrate(model, [x])
+    with torch.inference_mode():
+        found = calibrate(model, [x.clone()])
+    for name, seen in expected.observers.items():
+        assert torch.equal(found.observers[name].amax, seen.amax)
+
+
+def test_a_tuple_reaches_the_model_as_one() -> None:
+    class Sized(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(4, 4)
+
+        def forward(self, x: Tensor, size: tuple[int, int]) -> Tensor:
+            return self.layer(x) * {(2, 4): 1}[size]
+
+    assert calibrate(Sized(), [{"x": torch.randn(2, 4), "size": (2, 4)}]).observers

@@ -221,3 +221,24 @@ def test_modes_of_use_agree() -> None:
     with torch.inference_mode():
         assert torch.equal(model(x), expected)
     assert torch.equal(model(x).detach(), expected)
+
+
+def test_repairing_siblings_leaves_each_its_weight_scheme() -> None:
+    """They are fed one tensor and share one scale; how their weights are rounded is their own."""
+    torch.manual_seed(0)
+
+    class Siblings(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.q, self.k = nn.Linear(16, 16), nn.Linear(16, 16)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.q(x) + self.k(x)
+
+    model, x = Siblings(), torch.randn(64, 16)
+    x[0] *= 3000
+    stats = octavo.calibrate(model, [x])
+    octavo.quantize(model, octavo.Recipe.of("o3", overrides={"k": Scheme.of("w8a8-static")}), stats=stats)
+    granularities = {name: model.get_submodule(name).scheme.weight.granularity for name in ("q", "k")}
+    assert granularities == {"q": "per_tensor", "k": "per_channel"}
+    assert not model.q.scheme.is_static and not model.k.scheme.is_static

@@ -7,12 +7,15 @@ import subprocess
 import sys
 import textwrap
 import warnings
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import prune
 from torch.nn.utils.parametrizations import weight_norm
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 import octavo
 from octavo import OctavoWarning, QuantizeError, Recipe, RecipeError, Scheme
@@ -560,6 +563,33 @@ class TestNorms:
         assert type(norm).__name__ == "LlamaRMSNorm"
 
 
+class HeldTwice(nn.Module):
+    """Registered, and called from a plain list, tuple and dict, as MaskFormer's blocks call theirs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c, self.norm = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8), LlamaRMSNorm(8)
+        self.in_list, self.in_tuple, self.in_dict = [self.a, nn.ReLU()], (nn.ReLU(), self.b), {"c": self.c}
+        self.norms = [self.norm]
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in (*self.in_list, *self.in_tuple, *self.norms, self.in_dict["c"]):
+            x = layer(x)
+        return x
+
+
+def test_layers_held_in_plain_containers_too_are_swapped_there(tmp_path: Path) -> None:
+    model, x = HeldTwice(), torch.randn(4, 8)
+    octavo.quantize(model, "w8a16")
+    assert isinstance(model.a, QuantLinear) and isinstance(model.norm, FusedRMSNorm)
+    assert model.in_list[0] is model.a and model.in_tuple[1] is model.b and model.in_dict["c"] is model.c
+    assert model.norms[0] is model.norm
+    octavo.save(model, tmp_path / "int8")
+    with torch.device("meta"):
+        skeleton = HeldTwice()
+    assert torch.equal(octavo.load(tmp_path / "int8", model=skeleton)(x), model(x))
+
+
 @pytest.mark.slow
 def test_two_copies_of_a_model_never_exist() -> None:
     program = """
@@ -578,3 +608,14 @@ def test_two_copies_of_a_model_never_exist() -> None:
     done = subprocess.run([sys.executable, "-c", textwrap.dedent(program)], capture_output=True, text=True, check=True)
     size, rise = map(int, done.stdout.split())
     assert size > 1e9 and rise < 0.1 * size
+
+
+def test_a_weight_that_is_computed_stays_float_with_the_reason_that_it_is() -> None:
+    model = nn.Sequential(nn.Linear(16, 8), weight_norm(nn.Linear(16, 8)))
+    prune.l1_unstructured(model[0], "weight", 0.5)
+    with pytest.warns(OctavoWarning, match="stay float although the recipe did not ask for it"):
+        report = octavo.quantize(model, "w8a16")
+    reasons = {row.name: row.reason or "" for row in report.rows}
+    assert "old-style weight_norm or pruning" in reasons["0.weight_orig"]
+    for part in ("original0", "original1"):
+        assert "remove_parametrizations first" in reasons[f"1.parametrizations.weight.{part}"]

@@ -6,13 +6,14 @@ import argparse
 import shlex
 from typing import TYPE_CHECKING, Any, Literal
 
-from octavo.cli.sources import Source, add_calibration, add_plot, check_outputs, ranges_of, source_of, stats_of
+from octavo.cli.sources import add_calibration, add_plot, check_outputs, ranges_of, source_of, stats_of
 from octavo.cli.terminal import Terminal
 from octavo.cli.verb import Answer, Verbs, add_device, device_of, new_verb
 from octavo.plot import channel_ranges
 from octavo.recipe import PRESETS
 
 if TYPE_CHECKING:
+    from octavo.calibrate import Stats
     from octavo.report import SmoothReport
 
 __all__ = ["Alpha", "add_parser", "alpha", "run"]
@@ -66,22 +67,21 @@ def run(args: argparse.Namespace, terminal: Terminal) -> Answer:
             from octavo.integrations.calibration import load_float, save_float
 
             model, tokenizer = load_float(args.src, device=device)
-        report = _smoothed(args, terminal, source, model, tokenizer)
+        stats = stats_of(args, terminal, source, model, tokenizer)
+        before = ranges_of(stats)
+        report = _smoothed(args, terminal, stats, model)
         with terminal.progress(f"writing {args.dst}"):
             save_float(model, tokenizer, folder)
+    if args.plot is not None:  # once the model is safe
+        channel_ranges(before, ranges_of(stats), args.plot)
     return Answer(
         {"source": args.src, "destination": args.dst, "calibration": source.name, "smoothing": report.to_dict()},
         (report.table(), f"octavo quantize {shlex.quote(args.dst)} INT8 --scheme {args.scheme}"),
     )
 
 
-def _smoothed(args: argparse.Namespace, terminal: Terminal, source: Source, model: Any, tokenizer: Any) -> SmoothReport:
+def _smoothed(args: argparse.Namespace, terminal: Terminal, stats: Stats, model: Any) -> SmoothReport:
     from octavo.smooth import smooth
 
-    stats = stats_of(args, terminal, source, model, tokenizer)
-    before = ranges_of(stats)
     with terminal.progress("smoothing") as progress:
-        report = smooth(model, stats, args.alpha, scheme=args.scheme, progress=progress)
-    if args.plot is not None:
-        channel_ranges(before, ranges_of(stats), args.plot)
-    return report
+        return smooth(model, stats, args.alpha, scheme=args.scheme, progress=progress)

@@ -159,7 +159,7 @@ def load(file: str | Path, model: nn.Module) -> nn.Module:
             return {
                 param: (_copy(tensors[weight]), tensors[scales].float().unsqueeze(-1))
                 for param, (weight, scales) in parts.items()
-            }, layer.get_parameter("w1").dtype
+            }, tensors[f"{decision.name}.scales1"].dtype
         weight, scales = codes[decision.name]
         return {"weight": (_copy(weight), scales.float().unsqueeze(1))}, scales.dtype
 

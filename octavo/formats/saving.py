@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from octavo.coverage import Coverage, coverage
-from octavo.errors import OctavoWarning, QuantizeError
+from octavo.errors import CheckpointError, OctavoWarning, QuantizeError
 from octavo.experts import routers
 from octavo.formats import compressed_tensors as layout
 from octavo.formats.checkpoint import CheckpointWriter, copy_companions, new_folder
@@ -252,6 +252,12 @@ def _stored(model: nn.Module) -> dict[str, _Stored]:
             codes[f"{prefix}.{param}"] = _Stored(weight, layer.float_dtype, scale, layer.scheme, input_scale)
         scales |= {f"{prefix}.{name}" for name in layer.scale_names()}
     state = model.state_dict()
+    strange = [name for name, value in state.items() if not isinstance(value, Tensor)]
+    if strange:
+        raise CheckpointError(
+            f"{strange[0]}: is a {type(state[strange[0]]).__name__} in the model's state_dict, expected a tensor: "
+            "safetensors holds nothing else; save it apart, and have get_extra_state return a tensor or nothing"
+        )
     left_out = scales | _copies(state, getattr(model, "all_tied_weights_keys", None) or {})
     return {
         name: codes.get(name) or _Stored(tensor, tensor.dtype) for name, tensor in state.items() if name not in left_out
@@ -308,9 +314,9 @@ def _describe_model(model: Any, folder: Path, tokenizer: Any) -> dict[str, Any]:
     config = getattr(model, "config", None)
     if config is None or not hasattr(config, "save_pretrained"):
         return {}
-    source = Path(str(getattr(config, "_name_or_path", "") or ""))
-    if tokenizer is None and source.is_dir() and str(source) != ".":
-        copy_companions(source, folder)
+    source = str(getattr(config, "_name_or_path", "") or "")
+    if tokenizer is None and source and Path(source).is_dir():
+        copy_companions(Path(source), folder)
     described = json.loads(config.to_json_string())
     described.pop("quantization_config", None)
     described["architectures"] = [type(model).__name__]

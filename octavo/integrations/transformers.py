@@ -26,6 +26,7 @@ from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
     ConversionOps,
+    PrefixChange,
     WeightConverter,
     WeightRenaming,
     rename_source_key,
@@ -359,7 +360,15 @@ class OctavoQuantizer(HfQuantizer):  # type: ignore[misc]
         names = partial(on_disk, model)
         self.quantization_config.layout = formats.describe_layout(model, names, attention_of(model))
         model.config.quantization_config = self.quantization_config
-        return formats.state_dict(model, names), {}
+        tensors = formats.state_dict(model, names)
+        rules = getattr(model, "_weight_conversions", None)
+        if rules is None:  # it was never loaded: those that transformers would take
+            rules = get_model_conversion_mapping(model, add_legacy=False)
+            rules = [rule for rule in rules if not isinstance(rule, PrefixChange)]
+        for_saving = _for_saving(rules, model)
+        if len(for_saving) < len(rules):
+            model._weight_conversions = for_saving
+        return tensors, {}
 
     def is_serializable(self) -> bool:
         return True
@@ -380,8 +389,6 @@ def let_transformers_save(model: nn.Module) -> None:
     for part in model.modules():
         if isinstance(part, PreTrainedModel) and any(isinstance(module, QuantModule) for module in part.modules()):
             part.hf_quantizer = OctavoQuantizer(OctavoConfig())
-            if getattr(part, "_weight_conversions", None) is not None:
-                part._weight_conversions = _for_saving(part._weight_conversions, part)
 
 
 def _for_saving(rules: Iterable[Any], model: PreTrainedModel) -> list[Any]:

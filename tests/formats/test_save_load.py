@@ -544,3 +544,16 @@ def test_formats_alone_save_what_octavo_saves_for_a_plain_module(tmp_path: Path)
     for file in (tmp_path / "a").iterdir():
         assert file.read_bytes() == (tmp_path / "b" / file.name).read_bytes()
     shutil.rmtree(tmp_path / "a")
+
+
+def test_state_that_is_no_tensor_is_named(tmp_path: Path) -> None:
+    class Counting(nn.Linear):
+        def get_extra_state(self) -> Any:
+            return {"calls": 3}
+
+    model = nn.Sequential(nn.Linear(8, 8), nn.Identity())
+    model.add_module("counting", Counting(2, 2))
+    octavo.quantize(model, "w8a16", ignore=["counting"])
+    with pytest.raises(CheckpointError, match=r"counting\._extra_state: is a dict in the model's state_dict"):
+        octavo.save(model, tmp_path / "int8")
+    assert not list(tmp_path.iterdir())
