@@ -16,13 +16,15 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import hashlib
 import json
 import os
-import tempfile
+import secrets
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -135,7 +137,7 @@ class Stats:
             "example": _flattened(self.example, tensors),
             "further": [_flattened(batch, tensors) for batch in self.further],
         }
-        _write_whole(Path(path), tensors, about)
+        _write_whole(Path(path), partial(save_file, tensors, metadata={"octavo": json.dumps(about)}))
         return Path(path)
 
     @classmethod
@@ -161,8 +163,11 @@ class Stats:
         return stats
 
     def save_act_scales(self, path: str | Path) -> None:
-        """Write SmoothQuant's own `act_scales/*.pt`: layer's name -> amax of each input channel, fp32 [K]."""
-        torch.save({name: seen.amax for name, seen in self.observers.items()}, path)
+        """Write SmoothQuant's own `act_scales/*.pt`: layer's name -> amax of each input channel, fp32 [K].
+
+        Raises: CalibrateError if it cannot be written.
+        """
+        _write_whole(Path(path), partial(torch.save, {name: seen.amax for name, seen in self.observers.items()}))
 
     @classmethod
     def load_act_scales(cls, path: str | Path) -> Stats:
@@ -479,7 +484,7 @@ def _flattened(value: Any, tensors: dict[str, Tensor]) -> Any:
     """`value` as JSON, its tensors moved into `tensors`."""
     if isinstance(value, Tensor):
         name = f"example:{sum(key.startswith('example:') for key in tensors)}"
-        tensors[name] = value.detach().cpu().clone()
+        tensors[name] = value.detach().cpu().clone(memory_format=torch.contiguous_format)
         return {"tensor": name}
     if isinstance(value, Mapping):
         return {"dict": {str(key): _flattened(item, tensors) for key, item in value.items()}}
@@ -504,15 +509,18 @@ def _restored(value: Any, tensors: Mapping[str, Tensor]) -> Any:
     return content
 
 
-def _write_whole(path: Path, tensors: dict[str, Tensor], about: dict[str, Any]) -> None:
+def _write_whole(path: Path, write: Callable[[Path], None]) -> None:
+    """Let `write` make a file that has the name `path` when it is complete."""
+    unfinished = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
-        handle, unfinished = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
-        os.close(handle)
-        try:
-            save_file(tensors, unfinished, metadata={"octavo": json.dumps(about)})
-            os.replace(unfinished, path)
-        except BaseException:
-            os.unlink(unfinished)
-            raise
-    except OSError as error:
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+        unfinished.touch()
+        mode = unfinished.stat().st_mode  # by the umask; safetensors gives its files one that nobody else can read
+        write(unfinished)
+        unfinished.chmod(mode)
+        os.replace(unfinished, path)
+    except (OSError, RuntimeError, SafetensorError) as error:  # of torch.save, and of safetensors
         raise CalibrateError(f"{path}: cannot be written: {error}") from error
+    finally:
+        unfinished.unlink(missing_ok=True)

@@ -377,3 +377,11 @@ def test_a_tuple_reaches_the_model_as_one() -> None:
             return self.layer(x) * {(2, 4): 1}[size]
 
     assert calibrate(Sized(), [{"x": torch.randn(2, 4), "size": (2, 4)}]).observers
+
+
+def test_a_first_batch_with_strides_is_saved(tmp_path: Path) -> None:
+    model, x = nn.Sequential(nn.Linear(4, 4)), torch.randn(4, 6).T
+    stats = Stats.load(calibrate(model, [x]).save(tmp_path / "stats.safetensors"))
+    assert torch.equal(stats.example, x)
+    (tmp_path / "plain").touch()
+    assert (tmp_path / "stats.safetensors").stat().st_mode == (tmp_path / "plain").stat().st_mode

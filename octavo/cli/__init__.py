@@ -10,7 +10,7 @@
     backends            which kernels serve
 
 One file a verb. A verb returns an `Answer`; how it is shown is `terminal.py`'s matter, and errors are told here: one
-paragraph and exit code 1 (2 for usage, 130 when interrupted).
+paragraph and exit code 1 (2 for usage, 130 when interrupted, 128 + signal when terminated).
 """
 
 from __future__ import annotations
@@ -18,9 +18,12 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
+import signal
 import sys
+import threading
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 from octavo import __version__
 from octavo.cli import backends, bench, calibrate, evaluate, generate, inspect, quantize, smooth
@@ -43,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.print_help(sys.stderr)
         return 2
     terminal = Terminal(json=args.json, debug=args.debug)
-    with terminal.quiet():
+    with terminal.quiet(), _unwinding_when_terminated(terminal):
         try:
             answer = args.run(args, terminal)
             if answer is not None:
@@ -63,6 +66,26 @@ def main(argv: Sequence[str] | None = None) -> int:
                 terminal.complain("error", _in_words(error))
             return 1
     return 0
+
+
+@contextlib.contextmanager
+def _unwinding_when_terminated(terminal: Terminal) -> Iterator[None]:
+    """SIGTERM and SIGHUP end the command as an interrupt does: what is half written is removed. Exit code 128 + signal,
+    as shells have it."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # who calls this from a thread minds the signals
+        return
+
+    def end(number: int, _: Any) -> None:
+        terminal.complain("error", f"ended by {signal.Signals(number).name}")
+        raise SystemExit(128 + number)
+
+    before = {number: signal.signal(number, end) for number in (signal.SIGTERM, signal.SIGHUP)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def new_parser() -> argparse.ArgumentParser:

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 __all__ = ["add_parser", "run"]
 
 _WORST_LAYERS = 5
+_WINDOW = 512
+"""Tokens that a model is judged on at once, where nobody says how many and it holds them."""
 
 
 def add_parser(verbs: Verbs) -> None:
@@ -30,7 +32,10 @@ def add_parser(verbs: Verbs) -> None:
     parser.add_argument("--baseline", metavar="PATH", help="the original, to compare with on the same tokens")
     parser.add_argument("--text", metavar="FILE", help="text to judge on, UTF-8 (default: Python's own documentation)")
     parser.add_argument(
-        "--window", metavar="W", type=positive, default=512, help="tokens that the model sees at once (default 512)"
+        "--window",
+        metavar="W",
+        type=positive,
+        help="tokens that the model sees at once (default 512, or all that it holds)",
     )
     parser.add_argument(
         "--tokens", metavar="N", type=positive, default=8192, help="judge on the text's first N tokens (default 8192)"
@@ -40,29 +45,38 @@ def add_parser(verbs: Verbs) -> None:
 
 def run(args: argparse.Namespace, terminal: Terminal) -> Answer:
     """Perplexity of both models, and the comparison of them, over the same windows."""
-    if args.window < 2:
+    if args.window is not None and args.window < 2:
         raise CommandError(f"--window is {args.window}, expected at least 2: the first token predicts the next")
     text, text_name = read_text("--text", args.text)
     device = device_of(args)
     with terminal.progress(f"loading {args.path}"):
-        from octavo.integrations.generation import load_causal, load_language_model, token_ids
+        from octavo.integrations.generation import load_causal, load_language_model, positions_of, token_ids
 
         model, tokenizer = load_language_model(args.path, device=device)
-        ids = token_ids(tokenizer, text, limit=args.tokens, window=args.window)
+        window = _window(args.window, positions_of(model))
+        ids = token_ids(tokenizer, text, limit=args.tokens, window=window)
     if len(ids) < 2:
         raise CommandError(f"{text_name} has {len(ids)} tokens, expected at least 2")
     baseline = comparison = None
-    perplexities = [_perplexity(terminal, model, ids, args.window, args.path)]
+    perplexities = [_perplexity(terminal, model, ids, window, args.path)]
     if args.baseline is not None:
         with terminal.progress(f"loading {args.baseline}"):
             baseline = load_causal(args.baseline, device=device)
-        perplexities.append(_perplexity(terminal, baseline, ids, args.window, args.baseline))
-        comparison = _compare(terminal, baseline, model, ids, args.window)
-    where = f"{len(ids)} tokens of {text_name}, in windows of {args.window}"
+        perplexities.append(_perplexity(terminal, baseline, ids, window, args.baseline))
+        comparison = _compare(terminal, baseline, model, ids, window)
+    where = f"{len(ids)} tokens of {text_name}, in windows of {window}"
     return Answer(
-        _data(args, len(ids), text_name, perplexities, comparison),
+        _data(args, window, len(ids), text_name, perplexities, comparison),
         tuple(_shown(args, where, perplexities, comparison)),
     )
+
+
+def _window(asked: int | None, positions: int | None) -> int:
+    if asked is None:
+        return min(_WINDOW, positions or _WINDOW)
+    if positions is not None and asked > positions:
+        raise CommandError(f"--window is {asked}, and the model holds {positions} tokens; ask for fewer")
+    return asked
 
 
 def _perplexity(terminal: Terminal, model: Any, ids: Tensor, window: int, name: str) -> float:
@@ -82,10 +96,15 @@ def _compare(terminal: Terminal, baseline: Any, model: Any, ids: Tensor, window:
 
 
 def _data(
-    args: argparse.Namespace, tokens: int, text_name: str, perplexities: list[float], comparison: Comparison | None
+    args: argparse.Namespace,
+    window: int,
+    tokens: int,
+    text_name: str,
+    perplexities: list[float],
+    comparison: Comparison | None,
 ) -> dict[str, Any]:
     data: dict[str, Any] = {
-        "path": args.path, "text": text_name, "tokens": tokens, "window": args.window, "perplexity": perplexities[0],
+        "path": args.path, "text": text_name, "tokens": tokens, "window": window, "perplexity": perplexities[0],
     }  # fmt: skip
     if comparison is None:
         return data

@@ -28,7 +28,7 @@ def add_parser(verbs: Verbs) -> None:
     parser.add_argument("path", metavar="PATH", help="checkpoint folder, Hub id or .gguf file; int8 or float")
     parser.add_argument("--prompt", metavar="TEXT", type=_some_text, required=True, help="what to answer or to go on")
     parser.add_argument(
-        "--max-new-tokens", metavar="N", type=positive, default=128, help="stop there at the latest (default 128)"
+        "--max-new-tokens", metavar="N", type=positive, help="stop there at the latest (default 128, if there is room)"
     )
     parser.add_argument(
         "--temperature", metavar="T", type=_temperature, default=0.0, help="0 (default): the likeliest token each time"

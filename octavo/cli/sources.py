@@ -127,7 +127,7 @@ def calibrated(
 
 
 def _seq_len(args: argparse.Namespace, model: Any) -> int:
-    from octavo.integrations.calibration import positions_of
+    from octavo.integrations.generation import positions_of
 
     positions = positions_of(model)
     if args.seq_len is None:

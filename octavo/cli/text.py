@@ -45,7 +45,7 @@ def read_documents(option: str, file: str) -> list[Any]:
     option: through which the file was named. Raises: CommandError naming the line for anything else.
     """
     documents = []
-    for number, line in enumerate(read_text(option, file)[0].splitlines(), 1):
+    for number, line in enumerate(read_text(option, file)[0].split("\n"), 1):
         if line.strip():
             documents.append(_document(line, f"{option} {file}, line {number}"))
     if not documents:

@@ -330,7 +330,7 @@ class CheckpointWriter:
                 self._plan,
                 get_storage_size=lambda planned: _nbytes(*planned),
                 filename_pattern="model{suffix}.safetensors",
-                max_shard_size=max_shard_size,
+                max_shard_size=int(max_shard_size) if str(max_shard_size).isdecimal() else max_shard_size,
             )
         except ValueError as error:
             raise CheckpointError(
@@ -449,8 +449,8 @@ def _replacing(given: Path, is_taken: Callable[[Path], bool]) -> Iterator[Path]:
         _sync_tree(temporary)
         temporary.replace(dst)
         _sync(dst.parent)
-    except OSError as error:
-        explained = _explain(error, given, dst)
+    except (OSError, SafetensorError) as error:
+        explained = _explain(_as_os_error(error), given, dst)
         if explained is None:
             raise
         raise explained from error
@@ -458,6 +458,14 @@ def _replacing(given: Path, is_taken: Callable[[Path], bool]) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
         with contextlib.suppress(OSError):
             temporary.unlink()
+
+
+def _as_os_error(error: OSError | SafetensorError) -> OSError:
+    """What the system said; safetensors hides it in its text: "... (os error 28)"."""
+    if isinstance(error, OSError):
+        return error
+    number = re.search(r"\(os error (\d+)\)", str(error))
+    return OSError(int(number[1]), os.strerror(int(number[1]))) if number else OSError(str(error))
 
 
 def _explain(error: OSError, given: Path, dst: Path) -> CheckpointError | None:

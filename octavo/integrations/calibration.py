@@ -26,7 +26,6 @@ __all__ = [
     "document_batches",
     "linear_inputs",
     "load_float",
-    "positions_of",
     "save_float",
     "text_batches",
 ]
@@ -63,12 +62,6 @@ def linear_inputs(model: nn.Module) -> LinearInputs:
     static = sum(isinstance(layer, StaticQuantLinear) for layer in layers)
     int8 = sum(isinstance(layer, DynamicQuantLinear) for layer in layers)  # of which the static ones are a kind
     return LinearInputs(static, int8 - static, len(layers) - int8)
-
-
-def positions_of(model: Any) -> int | None:
-    """How many tokens the model can be fed at once; None where its config does not say."""
-    positions = getattr(model.config, "max_position_embeddings", None)
-    return positions if isinstance(positions, int) and positions > 0 else None
 
 
 def text_batches(tokenizer: Any, text: str, *, samples: int, seq_len: int) -> list[Tensor]:

@@ -20,13 +20,18 @@ import transformers
 from torch import Tensor
 from transformers.utils import logging
 
-from octavo.errors import CheckpointError
+from octavo.errors import CheckpointError, OctavoError
 from octavo.formats.checkpoint import CheckpointReader
 from octavo.integrations.hub import load, load_tokenizer, resolve
 
 __all__ = [
-    "Generated", "generate", "last_logits_only", "load_causal", "load_language_model", "no_progress_bar", "token_ids",
+    "Generated", "generate", "last_logits_only", "load_causal", "load_language_model", "no_progress_bar",
+    "positions_of", "token_ids",
 ]  # fmt: skip
+
+
+MAX_NEW_TOKENS = 128
+"""Where nobody says how many."""
 
 
 def load_language_model(path: str | Path, *, device: str = "cpu") -> tuple[Any, Any]:
@@ -88,6 +93,12 @@ def cache_name(model: Any) -> str | None:
     return next((name for name in ("cache", "past_key_values") if name in parameters), None)
 
 
+def positions_of(model: Any) -> int | None:
+    """How many tokens the model can be fed at once; None where its config does not say."""
+    positions = getattr(model.config, "max_position_embeddings", None)
+    return positions if isinstance(positions, int) and positions > 0 else None
+
+
 def token_ids(tokenizer: Any, text: str, *, limit: int, window: int) -> Tensor:
     """The first `limit` tokens of `text`, for windows of `window` tokens that a model reads one by one.
 
@@ -128,7 +139,7 @@ def generate(
     tokenizer: Any,
     prompt: str,
     *,
-    max_new_tokens: int = 128,
+    max_new_tokens: int | None = None,
     temperature: float = 0.0,
     seed: int = 0,
     raw: bool = False,
@@ -137,15 +148,18 @@ def generate(
 ) -> Generated:
     """Let `model` continue `prompt` until it ends by itself or after `max_new_tokens`.
 
+    max_new_tokens: by default 128, or what the model has room for after the prompt.
     temperature: 0 takes the likeliest token each time; otherwise tokens are drawn, with `seed`, which is then the seed
         of torch's global generator.
     raw: feed the prompt as it is; otherwise as a user's message, if the tokenizer has a chat template.
     on_text: called with each piece of text as soon as whole words are there.
     compiling: where it is given, the model is compiled before it writes (`CompiledModel`), inside this context. Greedy
         text is what it would be without; drawn tokens are others, for the same seed.
-    Raises: OctavoError if the model, or how it is configured to choose tokens, cannot be compiled.
+    Raises: OctavoError if there is no room for so many tokens, or if the model, or how it is configured to choose
+        tokens, cannot be compiled.
     """
     inputs = _inputs(tokenizer, prompt, raw).to(model.device)
+    max_new_tokens = _fitting(max_new_tokens, model, inputs["input_ids"].shape[-1])
     streamer = _Streamer(tokenizer, on_text)
     sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
     loop = None if compiling is None else _CompiledLoop(streamer, compiling)
@@ -163,6 +177,20 @@ def generate(
         decode_s=times[-1] - times[0],
         compile_s=compile_s,
     )
+
+
+def _fitting(wanted: int | None, model: Any, prompt_tokens: int) -> int:
+    """How many tokens to write after the prompt."""
+    positions = positions_of(model)
+    if positions is None:
+        return wanted or MAX_NEW_TOKENS
+    room = positions - prompt_tokens
+    if room < (wanted or 1):
+        raise OctavoError(
+            f"the model holds {positions} tokens, expected room for the prompt's {prompt_tokens} and {wanted or 1} new "
+            "ones; shorten the prompt or ask for fewer"
+        )
+    return wanted or min(MAX_NEW_TOKENS, room)
 
 
 class _CompiledLoop:

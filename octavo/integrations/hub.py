@@ -122,6 +122,12 @@ def load(
         ignore_mismatched_sizes=True,  # they are an error, below
         **options,
     )
+    _refuse_unfit(source, loaded, info)
+    return loaded  # type: ignore[no-any-return]
+
+
+def _refuse_unfit(source: Path, loaded: nn.Module, info: Mapping[str, Any]) -> None:
+    """Raise CheckpointError for a model that transformers filled up with random weights. info: of its loading."""
     other = [f"{name} (is {list(got)}, expected {list(needed)})" for name, got, needed in info["mismatched_keys"]]
     for what, names in (("are missing", info["missing_keys"]), ("have other shapes", other)):
         if names:
@@ -129,7 +135,6 @@ def load(
                 f"{source}: {len(names)} parameters of {type(loaded).__name__} {what}, such as {min(names)}; "
                 "download or quantize the checkpoint again"
             )
-    return loaded  # type: ignore[no-any-return]
 
 
 def load_tokenizer(path: str | Path) -> Any:
@@ -243,7 +248,7 @@ def quantize_checkpoint(
 
 # -- sources ----------------------------------------------------------------------------------------------------------
 
-_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+_HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 _HUB_TIMEOUT = 10.0
 """Seconds that the Hub has to answer."""
 _WANTED = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.py", "*.md", "*.tiktoken")
@@ -264,7 +269,12 @@ def resolve(source: str | Path) -> Path:
 
 def _download(hub_id: str) -> Path:
     from huggingface_hub import HfApi, snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+    from huggingface_hub.errors import (
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+    )
 
     try:
         # Asked first and with a limit, because snapshot_download waits for a silent network without end.
@@ -274,6 +284,8 @@ def _download(hub_id: str) -> Path:
             f"{hub_id}: neither a local path nor a model on the Hub that you may read; check the name, or log in with "
             "`hf auth login` for a private one"
         ) from error
+    except HFValidationError as error:
+        raise CheckpointError(f"{hub_id}: no such file or folder, and no id of the Hub either") from error
     except Exception as error:  # offline, a proxy, a server's error: what is raised differs between releases
         try:
             return Path(snapshot_download(hub_id, allow_patterns=list(_WANTED), local_files_only=True))
@@ -361,12 +373,15 @@ def _load_gguf(file: Path, **options: Any) -> Any:
         from transformers import AutoModelForCausalLM, GgufConfig
 
         options.setdefault("dtype", torch.bfloat16)
-        model = AutoModelForCausalLM.from_pretrained(
-            file.parent, gguf_file=file.name, quantization_config=GgufConfig(dequantize=True), **options
-        )
+        model, info = AutoModelForCausalLM.from_pretrained(
+            file.parent, gguf_file=file.name, quantization_config=GgufConfig(dequantize=True),
+            output_loading_info=True, ignore_mismatched_sizes=True,  # they are an error, below
+            **options,
+        )  # fmt: skip
     except ImportError as error:
         raise MissingExtra(f"{file}: reading it needs the gguf package: pip install 'octavo[hf]' ({error})") from error
     except (OSError, ValueError, KeyError) as error:
         raise CheckpointError(f"{file}: transformers {transformers.__version__} cannot load it: {error}") from error
+    _refuse_unfit(file, model, info)
     model.config._name_or_path = ""  # the file's folder is not this model's checkpoint
     return model

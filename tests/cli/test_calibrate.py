@@ -157,3 +157,21 @@ def test_a_sample_of_one_token_and_an_int8_model_are_refused(run: Run, tiny_int8
     assert shown.code == 1 and "--seq-len is 1" in shown.err
     shown = run("calibrate", tiny_int8, "-o", tmp_path / "x")
     assert shown.code == 1 and "is quantized already" in shown.err
+
+
+def test_lines_end_at_line_feeds_only(run: Run, tiny: Path, tmp_path: Path) -> None:
+    """JSON may hold what Unicode calls the ends of lines."""
+    lines = tmp_path / "lines.jsonl"
+    texts = ["a\u2028b and more of it", "c\u0085d and more of it"]
+    lines.write_text("\r\n".join(json.dumps({"text": text}, ensure_ascii=False) for text in texts), newline="")
+    output = ("-o", tmp_path / "stats.safetensors", "--json")
+    assert run("calibrate", tiny, "--jsonl", lines, *output).data["samples"] == 2
+
+
+def test_a_folder_in_the_place_of_a_file(run: Run, tiny: Path, tmp_path: Path) -> None:
+    stats, folder = tmp_path / "stats.safetensors", tmp_path / "folder"
+    folder.mkdir()
+    for options in (("-o", folder), ("-o", stats, "--act-scales", folder)):
+        shown = run("calibrate", tiny, *SMALL, *options)
+        assert shown.code == 1 and f"{folder}: cannot be written: " in shown.err
+    assert not list(folder.iterdir()) and sorted(path.name for path in tmp_path.iterdir()) == ["folder", stats.name]

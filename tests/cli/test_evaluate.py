@@ -93,3 +93,10 @@ def test_a_device_that_is_not_there(run: Run, tiny: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     shown = run("eval", tiny, "--device", "cuda")
     assert shown.code == 1 and "--device is cuda" in shown.err
+
+
+def test_a_window_that_the_model_does_not_hold(run: Run, tiny: Path) -> None:
+    """256 tokens: what is beyond, it was never trained on, and where positions are a table, it does not exist."""
+    assert run("eval", tiny, "--tokens", 300, "--json").data["window"] == 256
+    shown = run("eval", tiny, "--window", 257)
+    assert shown.code == 1 and "--window is 257, and the model holds 256 tokens" in shown.err

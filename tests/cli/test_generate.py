@@ -59,3 +59,12 @@ def test_compiled_text_is_the_same(run: Run, tiny: Path, continuation: str, comp
     parameters = sum(p.numel() for p in transformers.AutoModelForCausalLM.from_pretrained(tiny).parameters())
     assert data["weight_bytes_per_s"] == pytest.approx(2 * parameters * data["tokens_per_s"])
     assert data["of_memory_speed"] == pytest.approx(data["weight_bytes_per_s"] / data["memory_bytes_per_s"])
+
+
+def test_more_tokens_than_the_model_holds(run: Run, tiny: Path) -> None:
+    written = run("generate", tiny, "--raw", "--prompt", "word " * 60, "--json").data
+    assert written["prompt_tokens"] + written["new_tokens"] <= 256
+    shown = run("generate", tiny, "--raw", "--prompt", "word", "--max-new-tokens", 300)
+    assert shown.code == 1 and "the model holds 256 tokens" in shown.err
+    shown = run("generate", tiny, "--raw", "--prompt", "word " * 300)
+    assert shown.code == 1 and "shorten the prompt" in shown.err

@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import os
 import shlex
+import signal
 import subprocess
 import sys
 import warnings
@@ -18,6 +20,7 @@ import pytest
 import octavo
 from octavo.cli import backends, new_parser
 from octavo.cli.verb import Answer
+from octavo.formats.checkpoint import new_folder
 
 VERBS = ("quantize", "calibrate", "smooth", "inspect", "eval", "generate", "bench", "backends")
 Run = Callable[..., Any]
@@ -201,3 +204,20 @@ def test_a_reader_who_has_enough_is_no_error(tiny_int8: Path) -> None:
     assert process.stderr.read() == ""
     process.stderr.close()
     assert process.wait() == 1
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_who_is_terminated_removes_what_is_half_written(
+    number: signal.Signals, monkeypatch: pytest.MonkeyPatch, run: Run, tmp_path: Path
+) -> None:
+    def run_verb(args: argparse.Namespace, terminal: object) -> None:
+        with new_folder(tmp_path / "out") as folder:
+            (folder / "weights").write_bytes(b"0" * 1000)
+            os.kill(os.getpid(), number)
+
+    with_run(monkeypatch, run_verb)
+    handlers = signal.getsignal(number)
+    with pytest.raises(SystemExit) as stop:
+        run("backends")
+    assert stop.value.code == 128 + number and signal.getsignal(number) is handlers
+    assert not list(tmp_path.iterdir())

@@ -15,10 +15,10 @@ from octavo.integrations.calibration import (
     document_batches,
     linear_inputs,
     load_float,
-    positions_of,
     save_float,
     text_batches,
 )
+from octavo.integrations.generation import positions_of
 from tests.tiny_checkpoints import byte_level_tokenizer, language_model
 
 TEXT = "In the beginning was the word, and the word was long. " * 100

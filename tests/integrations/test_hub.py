@@ -14,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -336,7 +337,8 @@ def test_a_missing_tokenizer_is_explained(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "source", ["./no/such/folder", "no/such/folder", "model.gguf", "a b", "/no/where", Path("org/name")]
+    "source",
+    ["./no/such/folder", "no/such/folder", "./nosuch", "../nosuch", "model.gguf", "a b", "/no/where", Path("org/name")],
 )
 def test_what_is_no_hub_id_is_never_looked_for_there(source: str | Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hub, "_download", lambda hub_id: pytest.fail(f"asked the Hub for {hub_id}"))
@@ -457,3 +459,28 @@ def test_models_that_were_loaded_can_be_pickled(tmp_path: Path) -> None:
     loaded = octavo.load(tmp_path / "int8")
     inputs = {"input_ids": tokens()}
     assert torch.equal(output(pickle.loads(pickle.dumps(loaded)), inputs), output(loaded, inputs))
+
+
+def test_a_gguf_file_without_one_of_the_tensors_is_refused(tmp_path: Path) -> None:
+    """Transformers would make up the weights that are missing, other ones each time."""
+    gguf = pytest.importorskip("gguf")
+    config = build(llama, tie_word_embeddings=True).config
+    writer = gguf.GGUFWriter(tmp_path / "model.gguf", "llama")
+    writer.add_context_length(64)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(1)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(1e-6)
+    writer.add_vocab_size(config.vocab_size)
+    writer.add_tensor("token_embd.weight", np.ones((config.vocab_size, config.hidden_size), np.float32))
+    writer.add_tensor("output_norm.weight", np.ones(config.hidden_size, np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    for call in (octavo.load, lambda file: octavo.quantize_checkpoint(file, tmp_path / "out", "w8a16")):
+        with pytest.raises(CheckpointError, match=r"model\.gguf: 9 parameters of LlamaForCausalLM are missing"):
+            call(tmp_path / "model.gguf")
+    assert not (tmp_path / "out").exists()
