@@ -234,6 +234,8 @@ class OctavoQuantizer(HfQuantizer):  # type: ignore[misc]
             self.target(name)[2].float_dtype = dtype
         if not self.pre_quantized:
             self._make_float_places()
+            # Some of transformers' conversions (`Transpose`, `Split`) ask the model for the parameter that they make.
+            model.get_parameter = self._float_parameter  # type: ignore[method-assign]
 
     def _make_float_places(self) -> None:
         """Transformers before 5.23 casts what it reads to the dtype of its place, also what is yet to be quantized."""
@@ -241,6 +243,13 @@ class OctavoQuantizer(HfQuantizer):  # type: ignore[misc]
             _, layer, module = self.target(name)
             param = name.rpartition(".")[2]
             module.register_buffer(param, module.get_buffer(param).to(getattr(layer, param).dtype))
+
+    def _float_parameter(self, name: str) -> Any:
+        """The parameter of the float model, also where an int8 layer stands by now."""
+        if name in self._targets:
+            return getattr(self._targets[name][1], name.rpartition(".")[2])
+        assert self._model is not None
+        return nn.Module.get_parameter(self._model, name)
 
     def param_element_size(self, model: PreTrainedModel, param_name: str, param: Tensor) -> float:
         """Bytes of an element once it is loaded, by which transformers deals layers out to devices."""
@@ -340,6 +349,7 @@ class OctavoQuantizer(HfQuantizer):  # type: ignore[misc]
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         if self._error is not None:
             raise self._error
+        vars(model).pop("get_parameter", None)
         if self._folder is not None:
             self._read_experts(model)
         self._model = None

@@ -85,6 +85,8 @@ CASES = [
     (tiny_models.vit, {}),
     (tiny_models.llava, {}),
     (tiny_models.mixtral, {}),
+    (tiny_models.qwen3_vl_moe, {}),
+    (tiny_models.qwen3_moe, {}),
     (tiny_models.gte, {}),
     (tiny_models.gte, {"ignore": ["re:.*[qv]_proj"]}),
     (tiny_models.llama, {"scheme": "w8a8"}),
