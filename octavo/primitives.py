@@ -172,7 +172,7 @@ def quantize_weight(
             _blocks(weight, granularity, group_size, name).shape[:-1], dtype=torch.float32, device="meta"
         )
         return torch.empty_like(weight, dtype=torch.int8, memory_format=torch.contiguous_format), scale
-    if granularity not in ("per_channel", "per_group") or weight.dim() < 2 or weight.numel() == 0:
+    if granularity == "per_token" or weight.dim() < 2 or weight.numel() == 0:
         scale = choose_scale(weight, granularity, group_size=group_size, value_range=value_range, name=name)
         return quantize(weight, scale, value_range=value_range, name=name).contiguous(), scale
     rows = weight.flatten(1)
@@ -180,15 +180,18 @@ def quantize_weight(
     step = max(1, _CHUNK_ELEMENTS // k)
     codes = torch.empty((n, k), dtype=torch.int8, device=weight.device)
     scales = []
+    of_all = None
+    if granularity == "per_tensor":
+        of_all = torch.stack([amax(chunk, granularity, name=name) for chunk in rows.split(step)]).amax(0)
     for start in range(0, n, step):
         chunk = rows[start : start + step].to(torch.float32, copy=True)
-        largest = amax(chunk, granularity, group_size=group_size, name=name)
+        largest = amax(chunk, granularity, group_size=group_size, name=name) if of_all is None else of_all
         scale = _scale_of(largest, weight.dtype, value_range)
         blocks, per_block = _align(chunk, scale, name)
         blocks.div_(per_block).round_().clamp_(_QMIN[value_range], _QMAX)
         codes[start : start + step].copy_(chunk)
         scales.append(scale)
-    return codes.view(weight.shape), torch.cat(scales)
+    return codes.view(weight.shape), scale if granularity == "per_tensor" else torch.cat(scales)
 
 
 def check_group_size(weight: Tensor, group_size: int | None, name: str = "weight") -> int:
