@@ -215,6 +215,8 @@ def calibrate(
     Warns: OctavoWarning if there are experts that no token was routed to; `Stats.unrouted` lists them.
     """
     check_batches(batches)
+    if rows < 0:
+        raise CalibrateError(f"rows is {rows}, expected 0 or more rows of each layer's input to keep")
     layers = {name: module for name, module in model.named_modules() if is_watched(module)}
     if not layers:
         raise CalibrateError("the model has no linear layer to calibrate; expected nn.Linear or transformers' Conv1D")

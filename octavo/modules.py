@@ -231,6 +231,8 @@ class StaticQuantLinear(DynamicQuantLinear):
         """Take over a calibrated scale, fp32 [1], positive and finite."""
         if scale.shape != (1,) or scale.dtype != torch.float32:
             raise QuantizeError(f"input_scale: is {scale.dtype} {list(scale.shape)}, expected fp32 [1]")
+        if not 0 < scale.item() < float("inf"):
+            raise QuantizeError(f"input_scale: is {scale.item()}, expected a positive, finite number")
         self.input_scale = scale.to(self.weight.device)
         self._scale_value = None
 

@@ -610,9 +610,15 @@ _HOOKS = (
 
 
 def swap(places: list[tuple[nn.Module, str]], layer: nn.Module, new: nn.Module) -> None:
-    """Put `new` wherever `layer` stood, with the hooks that were registered on it."""
+    """Put `new` wherever `layer` stood, with the hooks that were registered on it, and what it held besides."""
     for hooks in _HOOKS:
         setattr(new, hooks, getattr(layer, hooks))
+    for name, value in vars(layer).items():
+        if not name.startswith("_") and not hasattr(new, name):
+            setattr(new, name, value)
+    for name, buffer in layer._buffers.items():
+        if not hasattr(new, name):
+            new.register_buffer(name, buffer, persistent=name not in layer._non_persistent_buffers_set)
     for parent, attribute in places:
         setattr(parent, attribute, new)
 

@@ -242,7 +242,10 @@ class Recipe:
             for pattern in getattr(self, field):
                 _check_pattern(field, pattern)
         items = self.overrides.items() if isinstance(self.overrides, Mapping) else self.overrides
-        object.__setattr__(self, "overrides", tuple((pattern, scheme) for pattern, scheme in items))
+        unique: dict[Pattern, Scheme] = {}
+        for pattern, scheme in items:
+            unique.setdefault(pattern, scheme)  # of equal patterns the first counts
+        object.__setattr__(self, "overrides", tuple(unique.items()))
         for pattern, scheme in self.overrides:
             _check_pattern("overrides", pattern)
             if not isinstance(scheme, Scheme):
@@ -259,8 +262,8 @@ class Recipe:
         group_size: int | None = None,
         attention: str | None = None,
     ) -> Recipe:
-        """A recipe from a preset's name, a Scheme or another Recipe, with `ignore`, `include` and `overrides` added,
-        and `attention` replaced if it is given.
+        """A recipe from a preset's name, a Scheme or another Recipe, with `ignore`, `include` and `overrides` added
+        (these before its own, so that they count), and `attention` replaced if it is given.
 
         include: patterns and kinds that become targets besides the recipe's own.
         group_size: columns of a weight that share a scale; goes with a preset's name only.
@@ -278,9 +281,14 @@ class Recipe:
             base,
             targets=(*base.targets, *include),
             ignore=(*base.ignore, *ignore),
-            overrides=(*base.overrides, *(overrides or {}).items()),
+            overrides=(*(overrides or {}).items(), *base.overrides),
             attention=attention or base.attention,
         )
+
+    @property
+    def schemes(self) -> tuple[Scheme, ...]:
+        """All that a layer may get: the recipe's own, then those of the overrides."""
+        return (self.scheme, *(scheme for _, scheme in self.overrides))
 
     def to_dict(self) -> dict[str, Any]:
         """A dict of JSON types that `from_dict` reads back to an equal recipe. Raises RecipeError for a predicate."""

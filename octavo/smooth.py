@@ -80,6 +80,8 @@ def smooth(
     if alpha != "auto" and not (isinstance(alpha, float | int) and 0 <= alpha <= 1):
         raise QuantizeError(f"alpha is {alpha!r}, expected a number from 0 to 1, or 'auto'")
     chosen = Scheme.of(scheme) if isinstance(scheme, str) else scheme
+    if chosen.input is None:
+        raise QuantizeError(f"scheme is {chosen}, whose inputs stay float, so that there is nothing to smooth for")
     schemes = (chosen, chosen.as_dynamic()) if chosen.is_static and repair else (chosen,)
     example = stats.example if batch is None else batch
     if example is None:

@@ -11,7 +11,7 @@ import transformers
 from torch import Tensor, nn
 
 import octavo
-from octavo.errors import CalibrateError
+from octavo.errors import CalibrateError, QuantizeError
 from octavo.modules import DynamicQuantLinear, QuantLinear, StaticQuantLinear
 from octavo.recipe import Recipe, Scheme
 
@@ -242,3 +242,12 @@ def test_repairing_siblings_leaves_each_its_weight_scheme() -> None:
     granularities = {name: model.get_submodule(name).scheme.weight.granularity for name in ("q", "k")}
     assert granularities == {"q": "per_tensor", "k": "per_channel"}
     assert not model.q.scheme.is_static and not model.k.scheme.is_static
+
+
+@pytest.mark.parametrize("value", [0.0, -1.0, float("inf"), float("nan")])
+def test_a_scale_that_is_none_is_refused(value: float) -> None:
+    model = net()
+    octavo.quantize(model, "w8a8-static", stats=octavo.calibrate(model, [batch()]))
+    static = next(module for module in model.modules() if isinstance(module, StaticQuantLinear))
+    with pytest.raises(QuantizeError, match="expected a positive, finite number"):
+        static.set_input_scale(torch.tensor([value]))

@@ -619,3 +619,22 @@ def test_a_weight_that_is_computed_stays_float_with_the_reason_that_it_is() -> N
     assert "old-style weight_norm or pruning" in reasons["0.weight_orig"]
     for part in ("original0", "original1"):
         assert "remove_parametrizations first" in reasons[f"1.parametrizations.weight.{part}"]
+
+
+class Gained(nn.Linear):
+    """Computes what a linear layer does, and holds what others ask it for."""
+
+    def __init__(self) -> None:
+        super().__init__(8, 8)
+        self.gain = 2.0
+        self.register_buffer("kept", torch.full((8,), 3.0))
+        self.register_buffer("passing", torch.full((8,), 4.0), persistent=False)
+
+
+def test_what_a_subclass_holds_besides_is_carried_over() -> None:
+    model = nn.Sequential(Gained())
+    octavo.quantize(model, "w8a16")
+    layer = model[0]
+    assert isinstance(layer, QuantLinear) and layer.gain == 2.0
+    assert torch.equal(layer.kept, torch.full((8,), 3.0)) and torch.equal(layer.passing, torch.full((8,), 4.0))
+    assert {"0.kept"} <= model.state_dict().keys() and "0.passing" not in model.state_dict()

@@ -122,7 +122,9 @@ def test_of_adds_to_a_recipe() -> None:
     more = Recipe.of(base, ignore=["c"], include=["OutputHead"], overrides={"d": Scheme()})
     assert more.ignore == ("a", "c")
     assert more.targets == (*DEFAULT_TARGETS, "Embedding", "OutputHead")
-    assert [pattern for pattern, _ in more.overrides] == ["b", "d"]
+    assert [pattern for pattern, _ in more.overrides] == ["d", "b"], "the first that matches counts: what was added"
+    again = Recipe.of(base, overrides={"b": Scheme()})
+    assert again.overrides == (("b", Scheme()),) and Recipe.from_dict(again.to_dict()) == again
     assert base.ignore == ("a",), "a recipe is not changed by what is made of it"
 
 

@@ -707,3 +707,9 @@ def test_statistics_without_a_batch() -> None:
     with pytest.raises(CalibrateError, match="pass one as batch="):
         smooth(model, stats)
     assert folded(smooth(model, stats, batch=X)) == {"norm", "a", "last"}
+
+
+def test_a_scheme_with_float_inputs_has_nothing_to_smooth_for() -> None:
+    model = Net()
+    with pytest.raises(QuantizeError, match="scheme is w8a16, whose inputs stay float"):
+        smooth(model, calibrate(model, [X]), scheme="w8a16")

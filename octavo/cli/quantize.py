@@ -107,7 +107,7 @@ def run(args: argparse.Namespace, terminal: Terminal) -> Answer:
 
 
 def _is_static(recipe: Recipe) -> bool:
-    return any(scheme.is_static for scheme in (recipe.scheme, *(scheme for _, scheme in recipe.overrides)))
+    return any(scheme.is_static for scheme in recipe.schemes)
 
 
 def _needs_model(args: argparse.Namespace, recipe: Recipe) -> bool:
@@ -122,8 +122,7 @@ def _check(args: argparse.Namespace, recipe: Recipe) -> None:
         _refuse(args, calibrating, "only calibration uses it", "--scheme w8a8-static or --smooth")
     if not _is_static(recipe):
         _refuse(args, static, f"scheme {recipe.scheme} has no static inputs", "--scheme w8a8-static")
-    schemes = (recipe.scheme, *(scheme for _, scheme in recipe.overrides))
-    if args.smooth is not None and not any(scheme.input for scheme in schemes):
+    if args.smooth is not None and not any(scheme.input for scheme in recipe.schemes):
         raise CommandError(f"--smooth is for int8 inputs, and scheme {recipe.scheme} has none; add --scheme w8a8")
 
 
@@ -174,7 +173,8 @@ def _fold(
     smoothing = None
     if args.smooth is not None:
         with terminal.progress("smoothing") as progress:
-            smoothing = smooth(model, stats, args.smooth, scheme=recipe.scheme, repair=repair, progress=progress)
+            scheme = next(one for one in recipe.schemes if one.input is not None)
+            smoothing = smooth(model, stats, args.smooth, scheme=scheme, repair=repair, progress=progress)
     observer: ObserverKind = args.observer or "absmax"
     with terminal.progress("quantizing") as progress:
         report = quantize(model, recipe, stats=stats, observer=observer, repair=repair, progress=progress)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -140,11 +141,19 @@ def _seq_len(args: argparse.Namespace, model: Any) -> int:
 def check_outputs(args: argparse.Namespace, *files: str | None) -> None:
     """See before the work that `files` and --plot can be written after it.
 
-    Raises: CommandError for a folder that is not there; MissingExtra for --plot without matplotlib.
+    Raises: CommandError for a folder that is not there or cannot be written to, for a folder in the place of a file and
+        for two outputs in one; MissingExtra for --plot without matplotlib.
     """
-    for file in (*files, args.plot):
-        if file is not None and not Path(file).parent.is_dir():
-            raise CommandError(f"{file}: there is no folder {Path(file).parent}; make it, or choose another")
+    outputs = [Path(file) for file in (*files, args.plot) if file is not None]
+    for file in outputs:
+        if not file.parent.is_dir():
+            raise CommandError(f"{file}: there is no folder {file.parent}; make it, or choose another")
+        if file.is_dir():
+            raise CommandError(f"{file}: is a folder, expected the name of a file")
+        if not os.access(file.parent, os.W_OK):
+            raise CommandError(f"{file}: the folder {file.parent} cannot be written to; choose another")
+    if len({file.resolve() for file in outputs}) < len(outputs):
+        raise CommandError(f"{', '.join(map(str, outputs))}: are one file, expected one for each output")
     if args.plot is not None:
         new_figure()
 

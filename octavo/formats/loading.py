@@ -77,6 +77,13 @@ def load_into(folder: str | Path, model: nn.Module, *, progress: Progress | None
         parts = expert_parts(model)
         decisions = stored_decisions(reader, model, int8, parts)
         floats = _float_places(reader, model, int8, decisions)
+        saved = model.state_dict().keys()
+        left = [name for name, buffer in model.named_buffers() if buffer.is_meta and name not in saved]
+        if left:
+            raise CheckpointError(
+                f"{folder}: does not hold {left[0]} ({len(left)} such: buffers that are not saved), and the model is "
+                "on meta; build the model with its weights, not on meta"
+            )
 
         def codes_of(decision: Decision, layer: nn.Module) -> tuple[Codes, torch.dtype]:
             codes, dtype = {}, torch.float32
@@ -93,12 +100,6 @@ def load_into(folder: str | Path, model: nn.Module, *, progress: Progress | None
         for name, places in floats.items():
             _assign(places, reader.tensor(name))
         install(model, decisions, codes_of=codes_of, progress=progress)
-    left = [name for name, tensor in (*model.named_parameters(), *model.named_buffers()) if tensor.is_meta]
-    if left:
-        raise CheckpointError(
-            f"{folder}: does not hold {left[0]} ({len(left)} such: buffers that are not saved), and the model is on "
-            "meta; build the model with its weights, not on meta"
-        )
     restore_reasons(model, report)
     return model
 

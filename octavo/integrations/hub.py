@@ -159,7 +159,8 @@ def save(
 ) -> Path:
     """Write a quantized model as a checkpoint folder: safetensors, config.json, tokenizer and generation files.
 
-    model: has at least one int8 layer. For a transformers model the folder loads in transformers and vLLM.
+    model: has at least one int8 layer. For a transformers model the folder loads in transformers and vLLM. Of a model
+        that torch.compile, DataParallel or DistributedDataParallel wrapped, the model itself is saved.
     folder: must not exist (an empty one may).
     tokenizer: tokenizer or processor to save along. Without one, the files beside the model's own checkpoint are
         copied, if it was loaded from a local folder.
@@ -170,6 +171,7 @@ def save(
     Warns: OctavoWarning if a layer's kind keeps transformers and vLLM from loading the folder.
     """
     on_disk, attention = None, "float"
+    model = _unwrapped(model)
     if _is_pretrained(model):
         from octavo.integrations import transformers
         from octavo.integrations.attention import attention_of
@@ -184,6 +186,17 @@ def save(
         attention=attention,
         progress=progress,
     )
+
+
+def _unwrapped(model: nn.Module) -> nn.Module:
+    """The model itself, whose names have no `_orig_mod.` or `module.` before them."""
+    while True:
+        if type(model).__name__ == "OptimizedModule":  # torch._dynamo's, which is slow to import
+            model = model._orig_mod  # type: ignore[assignment]
+        elif isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
+            model = model.module
+        else:
+            return model
 
 
 def quantize_checkpoint(

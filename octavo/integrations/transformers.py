@@ -88,8 +88,21 @@ class OctavoConfig(QuantizationConfigMixin):  # type: ignore[misc]
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
-        """What transformers calls with the quantization_config of a config.json."""
-        made = cls.of_checkpoint(config_dict)
+        """What transformers calls with the quantization_config of a config.json, or with a dict of a user's.
+
+        Raises: RecipeError for a key that is none of the arguments, where the dict has a "scheme".
+        """
+        if "scheme" in config_dict:
+            given = {key: value for key, value in config_dict.items() if key != "quant_method"}
+            unknown = given.keys() - {"scheme", "ignore", "include", "overrides", "group_size"}
+            if unknown:
+                raise RecipeError(
+                    f"quantization_config: unknown key {min(unknown)!r}; expected scheme, ignore, include, overrides "
+                    "or group_size"
+                )
+            made = cls(**given)
+        else:
+            made = cls.of_checkpoint(config_dict)
         return (made, kwargs) if return_unused_kwargs else made
 
     def to_dict(self) -> dict[str, Any]:
@@ -101,7 +114,7 @@ class OctavoConfig(QuantizationConfigMixin):  # type: ignore[misc]
 
 
 def _refuse_static(recipe: Recipe) -> None:
-    for scheme in (recipe.scheme, *(given for _, given in recipe.overrides)):
+    for scheme in recipe.schemes:
         if scheme.is_static:
             raise RecipeError(
                 f"scheme {scheme} has static inputs, whose scales cannot be found while a model is loaded; load the "

@@ -14,6 +14,7 @@ import torch
 
 from octavo.calibrate import Stats, calibrate
 from octavo.cli.text import sample_text
+from octavo.errors import CalibrateError
 from octavo.integrations.calibration import load_float, text_batches
 from tests.tiny_checkpoints import byte_level_tokenizer
 from tests.tiny_models import build, mixtral
@@ -173,5 +174,15 @@ def test_a_folder_in_the_place_of_a_file(run: Run, tiny: Path, tmp_path: Path) -
     folder.mkdir()
     for options in (("-o", folder), ("-o", stats, "--act-scales", folder)):
         shown = run("calibrate", tiny, *SMALL, *options)
-        assert shown.code == 1 and f"{folder}: cannot be written: " in shown.err
-    assert not list(folder.iterdir()) and sorted(path.name for path in tmp_path.iterdir()) == ["folder", stats.name]
+        assert shown.code == 1 and f"{folder}: is a folder, expected the name of a file" in shown.err
+    shown = run("calibrate", tiny, *SMALL, "-o", stats, "--act-scales", stats)
+    assert shown.code == 1 and "are one file, expected one for each output" in shown.err
+    assert [path.name for path in tmp_path.iterdir()] == ["folder"], "before the work"
+
+
+def test_a_folder_in_the_place_of_a_file_in_python(tmp_path: Path) -> None:
+    stats = calibrate(torch.nn.Sequential(torch.nn.Linear(4, 4)), [torch.randn(2, 4)])
+    for save in (stats.save, stats.save_act_scales):
+        with pytest.raises(CalibrateError, match="cannot be written"):
+            save(tmp_path)
+    assert not list(tmp_path.iterdir())

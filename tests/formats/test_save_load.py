@@ -557,3 +557,28 @@ def test_state_that_is_no_tensor_is_named(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"counting\._extra_state: is a dict in the model's state_dict"):
         octavo.save(model, tmp_path / "int8")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("wrap", [nn.DataParallel, lambda model: torch.compile(model, backend="eager")])
+def test_of_a_wrapped_model_the_model_is_saved(tmp_path: Path, wrap: Any) -> None:
+    model, x = nn.Sequential(nn.Linear(8, 8)), torch.randn(2, 8)
+    octavo.quantize(model, "w8a16")
+    octavo.save(wrap(model), tmp_path / "int8")
+    assert torch.equal(octavo.load(tmp_path / "int8", model=nn.Sequential(nn.Linear(8, 8)))(x), model(x))
+
+
+def test_a_buffer_that_is_nowhere_is_an_error_before_anything_changes(tmp_path: Path) -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(8, 8)
+            self.register_buffer("table", torch.ones(8), persistent=False)
+
+    model = Net()
+    octavo.quantize(model, "w8a16")
+    octavo.save(model, tmp_path / "int8")
+    with torch.device("meta"):
+        skeleton = Net()
+    with pytest.raises(CheckpointError, match=r"does not hold table \(1 such: buffers that are not saved\)"):
+        octavo.load(tmp_path / "int8", model=skeleton)
+    assert type(skeleton.layer) is nn.Linear

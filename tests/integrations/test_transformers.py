@@ -566,3 +566,12 @@ def _quantized(source: Path) -> Any:
     model = transformers.AutoModelForCausalLM.from_pretrained(source)
     octavo.quantize(model, "w8a16")
     return model
+
+
+def test_a_recipe_in_a_dict_of_ones_own(tmp_path: Path) -> None:
+    cls = source_of(tmp_path)
+    asked = {"quant_method": "octavo", "scheme": "w8a8", "ignore": ["re:.*down_proj"]}
+    model = cls.from_pretrained(tmp_path / "float", quantization_config=dict(asked))
+    assert_same(model, expected_of(cls, tmp_path, "w8a8", ignore=["re:.*down_proj"]))
+    with pytest.raises(RecipeError, match="unknown key 'nonsense'"):
+        cls.from_pretrained(tmp_path / "float", quantization_config={**asked, "nonsense": 1})
