@@ -329,6 +329,8 @@ def straight_through(y: Tensor, x: Tensor, weight: Tensor, weight_scale: Tensor,
 
 def autocast(x: Tensor) -> Tensor:
     """`x` in the dtype that it has inside autocast, if that is on."""
+    if not torch._C._is_any_autocast_enabled():
+        return x
     device = x.device.type
     if device != "meta" and torch.is_autocast_enabled(device) and x.is_floating_point() and x.dtype != torch.float64:
         return x.to(torch.get_autocast_dtype(device))

@@ -16,6 +16,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from triton import knobs
+from triton.runtime import driver
 
 from octavo.ops.triton import int8_linear, quantize, vector
 from octavo.ops.triton.launch import Started, copied_on_hopper, is_current
@@ -28,21 +30,26 @@ _PLAIN = (Tensor, nn.Parameter)  # and nothing that is derived from them, which 
 MOST_KEPT = 10_000
 """Kernels and shapes, which are kept until then; prompts of every length have one."""
 
-_kept: dict[tuple[Any, ...], tuple[Callable[..., None], tuple[int, ...]]] = {}
-"""By all that decides which kernel is compiled and how it is started: what runs it, and the arguments after the
-tensors. What the tensors hold is no part of it."""
+_kept: dict[tuple[Any, ...], Callable[..., None]] = {}
+"""By all that decides which kernel is compiled and how it is started: what starts it, given its tensors or where they
+are. What they hold is no part of it."""
 
 
 def w8a16_linear(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None) -> Tensor | None:
     """For one row of x."""
     n, k = weight.shape
-    if x.numel() != k or not _are_usual(x, weight, weight_scale, bias):
+    places = _places(x, None, weight, weight_scale, bias) if x.numel() == k else None
+    if places is None:
         return None
     key = ("w8a16_linear", *_described(x, weight, weight_scale, bias))
-    if key not in _kept and not (x.dtype in _FLOATS and _are_layer(x, weight, weight_scale, bias)):
+    start = _kept.get(key)
+    if start is None and not (x.dtype in _FLOATS and _are_layer(x, weight, weight_scale, bias)):
         return None
     y = x.new_empty((*x.shape[:-1], n))
-    _start(key, vector.start_row, x, None, weight, weight_scale, bias, y)
+    if start is None:
+        _keep(key, x, vector.start_row(x, None, weight, weight_scale, bias, y))
+    else:
+        start(*places, y.data_ptr())
     return y
 
 
@@ -52,10 +59,13 @@ def w8a8_linear(
     """For one row of x, or as many as the copy engine fetches."""
     n, k = weight.shape
     m = x.numel() // max(1, k)
-    if not m or 1 < m <= int8_linear.FEW_ROWS[-1].m or not _are_usual(x, weight, weight_scale, bias, x_scale):
+    few = not m or 1 < m <= int8_linear.FEW_ROWS[-1].m
+    places = None if few else _places(x, x_scale, weight, weight_scale, bias)
+    if places is None:
         return None
     key = ("w8a8_linear", dtype, x_scale.dtype, x_scale.numel(), *_described(x, weight, weight_scale, bias))
-    if key not in _kept and not (
+    start = _kept.get(key)
+    if start is None and not (
         (dtype in _FLOATS and x.dtype == torch.int8 and _are_layer(x, weight, weight_scale, bias))
         and weight_scale.shape[1] == 1
         and (x_scale.dtype == torch.float32 and x_scale.numel() in (1, m))
@@ -63,51 +73,72 @@ def w8a8_linear(
     ):
         return None
     y = x.new_empty((*x.shape[:-1], n), dtype=dtype)
-    if m == 1:
-        _start(key, vector.start_row, x, x_scale, weight, weight_scale, bias, y)
-    else:
+    if m > 1:
         operands = int8_linear.copied_operands(x.view(m, k), x_scale, weight, weight_scale, bias, y)
-        _start(key, int8_linear.start_copied, *operands)
+        if start is None:
+            _keep(key, x, int8_linear.start_copied(*operands))
+        else:
+            start(*operands)
+    elif start is None:
+        _keep(key, x, vector.start_row(x, x_scale, weight, weight_scale, bias, y))
+    else:
+        start(*places, y.data_ptr())
     return y
 
 
 def quantize_per_token(x: Tensor) -> tuple[Tensor, Tensor] | None:
-    if not x.numel() or not _are_usual(x):
+    places = _places(x) if x.numel() else None
+    if places is None:
         return None
     key = ("quantize_per_token", x.dtype, x.get_device(), x.shape)
-    if key not in _kept and x.dtype not in _FLOATS:
+    start = _kept.get(key)
+    if start is None and x.dtype not in _FLOATS:
         return None
     codes = x.new_empty(x.shape, dtype=torch.int8)
     scale = x.new_empty((*x.shape[:-1], 1), dtype=torch.float32)
-    _start(key, quantize.start_rows, x, codes, scale)
+    if start is None:
+        _keep(key, x, quantize.start_rows(x, codes, scale))
+    else:
+        start(*places, codes.data_ptr(), scale.data_ptr())
     return codes, scale
 
 
-def _start(key: tuple[Any, ...], start: Callable[..., Started], *operands: Any) -> None:
-    """The kernel that is kept for the key, on these; the first time by `start`, as the op does it."""
-    kept = _kept.get(key)
-    if kept is not None:
-        run, numbers = kept
-        run(*operands, *numbers)
-        return
-    started = start(*operands)
-    if started.kernel is None:  # it is interpreted
+def _keep(key: tuple[Any, ...], x: Tensor, started: Started) -> None:
+    """For the next call with the key, on the device of x, what was started for this one."""
+    kernel, programs, numbers = started
+    if kernel is None:  # it is interpreted
         return
     if len(_kept) >= MOST_KEPT:
         _kept.clear()
-    _kept[key] = started.kernel[(started.programs, 1, 1)], started.numbers
+    run, device = kernel.run, x.get_device()
+
+    # As Triton does it, but for its hooks, which nobody has hung anything on (`_places`), and which it calls anyway.
+    def start(*operands: Any) -> None:
+        stream = driver.active.get_current_stream(device)
+        run(programs, 1, 1, stream, kernel.function, kernel.packed_metadata, None, None, None, *operands, *numbers)
+
+    _kept[key] = start
 
 
-def _are_usual(x: Tensor, *others: Tensor | None) -> bool:
-    """Whether a kernel can be started now on these as they are: contiguous and where x is, at multiples of 16 bytes
-    (for other addresses another kernel is compiled)."""
-    addresses, device = x.data_ptr(), x.get_device()
+def _places(x: Tensor, *others: Tensor | None) -> list[int | None] | None:
+    """The addresses of these, None for None, if a kernel can be started now on them as they are: contiguous and where x
+    is, at multiples of 16 bytes (for other addresses another kernel is compiled), and unnoticed. Triton asks the driver
+    about tensors, and takes addresses as they are."""
+    first, device = x.data_ptr(), x.get_device()
+    places: list[int | None] = [first]
     for one in others:
-        if one is not None:
-            if type(one) not in _PLAIN or one.get_device() != device or not one.is_contiguous():
-                return False
-            addresses |= one.data_ptr()
-    return not addresses % 16 and x.is_contiguous() and x.dim() > 0 and not x.is_neg() and is_current(x)
+        if one is None:
+            places.append(None)
+            continue
+        if type(one) not in _PLAIN or one.get_device() != device or not one.is_contiguous():
+            return None
+        place = one.data_ptr()
+        places.append(place)
+        first |= place
+    runtime = knobs.runtime
+    if runtime.launch_enter_hook.calls or runtime.launch_exit_hook.calls:  # a profiler's
+        return None
+    return places if not first % 16 and x.is_contiguous() and x.dim() > 0 and not x.is_neg() and is_current(x) else None
 
 
 def _described(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None) -> tuple[Any, ...]:

@@ -15,6 +15,7 @@ import torch
 from ahead_of_time import BF16, FP16, FP32, NoGpu, codes, floats, launch, scale
 from torch import Tensor
 from triton.compiler.compiler import CompiledKernel, LazyDict
+from triton.knobs import HookChain
 from triton.runtime import driver
 from triton.tools.tensor_descriptor import TensorDescriptor
 
@@ -64,14 +65,16 @@ def as_with_a_gpu(start: Callable[[tuple[Any, ...]], None]) -> None:
 
 
 def named(argument: Any, outputs: list[tuple[Tensor, ...]]) -> Any:
-    """An output by its place, for the two calls have their own."""
-    places = (place for output in outputs for place, one in enumerate(output) if argument is one)
-    return next((f"output {place}" for place in places), argument)
+    """A tensor as its address, an output by its place, for the two calls have their own; and nothing for hooks on which
+    nothing hangs, nor for what they would be told."""
+    if isinstance(argument, LazyDict) or (isinstance(argument, HookChain) and not argument.calls):
+        return None
+    place = argument.data_ptr() if isinstance(argument, Tensor) else argument
+    known = {one.data_ptr(): f"output {at}" for output in outputs for at, one in enumerate(output)}
+    return known.get(place, place) if isinstance(place, int) else place
 
 
 def same(one: Any, other: Any) -> bool:
-    if isinstance(one, LazyDict):  # what profilers are told
-        return isinstance(other, LazyDict) and one.get() == other.get()
     if isinstance(one, TensorDescriptor):
         return (one.base.data_ptr(), one.shape, one.strides, one.block_shape) == (
             other.base.data_ptr(), other.shape, other.strides, other.block_shape,

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from triton.knobs import HookChain
 
 import octavo
 from octavo import ops
@@ -140,14 +142,26 @@ def test_what_is_not_as_usual_is_left_to_the_op(device: str, monkeypatch: pytest
         assert direct.quantize_per_token(x) is None
 
 
+@pytest.mark.parametrize("hook", ["launch_enter_hook", "launch_exit_hook"])
+def test_whoever_hangs_on_launches_is_left_to_triton(hook: str, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    chain = HookChain()
+    monkeypatch.setattr(direct.knobs.runtime, hook, chain)
+    x, operands = rows(1, 64, device), layer(32, 64, device)
+    assert direct.w8a16_linear(x, *operands) is not None
+    chain.add(lambda metadata: None)
+    assert direct.w8a16_linear(x, *operands) is None
+
+
 class Compiled:
     """Stands for a compiled kernel: notes what it is run on."""
+
+    function, packed_metadata = "function", "metadata"
 
     def __init__(self) -> None:
         self.calls: list[tuple[Any, ...]] = []
 
-    def __getitem__(self, grid: tuple[int, ...]) -> Any:
-        return lambda *args: self.calls.append((grid, *args))
+    def run(self, *args: Any) -> None:
+        self.calls.append(args)
 
 
 def test_one_look_up_serves_all_layers_of_a_shape(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -159,13 +173,16 @@ def test_one_look_up_serves_all_layers_of_a_shape(device: str, monkeypatch: pyte
 
     monkeypatch.setattr(vector, "start_row", start)
     monkeypatch.setattr(direct, "_kept", {})
+    streams = SimpleNamespace(get_current_stream=lambda device: f"stream of {device}")
+    monkeypatch.setattr(direct, "driver", SimpleNamespace(active=streams))
     one, other = ((rows(1, 64, device), *layer(32, 64, device)) for _ in range(2))
     for operands in (one, other, one):
         y = direct.w8a16_linear(*operands)
     (kernel,) = kernels
     for call, (x, codes, scale, _) in zip(kernel.calls, (other, one), strict=True):
-        assert call[:6] == ((8, 1, 1), x, None, codes, scale, None) and call[7:] == (1, 2, 3)
-    assert kernel.calls[-1][6] is y
+        assert call[:9] == (8, 1, 1, f"stream of {x.get_device()}", "function", "metadata", None, None, None)
+        assert call[9:14] == (x.data_ptr(), None, codes.data_ptr(), scale.data_ptr(), None) and call[15:] == (1, 2, 3)
+    assert y is not None and kernel.calls[-1][14] == y.data_ptr()
     x = one[0]
     for operands in (
         (x.half(), *layer(32, 64, device)),
