@@ -11,15 +11,17 @@ not as usual, and there the op is called.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from triton import knobs
 from triton.runtime import driver
+from triton.tools.tensor_descriptor import TensorDescriptor
 
-from octavo.ops.triton import int8_linear, quantize, vector
+from octavo.ops.triton import int8_linear, linear, quantize, vector
 from octavo.ops.triton.launch import Started, copied_on_hopper, is_current
 
 __all__ = ["quantize_per_token", "w8a8_linear", "w8a16_linear"]
@@ -36,20 +38,26 @@ are. What they hold is no part of it."""
 
 
 def w8a16_linear(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None) -> Tensor | None:
-    """For one row of x."""
-    n, k = weight.shape
-    places = _places(x, None, weight, weight_scale, bias) if x.numel() == k else None
+    """For one row of x, or as many as the copy engine fetches."""
+    (n, k), groups = weight.shape, weight_scale.shape[-1]
+    m = x.numel() // max(1, k)
+    many = m >= linear.LEAST_ROWS_ON_HOPPER
+    places = _places(x, None, weight, weight_scale, bias) if many or m == 1 else None
     if places is None:
         return None
     key = ("w8a16_linear", *_described(x, weight, weight_scale, bias))
-    start = _kept.get(key)
-    if start is None and not (x.dtype in _FLOATS and _are_layer(x, weight, weight_scale, bias)):
+    kept = _kept.get(key)
+    if kept is None and not (
+        (x.dtype in _FLOATS and _are_layer(x, weight, weight_scale, bias))
+        and (m == 1 or linear.is_copied(x.view(m, k), weight, groups))
+    ):
         return None
     y = x.new_empty((*x.shape[:-1], n))
-    if start is None:
-        _keep(key, x, vector.start_row(x, None, weight, weight_scale, bias, y))
+    if many:
+        operands = (y, *_pieces(kept, x, weight, places, linear.ON_HOPPER), weight_scale, bias)
+        _start(key, kept, linear.start_copied, operands, operands)
     else:
-        start(*places, y.data_ptr())
+        _start(key, kept, vector.start_row, (x, None, weight, weight_scale, bias, y), (*places, y.data_ptr()))
     return y
 
 
@@ -59,13 +67,13 @@ def w8a8_linear(
     """For one row of x, or as many as the copy engine fetches."""
     n, k = weight.shape
     m = x.numel() // max(1, k)
-    few = not m or 1 < m <= int8_linear.FEW_ROWS[-1].m
-    places = None if few else _places(x, x_scale, weight, weight_scale, bias)
+    many = m > int8_linear.FEW_ROWS[-1].m
+    places = _places(x, x_scale, weight, weight_scale, bias) if many or m == 1 else None
     if places is None:
         return None
     key = ("w8a8_linear", dtype, x_scale.dtype, x_scale.numel(), *_described(x, weight, weight_scale, bias))
-    start = _kept.get(key)
-    if start is None and not (
+    kept = _kept.get(key)
+    if kept is None and not (
         (dtype in _FLOATS and x.dtype == torch.int8 and _are_layer(x, weight, weight_scale, bias))
         and weight_scale.shape[1] == 1
         and (x_scale.dtype == torch.float32 and x_scale.numel() in (1, m))
@@ -73,16 +81,12 @@ def w8a8_linear(
     ):
         return None
     y = x.new_empty((*x.shape[:-1], n), dtype=dtype)
-    if m > 1:
-        operands = int8_linear.copied_operands(x.view(m, k), x_scale, weight, weight_scale, bias, y)
-        if start is None:
-            _keep(key, x, int8_linear.start_copied(*operands))
-        else:
-            start(*operands)
-    elif start is None:
-        _keep(key, x, vector.start_row(x, x_scale, weight, weight_scale, bias, y))
+    if many:
+        pieces = _pieces(kept, x, weight, places, int8_linear.copied_tile(m, n))
+        operands = (y, *pieces, x_scale, weight_scale, bias)
+        _start(key, kept, int8_linear.start_copied, operands, operands)
     else:
-        start(*places, y.data_ptr())
+        _start(key, kept, vector.start_row, (x, x_scale, weight, weight_scale, bias, y), (*places, y.data_ptr()))
     return y
 
 
@@ -91,33 +95,42 @@ def quantize_per_token(x: Tensor) -> tuple[Tensor, Tensor] | None:
     if places is None:
         return None
     key = ("quantize_per_token", x.dtype, x.get_device(), x.shape)
-    start = _kept.get(key)
-    if start is None and x.dtype not in _FLOATS:
+    kept = _kept.get(key)
+    if kept is None and x.dtype not in _FLOATS:
         return None
     codes = x.new_empty(x.shape, dtype=torch.int8)
     scale = x.new_empty((*x.shape[:-1], 1), dtype=torch.float32)
-    if start is None:
-        _keep(key, x, quantize.start_rows(x, codes, scale))
-    else:
-        start(*places, codes.data_ptr(), scale.data_ptr())
+    _start(key, kept, quantize.start_rows, (x, codes, scale), (*places, codes.data_ptr(), scale.data_ptr()))
     return codes, scale
 
 
-def _keep(key: tuple[Any, ...], x: Tensor, started: Started) -> None:
-    """For the next call with the key, on the device of x, what was started for this one."""
-    kernel, programs, numbers = started
-    if kernel is None:  # it is interpreted
+def _start(
+    key: tuple[Any, ...], kept: Callable[..., None] | None, first: Callable[..., Started], operands: tuple[Any, ...],
+    places: tuple[Any, ...],
+) -> None:  # fmt: skip
+    """What is kept for the key on the places of its operands; if nothing is, what `first` starts, to be kept."""
+    if kept is not None:
+        kept(*places)
+        return
+    started = first(*operands)
+    if started.kernel is None:  # it is interpreted
         return
     if len(_kept) >= MOST_KEPT:
         _kept.clear()
-    run, device = kernel.run, x.get_device()
+    _kept[key] = _starter(started, operands[0].get_device())
 
-    # As Triton does it, but for its hooks, which nobody has hung anything on (`_places`), and which it calls anyway.
+
+def _starter(started: Started, device: int) -> Callable[..., None]:
+    """Starts it again, on other operands: as Triton does, but for its hooks, which it calls though nobody has hung
+    anything on them (`_places`)."""
+    kernel, programs, numbers = started
+    run = kernel.run
+
     def start(*operands: Any) -> None:
         stream = driver.active.get_current_stream(device)
         run(programs, 1, 1, stream, kernel.function, kernel.packed_metadata, None, None, None, *operands, *numbers)
 
-    _kept[key] = start
+    return start
 
 
 def _places(x: Tensor, *others: Tensor | None) -> list[int | None] | None:
@@ -139,6 +152,38 @@ def _places(x: Tensor, *others: Tensor | None) -> list[int | None] | None:
     if runtime.launch_enter_hook.calls or runtime.launch_exit_hook.calls:  # a profiler's
         return None
     return places if not first % 16 and x.is_contiguous() and x.dim() > 0 and not x.is_neg() and is_current(x) else None
+
+
+class _Place:
+    """Stands for a tensor in its description to the copy engine, which is of an address, and holds no memory."""
+
+    def __init__(self, address: int, dtype: torch.dtype) -> None:
+        self.address, self.dtype = address, dtype
+
+    def data_ptr(self) -> int:
+        return self.address
+
+
+def _pieces(
+    kept: Callable[..., None] | None, x: Tensor, weight: Tensor, places: Sequence[Any], tile: linear.Tile
+) -> tuple[TensorDescriptor, TensorDescriptor]:
+    """x, as rows, and the weight as the copy engine is to fetch them, for what is kept: of their places."""
+    n, k = weight.shape
+    m = x.numel() // k
+    if kept is None:
+        return linear.descriptors(x.view(m, k), weight, tile)
+    return (
+        _described_to_copy_engine(places[0], x.dtype, m, k, tile.m, tile.k),
+        _described_to_copy_engine(places[2], weight.dtype, n, k, tile.n, tile.k),
+    )
+
+
+# A model's weights stay where they are, and its activations come to be where those before them were.
+@functools.lru_cache(MOST_KEPT)
+def _described_to_copy_engine(
+    address: int, dtype: torch.dtype, rows: int, columns: int, tile_rows: int, tile_columns: int
+) -> TensorDescriptor:
+    return TensorDescriptor(_Place(address, dtype), (rows, columns), (columns, 1), [tile_rows, tile_columns])
 
 
 def _described(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None) -> tuple[Any, ...]:

@@ -30,7 +30,7 @@ from octavo.ops.triton.linear import (
     tile_of_program,
 )
 
-__all__ = ["copied_operands", "start_copied", "w8a8_linear", "w8a8_linears"]
+__all__ = ["copied_tile", "start_copied", "w8a8_linear", "w8a8_linears"]
 
 FEW_ROWS = (Tile(16, 64, 256, 4, 4), Tile(32, 64, 128, 4, 4), Tile(64, 64, 128, 4, 4))
 """As in `linear.py`: the weight is read once, 8 to 16 KB a step, three of them under way."""
@@ -72,7 +72,7 @@ def w8a8_linear(
         return y
     x = contiguous_rows(x, m, k)
     if m > FEW_ROWS[-1].m and copied_on_hopper(x, weight):
-        start_copied(*copied_operands(x, x_scale, weight, weight_scale, bias, y))
+        start_copied(y, *descriptors(x, weight, copied_tile(m, n)), x_scale, weight_scale, bias)
         return y
     tile, tiles, parts, steps = plan(m, n, k, FEW_ROWS, MANY_ROWS)
     sums = y if parts == 1 else torch.empty((parts, m, n), dtype=torch.int32, device=x.device)
@@ -90,10 +90,10 @@ def start_copied(
     y: Tensor, x: TensorDescriptor, weight: TensorDescriptor, x_scale: Tensor, weight_scale: Tensor,
     bias: Tensor | None,
 ) -> Started:  # fmt: skip
-    """The kernel of many rows that the copy engine fetches, on `copied_operands`."""
+    """The kernel for many rows that the copy engine fetches; x and weight are described by pieces of `copied_tile`."""
     (m, k), n = x.shape, weight.shape[0]
-    count, tile = _copied_tiles(m, n)
-    numbers = (m, n, k, x_scale.numel() > 1, *tile[:3], GROUP_OF_PROGRAMS)
+    tile = copied_tile(m, n)
+    count, numbers = programs(tile, m, n), (m, n, k, x_scale.numel() > 1, *tile[:3], GROUP_OF_PROGRAMS)
     kernel = launch(
         _copied_product, (count,), y, x, weight, x_scale, weight_scale, bias, *numbers,
         num_warps=tile.warps, num_stages=tile.stages,
@@ -101,18 +101,9 @@ def start_copied(
     return Started(kernel, count, numbers)
 
 
-def copied_operands(
-    x: Tensor, x_scale: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, y: Tensor
-) -> tuple[Tensor, TensorDescriptor, TensorDescriptor, Tensor, Tensor, Tensor | None]:
-    """As the kernel takes them: x [m, k] and the weight described to the copy engine."""
-    _, tile = _copied_tiles(len(x), len(weight))
-    return y, *descriptors(x, weight, tile), x_scale, weight_scale, bias
-
-
-def _copied_tiles(m: int, n: int) -> tuple[int, Tile]:
-    """How many tiles cover y [m, n] where the copy engine fetches the operands, and which."""
-    count = programs(ON_HOPPER, m, n)
-    return count, ON_HOPPER if count > MULTIPROCESSORS else ALONE_ON_HOPPER
+def copied_tile(m: int, n: int) -> Tile:
+    """Of y [m, n], where the copy engine fetches the operands."""
+    return ON_HOPPER if programs(ON_HOPPER, m, n) > MULTIPROCESSORS else ALONE_ON_HOPPER
 
 
 def w8a8_linears(

@@ -24,11 +24,11 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from octavo.ops import reference
 from octavo.ops.triton import vector
-from octavo.ops.triton.launch import ceil_div, copied_on_hopper, launch, rows_in_line
+from octavo.ops.triton.launch import Started, ceil_div, copied_on_hopper, launch, rows_in_line
 
 __all__ = [
-    "Plan", "Tile", "add_parts", "contiguous_rows", "descriptors", "plan", "programs", "tile_of_program",
-    "w8a16_linear", "w8a16_linears",
+    "Plan", "Tile", "add_parts", "contiguous_rows", "descriptors", "is_copied", "plan", "programs", "start_copied",
+    "tile_of_program", "w8a16_linear", "w8a16_linears",
 ]  # fmt: skip
 
 
@@ -127,14 +127,8 @@ def w8a16_linear(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor |
         vector.start_row(rows_in_line(x), None, weight, weight_scale, bias, y)
         return y
     x = contiguous_rows(x, m, k)
-    halves = x.dtype != torch.float32 and not group
-    if halves and m >= LEAST_ROWS_ON_HOPPER and copied_on_hopper(x, weight):
-        tile = ON_HOPPER
-        launch(
-            _copied_product, (programs(tile, m, n),), y, *descriptors(x, weight, tile), weight_scale, bias, m, n, k,
-            M=tile.m, N=tile.n, K=tile.k, TILES=GROUP_OF_PROGRAMS,
-            num_warps=tile.warps, num_stages=tile.stages,
-        )  # fmt: skip
+    if m >= LEAST_ROWS_ON_HOPPER and is_copied(x, weight, groups):
+        start_copied(y, *descriptors(x, weight, ON_HOPPER), weight_scale, bias)
         return y
     few: Sequence[Tile] = FEW_ROWS
     many: Sequence[Tile] = MANY_ROWS
@@ -152,6 +146,24 @@ def w8a16_linear(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor |
     if parts > 1:
         add_parts(sums, None, weight_scale if group == 0 else None, bias, y)
     return y
+
+
+def is_copied(x: Tensor, weight: Tensor, groups: int) -> bool:
+    """Whether the kernel for many rows that the copy engine fetches is for these [m, k] and [n, k]."""
+    return x.dtype in (torch.bfloat16, torch.float16) and groups == 1 and copied_on_hopper(x, weight)
+
+
+def start_copied(
+    y: Tensor, x: TensorDescriptor, weight: TensorDescriptor, weight_scale: Tensor, bias: Tensor | None
+) -> Started:
+    """That kernel."""
+    (m, k), n = x.shape, weight.shape[0]
+    count, numbers = programs(ON_HOPPER, m, n), (m, n, k, *ON_HOPPER[:3], GROUP_OF_PROGRAMS)
+    kernel = launch(
+        _copied_product, (count,), y, x, weight, weight_scale, bias, *numbers,
+        num_warps=ON_HOPPER.warps, num_stages=ON_HOPPER.stages,
+    )  # fmt: skip
+    return Started(kernel, count, numbers)
 
 
 def descriptors(x: Tensor, weight: Tensor, tile: Tile) -> tuple[TensorDescriptor, TensorDescriptor]:

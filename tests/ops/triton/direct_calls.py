@@ -90,6 +90,8 @@ def calls() -> Iterator[tuple[Any, tuple[Any, ...]]]:
         (floats(FP32, 4096), codes(11008, 4096), scale(11008, 1), floats(BF16, 11008)),
         (floats(BF16, 1, 100), codes(7, 100), scale(7, 1), None),
         (floats(BF16, 1, 1), codes(1, 1), scale(1, 1), floats(FP32, 1)),
+        (floats(BF16, 1, 2048, 4096), codes(11008, 4096), scale(11008, 1), None),
+        (floats(FP16, 300, 4096), codes(4096, 4096), scale(4096, 1), floats(FP32, 4096)),
     ):
         yield direct.w8a16_linear, operands
     for operands in (

@@ -57,6 +57,18 @@ def test_w8a16(
         assert torch.equal(y, linear.w8a16_linear(x, *operands))
 
 
+@settings(max_examples=6, deadline=None)
+@given(n=st.sampled_from([1, 3, 80]), k=st.sampled_from([16, 144]), dtype=st.sampled_from(DTYPES[:2]), bias=BIASES)
+def test_w8a16_of_many_rows(device: str, n: int, k: int, dtype: torch.dtype, bias: torch.dtype | None) -> None:
+    x, operands = rows(linear.LEAST_ROWS_ON_HOPPER, k, device, dtype), layer(n, k, device, bias=bias)
+    with pytest.MonkeyPatch.context() as patch:
+        as_on_hopper(device, patch)
+        for _ in range(2):
+            y = direct.w8a16_linear(x, *operands)
+            assert y is not None and y.shape == (*x.shape[:-1], n)
+            assert torch.equal(y, linear.w8a16_linear(x, *operands))
+
+
 @pytest.mark.parametrize("m", [1, 80])
 @settings(max_examples=10, deadline=None)
 @given(
@@ -121,9 +133,15 @@ def test_what_is_not_as_usual_is_left_to_the_op(device: str, monkeypatch: pytest
         (x.view(64, 1), codes, scale, None),
     ):
         assert direct.w8a16_linear(*unusual) is None
+    many = rows(linear.LEAST_ROWS_ON_HOPPER, 64, device)
+    assert direct.w8a16_linear(many, codes, scale, None) is None  # not on Hopper
     x, x_scale = quantize.quantize_per_token(x)
+    wide = many.float()
     many, scales = quantize.quantize_per_token(rows(80, 64, device))
     as_on_hopper(device, monkeypatch)
+    assert direct.w8a16_linear(wide, codes, scale, None) is None
+    assert direct.w8a16_linear(wide.half(), codes, torch.rand(32, 2, device=device), None) is None
+    assert direct.w8a16_linear(wide.half(), codes, scale, None) is not None
     assert direct.w8a8_linear(many, scales, codes, scale, None, torch.bfloat16) is not None
     for unusual8 in (
         (many[:, :64].contiguous(), scales[:, :64].contiguous(), codes, scale, None, torch.bfloat16),
@@ -206,7 +224,7 @@ def test_kept_kernels_are_run_as_triton_runs_them() -> None:
         capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert done.stdout.split() == ["15", "alike"]
+    assert done.stdout.split() == ["17", "alike"]
 
 
 class Watching(TorchDispatchMode):
