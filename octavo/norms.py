@@ -1,10 +1,11 @@
-"""RMS norms by torch's own op, in one or two kernels instead of eight.
+"""RMS norms in one or two kernels instead of eight.
 
     y = weight * x / sqrt(mean(x^2) + eps)      x [..., K], weight [K]      https://arxiv.org/abs/1910.07467
 
 A model's class spells this out: to fp32, square, mean, + eps, rsqrt, times x, round, times weight. In eager PyTorch
 each of these is a kernel, which on a GPU takes longer to launch than to run; torch has one op for most of it, which is
-one kernel there (on CPUs it goes the same steps). Classes differ in where they round what they computed in fp32:
+one kernel there (on CPUs it goes the same steps), and where this package has kernels for the GPU, one of them does all.
+Classes differ in where they round what they computed in fp32:
 
     rounding    y                                                    as in
     "x"         weight * (x / rms rounded to x's dtype)              Llama, Qwen, Mistral
@@ -26,6 +27,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from octavo import ops
 
 __all__ = ["FusedRMSNorm", "fused_norms"]
 
@@ -73,7 +76,8 @@ class FusedRMSNorm(nn.Module):
         """x [..., K] float -> [..., K]; x may have whatever name it had in the other norm."""
         (x,) = (*args, *kwargs.values())
         eps: float = getattr(self, self._eps_name)
-        return _FORMULAS[self._rounding](x, self.weight, eps)
+        y = ops.rms_norm(x, self.weight, eps, round_first=self._rounding != "last")
+        return _FORMULAS[self._rounding](x, self.weight, eps) if y is None else y
 
     def extra_repr(self) -> str:
         return f"{len(self.weight)}, {self._eps_name}={getattr(self, self._eps_name)}, rounding={self._rounding!r}"

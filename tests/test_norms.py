@@ -134,7 +134,9 @@ def test_on_a_gpu_but_for_rounding(name: str, autocast: bool) -> None:
         x = rows(3, 7, K, dtype=dtype).cuda()
         tolerance = 8 * max(torch.finfo(dtype).eps, torch.finfo(weight_dtype).eps)
         with torch.autocast("cuda", torch.bfloat16, enabled=autocast):
-            torch.testing.assert_close(fused(norm)(x), norm(x), rtol=tolerance, atol=1e-6)
+            for wanted in (True, False):  # a gradient: without it one kernel does all
+                with torch.set_grad_enabled(wanted):
+                    torch.testing.assert_close(fused(norm)(x), norm(x), rtol=tolerance, atol=1e-6)
 
 
 # -- look-alikes ------------------------------------------------------------------------------------------------------

@@ -57,6 +57,7 @@ __all__ = [
     "quantize_per_token",
     "quantize_static",
     "quantize_weight",
+    "rms_norm",
     "straight_through",
     "w8a8_experts_linear",
     "w8a8_linear",
@@ -102,7 +103,7 @@ def _run(op: Callable[..., Any], check: Callable[[], None], *args: Any) -> Any:
 
 
 def _directly(op: str, x: Tensor, *args: Any) -> Any:
-    """What the op returns, its kernel started without the dispatcher; None where the op is to be called."""
+    """What the op returns, its kernel started without the dispatcher; None where that is not for what is given."""
     if _why_not_triton is None and _nothing_listens(x):
         return triton.DIRECT[op](x, *args)
     return None
@@ -317,6 +318,16 @@ def int8_attention(
         attention.check_longest(key)
 
     return _run(_int8_attention, check, query, key, value, mask, scaling, softcap)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float, *, round_first: bool) -> Tensor | None:
+    """y = weight * x / sqrt(mean(x^2) + eps) in one kernel, on a GPU, while a model runs eagerly.
+
+    x: [..., K] and weight: [K], both bf16, fp16 or fp32. round_first: whether x / rms is rounded to this dtype before
+        it is multiplied; otherwise only the product is.
+    Returns: [..., K] of that dtype; None wherever the formula is to be computed by torch's ops.
+    """
+    return _directly("rms_norm", x, weight, eps, round_first) if x.is_cuda else None
 
 
 def straight_through(y: Tensor, x: Tensor, weight: Tensor, weight_scale: Tensor, ends: Tensor | None = None) -> Tensor:

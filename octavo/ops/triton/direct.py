@@ -5,8 +5,8 @@ times as long. Of that time the dispatcher, which finds this package's Python in
 rest Triton, which asks at each call what every argument means for the kernel that it compiled. Here that is asked once
 for all layers of a shape.
 
-The functions have the names and arguments of the ops that models spend their time in. They return None for what is
-not as usual, and there the op is called.
+The functions have the names and arguments of the ops that models spend their time in, and one more, for what eager
+models compute between them. They return None for what is not as usual, and there the op is called.
 """
 
 from __future__ import annotations
@@ -23,8 +23,9 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from octavo.ops.triton import int8_linear, linear, quantize, vector
 from octavo.ops.triton.launch import Started, copied_on_hopper, is_current
+from octavo.ops.triton.norm import LONGEST_ROW, start_rms_norm
 
-__all__ = ["quantize_per_token", "w8a8_linear", "w8a16_linear"]
+__all__ = ["quantize_per_token", "rms_norm", "w8a8_linear", "w8a16_linear"]
 
 _FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 _PLAIN = (Tensor, nn.Parameter)  # and nothing that is derived from them, which may have no memory of its own
@@ -102,6 +103,22 @@ def quantize_per_token(x: Tensor) -> tuple[Tensor, Tensor] | None:
     scale = x.new_empty((*x.shape[:-1], 1), dtype=torch.float32)
     _start(key, kept, quantize.start_rows, (x, codes, scale), (*places, codes.data_ptr(), scale.data_ptr()))
     return codes, scale
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float, round_first: bool) -> Tensor | None:
+    """weight * x / rms, x and weight [K] of one dtype: `norm.py`."""
+    places = _places(x, weight) if x.numel() else None
+    if places is None:
+        return None
+    key = ("rms_norm", eps, round_first, x.dtype, weight.dtype, x.get_device(), x.shape, weight.shape)
+    kept = _kept.get(key)
+    if kept is None and not (
+        x.dtype in _FLOATS and weight.dtype == x.dtype and weight.shape == x.shape[-1:] and len(weight) <= LONGEST_ROW
+    ):
+        return None
+    y = x.new_empty(x.shape)
+    _start(key, kept, start_rms_norm, (x, weight, y, eps, round_first), (*places, y.data_ptr()))
+    return y
 
 
 def _start(

@@ -29,6 +29,7 @@ from triton.runtime.jit import JITFunction
 
 from octavo.ops import triton as kernels
 from octavo.ops.triton import launch
+from octavo.ops.triton.norm import start_rms_norm
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 
@@ -91,6 +92,14 @@ def rows_calls() -> Iterator[tuple[Any, ...]]:
     for dtype in (BF16, FP16, FP32, torch.float64):
         for m, k in ((1, 4096), (4096, 128), (64, 14336), (64, 20000), (1, 20480), (3, 1001)):
             yield (floats(dtype, m, k),)
+
+
+def norm_calls() -> Iterator[tuple[Any, ...]]:
+    """Rows of models, of heads, of one element, and the longest."""
+    for dtype in (BF16, FP16, FP32):
+        for m, k in ((1, 4096), (2048, 4096), (4096, 128), (3, 1001), (5, 1), (64, 16384)):
+            for round_first in (True, False):
+                yield floats(dtype, m, k), floats(dtype, k), floats(dtype, m, k), 1e-6, round_first
 
 
 def static_calls() -> Iterator[tuple[Any, ...]]:
@@ -167,6 +176,7 @@ CALLS: dict[str, Callable[[], Iterator[tuple[Any, ...]]]] = {
     "w8a16_experts_linear": experts_linear_calls,
     "w8a8_experts_linear": int8_experts_linear_calls,
     "int8_attention": int8_attention_calls,
+    "rms_norm": norm_calls,
 }
 """Op -> arguments of the calls that are compiled: every tile of its table, and every dtype."""
 
@@ -226,7 +236,7 @@ def compile_calls(ops: list[str], target: str) -> list[Compiled]:
     JITFunction.run = compile_only
     try:
         for op in ops:
-            function = kernels.OPS[op]()
+            function = start_rms_norm if op == "rms_norm" else kernels.OPS[op]()
             for arguments in CALLS[op]():
                 function(*arguments)
     finally:

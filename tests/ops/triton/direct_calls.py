@@ -46,6 +46,8 @@ def measure() -> None:
     with torch.no_grad():
         for function, operands in calls():
             op = function.__name__
+            if op not in kernels.OPS:
+                continue
             both = [
                 min(timeit.repeat(lambda one=one, with_=operands: one(*with_), number=300, repeat=9)) / 300 * 1e6
                 for one in (kernels.OPS[op](), function)
@@ -104,6 +106,8 @@ def calls() -> Iterator[tuple[Any, tuple[Any, ...]]]:
         yield direct.w8a8_linear, operands
     for x in (floats(BF16, 1, 4096), floats(BF16, 1, 2048, 4096), floats(FP32, 3, 7, 20000), floats(FP16, 33)):
         yield direct.quantize_per_token, (x,)
+    for x in (floats(BF16, 1, 4096), floats(FP16, 1, 2048, 4096), floats(FP32, 3, 7, 33)):
+        yield direct.rms_norm, (x, floats(x.dtype, x.shape[-1]), 1e-6, x.dtype == BF16)
 
 
 if __name__ == "__main__":
