@@ -43,7 +43,7 @@ class Started(NamedTuple):
 
     kernel: Any
     programs: int
-    numbers: tuple[int, ...]
+    numbers: tuple[int | float, ...]
 
 
 def is_current(x: Tensor) -> bool:
