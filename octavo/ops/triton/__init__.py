@@ -77,8 +77,22 @@ def load() -> str | None:
     if importlib.util.find_spec("triton") is None:
         return "the package triton is not installed"
     for op, fetch in OPS.items():
-        library.impl(op, _when_called(fetch, reference_of(op)), "CUDA")
+        library.impl(op, _when_called(functools.partial(_fastest, fetch, DIRECT.get(op)), reference_of(op)), "CUDA")
     return None
+
+
+def _fastest(fetch: Callable[[], Any], direct: Callable[..., Any] | None) -> Callable[..., Any]:
+    """What `fetch` returns, called where `direct` declines; torch's dispatcher has been passed by then, but Triton's
+    look-up is still to be saved, in compiled models too."""
+    function: Callable[..., Any] = fetch()
+    if direct is None:
+        return function
+
+    def call(*args: Any) -> Any:
+        result = direct(*args)
+        return function(*args) if result is None else result
+
+    return call
 
 
 @functools.cache

@@ -46,3 +46,12 @@ def test_the_reference_serves_older_gpus(monkeypatch: pytest.MonkeyPatch) -> Non
     gpu_of((8, 0), monkeypatch)
     assert kernels.why_not_here() is None
     assert kernels._when_called(kernel, fallback)(1) == ("kernel", 1)
+
+
+def test_an_op_is_answered_directly_where_that_is_not_declined() -> None:
+    def kernel(x: int) -> tuple[str, int]:
+        return "kernel", x
+
+    answer = kernels._fastest(lambda: kernel, {1: "directly"}.get)
+    assert answer(1) == "directly" and answer(2) == ("kernel", 2)
+    assert kernels._fastest(lambda: kernel, None) is kernel
