@@ -429,10 +429,9 @@ class QuantExperts(QuantModule):
         index = chosen_experts(self.source_class, self.spec, routing)
         top_k = index.shape[-1]
         expert, order = index.reshape(-1).sort(stable=True)
-        # Not bincount: its result has as many entries as the largest index, which no compiler can know. What belongs
-        # to no expert sorts behind all.
-        counts = (expert.unsqueeze(1) == torch.arange(experts, device=x.device)).sum(0, dtype=torch.int32)
-        y = self._run(x, order // top_k, counts.cumsum(0, dtype=torch.int32))
+        # What belongs to no expert sorts behind all.
+        each = torch.arange(experts, dtype=expert.dtype, device=x.device)
+        y = self._run(x, order // top_k, torch.searchsorted(expert, each, right=True, out_int32=True))
         by_token = torch.empty_like(y).index_copy_(0, order, y).view(*index.shape, y.shape[-1])
         if self.spec.routing == "each":
             return by_token
