@@ -142,13 +142,14 @@ def _run_files(args: argparse.Namespace, terminal: Terminal, recipe: Recipe) -> 
 
 
 def _run_model(args: argparse.Namespace, terminal: Terminal, recipe: Recipe) -> _Quantized:
-    from octavo.formats.checkpoint import new_folder
+    from octavo.formats.checkpoint import check_shard_size, new_folder
     from octavo.observers import check_observer
 
     device = device_of(args)
     source = source_of(args)
     if args.observer is not None:
         check_observer(args.observer)
+    check_shard_size(args.max_shard_size)
     with new_folder(args.dst) as folder:  # a destination that exists is refused before the work
         with terminal.progress(f"loading {args.src}"):
             from octavo.integrations.calibration import linear_inputs, load_float

@@ -46,6 +46,7 @@ __all__ = [
     "CheckpointReader",
     "CheckpointWriter",
     "TensorInfo",
+    "check_shard_size",
     "copy_companions",
     "new_file",
     "new_folder",
@@ -314,8 +315,6 @@ class CheckpointWriter:
         max_shard_size: int | str = "5GB",
         metadata: Mapping[str, str] | None = None,
     ) -> None:
-        from huggingface_hub import split_state_dict_into_shards_factory
-
         self.folder = Path(folder)
         self._plan = {name: (dtype, tuple(shape)) for name, (dtype, shape) in plan.items()}
         for name, (dtype, _) in self._plan.items():
@@ -323,19 +322,7 @@ class CheckpointWriter:
                 raise CheckpointError(f"tensor {name!r} is of dtype {dtype}, which safetensors cannot hold")
         if not self._plan:
             raise CheckpointError(f"{self.folder}: there is no tensor to write")
-        try:
-            if not re.fullmatch(r"[1-9]\d*[A-Za-z]*", str(max_shard_size)):
-                raise ValueError("it is not a positive whole number")
-            split = split_state_dict_into_shards_factory(
-                self._plan,
-                get_storage_size=lambda planned: _nbytes(*planned),
-                filename_pattern="model{suffix}.safetensors",
-                max_shard_size=int(max_shard_size) if str(max_shard_size).isdecimal() else max_shard_size,
-            )
-        except ValueError as error:
-            raise CheckpointError(
-                f"max_shard_size is {max_shard_size!r}, expected a number of bytes or a size such as '5GB': {error}"
-            ) from error
+        split = _split(self._plan, max_shard_size)
         self._shards = split.filename_to_tensors
         self._total_size = int(split.metadata["total_size"])
         self._places: dict[str, tuple[Path, int]] = {}
@@ -410,6 +397,30 @@ class CheckpointWriter:
     def __exit__(self, exc_type: type[BaseException] | None, *exc_info: object) -> None:
         if exc_type is None:
             self.close()
+
+
+def check_shard_size(max_shard_size: int | str) -> None:
+    """Raise CheckpointError for a `max_shard_size` that says no size, as `CheckpointWriter` does: before the work."""
+    _split({}, max_shard_size)
+
+
+def _split(plan: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], max_shard_size: int | str) -> Any:
+    """huggingface_hub's cut of the tensors into files. Raises CheckpointError for a size that is none."""
+    from huggingface_hub import split_state_dict_into_shards_factory
+
+    try:
+        if not re.fullmatch(r"[1-9]\d*[A-Za-z]*", str(max_shard_size)):
+            raise ValueError("it is not a positive whole number")
+        return split_state_dict_into_shards_factory(
+            dict(plan),
+            get_storage_size=lambda planned: _nbytes(*planned),
+            filename_pattern="model{suffix}.safetensors",
+            max_shard_size=int(max_shard_size) if str(max_shard_size).isdecimal() else max_shard_size,
+        )
+    except ValueError as error:
+        raise CheckpointError(
+            f"max_shard_size is {max_shard_size!r}, expected a number of bytes or a size such as '5GB': {error}"
+        ) from error
 
 
 def _nbytes(dtype: torch.dtype, shape: tuple[int, ...]) -> int:

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from octavo.errors import CalibrateError, QuantizeError
-from octavo.integrations.generation import load_language_model, no_progress_bar, token_ids
+from octavo.integrations.generation import load_language_model, token_ids
+from octavo.integrations.hub import no_progress_bar
 from octavo.modules import DynamicQuantLinear, QuantLinear, QuantModule, StaticQuantLinear
 
 __all__ = [

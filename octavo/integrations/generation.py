@@ -11,22 +11,21 @@ import contextlib
 import dataclasses
 import inspect
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 from torch import Tensor
-from transformers.utils import logging
 
 from octavo.errors import CheckpointError, OctavoError
 from octavo.formats.checkpoint import CheckpointReader
-from octavo.integrations.hub import load, load_tokenizer, resolve
+from octavo.integrations.hub import is_gguf, load, load_tokenizer, no_progress_bar, resolve
 
 __all__ = [
-    "Generated", "generate", "last_logits_only", "load_causal", "load_language_model", "no_progress_bar",
-    "positions_of", "token_ids",
+    "Generated", "generate", "last_logits_only", "load_causal", "load_language_model", "positions_of",
+    "token_ids",
 ]  # fmt: skip
 
 
@@ -55,7 +54,7 @@ def load_causal(path: str | Path, *, device: str = "cpu") -> Any:
 
 
 def _refuse_other_kinds(source: Path) -> None:
-    if source.suffix == ".gguf":
+    if is_gguf(source):
         return
     with CheckpointReader(source) as reader:
         config = reader.config or {}
@@ -67,18 +66,6 @@ def _refuse_other_kinds(source: Path) -> None:
             f"{source}: holds a {name}, expected a causal language model (one that continues text); "
             "octavo.compare judges models of any kind in Python"
         )
-
-
-@contextlib.contextmanager
-def no_progress_bar() -> Iterator[None]:
-    """While open, transformers draws no progress bars of its own."""
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            logging.enable_progress_bar()
 
 
 def last_logits_only(model: Any) -> dict[str, int]:
