@@ -13,11 +13,12 @@ import dataclasses
 import os
 import statistics
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from octavo.cli.sources import add_plot, add_samples, calibrated, check_outputs, ranges_of, source_of
 from octavo.cli.terminal import Terminal
-from octavo.cli.verb import Answer, Verbs, add_device, device_of, new_verb
+from octavo.cli.verb import Answer, CommandError, Verbs, add_device, device_of, new_verb
 from octavo.plot import channel_ranges, outlier_ratio
 from octavo.tables import Table, in_general
 
@@ -54,6 +55,7 @@ def run(args: argparse.Namespace, terminal: Terminal) -> Answer | None:
     """Calibrate; under torchrun only the first process writes and answers."""
     source = source_of(args)
     check_outputs(args, args.output, args.act_scales)
+    _check_suffix(args.output)
     with _processes(device_of(args)) as (rank, device):
         if rank:
             terminal = Terminal(json=True, debug=args.debug)  # a progress bar of the first process is enough
@@ -65,6 +67,15 @@ def run(args: argparse.Namespace, terminal: Terminal) -> Answer | None:
         if rank:
             return None
         return _written(args, stats, source.name, samples)
+
+
+def _check_suffix(output: str) -> None:
+    """--calibration tells statistics from text by their names."""
+    if Path(output).suffix != ".safetensors":
+        raise CommandError(
+            f"-o is {output}, expected a name that ends in .safetensors: --calibration reads other files as text; "
+            f"write {Path(output).with_suffix('.safetensors')}"
+        )
 
 
 @contextlib.contextmanager

@@ -430,7 +430,7 @@ def _reading_gguf(file: Path, what: str) -> Iterator[None]:
         raise MissingExtra(f"{file}: reading it needs the gguf package: pip install 'octavo[hf]' ({error})") from error
     except (OSError, ValueError, KeyError, IndexError, struct.error) as error:
         raise CheckpointError(
-            f"{file}: transformers {transformers.__version__} cannot load {what}: {str(error).rstrip('.')}; if the file is "
+            f"{file}: transformers {transformers.__version__} cannot load {what}: {str(error).rstrip('.')}; if it is "
             "truncated or corrupt, download or copy it again"
         ) from error
 

@@ -120,11 +120,12 @@ def test_the_length_is_what_the_model_holds(run: Run, tiny: Path, tmp_path: Path
 def test_two_processes_find_what_one_finds(run: Run, tiny: Path, tmp_path: Path) -> None:
     command = ["calibrate", str(tiny), *map(str, SMALL), "--json", "-o"]
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "octavo"]
-    two = subprocess.run([*launch, *command, str(tmp_path / "two")], capture_output=True, text=True, timeout=100)
+    paths = tmp_path / "two.safetensors", tmp_path / "one.safetensors"
+    two = subprocess.run([*launch, *command, str(paths[0])], capture_output=True, text=True, timeout=100)
     assert two.returncode == 0, two.stderr
-    one = run(*command, tmp_path / "one").data
+    one = run(*command, paths[1]).data
     assert {**json.loads(two.stdout), "output": one["output"]} == one  # one process answers
-    assert same(Stats.load(tmp_path / "two"), Stats.load(tmp_path / "one"))
+    assert same(*map(Stats.load, paths))
 
 
 @pytest.mark.parametrize(
@@ -153,10 +154,19 @@ def test_a_file_that_cannot_be_written_is_refused_before_the_work(option: str, r
     assert shown.code == 1 and f"{file}: there is no folder" in shown.err
 
 
+@pytest.mark.parametrize("name", ["stats.txt", "stats", "stats.jsonl", "stats.SAFETENSORS", ".safetensors"])
+def test_statistics_that_would_not_be_read_back_are_refused_before_the_work(
+    name: str, run: Run, tmp_path: Path
+) -> None:
+    shown = run("calibrate", tmp_path / "no model", "-o", tmp_path / name)
+    assert shown.code == 1 and f"-o is {tmp_path / name}, expected a name that ends in .safetensors" in shown.err
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_sample_of_one_token_and_an_int8_model_are_refused(run: Run, tiny_int8: Path, tmp_path: Path) -> None:
-    shown = run("calibrate", tiny_int8, "--seq-len", 1, "-o", tmp_path / "x")
+    shown = run("calibrate", tiny_int8, "--seq-len", 1, "-o", tmp_path / "x.safetensors")
     assert shown.code == 1 and "--seq-len is 1" in shown.err
-    shown = run("calibrate", tiny_int8, "-o", tmp_path / "x")
+    shown = run("calibrate", tiny_int8, "-o", tmp_path / "x.safetensors")
     assert shown.code == 1 and "is quantized already" in shown.err
 
 

@@ -120,7 +120,7 @@ def test_a_missing_source_is_one_paragraph(verb: str, options: list[str], run: R
     more = {
         "quantize": [tmp_path / "out"],
         "smooth": [tmp_path / "out"],
-        "calibrate": ["-o", tmp_path / "out"],
+        "calibrate": ["-o", tmp_path / "out.safetensors"],
         "generate": ["--prompt", "x"],
     }.get(verb, [])
     shown = run(verb, missing, *more, *options)
