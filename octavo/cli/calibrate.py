@@ -11,6 +11,7 @@ import argparse
 import contextlib
 import dataclasses
 import os
+import shlex
 import statistics
 from collections.abc import Iterator
 from pathlib import Path
@@ -115,7 +116,8 @@ def _written(args: argparse.Namespace, stats: Stats, text_name: str, samples: li
         shown.append(_table_of_unrouted(stats.unrouted))
     if stats.unreached:
         shown.append(_table_of_unreached(stats.unreached))
-    shown.append(f"octavo quantize {args.model} DST --scheme w8a8-static --smooth auto --calibration {args.output}")
+    model, output = shlex.quote(args.model), shlex.quote(args.output)
+    shown.append(f"octavo quantize {model} DST --scheme w8a8-static --smooth auto --calibration {output}")
     return Answer(
         {
             "model": args.model,

@@ -10,6 +10,7 @@ import argparse
 import dataclasses
 import shlex
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from octavo.cli.smooth import alpha
@@ -214,7 +215,11 @@ def _summary(args: argparse.Namespace, done: _Quantized, seconds: float) -> Tabl
 
 
 def _next_steps(args: argparse.Namespace) -> str:
+    from octavo.integrations.generation import other_kind
+
     src, dst = shlex.quote(args.src), shlex.quote(args.dst)
+    if other_kind(Path(args.dst)):  # eval and generate are for causal language models
+        return f"What is in it?      octavo inspect {dst}\nWhat did it cost?   octavo.compare tells, in Python"
     return (
         f"What did it cost?   octavo eval {dst} --baseline {src}\n"
         f"Let it write:       octavo generate {dst} --prompt 'Why is the sky blue?'"

@@ -24,8 +24,8 @@ from octavo.formats.checkpoint import CheckpointReader
 from octavo.integrations.hub import is_gguf, load, load_tokenizer, no_progress_bar, resolve
 
 __all__ = [
-    "Generated", "generate", "last_logits_only", "load_causal", "load_language_model", "positions_of",
-    "token_ids",
+    "Generated", "generate", "last_logits_only", "load_causal", "load_language_model", "other_kind",
+    "positions_of", "token_ids",
 ]  # fmt: skip
 
 
@@ -53,15 +53,22 @@ def load_causal(path: str | Path, *, device: str = "cpu") -> Any:
         return load(source).to(device)
 
 
-def _refuse_other_kinds(source: Path) -> None:
+def other_kind(source: Path) -> str | None:
+    """The class of the model that a source holds, if it is one of transformers' and no causal language model."""
     if is_gguf(source):
-        return
+        return None
     with CheckpointReader(source) as reader:
         config = reader.config or {}
     name = (config.get("architectures") or [""])[0]
     model_class = getattr(transformers, name, None) if name else None
     # A class that transformers does not have is `load`'s to refuse, or the checkpoint's own code.
     if model_class is not None and (config.get("is_encoder_decoder") or not model_class.can_generate()):
+        return str(name)
+    return None
+
+
+def _refuse_other_kinds(source: Path) -> None:
+    if name := other_kind(source):
         raise CheckpointError(
             f"{source}: holds a {name}, expected a causal language model (one that continues text); "
             "octavo.compare judges models of any kind in Python"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import subprocess
 import sys
 from collections.abc import Callable
@@ -53,6 +54,13 @@ def test_people_see_families(run: Run, tiny: Path, tmp_path: Path) -> None:
     assert shown.code == 0 and shown.err == ""
     assert "160 tokens of Python" in shown.out and "in 5 samples" in shown.out
     assert "model.layers.*.mlp.down_proj  x2" in shown.out and "--scheme w8a8-static --smooth auto" in shown.out
+
+
+def test_the_command_that_it_suggests_is_quoted(run: Run, tiny: Path, tmp_path: Path) -> None:
+    model, stats = tmp_path / "it's a model", tmp_path / "my stats.safetensors"
+    model.symlink_to(tiny)
+    command = shlex.split(run("calibrate", model, *SMALL, "-o", stats).out.splitlines()[-1])
+    assert command[:3] == ["octavo", "quantize", str(model)] and command[-2:] == ["--calibration", str(stats)]
 
 
 @pytest.fixture

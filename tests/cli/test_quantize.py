@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import torch
 import octavo
 from octavo.cli.text import sample_text
 from octavo.integrations.calibration import load_float, text_batches
+from tests.tiny_models import bert, build, t5
 
 Run = Callable[..., Any]
 
@@ -41,6 +43,18 @@ def test_people_see_the_families_the_sizes_and_what_to_do_next(run: Run, tiny: P
     # Of the files, headers are a part; the difference is smaller than a tenth of a model that is this small.
     assert percent == pytest.approx(100 * weights / before, rel=0.1)
     assert f"octavo eval '{out}' --baseline {tiny}" in shown.out
+
+
+@pytest.mark.parametrize("make", [bert, t5])
+def test_the_next_steps_of_a_model_that_writes_no_text_are_others(
+    make: Callable[[], Any], run: Run, tmp_path: Path
+) -> None:
+    build(make).save_pretrained(tmp_path / "float")
+    out = tmp_path / "in t8"
+    shown = run("quantize", tmp_path / "float", out)
+    assert shown.code == 0 and "octavo eval" not in shown.out and "octavo generate" not in shown.out
+    (command,) = (line.partition("octavo inspect ")[2] for line in shown.out.splitlines() if "octavo inspect" in line)
+    assert shlex.split(command) == [str(out)] and run("inspect", out).code == 0
 
 
 @pytest.mark.parametrize("suffix", [".json", ".yaml"])
