@@ -274,6 +274,10 @@ def _read_json(file: Path) -> dict[str, Any]:
 def _read_header(file: Path) -> tuple[dict[str, Any], int]:
     """The header of a .safetensors file, and where its data starts. Raises CheckpointError naming the file."""
     try:
+        file.open("rb").close()  # safetensors says of a file that it may not read that there is none
+    except OSError as error:
+        raise _not_readable(file, error) from error
+    try:
         # safetensors checks that the header is sound and that the file is exactly as long as the header says.
         with safe_open(file, framework="pt"):
             pass
@@ -290,6 +294,10 @@ def _read_header(file: Path) -> tuple[dict[str, Any], int]:
             f"{file}: is not a whole safetensors file ({error}); it is truncated or corrupt: download or copy it again"
         ) from error
     return header, 8 + length
+
+
+def _not_readable(file: Path, error: OSError) -> CheckpointError:
+    return CheckpointError(f"{file}: cannot be read: {error.strerror}; change its permissions or get it again")
 
 
 class CheckpointWriter:
@@ -545,6 +553,10 @@ def copy_companions(src: str | Path, dst: str | Path) -> list[str]:
             raise CheckpointError(
                 f"{src / name}: is a link to a file that is not there; download it again or remove it"
             ) from error
+        except PermissionError as error:
+            if error.filename != str(src / name):
+                raise
+            raise _not_readable(src / name, error) from error
     return names
 
 

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import builtins
+import errno
+import io
 import json
 import logging
 import os
@@ -127,6 +130,25 @@ def test_a_missing_source_is_one_paragraph(verb: str, options: list[str], run: R
     assert shown.code == 1 and shown.out == ""
     assert shown.err == f"error: {missing}: no such file or folder\n"
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json"])
+def test_a_file_that_may_not_be_read_is_named(
+    name: str, run: Run, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Permissions are no test: root may read everything."""
+    really_open = io.open
+
+    def refusing(file: Any, *args: Any, **options: Any) -> Any:
+        if str(file) == str(tiny / name):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(file))
+        return really_open(file, *args, **options)
+
+    monkeypatch.setattr(io, "open", refusing)
+    monkeypatch.setattr(builtins, "open", refusing)
+    shown = run("quantize", tiny, tmp_path / "out")
+    assert shown.code == 1 and shown.err.startswith(f"error: {tiny / name}: cannot be read: Permission denied; ")
+    assert not list(tmp_path.iterdir())
 
 
 def failing(error: BaseException) -> Callable[..., Answer]:
