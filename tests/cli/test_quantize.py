@@ -67,6 +67,16 @@ def test_a_recipe_file(suffix: str, run: Run, tiny: Path, tmp_path: Path) -> Non
     assert {row["reason"] for row in rows if ".mlp." in row["name"]} == {"ignored by 're:.*mlp'"}
 
 
+@pytest.mark.parametrize("value", ["null", "3"])
+def test_a_list_in_a_recipe_file_that_is_none(value: str, run: Run, tiny: Path, tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(f"scheme: w8a16\nignore: {value}\n")
+    shown = run("quantize", tiny, tmp_path / "out", "--recipe", recipe)
+    got = {"null": "None"}.get(value, value)
+    assert shown.code == 1
+    assert shown.err == f"error: {recipe}: ignore is {got}, expected a list of patterns; write [] for none\n"
+
+
 def test_max_shard_size_cuts_shards(run: Run, tiny: Path, tmp_path: Path) -> None:
     assert run("quantize", tiny, tmp_path / "out", "--max-shard-size", "20KB").code == 0
     assert len(list((tmp_path / "out").glob("model-*-of-*.safetensors"))) > 1
@@ -89,6 +99,14 @@ def test_errors_leave_nothing_behind(options: list[str], words: str, run: Run, t
     assert shown.code == 1 and shown.out == ""
     assert words in shown.err and shown.err.startswith("error: ")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("kind", ["Conv2d", "Experts"])
+def test_a_kind_that_the_model_lacks_is_not_what_was_meant(kind: str, run: Run, tiny: Path, tmp_path: Path) -> None:
+    shown = run("quantize", tiny, tmp_path / "out", "--ignore", kind)
+    assert shown.code == 1 and f"{kind!r} matches no layer of this model." in shown.err
+    assert "a kind of layer that it has (Embedding, Linear, OutputHead" in shown.err
+    assert "did you mean 'Linear'?" in run("quantize", tiny, tmp_path / "out", "--ignore", "Linar").err
 
 
 SMALL = ("--samples", 4, "--seq-len", 32)
