@@ -222,6 +222,11 @@ def _find_shards(path: Path) -> tuple[list[Path], dict[str, str] | None]:
             "from_pretrained(path).save_pretrained(new_path) of the model's class in transformers, or with "
             "torch.load(file, weights_only=True) and safetensors.torch.save_file"
         )
+    ggufs = sorted(file.name for file in path.glob("*.gguf"))
+    if ggufs:
+        raise CheckpointError(
+            f"{path}: holds no safetensors; for a .gguf file give its own path, such as {path / ggufs[0]}"
+        )
     raise CheckpointError(f"{path}: holds no weights, expected model.safetensors or model.safetensors.index.json")
 
 

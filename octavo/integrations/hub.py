@@ -287,10 +287,15 @@ _WANTED = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.py", "*.
 def resolve(source: str | Path) -> Path:
     """The local folder or file of a source; a Hub id is downloaded (or found in the local cache).
 
-    Raises: CheckpointError if there is no such path and the Hub does not have it or cannot be reached.
+    Raises: CheckpointError if there is no such path and the Hub does not have it or cannot be reached, and for a name
+        that transformers would not take for that of a .gguf file.
     """
     path = Path(source)
     if path.exists():
+        if path.suffix.lower() == ".gguf" and path.suffix != ".gguf" and path.is_file():
+            raise CheckpointError(
+                f"{path}: transformers reads .gguf files by their name; rename it to {path.with_suffix('.gguf').name}"
+            )
         return path
     if isinstance(source, Path) or not _HUB_ID.fullmatch(source) or path.suffix == ".gguf":
         raise CheckpointError(f"{source}: no such file or folder")
@@ -373,6 +378,7 @@ def _stored_attention(folder: Path) -> str:
 def _config(folder: Path, trust_remote_code: bool) -> Any:
     transformers = _transformers("to build the model; for a model of your own, pass model=")
     if not (folder / "config.json").is_file():
+        CheckpointReader(folder).close()  # what is no checkpoint at all is said to be that
         raise CheckpointError(
             f"{folder}: has no config.json, so what model it is of is not known; pass model=, a freshly built one"
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -62,3 +63,28 @@ def test_a_truncated_file_is_named(length: int, run: Run, tiny_gguf: Path, tmp_p
         shown = run(*verb)
         assert shown.code == 1 and shown.err.startswith(f"error: {file}: transformers") and "truncated" in shown.err
     assert [path.name for path in tmp_path.iterdir()] == ["short.gguf"]
+
+
+EVERY_VERB = (["quantize", "SRC", "out"], ["inspect", "SRC"], ["generate", "SRC", "--prompt", "x"], ["eval", "SRC"])
+
+
+@pytest.mark.parametrize("verb", EVERY_VERB, ids=lambda verb: verb[0])
+def test_a_folder_with_one_and_a_name_in_capitals(
+    verb: list[str], run: Run, tiny_gguf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    capitals = tmp_path / "MODEL.GGUF"
+    shutil.copy(tiny_gguf, capitals)
+    for source, words in (
+        (tiny_gguf.parent, f"for a .gguf file give its own path, such as {tiny_gguf}"),
+        (capitals, "rename it to MODEL.gguf"),
+    ):
+        shown = run(*(str(source) if word == "SRC" else word for word in verb))
+        assert shown.code == 1 and shown.err.startswith(f"error: {source}: ") and words in shown.err
+
+
+def test_a_folder_whose_name_ends_as_the_file_s_does(run: Run, tiny: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out.gguf"
+    assert run("quantize", tiny, out).code == 0
+    for verb in (["eval", out, "--tokens", 32], ["generate", out, "--prompt", "x", "--max-new-tokens", 2]):
+        assert run(*verb).code == 0
