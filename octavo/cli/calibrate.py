@@ -72,7 +72,7 @@ def run(args: argparse.Namespace, terminal: Terminal) -> Answer | None:
 
 def _check_suffix(output: str) -> None:
     """--calibration tells statistics from text by their names."""
-    if Path(output).suffix != ".safetensors":
+    if Path(output).suffix.lower() != ".safetensors":
         raise CommandError(
             f"-o is {output}, expected a name that ends in .safetensors: --calibration reads other files as text; "
             f"write {Path(output).with_suffix('.safetensors')}"

@@ -79,7 +79,12 @@ def source_of(args: argparse.Namespace) -> Source:
         raise CommandError("--seq-len is 1, expected at least 2: a token that follows none is not like the others")
     given = [(f"--{name}", getattr(args, name, None)) for name in ("text", "jsonl", "calibration")]
     option, file = next(((option, file) for option, file in given if file is not None), ("--text", None))
-    kind = "" if file is None or option == "--text" else ".jsonl" if option == "--jsonl" else Path(file).suffix
+    kind = "" if file is None or option == "--text" else ".jsonl" if option == "--jsonl" else Path(file).suffix.lower()
+    if file is not None and kind == ".json":
+        raise CommandError(
+            f"{option} is {file}, expected text, .safetensors of `octavo calibrate`, or .jsonl, a line of which is "
+            '{"text": ...} or {"messages": [...]}; a file with such lines needs that name'
+        )
     if file is not None and kind == ".safetensors":
         return Source(file, stats=_stored(args, file))
     if file is not None and kind == ".jsonl":

@@ -17,7 +17,8 @@ from octavo.calibrate import Stats, calibrate
 from octavo.cli.text import sample_text
 from octavo.errors import CalibrateError
 from octavo.integrations.calibration import load_float, text_batches
-from tests.tiny_checkpoints import byte_level_tokenizer
+from octavo.integrations.hub import load_tokenizer
+from tests.tiny_checkpoints import byte_level_tokenizer, language_model
 from tests.tiny_models import build, mixtral
 
 Run = Callable[..., Any]
@@ -144,8 +145,12 @@ def test_two_processes_find_what_one_finds(run: Run, tiny: Path, tmp_path: Path)
         ('{"text": "a"}\n["b"]', "line 2: expected an object"),
         ('{"text": " "}', "line 1: expected an object"),
         ('{"messages": []}', "line 1: expected an object"),
+        ('{"messages": ["hello"]}', 'line 1: a message is "hello", expected {"role"'),
+        ('{"messages": [{"role": "user", "content": "a"}, null]}', "line 1: a message is null"),
+        ('{"messages": [{"content": "a"}]}', 'line 1: a message is {"content": "a"}'),
+        ('{"messages": [{"role": "user"}]}', 'line 1: a message is {"role": "user"}'),
     ],
-    ids=["empty", "no json", "no object", "blank", "no messages"],
+    ids=["empty", "no json", "no object", "blank", "no messages", "a string", "null", "no role", "no content"],
 )
 def test_a_jsonl_file_that_is_none(content: str, words: str, run: Run, tiny: Path, tmp_path: Path) -> None:
     lines = tmp_path / "lines.jsonl"
@@ -155,6 +160,28 @@ def test_a_jsonl_file_that_is_none(content: str, words: str, run: Run, tiny: Pat
     assert not (tmp_path / "stats.safetensors").exists()
 
 
+def test_messages_that_the_template_refuses(run: Run, tmp_path: Path) -> None:
+    model, lines = language_model(tmp_path / "chat", chat=True), tmp_path / "lines.jsonl"
+    tokenizer = load_tokenizer(model)
+    tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
+    tokenizer.save_pretrained(model)
+    lines.write_text('{"messages": [{"role": "user", "content": "a"}]}')
+    shown = run("calibrate", model, "--jsonl", lines, "-o", tmp_path / "stats.safetensors")
+    assert shown.code == 1 and "do not fit the tokenizer's chat template" in shown.err
+    assert "roles must alternate" in shown.err and "did not expect" not in shown.err
+
+
+def test_what_kind_of_file_a_calibration_is(run: Run, tiny: Path, tmp_path: Path) -> None:
+    text = '{"text": "One document."}\n{"text": "Another, longer than that."}\n'
+    command = ("smooth", tiny, tmp_path / "out", "--samples", 2, "--calibration")
+    (tmp_path / "lines.json").write_text(text)
+    shown = run(*command, tmp_path / "lines.json")
+    assert shown.code == 1 and f"--calibration is {tmp_path / 'lines.json'}, expected text, .safetensors" in shown.err
+    (tmp_path / "LINES.JSONL").write_text(text + "no JSON")
+    assert "line 3: is not JSON" in run(*command, tmp_path / "LINES.JSONL").err
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("option", ["-o", "--act-scales", "--plot"])
 def test_a_file_that_cannot_be_written_is_refused_before_the_work(option: str, run: Run, tmp_path: Path) -> None:
     file = tmp_path / "nowhere" / "file"
@@ -162,7 +189,7 @@ def test_a_file_that_cannot_be_written_is_refused_before_the_work(option: str, r
     assert shown.code == 1 and f"{file}: there is no folder" in shown.err
 
 
-@pytest.mark.parametrize("name", ["stats.txt", "stats", "stats.jsonl", "stats.SAFETENSORS", ".safetensors"])
+@pytest.mark.parametrize("name", ["stats.txt", "stats", "stats.jsonl", ".safetensors"])
 def test_statistics_that_would_not_be_read_back_are_refused_before_the_work(
     name: str, run: Run, tmp_path: Path
 ) -> None:
