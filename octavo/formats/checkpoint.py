@@ -50,6 +50,7 @@ __all__ = [
     "copy_companions",
     "new_file",
     "new_folder",
+    "read_config",
 ]
 
 _DTYPES: dict[str, torch.dtype] = {
@@ -123,8 +124,7 @@ class CheckpointReader:
             self._add_shard(file)
         if weight_map is not None:
             _check_weight_map(self.path, weight_map, self._infos)
-        config_file = self.path / "config.json"
-        self.config = _read_json(config_file) if config_file.is_file() else None
+        self.config = read_config(self.path)
 
     def _add_shard(self, file: Path) -> None:
         header, data_start = _read_header(file)
@@ -264,6 +264,22 @@ def _check_weight_map(folder: Path, weight_map: Mapping[str, str], infos: Mappin
             f"{folder}: {len(extra)} tensors in its shards are not in its index, such as {extra[0]!r} in "
             f"{infos[extra[0]].file.name}; shards and index are of different versions: download the checkpoint again"
         )
+
+
+def read_config(folder: Path) -> dict[str, Any] | None:
+    """config.json's content; None where there is none.
+
+    Raises: CheckpointError if it is no JSON object, or holds something else where octavo looks for a list or an object.
+    """
+    file = folder / "config.json"
+    if not file.is_file():
+        return None
+    config = _read_json(file)
+    for key, kind, expected in (("quantization_config", dict, "an object"), ("architectures", list, "a list of names")):
+        value = config.get(key)
+        if value is not None and not isinstance(value, kind):
+            raise CheckpointError(f"{file}: {key} is {value!r}, expected {expected}; download the checkpoint again")
+    return config
 
 
 def _read_json(file: Path) -> dict[str, Any]:

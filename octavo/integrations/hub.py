@@ -21,7 +21,7 @@ from torch import nn
 from octavo import formats
 from octavo.coverage import Coverage
 from octavo.errors import CheckpointError, MissingExtra, OctavoError
-from octavo.formats.checkpoint import CheckpointReader, check_shard_size, new_folder
+from octavo.formats.checkpoint import CheckpointReader, check_shard_size, new_folder, read_config
 from octavo.formats.stream import quantize_files
 from octavo.quantize import Progress
 from octavo.quantize import quantize as quantize_layers
@@ -151,7 +151,7 @@ def load_tokenizer(path: str | Path) -> Any:
             return transformers.AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
     try:
         return transformers.AutoTokenizer.from_pretrained(source)
-    except (OSError, ValueError, KeyError) as error:
+    except _unreadable() as error:
         raise CheckpointError(f"{path}: its tokenizer cannot be loaded: {error}") from error
 
 
@@ -375,16 +375,23 @@ def _stored_attention(folder: Path) -> str:
     return config.get("attention", "float")  # type: ignore[no-any-return]
 
 
+def _unreadable() -> tuple[type[Exception], ...]:
+    """What transformers raises for a config or a tokenizer that is not as it should be."""
+    from huggingface_hub.errors import StrictDataclassError
+
+    return OSError, ValueError, KeyError, TypeError, AttributeError, ArithmeticError, StrictDataclassError
+
+
 def _config(folder: Path, trust_remote_code: bool) -> Any:
     transformers = _transformers("to build the model; for a model of your own, pass model=")
-    if not (folder / "config.json").is_file():
+    if read_config(folder) is None:
         CheckpointReader(folder).close()  # what is no checkpoint at all is said to be that
         raise CheckpointError(
             f"{folder}: has no config.json, so what model it is of is not known; pass model=, a freshly built one"
         )
     try:
         return transformers.AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError) as error:
+    except _unreadable() as error:
         raise CheckpointError(
             f"{folder / 'config.json'}: transformers cannot read it: {error}; for a model that is not one of "
             "transformers', pass model=, a freshly built one"

@@ -10,6 +10,7 @@ import json
 import logging
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -99,6 +100,8 @@ def test_no_verb_shows_the_help_and_is_a_usage_error(run: Run) -> None:
         ["generate", "a", "--prompt", " "],
         ["generate", "a", "--prompt", "x", "--temperature", "-1"],
         ["generate", "a", "--prompt", "x", "--temperature", "nan"],
+        ["generate", "a", "--prompt", "x", "--seed", "18446744073709551616"],
+        ["generate", "a", "--prompt", "x", "--seed", "-1"],
         ["bench", "a", "--repeats", "0"],
         ["bench", "--ops", "--shapes", "8x0"],
         ["bench", "--ops", "--shapes", "8x8x8"],
@@ -226,6 +229,44 @@ def test_a_reader_who_has_enough_is_no_error(tiny_int8: Path) -> None:
     assert process.stderr.read() == ""
     process.stderr.close()
     assert process.wait() == 1
+
+
+@pytest.mark.parametrize(
+    "argv", [["inspect"], ["inspect", "--json"], ["generate", "--prompt", "x", "--max-new-tokens", "2"]], ids=" ".join
+)
+def test_an_output_that_is_full_is_told_in_one_line(argv: list[str], tiny: Path) -> None:
+    verb, *options = argv
+    with open("/dev/full", "w") as full:
+        found = subprocess.run(
+            [sys.executable, "-m", "octavo", verb, tiny, *options], stdout=full, stderr=subprocess.PIPE, text=True
+        )
+    words = "error: stdout cannot be written: No space left on device; make room there, or send it elsewhere\n"
+    assert (found.returncode, found.stderr) == (1, words)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ('"x"', "holds a JSON str, expected an object"),
+        ("[1]", "holds a JSON list, expected an object"),
+        ({"quantization_config": "int8"}, "quantization_config is 'int8', expected an object"),
+        ({"architectures": "LlamaForCausalLM"}, "architectures is 'LlamaForCausalLM', expected a list of names"),
+        ({"hidden_size": "many"}, "Field 'hidden_size' expected int, got str"),
+    ],
+    ids=["str", "list", "quantization_config", "architectures", "a size"],
+)
+@pytest.mark.parametrize("verb", ["quantize", "inspect", "generate"])
+def test_a_config_that_is_none(verb: str, change: Any, words: str, run: Run, tiny: Path, tmp_path: Path) -> None:
+    folder, config = tmp_path / "model", tmp_path / "model" / "config.json"
+    shutil.copytree(tiny, folder)
+    text = change if isinstance(change, str) else json.dumps({**json.loads(config.read_text()), **change})
+    config.write_text(text)
+    more = {"quantize": [tmp_path / "out"], "generate": ["--prompt", "x"]}.get(verb, [])
+    shown = run(verb, folder, *more)
+    if verb == "inspect" and "hidden_size" in words:
+        return  # it reads no more of it than it needs
+    assert shown.code == 1 and shown.err.startswith(f"error: {folder}") and words in shown.err
+    assert "did not expect" not in shown.err
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
