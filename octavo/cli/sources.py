@@ -121,6 +121,7 @@ def calibrated(
     """New statistics, and the samples that they are of: int64 [1, T] each."""
     from octavo.calibrate import calibrate
     from octavo.integrations.calibration import document_batches, text_batches
+    from octavo.integrations.generation import refuse_unknown_tokens
 
     samples, seq_len = args.samples or _SAMPLES, _seq_len(args, model)
     with terminal.progress(f"calibrating on {source.name}") as progress:
@@ -129,6 +130,8 @@ def calibrated(
         else:
             assert source.text is not None
             batches = text_batches(tokenizer, source.text, samples=samples, seq_len=seq_len)
+        for batch in batches:
+            refuse_unknown_tokens(model, batch)
         return calibrate(model, batches, route_all_experts=route_all_experts, progress=progress), batches
 
 

@@ -25,7 +25,7 @@ from octavo.integrations.hub import is_gguf, load, load_tokenizer, no_progress_b
 
 __all__ = [
     "Generated", "generate", "last_logits_only", "load_causal", "load_language_model", "other_kind",
-    "positions_of", "token_ids",
+    "positions_of", "refuse_unknown_tokens", "token_ids",
 ]  # fmt: skip
 
 
@@ -93,6 +93,20 @@ def positions_of(model: Any) -> int | None:
     return positions if isinstance(positions, int) and positions > 0 else None
 
 
+def refuse_unknown_tokens(model: Any, ids: Tensor) -> None:
+    """Raise OctavoError for ids that the model's table of embeddings has no row for."""
+    try:
+        rows = getattr(model.get_input_embeddings(), "num_embeddings", None)
+    except (AttributeError, NotImplementedError):
+        rows = None  # transformers' base classes ask a submodule that not every model has
+    if rows is not None and ids.numel() and int(ids.max()) >= rows:
+        raise OctavoError(
+            f"the text has token {int(ids.max())}, and the model has {rows} (0 to {rows - 1}); its tokenizer is "
+            "another model's, or tokens were added to it: take the model's own, or make room with transformers' "
+            "resize_token_embeddings"
+        )
+
+
 def token_ids(tokenizer: Any, text: str, *, limit: int, window: int) -> Tensor:
     """The first `limit` tokens of `text`, for windows of `window` tokens that a model reads one by one.
 
@@ -149,10 +163,11 @@ def generate(
     on_text: called with each piece of text as soon as whole words are there.
     compiling: where it is given, the model is compiled before it writes (`CompiledModel`), inside this context. Greedy
         text is what it would be without; drawn tokens are others, for the same seed.
-    Raises: OctavoError if there is no room for so many tokens, or if the model, or how it is configured to choose
-        tokens, cannot be compiled.
+    Raises: OctavoError if there is no room for so many tokens, if the prompt has tokens that the model lacks, or if the
+        model, or how it is configured to choose tokens, cannot be compiled.
     """
     inputs = _inputs(tokenizer, prompt, raw).to(model.device)
+    refuse_unknown_tokens(model, inputs["input_ids"])
     max_new_tokens = _fitting(max_new_tokens, model, inputs["input_ids"].shape[-1])
     streamer = _Streamer(tokenizer, on_text)
     sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
