@@ -350,13 +350,15 @@ def no_progress_bar() -> Iterator[None]:
     from transformers import modeling_gguf_pytorch_utils as gguf
     from transformers.utils import logging
 
-    shown, bar = logging.is_progress_bar_enabled(), gguf.tqdm
+    shown, bar = logging.is_progress_bar_enabled(), getattr(gguf, "tqdm", None)
     logging.disable_progress_bar()
-    gguf.tqdm = partial(bar, disable=True)  # tqdm's own, which transformers' switch does not reach
+    if bar is not None:  # tqdm's own, which transformers' switch does not reach
+        gguf.tqdm = partial(bar, disable=True)
     try:
         yield
     finally:
-        gguf.tqdm = bar
+        if bar is not None:
+            gguf.tqdm = bar
         if shown:
             logging.enable_progress_bar()
 
