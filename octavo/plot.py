@@ -9,6 +9,8 @@ unevenness that int8 suffers from, and sorted, the outliers first; both axes are
 from __future__ import annotations
 
 import dataclasses
+import io
+import secrets
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -31,11 +33,12 @@ _BEFORE, _AFTER = "#c44e52", "#2a6fb0"
 
 
 def channel_ranges(before: Ranges, after: Ranges | None, path: str | Path) -> None:
-    """Write a PNG of 1200 x 800 pixels with the channel ranges of up to four layers; an existing file is replaced.
+    """Write a PNG of 1200 x 800 pixels with the channel ranges of up to four layers, whole or not at all; an existing
+    file is replaced.
 
     before: as calibration saw them. after: of the same layers in the smoothed model, of which those that it changed
         are shown; None shows `before` alone.
-    Raises: MissingExtra without matplotlib; OSError if the file cannot be written.
+    Raises: MissingExtra without matplotlib; OSError naming the file if it cannot be written.
     """
     figure = new_figure()
     alive = {name: channels for name, channels in before.items() if any(channels)}
@@ -43,7 +46,9 @@ def channel_ranges(before: Ranges, after: Ranges | None, path: str | Path) -> No
     for place, one in enumerate(_most_uneven(changed or alive), 1):
         _draw(figure.add_subplot(2, 2, place), one, None if after is None else after[one.layers[0]])
     figure.suptitle("Largest magnitude of each input channel" + (", before and after smoothing" if after else ""))
-    figure.savefig(path, format="png")
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png")
+    _write_whole(Path(path), picture.getvalue())
 
 
 def new_figure() -> Figure:
@@ -73,6 +78,22 @@ class _Input:
     channels: Sequence[float]
     layers: list[str]
     ratio: float
+
+
+def _write_whole(path: Path, content: bytes) -> None:
+    """Under a hidden name first; but a device or a pipe, which nothing may take the place of, is written to itself."""
+    given, path = path, path.resolve()
+    is_special = path.exists() and not path.is_file()
+    unfinished = path if is_special else path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        unfinished.write_bytes(content)
+        if not is_special:
+            unfinished.replace(path)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(given)) from error
+    finally:
+        if not is_special:
+            unfinished.unlink(missing_ok=True)
 
 
 def _most_uneven(ranges: Ranges) -> list[_Input]:

@@ -266,14 +266,15 @@ def _check_patterns(model: nn.Module, recipe: Recipe, layers: dict[str, nn.Modul
             else:
                 matches = any(pattern_matches(pattern, name, module) for name, module in modules.items() if name)
             if not matches:
+                kinds = labels if field != "overrides" else set()
                 close = difflib.get_close_matches(
-                    str(pattern).removeprefix("re:"), [*modules, *_KIND_NAMES], n=3, cutoff=0.5
+                    str(pattern).removeprefix("re:"), [*modules, *sorted(kinds)], n=3, cutoff=0.5
                 )
                 hint = f"; did you mean {', '.join(map(repr, close))}?" if close else "."
+                listed = f", or a kind of layer that it has ({', '.join(sorted(kinds))})" if kinds else ""
                 raise RecipeError(
-                    f"{field}: {pattern!r} matches no layer of this model{hint} Expected a module's name, a 're:' "
-                    "pattern matched from the start of the name, or a kind "
-                    f"({', '.join(sorted(labels)) or 'none here'})"
+                    f"{field}: {pattern!r} matches no layer of this model{hint} Expected a module's name, or a 're:' "
+                    f"pattern matched from the start of the name{listed}"
                 )
 
 

@@ -237,7 +237,8 @@ class Recipe:
         for field in ("targets", "ignore"):
             value = getattr(self, field)
             if isinstance(value, str) or not isinstance(value, Iterable):
-                raise RecipeError(f"{field} is {value!r}, expected a list of patterns; write [{value!r}]")
+                fix = f"write [{value!r}]" if isinstance(value, str) else "write [] for none"
+                raise RecipeError(f"{field} is {value!r}, expected a list of patterns; {fix}")
             object.__setattr__(self, field, tuple(value))
             for pattern in getattr(self, field):
                 _check_pattern(field, pattern)

@@ -67,6 +67,32 @@ def test_the_file_is_a_png_of_1200_by_800(titles: list[str], tmp_path: Path) -> 
     assert content.startswith(b"\x89PNG") and struct.unpack(">II", content[16:24]) == (1200, 800)
 
 
+def test_a_disk_that_is_full_keeps_what_was_there(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    resource = pytest.importorskip("resource")
+    (tmp_path / "old.png").write_bytes(b"old")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
+    try:
+        for name in ("new.png", "old.png"):
+            with pytest.raises(OSError, match="File too large") as caught:
+                channel_ranges(RANGES, None, tmp_path / name)
+            assert caught.value.filename == str(tmp_path / name)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {"old.png": b"old"}
+
+
+def test_a_link_stays_one_and_a_device_too(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    (tmp_path / "link.png").symlink_to(tmp_path / "file.png")
+    (tmp_path / "null").symlink_to("/dev/null")
+    for name in ("link.png", "null"):
+        channel_ranges(RANGES, None, tmp_path / name)
+    assert (tmp_path / "link.png").is_symlink() and (tmp_path / "file.png").read_bytes().startswith(b"\x89PNG")
+    assert Path("/dev/null").is_char_device()
+
+
 @pytest.mark.parametrize(
     ("channels", "ratio"), [([1.0, 2.0, 8.0], 4), ([3.0], 1), ([0.0, 0.0, 1.0], math.inf), ([0.0, 0.0], 1)]
 )

@@ -27,7 +27,7 @@ from typing import Any
 
 from octavo import __version__
 from octavo.cli import backends, bench, calibrate, evaluate, generate, inspect, quantize, smooth
-from octavo.cli.terminal import Terminal
+from octavo.cli.terminal import OutputError, Terminal
 from octavo.errors import OctavoError
 
 __all__ = ["main"]
@@ -51,21 +51,27 @@ def main(argv: Sequence[str] | None = None) -> int:
             answer = args.run(args, terminal)
             if answer is not None:
                 terminal.show(answer)
-            sys.stdout.flush()
         except KeyboardInterrupt:
             terminal.complain("error", "interrupted")
             return _INTERRUPTED
         except BrokenPipeError:  # whoever read the output has had enough of it
-            with contextlib.suppress(OSError):
-                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            _let_go_of_stdout()
             return 1
         except Exception as error:
+            if isinstance(error, OutputError):
+                _let_go_of_stdout()
             if args.debug:
                 traceback.print_exception(error)
             else:
                 terminal.complain("error", _in_words(error))
             return 1
     return 0
+
+
+def _let_go_of_stdout() -> None:
+    """What it still holds goes nowhere: Python would write it at its end, and complain."""
+    with contextlib.suppress(OSError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 @contextlib.contextmanager

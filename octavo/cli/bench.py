@@ -20,6 +20,7 @@ import contextlib
 import dataclasses
 import multiprocessing
 import random
+import signal
 import statistics
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -228,7 +229,9 @@ def _worker(path: str, debug: bool) -> Iterator[Worker]:
 
         def call(function: Callable[..., T], *args: Any) -> T:
             try:
-                return pool.submit(function, *args).result()
+                with _interrupts_held_back():  # the first call starts the process, which minds them once it is prepared
+                    future = pool.submit(function, *args)
+                return future.result()
             except BrokenProcessPool as error:
                 raise CommandError(
                     f"{path}: the process that ran this model was ended from outside, for lack of memory perhaps; "
@@ -236,6 +239,16 @@ def _worker(path: str, debug: bool) -> Iterator[Worker]:
                 ) from error
 
         yield call
+
+
+@contextlib.contextmanager
+def _interrupts_held_back() -> Iterator[None]:
+    """A process that is started inside gets no interrupt until it unblocks them, this one none until the end."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _load(terminal: Terminal, worker: Worker, path: str, device: str, args: argparse.Namespace) -> Loaded:

@@ -63,6 +63,7 @@ class Round:
 def prepare(debug: bool) -> None:
     """Called first in the process: an interrupt ends it without a word, and libraries keep quiet unless `debug`."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})  # which were held back until here
     _open_until_exit.enter_context(Terminal(debug=debug).quiet())
 
 

@@ -11,13 +11,15 @@ import argparse
 import contextlib
 import dataclasses
 import os
+import shlex
 import statistics
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from octavo.cli.sources import add_plot, add_samples, calibrated, check_outputs, ranges_of, source_of
 from octavo.cli.terminal import Terminal
-from octavo.cli.verb import Answer, Verbs, add_device, device_of, new_verb
+from octavo.cli.verb import Answer, CommandError, Verbs, add_device, device_of, new_verb
 from octavo.plot import channel_ranges, outlier_ratio
 from octavo.tables import Table, in_general
 
@@ -54,6 +56,7 @@ def run(args: argparse.Namespace, terminal: Terminal) -> Answer | None:
     """Calibrate; under torchrun only the first process writes and answers."""
     source = source_of(args)
     check_outputs(args, args.output, args.act_scales)
+    _check_suffix(args.output)
     with _processes(device_of(args)) as (rank, device):
         if rank:
             terminal = Terminal(json=True, debug=args.debug)  # a progress bar of the first process is enough
@@ -65,6 +68,15 @@ def run(args: argparse.Namespace, terminal: Terminal) -> Answer | None:
         if rank:
             return None
         return _written(args, stats, source.name, samples)
+
+
+def _check_suffix(output: str) -> None:
+    """--calibration tells statistics from text by their names."""
+    if Path(output).suffix.lower() != ".safetensors":
+        raise CommandError(
+            f"-o is {output}, expected a name that ends in .safetensors: --calibration reads other files as text; "
+            f"write {Path(output).with_suffix('.safetensors')}"
+        )
 
 
 @contextlib.contextmanager
@@ -104,7 +116,8 @@ def _written(args: argparse.Namespace, stats: Stats, text_name: str, samples: li
         shown.append(_table_of_unrouted(stats.unrouted))
     if stats.unreached:
         shown.append(_table_of_unreached(stats.unreached))
-    shown.append(f"octavo quantize {args.model} DST --scheme w8a8-static --smooth auto --calibration {args.output}")
+    model, output = shlex.quote(args.model), shlex.quote(args.output)
+    shown.append(f"octavo quantize {model} DST --scheme w8a8-static --smooth auto --calibration {output}")
     return Answer(
         {
             "model": args.model,

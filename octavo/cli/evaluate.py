@@ -50,18 +50,20 @@ def run(args: argparse.Namespace, terminal: Terminal) -> Answer:
     text, text_name = read_text("--text", args.text)
     device = device_of(args)
     with terminal.progress(f"loading {args.path}"):
-        from octavo.integrations.generation import load_causal, load_language_model, positions_of, token_ids
+        from octavo.integrations import generation
 
-        model, tokenizer = load_language_model(args.path, device=device)
-        window = _window(args.window, positions_of(model))
-        ids = token_ids(tokenizer, text, limit=args.tokens, window=window)
+        model, tokenizer = generation.load_language_model(args.path, device=device)
+        window = _window(args.window, generation.positions_of(model))
+        ids = generation.token_ids(tokenizer, text, limit=args.tokens, window=window)
+        generation.refuse_unknown_tokens(model, ids)
     if len(ids) < 2:
         raise CommandError(f"{text_name} has {len(ids)} tokens, expected at least 2")
     baseline = comparison = None
     perplexities = [_perplexity(terminal, model, ids, window, args.path)]
     if args.baseline is not None:
         with terminal.progress(f"loading {args.baseline}"):
-            baseline = load_causal(args.baseline, device=device)
+            baseline = generation.load_causal(args.baseline, device=device)
+            generation.refuse_unknown_tokens(baseline, ids)
         perplexities.append(_perplexity(terminal, baseline, ids, window, args.baseline))
         comparison = _compare(terminal, baseline, model, ids, window)
     where = f"{len(ids)} tokens of {text_name}, in windows of {window}"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import statistics
-import sys
 from typing import TYPE_CHECKING, Any
 
 from octavo.cli.terminal import Terminal
@@ -33,7 +32,7 @@ def add_parser(verbs: Verbs) -> None:
     parser.add_argument(
         "--temperature", metavar="T", type=_temperature, default=0.0, help="0 (default): the likeliest token each time"
     )
-    parser.add_argument("--seed", metavar="N", type=int, default=0, help="for a temperature above 0 (default 0)")
+    parser.add_argument("--seed", metavar="N", type=_seed, default=0, help="for a temperature above 0 (default 0)")
     parser.add_argument("--raw", action="store_true", help="go on with the text itself, without the chat template")
     parser.add_argument(
         "--compile", action="store_true", help="by torch.compile first, which takes a minute or more; meant for GPUs"
@@ -56,11 +55,11 @@ def run(args: argparse.Namespace, terminal: Terminal) -> Answer:
         temperature=args.temperature,
         seed=args.seed,
         raw=args.raw,
-        on_text=(lambda piece: None) if args.json else _write,
+        on_text=(lambda piece: None) if args.json else terminal.write,
         compiling=terminal.progress(f"compiling {args.path}") if args.compile else None,
     )
     if not args.json:
-        _write("\n")
+        terminal.write("\n")
     terminal.remark(_statistics(written))
     if not args.compile:
         return Answer(_data(args, written), ())
@@ -68,11 +67,6 @@ def run(args: argparse.Namespace, terminal: Terminal) -> Answer:
         use = _memory_use(model, written, device)
     terminal.remark(_memory_line(use))
     return Answer({**_data(args, written), **use}, ())
-
-
-def _write(piece: str) -> None:
-    sys.stdout.write(piece)
-    sys.stdout.flush()
 
 
 def _data(args: argparse.Namespace, written: Generated) -> dict[str, Any]:
@@ -127,6 +121,16 @@ def _some_text(text: str) -> str:
 
 
 _some_text.__name__ = "text"
+
+
+def _seed(text: str) -> int:
+    value = int(text)
+    if not 0 <= value < 2**64:
+        raise ValueError(text)
+    return value
+
+
+_seed.__name__ = "seed (0 to 2^64 - 1)"
 
 
 def _temperature(text: str) -> float:

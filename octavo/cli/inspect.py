@@ -10,7 +10,9 @@ import argparse
 import dataclasses
 import math
 import re
+import shlex
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from octavo.cli.terminal import Terminal
@@ -51,8 +53,10 @@ def run(args: argparse.Namespace, terminal: Terminal) -> Answer:
             int8 = list(int8_names(reader).values())
         except CheckpointError as error:
             int8, problem = [], str(error)
+        problem = problem or (None if int8 else _unexplained(reader))
         report = _coverage(reader, int8, config) if int8 else None
         scales = _scale_ranges(reader, int8, progress)
+        source = reader.path
     kind = "unreadable" if problem else "int8" if int8 else "float"
     return Answer(
         {
@@ -67,7 +71,7 @@ def run(args: argparse.Namespace, terminal: Terminal) -> Answer:
             "scales": [dataclasses.asdict(scale) for scale in scales],
             "coverage": report.to_dict() if report else None,
         },
-        tuple(_shown(args.path, kind, problem, config, dtypes, report, scales)),
+        tuple(_shown(args.path, kind, problem, config, dtypes, report, scales, source)),
     )
 
 
@@ -79,6 +83,7 @@ def _shown(
     dtypes: list[dict[str, Any]],
     report: Coverage | None,
     scales: list[ScaleRange],
+    source: Path,
 ) -> Iterable[Table | str]:
     size = human_bytes(sum(row["bytes"] for row in dtypes))
     tensors = sum(row["tensors"] for row in dtypes)
@@ -87,8 +92,9 @@ def _shown(
     elif kind == "unreadable":
         yield f"{path}: quantized, {size} in {tensors} tensors, and not in a way that octavo can run: {problem}"
     else:
-        method, layout = config.get("quant_method"), config.get("format")
-        yield f"{path}: an int8 checkpoint, {size} in {tensors} tensors; {layout} layout, quant_method {method}."
+        layout = f"{config.get('format')} layout, quant_method {config.get('quant_method')}"
+        said = layout if config else "no quantization_config beside it says its layout"
+        yield f"{path}: an int8 checkpoint, {size} in {tensors} tensors; {said}."
     dtype_rows = tuple((row["dtype"], str(row["tensors"]), human_bytes(row["bytes"])) for row in dtypes)
     yield Table("Tensors on disk", ("dtype", "tensors", "bytes"), dtype_rows, "lrr")
     if report:
@@ -97,7 +103,19 @@ def _shown(
     if scales:
         yield _scale_table(scales)
     if kind == "float":
-        yield f"To make it int8:   octavo quantize {path} OUT"
+        yield _how_to_quantize(path, source)
+
+
+def _how_to_quantize(path: str, source: Path) -> str:
+    """The command, where the config that it needs is there. source: the folder or file that `path` is."""
+    is_whole = source.is_dir() or source.name == "model.safetensors"
+    folder = source if source.is_dir() else source.parent
+    if is_whole and (folder / "config.json").is_file():
+        return f"To make it int8:   octavo quantize {shlex.quote(path if source.is_dir() else str(folder))} OUT"
+    return (
+        "To make it int8, in Python, with the model that it is of:   "
+        f"octavo.quantize_checkpoint({path!r}, 'OUT', 'w8a16', model=model)"
+    )
 
 
 def _dtypes(reader: CheckpointReader) -> list[dict[str, Any]]:
@@ -107,6 +125,18 @@ def _dtypes(reader: CheckpointReader) -> list[dict[str, Any]]:
         counts.setdefault(str(info.dtype).removeprefix("torch."), []).append(info.nbytes)
     ordered = sorted(counts.items(), key=lambda item: -sum(item[1]))
     return [{"dtype": dtype, "tensors": len(sizes), "bytes": sum(sizes)} for dtype, sizes in ordered]
+
+
+def _unexplained(reader: CheckpointReader) -> str | None:
+    """Why a checkpoint that octavo reads no int8 weights in is not float either, if it is not."""
+    low = [name for name in reader.names if "weight" in name and reader.info(name).dtype.itemsize == 1]
+    if not low:
+        return None
+    dtype = str(reader.info(low[0]).dtype).removeprefix("torch.")
+    return (
+        f"{low[0]} is {dtype}, one of {len(low)} weights of a byte an element, and neither a scale of its own nor a "
+        "quantization_config says what it stands for."
+    )
 
 
 # -- what is int8, what is float, and why ---------------------------------------------------------------------------

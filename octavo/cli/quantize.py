@@ -10,6 +10,7 @@ import argparse
 import dataclasses
 import shlex
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from octavo.cli.smooth import alpha
@@ -142,13 +143,14 @@ def _run_files(args: argparse.Namespace, terminal: Terminal, recipe: Recipe) -> 
 
 
 def _run_model(args: argparse.Namespace, terminal: Terminal, recipe: Recipe) -> _Quantized:
-    from octavo.formats.checkpoint import new_folder
+    from octavo.formats.checkpoint import check_shard_size, new_folder
     from octavo.observers import check_observer
 
     device = device_of(args)
     source = source_of(args)
     if args.observer is not None:
         check_observer(args.observer)
+    check_shard_size(args.max_shard_size)
     with new_folder(args.dst) as folder:  # a destination that exists is refused before the work
         with terminal.progress(f"loading {args.src}"):
             from octavo.integrations.calibration import linear_inputs, load_float
@@ -213,7 +215,11 @@ def _summary(args: argparse.Namespace, done: _Quantized, seconds: float) -> Tabl
 
 
 def _next_steps(args: argparse.Namespace) -> str:
+    from octavo.integrations.generation import other_kind
+
     src, dst = shlex.quote(args.src), shlex.quote(args.dst)
+    if other_kind(Path(args.dst)):  # eval and generate are for causal language models
+        return f"What is in it?      octavo inspect {dst}\nWhat did it cost?   octavo.compare tells, in Python"
     return (
         f"What did it cost?   octavo eval {dst} --baseline {src}\n"
         f"Let it write:       octavo generate {dst} --prompt 'Why is the sky blue?'"

@@ -79,7 +79,12 @@ def source_of(args: argparse.Namespace) -> Source:
         raise CommandError("--seq-len is 1, expected at least 2: a token that follows none is not like the others")
     given = [(f"--{name}", getattr(args, name, None)) for name in ("text", "jsonl", "calibration")]
     option, file = next(((option, file) for option, file in given if file is not None), ("--text", None))
-    kind = "" if file is None or option == "--text" else ".jsonl" if option == "--jsonl" else Path(file).suffix
+    kind = "" if file is None or option == "--text" else ".jsonl" if option == "--jsonl" else Path(file).suffix.lower()
+    if file is not None and kind == ".json":
+        raise CommandError(
+            f"{option} is {file}, expected text, .safetensors of `octavo calibrate`, or .jsonl, a line of which is "
+            '{"text": ...} or {"messages": [...]}; a file with such lines needs that name'
+        )
     if file is not None and kind == ".safetensors":
         return Source(file, stats=_stored(args, file))
     if file is not None and kind == ".jsonl":
@@ -116,6 +121,7 @@ def calibrated(
     """New statistics, and the samples that they are of: int64 [1, T] each."""
     from octavo.calibrate import calibrate
     from octavo.integrations.calibration import document_batches, text_batches
+    from octavo.integrations.generation import refuse_unknown_tokens
 
     samples, seq_len = args.samples or _SAMPLES, _seq_len(args, model)
     with terminal.progress(f"calibrating on {source.name}") as progress:
@@ -124,6 +130,8 @@ def calibrated(
         else:
             assert source.text is not None
             batches = text_batches(tokenizer, source.text, samples=samples, seq_len=seq_len)
+        for batch in batches:
+            refuse_unknown_tokens(model, batch)
         return calibrate(model, batches, route_all_experts=route_all_experts, progress=progress), batches
 
 

@@ -18,10 +18,10 @@ import warnings
 from collections.abc import Callable, Iterator
 
 from octavo.cli.verb import Answer
-from octavo.errors import OctavoWarning
+from octavo.errors import OctavoError, OctavoWarning
 from octavo.tables import Table, render, to_json
 
-__all__ = ["Terminal"]
+__all__ = ["OutputError", "Terminal"]
 
 _PATIENCE = 1.0
 """Seconds that work may take before a progress bar appears."""
@@ -29,8 +29,12 @@ _PATIENCE = 1.0
 _GAP = 3
 """Blanks between two columns of a rendered table."""
 
-_NARROWEST = 8
-"""Characters that a column keeps, however narrow the terminal."""
+_NARROWEST = 7
+"""Characters that a column keeps, however narrow the terminal. The eight columns of a SmoothReport fit 80 so."""
+
+
+class OutputError(OctavoError, OSError):
+    """An answer that stdout does not take."""
 
 
 class Terminal:
@@ -46,20 +50,27 @@ class Terminal:
     def show(self, answer: Answer) -> None:
         """Print the answer on stdout."""
         if self.json:
-            print(to_json(answer.data))
-            return
-        for index, part in enumerate(answer.shown):
-            if index:
-                print()
-            self._show_part(part)
+            self.write(f"{to_json(answer.data)}\n")
+        elif answer.shown:
+            self.write("\n\n".join(map(self._text, answer.shown)) + "\n")
 
-    def _show_part(self, part: Table | str) -> None:
+    def _text(self, part: Table | str) -> str:
         if isinstance(part, str):
-            print(part)
-        elif sys.stdout.isatty():
-            print(render(_folded(part, shutil.get_terminal_size().columns)))
-        else:
-            print(render(part))
+            return part
+        return render(_folded(part, shutil.get_terminal_size().columns) if sys.stdout.isatty() else part)
+
+    def write(self, text: str) -> None:
+        """Put text on stdout, at once. Raises: OutputError where it cannot be written; BrokenPipeError where nobody
+        reads it any more."""
+        try:
+            sys.stdout.write(text)
+            sys.stdout.flush()
+        except BrokenPipeError:
+            raise
+        except OSError as error:
+            raise OutputError(
+                f"stdout cannot be written: {error.strerror}; make room there, or send it elsewhere"
+            ) from error
 
     def remark(self, line: str) -> None:
         """A line for people beside the answer, on stderr; none with --json."""

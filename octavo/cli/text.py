@@ -62,5 +62,15 @@ def _document(line: str, where: str) -> Any:
         if isinstance(value.get("text"), str) and value["text"].strip():
             return value["text"]
         if isinstance(value.get("messages"), list) and value["messages"]:
-            return value["messages"]
+            return _messages(value["messages"], where)
     raise CommandError(f'{where}: expected an object with a "text" that is not blank, or with "messages"')
+
+
+def _messages(messages: list[Any], where: str) -> list[dict[str, Any]]:
+    for message in messages:
+        if not isinstance(message, dict) or not isinstance(message.get("role"), str) or "content" not in message:
+            raise CommandError(
+                f"{where}: a message is {json.dumps(message)[:100]}, expected "
+                '{"role": "user" or another, "content": ...}'
+            )
+    return messages

@@ -46,9 +46,11 @@ __all__ = [
     "CheckpointReader",
     "CheckpointWriter",
     "TensorInfo",
+    "check_shard_size",
     "copy_companions",
     "new_file",
     "new_folder",
+    "read_config",
 ]
 
 _DTYPES: dict[str, torch.dtype] = {
@@ -122,8 +124,7 @@ class CheckpointReader:
             self._add_shard(file)
         if weight_map is not None:
             _check_weight_map(self.path, weight_map, self._infos)
-        config_file = self.path / "config.json"
-        self.config = _read_json(config_file) if config_file.is_file() else None
+        self.config = read_config(self.path)
 
     def _add_shard(self, file: Path) -> None:
         header, data_start = _read_header(file)
@@ -221,6 +222,11 @@ def _find_shards(path: Path) -> tuple[list[Path], dict[str, str] | None]:
             "from_pretrained(path).save_pretrained(new_path) of the model's class in transformers, or with "
             "torch.load(file, weights_only=True) and safetensors.torch.save_file"
         )
+    ggufs = sorted(file.name for file in path.glob("*.gguf"))
+    if ggufs:
+        raise CheckpointError(
+            f"{path}: holds no safetensors; for a .gguf file give its own path, such as {path / ggufs[0]}"
+        )
     raise CheckpointError(f"{path}: holds no weights, expected model.safetensors or model.safetensors.index.json")
 
 
@@ -260,6 +266,22 @@ def _check_weight_map(folder: Path, weight_map: Mapping[str, str], infos: Mappin
         )
 
 
+def read_config(folder: Path) -> dict[str, Any] | None:
+    """config.json's content; None where there is none.
+
+    Raises: CheckpointError if it is no JSON object, or holds something else where octavo looks for a list or an object.
+    """
+    file = folder / "config.json"
+    if not file.is_file():
+        return None
+    config = _read_json(file)
+    for key, kind, expected in (("quantization_config", dict, "an object"), ("architectures", list, "a list of names")):
+        value = config.get(key)
+        if value is not None and not isinstance(value, kind):
+            raise CheckpointError(f"{file}: {key} is {value!r}, expected {expected}; download the checkpoint again")
+    return config
+
+
 def _read_json(file: Path) -> dict[str, Any]:
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
@@ -272,6 +294,10 @@ def _read_json(file: Path) -> dict[str, Any]:
 
 def _read_header(file: Path) -> tuple[dict[str, Any], int]:
     """The header of a .safetensors file, and where its data starts. Raises CheckpointError naming the file."""
+    try:
+        file.open("rb").close()  # safetensors says of a file that it may not read that there is none
+    except OSError as error:
+        raise _not_readable(file, error) from error
     try:
         # safetensors checks that the header is sound and that the file is exactly as long as the header says.
         with safe_open(file, framework="pt"):
@@ -289,6 +315,10 @@ def _read_header(file: Path) -> tuple[dict[str, Any], int]:
             f"{file}: is not a whole safetensors file ({error}); it is truncated or corrupt: download or copy it again"
         ) from error
     return header, 8 + length
+
+
+def _not_readable(file: Path, error: OSError) -> CheckpointError:
+    return CheckpointError(f"{file}: cannot be read: {error.strerror}; change its permissions or get it again")
 
 
 class CheckpointWriter:
@@ -314,8 +344,6 @@ class CheckpointWriter:
         max_shard_size: int | str = "5GB",
         metadata: Mapping[str, str] | None = None,
     ) -> None:
-        from huggingface_hub import split_state_dict_into_shards_factory
-
         self.folder = Path(folder)
         self._plan = {name: (dtype, tuple(shape)) for name, (dtype, shape) in plan.items()}
         for name, (dtype, _) in self._plan.items():
@@ -323,19 +351,7 @@ class CheckpointWriter:
                 raise CheckpointError(f"tensor {name!r} is of dtype {dtype}, which safetensors cannot hold")
         if not self._plan:
             raise CheckpointError(f"{self.folder}: there is no tensor to write")
-        try:
-            if not re.fullmatch(r"[1-9]\d*[A-Za-z]*", str(max_shard_size)):
-                raise ValueError("it is not a positive whole number")
-            split = split_state_dict_into_shards_factory(
-                self._plan,
-                get_storage_size=lambda planned: _nbytes(*planned),
-                filename_pattern="model{suffix}.safetensors",
-                max_shard_size=int(max_shard_size) if str(max_shard_size).isdecimal() else max_shard_size,
-            )
-        except ValueError as error:
-            raise CheckpointError(
-                f"max_shard_size is {max_shard_size!r}, expected a number of bytes or a size such as '5GB': {error}"
-            ) from error
+        split = _split(self._plan, max_shard_size)
         self._shards = split.filename_to_tensors
         self._total_size = int(split.metadata["total_size"])
         self._places: dict[str, tuple[Path, int]] = {}
@@ -410,6 +426,30 @@ class CheckpointWriter:
     def __exit__(self, exc_type: type[BaseException] | None, *exc_info: object) -> None:
         if exc_type is None:
             self.close()
+
+
+def check_shard_size(max_shard_size: int | str) -> None:
+    """Raise CheckpointError for a `max_shard_size` that says no size, as `CheckpointWriter` does: before the work."""
+    _split({}, max_shard_size)
+
+
+def _split(plan: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], max_shard_size: int | str) -> Any:
+    """huggingface_hub's cut of the tensors into files. Raises CheckpointError for a size that is none."""
+    from huggingface_hub import split_state_dict_into_shards_factory
+
+    try:
+        if not re.fullmatch(r"[1-9]\d*[A-Za-z]*", str(max_shard_size)):
+            raise ValueError("it is not a positive whole number")
+        return split_state_dict_into_shards_factory(
+            dict(plan),
+            get_storage_size=lambda planned: _nbytes(*planned),
+            filename_pattern="model{suffix}.safetensors",
+            max_shard_size=int(max_shard_size) if str(max_shard_size).isdecimal() else max_shard_size,
+        )
+    except ValueError as error:
+        raise CheckpointError(
+            f"max_shard_size is {max_shard_size!r}, expected a number of bytes or a size such as '5GB': {error}"
+        ) from error
 
 
 def _nbytes(dtype: torch.dtype, shape: tuple[int, ...]) -> int:
@@ -534,6 +574,10 @@ def copy_companions(src: str | Path, dst: str | Path) -> list[str]:
             raise CheckpointError(
                 f"{src / name}: is a link to a file that is not there; download it again or remove it"
             ) from error
+        except PermissionError as error:
+            if error.filename != str(src / name):
+                raise
+            raise _not_readable(src / name, error) from error
     return names
 
 

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from octavo.errors import CalibrateError, QuantizeError
-from octavo.integrations.generation import load_language_model, no_progress_bar, token_ids
+from octavo.integrations.generation import load_language_model, token_ids
+from octavo.integrations.hub import no_progress_bar
 from octavo.modules import DynamicQuantLinear, QuantLinear, QuantModule, StaticQuantLinear
 
 __all__ = [
@@ -84,7 +85,8 @@ def document_batches(tokenizer: Any, documents: Sequence[Document], *, samples: 
     A document is tokenized as the model expects it: a text begins with BOS if the tokenizer says so, messages go
     through the chat template.
     Returns: int64 [1, T] each, T <= seq_len.
-    Raises: CalibrateError for no documents, one without tokens, and messages that there is no chat template for.
+    Raises: CalibrateError for no documents, one without tokens, and messages that there is no chat template for, or
+        that do not fit it.
     """
     if not documents:
         raise CalibrateError("there are no documents to calibrate on, expected at least one")
@@ -99,7 +101,13 @@ def _token_ids_of(tokenizer: Any, document: Document) -> list[int]:
         return list(tokenizer(document, verbose=False).input_ids)
     if not tokenizer.chat_template:
         raise CalibrateError("a calibration document holds messages, and the tokenizer has no chat template; give text")
-    return list(tokenizer.apply_chat_template(document, return_dict=True)["input_ids"])
+    try:
+        return list(tokenizer.apply_chat_template(document, return_dict=True)["input_ids"])
+    except Exception as error:  # what it raises is the template's own affair
+        raise CalibrateError(
+            f"the messages of a calibration document do not fit the tokenizer's chat template: {error!r}; expected a "
+            'list of {"role": ..., "content": ...} with the roles in the order that it allows'
+        ) from error
 
 
 def _spread(items: Sequence[T], count: int) -> list[T]:

@@ -11,22 +11,21 @@ import contextlib
 import dataclasses
 import inspect
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 from torch import Tensor
-from transformers.utils import logging
 
 from octavo.errors import CheckpointError, OctavoError
 from octavo.formats.checkpoint import CheckpointReader
-from octavo.integrations.hub import load, load_tokenizer, resolve
+from octavo.integrations.hub import is_gguf, load, load_tokenizer, no_progress_bar, resolve
 
 __all__ = [
-    "Generated", "generate", "last_logits_only", "load_causal", "load_language_model", "no_progress_bar",
-    "positions_of", "token_ids",
+    "Generated", "generate", "last_logits_only", "load_causal", "load_language_model", "other_kind",
+    "positions_of", "refuse_unknown_tokens", "token_ids",
 ]  # fmt: skip
 
 
@@ -54,31 +53,26 @@ def load_causal(path: str | Path, *, device: str = "cpu") -> Any:
         return load(source).to(device)
 
 
-def _refuse_other_kinds(source: Path) -> None:
-    if source.suffix == ".gguf":
-        return
+def other_kind(source: Path) -> str | None:
+    """The class of the model that a source holds, if it is one of transformers' and no causal language model."""
+    if is_gguf(source):
+        return None
     with CheckpointReader(source) as reader:
         config = reader.config or {}
     name = (config.get("architectures") or [""])[0]
     model_class = getattr(transformers, name, None) if name else None
     # A class that transformers does not have is `load`'s to refuse, or the checkpoint's own code.
     if model_class is not None and (config.get("is_encoder_decoder") or not model_class.can_generate()):
+        return str(name)
+    return None
+
+
+def _refuse_other_kinds(source: Path) -> None:
+    if name := other_kind(source):
         raise CheckpointError(
             f"{source}: holds a {name}, expected a causal language model (one that continues text); "
             "octavo.compare judges models of any kind in Python"
         )
-
-
-@contextlib.contextmanager
-def no_progress_bar() -> Iterator[None]:
-    """While open, transformers draws no progress bars of its own."""
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            logging.enable_progress_bar()
 
 
 def last_logits_only(model: Any) -> dict[str, int]:
@@ -97,6 +91,20 @@ def positions_of(model: Any) -> int | None:
     """How many tokens the model can be fed at once; None where its config does not say."""
     positions = getattr(model.config, "max_position_embeddings", None)
     return positions if isinstance(positions, int) and positions > 0 else None
+
+
+def refuse_unknown_tokens(model: Any, ids: Tensor) -> None:
+    """Raise OctavoError for ids that the model's table of embeddings has no row for."""
+    try:
+        rows = getattr(model.get_input_embeddings(), "num_embeddings", None)
+    except (AttributeError, NotImplementedError):
+        rows = None  # transformers' base classes ask a submodule that not every model has
+    if rows is not None and ids.numel() and int(ids.max()) >= rows:
+        raise OctavoError(
+            f"the text has token {int(ids.max())}, and the model has {rows} (0 to {rows - 1}); its tokenizer is "
+            "another model's, or tokens were added to it: take the model's own, or make room with transformers' "
+            "resize_token_embeddings"
+        )
 
 
 def token_ids(tokenizer: Any, text: str, *, limit: int, window: int) -> Tensor:
@@ -155,10 +163,11 @@ def generate(
     on_text: called with each piece of text as soon as whole words are there.
     compiling: where it is given, the model is compiled before it writes (`CompiledModel`), inside this context. Greedy
         text is what it would be without; drawn tokens are others, for the same seed.
-    Raises: OctavoError if there is no room for so many tokens, or if the model, or how it is configured to choose
-        tokens, cannot be compiled.
+    Raises: OctavoError if there is no room for so many tokens, if the prompt has tokens that the model lacks, or if the
+        model, or how it is configured to choose tokens, cannot be compiled.
     """
     inputs = _inputs(tokenizer, prompt, raw).to(model.device)
+    refuse_unknown_tokens(model, inputs["input_ids"])
     max_new_tokens = _fitting(max_new_tokens, model, inputs["input_ids"].shape[-1])
     streamer = _Streamer(tokenizer, on_text)
     sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}

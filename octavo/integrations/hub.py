@@ -6,9 +6,11 @@ and dequantized by transformers).
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import re
-from collections.abc import Callable, Iterable, Mapping
+import struct
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial, wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ParamSpec
@@ -19,7 +21,7 @@ from torch import nn
 from octavo import formats
 from octavo.coverage import Coverage
 from octavo.errors import CheckpointError, MissingExtra, OctavoError
-from octavo.formats.checkpoint import CheckpointReader
+from octavo.formats.checkpoint import CheckpointReader, check_shard_size, new_folder, read_config
 from octavo.formats.stream import quantize_files
 from octavo.quantize import Progress
 from octavo.quantize import quantize as quantize_layers
@@ -28,7 +30,10 @@ from octavo.recipe import Pattern, Recipe, Scheme
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["load", "load_tokenizer", "quantize", "quantize_checkpoint", "resolve", "save", "skeleton"]
+__all__ = [
+    "is_gguf", "load", "load_tokenizer", "no_progress_bar", "quantize", "quantize_checkpoint", "resolve", "save",
+    "skeleton",
+]  # fmt: skip
 
 _Arguments = ParamSpec("_Arguments")
 
@@ -99,7 +104,7 @@ def load(
             "progress would never be called: without model=, transformers loads and shows its own; leave it out"
         )
     source = resolve(path)
-    if source.suffix == ".gguf":
+    if is_gguf(source):
         return _load_gguf(source, **options)
     with CheckpointReader(source) as reader:
         int8 = formats.int8_names(reader)
@@ -141,11 +146,12 @@ def load_tokenizer(path: str | Path) -> Any:
     """The tokenizer of a source, by transformers. Raises CheckpointError if it has none that can be loaded."""
     transformers = _transformers("to load a tokenizer")
     source = resolve(path)
-    try:
-        if source.suffix == ".gguf":
+    if is_gguf(source):
+        with _reading_gguf(source, "its tokenizer"):
             return transformers.AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
+    try:
         return transformers.AutoTokenizer.from_pretrained(source)
-    except (OSError, ValueError, KeyError) as error:
+    except _unreadable() as error:
         raise CheckpointError(f"{path}: its tokenizer cannot be loaded: {error}") from error
 
 
@@ -230,13 +236,10 @@ def quantize_checkpoint(
     """
     recipe = Recipe.of(scheme, ignore=ignore, include=include, overrides=overrides, group_size=group_size)
     source = resolve(src)
-    if source.suffix == ".gguf":
+    if is_gguf(source):
         if model is not None:
             raise OctavoError(f"model would have no effect: transformers builds that of {source}; leave it out")
-        loaded = _load_gguf(source)
-        report = quantize(loaded, recipe, progress=progress)
-        save(loaded, dst, tokenizer=load_tokenizer(source), max_shard_size=max_shard_size)
-        return report
+        return _quantize_gguf(source, dst, recipe, max_shard_size, progress)
     if model is not None:
         if recipe.attention == "int8":
             _attention().check_int8_attention(model)
@@ -259,6 +262,20 @@ def quantize_checkpoint(
     )
 
 
+def _quantize_gguf(
+    file: Path, dst: str | Path, recipe: Recipe, max_shard_size: int | str, progress: Progress | None
+) -> Coverage:
+    """The model is loaded, which takes a while, once all that can be refused without it has been looked at."""
+    check_shard_size(max_shard_size)
+    with new_folder(dst) as folder:
+        tokenizer = load_tokenizer(file)
+        with no_progress_bar():
+            loaded = _load_gguf(file)
+        report = quantize(loaded, recipe, progress=progress)
+        save(loaded, folder, tokenizer=tokenizer, max_shard_size=max_shard_size)
+    return report
+
+
 # -- sources ----------------------------------------------------------------------------------------------------------
 
 _HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
@@ -270,10 +287,15 @@ _WANTED = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.py", "*.
 def resolve(source: str | Path) -> Path:
     """The local folder or file of a source; a Hub id is downloaded (or found in the local cache).
 
-    Raises: CheckpointError if there is no such path and the Hub does not have it or cannot be reached.
+    Raises: CheckpointError if there is no such path and the Hub does not have it or cannot be reached, and for a name
+        that transformers would not take for that of a .gguf file.
     """
     path = Path(source)
     if path.exists():
+        if path.suffix.lower() == ".gguf" and path.suffix != ".gguf" and path.is_file():
+            raise CheckpointError(
+                f"{path}: transformers reads .gguf files by their name; rename it to {path.with_suffix('.gguf').name}"
+            )
         return path
     if isinstance(source, Path) or not _HUB_ID.fullmatch(source) or path.suffix == ".gguf":
         raise CheckpointError(f"{source}: no such file or folder")
@@ -321,6 +343,26 @@ def _transformers(what_for: str) -> Any:
     return transformers
 
 
+@contextlib.contextmanager
+def no_progress_bar() -> Iterator[None]:
+    """While open, transformers draws no progress bars of its own."""
+    _transformers("to keep its progress bars away")
+    from transformers import modeling_gguf_pytorch_utils as gguf
+    from transformers.utils import logging
+
+    shown, bar = logging.is_progress_bar_enabled(), getattr(gguf, "tqdm", None)
+    logging.disable_progress_bar()
+    if bar is not None:  # tqdm's own, which transformers' switch does not reach
+        gguf.tqdm = partial(bar, disable=True)
+    try:
+        yield
+    finally:
+        if bar is not None:
+            gguf.tqdm = bar
+        if shown:
+            logging.enable_progress_bar()
+
+
 def _attention() -> Any:
     _transformers("for attention='int8', which switches the attention of its models")
     from octavo.integrations import attention
@@ -335,15 +377,23 @@ def _stored_attention(folder: Path) -> str:
     return config.get("attention", "float")  # type: ignore[no-any-return]
 
 
+def _unreadable() -> tuple[type[Exception], ...]:
+    """What transformers raises for a config or a tokenizer that is not as it should be."""
+    from huggingface_hub.errors import StrictDataclassError
+
+    return OSError, ValueError, KeyError, TypeError, AttributeError, ArithmeticError, StrictDataclassError
+
+
 def _config(folder: Path, trust_remote_code: bool) -> Any:
     transformers = _transformers("to build the model; for a model of your own, pass model=")
-    if not (folder / "config.json").is_file():
+    if read_config(folder) is None:
+        CheckpointReader(folder).close()  # what is no checkpoint at all is said to be that
         raise CheckpointError(
             f"{folder}: has no config.json, so what model it is of is not known; pass model=, a freshly built one"
         )
     try:
         return transformers.AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError) as error:
+    except _unreadable() as error:
         raise CheckpointError(
             f"{folder / 'config.json'}: transformers cannot read it: {error}; for a model that is not one of "
             "transformers', pass model=, a freshly built one"
@@ -380,9 +430,28 @@ def skeleton(folder: str | Path, *, trust_remote_code: bool = False) -> PreTrain
     return model  # type: ignore[no-any-return]
 
 
-def _load_gguf(file: Path, **options: Any) -> Any:
+def is_gguf(source: Path) -> bool:
+    """Whether a source is a .gguf file; a folder may be called so too."""
+    return source.suffix == ".gguf" and source.is_file()
+
+
+@contextlib.contextmanager
+def _reading_gguf(file: Path, what: str) -> Iterator[None]:
+    """Errors that transformers meets in a .gguf file as ours. struct.error: a header that ends too soon."""
     transformers = _transformers("to read a .gguf file")
     try:
+        yield
+    except ImportError as error:
+        raise MissingExtra(f"{file}: reading it needs the gguf package: pip install 'octavo[hf]' ({error})") from error
+    except (OSError, ValueError, KeyError, IndexError, struct.error) as error:
+        raise CheckpointError(
+            f"{file}: transformers {transformers.__version__} cannot load {what}: {str(error).rstrip('.')}; if it is "
+            "truncated or corrupt, download or copy it again"
+        ) from error
+
+
+def _load_gguf(file: Path, **options: Any) -> Any:
+    with _reading_gguf(file, "it"):
         from transformers import AutoModelForCausalLM, GgufConfig
 
         options.setdefault("dtype", torch.bfloat16)
@@ -391,10 +460,6 @@ def _load_gguf(file: Path, **options: Any) -> Any:
             output_loading_info=True, ignore_mismatched_sizes=True,  # they are an error, below
             **options,
         )  # fmt: skip
-    except ImportError as error:
-        raise MissingExtra(f"{file}: reading it needs the gguf package: pip install 'octavo[hf]' ({error})") from error
-    except (OSError, ValueError, KeyError) as error:
-        raise CheckpointError(f"{file}: transformers {transformers.__version__} cannot load it: {error}") from error
     _refuse_unfit(file, model, info)
     model.config._name_or_path = ""  # the file's folder is not this model's checkpoint
     return model

@@ -12,7 +12,7 @@ import pytest
 
 import octavo
 from octavo.cli import main
-from tests.tiny_checkpoints import language_model
+from tests.tiny_checkpoints import gguf_file, language_model
 
 
 @pytest.fixture(scope="session")
@@ -27,6 +27,12 @@ def tiny_int8(tiny: Path) -> Path:
     folder = tiny.parent / "int8"
     octavo.quantize_checkpoint(tiny, folder, "w8a16")
     return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_gguf(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A language model in a .gguf file."""
+    return gguf_file(tmp_path_factory.mktemp("gguf") / "model.gguf")
 
 
 @dataclasses.dataclass(frozen=True)

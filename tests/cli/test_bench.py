@@ -240,3 +240,31 @@ def test_a_prompt_that_does_not_fit_is_refused() -> None:
 def test_a_process_that_dies_is_told_of(tmp_path: Path) -> None:
     with bench._worker("some-model", debug=False) as call, pytest.raises(CommandError, match="some-model: the process"):
         call(os.kill, call(os.getpid), signal.SIGKILL)
+
+
+SLOW_START = """
+import pathlib, sys, time
+if "--multiprocessing-fork" in sys.orig_argv:
+    pathlib.Path(__file__).with_name("started").touch()
+    time.sleep(2)
+"""
+
+
+def test_an_interrupt_before_the_model_s_process_is_ready_is_one_line(tiny: Path, tmp_path: Path) -> None:
+    """A shell interrupts all processes of a command; that of the model is still importing."""
+    (tmp_path / "sitecustomize.py").write_text(SLOW_START)
+    paths = os.pathsep.join([str(tmp_path), str(Path(octavo.__file__).parents[1])])
+    process = subprocess.Popen(
+        [sys.executable, "-m", "octavo", "bench", str(tiny)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        env={**os.environ, "PYTHONPATH": paths},
+    )
+    end = time.monotonic() + 60
+    while not (tmp_path / "started").exists() and time.monotonic() < end:
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert (process.returncode, out, err) == (130, "", "error: interrupted\n")

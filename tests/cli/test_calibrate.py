@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import subprocess
 import sys
 from collections.abc import Callable
@@ -16,7 +17,8 @@ from octavo.calibrate import Stats, calibrate
 from octavo.cli.text import sample_text
 from octavo.errors import CalibrateError
 from octavo.integrations.calibration import load_float, text_batches
-from tests.tiny_checkpoints import byte_level_tokenizer
+from octavo.integrations.hub import load_tokenizer
+from tests.tiny_checkpoints import byte_level_tokenizer, language_model
 from tests.tiny_models import build, mixtral
 
 Run = Callable[..., Any]
@@ -53,6 +55,13 @@ def test_people_see_families(run: Run, tiny: Path, tmp_path: Path) -> None:
     assert shown.code == 0 and shown.err == ""
     assert "160 tokens of Python" in shown.out and "in 5 samples" in shown.out
     assert "model.layers.*.mlp.down_proj  x2" in shown.out and "--scheme w8a8-static --smooth auto" in shown.out
+
+
+def test_the_command_that_it_suggests_is_quoted(run: Run, tiny: Path, tmp_path: Path) -> None:
+    model, stats = tmp_path / "it's a model", tmp_path / "my stats.safetensors"
+    model.symlink_to(tiny)
+    command = shlex.split(run("calibrate", model, *SMALL, "-o", stats).out.splitlines()[-1])
+    assert command[:3] == ["octavo", "quantize", str(model)] and command[-2:] == ["--calibration", str(stats)]
 
 
 @pytest.fixture
@@ -120,11 +129,12 @@ def test_the_length_is_what_the_model_holds(run: Run, tiny: Path, tmp_path: Path
 def test_two_processes_find_what_one_finds(run: Run, tiny: Path, tmp_path: Path) -> None:
     command = ["calibrate", str(tiny), *map(str, SMALL), "--json", "-o"]
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "octavo"]
-    two = subprocess.run([*launch, *command, str(tmp_path / "two")], capture_output=True, text=True, timeout=100)
+    paths = tmp_path / "two.safetensors", tmp_path / "one.safetensors"
+    two = subprocess.run([*launch, *command, str(paths[0])], capture_output=True, text=True, timeout=100)
     assert two.returncode == 0, two.stderr
-    one = run(*command, tmp_path / "one").data
+    one = run(*command, paths[1]).data
     assert {**json.loads(two.stdout), "output": one["output"]} == one  # one process answers
-    assert same(Stats.load(tmp_path / "two"), Stats.load(tmp_path / "one"))
+    assert same(*map(Stats.load, paths))
 
 
 @pytest.mark.parametrize(
@@ -135,8 +145,12 @@ def test_two_processes_find_what_one_finds(run: Run, tiny: Path, tmp_path: Path)
         ('{"text": "a"}\n["b"]', "line 2: expected an object"),
         ('{"text": " "}', "line 1: expected an object"),
         ('{"messages": []}', "line 1: expected an object"),
+        ('{"messages": ["hello"]}', 'line 1: a message is "hello", expected {"role"'),
+        ('{"messages": [{"role": "user", "content": "a"}, null]}', "line 1: a message is null"),
+        ('{"messages": [{"content": "a"}]}', 'line 1: a message is {"content": "a"}'),
+        ('{"messages": [{"role": "user"}]}', 'line 1: a message is {"role": "user"}'),
     ],
-    ids=["empty", "no json", "no object", "blank", "no messages"],
+    ids=["empty", "no json", "no object", "blank", "no messages", "a string", "null", "no role", "no content"],
 )
 def test_a_jsonl_file_that_is_none(content: str, words: str, run: Run, tiny: Path, tmp_path: Path) -> None:
     lines = tmp_path / "lines.jsonl"
@@ -146,6 +160,28 @@ def test_a_jsonl_file_that_is_none(content: str, words: str, run: Run, tiny: Pat
     assert not (tmp_path / "stats.safetensors").exists()
 
 
+def test_messages_that_the_template_refuses(run: Run, tmp_path: Path) -> None:
+    model, lines = language_model(tmp_path / "chat", chat=True), tmp_path / "lines.jsonl"
+    tokenizer = load_tokenizer(model)
+    tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
+    tokenizer.save_pretrained(model)
+    lines.write_text('{"messages": [{"role": "user", "content": "a"}]}')
+    shown = run("calibrate", model, "--jsonl", lines, "-o", tmp_path / "stats.safetensors")
+    assert shown.code == 1 and "do not fit the tokenizer's chat template" in shown.err
+    assert "roles must alternate" in shown.err and "did not expect" not in shown.err
+
+
+def test_what_kind_of_file_a_calibration_is(run: Run, tiny: Path, tmp_path: Path) -> None:
+    text = '{"text": "One document."}\n{"text": "Another, longer than that."}\n'
+    command = ("smooth", tiny, tmp_path / "out", "--samples", 2, "--calibration")
+    (tmp_path / "lines.json").write_text(text)
+    shown = run(*command, tmp_path / "lines.json")
+    assert shown.code == 1 and f"--calibration is {tmp_path / 'lines.json'}, expected text, .safetensors" in shown.err
+    (tmp_path / "LINES.JSONL").write_text(text + "no JSON")
+    assert "line 3: is not JSON" in run(*command, tmp_path / "LINES.JSONL").err
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("option", ["-o", "--act-scales", "--plot"])
 def test_a_file_that_cannot_be_written_is_refused_before_the_work(option: str, run: Run, tmp_path: Path) -> None:
     file = tmp_path / "nowhere" / "file"
@@ -153,10 +189,19 @@ def test_a_file_that_cannot_be_written_is_refused_before_the_work(option: str, r
     assert shown.code == 1 and f"{file}: there is no folder" in shown.err
 
 
+@pytest.mark.parametrize("name", ["stats.txt", "stats", "stats.jsonl", ".safetensors"])
+def test_statistics_that_would_not_be_read_back_are_refused_before_the_work(
+    name: str, run: Run, tmp_path: Path
+) -> None:
+    shown = run("calibrate", tmp_path / "no model", "-o", tmp_path / name)
+    assert shown.code == 1 and f"-o is {tmp_path / name}, expected a name that ends in .safetensors" in shown.err
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_sample_of_one_token_and_an_int8_model_are_refused(run: Run, tiny_int8: Path, tmp_path: Path) -> None:
-    shown = run("calibrate", tiny_int8, "--seq-len", 1, "-o", tmp_path / "x")
+    shown = run("calibrate", tiny_int8, "--seq-len", 1, "-o", tmp_path / "x.safetensors")
     assert shown.code == 1 and "--seq-len is 1" in shown.err
-    shown = run("calibrate", tiny_int8, "-o", tmp_path / "x")
+    shown = run("calibrate", tiny_int8, "-o", tmp_path / "x.safetensors")
     assert shown.code == 1 and "is quantized already" in shown.err
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,30 @@ from typing import Any
 import pytest
 import transformers
 
+from octavo.integrations.hub import load_tokenizer
+
 Run = Callable[..., Any]
+
+
+def test_a_token_that_the_model_lacks(run: Run, tiny: Path, tmp_path: Path) -> None:
+    """Of a tokenizer with tokens that were added: only who uses them is told."""
+    folder, text = tmp_path / "model", tmp_path / "text.txt"
+    shutil.copytree(tiny, folder)
+    tokenizer = load_tokenizer(folder)
+    tokenizer.add_tokens(["<new>"])
+    tokenizer.save_pretrained(folder)
+    text.write_text("a word and <new> one. " * 20)
+    words = "error: the text has token 400, and the model has 400 (0 to 399); its tokenizer is another model's"
+    for verb in (
+        ["generate", folder, "--prompt", "a <new> one"],
+        ["eval", folder, "--text", text],
+        ["calibrate", folder, "--text", text, "-o", tmp_path / "stats.safetensors"],
+    ):
+        shown = run(*verb)
+        assert shown.code == 1 and shown.err.startswith(words)
+    assert run("generate", folder, "--prompt", "a word", "--max-new-tokens", 1).code == 0
+
+
 PROMPT = "The names in Python"
 
 

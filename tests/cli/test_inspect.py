@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -130,6 +131,47 @@ def test_a_checkpoint_that_octavo_cannot_run_is_shown_as_far_as_it_goes(run: Run
     assert shown.code == 0 and "not in a way that octavo can run" in shown.out and "'gptq'" in shown.out
     data = run("inspect", foreign, "--json").data
     assert data["kind"] == "unreadable" and "'gptq'" in data["problem"] and data["dtypes"]
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn])
+def test_weights_of_a_byte_are_not_called_float(dtype: torch.dtype, run: Run, tmp_path: Path) -> None:
+    tensors = {"a.weight": torch.ones(4, 4).to(dtype), "a.scale": torch.ones(4), "b.weight": torch.ones(4)}
+    save_file(tensors, tmp_path / "model.safetensors")
+    shown = run("inspect", tmp_path)
+    assert shown.code == 0 and "a float checkpoint" not in shown.out and "To make it int8" not in shown.out
+    assert f"a.weight is {str(dtype).removeprefix('torch.')}, one of 1 weights" in shown.out
+    assert run("inspect", tmp_path, "--json").data["kind"] == "unreadable"
+
+
+def test_a_layout_that_nothing_says_is_not_called_none(run: Run, tiny_int8: Path) -> None:
+    shown = run("inspect", tiny_int8 / "model.safetensors")
+    assert "an int8 checkpoint" in shown.out and "None" not in shown.out.splitlines()[0]
+    assert "pack-quantized layout, quant_method compressed-tensors." in run("inspect", tiny_int8).out
+
+
+def suggested(out: str) -> list[str]:
+    """The arguments of the command that is printed last."""
+    return shlex.split(out.splitlines()[-1].partition("octavo ")[2])
+
+
+def test_the_command_that_it_suggests_works(run: Run, tiny: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    folder = tmp_path / "it's a name"
+    shutil.copytree(tiny, folder)
+    monkeypatch.chdir(tmp_path)
+    for path in (folder, folder / "model.safetensors"):
+        command = suggested(run("inspect", path).out)
+        assert command[:2] == ["quantize", str(folder)]
+        assert run(*command).code == 0
+        shutil.rmtree(tmp_path / "OUT")
+
+
+def test_no_command_is_suggested_where_none_works(run: Run, tiny: Path, tmp_path: Path) -> None:
+    for file in (tmp_path / "model.safetensors", tmp_path / "other.safetensors"):
+        shutil.copy(tiny / "model.safetensors", file)
+        shown = run("inspect", file).out
+        assert "octavo quantize" not in shown and f"octavo.quantize_checkpoint('{file}', " in shown
+    shutil.copy(tiny / "config.json", tmp_path)
+    assert "octavo quantize " not in run("inspect", tmp_path / "other.safetensors").out
 
 
 def test_damage_is_an_error(run: Run, foreign: Path) -> None:

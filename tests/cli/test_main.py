@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import builtins
+import errno
+import io
 import json
 import logging
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -96,6 +100,8 @@ def test_no_verb_shows_the_help_and_is_a_usage_error(run: Run) -> None:
         ["generate", "a", "--prompt", " "],
         ["generate", "a", "--prompt", "x", "--temperature", "-1"],
         ["generate", "a", "--prompt", "x", "--temperature", "nan"],
+        ["generate", "a", "--prompt", "x", "--seed", "18446744073709551616"],
+        ["generate", "a", "--prompt", "x", "--seed", "-1"],
         ["bench", "a", "--repeats", "0"],
         ["bench", "--ops", "--shapes", "8x0"],
         ["bench", "--ops", "--shapes", "8x8x8"],
@@ -120,13 +126,32 @@ def test_a_missing_source_is_one_paragraph(verb: str, options: list[str], run: R
     more = {
         "quantize": [tmp_path / "out"],
         "smooth": [tmp_path / "out"],
-        "calibrate": ["-o", tmp_path / "out"],
+        "calibrate": ["-o", tmp_path / "out.safetensors"],
         "generate": ["--prompt", "x"],
     }.get(verb, [])
     shown = run(verb, missing, *more, *options)
     assert shown.code == 1 and shown.out == ""
     assert shown.err == f"error: {missing}: no such file or folder\n"
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json"])
+def test_a_file_that_may_not_be_read_is_named(
+    name: str, run: Run, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Permissions are no test: root may read everything."""
+    really_open = io.open
+
+    def refusing(file: Any, *args: Any, **options: Any) -> Any:
+        if str(file) == str(tiny / name):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(file))
+        return really_open(file, *args, **options)
+
+    monkeypatch.setattr(io, "open", refusing)
+    monkeypatch.setattr(builtins, "open", refusing)
+    shown = run("quantize", tiny, tmp_path / "out")
+    assert shown.code == 1 and shown.err.startswith(f"error: {tiny / name}: cannot be read: Permission denied; ")
+    assert not list(tmp_path.iterdir())
 
 
 def failing(error: BaseException) -> Callable[..., Answer]:
@@ -204,6 +229,44 @@ def test_a_reader_who_has_enough_is_no_error(tiny_int8: Path) -> None:
     assert process.stderr.read() == ""
     process.stderr.close()
     assert process.wait() == 1
+
+
+@pytest.mark.parametrize(
+    "argv", [["inspect"], ["inspect", "--json"], ["generate", "--prompt", "x", "--max-new-tokens", "2"]], ids=" ".join
+)
+def test_an_output_that_is_full_is_told_in_one_line(argv: list[str], tiny: Path) -> None:
+    verb, *options = argv
+    with open("/dev/full", "w") as full:
+        found = subprocess.run(
+            [sys.executable, "-m", "octavo", verb, tiny, *options], stdout=full, stderr=subprocess.PIPE, text=True
+        )
+    words = "error: stdout cannot be written: No space left on device; make room there, or send it elsewhere\n"
+    assert (found.returncode, found.stderr) == (1, words)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ('"x"', "holds a JSON str, expected an object"),
+        ("[1]", "holds a JSON list, expected an object"),
+        ({"quantization_config": "int8"}, "quantization_config is 'int8', expected an object"),
+        ({"architectures": "LlamaForCausalLM"}, "architectures is 'LlamaForCausalLM', expected a list of names"),
+        ({"hidden_size": "many"}, "Field 'hidden_size' expected int, got str"),
+    ],
+    ids=["str", "list", "quantization_config", "architectures", "a size"],
+)
+@pytest.mark.parametrize("verb", ["quantize", "inspect", "generate"])
+def test_a_config_that_is_none(verb: str, change: Any, words: str, run: Run, tiny: Path, tmp_path: Path) -> None:
+    folder, config = tmp_path / "model", tmp_path / "model" / "config.json"
+    shutil.copytree(tiny, folder)
+    text = change if isinstance(change, str) else json.dumps({**json.loads(config.read_text()), **change})
+    config.write_text(text)
+    more = {"quantize": [tmp_path / "out"], "generate": ["--prompt", "x"]}.get(verb, [])
+    shown = run(verb, folder, *more)
+    if verb == "inspect" and "hidden_size" in words:
+        return  # it reads no more of it than it needs
+    assert shown.code == 1 and shown.err.startswith(f"error: {folder}") and words in shown.err
+    assert "did not expect" not in shown.err
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])

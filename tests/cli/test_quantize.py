@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import torch
 import octavo
 from octavo.cli.text import sample_text
 from octavo.integrations.calibration import load_float, text_batches
+from tests.tiny_models import bert, build, t5
 
 Run = Callable[..., Any]
 
@@ -43,6 +45,18 @@ def test_people_see_the_families_the_sizes_and_what_to_do_next(run: Run, tiny: P
     assert f"octavo eval '{out}' --baseline {tiny}" in shown.out
 
 
+@pytest.mark.parametrize("make", [bert, t5])
+def test_the_next_steps_of_a_model_that_writes_no_text_are_others(
+    make: Callable[[], Any], run: Run, tmp_path: Path
+) -> None:
+    build(make).save_pretrained(tmp_path / "float")
+    out = tmp_path / "in t8"
+    shown = run("quantize", tmp_path / "float", out)
+    assert shown.code == 0 and "octavo eval" not in shown.out and "octavo generate" not in shown.out
+    (command,) = (line.partition("octavo inspect ")[2] for line in shown.out.splitlines() if "octavo inspect" in line)
+    assert shlex.split(command) == [str(out)] and run("inspect", out).code == 0
+
+
 @pytest.mark.parametrize("suffix", [".json", ".yaml"])
 def test_a_recipe_file(suffix: str, run: Run, tiny: Path, tmp_path: Path) -> None:
     recipe = tmp_path / f"recipe{suffix}"
@@ -51,6 +65,16 @@ def test_a_recipe_file(suffix: str, run: Run, tiny: Path, tmp_path: Path) -> Non
     rows = data["coverage"]["rows"]
     assert {row["scheme"] for row in rows if "self_attn" in row["name"]} == {"w8a16 g32"}
     assert {row["reason"] for row in rows if ".mlp." in row["name"]} == {"ignored by 're:.*mlp'"}
+
+
+@pytest.mark.parametrize("value", ["null", "3"])
+def test_a_list_in_a_recipe_file_that_is_none(value: str, run: Run, tiny: Path, tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(f"scheme: w8a16\nignore: {value}\n")
+    shown = run("quantize", tiny, tmp_path / "out", "--recipe", recipe)
+    got = {"null": "None"}.get(value, value)
+    assert shown.code == 1
+    assert shown.err == f"error: {recipe}: ignore is {got}, expected a list of patterns; write [] for none\n"
 
 
 def test_max_shard_size_cuts_shards(run: Run, tiny: Path, tmp_path: Path) -> None:
@@ -75,6 +99,14 @@ def test_errors_leave_nothing_behind(options: list[str], words: str, run: Run, t
     assert shown.code == 1 and shown.out == ""
     assert words in shown.err and shown.err.startswith("error: ")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("kind", ["Conv2d", "Experts"])
+def test_a_kind_that_the_model_lacks_is_not_what_was_meant(kind: str, run: Run, tiny: Path, tmp_path: Path) -> None:
+    shown = run("quantize", tiny, tmp_path / "out", "--ignore", kind)
+    assert shown.code == 1 and f"{kind!r} matches no layer of this model." in shown.err
+    assert "a kind of layer that it has (Embedding, Linear, OutputHead" in shown.err
+    assert "did you mean 'Linear'?" in run("quantize", tiny, tmp_path / "out", "--ignore", "Linar").err
 
 
 SMALL = ("--samples", 4, "--seq-len", 32)

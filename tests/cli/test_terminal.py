@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from octavo.cli import terminal as room
 from octavo.cli.terminal import Terminal
 from octavo.cli.verb import Answer
+from octavo.report import SmoothedPair, SmoothReport
 from octavo.tables import Table
 
 WIDE = Table(
@@ -91,6 +92,16 @@ def test_no_progress_for_quick_work_a_pipe_or_a_program(monkeypatch: pytest.Monk
     assert progress_of(0.0, Terminal(), monkeypatch, Screen()) == ""
     assert progress_of(0.2, Terminal(), monkeypatch, io.StringIO()) == ""
     assert progress_of(0.2, Terminal(json=True), monkeypatch, Screen()) == ""
+
+
+def test_the_widest_table_fits_a_terminal_of_80(monkeypatch: pytest.MonkeyPatch) -> None:
+    name = "model.layers.{}.mlp.{}".format
+    pairs = [
+        SmoothedPair(name(i, "up_proj"), (name(i, "down_proj"),), 0.1 + i / 100, 3e3 + i, 0.02 + i, 1e-4 * i, 1e-5 * i)
+        for i in range(1, 30)
+    ]
+    left = SmoothedPair("model.norm", ("lm_head",), reason="model.embed_tokens.weight is also lm_head.weight")
+    assert max(map(len, shown(SmoothReport((*pairs, left)).table(), monkeypatch, Screen(), 80))) <= 80
 
 
 def test_an_error_folds_in_a_terminal_and_is_one_line_in_a_log(monkeypatch: pytest.MonkeyPatch) -> None:

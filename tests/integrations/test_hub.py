@@ -14,7 +14,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -25,6 +24,7 @@ from octavo import CheckpointError, OctavoWarning
 from octavo.integrations import hub
 from octavo.modules import QuantModule
 from tests import tiny_models
+from tests.tiny_checkpoints import gguf_file
 from tests.tiny_models import build, llama, tokens
 
 pytest.importorskip("transformers")
@@ -463,23 +463,12 @@ def test_models_that_were_loaded_can_be_pickled(tmp_path: Path) -> None:
 
 def test_a_gguf_file_without_one_of_the_tensors_is_refused(tmp_path: Path) -> None:
     """Transformers would make up the weights that are missing, other ones each time."""
-    gguf = pytest.importorskip("gguf")
-    config = build(llama, tie_word_embeddings=True).config
-    writer = gguf.GGUFWriter(tmp_path / "model.gguf", "llama")
-    writer.add_context_length(64)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_block_count(1)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_layer_norm_rms_eps(1e-6)
-    writer.add_vocab_size(config.vocab_size)
-    writer.add_tensor("token_embd.weight", np.ones((config.vocab_size, config.hidden_size), np.float32))
-    writer.add_tensor("output_norm.weight", np.ones(config.hidden_size, np.float32))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    gguf_file(
+        tmp_path / "model.gguf",
+        without=tuple(f"blk.0.{name}" for name in (
+            "attn_norm", "ffn_norm", "attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down",
+        )),
+    )  # fmt: skip
     for call in (octavo.load, lambda file: octavo.quantize_checkpoint(file, tmp_path / "out", "w8a16")):
         with pytest.raises(CheckpointError, match=r"model\.gguf: 9 parameters of LlamaForCausalLM are missing"):
             call(tmp_path / "model.gguf")
