@@ -58,7 +58,11 @@ def int8_names(reader: CheckpointReader, rename: Rename = lambda name: name) -> 
         known = config is not None or f"{name}_scale" in reader
         return known and name.rpartition(".")[2] == "weight" and reader.info(name).dtype == torch.int8
 
-    on_disk = [name.removesuffix("_packed") for name in reader.names if name.endswith("_packed") or is_plain(name)]
+    def is_packed(name: str) -> bool:  # and no buffer of the model that has such a name
+        weight = name.removesuffix("_packed")
+        return weight != name and (f"{weight}_scale" in reader or f"{weight}_shape" in reader)
+
+    on_disk = [name.removesuffix("_packed") for name in reader.names if is_packed(name) or is_plain(name)]
     return {rename(name) or name: name for name in on_disk}
 
 
@@ -74,11 +78,11 @@ def load_into(folder: str | Path, model: nn.Module, *, progress: Progress | None
     """
     report = stored_coverage(Path(folder))
     with CheckpointReader(folder) as reader:
-        int8 = int8_names(reader)
+        saved = model.state_dict().keys()
+        int8 = {name: stored for name, stored in int8_names(reader).items() if f"{stored}_packed" not in saved}
         parts = expert_parts(model)
         decisions = stored_decisions(reader, model, int8, parts)
         floats = _float_places(reader, model, int8, decisions)
-        saved = model.state_dict().keys()
         left = [name for name, buffer in model.named_buffers() if buffer.is_meta and name not in saved]
         if left:
             raise CheckpointError(

@@ -324,6 +324,20 @@ def test_a_tied_weight_is_not_loaded_into_a_model_that_wants_two(tmp_path: Path,
         octavo.load(tmp_path / "out", model=TwoTables("none"))
 
 
+@pytest.mark.parametrize("beside", [(), ("mask_scale",), ("mask_scale", "mask_shape")])
+def test_a_buffer_that_is_called_as_packed_codes_are_is_a_buffer(tmp_path: Path, beside: tuple[str, ...]) -> None:
+    def make(value: int) -> nn.Module:
+        model = nn.Sequential(nn.Linear(4, 4))
+        for name in ("mask_packed", *beside):
+            model.register_buffer(name, torch.full((4, 1), value, dtype=torch.int32))
+        return model
+
+    model = make(7)
+    octavo.quantize(model, "w8a16")
+    octavo.save(model, tmp_path / "out")
+    assert_same(octavo.load(tmp_path / "out", model=make(0)).state_dict(), model.state_dict())
+
+
 def test_the_model_is_not_modified_by_saving(tmp_path: Path) -> None:
     model = quantized(include=["lm_head"])
     before = bits(model)
