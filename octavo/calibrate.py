@@ -40,7 +40,7 @@ from octavo.feeding import at_rest, check_batches, device_of, feed, first_tensor
 from octavo.layers import is_stack, kind_of
 from octavo.observers import Observer, ObserverKind, observe
 
-__all__ = ["Stats", "calibrate", "columns_of"]
+__all__ = ["Stats", "calibrate", "check_stats", "columns_of"]
 
 Progress = Callable[[int, int], None]
 """Called with (batches done, number of batches or 0)."""
@@ -243,6 +243,15 @@ def calibrate(
     if stats.unrouted and rank == 0:
         _warn_of_unrouted(stats)
     return stats
+
+
+def check_stats(stats: object) -> None:
+    """Raise CalibrateError for what is no Stats."""
+    if not isinstance(stats, Stats):
+        raise CalibrateError(
+            f"stats is a {type(stats).__name__}, expected what octavo.calibrate returned; octavo.Stats.load reads a "
+            "file of it"
+        )
 
 
 def _warn_of_unrouted(stats: Stats) -> None:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from octavo.calibrate import Stats
+from octavo.calibrate import Stats, check_stats
 from octavo.coverage import REASONS_ATTRIBUTE, ROUTER_REASON, Coverage, coverage
 from octavo.errors import CalibrateError, OctavoWarning, QuantizeError, RecipeError
 from octavo.experts import routers
@@ -387,6 +387,8 @@ def fix_inputs(
     Raises: CalibrateError as `quantize` does.
     """
     check_observer(observer)
+    if stats is not None:
+        check_stats(stats)
     static = {decision.name: decision for decision in decisions if decision.scheme and decision.scheme.is_static}
     if not static:
         return

@@ -27,8 +27,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from octavo.calibrate import Stats, columns_of
-from octavo.errors import CalibrateError, OctavoWarning, QuantizeError
+from octavo.calibrate import Stats, check_stats, columns_of
+from octavo.errors import CalibrateError, OctavoWarning, QuantizeError, RecipeError
 from octavo.expert_inputs import ExpertsObserver
 from octavo.experts import spec_of
 from octavo.layers import kind_of
@@ -79,7 +79,10 @@ def smooth(
     """
     if alpha != "auto" and not (isinstance(alpha, float | int) and 0 <= alpha <= 1):
         raise QuantizeError(f"alpha is {alpha!r}, expected a number from 0 to 1, or 'auto'")
+    check_stats(stats)
     chosen = Scheme.of(scheme) if isinstance(scheme, str) else scheme
+    if not isinstance(chosen, Scheme):
+        raise RecipeError(f"scheme is {scheme!r}, expected a preset's name or a Scheme")
     if chosen.input is None:
         raise QuantizeError(f"scheme is {chosen}, whose inputs stay float, so that there is nothing to smooth for")
     schemes = (chosen, chosen.as_dynamic()) if chosen.is_static and repair else (chosen,)

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from octavo import CalibrateError, QuantizeError, register_experts
 from octavo.calibrate import Stats, calibrate
-from octavo.errors import OctavoWarning
+from octavo.errors import OctavoWarning, RecipeError
 from octavo.modules import QuantExperts
 from octavo.pairs import Layout, find_pairs
 from octavo.quantize import quantize
@@ -698,6 +698,18 @@ def test_alpha_is_a_number_or_auto(alpha: Any) -> None:
     model = Net()
     with pytest.raises(QuantizeError, match=r"expected a number from 0 to 1, or 'auto'"):
         smooth(model, calibrate(model, [X]), alpha)
+
+
+@pytest.mark.parametrize("stats", [None, {}], ids=repr)
+def test_what_is_no_statistics_is_named(stats: Any) -> None:
+    with pytest.raises(CalibrateError, match=rf"^stats is a {type(stats).__name__}, expected what octavo.calibrate"):
+        smooth(nn.Sequential(nn.Linear(4, 4)), stats)
+
+
+def test_what_is_no_scheme_is_named() -> None:
+    model = nn.Sequential(nn.Linear(4, 4))
+    with pytest.raises(RecipeError, match=r"^scheme is 5, expected a preset's name or a Scheme$"):
+        smooth(model, calibrate(model, [torch.ones(1, 4)]), scheme=5)  # type: ignore[arg-type]
 
 
 def test_statistics_without_a_batch() -> None:
