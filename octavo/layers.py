@@ -17,7 +17,7 @@ module in `modules.py`, one op in `ops/`.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor, nn
@@ -179,8 +179,14 @@ def _why_not_experts(layer: nn.Module) -> str | None:
     assert spec is not None
     if reason := why_not_stacks(layer, spec):
         return reason
-    for param in spec.params:
+    return _why_not_values(layer, spec.params)
+
+
+def _why_not_values(layer: nn.Module, params: Iterable[str]) -> str | None:
+    for param in params:
         dtype = getattr(layer, param).dtype
+        if dtype.is_complex:
+            return f"its {param} is {dtype}, and int8 codes have no imaginary part"
         if not dtype.is_floating_point or dtype.itemsize == 1:
             return f"its {param} is {dtype}, already a low-precision type"
     return None
@@ -215,8 +221,4 @@ def why_not(layer: nn.Module, kind: LayerKind) -> str | None:
         )
     if kind.name == "Embedding" and layer.max_norm is not None:
         return "max_norm renormalizes the float table at every lookup"
-    for param in kind.params_of(layer):
-        dtype = getattr(layer, param).dtype
-        if not dtype.is_floating_point or dtype.itemsize == 1:
-            return f"its {param} is {dtype}, already a low-precision type"
-    return None
+    return _why_not_values(layer, kind.params_of(layer))

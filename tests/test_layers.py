@@ -183,6 +183,7 @@ REASONS: list[tuple[Callable[[], nn.Module], str]] = [
     (lambda: prune.l1_unstructured(nn.Linear(3, 4), "bias", 0.5), "its bias is not a parameter"),
     (lambda: nn.Embedding(4, 3, max_norm=1.0), "max_norm renormalizes the float table at every lookup"),
     (low_precision, "its weight is torch.float8_e4m3fn, already a low-precision type"),
+    (lambda: nn.Linear(3, 4, dtype=torch.complex64), "its weight is torch.complex64, and int8 codes have no imaginary"),
     (integer, "its weight is torch.int8, already a low-precision type"),
 ]
 

@@ -288,8 +288,9 @@ class _Tensors:
         return encoded
 
     def rows(self) -> list[Row]:
-        """The coverage: a row for every float tensor on disk."""
-        return [self._row(name) for name in self._reader.names if self._reader.info(name).dtype.is_floating_point]
+        """The coverage: a row for every float (or complex) tensor on disk."""
+        dtypes = {name: self._reader.info(name).dtype for name in self._reader.names}
+        return [self._row(name) for name, dtype in dtypes.items() if dtype.is_floating_point or dtype.is_complex]
 
     def _row(self, name: str) -> Row:
         info, param = self._reader.info(name), self._param[name] or ""
