@@ -184,7 +184,13 @@ def _why_not_experts(layer: nn.Module) -> str | None:
 
 def _why_not_values(layer: nn.Module, params: Iterable[str]) -> str | None:
     for param in params:
-        dtype = getattr(layer, param).dtype
+        values = getattr(layer, param)
+        if hasattr(type(values), "__tensor_flatten__"):  # torch's protocol of tensors made of others
+            return (
+                f"its {param} is a {type(values).__name__}, which holds its values in tensors of its own (sharded, or "
+                "quantized by others), expected a plain one; quantize before the model is distributed"
+            )
+        dtype = values.dtype
         if dtype.is_complex:
             return f"its {param} is {dtype}, and int8 codes have no imaginary part"
         if not dtype.is_floating_point or dtype.itemsize == 1:

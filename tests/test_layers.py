@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize, prune
 
+import octavo
 from octavo import layers
 from octavo.layers import KINDS, kind_of, why_not
 from octavo.primitives import choose_scale
@@ -168,6 +169,31 @@ def integer() -> nn.Module:
     layer = nn.Linear(3, 4)
     layer.weight = nn.Parameter(torch.zeros(4, 3, dtype=torch.int8), requires_grad=False)
     return layer
+
+
+@pytest.fixture
+def mesh() -> Iterator[Any]:
+    from torch.distributed.tensor import init_device_mesh
+
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    yield init_device_mesh("cpu", (1,))
+    torch.distributed.destroy_process_group()
+
+
+def test_distributed_weights_stay_as_they_are(mesh: Any) -> None:
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    def distributed(values: Tensor) -> nn.Parameter:
+        return nn.Parameter(distribute_tensor(values.detach(), mesh, [Shard(0)]))
+
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    sharded = model[0]
+    sharded.weight, sharded.bias = distributed(sharded.weight), distributed(sharded.bias)
+    with pytest.warns(octavo.OctavoWarning, match="its weight is a DTensor"):
+        report = octavo.quantize(model, "w8a16")
+    assert [type(layer).__name__ for layer in model] == ["Linear", "QuantLinear"]
+    (reason,) = [row.reason or "" for row in report.rows if row.name == "0.weight"]
+    assert re.match("its weight is a DTensor, .*expected a plain one; quantize before the model is distributed", reason)
 
 
 REASONS: list[tuple[Callable[[], nn.Module], str]] = [
