@@ -37,10 +37,10 @@ from octavo.errors import CalibrateError, OctavoWarning
 from octavo.expert_inputs import ExpertsObserver, observe_experts, rows_of_each
 from octavo.experts import ExpertsSpec, argument_names, arguments, spec_of
 from octavo.feeding import at_rest, check_batches, device_of, feed, first_tensor, padding_mask
-from octavo.layers import is_stack, kind_of
+from octavo.layers import is_stack, kind_of, why_not
 from octavo.observers import Observer, ObserverKind, observe
 
-__all__ = ["Stats", "calibrate", "check_stats", "columns_of"]
+__all__ = ["Stats", "calibrate", "check_stats", "columns_of", "largest_of_columns"]
 
 Progress = Callable[[int, int], None]
 """Called with (batches done, number of batches or 0)."""
@@ -57,7 +57,8 @@ class Stats:
     fed the very same tensor, at every call. example: the first batch, by which `octavo.smooth` finds its way through
     the model; None for statistics that came without one. further: batches that reach layers which no batch before them
     did (another modality, another branch), on which smoothing is proved too. experts: name of a stack of down
-    projections -> its inputs, expert by expert.
+    projections -> its inputs, expert by expert. columns: layer's name -> the largest magnitude of each column of its
+    weight, fp32 [K], by which a model is told from what smoothing makes of it.
     """
 
     observers: dict[str, Observer]
@@ -66,6 +67,7 @@ class Stats:
     example: Any = None
     further: tuple[Any, ...] = ()
     experts: dict[str, ExpertsObserver] = dataclasses.field(default_factory=dict)
+    columns: dict[str, Tensor] = dataclasses.field(default_factory=dict)
 
     @property
     def unrouted(self) -> dict[str, tuple[int, ...]]:
@@ -73,7 +75,8 @@ class Stats:
         return {name: seen.unrouted for name, seen in self.experts.items() if seen.unrouted}
 
     def check_are_of(self, model: nn.Module) -> None:
-        """Raise CalibrateError if they are of another model: one with other layers, or with inputs of other sizes."""
+        """Raise CalibrateError if they are of another model: one with other layers, with inputs of other sizes, or one
+        that was smoothed where this one was not, or the other way round."""
         modules, parameters = dict(model.named_modules()), dict(model.named_parameters())
         strange = [name for name in self.observers if name not in modules]
         strange += [name for name in self.experts if name not in parameters]
@@ -95,6 +98,14 @@ class Stats:
                 raise CalibrateError(
                     f"stats are of another model: they do not know {min(missing)!r} ({len(missing)} such); calibrate "
                     "this one"
+                )
+
+        for name, now in largest_of_columns(modules).items():
+            if name in self.columns and _is_smoothed(self.columns[name], now):
+                raise CalibrateError(
+                    f"stats are of another model: the columns of {name!r} differ from theirs by powers of two, so that "
+                    "one of the two was smoothed; calibrate this one, or give the stats that octavo.smooth was given, "
+                    "which follow"
                 )
 
     def siblings(self, name: str) -> tuple[str, ...]:
@@ -128,12 +139,14 @@ class Stats:
                 tensors |= {f"{name}:{part}": getattr(seen, part).contiguous() for part in _PARTS}
         for name, experts in self.experts.items():
             tensors |= {f"{name}:{part}": value.contiguous() for part, value in vars(experts).items()}
+        tensors |= {f"{name}:columns": largest for name, largest in self.columns.items()}
         about = {
             "format": _FORMAT,
             "tokens": {name: seen.tokens for name, seen in self.observers.items()},
             "unreached": self.unreached,
             "shared": self.shared,
             "experts": list(self.experts),
+            "columns": list(self.columns),
             "example": _flattened(self.example, tensors),
             "further": [_flattened(batch, tensors) for batch in self.further],
         }
@@ -158,6 +171,7 @@ class Stats:
         parts = [field.name for field in dataclasses.fields(ExpertsObserver)]
         for name in about["experts"]:
             stats.experts[name] = ExpertsObserver(**{part: tensors[f"{name}:{part}"] for part in parts})
+        stats.columns = {name: tensors[f"{name}:columns"] for name in about.get("columns", ())}
         stats.example = _restored(about["example"], tensors)
         stats.further = tuple(_restored(batch, tensors) for batch in about.get("further", ()))
         return stats
@@ -240,6 +254,7 @@ def calibrate(
     if not count:
         raise CalibrateError("batches is empty, expected at least one; an iterator can be read only once")
     stats = _merged(watch, layers, rows, example)
+    stats.columns = largest_of_columns(layers)
     if stats.unrouted and rank == 0:
         _warn_of_unrouted(stats)
     return stats
@@ -272,6 +287,27 @@ def columns_of(module: nn.Module) -> int | None:
     if kind is None or weight is None or weight.dim() != 2:
         return None
     return kind.rows(weight, module).shape[1]
+
+
+def largest_of_columns(layers: Mapping[str, nn.Module]) -> dict[str, Tensor]:
+    """Linear layer that can be int8 -> the largest magnitude of each column of its weight, fp32 [K]."""
+    found: dict[str, Tensor] = {}
+    for name, layer in layers.items():
+        kind = kind_of(layer)
+        if kind is not None and kind.int8_input and columns_of(layer) and why_not(layer, kind) is None:
+            weight = layer.get_parameter("weight").detach()
+            if weight.numel() and not weight.is_meta:
+                found[name] = kind.rows(weight, layer).abs().amax(0).float().cpu()
+    return found
+
+
+def _is_smoothed(before: Tensor, now: Tensor) -> bool:
+    """Whether columns [K] were multiplied by powers of two; rounding to another dtype is not that."""
+    if before.shape != now.shape:
+        return False
+    alive = (before > 0) & (now > 0)
+    log2 = (now[alive] / before[alive]).log2()
+    return bool(((log2 - log2.round()).abs() < 0.01).all()) and bool(log2.round().any())
 
 
 def is_watched(module: nn.Module) -> bool:

@@ -27,7 +27,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from octavo.calibrate import Stats, check_stats, columns_of
+from octavo.calibrate import Stats, check_stats, columns_of, largest_of_columns
 from octavo.errors import CalibrateError, OctavoWarning, QuantizeError, RecipeError
 from octavo.expert_inputs import ExpertsObserver
 from octavo.experts import spec_of
@@ -115,6 +115,8 @@ def smooth(
     for fold in folded:
         fold.divide(stats)
         done.append(fold.report)
+    if stats.columns:
+        stats.columns = largest_of_columns(dict(model.named_modules()))
     order = {pair.source: i for i, pair in enumerate(pairs)}
     return SmoothReport(tuple(sorted(done, key=lambda row: order[row.source])))
 

@@ -688,6 +688,35 @@ def test_weights_that_fp16_cannot_hold_scaled_are_left_as_they_are() -> None:
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
+@pytest.mark.parametrize("stored", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_statistics_of_the_model_before_or_after_it_was_smoothed(
+    tmp_path: Path, dtype: torch.dtype, stored: bool
+) -> None:
+    def kept(stats: Stats) -> Stats:
+        return Stats.load(stats.save(tmp_path / "stats")) if stored else copy.deepcopy(stats)
+
+    plain = ARCHITECTURES["llama"].build()
+    inject(ARCHITECTURES["llama"], plain)
+    smoothed = copy.deepcopy(plain)
+    before = calibrate(smoothed, [ARCHITECTURES["llama"].batch(9)])
+    stats = kept(before)
+    smooth(smoothed, stats)
+    for model in (plain, smoothed):
+        model.to(dtype)
+    message = "the columns of .* differ from theirs by powers of two, so that one of the two was smoothed"
+    for model, wrong in ((plain, kept(stats)), (smoothed, kept(before))):
+        weights = copy.deepcopy(model.state_dict())
+        with pytest.raises(CalibrateError, match=message):
+            quantize(model, "w8a8-static", stats=wrong)
+        with pytest.raises(CalibrateError, match=message):
+            smooth(model, wrong)
+        assert model.state_dict().keys() == weights.keys()
+        assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
+    quantize(plain, "w8a8-static", stats=kept(before))
+    quantize(smoothed, "w8a8-static", stats=kept(stats))
+
+
 def test_statistics_of_another_model() -> None:
     with pytest.raises(CalibrateError, match="of another model: it has no layer"):
         smooth(Net(), calibrate(Experts((0, 1)), [X]))
