@@ -14,7 +14,6 @@ of processes), and all end with the same Stats, equal to those of one process.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import errno
 import hashlib
@@ -23,7 +22,7 @@ import os
 import secrets
 import warnings
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
+from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -32,18 +31,16 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from octavo.errors import CalibrateError, OctavoWarning
 from octavo.expert_inputs import ExpertsObserver, observe_experts, rows_of_each
 from octavo.experts import ExpertsSpec, argument_names, arguments, spec_of
-from octavo.feeding import at_rest, check_batches, device_of, feed, first_tensor, padding_mask
+from octavo.feeding import Progress, at_rest, check_batches, device_of, feed, first_tensor, hooked, padding_mask
 from octavo.layers import is_stack, kind_of, why_not
 from octavo.observers import Observer, ObserverKind, observe
 
 __all__ = ["Stats", "calibrate", "check_stats", "columns_of", "largest_of_columns"]
-
-Progress = Callable[[int, int], None]
-"""Called with (batches done, number of batches or 0)."""
 
 ROWS = 256
 """Rows of a layer's input that are kept, to measure errors on."""
@@ -242,7 +239,7 @@ def calibrate(
     rank, processes = _share()
     total = len(batches) if isinstance(batches, Sized) else 0
     example, count = None, 0
-    with at_rest(model), _hooks(layers, _seer(watch)), _hooks(stacks, _seer_of_experts(watch)):
+    with at_rest(model), hooked(layers, _seer(watch)), hooked(stacks, _seer_of_experts(watch)):
         for count, batch in enumerate(batches, start=1):
             example = batch if count == 1 else example
             if (count - 1) % processes == rank:
@@ -412,44 +409,29 @@ class _Watch:
         return torch.stack(counts).any(0) if counts else None
 
 
-Hook = Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]
-
-
-@contextlib.contextmanager
-def _hooks(layers: Mapping[str, nn.Module], hook_of: Callable[[str, nn.Module], Hook]) -> Iterator[None]:
-    handles = []
-    try:
-        for name, layer in layers.items():
-            handles.append(layer.register_forward_pre_hook(hook_of(name, layer), with_kwargs=True))
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _seer(watch: _Watch) -> Callable[[str, nn.Module], Hook]:
-    def hook_of(name: str, module: nn.Module) -> Hook:
+def _seer(watch: _Watch) -> Callable[[str, nn.Module], RemovableHandle]:
+    def register(name: str, module: nn.Module) -> RemovableHandle:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             x = first_tensor(args, kwargs)
             if x is not None and x.dim() and x.shape[-1]:
                 watch.see(name, module, x)
 
-        return hook
+        return module.register_forward_pre_hook(hook, with_kwargs=True)
 
-    return hook_of
+    return register
 
 
-def _seer_of_experts(watch: _Watch) -> Callable[[str, nn.Module], Hook]:
-    def hook_of(name: str, layer: nn.Module) -> Hook:
+def _seer_of_experts(watch: _Watch) -> Callable[[str, nn.Module], RemovableHandle]:
+    def register(name: str, layer: nn.Module) -> RemovableHandle:
         spec, names = spec_of(layer), argument_names(type(layer))
         assert spec is not None
 
         def hook(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             watch.see_experts(name, layer, spec, arguments(names, args, kwargs))
 
-        return hook
+        return layer.register_forward_pre_hook(hook, with_kwargs=True)
 
-    return hook_of
+    return register
 
 
 def _refuse_infinite(name: str, amax: Tensor, where: str = "the statistics") -> None:

@@ -28,7 +28,7 @@ from octavo.experts import spec_of, why_not_stacks
 from octavo.ops import quantize_weight
 from octavo.recipe import Scheme, WeightArgs
 
-__all__ = ["EXPERTS", "KINDS", "LayerKind", "is_stack", "kind_of", "why_not"]
+__all__ = ["EXPERTS", "KINDS", "LayerKind", "is_stack", "kind_of", "users_of_parameters", "why_not"]
 
 
 def _as_is(weight: Tensor, layer: nn.Module) -> Tensor:
@@ -87,10 +87,8 @@ class LayerKind:
             return self.module
         return modules.DynamicQuantLinear if scheme.input.dynamic else modules.StaticQuantLinear
 
-    def quantize_param(
-        self, layer: nn.Module, param: str, weight: Tensor, scheme: Scheme, name: str
-    ) -> tuple[Tensor, Tensor]:
-        """Codes (int8, output channels first) and scale (fp32) of `weight`, the parameter `param` of `layer`."""
+    def quantize_param(self, layer: nn.Module, weight: Tensor, scheme: Scheme, name: str) -> tuple[Tensor, Tensor]:
+        """Codes (int8, output channels first) and scale (fp32) of `weight`, a parameter of `layer`."""
         args = self.effective(scheme).weight
         rows = self.rows(weight, layer)
         codes, scale = quantize_weight(rows, args.granularity, group_size=args.group_size, name=name)
@@ -112,9 +110,7 @@ class _ExpertsKind(LayerKind):
     def module_for(self, scheme: Scheme) -> type[modules.QuantModule]:
         return self.module
 
-    def quantize_param(
-        self, layer: nn.Module, param: str, weight: Tensor, scheme: Scheme, name: str
-    ) -> tuple[Tensor, Tensor]:
+    def quantize_param(self, layer: nn.Module, weight: Tensor, scheme: Scheme, name: str) -> tuple[Tensor, Tensor]:
         """One expert after the other: codes int8 [E, N, K], scale fp32 [E, N, 1]."""
         spec = spec_of(layer)
         assert spec is not None
@@ -196,6 +192,16 @@ def _why_not_values(layer: nn.Module, params: Iterable[str]) -> str | None:
         if not dtype.is_floating_point or dtype.itemsize == 1:
             return f"its {param} is {dtype}, already a low-precision type"
     return None
+
+
+def users_of_parameters(model: nn.Module) -> dict[int, list[str]]:
+    """id of a parameter -> its name in each module that holds it."""
+    users: dict[int, list[str]] = {}
+    for name, module in model.named_modules():
+        for own, parameter in module._parameters.items():
+            if parameter is not None:
+                users.setdefault(id(parameter), []).append(f"{name}.{own}" if name else own)
+    return users
 
 
 def is_stack(module: nn.Module) -> bool:

@@ -31,6 +31,7 @@ from octavo.calibrate import Stats, check_stats, columns_of, largest_of_columns
 from octavo.errors import CalibrateError, OctavoWarning, QuantizeError, RecipeError
 from octavo.expert_inputs import ExpertsObserver
 from octavo.experts import spec_of
+from octavo.feeding import Progress
 from octavo.layers import kind_of
 from octavo.pairs import Pair, Product, Sink, find_pairs, is_norm, products, scales_by_one_plus
 from octavo.recipe import Scheme
@@ -38,9 +39,6 @@ from octavo.report import SmoothedPair, SmoothReport, sqnr_db
 from octavo.sensitivity import CATASTROPHE_DB, OUTPUTS, evenly, output_error, rounded_input
 
 __all__ = ["GRID", "smooth"]
-
-Progress = Callable[[int, int], None]
-"""Called with (pairs done, pairs in all)."""
 
 GRID = tuple(i / 20 for i in range(20))
 """The values that alpha="auto" tries: 0, 0.05, ... 0.95. It tries them with two ranges in the place of amax(x_j): that

@@ -18,13 +18,14 @@ from torch import Tensor, nn
 from octavo.coverage import REASONS_ATTRIBUTE, Coverage
 from octavo.errors import CheckpointError
 from octavo.experts import spec_of
+from octavo.feeding import Progress
 from octavo.formats import compressed_tensors as layout
 from octavo.formats.checkpoint import CheckpointReader, TensorInfo
 from octavo.formats.experts import Part, expert_parts
 from octavo.formats.saving import COVERAGE_FILE
 from octavo.layers import EXPERTS, kind_of
 from octavo.modules import Codes, QuantModule
-from octavo.quantize import Decision, Progress, install, output_heads
+from octavo.quantize import Decision, install, output_heads
 from octavo.recipe import InputArgs, Scheme, WeightArgs
 
 __all__ = [

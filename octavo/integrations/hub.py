@@ -19,9 +19,9 @@ from torch import nn
 from octavo import formats
 from octavo.coverage import Coverage
 from octavo.errors import CheckpointError, MissingExtra, OctavoError
+from octavo.feeding import Progress
 from octavo.formats.checkpoint import CheckpointReader
 from octavo.formats.stream import quantize_files
-from octavo.quantize import Progress
 from octavo.quantize import quantize as quantize_layers
 from octavo.recipe import Pattern, Recipe, Scheme
 
