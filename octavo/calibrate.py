@@ -14,7 +14,6 @@ of processes), and all end with the same Stats, equal to those of one process.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import errno
 import hashlib
@@ -23,7 +22,7 @@ import os
 import secrets
 import warnings
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
+from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -32,18 +31,16 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from octavo.errors import CalibrateError, OctavoWarning
 from octavo.expert_inputs import ExpertsObserver, observe_experts, rows_of_each
 from octavo.experts import ExpertsSpec, argument_names, arguments, spec_of
-from octavo.feeding import at_rest, check_batches, device_of, feed, first_tensor, padding_mask
-from octavo.layers import is_stack, kind_of
+from octavo.feeding import Progress, at_rest, check_batches, device_of, feed, first_tensor, hooked, padding_mask
+from octavo.layers import is_stack, kind_of, why_not
 from octavo.observers import Observer, ObserverKind, observe
 
-__all__ = ["Stats", "calibrate", "columns_of"]
-
-Progress = Callable[[int, int], None]
-"""Called with (batches done, number of batches or 0)."""
+__all__ = ["Stats", "calibrate", "check_stats", "columns_of", "largest_of_columns"]
 
 ROWS = 256
 """Rows of a layer's input that are kept, to measure errors on."""
@@ -57,7 +54,8 @@ class Stats:
     fed the very same tensor, at every call. example: the first batch, by which `octavo.smooth` finds its way through
     the model; None for statistics that came without one. further: batches that reach layers which no batch before them
     did (another modality, another branch), on which smoothing is proved too. experts: name of a stack of down
-    projections -> its inputs, expert by expert.
+    projections -> its inputs, expert by expert. columns: layer's name -> the largest magnitude of each column of its
+    weight, fp32 [K], by which a model is told from what smoothing makes of it.
     """
 
     observers: dict[str, Observer]
@@ -66,6 +64,7 @@ class Stats:
     example: Any = None
     further: tuple[Any, ...] = ()
     experts: dict[str, ExpertsObserver] = dataclasses.field(default_factory=dict)
+    columns: dict[str, Tensor] = dataclasses.field(default_factory=dict)
 
     @property
     def unrouted(self) -> dict[str, tuple[int, ...]]:
@@ -73,7 +72,8 @@ class Stats:
         return {name: seen.unrouted for name, seen in self.experts.items() if seen.unrouted}
 
     def check_are_of(self, model: nn.Module) -> None:
-        """Raise CalibrateError if they are of another model: one with other layers, or with inputs of other sizes."""
+        """Raise CalibrateError if they are of another model: one with other layers, with inputs of other sizes, or one
+        that was smoothed where this one was not, or the other way round."""
         modules, parameters = dict(model.named_modules()), dict(model.named_parameters())
         strange = [name for name in self.observers if name not in modules]
         strange += [name for name in self.experts if name not in parameters]
@@ -95,6 +95,14 @@ class Stats:
                 raise CalibrateError(
                     f"stats are of another model: they do not know {min(missing)!r} ({len(missing)} such); calibrate "
                     "this one"
+                )
+
+        for name, now in largest_of_columns(modules).items():
+            if name in self.columns and _is_smoothed(self.columns[name], now):
+                raise CalibrateError(
+                    f"stats are of another model: the columns of {name!r} differ from theirs by powers of two, so that "
+                    "one of the two was smoothed; calibrate this one, or give the stats that octavo.smooth was given, "
+                    "which follow"
                 )
 
     def siblings(self, name: str) -> tuple[str, ...]:
@@ -128,12 +136,14 @@ class Stats:
                 tensors |= {f"{name}:{part}": getattr(seen, part).contiguous() for part in _PARTS}
         for name, experts in self.experts.items():
             tensors |= {f"{name}:{part}": value.contiguous() for part, value in vars(experts).items()}
+        tensors |= {f"{name}:columns": largest for name, largest in self.columns.items()}
         about = {
             "format": _FORMAT,
             "tokens": {name: seen.tokens for name, seen in self.observers.items()},
             "unreached": self.unreached,
             "shared": self.shared,
             "experts": list(self.experts),
+            "columns": list(self.columns),
             "example": _flattened(self.example, tensors),
             "further": [_flattened(batch, tensors) for batch in self.further],
         }
@@ -158,6 +168,7 @@ class Stats:
         parts = [field.name for field in dataclasses.fields(ExpertsObserver)]
         for name in about["experts"]:
             stats.experts[name] = ExpertsObserver(**{part: tensors[f"{name}:{part}"] for part in parts})
+        stats.columns = {name: tensors[f"{name}:columns"] for name in about.get("columns", ())}
         stats.example = _restored(about["example"], tensors)
         stats.further = tuple(_restored(batch, tensors) for batch in about.get("further", ()))
         return stats
@@ -228,7 +239,7 @@ def calibrate(
     rank, processes = _share()
     total = len(batches) if isinstance(batches, Sized) else 0
     example, count = None, 0
-    with at_rest(model), _hooks(layers, _seer(watch)), _hooks(stacks, _seer_of_experts(watch)):
+    with at_rest(model), hooked(layers, _seer(watch)), hooked(stacks, _seer_of_experts(watch)):
         for count, batch in enumerate(batches, start=1):
             example = batch if count == 1 else example
             if (count - 1) % processes == rank:
@@ -240,9 +251,19 @@ def calibrate(
     if not count:
         raise CalibrateError("batches is empty, expected at least one; an iterator can be read only once")
     stats = _merged(watch, layers, rows, example)
+    stats.columns = largest_of_columns(layers)
     if stats.unrouted and rank == 0:
         _warn_of_unrouted(stats)
     return stats
+
+
+def check_stats(stats: object) -> None:
+    """Raise CalibrateError for what is no Stats."""
+    if not isinstance(stats, Stats):
+        raise CalibrateError(
+            f"stats is a {type(stats).__name__}, expected what octavo.calibrate returned; octavo.Stats.load reads a "
+            "file of it"
+        )
 
 
 def _warn_of_unrouted(stats: Stats) -> None:
@@ -263,6 +284,27 @@ def columns_of(module: nn.Module) -> int | None:
     if kind is None or weight is None or weight.dim() != 2:
         return None
     return kind.rows(weight, module).shape[1]
+
+
+def largest_of_columns(layers: Mapping[str, nn.Module]) -> dict[str, Tensor]:
+    """Linear layer that can be int8 -> the largest magnitude of each column of its weight, fp32 [K]."""
+    found: dict[str, Tensor] = {}
+    for name, layer in layers.items():
+        kind = kind_of(layer)
+        if kind is not None and kind.int8_input and columns_of(layer) and why_not(layer, kind) is None:
+            weight = layer.get_parameter("weight").detach()
+            if weight.numel() and not weight.is_meta:
+                found[name] = kind.rows(weight, layer).abs().amax(0).float().cpu()
+    return found
+
+
+def _is_smoothed(before: Tensor, now: Tensor) -> bool:
+    """Whether columns [K] were multiplied by powers of two; rounding to another dtype is not that."""
+    if before.shape != now.shape:
+        return False
+    alive = (before > 0) & (now > 0)
+    log2 = (now[alive] / before[alive]).log2()
+    return bool(((log2 - log2.round()).abs() < 0.01).all()) and bool(log2.round().any())
 
 
 def is_watched(module: nn.Module) -> bool:
@@ -367,44 +409,29 @@ class _Watch:
         return torch.stack(counts).any(0) if counts else None
 
 
-Hook = Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]
-
-
-@contextlib.contextmanager
-def _hooks(layers: Mapping[str, nn.Module], hook_of: Callable[[str, nn.Module], Hook]) -> Iterator[None]:
-    handles = []
-    try:
-        for name, layer in layers.items():
-            handles.append(layer.register_forward_pre_hook(hook_of(name, layer), with_kwargs=True))
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _seer(watch: _Watch) -> Callable[[str, nn.Module], Hook]:
-    def hook_of(name: str, module: nn.Module) -> Hook:
+def _seer(watch: _Watch) -> Callable[[str, nn.Module], RemovableHandle]:
+    def register(name: str, module: nn.Module) -> RemovableHandle:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             x = first_tensor(args, kwargs)
             if x is not None and x.dim() and x.shape[-1]:
                 watch.see(name, module, x)
 
-        return hook
+        return module.register_forward_pre_hook(hook, with_kwargs=True)
 
-    return hook_of
+    return register
 
 
-def _seer_of_experts(watch: _Watch) -> Callable[[str, nn.Module], Hook]:
-    def hook_of(name: str, layer: nn.Module) -> Hook:
+def _seer_of_experts(watch: _Watch) -> Callable[[str, nn.Module], RemovableHandle]:
+    def register(name: str, layer: nn.Module) -> RemovableHandle:
         spec, names = spec_of(layer), argument_names(type(layer))
         assert spec is not None
 
         def hook(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             watch.see_experts(name, layer, spec, arguments(names, args, kwargs))
 
-        return hook
+        return layer.register_forward_pre_hook(hook, with_kwargs=True)
 
-    return hook_of
+    return register
 
 
 def _refuse_infinite(name: str, amax: Tensor, where: str = "the statistics") -> None:

@@ -134,7 +134,7 @@ class Coverage:
 
 
 def coverage(model: nn.Module) -> Coverage:
-    """A row for every float parameter that `model` has, or had before its layers became int8.
+    """A row for every float (or complex) parameter that `model` has, or had before its layers became int8.
 
     model: any module, quantized or not; not modified.
     """
@@ -146,7 +146,7 @@ def coverage(model: nn.Module) -> Coverage:
         if isinstance(module, QuantModule):
             rows.extend(_int8_rows(prefix, module, owners))
         for short, parameter in module._parameters.items():
-            if parameter is None or not parameter.is_floating_point():
+            if parameter is None or not (parameter.is_floating_point() or parameter.is_complex()):
                 continue
             name = f"{prefix}.{short}" if prefix else short
             kind = module.replaces if isinstance(module, QuantModule) else type(module).__name__

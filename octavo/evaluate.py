@@ -27,16 +27,13 @@ import torch
 from torch import Tensor, nn
 
 from octavo.errors import EvaluateError, OctavoWarning
-from octavo.feeding import at_rest, check_batches, device_of, feed, padding_mask
+from octavo.feeding import Progress, at_rest, check_batches, device_of, feed, hooked, padding_mask
 from octavo.report import Comparison, LayerQuality, NotCompared
 from octavo.smoothed import smooth_scales
 
 __all__ = ["compare", "perplexity", "sqnr"]
 
 Model = Callable[..., Any]
-Progress = Callable[[int, int], None]
-"""Called with (done, total) after each step; total is 0 when it is not known."""
-
 _CHUNK_ELEMENTS = 1 << 16
 """Outputs are widened in pieces of this many elements (512 KiB in float64), which stay in the cache; a float64 copy of
 the logits over a large vocabulary would be the peak of the memory. Measured on [512, 49152] logits, 2 cores: `compare`
@@ -463,21 +460,14 @@ def _layers_to_compare(float_model: Model, int8_model: Model) -> dict[str, _Laye
     }
 
 
-@contextlib.contextmanager
 def _hooks(
     model: Model, tallies: Mapping[str, _LayerTally], record: Callable[[_LayerTally, Tensor | None], None]
-) -> Iterator[None]:
+) -> contextlib.AbstractContextManager[None]:
     """While open, the output of each layer that has a tally (and no problem yet) is recorded in it."""
-    handles = []
-    try:
-        for name, tally in tallies.items():
-            if isinstance(model, nn.Module) and not tally.problem:
-                module = model.get_submodule(name)
-                handles.append(module.register_forward_hook(_recorder(tally, record)))
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
+    layers: dict[str, nn.Module] = {}
+    if isinstance(model, nn.Module):
+        layers = {name: model.get_submodule(name) for name, tally in tallies.items() if not tally.problem}
+    return hooked(layers, lambda name, layer: layer.register_forward_hook(_recorder(tallies[name], record)))
 
 
 def _recorder(tally: _LayerTally, record: Callable[[_LayerTally, Tensor | None], None]) -> Callable[..., None]:

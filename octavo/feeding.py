@@ -15,7 +15,10 @@ from torch import Tensor, nn
 
 from octavo.errors import EvaluateError
 
-__all__ = ["at_rest", "check_batches", "device_of", "feed", "first_tensor", "padding_mask"]
+__all__ = ["Progress", "at_rest", "check_batches", "device_of", "feed", "first_tensor", "hooked", "padding_mask"]
+
+Progress = Callable[[int, int], None]
+"""Called with (steps done, steps in all, or 0 where that is not known) as the work goes on."""
 
 
 def check_batches(batches: object) -> None:
@@ -84,6 +87,19 @@ def at_rest(*models: Any) -> Iterator[None]:
     finally:
         for module, training in modes:
             module.training = training
+
+
+@contextlib.contextmanager
+def hooked(modules: Mapping[str, nn.Module], register: Callable[[str, nn.Module], Any]) -> Iterator[None]:
+    """With a hook on each of `modules`; register: puts it there, and returns the handle by which it is removed."""
+    handles = []
+    try:
+        for name, module in modules.items():
+            handles.append(register(name, module))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def padding_mask(batch: Any, name: str = "attention_mask") -> Tensor | None:

@@ -17,7 +17,7 @@ module in `modules.py`, one op in `ops/`.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor, nn
@@ -28,7 +28,7 @@ from octavo.experts import spec_of, why_not_stacks
 from octavo.ops import quantize_weight
 from octavo.recipe import Scheme, WeightArgs
 
-__all__ = ["EXPERTS", "KINDS", "LayerKind", "is_stack", "kind_of", "why_not"]
+__all__ = ["EXPERTS", "KINDS", "LayerKind", "is_stack", "kind_of", "users_of_parameters", "why_not"]
 
 
 def _as_is(weight: Tensor, layer: nn.Module) -> Tensor:
@@ -87,10 +87,8 @@ class LayerKind:
             return self.module
         return modules.DynamicQuantLinear if scheme.input.dynamic else modules.StaticQuantLinear
 
-    def quantize_param(
-        self, layer: nn.Module, param: str, weight: Tensor, scheme: Scheme, name: str
-    ) -> tuple[Tensor, Tensor]:
-        """Codes (int8, output channels first) and scale (fp32) of `weight`, the parameter `param` of `layer`."""
+    def quantize_param(self, layer: nn.Module, weight: Tensor, scheme: Scheme, name: str) -> tuple[Tensor, Tensor]:
+        """Codes (int8, output channels first) and scale (fp32) of `weight`, a parameter of `layer`."""
         args = self.effective(scheme).weight
         rows = self.rows(weight, layer)
         codes, scale = quantize_weight(rows, args.granularity, group_size=args.group_size, name=name)
@@ -112,9 +110,7 @@ class _ExpertsKind(LayerKind):
     def module_for(self, scheme: Scheme) -> type[modules.QuantModule]:
         return self.module
 
-    def quantize_param(
-        self, layer: nn.Module, param: str, weight: Tensor, scheme: Scheme, name: str
-    ) -> tuple[Tensor, Tensor]:
+    def quantize_param(self, layer: nn.Module, weight: Tensor, scheme: Scheme, name: str) -> tuple[Tensor, Tensor]:
         """One expert after the other: codes int8 [E, N, K], scale fp32 [E, N, 1]."""
         spec = spec_of(layer)
         assert spec is not None
@@ -179,11 +175,33 @@ def _why_not_experts(layer: nn.Module) -> str | None:
     assert spec is not None
     if reason := why_not_stacks(layer, spec):
         return reason
-    for param in spec.params:
-        dtype = getattr(layer, param).dtype
+    return _why_not_values(layer, spec.params)
+
+
+def _why_not_values(layer: nn.Module, params: Iterable[str]) -> str | None:
+    for param in params:
+        values = getattr(layer, param)
+        if hasattr(type(values), "__tensor_flatten__"):  # torch's protocol of tensors made of others
+            return (
+                f"its {param} is a {type(values).__name__}, which holds its values in tensors of its own (sharded, or "
+                "quantized by others), expected a plain one; quantize before the model is distributed"
+            )
+        dtype = values.dtype
+        if dtype.is_complex:
+            return f"its {param} is {dtype}, and int8 codes have no imaginary part"
         if not dtype.is_floating_point or dtype.itemsize == 1:
             return f"its {param} is {dtype}, already a low-precision type"
     return None
+
+
+def users_of_parameters(model: nn.Module) -> dict[int, list[str]]:
+    """id of a parameter -> its name in each module that holds it."""
+    users: dict[int, list[str]] = {}
+    for name, module in model.named_modules():
+        for own, parameter in module._parameters.items():
+            if parameter is not None:
+                users.setdefault(id(parameter), []).append(f"{name}.{own}" if name else own)
+    return users
 
 
 def is_stack(module: nn.Module) -> bool:
@@ -215,8 +233,4 @@ def why_not(layer: nn.Module, kind: LayerKind) -> str | None:
         )
     if kind.name == "Embedding" and layer.max_norm is not None:
         return "max_norm renormalizes the float table at every lookup"
-    for param in kind.params_of(layer):
-        dtype = getattr(layer, param).dtype
-        if not dtype.is_floating_point or dtype.itemsize == 1:
-            return f"its {param} is {dtype}, already a low-precision type"
-    return None
+    return _why_not_values(layer, kind.params_of(layer))

@@ -257,7 +257,8 @@ class QuantEmbedding(QuantModule):
         self.num_embeddings, self.embedding_dim = self.weight.shape
         self.padding_idx = layer.padding_idx
         # An empty tensor that `.half()` and `.to(dtype)` cast along with the rest of the model: the lookup's dtype.
-        self.register_buffer("_output_dtype", torch.empty(0, dtype=float_dtype), persistent=False)
+        empty = torch.empty(0, dtype=float_dtype, device=self.weight.device)
+        self.register_buffer("_output_dtype", empty, persistent=False)
 
     def forward(self, input: Tensor) -> Tensor:
         """[...] int -> [..., H] of the dtype that the model was cast to."""

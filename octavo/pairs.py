@@ -35,8 +35,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from octavo.experts import ExpertsSpec, spec_of
-from octavo.feeding import at_rest, device_of, feed, first_tensor
-from octavo.layers import is_stack, kind_of
+from octavo.feeding import at_rest, device_of, feed, first_tensor, hooked
+from octavo.layers import is_stack, kind_of, users_of_parameters
 
 __all__ = ["Layout", "Pair", "Sink", "find_pairs", "is_norm", "products", "scales_by_one_plus", "short"]
 
@@ -313,7 +313,7 @@ class _Search:
         self._base = base.products
         self._output = output
         self._run = run
-        self._users = _users(model)
+        self._users = users_of_parameters(model)
         reached = {product.sink.param for product in self._base}
         self._unreached = [
             (name, p.shape) for name, p in model.named_parameters() if p.dim() >= 2 and name not in reached
@@ -341,7 +341,7 @@ class _Search:
 
         stacks = {name: module for name, module in self._modules.items() if is_stack(module)}
         watched = {**self._sources(), **stacks}
-        with _hooked(watched, lambda name, module: module.register_forward_hook(note(name), with_kwargs=True)):
+        with hooked(watched, lambda name, module: module.register_forward_hook(note(name), with_kwargs=True)):
             self._run()
 
     def _sources(self) -> dict[str, nn.Module]:
@@ -426,8 +426,8 @@ class _Search:
         trial = _Trial(self._base, self._norm_inputs, layout, sources)
         trial_run = _Run(self._model, trial.on_product)
         with (
-            _hooked(norms, lambda name, m: m.register_forward_pre_hook(trial.norm_hook(name), with_kwargs=True)),
-            _hooked(sources, lambda name, m: m.register_forward_hook(trial.source_hook(name))),
+            hooked(norms, lambda name, m: m.register_forward_pre_hook(trial.norm_hook(name), with_kwargs=True)),
+            hooked(sources, lambda name, m: m.register_forward_hook(trial.source_hook(name))),
             trial_run.watching(),
         ):
             try:
@@ -676,25 +676,3 @@ _NUMBER = re.compile(r"\b\d+\b")
 def _patterns(name: str) -> list[str]:
     """The name with each of its numbers in turn left open."""
     return [f"{name[: found.start()]}*{name[found.end() :]}" for found in _NUMBER.finditer(name)]
-
-
-def _users(model: nn.Module) -> dict[int, list[str]]:
-    """id of a parameter -> its name in each module that holds it."""
-    users: dict[int, list[str]] = {}
-    for name, module in model.named_modules():
-        for own, parameter in module._parameters.items():
-            if parameter is not None:
-                users.setdefault(id(parameter), []).append(f"{name}.{own}" if name else own)
-    return users
-
-
-@contextlib.contextmanager
-def _hooked(modules: Mapping[str, nn.Module], register: Callable[[str, nn.Module], Any]) -> Iterator[None]:
-    handles = []
-    try:
-        for name, module in modules.items():
-            handles.append(register(name, module))
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()

@@ -60,8 +60,8 @@ def amax(x: Tensor, granularity: Granularity, *, group_size: int | None = None, 
 
     x: any shape as in the module's table, floating point.
     Returns: fp32, of the scale's shape.
-    Raises: QuantizeError naming `name` for a dtype that is not floating point, for NaN or inf, for a shape that the
-        granularity does not fit, and for a K that `group_size` does not divide.
+    Raises: QuantizeError naming `name` for a dtype that is not floating point, for NaN and inf (fp64: in fp32 too),
+        for a shape that the granularity does not fit, and for a K that `group_size` does not divide.
     """
     if x.dtype not in _FLOAT_DTYPES:
         raise QuantizeError(f"{name}: dtype is {x.dtype}, expected a floating point tensor (fp32, bf16, fp16, fp64)")
@@ -71,6 +71,11 @@ def amax(x: Tensor, granularity: Granularity, *, group_size: int | None = None, 
     else:
         largest = blocks.abs().amax(-1).float()
     if not x.is_meta and not bool(torch.isfinite(largest).all()):
+        if bool(torch.isfinite(x).all()):
+            raise QuantizeError(
+                f"{name}: holds inf in fp32, in which scales are (up to {x.abs().max().item():.3g} in {x.dtype}), "
+                f"expected at most {torch.finfo(torch.float32).max:.3g}; find what produced it or scale it down"
+            )
         found = "NaN" if bool(torch.isnan(x).any()) else "inf"
         raise QuantizeError(
             f"{name}: holds {found}, expected finite values only; find what produced it, int8 cannot represent it"
@@ -184,8 +189,10 @@ def quantize_weight(
     if granularity == "per_tensor":
         of_all = torch.stack([amax(chunk, granularity, name=name) for chunk in rows.split(step)]).amax(0)
     for start in range(0, n, step):
-        chunk = rows[start : start + step].to(torch.float32, copy=True)
-        largest = amax(chunk, granularity, group_size=group_size, name=name) if of_all is None else of_all
+        given = rows[start : start + step]
+        chunk = given.to(torch.float32, copy=True)
+        seen = given if given.dtype == torch.float64 else chunk  # fp64 may be inf in fp32, and the error tells the two
+        largest = amax(seen, granularity, group_size=group_size, name=name) if of_all is None else of_all
         scale = _scale_of(largest, weight.dtype, value_range)
         blocks, per_block = _align(chunk, scale, name)
         blocks.div_(per_block).round_().clamp_(_QMIN[value_range], _QMAX)

@@ -17,12 +17,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from octavo.calibrate import Stats
+from octavo.calibrate import Stats, check_stats
 from octavo.coverage import REASONS_ATTRIBUTE, ROUTER_REASON, Coverage, coverage
 from octavo.errors import CalibrateError, OctavoWarning, QuantizeError, RecipeError
 from octavo.experts import routers
+from octavo.feeding import Progress
 from octavo.inputs import SharedInput
-from octavo.layers import KINDS, LayerKind, kind_of, why_not
+from octavo.layers import KINDS, LayerKind, kind_of, users_of_parameters, why_not
 from octavo.modules import (
     Codes,
     DynamicQuantLinear,
@@ -42,7 +43,6 @@ from octavo.weight_readers import weight_readers
 __all__ = [
     "CodesOf",
     "Decision",
-    "Progress",
     "install",
     "output_heads",
     "plan",
@@ -51,9 +51,6 @@ __all__ = [
     "settle",
     "warn_unasked",
 ]
-
-Progress = Callable[[int, int], None]
-"""Called with (steps done, steps in all) as the work goes on."""
 
 _KIND_NAMES = {kind.name for kind in KINDS} | {*OPT_IN_TARGETS}
 _UNASKED_LIMIT = 0.05
@@ -322,12 +319,7 @@ def _tie(model: nn.Module, decisions: dict[str, Decision], obstacles: dict[str, 
 
     A layer that is opt-in follows the one that it shares with, unless there is an obstacle to its being int8.
     """
-    users: dict[int, list[str]] = {}
-    for name, module in model.named_modules():
-        for short, parameter in module._parameters.items():
-            if parameter is not None:
-                users.setdefault(id(parameter), []).append(f"{name}.{short}" if name else short)
-    for names in users.values():
+    for names in users_of_parameters(model).values():
         if len(names) == 1:
             continue
         members = [decisions.get(name.rpartition(".")[0]) for name in names]
@@ -388,6 +380,8 @@ def fix_inputs(
     Raises: CalibrateError as `quantize` does.
     """
     check_observer(observer)
+    if stats is not None:
+        check_stats(stats)
     static = {decision.name: decision for decision in decisions if decision.scheme and decision.scheme.is_static}
     if not static:
         return
@@ -479,7 +473,7 @@ def quantized_codes(decision: Decision, layer: nn.Module) -> tuple[Codes, torch.
     params = decision.kind.params_of(layer)
     codes = {
         param: decision.kind.quantize_param(
-            layer, param, getattr(layer, param).detach(), decision.scheme, f"{decision.name}.{param}"
+            layer, getattr(layer, param).detach(), decision.scheme, f"{decision.name}.{param}"
         )
         for param in params
     }

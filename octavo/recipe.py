@@ -164,8 +164,11 @@ class Scheme:
             raise RecipeError(
                 f"scheme {self.name!r} has float inputs, got input={self.input}; name 'w8a8' for int8 ones"
             )
-        object.__setattr__(self, "weight", self.weight or preset.weight)
-        object.__setattr__(self, "input", self.input or preset.input)
+        for field, args in (("weight", WeightArgs), ("input", InputArgs)):
+            value = getattr(self, field)
+            if value is not None and not isinstance(value, args):
+                raise RecipeError(f"{field} is {value!r}, expected {args.__name__}(...), or None for the preset's own")
+            object.__setattr__(self, field, value or getattr(preset, field))
         if self.input and self.weight.group_size:
             raise RecipeError(
                 f"scheme {self.name!r} has int8 inputs with weights per_group (group_size={self.weight.group_size}); "
@@ -236,21 +239,17 @@ class Recipe:
             raise RecipeError(f"scheme is {self.scheme!r}, expected a Scheme; Recipe.of('w8a16') takes a preset's name")
         for field in ("targets", "ignore"):
             value = getattr(self, field)
-            if isinstance(value, str) or not isinstance(value, Iterable):
-                fix = f"write [{value!r}]" if isinstance(value, str) else "write [] for none"
-                raise RecipeError(f"{field} is {value!r}, expected a list of patterns; {fix}")
+            _check_list(field, value)
             object.__setattr__(self, field, tuple(value))
             for pattern in getattr(self, field):
                 _check_pattern(field, pattern)
-        items = self.overrides.items() if isinstance(self.overrides, Mapping) else self.overrides
         unique: dict[Pattern, Scheme] = {}
-        for pattern, scheme in items:
-            unique.setdefault(pattern, scheme)  # of equal patterns the first counts
-        object.__setattr__(self, "overrides", tuple(unique.items()))
-        for pattern, scheme in self.overrides:
+        for pattern, scheme in _pairs(self.overrides):
             _check_pattern("overrides", pattern)
             if not isinstance(scheme, Scheme):
                 raise RecipeError(f"overrides[{pattern!r}] is {scheme!r}, expected a Scheme")
+            unique.setdefault(pattern, scheme)  # of equal patterns the first counts
+        object.__setattr__(self, "overrides", tuple(unique.items()))
 
     @classmethod
     def of(
@@ -271,8 +270,7 @@ class Recipe:
         Raises: RecipeError as `Recipe` and `Scheme` do, and for a group_size with anything but a preset's name.
         """
         for field, value in (("ignore", ignore), ("include", include)):
-            if isinstance(value, str):
-                raise RecipeError(f"{field} is {value!r}, expected a list of patterns; write [{value!r}]")
+            _check_list(field, value)
         if isinstance(scheme, str):
             scheme = Scheme.of(scheme, group_size=group_size)
         elif group_size is not None:
@@ -282,7 +280,7 @@ class Recipe:
             base,
             targets=(*base.targets, *include),
             ignore=(*base.ignore, *ignore),
-            overrides=(*(overrides or {}).items(), *base.overrides),
+            overrides=(*_pairs({} if overrides is None else overrides), *base.overrides),
             attention=attention or base.attention,
         )
 
@@ -362,6 +360,21 @@ def pattern_matches(pattern: Pattern, name: str, module: Any = None) -> bool:
     if pattern.startswith("re:"):
         return re.match(pattern[3:], name) is not None
     return name == pattern or name.startswith(pattern + ".")
+
+
+def _check_list(field: str, value: object) -> None:
+    if isinstance(value, str) or not isinstance(value, Iterable):
+        fix = f"write [{value!r}]" if isinstance(value, str) else "write [] for none"
+        raise RecipeError(f"{field} is {value!r}, expected a list of patterns; {fix}")
+
+
+def _pairs(overrides: Any) -> tuple[tuple[Any, Any], ...]:
+    """`overrides`, a mapping or pairs, as pairs of anything."""
+    items = overrides.items() if isinstance(overrides, Mapping) else overrides
+    pairs = tuple(items) if isinstance(items, Iterable) else (items,)
+    if isinstance(overrides, str) or not all(isinstance(pair, tuple | list) and len(pair) == 2 for pair in pairs):
+        raise RecipeError(f"overrides is {overrides!r}, expected a mapping of pattern to Scheme")
+    return tuple((pattern, scheme) for pattern, scheme in pairs)
 
 
 def _check_pattern(field: str, pattern: Pattern) -> None:

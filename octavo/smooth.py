@@ -27,10 +27,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from octavo.calibrate import Stats, columns_of
-from octavo.errors import CalibrateError, OctavoWarning, QuantizeError
+from octavo.calibrate import Stats, check_stats, columns_of, largest_of_columns
+from octavo.errors import CalibrateError, OctavoWarning, QuantizeError, RecipeError
 from octavo.expert_inputs import ExpertsObserver
 from octavo.experts import spec_of
+from octavo.feeding import Progress
 from octavo.layers import kind_of
 from octavo.pairs import Pair, Product, Sink, find_pairs, is_norm, products, scales_by_one_plus
 from octavo.recipe import Scheme
@@ -38,9 +39,6 @@ from octavo.report import SmoothedPair, SmoothReport, sqnr_db
 from octavo.sensitivity import CATASTROPHE_DB, OUTPUTS, evenly, output_error, rounded_input
 
 __all__ = ["GRID", "smooth"]
-
-Progress = Callable[[int, int], None]
-"""Called with (pairs done, pairs in all)."""
 
 GRID = tuple(i / 20 for i in range(20))
 """The values that alpha="auto" tries: 0, 0.05, ... 0.95. It tries them with two ranges in the place of amax(x_j): that
@@ -79,7 +77,10 @@ def smooth(
     """
     if alpha != "auto" and not (isinstance(alpha, float | int) and 0 <= alpha <= 1):
         raise QuantizeError(f"alpha is {alpha!r}, expected a number from 0 to 1, or 'auto'")
+    check_stats(stats)
     chosen = Scheme.of(scheme) if isinstance(scheme, str) else scheme
+    if not isinstance(chosen, Scheme):
+        raise RecipeError(f"scheme is {scheme!r}, expected a preset's name or a Scheme")
     if chosen.input is None:
         raise QuantizeError(f"scheme is {chosen}, whose inputs stay float, so that there is nothing to smooth for")
     schemes = (chosen, chosen.as_dynamic()) if chosen.is_static and repair else (chosen,)
@@ -112,6 +113,8 @@ def smooth(
     for fold in folded:
         fold.divide(stats)
         done.append(fold.report)
+    if stats.columns:
+        stats.columns = largest_of_columns(dict(model.named_modules()))
     order = {pair.source: i for i, pair in enumerate(pairs)}
     return SmoothReport(tuple(sorted(done, key=lambda row: order[row.source])))
 

@@ -80,6 +80,16 @@ def test_why_a_parameter_is_float(make: Callable[[], nn.Module], name: str, reas
     assert re.match(reason, row.reason or "") and row.asked is asked
 
 
+def test_a_complex_layer_is_listed_with_its_reason() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4, dtype=torch.complex64))
+    with pytest.warns(octavo.OctavoWarning, match=r"int8 codes have no imaginary part \(53\.3%\)"):  # 128 of 240 bytes
+        report = octavo.quantize(model, "w8a16")
+    rows = {row.name: row for row in report.rows}
+    assert (rows["1.weight"].scheme, rows["1.weight"].bytes_after) == (None, 16 * 8)
+    assert rows["1.weight"].reason == "its weight is torch.complex64, and int8 codes have no imaginary part"
+    assert rows["1.bias"].reason == "1-D: biases and norms stay float"
+
+
 def test_reasons_live_on_with_the_model() -> None:
     model = build(llama)
     report = octavo.quantize(model, "w8a16", ignore=["re:.*down_proj"])

@@ -104,6 +104,15 @@ def test_layers_with_one_input_have_one_scale() -> None:
         assert layer.mlp.gate_proj.input_scale == layer.mlp.up_proj.input_scale != layer.mlp.down_proj.input_scale
 
 
+@pytest.mark.parametrize("scheme", ["w8a16", "w8a8-static"])
+@pytest.mark.parametrize("stats", [{}, 5, "stats.safetensors"], ids=repr)
+def test_what_is_no_statistics_is_named_before_anything_changes(scheme: str, stats: Any) -> None:
+    model = net()
+    with pytest.raises(CalibrateError, match=rf"^stats is a {type(stats).__name__}, expected what octavo.calibrate"):
+        octavo.quantize(model, scheme, stats=stats)
+    assert not any(isinstance(module, QuantLinear) for module in model.modules())
+
+
 def test_static_without_stats_is_an_error_before_anything_changes() -> None:
     model = net()
     with pytest.raises(CalibrateError, match="w8a8-static has static inputs, and stats is None; pass stats=octavo"):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize, prune
 
+import octavo
 from octavo import layers
 from octavo.layers import KINDS, kind_of, why_not
 from octavo.primitives import choose_scale
@@ -106,7 +107,7 @@ def test_a_transposed_convolution_has_one_scale_for_each_output_channel(groups: 
     layer = nn.ConvTranspose2d(2 * groups, 4 * groups, (2, 3), groups=groups)
     kind = kind_of(layer)
     assert kind is not None
-    codes, scale = kind.quantize_param(layer, "weight", layer.weight.detach(), Scheme(), "weight")
+    codes, scale = kind.quantize_param(layer, layer.weight.detach(), Scheme(), "weight")
     assert codes.shape == (4 * groups, 2, 2, 3)
     assert scale.shape == (4 * groups, 1)
     for channel in range(4 * groups):
@@ -122,7 +123,7 @@ def test_conv1d_is_transposed() -> None:
     layer = pytorch_utils.Conv1D(4, 6)  # weight [K=6, N=4]
     kind = kind_of(layer)
     assert kind is not None
-    codes, scale = kind.quantize_param(layer, "weight", layer.weight.detach(), Scheme.of("w8a16", group_size=3), "w")
+    codes, scale = kind.quantize_param(layer, layer.weight.detach(), Scheme.of("w8a16", group_size=3), "w")
     assert (codes.shape, scale.shape) == ((4, 6), (4, 2))
     assert torch.equal(scale[1, 0], choose_scale(layer.weight.detach()[:3, 1], "per_tensor")[0])
 
@@ -170,6 +171,31 @@ def integer() -> nn.Module:
     return layer
 
 
+@pytest.fixture
+def mesh() -> Iterator[Any]:
+    from torch.distributed.tensor import init_device_mesh
+
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    yield init_device_mesh("cpu", (1,))
+    torch.distributed.destroy_process_group()
+
+
+def test_distributed_weights_stay_as_they_are(mesh: Any) -> None:
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    def distributed(values: Tensor) -> nn.Parameter:
+        return nn.Parameter(distribute_tensor(values.detach(), mesh, [Shard(0)]))
+
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    sharded = model[0]
+    sharded.weight, sharded.bias = distributed(sharded.weight), distributed(sharded.bias)
+    with pytest.warns(octavo.OctavoWarning, match="its weight is a DTensor"):
+        report = octavo.quantize(model, "w8a16")
+    assert [type(layer).__name__ for layer in model] == ["Linear", "QuantLinear"]
+    (reason,) = [row.reason or "" for row in report.rows if row.name == "0.weight"]
+    assert re.match("its weight is a DTensor, .*expected a plain one; quantize before the model is distributed", reason)
+
+
 REASONS: list[tuple[Callable[[], nn.Module], str]] = [
     (lambda: Doubling(3, 4), "Doubling has a forward of its own, which a plain Linear would not do"),
     (lambda: Standardized(2, 4, 3), "Standardized has a _conv_forward of its own, which a plain Conv2d would not do"),
@@ -183,6 +209,7 @@ REASONS: list[tuple[Callable[[], nn.Module], str]] = [
     (lambda: prune.l1_unstructured(nn.Linear(3, 4), "bias", 0.5), "its bias is not a parameter"),
     (lambda: nn.Embedding(4, 3, max_norm=1.0), "max_norm renormalizes the float table at every lookup"),
     (low_precision, "its weight is torch.float8_e4m3fn, already a low-precision type"),
+    (lambda: nn.Linear(3, 4, dtype=torch.complex64), "its weight is torch.complex64, and int8 codes have no imaginary"),
     (integer, "its weight is torch.int8, already a low-precision type"),
 ]
 

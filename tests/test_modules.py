@@ -27,7 +27,8 @@ from octavo.modules import (
 )
 from octavo.primitives import choose_scale, dequantize, quantize_weight
 from octavo.primitives import quantize as codes_of
-from octavo.quantize import quantize
+from octavo.quantize import install, plan, quantize
+from octavo.recipe import Recipe
 
 # -- the float model that an int8 model must equal --------------------------------------------------------------------
 
@@ -670,6 +671,15 @@ def test_tied_layers_compute_as_the_float_ones() -> None:
     torch.testing.assert_close(model(tokens), truth(tokens), rtol=1e-5, atol=1e-5)
     held = {name for name in model.state_dict() if not name.startswith("middle")}
     assert held == {"embedding.weight", "embedding.weight_scale", "lm_head.bias"}
+
+
+def test_all_of_an_embedding_is_where_its_table_is() -> None:
+    with torch.device("meta"):
+        model = nn.Sequential(nn.Embedding(20, 8), nn.Embedding(20, 8))
+        model[1].weight = model[0].weight
+    install(model, plan(model, Recipe.of("w8a16", include=["Embedding"])))
+    assert [type(layer) for layer in model] == [QuantEmbedding, TiedQuantEmbedding]
+    assert {buffer.device.type for layer in model for buffer in layer._buffers.values()} == {"meta"}
 
 
 def test_tied_embeddings_share_a_table() -> None:

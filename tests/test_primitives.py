@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from octavo import ops
 from octavo.errors import QuantizeError
 from octavo.primitives import (
     GRANULARITIES,
@@ -247,6 +249,22 @@ def test_the_largest_numbers(dtype: torch.dtype) -> None:
     assert torch.isfinite(scale).all()
     assert quantize(x, scale)[0, :2].tolist() == [127, -127]
     assert quantize_weight(x)[0][0, :2].tolist() == [127, -127]
+
+
+@pytest.mark.parametrize("granularity", ["per_tensor", "per_channel", "per_group"])
+@pytest.mark.parametrize("of", [quantize_weight, ops.quantize_weight], ids=["primitives", "ops"])
+def test_a_weight_beyond_fp32_is_told_from_inf(of: Any, granularity: Granularity) -> None:
+    weight = torch.ones(4, 8, dtype=torch.float64)
+    weight[2, 5] = -1e300
+    wanted = r"^head\.weight: holds inf in fp32, .*up to 1e\+300 in torch\.float64\), expected at most 3\.4e\+38"
+    with pytest.raises(QuantizeError, match=wanted):
+        of(weight, granularity, group_size=groups_of(granularity), name="head.weight")
+    weight[2, 5] = math.inf
+    with pytest.raises(QuantizeError, match=r"^head\.weight: holds inf, expected finite values only"):
+        of(weight, granularity, group_size=groups_of(granularity), name="head.weight")
+    weight[2, 5] = math.nan
+    with pytest.raises(QuantizeError, match=r"^head\.weight: holds NaN, expected finite values only"):
+        of(weight, granularity, group_size=groups_of(granularity), name="head.weight")
 
 
 def test_beyond_fp32_is_an_error() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -236,6 +237,35 @@ def test_recipe_refuses_what_is_no_scheme() -> None:
         Recipe("w8a16")  # type: ignore[arg-type]
     with pytest.raises(RecipeError, match=r"overrides\['a'\] is 'w8a16', expected a Scheme"):
         Recipe(overrides={"a": "w8a16"})  # type: ignore[arg-type]
+
+
+WRONG: list[Any] = [5, True, [5], ["ab"], [("a",)], "ab"]
+
+
+@pytest.mark.parametrize("make", [Recipe, partial(Recipe.of, "w8a16")], ids=["Recipe", "of"])
+@pytest.mark.parametrize("value", WRONG, ids=repr)
+def test_overrides_that_are_no_pairs_are_named(make: Any, value: Any) -> None:
+    with pytest.raises(RecipeError, match=r"^overrides is .*, expected a mapping of pattern to Scheme$"):
+        make(overrides=value)
+
+
+@pytest.mark.parametrize("field", ["ignore", "include", "targets"])
+def test_patterns_that_are_no_list_are_named(field: str) -> None:
+    make: Any = Recipe if field == "targets" else partial(Recipe.of, "w8a16")
+    with pytest.raises(RecipeError, match=rf"^{field} is 5, expected a list of patterns; write \[5\]$"):
+        make(**{field: 5})
+
+
+def test_a_pattern_of_overrides_is_a_pattern() -> None:
+    with pytest.raises(RecipeError, match=r"^overrides holds \[\], expected a module's name"):
+        Recipe(overrides=[([], Scheme())])  # type: ignore[arg-type, list-item]
+
+
+def test_a_schemes_parts_are_of_their_types() -> None:
+    with pytest.raises(RecipeError, match=r"^weight is 5, expected WeightArgs\(...\), or None"):
+        Scheme(weight=5)  # type: ignore[arg-type]
+    with pytest.raises(RecipeError, match=r"^input is False, expected InputArgs\(...\), or None"):
+        Scheme("w8a8", input=False)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("field", ["targets", "ignore", "overrides"])

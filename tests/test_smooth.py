@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from octavo import CalibrateError, QuantizeError, register_experts
 from octavo.calibrate import Stats, calibrate
-from octavo.errors import OctavoWarning
+from octavo.errors import OctavoWarning, RecipeError
 from octavo.modules import QuantExperts
 from octavo.pairs import Layout, find_pairs
 from octavo.quantize import quantize
@@ -688,6 +688,35 @@ def test_weights_that_fp16_cannot_hold_scaled_are_left_as_they_are() -> None:
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
+@pytest.mark.parametrize("stored", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_statistics_of_the_model_before_or_after_it_was_smoothed(
+    tmp_path: Path, dtype: torch.dtype, stored: bool
+) -> None:
+    def kept(stats: Stats) -> Stats:
+        return Stats.load(stats.save(tmp_path / "stats")) if stored else copy.deepcopy(stats)
+
+    plain = ARCHITECTURES["llama"].build()
+    inject(ARCHITECTURES["llama"], plain)
+    smoothed = copy.deepcopy(plain)
+    before = calibrate(smoothed, [ARCHITECTURES["llama"].batch(9)])
+    stats = kept(before)
+    smooth(smoothed, stats)
+    for model in (plain, smoothed):
+        model.to(dtype)
+    message = "the columns of .* differ from theirs by powers of two, so that one of the two was smoothed"
+    for model, wrong in ((plain, kept(stats)), (smoothed, kept(before))):
+        weights = copy.deepcopy(model.state_dict())
+        with pytest.raises(CalibrateError, match=message):
+            quantize(model, "w8a8-static", stats=wrong)
+        with pytest.raises(CalibrateError, match=message):
+            smooth(model, wrong)
+        assert model.state_dict().keys() == weights.keys()
+        assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
+    quantize(plain, "w8a8-static", stats=kept(before))
+    quantize(smoothed, "w8a8-static", stats=kept(stats))
+
+
 def test_statistics_of_another_model() -> None:
     with pytest.raises(CalibrateError, match="of another model: it has no layer"):
         smooth(Net(), calibrate(Experts((0, 1)), [X]))
@@ -698,6 +727,18 @@ def test_alpha_is_a_number_or_auto(alpha: Any) -> None:
     model = Net()
     with pytest.raises(QuantizeError, match=r"expected a number from 0 to 1, or 'auto'"):
         smooth(model, calibrate(model, [X]), alpha)
+
+
+@pytest.mark.parametrize("stats", [None, {}], ids=repr)
+def test_what_is_no_statistics_is_named(stats: Any) -> None:
+    with pytest.raises(CalibrateError, match=rf"^stats is a {type(stats).__name__}, expected what octavo.calibrate"):
+        smooth(nn.Sequential(nn.Linear(4, 4)), stats)
+
+
+def test_what_is_no_scheme_is_named() -> None:
+    model = nn.Sequential(nn.Linear(4, 4))
+    with pytest.raises(RecipeError, match=r"^scheme is 5, expected a preset's name or a Scheme$"):
+        smooth(model, calibrate(model, [torch.ones(1, 4)]), scheme=5)  # type: ignore[arg-type]
 
 
 def test_statistics_without_a_batch() -> None:

@@ -109,13 +109,11 @@ class CheckpointReader:
     """
 
     names: list[str]
-    metadata: dict[str, str]
     config: dict[str, Any] | None
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self.names = []
-        self.metadata = {}
         self._infos: dict[str, TensorInfo] = {}
         self._starts: dict[str, int] = {}
         self._open_files: dict[Path, BufferedReader] = {}
@@ -128,7 +126,7 @@ class CheckpointReader:
 
     def _add_shard(self, file: Path) -> None:
         header, data_start = _read_header(file)
-        self.metadata.update(header.pop("__metadata__", None) or {})
+        header.pop("__metadata__", None)
         for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
             if name in self._infos:
                 raise CheckpointError(

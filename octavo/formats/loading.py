@@ -18,13 +18,14 @@ from torch import Tensor, nn
 from octavo.coverage import REASONS_ATTRIBUTE, Coverage
 from octavo.errors import CheckpointError
 from octavo.experts import spec_of
+from octavo.feeding import Progress
 from octavo.formats import compressed_tensors as layout
 from octavo.formats.checkpoint import CheckpointReader, TensorInfo
 from octavo.formats.experts import Part, expert_parts
 from octavo.formats.saving import COVERAGE_FILE
 from octavo.layers import EXPERTS, kind_of
 from octavo.modules import Codes, QuantModule
-from octavo.quantize import Decision, Progress, install, output_heads
+from octavo.quantize import Decision, install, output_heads
 from octavo.recipe import InputArgs, Scheme, WeightArgs
 
 __all__ = [
@@ -58,7 +59,11 @@ def int8_names(reader: CheckpointReader, rename: Rename = lambda name: name) -> 
         known = config is not None or f"{name}_scale" in reader
         return known and name.rpartition(".")[2] == "weight" and reader.info(name).dtype == torch.int8
 
-    on_disk = [name.removesuffix("_packed") for name in reader.names if name.endswith("_packed") or is_plain(name)]
+    def is_packed(name: str) -> bool:  # and no buffer of the model that has such a name
+        weight = name.removesuffix("_packed")
+        return weight != name and (f"{weight}_scale" in reader or f"{weight}_shape" in reader)
+
+    on_disk = [name.removesuffix("_packed") for name in reader.names if is_packed(name) or is_plain(name)]
     return {rename(name) or name: name for name in on_disk}
 
 
@@ -69,15 +74,16 @@ def load_into(folder: str | Path, model: nn.Module, *, progress: Progress | None
         only). Its float tensors get the dtypes of the checkpoint.
     Returns: `model`, its layers int8 as in the checkpoint.
     Raises: CheckpointError, before the model is changed, for a folder that cannot be read or does not fit the model:
-        missing or unexpected tensors, other shapes, int8 weights for layers that cannot have them.
+        missing or unexpected tensors, other shapes, int8 weights for layers that cannot have them, different weights
+        for layers that the model ties.
     """
     report = stored_coverage(Path(folder))
     with CheckpointReader(folder) as reader:
-        int8 = int8_names(reader)
+        saved = model.state_dict().keys()
+        int8 = {name: stored for name, stored in int8_names(reader).items() if f"{stored}_packed" not in saved}
         parts = expert_parts(model)
         decisions = stored_decisions(reader, model, int8, parts)
         floats = _float_places(reader, model, int8, decisions)
-        saved = model.state_dict().keys()
         left = [name for name, buffer in model.named_buffers() if buffer.is_meta and name not in saved]
         if left:
             raise CheckpointError(
@@ -91,9 +97,7 @@ def load_into(folder: str | Path, model: nn.Module, *, progress: Progress | None
                 if decision.kind.name == EXPERTS:
                     weight, scale, dtype = read_experts(reader, f"{decision.name}.{param}", parts)
                 else:
-                    name = int8[f"{decision.name}.{param}"]
-                    stored = {part: reader.tensor(part) for part in stored_parts(reader, name)}
-                    weight, scale, dtype = layout.decode(name, stored)
+                    weight, scale, dtype = _codes(reader, int8[f"{decision.name}.{param}"])
                 codes[param] = (weight, scale)
             return codes, dtype
 
@@ -113,7 +117,7 @@ def read_experts(reader: CheckpointReader, param: str, parts: Mapping[str, Part]
     total = sum(map(len, own.values()))
     codes = scale = dtype = None
     for name, rows in own.items():
-        part, part_scale, dtype = layout.decode(name, {n: reader.tensor(n) for n in stored_parts(reader, name)})
+        part, part_scale, dtype = _codes(reader, name)
         if codes is None or scale is None:
             codes = torch.empty(total, part.shape[1], dtype=torch.int8, device=part.device)
             scale = torch.empty(total, 1, device=part.device)
@@ -121,6 +125,11 @@ def read_experts(reader: CheckpointReader, param: str, parts: Mapping[str, Part]
     assert codes is not None and scale is not None and dtype is not None
     experts = 1 + max(int(re.findall(r"\.(\d+)\.", name)[-1]) for name in own)
     return codes.view(experts, -1, codes.shape[1]), scale.view(experts, -1, 1), dtype
+
+
+def _codes(reader: CheckpointReader, name: str) -> tuple[Tensor, Tensor, torch.dtype]:
+    """Of the int8 parameter `name`: its codes, its scale in fp32, and the scale's dtype on disk."""
+    return layout.decode(name, {part: reader.tensor(part) for part in stored_parts(reader, name)})
 
 
 def stored_parts(reader: CheckpointReader, name: str) -> list[str]:
@@ -240,11 +249,12 @@ def stored_decisions(
     """What to swap in a float model: the layers that own int8 weights in the checkpoint, and those tied to one.
 
     int8: as `int8_names` gives it. parts: as `expert_parts` does, of the model.
-    Raises: CheckpointError for int8 weights that are damaged, that no layer of the model can have, or of another shape.
+    Raises: CheckpointError for int8 weights that are damaged, that no layer of the model can have, or of another shape,
+        and for two that differ where the model has one.
     """
     where = str(reader.path)
     decisions: dict[str, Decision] = {}
-    owner_of: dict[int, str] = {}
+    owner_of: dict[object, str] = {}
     modules = dict(model.named_modules())
     heads = output_heads(model)
     for prefix in _stacks(reader, int8, parts):
@@ -267,14 +277,35 @@ def stored_decisions(
         scheme = kind.effective(scheme_of(reader, on_disk, module=prefix, classes=classes))
         input_scale = _input_scale(reader, on_disk, scheme)
         decisions[prefix] = Decision(prefix, kind, label, scheme, input_scale=input_scale)
-        owner_of[id(getattr(layer, param))] = prefix
+        first = owner_of.setdefault(id(getattr(layer, param)), prefix)  # of a tied weight that is stored twice
+        if first != prefix and not _are_one(reader, int8, decisions[first], decisions[prefix]):
+            raise _untied(reader, int8[f"{first}.{param}"], on_disk)
+        owner_of.setdefault(_memory(getattr(layer, param)), prefix)
     for name, layer in modules.items():
-        kind = kind_of(layer)
-        owner = owner_of.get(id(layer._parameters.get("weight"))) if kind else None
-        if kind and owner is not None and name != owner:
+        kind, weight = kind_of(layer), layer._parameters.get("weight")
+        if kind is None or kind.name not in _TIED_KINDS or weight is None:
+            continue
+        owner = owner_of.get(id(weight))
+        if owner is None and f"{name}.weight" not in reader:
+            owner = owner_of.get(_memory(weight))
+        if owner is not None and name != owner:
             label = "OutputHead" if name in heads else kind.name
             decisions[name] = Decision(name, kind, label, decisions[owner].scheme, owner=owner)
     return [decisions[name] for name in modules if name in decisions]
+
+
+_TIED_KINDS = ("Linear", "Embedding")
+"""Kinds of the layers that can share codes."""
+
+
+def _are_one(reader: CheckpointReader, int8: Mapping[str, str], first: Decision, other: Decision) -> bool:
+    """Whether two layers that hold one parameter, and have codes on disk each, can share those of the first."""
+    if {first.kind.name, other.kind.name} - {*_TIED_KINDS} or first.scheme != other.scheme:
+        return False
+    if first.scheme is None or first.scheme.input is not None:
+        return False
+    (codes, scale, _), (others, others_scale, _) = (_codes(reader, int8[f"{d.name}.weight"]) for d in (first, other))
+    return torch.equal(codes, others) and torch.equal(scale, others_scale)
 
 
 def _stacks(reader: CheckpointReader, int8: Mapping[str, str], parts: Mapping[str, Part]) -> list[str]:
@@ -320,15 +351,17 @@ def _float_places(
     int8_ids = {id(getattr(layer, param)) for decision, layer in layers for param in decision.kind.params_of(layer)}
     state = model.state_dict(keep_vars=True)
     swapped = {name for name, tensor in state.items() if id(tensor) in int8_ids}  # one layer may have several names
-    sharing: dict[int, list[tuple[nn.Module, str]]] = {}
-    for name, tensor in state.items():
-        prefix, _, short = name.rpartition(".")
-        sharing.setdefault(id(tensor), []).append((model.get_submodule(prefix), short))
     codes = {part for name in int8.values() for part in stored_parts(reader, name)}
     stored = [name for name in reader.names if name not in codes]
     unexpected = [name for name in stored if name not in state or name in swapped]
-    found = {id(state[name]) for name in stored if name in state}
-    missing = [name for name, tensor in state.items() if name not in swapped and id(tensor) not in found]
+    tied = [name for name in unexpected if name in swapped and name not in int8]
+    if tied:
+        raise CheckpointError(
+            f"{where}: holds {tied[0]!r} in float, which the model ties to a weight that is int8 there; load it into a "
+            "model that does not tie the two"
+        )
+    sources = _sources(state, [name for name in stored if name in state])
+    missing = [name for name in state if name not in swapped and name not in sources]
     if unexpected or missing:
         raise CheckpointError(
             f"{where}: does not fit the model: "
@@ -345,17 +378,48 @@ def _float_places(
         dtype, own = reader.info(name).dtype, state[name].dtype
         if own.is_floating_point and not dtype.is_floating_point:
             raise CheckpointError(f"{where}: {name!r} is {dtype}, the model's is {own}; the file is corrupt")
-    return {name: sharing[id(state[name])] for name in stored}
+        if sources[name] != name and not torch.equal(reader.tensor(sources[name]), reader.tensor(name)):
+            raise _untied(reader, sources[name], name)
+    places: dict[str, list[tuple[nn.Module, str]]] = {}
+    for name in state:
+        if name not in swapped:
+            prefix, _, short = name.rpartition(".")
+            places.setdefault(sources[name], []).append((model.get_submodule(prefix), short))
+    return {name: places[name] for name in stored if name in places}
+
+
+def _sources(state: Mapping[str, Tensor], stored: list[str]) -> dict[str, str]:
+    """Name in the model -> the stored tensor that it is loaded from: of names of one parameter the first stored;
+    of parameters that share memory (`b.data = a.data`) each its own, or one of another if it has none."""
+    by_id: dict[int, str] = {}
+    by_memory: dict[object, str] = {}
+    for name in stored:
+        by_id.setdefault(id(state[name]), name)
+        by_memory.setdefault(_memory(state[name]), name)
+    sources = {name: by_id.get(id(tensor)) or by_memory.get(_memory(tensor)) for name, tensor in state.items()}
+    return {name: source for name, source in sources.items() if source is not None}
+
+
+def _memory(tensor: Tensor) -> object:
+    """Equal for tensors that are the same view of the same memory, on `meta` too."""
+    if not isinstance(tensor, Tensor):  # what a module's get_extra_state returned
+        return id(tensor)
+    return tensor.untyped_storage()._cdata, tensor.storage_offset(), tensor.shape, tensor.stride(), tensor.dtype
+
+
+def _untied(reader: CheckpointReader, name: str, other: str) -> CheckpointError:
+    return CheckpointError(
+        f"{reader.path}: {name!r} and {other!r} are weights of their own, and the model ties them; load the checkpoint "
+        "into a model that does not"
+    )
 
 
 def _assign(places: list[tuple[nn.Module, str]], tensor: Tensor) -> None:
     """Put a loaded tensor into every place of the model that holds it, so that tied ones stay tied."""
-    first, short = places[0]
-    old = first._parameters.get(short)
-    if old is None:
-        for module, attribute in places:
-            module._buffers[attribute] = tensor
-    else:
-        parameter = nn.Parameter(tensor, requires_grad=old.requires_grad)
-        for module, attribute in places:
-            module._parameters[attribute] = parameter
+    before = [module._parameters.get(short) for module, short in places]
+    parameters = {id(old): nn.Parameter(tensor, requires_grad=old.requires_grad) for old in before if old is not None}
+    for (module, short), old in zip(places, before, strict=True):
+        if old is None:
+            module._buffers[short] = tensor
+        else:
+            module._parameters[short] = parameters[id(old)]

@@ -23,11 +23,11 @@ from torch import Tensor, nn
 from octavo.coverage import Coverage, coverage
 from octavo.errors import CheckpointError, OctavoWarning, QuantizeError
 from octavo.experts import routers
+from octavo.feeding import Progress
 from octavo.formats import compressed_tensors as layout
 from octavo.formats.checkpoint import CheckpointWriter, copy_companions, new_folder
 from octavo.formats.experts import expert_parts
 from octavo.modules import QuantExperts, QuantModule, StaticQuantLinear
-from octavo.quantize import Progress
 from octavo.recipe import OPT_IN_TARGETS, Scheme
 
 __all__ = [

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from octavo.coverage import Coverage, Row, why_float
 from octavo.errors import CheckpointError, QuantizeError
 from octavo.experts import routers, spec_of
+from octavo.feeding import Progress
 from octavo.formats import compressed_tensors as layout
 from octavo.formats.checkpoint import CheckpointReader, CheckpointWriter, copy_companions, new_folder
 from octavo.formats.conversions import AsInModel, Conversion
@@ -26,7 +27,7 @@ from octavo.formats.loading import Rename
 from octavo.formats.saving import OnDisk, quantization_config, write_descriptions
 from octavo.layers import EXPERTS
 from octavo.ops import quantize_weight
-from octavo.quantize import Decision, Progress, plan, warn_unasked
+from octavo.quantize import Decision, plan, warn_unasked
 from octavo.recipe import Recipe, Scheme
 
 __all__ = ["quantize_files"]
@@ -229,10 +230,10 @@ class _Tensors:
                     "config.json and the weights are of different models"
                 )
             return expected, (expected[0], 1)
-        decision, layer, short = self._layer_of(name)
+        decision, layer, _ = self._layer_of(name)
         assert decision and decision.scheme and layer is not None
         empty = torch.empty(info.shape, dtype=info.dtype, device="meta")
-        codes, scale = decision.kind.quantize_param(layer, short, empty, decision.scheme, name)
+        codes, scale = decision.kind.quantize_param(layer, empty, decision.scheme, name)
         return tuple(codes.shape), tuple(scale.shape)
 
     def _shape_of_part(self, name: str) -> tuple[int, int]:
@@ -274,9 +275,9 @@ class _Tensors:
             assert stack.scheme is not None
             codes, scale = quantize_weight(tensor, name=name)
             return layout.encode(name, codes, scale, dtype, stack.scheme)
-        decision, layer, short = self._layer_of(name)
+        decision, layer, _ = self._layer_of(name)
         assert decision and decision.scheme and layer is not None
-        codes, scale = decision.kind.quantize_param(layer, short, tensor, decision.scheme, name)
+        codes, scale = decision.kind.quantize_param(layer, tensor, decision.scheme, name)
         del tensor  # the float weight is not needed while the codes are packed
         cut = self._parts_of(name)
         if not cut:
@@ -288,8 +289,9 @@ class _Tensors:
         return encoded
 
     def rows(self) -> list[Row]:
-        """The coverage: a row for every float tensor on disk."""
-        return [self._row(name) for name in self._reader.names if self._reader.info(name).dtype.is_floating_point]
+        """The coverage: a row for every float (or complex) tensor on disk."""
+        dtypes = {name: self._reader.info(name).dtype for name in self._reader.names}
+        return [self._row(name) for name, dtype in dtypes.items() if dtype.is_floating_point or dtype.is_complex]
 
     def _row(self, name: str) -> Row:
         info, param = self._reader.info(name), self._param[name] or ""

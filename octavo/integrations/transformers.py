@@ -156,7 +156,7 @@ class _QuantizeParameter(_SharedOp):
                 raise CheckpointError(
                     f"{name}: has shape {list(weight.shape)} in the checkpoint, the model's {list(expected)}"
                 )
-            codes, scale = decision.kind.quantize_param(layer, param, weight, decision.scheme, name)
+            codes, scale = decision.kind.quantize_param(layer, weight, decision.scheme, name)
         except OctavoError as error:
             return self.quantizer.put_off(error, name)
         module.float_dtype = weight.dtype

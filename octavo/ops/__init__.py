@@ -270,7 +270,8 @@ def quantize_weight(
         rows = weight.reshape(-1, group_size or 1)
     else:
         rows = weight.flatten(1) if weight.dim() > 1 else weight
-    if granularity not in ("per_channel", "per_group") or rows.dim() != 2 or not rows.numel():
+    by_row = granularity in ("per_channel", "per_group") and rows.dim() == 2 and rows.numel()
+    if not by_row or weight.dtype == torch.float64:  # which no kernel knows, and errors do not pass through them
         return primitives.quantize_weight(weight, granularity, group_size=group_size, name=name)
     codes, scale = _weight(rows.detach())
     if not weight.is_meta and not bool(torch.isfinite(scale).all()):

@@ -25,7 +25,7 @@ from torch import Tensor
 from octavo.errors import QuantizeError
 from octavo.ops.reference import LONGEST_EXACT, check_rows, in_full_precision
 
-__all__ = ["check_heads", "check_longest", "fake_int8_attention", "int8_attention", "value_codes"]
+__all__ = ["check_heads", "check_longest", "int8_attention", "value_codes"]
 
 _BLOCK_SCORES = 1 << 22
 """Rows of the query are taken in blocks of this many scores (16 MiB in fp32, a few of which live at a time)."""
@@ -54,22 +54,6 @@ def int8_attention(
         p, p_scale = _codes(weights.view(scores.shape) * v_scale.mT)
         y[:, :, block] = _products(p, p_scale, v_rows, no_scale).view(*shape, value.shape[3])
     return y
-
-
-@in_full_precision
-def fake_int8_attention(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float, softcap: float | None = None
-) -> Tensor:
-    """What `int8_attention` computes, simulated in float: every operand is rounded to its codes and multiplied back.
-
-    Arguments and result are those of `octavo.ops.int8_attention`; the two agree to the rounding of fp32 sums.
-    """
-    check_heads(query, key, value, mask)
-    shared = query.shape[1] // key.shape[1]
-    v, v_scale = (part.repeat_interleave(shared, 1) for part in value_codes(value))
-    scores = _rounded(query) @ _rounded(key).repeat_interleave(shared, 1).mT * scaling
-    weights = _rounded(_probabilities(scores, mask, softcap) * v_scale.mT)
-    return (weights @ v.float()).to(query.dtype)
 
 
 def check_heads(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> None:
@@ -157,8 +141,3 @@ def _probabilities(scores: Tensor, mask: Tensor | None, softcap: float | None) -
         scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
     nowhere = (scores == -torch.inf).all(-1, keepdim=True)
     return scores.softmax(-1).masked_fill_(nowhere, 0)
-
-
-def _rounded(x: Tensor) -> Tensor:
-    codes, scale = _codes(x)
-    return codes * scale

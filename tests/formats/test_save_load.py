@@ -228,6 +228,116 @@ def test_two_layers_that_are_one_module_and_equal_but_separate_weights(tmp_path:
     assert torch.equal(loaded(x), model(x))
 
 
+class TwoTables(nn.Module):
+    """An embedding and a head of the same shape, their weights one Parameter, two that share memory, or separate."""
+
+    def __init__(self, tie: str) -> None:
+        super().__init__()
+        self.table = nn.Embedding(8, 16)
+        self.body = nn.Linear(16, 16)
+        self.head = nn.Linear(16, 8, bias=False)
+        if tie == "parameter":
+            self.head.weight = self.table.weight
+        elif tie == "data":
+            self.head.weight.data = self.table.weight.data
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.head(self.body(self.table(tokens)))
+
+
+FLOAT_TABLES: dict[str, Any] = {"ignore": ["head"]}
+INT8_TABLES: dict[str, Any] = {"include": ["Embedding", "head"]}
+
+
+@pytest.mark.parametrize("meta", [False, True], ids=["built", "meta"])
+@pytest.mark.parametrize("options", [FLOAT_TABLES, INT8_TABLES], ids=["float", "int8"])
+@pytest.mark.parametrize(
+    ("saved", "into"), [("data", "data"), ("parameter", "data"), ("data", "parameter"), ("none", "data")]
+)
+def test_weights_that_share_memory_only_come_back(
+    tmp_path: Path, saved: str, into: str, options: dict[str, Any], meta: bool
+) -> None:
+    model = TwoTables(saved)
+    octavo.quantize(model, "w8a16", **options)
+    octavo.save(model, tmp_path / "out")
+    fresh = on_meta(lambda: TwoTables(into)) if meta else TwoTables(into)
+    loaded = octavo.load(tmp_path / "out", model=fresh)
+    assert torch.equal(loaded(torch.arange(8)), model(torch.arange(8)))
+
+
+def test_a_buffer_that_shares_a_parameters_memory_comes_back_as_a_buffer(tmp_path: Path) -> None:
+    class WithView(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = nn.Linear(4, 4)
+            self.register_buffer("bias_again", self.body.bias.data)
+
+    model = WithView()
+    octavo.quantize(model, "w8a16")
+    octavo.save(model, tmp_path / "out")
+    loaded = octavo.load(tmp_path / "out", model=WithView())
+    assert torch.equal(loaded.get_buffer("bias_again"), model.body.bias)
+    assert dict(loaded.named_parameters()).keys() == {"body.bias"}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (FLOAT_TABLES, r"'(table|head)\.weight' and '(table|head)\.weight' are weights of their own, and .* ties them"),
+        (INT8_TABLES, r"'(table|head)\.weight' and '(table|head)\.weight' are weights of their own, and .* ties them"),
+        ({}, r"holds 'table\.weight' in float, which the model ties"),
+    ],
+    ids=["float", "int8", "one int8"],
+)
+def test_separate_weights_are_not_loaded_into_a_model_that_ties_them(
+    tmp_path: Path, options: dict[str, Any], message: str
+) -> None:
+    model = TwoTables("none")
+    octavo.quantize(model, "w8a16", **options)
+    octavo.save(model, tmp_path / "out")
+    fresh = TwoTables("parameter")
+    before = bits(fresh)
+    with pytest.raises(CheckpointError, match=message):
+        octavo.load(tmp_path / "out", model=fresh)
+    assert_same(bits(fresh), before)
+
+
+@pytest.mark.parametrize("options", [FLOAT_TABLES, INT8_TABLES], ids=["float", "int8"])
+def test_separate_but_equal_weights_become_one_where_the_model_ties_them(
+    tmp_path: Path, options: dict[str, Any]
+) -> None:
+    model = TwoTables("none")
+    model.head.weight.data.copy_(model.table.weight.data)
+    octavo.quantize(model, "w8a16", **options)
+    octavo.save(model, tmp_path / "out")
+    loaded = octavo.load(tmp_path / "out", model=TwoTables("parameter"))
+    assert loaded.head.weight is loaded.table.weight
+    assert torch.equal(loaded(torch.arange(8)), model(torch.arange(8)))
+
+
+@pytest.mark.parametrize("options", [FLOAT_TABLES, INT8_TABLES], ids=["float", "int8"])
+def test_a_tied_weight_is_not_loaded_into_a_model_that_wants_two(tmp_path: Path, options: dict[str, Any]) -> None:
+    model = TwoTables("parameter")
+    octavo.quantize(model, "w8a16", **({} if options is FLOAT_TABLES else options))
+    octavo.save(model, tmp_path / "out")
+    with pytest.raises(CheckpointError, match=r"1 tensors the checkpoint lacks, such as 'head\.weight'"):
+        octavo.load(tmp_path / "out", model=TwoTables("none"))
+
+
+@pytest.mark.parametrize("beside", [(), ("mask_scale",), ("mask_scale", "mask_shape")])
+def test_a_buffer_that_is_called_as_packed_codes_are_is_a_buffer(tmp_path: Path, beside: tuple[str, ...]) -> None:
+    def make(value: int) -> nn.Module:
+        model = nn.Sequential(nn.Linear(4, 4))
+        for name in ("mask_packed", *beside):
+            model.register_buffer(name, torch.full((4, 1), value, dtype=torch.int32))
+        return model
+
+    model = make(7)
+    octavo.quantize(model, "w8a16")
+    octavo.save(model, tmp_path / "out")
+    assert_same(octavo.load(tmp_path / "out", model=make(0)).state_dict(), model.state_dict())
+
+
 def test_the_model_is_not_modified_by_saving(tmp_path: Path) -> None:
     model = quantized(include=["lm_head"])
     before = bits(model)

@@ -255,6 +255,16 @@ def test_the_report_is_in_bytes_on_disk(tmp_path: Path) -> None:
     assert octavo.Coverage.from_dict(json.loads((tmp_path / "out/octavo_coverage.json").read_text())) == report
 
 
+@pytest.mark.filterwarnings("ignore:53.3% of the model's bytes stay float")
+def test_a_complex_layer_is_listed_as_in_memory(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4, dtype=torch.complex64))
+    (tmp_path / "source").mkdir()
+    save_file(model.state_dict(), tmp_path / "source/model.safetensors")
+    streamed = octavo.quantize_checkpoint(tmp_path / "source", tmp_path / "out", "w8a16", model=model)
+    rows = {row.name: (row.scheme, row.reason) for row in streamed.rows}
+    assert rows == {row.name: (row.scheme, row.reason) for row in octavo.quantize(model, "w8a16").rows}
+
+
 def test_steps_are_reported(tmp_path: Path) -> None:
     steps: list[tuple[int, int]] = []
     octavo.quantize_checkpoint(

@@ -14,7 +14,7 @@ from torch import Tensor
 from octavo import ops
 from octavo.errors import OctavoError, QuantizeError
 from octavo.ops import attention
-from octavo.ops.attention import fake_int8_attention
+from tests.ops.simulated_attention import fake_int8_attention
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 
@@ -152,7 +152,7 @@ def test_tokens_whose_value_is_zero_leave_the_steps_to_the_rest(zeros: int) -> N
     value *= 0.1
     value[:, :, :zeros] = 0
     expected = exact(query, key, value, None, 0.125)
-    for attend in (ops.int8_attention, attention.int8_attention, attention.fake_int8_attention):
+    for attend in (ops.int8_attention, attention.int8_attention, fake_int8_attention):
         assert sqnr_db(attend(query, key, value, None, 0.125), expected) > 35
     assert not ops.int8_attention(query, key, torch.zeros_like(value), None, 0.125).any()
 

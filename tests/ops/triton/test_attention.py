@@ -12,6 +12,7 @@ from octavo.errors import QuantizeError
 from octavo.ops import attention as composition
 from octavo.ops.triton import attention
 from octavo.ops.triton.attention import int8_attention
+from tests.ops.simulated_attention import fake_int8_attention
 from tests.ops.test_attention import assert_same_codes, causal, exact, heads, in_integers, sqnr_db
 
 
@@ -70,7 +71,7 @@ def test_every_shape_and_mask(
     assert y.dtype == dtype and y.shape == (batch, kv * shared, rows, value) and y.is_contiguous()
     largest = values.double().abs().max() if values.numel() else torch.tensor(0.0)
     assert ((y.double() - expected).abs() <= 0.06 * largest).all()
-    simulated = composition.fake_int8_attention(query, key, values, operand, size**-0.5)
+    simulated = fake_int8_attention(query, key, values, operand, size**-0.5)
     assert ((y.double() - simulated.double()).abs() <= 0.02 * largest).all()
 
 
