@@ -364,7 +364,7 @@ def pattern_matches(pattern: Pattern, name: str, module: Any = None) -> bool:
 
 def _check_list(field: str, value: object) -> None:
     if isinstance(value, str) or not isinstance(value, Iterable):
-        fix = f"write [{value!r}]" if isinstance(value, str) else "write [] for none"
+        fix = "write [] for none" if value is None else f"write [{value!r}]"
         raise RecipeError(f"{field} is {value!r}, expected a list of patterns; {fix}")
 
 
