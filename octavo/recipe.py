@@ -364,7 +364,8 @@ def pattern_matches(pattern: Pattern, name: str, module: Any = None) -> bool:
 
 def _check_list(field: str, value: object) -> None:
     if isinstance(value, str) or not isinstance(value, Iterable):
-        fix = "write [] for none" if value is None else f"write [{value!r}]"
+        is_pattern = isinstance(value, str) or callable(value)
+        fix = f"write [{value!r}]" if is_pattern else "write [] for none"
         raise RecipeError(f"{field} is {value!r}, expected a list of patterns; {fix}")
 
 

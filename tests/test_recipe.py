@@ -252,8 +252,9 @@ def test_overrides_that_are_no_pairs_are_named(make: Any, value: Any) -> None:
 @pytest.mark.parametrize("field", ["ignore", "include", "targets"])
 def test_patterns_that_are_no_list_are_named(field: str) -> None:
     make: Any = Recipe if field == "targets" else partial(Recipe.of, "w8a16")
-    with pytest.raises(RecipeError, match=rf"^{field} is 5, expected a list of patterns; write \[5\]$"):
-        make(**{field: 5})
+    for value, fix in ((5, r"\[\] for none"), (len, r"\[<built-in function len>\]")):
+        with pytest.raises(RecipeError, match=rf"^{field} is .*, expected a list of patterns; write {fix}$"):
+            make(**{field: value})
 
 
 def test_a_pattern_of_overrides_is_a_pattern() -> None:
