@@ -221,12 +221,14 @@ def quantize_checkpoint(
     model: a skeleton that says what the tensors are, for a checkpoint that is not a transformers model (nor a .gguf
         file); on `meta` or not, it is not modified.
     max_shard_size: bytes, or "5GB".
-    progress: called with (tensors done, number of tensors).
+    progress: called with (tensors done, number of tensors); of a .gguf file (layers done, number of layers).
     Returns: what became int8, what stayed float and why, in bytes on disk. Peak memory is about twice the largest
-        tensor; the result is bit-identical to quantizing the loaded model and saving it.
-    Raises: CheckpointError, RecipeError, QuantizeError as `octavo.quantize` and `octavo.save` do; QuantizeError for
-        static inputs too, whose scales only a model that runs can give; MissingExtra if transformers is needed and not
-        installed; OctavoError for `model` with a .gguf file. Nothing is left of `dst` after an error.
+        tensor; the result is bit-identical to quantizing the loaded model and saving it. A .gguf file is quantized in
+        memory: bytes are in memory, and the peak is that of the whole model.
+    Raises: CheckpointError, RecipeError, QuantizeError as `octavo.quantize` and `octavo.save` do; QuantizeError (of a
+        .gguf file CalibrateError) for static inputs too, whose scales only a model that runs can give; MissingExtra if
+        transformers is needed and not installed; OctavoError for `model` with a .gguf file. Nothing is left of `dst`
+        after an error.
     """
     recipe = Recipe.of(scheme, ignore=ignore, include=include, overrides=overrides, group_size=group_size)
     source = resolve(src)
