@@ -74,7 +74,8 @@ def load(
     """Load a checkpoint, its int8 layers running as int8.
 
     path: a folder that `octavo.save` or `octavo.quantize_checkpoint` wrote, or another int8 compressed-tensors
-        checkpoint that octavo can run; a folder, Hub id or .gguf file. A float checkpoint loads as float.
+        checkpoint that octavo can run; a folder, Hub id or .gguf file, with `model` one .safetensors file too. A float
+        checkpoint loads as float.
     model: for anything that is not a transformers model: the float model of the same structure, freshly built, on
         `meta` or not; it is changed in place and returned.
     progress: with `model` only (transformers shows its own): called with (layers done, number of layers).
@@ -215,7 +216,8 @@ def quantize_checkpoint(
 ) -> Coverage:
     """Quantize a float checkpoint into the new folder `dst`, one tensor at a time, without building the model.
 
-    src: a folder or Hub id with safetensors, or a .gguf file (which is dequantized in memory, in bf16).
+    src: a folder or Hub id with safetensors, with `model` one .safetensors file too, or a .gguf file (which is
+        dequantized in memory, in bf16).
     dst: must not exist (an empty folder may).
     scheme, ignore, include, overrides, group_size: as for `octavo.quantize`; a Recipe may ask for int8 attention.
     model: a skeleton that says what the tensors are, for a checkpoint that is not a transformers model (nor a .gguf
