@@ -221,8 +221,8 @@ def calibrate(
     progress: called with (batches done, number of batches or 0).
     Returns: the statistics, in the computer's own memory.
     Raises: CalibrateError for a NaN or inf, naming the layer that it entered, for a model without linear layers, if no
-        batch came, and for `route_all_experts` where there are no experts; EvaluateError for batches that are of
-        another type, or a model on `meta`.
+        batch came, for `rows` below 0, and for `route_all_experts` where there are no experts; EvaluateError for
+        batches that are of another type, or a model on `meta`.
     Warns: OctavoWarning if there are experts that no token was routed to; `Stats.unrouted` lists them.
     """
     check_batches(batches)

@@ -29,8 +29,9 @@ ROUTER_REASON = "a router stays float"
 class Row:
     """The fate of one float parameter.
 
-    name: its name in the float model. kind: class of its layer. shape: its shape in the float model.
-    bytes_before, bytes_after: in memory; for an int8 weight the codes and the scales.
+    name: its name in the float model. kind: class of its layer, of an int8 one the kind that it was ("OutputHead" too).
+    shape: its shape in the float model.
+    bytes_before, bytes_after: in memory (on disk, where files were quantized); for an int8 weight the codes and scales.
     scheme: how it was quantized, or None if it is float.
     reason: why it is float, whose table it shares, or why its scheme is not the one that was asked for; else None.
     asked: for a float parameter, whether the recipe asked for it (ignored, opt-in and not opted in, or 1-D: no scheme
@@ -49,7 +50,8 @@ class Row:
 
 @dataclasses.dataclass(frozen=True)
 class Coverage:
-    """All rows, in the order of the model's modules. `print` it for a table; `.to_json()` for a program."""
+    """All rows, in the order of the model's modules (of the tensors, where files were quantized). `print` it for a
+    table; `.to_json()` for a program."""
 
     rows: tuple[Row, ...]
 

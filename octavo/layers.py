@@ -11,7 +11,7 @@
     MultiheadAttention  in_proj_weight [3E, E] or q/k/v_proj_weight QuantMultiheadAttention   as the parameter
 
 Codes have the output channels first, so that a scale always belongs to a row. To add a kind: one row here, one
-module in `modules.py`, one op in `ops/`.
+module in `modules.py`, one op in `ops/`, its name among the targets of `recipe.py`.
 """
 
 from __future__ import annotations

@@ -52,7 +52,7 @@ _FORMULAS = {"x": _round_to_x, "weight": _round_to_weight, "last": _round_last}
 
 
 class FusedRMSNorm(nn.Module):
-    """An RMS norm over the last dimension by torch's own op.
+    """An RMS norm over the last dimension by torch's own op, or by one kernel of this package on a GPU.
 
     It has the other norm's weight and plain attributes, for code that reads those. (transformers knows by "RMSNorm" in
     the name of the class that a weight which a file lacks is to be 1.)

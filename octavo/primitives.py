@@ -170,7 +170,7 @@ def quantize_weight(
     weight: [N, ...] floating point, rows are output channels; not modified.
     Returns: codes int8 of the weight's shape (contiguous), scale fp32 [N, 1] (per_channel), [N, K/g] (per_group) or
         [1] (per_tensor).
-    Raises: QuantizeError as `amax` does.
+    Raises: QuantizeError as `amax` does; integers are not always refused.
     """
     if weight.is_meta:  # the shapes only
         scale = torch.empty(

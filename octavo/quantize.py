@@ -104,8 +104,8 @@ def quantize(
     scheme: a preset's name ("w8a16"), a Scheme or a Recipe; see octavo.recipe for `ignore`, `include`, `overrides`
         and `group_size`, which are added to it.
     attention: "int8" for Q K^T and P V as int8 products in every attention of a transformers model, "float" for none.
-    stats: from `octavo.calibrate`; a scheme with static inputs needs them. A layer that they know nothing of gets
-        dynamic inputs, and its row of the coverage says so.
+    stats: from `octavo.calibrate`; a scheme with static inputs needs them. A layer that no batch reached, or whose
+        inputs were all 0, gets dynamic inputs, and its row of the coverage says so.
     observer: what a static scale is taken from, "absmax", "percentile" or "mse"; see octavo.observers.
     repair: whether a layer whose static error is catastrophic, measured on the rows that `stats` kept, gets dynamic
         inputs (or, where those are no better, float ones) together with the layers that are fed the same tensor.
@@ -115,7 +115,8 @@ def quantize(
     Returns: what became int8, what stayed float, and why.
     Raises: RecipeError for an unknown scheme, a pattern that matches nothing, a group_size that does not divide a K, or
         a layer that is ignored while it shares its weight with one that is not; QuantizeError for a model that is
-        already quantized, on `meta`, itself a single layer, that holds NaN or inf, or whose attention cannot be int8;
+        already quantized, on `meta`, lazy, itself a single layer, that holds NaN or inf, or whose attention cannot be
+        int8;
         CalibrateError for static inputs without `stats`, or with those of another model, and for an unknown observer;
         MissingExtra for int8 attention without transformers. The plan is checked before anything is changed; a weight
         with NaN or inf stops at its layer, with the layers before it already int8.

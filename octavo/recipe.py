@@ -149,7 +149,8 @@ class Scheme:
 
     name: a preset's. weight, input: the preset's own where None is given; `input` stays None for w8a16, whose
         activations are float. Linear layers and experts have int8 inputs; other kinds take the weight's part.
-    Raises: RecipeError for an unknown name, and for weights per_group under int8 inputs (no int8 kernel has them).
+    Raises: RecipeError for an unknown name, for an `input` of w8a16, and for weights per_group under int8 inputs (no
+        int8 kernel has them).
     """
 
     name: str = "w8a16"

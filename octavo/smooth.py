@@ -72,8 +72,8 @@ def smooth(
         reason.
     Warns: OctavoWarning if layers that a folded norm may feed were reached by no batch.
     Raises: CalibrateError for statistics of another model, or without an example batch where no `batch` is given;
-        QuantizeError for an alpha that is out of range, or a model that is int8 already; RecipeError for an unknown
-        scheme; EvaluateError for a batch that the model cannot be fed.
+        QuantizeError for an alpha that is out of range, a scheme whose inputs stay float, or a model that is int8
+        already; RecipeError for an unknown scheme; EvaluateError for a batch that the model cannot be fed.
     """
     if alpha != "auto" and not (isinstance(alpha, float | int) and 0 <= alpha <= 1):
         raise QuantizeError(f"alpha is {alpha!r}, expected a number from 0 to 1, or 'auto'")

@@ -79,7 +79,8 @@ def load(
     """Load a checkpoint, its int8 layers running as int8.
 
     path: a folder that `octavo.save` or `octavo.quantize_checkpoint` wrote, or another int8 compressed-tensors
-        checkpoint that octavo can run; a folder, Hub id or .gguf file. A float checkpoint loads as float.
+        checkpoint that octavo can run; a folder, Hub id or .gguf file, with `model` one .safetensors file too. A float
+        checkpoint loads as float.
     model: for anything that is not a transformers model: the float model of the same structure, freshly built, on
         `meta` or not; it is changed in place and returned.
     progress: with `model` only (transformers shows its own): called with (layers done, number of layers).
@@ -221,18 +222,21 @@ def quantize_checkpoint(
 ) -> Coverage:
     """Quantize a float checkpoint into the new folder `dst`, one tensor at a time, without building the model.
 
-    src: a folder or Hub id with safetensors, or a .gguf file (which is dequantized in memory, in bf16).
+    src: a folder or Hub id with safetensors, with `model` one .safetensors file too, or a .gguf file (which is
+        dequantized in memory, in bf16).
     dst: must not exist (an empty folder may).
     scheme, ignore, include, overrides, group_size: as for `octavo.quantize`; a Recipe may ask for int8 attention.
     model: a skeleton that says what the tensors are, for a checkpoint that is not a transformers model (nor a .gguf
         file); on `meta` or not, it is not modified.
     max_shard_size: bytes, or "5GB".
-    progress: called with (tensors done, number of tensors).
+    progress: called with (tensors done, number of tensors); of a .gguf file (layers done, number of layers).
     Returns: what became int8, what stayed float and why, in bytes on disk. Peak memory is about twice the largest
-        tensor; the result is bit-identical to quantizing the loaded model and saving it.
-    Raises: CheckpointError, RecipeError, QuantizeError as `octavo.quantize` and `octavo.save` do; QuantizeError for
-        static inputs too, whose scales only a model that runs can give; MissingExtra if transformers is needed and not
-        installed; OctavoError for `model` with a .gguf file. Nothing is left of `dst` after an error.
+        tensor; the result is bit-identical to quantizing the loaded model and saving it. A .gguf file is quantized in
+        memory: bytes are in memory, and the peak is that of the whole model.
+    Raises: CheckpointError, RecipeError, QuantizeError as `octavo.quantize` and `octavo.save` do; QuantizeError (of a
+        .gguf file CalibrateError) for static inputs too, whose scales only a model that runs can give; MissingExtra if
+        transformers is needed and not installed; OctavoError for `model` with a .gguf file. Nothing is left of `dst`
+        after an error.
     """
     recipe = Recipe.of(scheme, ignore=ignore, include=include, overrides=overrides, group_size=group_size)
     source = resolve(src)

@@ -22,8 +22,8 @@
 
 Each w8a16 op computes sum(code * x), accumulated in fp32 (fp64 for an fp64 x), *then* multiplies by the scale, adds the
 bias and rounds once to the output dtype: where the float model does not overflow fp16, neither does this, inside
-autocast too. (K/g is 1 for per_channel. With per_group the scale belongs inside the sum, so code * scale is formed in
-fp32 first.)
+autocast too. (K/g is 1 for per_channel. With per_group each group's sum is multiplied by its scale, in fp32; the
+reference forms code * scale in fp32 first.)
 w8a8_linear sums in int32, exactly, then multiplies by both scales. Its input is quantized by an op of its own, so that
 layers which read the same tensor can share the codes (`octavo.inputs`). int8_attention quantizes its operands itself.
 Results are contiguous, whatever the strides.
@@ -127,10 +127,11 @@ def _nothing_listens(x: Tensor) -> bool:
 def w8a16_linear(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None = None) -> Tensor:
     """y = (x @ weight.T) * weight_scale.T + bias, with int8 weights.
 
-    x: [..., K] bf16, fp16, fp32 or fp64; cast to the autocast dtype inside autocast.
+    x: [..., K] bf16, fp16, fp32 or fp64; inside autocast cast to its dtype, but for fp64.
     weight: int8 [N, K]. weight_scale: fp32 [N, 1] or, per_group, [N, K/g]. bias: [N] float, or None.
     Returns: [..., N] of x's dtype.
-    Raises: QuantizeError if x is not floating point or its last size is not K.
+    Raises: QuantizeError if x is not floating point or its last size is not K, or if scale or bias are not of the
+        weight's shape.
     """
     x = autocast(x)
     if x.is_cuda and (y := _directly("w8a16_linear", x, weight, weight_scale, bias)) is not None:
@@ -181,6 +182,7 @@ def w8a16_embedding(indices: Tensor, weight: Tensor, weight_scale: Tensor, dtype
 
     indices: [...] int32 or int64. weight: int8 [V, H]. weight_scale: fp32 [V, 1].
     Returns: [..., H] of `dtype`.
+    Raises: IndexError on CPUs for an index that is no row of the table; the kernel for GPUs gives NaN for it.
     """
     return _run(_embedding, lambda: reference.check_indices(indices, weight), indices, weight, weight_scale, dtype)
 
@@ -193,7 +195,7 @@ def w8a16_experts_linear(
     x: [S, K] float, sorted by expert. ends: int32 [E], expert e has rows ends[e - 1] to ends[e] (as torch's
     `_grouped_mm` takes them). weight: int8 [E, N, K]. weight_scale: fp32 [E, N, 1]. bias: [E, N] float, or None.
     Returns: [S, N] of x's dtype; zeros for rows past the last end.
-    Raises: QuantizeError if x is not floating point or its last size is not K.
+    Raises: QuantizeError as `w8a16_linear` does.
     """
     x = autocast(x)
     args = (x, ends, weight, weight_scale, bias)
@@ -209,7 +211,7 @@ def w8a8_experts_linear(
     x: int8 [S, K], sorted by expert. x_scale: fp32 [S, 1]. ends: int32 [E]. weight: int8 [E, N, K].
     weight_scale: fp32 [E, N, 1]. bias: [E, N] float, or None.
     Returns: [S, N] of `dtype`; zeros for rows past the last end.
-    Raises: QuantizeError if x is not int8 or its last size is not K.
+    Raises: QuantizeError as `w8a8_linear` does.
     """
     args = (x, x_scale, ends, weight, weight_scale, bias, dtype)
     return _run(_int8_experts_linear, lambda: reference.check_codes(x, weight, weight_scale, bias), *args)
@@ -263,7 +265,8 @@ def quantize_weight(
 
     weight: [N, ...] float; not modified. granularity, group_size, name: as there.
     Returns: codes int8 of the weight's shape, scale fp32 [N, 1], [N, K/g] or [1].
-    Raises: QuantizeError as `primitives.amax` does.
+    Raises: QuantizeError for NaN or inf, a granularity that does not exist, and a group_size that does not divide K.
+        Integers, and a group_size with another granularity than per_group, are not always refused.
     """
     if granularity == "per_group":
         primitives.check_group_size(weight, group_size, name)
@@ -287,7 +290,8 @@ def w8a8_linear(
 
     x: int8 [..., K]. x_scale: fp32 [..., 1] or [1]. weight: int8 [N, K]. weight_scale: fp32 [N, 1].
     bias: [N] float, or None. Returns: [..., N] of `dtype`.
-    Raises: QuantizeError if x is not int8 or its last size is not K.
+    Raises: QuantizeError if x is not int8 or its last size is not K, for a K above 131071, whose sums int32 may not
+        hold, or if weight_scale or bias are not of the weight's shape.
     """
     if x.is_cuda and (y := _directly("w8a8_linear", x, x_scale, weight, weight_scale, bias, dtype)) is not None:
         return y
