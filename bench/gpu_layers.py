@@ -156,7 +156,7 @@ def tables(found: dict[str, Any]) -> list[Table]:
 
 
 def _times(name: str, linear: dict[str, dict[str, float]]) -> Table:
-    ways = list(linear[str(max(SIZES))])
+    ways = list(dict.fromkeys(way for M in SIZES for way in linear[str(M)]))
     rows = tuple((way, *(_time(linear[str(M)][way]) if way in linear[str(M)] else "-" for M in SIZES)) for way in ways)
     return Table(f"Medians, {name}", ("M =", *map(str, SIZES)), rows, "l" + "r" * len(SIZES))
 

@@ -261,7 +261,7 @@ def routers(model: nn.Module) -> set[str]:
 
 
 def _holds_experts(name: str, module: nn.Module) -> bool:
-    """Experts of any kind: a stack, int8 or float, or a list of modules."""
-    if name.rpartition(".")[2] == "experts":
+    """Experts of any kind: a stack, int8 or float, of a class that is known or only called so, or a list of modules."""
+    if name.rpartition(".")[2] == "experts" or "experts" in type(module).__name__.lower():
         return True
     return isinstance(getattr(module, "spec", None), ExpertsSpec) or spec_of(module) is not None

@@ -592,6 +592,21 @@ def test_routers_next_to_modules_stay_float_and_the_experts_are_linear_layers() 
     assert rows["0.gate_proj.weight"].scheme and rows["0.experts.3.weight"].scheme
 
 
+class ParallelExperts(nn.Module):
+    """A stack of a class that nothing is known of but its name, as JetMoe's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(4, H, H))
+
+
+def test_routers_next_to_experts_of_an_unknown_class_stay_float() -> None:
+    block = nn.ModuleDict({"router": nn.Sequential(nn.Linear(H, 4)), "up": ParallelExperts(), "out": nn.Linear(H, H)})
+    with pytest.warns(OctavoWarning, match="3-D parameter of ParallelExperts"):
+        rows = {row.name: row for row in octavo.quantize(block, "w8a16").rows}
+    assert rows["router.0.weight"].reason == "a router stays float" and rows["out.weight"].scheme == "w8a16"
+
+
 def test_a_router_becomes_int8_when_it_is_named() -> None:
     model = nn.Sequential(OldBlock())
     report = octavo.quantize(model, "w8a16", include=["0.gate"])
