@@ -43,8 +43,8 @@ HOW = """
 Random weights in bf16; each runtime has a process, and they take turns, eagerly first, then compiled whole by
 `torch.compile` with a static cache and CUDA graphs, all in the same way. Decode is greedy, at batch 1, from the first
 token on, as gpt-fast measures it; prefill is the time from the prompt to the first token. Error: how far the layers are
-from those of the bf16 model when they are fed what those are (`bench/layer_error.py`), for the prompt and for a token; in
-runs of before that, of the logits after the prompt.
+from those of the bf16 model when they are fed what those are (`bench/layer_error.py`), for the prompt and for a token;
+in runs of before that, of the logits after the prompt.
 """
 ROUNDS = 3
 WRONG = {"layers": (0.05, 0.1), "logits": (0.3, 0.5)}
