@@ -19,7 +19,6 @@ import errno
 import hashlib
 import json
 import os
-import secrets
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
@@ -39,6 +38,7 @@ from octavo.experts import ExpertsSpec, argument_names, arguments, spec_of
 from octavo.feeding import Progress, at_rest, check_batches, device_of, feed, first_tensor, hooked, padding_mask
 from octavo.layers import is_stack, kind_of, why_not
 from octavo.observers import Observer, ObserverKind, observe
+from octavo.whole import replacing
 
 __all__ = ["Stats", "calibrate", "check_stats", "columns_of", "largest_of_columns"]
 
@@ -540,16 +540,13 @@ def _restored(value: Any, tensors: Mapping[str, Tensor]) -> Any:
 
 def _write_whole(path: Path, write: Callable[[Path], None]) -> None:
     """Let `write` make a file that has the name `path` when it is complete."""
-    unfinished = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
         if path.is_dir():
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
-        unfinished.touch()
-        mode = unfinished.stat().st_mode  # by the umask; safetensors gives its files one that nobody else can read
-        write(unfinished)
-        unfinished.chmod(mode)
-        os.replace(unfinished, path)
+        with replacing(path) as unfinished:
+            unfinished.touch()
+            mode = unfinished.stat().st_mode  # by the umask; safetensors gives its files one that nobody else can read
+            write(unfinished)
+            unfinished.chmod(mode)
     except (OSError, RuntimeError, SafetensorError) as error:  # of torch.save, and of safetensors
         raise CalibrateError(f"{path}: cannot be written: {error}") from error
-    finally:
-        unfinished.unlink(missing_ok=True)

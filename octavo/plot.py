@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import dataclasses
 import io
-import secrets
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,6 +17,7 @@ from typing import TYPE_CHECKING
 
 from octavo.errors import MissingExtra
 from octavo.tables import in_general
+from octavo.whole import replacing
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -81,19 +81,16 @@ class _Input:
 
 
 def _write_whole(path: Path, content: bytes) -> None:
-    """Under a hidden name first; but a device or a pipe, which nothing may take the place of, is written to itself."""
-    given, path = path, path.resolve()
-    is_special = path.exists() and not path.is_file()
-    unfinished = path if is_special else path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    """A device or a pipe, which nothing may take the place of, is written to itself."""
+    place = path.resolve()
     try:
-        unfinished.write_bytes(content)
-        if not is_special:
-            unfinished.replace(path)
+        if place.exists() and not place.is_file():
+            place.write_bytes(content)
+        else:
+            with replacing(place) as unfinished:
+                unfinished.write_bytes(content)
     except OSError as error:
-        raise OSError(error.errno, error.strerror, str(given)) from error
-    finally:
-        if not is_special:
-            unfinished.unlink(missing_ok=True)
+        raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 def _most_uneven(ranges: Ranges) -> list[_Input]:

@@ -29,7 +29,6 @@ import json
 import math
 import os
 import re
-import secrets
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from io import BufferedReader
@@ -41,6 +40,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from octavo.errors import CheckpointError
+from octavo.whole import replacing
 
 __all__ = [
     "CheckpointReader",
@@ -478,24 +478,19 @@ def new_file(dst: str | Path) -> Iterator[Path]:
 @contextlib.contextmanager
 def _replacing(given: Path, is_taken: Callable[[Path], bool]) -> Iterator[Path]:
     dst = given.resolve()
-    temporary = dst.parent / f".{dst.name}.{secrets.token_hex(4)}.tmp"
     try:
         if is_taken(dst):
             raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(dst))
         dst.parent.mkdir(parents=True, exist_ok=True)
-        yield temporary
-        _sync_tree(temporary)
-        temporary.replace(dst)
+        with replacing(dst) as temporary:
+            yield temporary
+            _sync_tree(temporary)
         _sync(dst.parent)
     except (OSError, SafetensorError) as error:
         explained = _explain(_as_os_error(error), given, dst)
         if explained is None:
             raise
         raise explained from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-        with contextlib.suppress(OSError):
-            temporary.unlink()
 
 
 def _as_os_error(error: OSError | SafetensorError) -> OSError:
