@@ -143,8 +143,8 @@ def _compare(name: str, model: Model, device: str) -> Iterator[dict[str, Any]]:
 
         def so_far() -> dict[str, Any]:
             passes.extend(stream(bench_worker.stream_bytes_per_s) for _ in range(ROUNDS))
-            found = {"runtimes": runs, "missing": missing, "memory_bytes_per_s": statistics.median(passes)}
-            return found | {"error_of": "layers"}
+            speed = statistics.median(passes)
+            return {"runtimes": runs, "missing": missing, "memory_bytes_per_s": speed, "error_of": "layers"}
 
         starting = [
             Job(runtime, stack.enter_context(own_process()), (start, runtime, name, ids, device))
