@@ -97,8 +97,9 @@ class Stats:
                     "this one"
                 )
 
-        for name, now in largest_of_columns(modules).items():
-            if name in self.columns and _is_smoothed(self.columns[name], now):
+        known = {name: modules[name] for name in self.columns if name in modules}
+        for name, now in largest_of_columns(known).items():
+            if _is_smoothed(self.columns[name], now):
                 raise CalibrateError(
                     f"stats are of another model: the columns of {name!r} differ from theirs by powers of two, so that "
                     "one of the two was smoothed; calibrate this one, or give the stats that octavo.smooth was given, "
