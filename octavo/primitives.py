@@ -63,8 +63,6 @@ def amax(x: Tensor, granularity: Granularity, *, group_size: int | None = None, 
     Raises: QuantizeError naming `name` for a dtype that is not floating point, for NaN and inf (fp64: in fp32 too),
         for a shape that the granularity does not fit, and for a K that `group_size` does not divide.
     """
-    if x.dtype not in _FLOAT_DTYPES:
-        raise QuantizeError(f"{name}: dtype is {x.dtype}, expected a floating point tensor (fp32, bf16, fp16, fp64)")
     blocks = _blocks(x, granularity, group_size, name)
     if blocks.shape[-1] == 0:
         largest = torch.zeros(blocks.shape[:-1], dtype=torch.float32, device=x.device)
@@ -170,8 +168,9 @@ def quantize_weight(
     weight: [N, ...] floating point, rows are output channels; not modified.
     Returns: codes int8 of the weight's shape (contiguous), scale fp32 [N, 1] (per_channel), [N, K/g] (per_group) or
         [1] (per_tensor).
-    Raises: QuantizeError as `amax` does; integers are not always refused.
+    Raises: QuantizeError as `amax` does.
     """
+    _check(weight, granularity, group_size, name)  # of the whole: rows are looked at in chunks
     if weight.is_meta:  # the shapes only
         scale = torch.empty(
             _blocks(weight, granularity, group_size, name).shape[:-1], dtype=torch.float32, device="meta"
@@ -215,10 +214,7 @@ def check_group_size(weight: Tensor, group_size: int | None, name: str = "weight
 
 def _blocks(x: Tensor, granularity: Granularity, group_size: int | None, name: str) -> Tensor:
     """View `x` as [*scale shape, elements that share the scale]."""
-    if granularity != "per_group" and group_size is not None:
-        raise QuantizeError(
-            f"{name}: group_size is {group_size} with granularity {granularity!r}; a group_size belongs to per_group"
-        )
+    size = _check(x, granularity, group_size, name)
     if granularity == "per_tensor":
         return x.reshape(1, -1)
     if x.dim() == 0:
@@ -228,9 +224,22 @@ def _blocks(x: Tensor, granularity: Granularity, group_size: int | None, name: s
     if granularity == "per_channel":
         return x.reshape(x.shape[0], 1, -1) if x.numel() else x.new_empty(x.shape[0], 1, 0)
     if granularity == "per_group":
-        size = check_group_size(x, group_size, name)
         return x.unflatten(-1, (x.shape[-1] // size, size))
     raise QuantizeError(f"{name}: unknown granularity {granularity!r}, expected one of {list(GRANULARITIES)}")
+
+
+def _check(x: Tensor, granularity: Granularity, group_size: int | None, name: str) -> int:
+    """The group size of per_group, else 1. Raises: QuantizeError for x that is not float, and a group_size that does
+    not fit."""
+    if x.dtype not in _FLOAT_DTYPES:
+        raise QuantizeError(f"{name}: dtype is {x.dtype}, expected a floating point tensor (fp32, bf16, fp16, fp64)")
+    if granularity == "per_group":
+        return check_group_size(x, group_size, name)
+    if group_size is not None:
+        raise QuantizeError(
+            f"{name}: group_size is {group_size} with granularity {granularity!r}; a group_size belongs to per_group"
+        )
+    return 1
 
 
 def _align(x: Tensor, scale: Tensor, name: str) -> tuple[Tensor, Tensor]:

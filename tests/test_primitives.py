@@ -364,3 +364,18 @@ def test_dequantize_rounds_once() -> None:
     for dtype in DTYPES:
         exact = codes.double() * scale.double()
         assert torch.equal(dequantize(codes, scale, dtype), exact.float().to(dtype))
+
+
+@pytest.mark.parametrize("function", [quantize_weight, ops.quantize_weight])
+@pytest.mark.parametrize("shape", [(6,), (4, 6), (2, 3, 6)])
+def test_a_weight_that_is_not_as_promised_is_refused_however_it_is_shaped(
+    shape: tuple[int, ...], function: Any
+) -> None:
+    whole, weight = torch.ones(shape, dtype=torch.int32), torch.ones(shape)
+    with pytest.raises(QuantizeError, match=r"^w: dtype is torch\.int32, expected a floating point tensor"):
+        function(whole, name="w")
+    with pytest.raises(QuantizeError, match=r"^w: group_size is 2 with granularity 'per_channel'"):
+        function(weight, group_size=2, name="w")
+    if len(shape) != 2:
+        with pytest.raises(QuantizeError, match=r"^w: group_size=2 does not fit a weight of shape"):
+            function(weight, "per_group", group_size=2, name="w")

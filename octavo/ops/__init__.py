@@ -86,6 +86,10 @@ _int8_experts_linear = torch.ops.octavo.w8a8_experts_linear.default
 _int8_attention = torch.ops.octavo.int8_attention.default
 
 
+_KERNELS_TAKE = (torch.float32, torch.bfloat16, torch.float16)
+"""Weights to be quantized. fp64 is no kernel's, and errors do not pass through them."""
+
+
 # -- wrappers: what modules call ------------------------------------------------------------------------------------
 
 
@@ -265,16 +269,15 @@ def quantize_weight(
 
     weight: [N, ...] float; not modified. granularity, group_size, name: as there.
     Returns: codes int8 of the weight's shape, scale fp32 [N, 1], [N, K/g] or [1].
-    Raises: QuantizeError for NaN or inf, a granularity that does not exist, and a group_size that does not divide K.
-        Integers, and a group_size with another granularity than per_group, are not always refused.
+    Raises: QuantizeError as there.
     """
     if granularity == "per_group":
         primitives.check_group_size(weight, group_size, name)
         rows = weight.reshape(-1, group_size or 1)
     else:
         rows = weight.flatten(1) if weight.dim() > 1 else weight
-    by_row = granularity in ("per_channel", "per_group") and rows.dim() == 2 and rows.numel()
-    if not by_row or weight.dtype == torch.float64:  # which no kernel knows, and errors do not pass through them
+    by_row = granularity == "per_group" or (granularity == "per_channel" and group_size is None)
+    if not by_row or rows.dim() != 2 or not rows.numel() or weight.dtype not in _KERNELS_TAKE:
         return primitives.quantize_weight(weight, granularity, group_size=group_size, name=name)
     codes, scale = _weight(rows.detach())
     if not weight.is_meta and not bool(torch.isfinite(scale).all()):
