@@ -35,7 +35,7 @@ __all__ = ["w8a8_experts_linear", "w8a16_experts_linear"]
 
 _FLOAT = (Tile(16, 64, 128, 4, 4), Tile(32, 64, 128, 4, 4), Tile(64, 128, 64, 8, 4), Tile(128, 128, 64, 8, 3))
 _INT8 = (Tile(16, 64, 128, 4, 4), Tile(32, 64, 128, 4, 4), Tile(64, 128, 64, 8, 4), Tile(128, 128, 64, 8, 4))
-_FP32 = (Tile(16, 64, 32, 4, 3), Tile(32, 64, 32, 4, 3), Tile(64, 64, 32, 8, 3))
+_FP32 = (Tile(16, 64, 32, 4, 3), Tile(32, 64, 32, 8, 3), Tile(64, 64, 32, 8, 3))
 """By the rows an expert has on average, S / E: up to 10 a tile of 16, up to 24 of 32, up to 64 of 64, else of 128.
 
 Up to 64 rows the bound is the weights' bytes: a tile keeps 3 steps of 8 KiB of codes under way in 30 to 56 KiB of

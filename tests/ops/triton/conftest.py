@@ -19,9 +19,10 @@ def device() -> str:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _bf16_as_on_a_gpu() -> None:
+def _arithmetic_as_on_a_gpu() -> None:
     """The interpreter holds bf16 as the integers of its bits: up to Triton 3.9 `tl.dot` multiplies those, integers
-    become them when they are cast, and fp32 is cut off where a GPU rounds to nearest even."""
+    become them when they are cast, and fp32 is cut off where a GPU rounds to nearest even. Before Triton 3.9 `tl.fma`
+    rounds twice."""
     if os.environ.get("TRITON_INTERPRET") != "1":
         return
     import triton.language as tl
@@ -44,4 +45,22 @@ def _bf16_as_on_a_gpu() -> None:
             a, b = rounding_cast(self, a, tl.float32), rounding_cast(self, b, tl.float32)
         return dot(self, a, b, *rest)
 
+    def fused(self: Any, x: Any, y: Any, z: Any) -> Any:
+        return TensorHandle(fma(x.data, y.data, z.data), z.dtype.scalar)
+
     InterpreterBuilder.cast_impl, InterpreterBuilder.create_dot = rounding_cast, widening_dot
+    InterpreterBuilder.create_fma = fused
+
+
+def fma(x: numpy.ndarray, y: numpy.ndarray, z: numpy.ndarray) -> numpy.ndarray:
+    """x * y + z in fp32, rounded once. The product is exact in fp64; the sum is rounded there to odd, so that rounding
+    it again to fp32 gives what one rounding does (Boldo and Melquiond, IEEE Transactions on Computers 57(4), 2008)."""
+    product, z = x.astype(numpy.float64) * y.astype(numpy.float64), z.astype(numpy.float64)
+    with numpy.errstate(all="ignore"):
+        total = product + z
+        part = total - product
+        error = (product - (total - part)) + (z - part)
+        even = (total.view(numpy.int64) & 1) == 0
+        odd = numpy.nextafter(total, numpy.where(error > 0, numpy.inf, -numpy.inf))
+        inexact = numpy.isfinite(total) & (error != 0) & even
+        return numpy.where(inexact, odd, total).astype(numpy.float32)
