@@ -48,6 +48,10 @@ and there are two programs on each of 132 multiprocessors: 6 to 12 MB, where 4.8
 sm_90 it is 4 to 5 instructions for each code, of which a multiprocessor could do 28 a cycle; memory gives it 20. With 4
 warps the second spills a register in fp16 (Triton 3.6 and 3.7)."""
 
+ODD_GROUPS = (Tile(32, 64, 128, 4, 3),)
+"""Any rows, if a group is no multiple of 16: a step of 16 lies in several groups, whose scales take registers. With 8
+warps two of them are spilled (Triton 3.9)."""
+
 MANY_ROWS = (Tile(128, 128, 64, 8, 3), Tile(64, 128, 64, 4, 3), Tile(64, 64, 64, 4, 3))
 """More rows: the first that gives nearly every multiprocessor a program. The tensor cores of sm_90 take their second
 operand from shared memory only, so widened codes are written there, and a program does not widen and multiply at the
@@ -134,7 +138,7 @@ def w8a16_linear(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor |
     few: Sequence[Tile] = FEW_ROWS
     many: Sequence[Tile] = MANY_ROWS
     if group % 16:
-        few = many = FEW_ROWS[1:2]
+        few = many = ODD_GROUPS
     elif group or x.dtype == torch.float32:
         many = MANY_ROWS[-1:]
     tile, tiles, parts, steps = plan(m, n, k, few, many, _longest_step(x, group))
