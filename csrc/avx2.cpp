@@ -154,10 +154,16 @@ inline __m128i across4(__m256i a, __m256i b, __m256i c, __m256i d) {
   return _mm_add_epi32(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1));
 }
 
+template <Float type>
+struct Fp32Kept;
+struct Int8Kept;
+
 // fp32 products, of activations of any type. A tile's twelve accumulators leave four registers: the multiplications
-// read W from memory, which is L1 there.
+// read W from memory, which is L1 where it is kept.
 template <Float type>
 struct Fp32 {
+  using Kept = Fp32Kept<type>;
+  using W = int8_t;
   using X = std::conditional_t<type == Float::f32, float, uint16_t>;
   using Sum = float;
   using Acc = __m256;
@@ -170,6 +176,9 @@ struct Fp32 {
   static Acc zero() { return _mm256_setzero_ps(); }
   static XV load_x(const X* x) { return Vec::load(x, type); }
   static XV load_x(const X* x, int count) { return Vec::load(x, type, count); }
+  static WV load_w(const W* w) { return Vec::load_codes(w); }
+  static WV load_w(const W* w, int count) { return Vec::load_codes(w, count); }
+  static void keep(float* kept, WV w) { _mm256_storeu_ps(kept, w); }
   static Acc dot(Acc acc, XV x, WV w) { return _mm256_fmadd_ps(x, w, acc); }
   static Acc scaled_add(Acc total, Acc partial, float scale) {
     return _mm256_fmadd_ps(partial, _mm256_set1_ps(scale), total);
@@ -181,31 +190,18 @@ struct Fp32 {
 };
 
 template <Float type>
-struct Fp32Direct : Fp32<type> {
-  static constexpr int64_t kFewRows = 4;
-  using W = int8_t;
-  static __m256 load_w(const W* w) { return Vec::load_codes(w); }
-  static __m256 load_w(const W* w, int count) { return Vec::load_codes(w, count); }
-};
-
-// What a step reads past the end of a packed row are zeros, and meets zeros of x.
-template <Float type>
-struct Fp32Packed : Fp32<type> {
+struct Fp32Kept : Fp32<type> {
   using W = float;
   static __m256 load_w(const W* w) { return _mm256_loadu_ps(w); }
-  static __m256 load_w(const W* w, int) { return _mm256_loadu_ps(w); }
-  static void pack(const int8_t* codes, int64_t count, W* w) {
-    int64_t k = 0;
-    for (; k + 8 <= count; k += 8) _mm256_storeu_ps(w + k, Vec::load_codes(codes + k));
-    if (k < count) _mm256_storeu_ps(w + k, Vec::load_codes(codes + k, static_cast<int>(count - k)));
-    _mm256_storeu_ps(w + count, _mm256_setzero_ps());
-  }
+  static __m256 load_w(const W* w, int) { return load_w(w); }
 };
 
 // Products of codes, summed in int32. The instruction for bytes (vpmaddubsw) saturates at 16 bits, so they are widened
 // to 16 bits, of which pairs of products are summed exactly.
 struct Int8 {
+  using Kept = Int8Kept;
   using X = int8_t;
+  using W = int8_t;
   using Sum = int32_t;
   using XV = __m256i;
   using WV = __m256i;
@@ -219,6 +215,9 @@ struct Int8 {
   static Acc zero() { return _mm256_setzero_si256(); }
   static XV load_x(const X* x) { return widen(x); }
   static XV load_x(const X* x, int count) { return widen(x, count); }
+  static WV load_w(const W* w) { return widen(w); }
+  static WV load_w(const W* w, int count) { return widen(w, count); }
+  static void keep(int16_t* kept, WV w) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(kept), w); }
   static Acc dot(Acc acc, XV x, WV w) { return _mm256_add_epi32(acc, _mm256_madd_epi16(x, w)); }
   static void store4(Acc a, Acc b, Acc c, Acc d, int32_t* sums, bool add) {
     const __m128i v = across4(a, b, c, d);
@@ -227,29 +226,15 @@ struct Int8 {
   }
 };
 
-struct Int8Direct : Int8 {
-  static constexpr int64_t kFewRows = 8;
-  using W = int8_t;
-  static WV load_w(const W* w) { return widen(w); }
-  static WV load_w(const W* w, int count) { return widen(w, count); }
-};
-
-// What a step reads past the end of a packed row meets zeros of x.
-struct Int8Packed : Int8 {
+struct Int8Kept : Int8 {
   using W = int16_t;
   static WV load_w(const W* w) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(w)); }
   static WV load_w(const W* w, int) { return load_w(w); }
-  static void store(W* w, __m256i v) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(w), v); }
-  static void pack(const int8_t* codes, int64_t count, W* w) {
-    int64_t k = 0;
-    for (; k + kStep <= count; k += kStep) store(w + k, widen(codes + k));
-    if (k < count) store(w + k, widen(codes + k, static_cast<int>(count - k)));
-  }
 };
 
 template <Float type>
-using LinearFloat = DotLinear<Vec, Fp32Direct<type>, Fp32Packed<type>>;
-using LinearInt8 = DotLinear<Vec, Int8Direct, Int8Packed>;
+using LinearFloat = DotLinear<Vec, Fp32<type>>;
+using LinearInt8 = DotLinear<Vec, Int8>;
 
 }  // namespace
 

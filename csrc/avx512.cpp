@@ -66,9 +66,14 @@ struct FloatSums {
   }
 };
 
+template <Float type>
+struct Fp32Kept;
+struct Bf16Kept;
+
 // fp32 products, of activations of any type.
 template <Float type>
 struct Fp32 : FloatSums {
+  using Kept = Fp32Kept<type>;
   using X = std::conditional_t<type == Float::f32, float, uint16_t>;
   using W = int8_t;
   using XV = __m512;
@@ -79,11 +84,20 @@ struct Fp32 : FloatSums {
   static XV load_x(const X* x, int count) { return Vec::load(x, type, count); }
   static WV load_w(const W* w) { return Vec::load_codes(w); }
   static WV load_w(const W* w, int count) { return Vec::load_codes(w, count); }
+  static void keep(float* kept, WV w) { _mm512_storeu_ps(kept, w); }
   static Acc dot(Acc acc, XV x, WV w) { return _mm512_fmadd_ps(x, w, acc); }
+};
+
+template <Float type>
+struct Fp32Kept : Fp32<type> {
+  using W = float;
+  static __m512 load_w(const W* w) { return _mm512_loadu_ps(w); }
+  static __m512 load_w(const W* w, int) { return load_w(w); }
 };
 
 // Products of bf16 pairs, summed in fp32. A code is exact in bf16.
 struct Bf16 : FloatSums {
+  using Kept = Bf16Kept;
   using X = uint16_t;
   using W = int8_t;
   using XV = __m512i;
@@ -94,14 +108,22 @@ struct Bf16 : FloatSums {
   static XV load_x(const X* x, int count) { return _mm512_maskz_loadu_epi16(mask32(count), x); }
   static WV load_w(const W* w) { return widened_to_bf16(w); }
   static WV load_w(const W* w, int count) { return widened_to_bf16(w, count); }
+  static void keep(uint16_t* kept, WV w) { _mm512_storeu_si512(kept, w); }
   static Acc dot(Acc acc, XV x, WV w) {
     __asm__("vdpbf16ps %2, %1, %0" : "+v"(acc) : "v"(x), "v"(w));
     return acc;
   }
 };
 
+struct Bf16Kept : Bf16 {
+  using W = uint16_t;
+  static WV load_w(const W* w) { return _mm512_loadu_si512(w); }
+  static WV load_w(const W* w, int) { return load_w(w); }
+};
+
 // Products of codes, summed in int32. The instruction wants one operand without sign: W + 128.
 struct Int8 {
+  using Kept = Int8;
   using X = int8_t;
   using W = int8_t;
   using Sum = int32_t;
@@ -142,7 +164,7 @@ template <Float type>
 struct Fp32Unit : Fp32<type> {
   using typename Fp32<type>::X;
   static constexpr int64_t kElements = 1;
-  static constexpr int64_t kManyRows = 25;
+  static constexpr int64_t kManyRows = 81;
   static constexpr int64_t kManyRowsOfGroups = 13;
   template <class... Count>
   static __m512i load_x(const X* x, Count... count) {
@@ -160,7 +182,7 @@ struct Fp32Unit : Fp32<type> {
 
 struct Bf16Unit : Bf16 {
   static constexpr int64_t kElements = 2;
-  static constexpr int64_t kManyRows = 25;
+  static constexpr int64_t kManyRows = 81;
   static constexpr int64_t kManyRowsOfGroups = 13;
   static __m512i product(__m512i sums, __m512i x, __m512i w) {
     return _mm512_castps_si512(dot(_mm512_castsi512_ps(sums), x, w));
@@ -169,7 +191,7 @@ struct Bf16Unit : Bf16 {
 
 struct Int8Unit : Int8 {
   static constexpr int64_t kElements = 4;
-  static constexpr int64_t kManyRows = 33;
+  static constexpr int64_t kManyRows = 193;
   static __m512i product(__m512i sums, __m512i x, __m512i w) { return dot(sums, x, w); }
 };
 

@@ -82,7 +82,7 @@ __attribute__((noinline)) void outer_tile(const OuterOperands& in, typename Unit
   for (int64_t steps = in.whole; steps > 0; steps--, panel += 128) {
     if constexpr (Ahead) {
 #pragma GCC unroll 2
-      for (int64_t line = 0; line < kCodes; line += 64) __builtin_prefetch(next + line, 0, 2);
+      for (int64_t line = 0; line < kCodes; line += 64) __builtin_prefetch(next + line, 0, kIntoL2);
       next += kCodes;
     }
     outer_step<Unit, MR>(acc, p, row, panel, kUnitBytes);

@@ -147,12 +147,14 @@ struct Product {
 
 template <Float type>
 struct Fp32 : Product<std::conditional_t<type == Float::f32, float, uint16_t>, float> {
+  using Kept = Fp32;
   using X = std::conditional_t<type == Float::f32, float, uint16_t>;
   static float load_x(const X* x) { return Vec::load(x, type); }
   static float load_x(const X* x, int) { return load_x(x); }
 };
 
 struct Int8 : Product<int8_t, int32_t> {
+  using Kept = Int8;
   static int32_t load_x(const int8_t* x) { return *x; }
   static int32_t load_x(const int8_t* x, int) { return *x; }
 };
