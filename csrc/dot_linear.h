@@ -87,7 +87,8 @@ OCTAVO_INLINE void accumulate(typename Dot::Acc (&acc)[MR][kTileN], const Operan
   int64_t k = k0;
   for (; k + Dot::kStep <= k1; k += Dot::kStep) {
 #pragma GCC unroll 4
-    for (int line = 0; line < kTileN * Dot::kStep; line += 64) __builtin_prefetch(in.next + kTileN * k + line, 0, kIntoL2);
+    for (int line = 0; line < kTileN * Dot::kStep; line += 64)
+      __builtin_prefetch(in.next + kTileN * k + line, 0, kIntoL2);
     step<Dot, MR, Keep>(acc, in, k);
   }
   if (k < k1) step<Dot, MR, Keep>(acc, in, k, static_cast<int>(k1 - k));
