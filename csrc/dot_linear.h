@@ -27,7 +27,7 @@ namespace {
 
 constexpr int kTileN = 4;
 constexpr int64_t kBlockN = 32;        // columns of y whose sums wait in scratch until all of K is done
-constexpr int64_t kBlockM = 48;        // and rows, at most: as many of x stay in L2 while W passes by
+constexpr int64_t kBlockM = 36;        // and rows, at most: as many of x stay in L2 while W passes by
 constexpr int64_t kPieceBytes = 4096;  // of a row of W that is kept: a tile's four rows stay in L1
 
 constexpr int64_t kFetchAhead = 4096;  // codes by which a tile's fetching is ahead of the next tile

@@ -299,7 +299,7 @@ int64_t random_groups(int64_t K) {
 }
 
 void check_linear_layers(const std::vector<const Kernels*>& all) {
-  constexpr int64_t kM[] = {0, 1, 2, 3, 4, 5, 6, 7, 9, 13, 16, 25, 49, 81, 100, 193, 513};
+  constexpr int64_t kM[] = {0, 1, 2, 3, 4, 5, 6, 7, 9, 13, 16, 25, 37, 81, 100, 193, 513};
   constexpr int64_t kN[] = {1, 2, 3, 4, 5, 7, 16, 31, 32, 33, 35, 67, 100};
   constexpr int64_t kK[] = {0, 1, 2, 7, 15, 16, 17, 31, 32, 33, 63, 64, 65, 96, 127, 130, 1024, 1030, 2070, 4100};
   constexpr int64_t kMost = 1 << 20;  // products of one layer
