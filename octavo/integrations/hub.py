@@ -39,8 +39,8 @@ _Arguments = ParamSpec("_Arguments")
 
 
 def _with_transformers(core: Callable[_Arguments, Coverage]) -> Callable[_Arguments, Coverage]:
-    """`core` is `octavo.quantize.quantize`; a recipe that asks for int8 attention gets it as well, and transformers is
-    told how to save its models.
+    """`core` is `octavo.quantize.quantize`; a recipe that asks for int8 attention gets it as well, float attention is
+    made faster in decode, and transformers is told how to save its models.
 
     Whether the model's attention can be int8 is checked before anything is changed.
     """
@@ -57,8 +57,10 @@ def _with_transformers(core: Callable[_Arguments, Coverage]) -> Callable[_Argume
         if attention is not None:
             attention.use_int8_attention(model)
         if any(map(_is_pretrained, model.modules())):
+            from octavo.integrations.decode_attention import use_decode_attention
             from octavo.integrations.transformers import let_transformers_save
 
+            use_decode_attention(model)
             let_transformers_save(model)
         return report
 
@@ -99,6 +101,10 @@ def load(
         loaded = formats.load_into(resolve(path), model, progress=progress)
         if _stored_attention(resolve(path)) == "int8":
             _attention().use_int8_attention(loaded)
+        if any(map(_is_pretrained, loaded.modules())):
+            from octavo.integrations.decode_attention import use_decode_attention
+
+            use_decode_attention(loaded)
         return loaded
     if progress is not None:
         raise OctavoError(

@@ -1,0 +1,186 @@
+"""Attention of one query next to float64 and to transformers' "sdpa", whose place it takes in quantized models."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import octavo
+from tests.tiny_models import TEXT, bert, build, gpt2, llama, qwen2, t5, tokens, whisper
+
+transformers = pytest.importorskip("transformers")
+
+from transformers.integrations.sdpa_attention import sdpa_attention_forward  # noqa: E402
+
+from octavo.integrations import decode_attention  # noqa: E402
+from octavo.integrations.attention import attention_of  # noqa: E402
+from octavo.integrations.decode_attention import NAME, decode_attention_forward, use_decode_attention  # noqa: E402
+
+UNIT = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
+"""What rounding to this type changes a number by at most, as a share of it."""
+
+
+def mixtral() -> Any:
+    config = {**TEXT, "intermediate_size": 40}  # torch's grouped product wants rows of 16 bytes
+    return transformers.MixtralForCausalLM(
+        transformers.MixtralConfig(**config, num_key_value_heads=2, num_local_experts=4)
+    )
+
+
+def operands(
+    batch: int, heads: int, key_heads: int, tokens: int, size: int, dtype: torch.dtype, value: int | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    query = torch.randn(batch, heads, 1, size).to(dtype)
+    key = torch.randn(batch, key_heads, tokens, size).to(dtype)
+    return query, key, torch.randn(batch, key_heads, tokens, value or size).to(dtype)
+
+
+def in_float64(query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
+    """[B, 1, H, Dv], head by head."""
+    each = query.shape[1] // key.shape[1]
+    key, value = (x.double().repeat_interleave(each, 1) for x in (key, value))
+    return (torch.softmax(scaling * query.double() @ key.mT, -1) @ value).transpose(1, 2)
+
+
+def asked_of_sdpa(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many queries each call had that was passed on."""
+    passed_on: list[int] = []
+
+    def spy(module: nn.Module, query: Tensor, *args: Any, **kwargs: Any) -> Any:
+        passed_on.append(query.shape[2])
+        return sdpa_attention_forward(module, query, *args, **kwargs)
+
+    monkeypatch.setattr(decode_attention, "sdpa_attention_forward", spy)
+    return passed_on
+
+
+@pytest.mark.parametrize("dtype", UNIT)
+@pytest.mark.parametrize(
+    ("batch", "heads", "key_heads", "tokens", "size", "value"),
+    [(1, 8, 2, 1, 16, None), (1, 6, 6, 77, 8, None), (3, 9, 3, 33, 5, 7), (2, 4, 1, 300, 64, None)],
+)
+def test_one_query_is_that_of_float64(
+    batch: int, heads: int, key_heads: int, tokens: int, size: int, value: int | None, dtype: torch.dtype,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    passed_on = asked_of_sdpa(monkeypatch)
+    query, key, value_ = operands(batch, heads, key_heads, tokens, size, dtype, value)
+    for scaling in (None, 0.7):
+        y, probabilities = decode_attention_forward(nn.Module(), query, key, value_, None, scaling=scaling)
+        expected = in_float64(query, key, value_, scaling or size**-0.5)
+        assert y.dtype == dtype and probabilities is None and not passed_on
+        assert (y.double() - expected).abs().max() <= UNIT[dtype] * expected.abs().max() + 1e-5
+
+
+def test_key_heads_are_taken_so_many_at_a_time_that_memory_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    query, key, value = operands(2, 10, 5, 40, 8, torch.bfloat16)
+    whole, _ = decode_attention_forward(nn.Module(), query, key, value, None)
+    passed_on = asked_of_sdpa(monkeypatch)
+    monkeypatch.setattr(decode_attention, "MOST", 2 * 2 * 40 * 8)  # two of five heads
+    some, _ = decode_attention_forward(nn.Module(), query, key, value, None)
+    torch.testing.assert_close(some, whole, rtol=0, atol=2.0**-8)
+    assert not passed_on
+    monkeypatch.setattr(decode_attention, "MOST", 2 * 40 * 8 - 1)
+    module = nn.Module()
+    module.num_key_value_groups = 2
+    decode_attention_forward(module, query, key, value, None)
+    assert passed_on == [1]
+
+
+@pytest.mark.parametrize("case", ["mask", "queries", "dropout", "position_bias", "learned queries"])
+def test_all_else_is_what_sdpa_makes_of_it(case: str) -> None:
+    query, key, value = operands(2, 4, 4, 9, 8, torch.float32)
+    mask, kwargs = None, {}
+    if case == "mask":
+        mask = torch.rand(2, 1, 1, 9) > 0.3
+    elif case == "queries":
+        query = torch.randn(2, 4, 9, 8)
+    elif case == "dropout":
+        kwargs = {"dropout": 0.5}
+    elif case == "position_bias":
+        kwargs = {"position_bias": torch.randn(1, 4, 1, 9)}
+    else:
+        query = query[:1]
+    results = []
+    for attend in (decode_attention_forward, sdpa_attention_forward):
+        torch.manual_seed(1)
+        results.append(attend(nn.Module(), query, key, value, mask, **kwargs)[0])
+    assert torch.equal(*results)
+
+
+@pytest.mark.parametrize("make", [llama, qwen2, mixtral, gpt2])
+def test_a_quantized_model_decodes_as_with_sdpa(make: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    passed_on = asked_of_sdpa(monkeypatch)
+    model = build(make)
+    octavo.quantize(model, "w8a16")
+    assert model.config._attn_implementation == NAME and attention_of(model) == "float"
+    found = decoded(model)
+    assert passed_on == [8] * model.config.num_hidden_layers, "the prompt by sdpa, and none of the tokens"
+    model.set_attn_implementation("sdpa")
+    torch.testing.assert_close(found, decoded(model), rtol=1e-4, atol=1e-4)
+
+
+def decoded(model: Any) -> Tensor:
+    """The logits of the tokens that it writes behind a prompt of eight."""
+    torch.manual_seed(0)
+    options = {"max_new_tokens": 5, "do_sample": False, "return_dict_in_generate": True, "output_logits": True}
+    return torch.stack(model.generate(tokens(2, 8), pad_token_id=0, **options).logits)
+
+
+def test_padded_batches_are_sdpa_s(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = build(llama)
+    octavo.quantize(model, "w8a16")
+    ids, mask = tokens(2, 6), torch.ones(2, 6, dtype=torch.int64)
+    mask[0, :3] = 0
+    passed_on = asked_of_sdpa(monkeypatch)
+    found = model.generate(ids, attention_mask=mask, max_new_tokens=4, do_sample=False, pad_token_id=0)
+    assert passed_on.count(1) == 3 * model.config.num_hidden_layers
+    model.set_attn_implementation("sdpa")
+    assert torch.equal(
+        found, model.generate(ids, attention_mask=mask, max_new_tokens=4, do_sample=False, pad_token_id=0)
+    )
+
+
+def falcon() -> Any:
+    config = {name: value for name, value in TEXT.items() if name != "intermediate_size"}
+    return transformers.FalconForCausalLM(transformers.FalconConfig(**config))
+
+
+def test_models_that_ask_for_the_name_or_have_another_are_left_alone() -> None:
+    asks = build(falcon)
+    octavo.quantize(asks, "w8a16")
+    assert asks.config._attn_implementation == "sdpa"
+    eager = build(llama)
+    eager.set_attn_implementation("eager")
+    octavo.quantize(eager, "w8a16")
+    assert eager.config._attn_implementation == "eager"
+    int8 = build(llama)
+    octavo.quantize(int8, "w8a16", attention="int8")
+    assert attention_of(int8) == "int8"
+    alone = nn.Sequential(nn.Linear(4, 4))
+    use_decode_attention(alone)
+
+
+@pytest.mark.parametrize("make", [bert, t5, whisper])
+def test_every_part_is_switched(make: Callable[..., Any]) -> None:
+    model = build(make)
+    octavo.quantize(model, "w8a16")
+    parts = [part for part in model.modules() if isinstance(part, transformers.PreTrainedModel)]
+    assert {part.config._attn_implementation for part in parts} == {NAME}
+
+
+def test_files_do_not_know_of_it_and_loading_switches_anew(tmp_path: Path) -> None:
+    model = build(llama)
+    octavo.quantize(model, "w8a16")
+    octavo.save(model, tmp_path / "saved")
+    assert NAME not in (tmp_path / "saved" / "config.json").read_text()
+    loaded = octavo.load(tmp_path / "saved")
+    assert loaded.config._attn_implementation == NAME
+    into = octavo.load(tmp_path / "saved", model=build(llama))
+    assert into.config._attn_implementation == NAME
+    assert torch.equal(decoded(loaded), decoded(model))
