@@ -35,7 +35,17 @@ from torch.utils.hooks import RemovableHandle
 from octavo.errors import CalibrateError, OctavoWarning
 from octavo.expert_inputs import ExpertsObserver, observe_experts, rows_of_each
 from octavo.experts import ExpertsSpec, argument_names, arguments, spec_of
-from octavo.feeding import Progress, at_rest, check_batches, device_of, feed, first_tensor, hooked, padding_mask
+from octavo.feeding import (
+    Progress,
+    at_rest,
+    check_batches,
+    check_module,
+    device_of,
+    feed,
+    first_tensor,
+    hooked,
+    padding_mask,
+)
 from octavo.layers import is_stack, kind_of, why_not
 from octavo.observers import Observer, ObserverKind, observe
 from octavo.whole import replacing
@@ -223,9 +233,10 @@ def calibrate(
     Returns: the statistics, in the computer's own memory.
     Raises: CalibrateError for a NaN or inf, naming the layer that it entered, for a model without linear layers, if no
         batch came, for `rows` below 0, and for `route_all_experts` where there are no experts; EvaluateError for
-        batches that are of another type, or a model on `meta`.
+        batches that are of another type, or a model on `meta`; QuantizeError for what is no module.
     Warns: OctavoWarning if there are experts that no token was routed to; `Stats.unrouted` lists them.
     """
+    check_module(model)
     check_batches(batches)
     if rows < 0:
         raise CalibrateError(f"rows is {rows}, expected 0 or more rows of each layer's input to keep")

@@ -13,12 +13,31 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from octavo.errors import EvaluateError
+from octavo.errors import EvaluateError, QuantizeError
 
-__all__ = ["Progress", "at_rest", "check_batches", "device_of", "feed", "first_tensor", "hooked", "padding_mask"]
+__all__ = [
+    "Progress",
+    "at_rest",
+    "check_batches",
+    "check_module",
+    "device_of",
+    "feed",
+    "first_tensor",
+    "hooked",
+    "padding_mask",
+]
 
 Progress = Callable[[int, int], None]
 """Called with (steps done, steps in all, or 0 where that is not known) as the work goes on."""
+
+
+def check_module(model: object) -> None:
+    """Raise QuantizeError for what is no module: a state dict, a pipeline that holds models."""
+    if not isinstance(model, nn.Module):
+        raise QuantizeError(
+            f"model is a {type(model).__name__}, expected an nn.Module; of a pipeline, give the modules that it holds "
+            "one by one, of a state dict, the model with it loaded"
+        )
 
 
 def check_batches(batches: object) -> None:

@@ -21,9 +21,9 @@ from octavo.calibrate import Stats, check_stats
 from octavo.coverage import REASONS_ATTRIBUTE, ROUTER_REASON, Coverage, coverage
 from octavo.errors import CalibrateError, OctavoWarning, QuantizeError, RecipeError
 from octavo.experts import routers
-from octavo.feeding import Progress
+from octavo.feeding import Progress, check_module
 from octavo.inputs import SharedInput
-from octavo.layers import KINDS, LayerKind, kind_of, users_of_parameters, why_not
+from octavo.layers import EXPERTS, KINDS, LayerKind, kind_of, users_of_parameters, why_not
 from octavo.modules import (
     Codes,
     DynamicQuantLinear,
@@ -35,6 +35,7 @@ from octavo.modules import (
 )
 from octavo.norms import fused_norms
 from octavo.observers import Observer, ObserverKind, check_observer
+from octavo.ops.reference import LONGEST_EXACT
 from octavo.recipe import DEFAULT_TARGETS, OPT_IN_TARGETS, Pattern, Recipe, Scheme, pattern_matches
 from octavo.report import sqnr_db
 from octavo.sensitivity import CATASTROPHE_DB, evenly, output_error, rounded_input
@@ -98,7 +99,8 @@ def quantize(
     A weight W [N, K] of any float dtype becomes codes int8 [N, K] and a scale fp32 [N, 1] ([N, K/g] in groups of g
     columns), W ~ codes * scale: the arithmetic of octavo.primitives. Which layers there are: the head of octavo.layers.
     RMS norms keep their float weights and become FusedRMSNorm, which computes the same in fewer kernels (octavo.norms);
-    `ignore` keeps them as they are.
+    `ignore` keeps them as they are. A transformers model whose attention is "sdpa" decodes faster on CPUs, by
+    octavo.integrations.decode_attention; `model.set_attn_implementation("sdpa")` undoes that.
 
     model: any module with its weights loaded, on any device.
     scheme: a preset's name ("w8a16"), a Scheme or a Recipe; see octavo.recipe for `ignore`, `include`, `overrides`
@@ -116,7 +118,7 @@ def quantize(
     Raises: RecipeError for an unknown scheme, a pattern that matches nothing, a group_size that does not divide a K, or
         a layer that is ignored while it shares its weight with one that is not; QuantizeError for a model that is
         already quantized, on `meta`, lazy, itself a single layer, that holds NaN or inf, or whose attention cannot be
-        int8;
+        int8, and for what is no module;
         CalibrateError for static inputs without `stats`, or with those of another model, and for an unknown observer;
         MissingExtra for int8 attention without transformers. The plan is checked before anything is changed; a weight
         with NaN or inf stops at its layer, with the layers before it already int8.
@@ -125,6 +127,7 @@ def quantize(
     recipe = Recipe.of(
         scheme, ignore=ignore, include=include, overrides=overrides, group_size=group_size, attention=attention
     )
+    check_module(model)
     _refuse_missing_values(model)
     decisions = plan(model, recipe)
     fix_inputs(model, decisions, stats, observer=observer, repair=repair)
@@ -229,7 +232,15 @@ def _decide(name: str, layer: nn.Module, kind: LayerKind, label: str, recipe: Re
             decision.note = f"the inputs of a {label} stay float"
         elif wanted.is_static and not decision.scheme.is_static:
             decision.note = f"the inputs of {label} have dynamic scales"
+        elif decision.scheme.input and (k := _row_length(kind, layer)) > LONGEST_EXACT:
+            decision.scheme = Scheme("w8a16", wanted.weight)
+            decision.note = f"its inputs stay float: int32 may not hold the sum of {k} products of codes"
     return decision
+
+
+def _row_length(kind: LayerKind, layer: nn.Module) -> int:
+    """K, of a kind whose weight is one matrix; 0 for stacks of experts."""
+    return 0 if kind.name == EXPERTS else kind.rows(getattr(layer, kind.params[0]), layer).shape[-1]
 
 
 def _names(recipe: Recipe, name: str, layer: nn.Module) -> bool:

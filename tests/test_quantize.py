@@ -638,3 +638,28 @@ def test_what_a_subclass_holds_besides_is_carried_over() -> None:
     assert isinstance(layer, QuantLinear) and layer.gain == 2.0
     assert torch.equal(layer.kept, torch.full((8,), 3.0)) and torch.equal(layer.passing, torch.full((8,), 4.0))
     assert {"0.kept"} <= model.state_dict().keys() and "0.passing" not in model.state_dict()
+
+
+@pytest.mark.parametrize("scheme", ["w8a8", "w8a8-static"])
+def test_rows_longer_than_int32_can_sum_keep_float_inputs(scheme: str, tmp_path: Path) -> None:
+    """131072 = 512 channels of 16 x 16, flattened: one more than the products of codes that surely fit."""
+    model = nn.Sequential(nn.Flatten(), nn.Linear(131072, 4), nn.Linear(4, 3)).bfloat16()
+    x = torch.randn(2, 512, 16, 16).bfloat16()
+    expected = model(x)
+    stats = octavo.calibrate(model, [x]) if scheme == "w8a8-static" else None
+    report = octavo.quantize(model, scheme, stats=stats)
+    long, short = (next(row for row in report.rows if row.name == f"{name}.weight") for name in "12")
+    assert long.scheme == "w8a16" and long.reason and "int32" in long.reason
+    assert short.scheme == scheme
+    torch.testing.assert_close(model(x), expected, rtol=0.1, atol=0.1)
+    octavo.save(model, tmp_path / "saved")
+    again = nn.Sequential(nn.Flatten(), nn.Linear(131072, 4), nn.Linear(4, 3)).bfloat16()
+    assert torch.equal(octavo.load(tmp_path / "saved", model=again)(x), model(x))
+
+
+@pytest.mark.parametrize("model", [{"weight": torch.ones(2, 2)}, object(), None])
+def test_what_is_no_module_is_told_so(model: Any) -> None:
+    with pytest.raises(QuantizeError, match=f"model is a {type(model).__name__}, expected an nn.Module"):
+        octavo.quantize(model, "w8a16")
+    with pytest.raises(QuantizeError, match=f"model is a {type(model).__name__}, expected an nn.Module"):
+        octavo.calibrate(model, [])

@@ -2,11 +2,10 @@
 
     y = softmax(scaling * q k^T) v          in fp32, rounded once
 
-In decode a sequence asks with one query. torch's `scaled_dot_product_attention` then takes head by head, and on CPUs
-lays keys and values out anew for each: ten times as long as the products themselves, and at a few hundred tokens half
-as long as all int8 layers of the model together. The heads that share a key (grouped-query attention) are rows of one
-matrix here, and keys and values are widened once. Everything else (prefill, masks, batches with padding, GPUs, compiled
-graphs) is passed on to transformers' "sdpa", as this is in its place only.
+In decode a sequence asks with one query. On CPUs torch's `scaled_dot_product_attention` then takes head by head and
+lays keys and values out anew for each, which takes many times as long as the products. Here the heads that share a key
+(grouped-query attention) are rows of one matrix, and keys and values are widened once. Everything else (prefill, masks,
+batches with padding, GPUs, compiled graphs) is passed on to transformers' "sdpa", in whose place this is.
 
 Importing this module registers the name "octavo_sdpa" with transformers, with the masks of "sdpa".
 """
