@@ -29,8 +29,8 @@ NAME = "octavo_sdpa"
 """Of this attention, in `attn_implementation`."""
 
 MOST = 2**21
-"""Values of a key head, of all sequences, that are widened at a time: 8 MB. Memory for many more is the operating
-system's anew at each call, which takes longer than the products."""
+"""Numbers of keys, and of values, that are widened at a time: 8 MB each. Memory for many more is the operating system's
+anew at each call, which takes longer than the products."""
 
 _ASKS_FOR_SDPA = re.compile(r"_attn_implementation\s*(==|!=|in\b|not\s+in\b)[^:]*sdpa")
 
@@ -39,7 +39,7 @@ def use_decode_attention(model: nn.Module) -> None:
     """Switch a transformers model that uses "sdpa", in all of its parts, to "octavo_sdpa", in place.
 
     Others are left alone, and so are those whose code asks whether the name is "sdpa".
-    `model.set_attn_implementation("sdpa")` undoes it.
+    `model.set_attn_implementation("sdpa")` undoes it, as transformers' `generate_batch` demands, which asks too.
     """
     parts = [part for part in model.modules() if isinstance(part, PreTrainedModel)]
     if parts and all(map(_is_switchable, parts)):
@@ -99,7 +99,7 @@ def _one_query(query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Ten
     """query [B, H, 1, D], key [B, KV, S, D], value [B, KV, S, Dv] -> [B, 1, H, Dv]."""
     batch, heads, _, size = query.shape
     key_heads, tokens = key.shape[1:3]
-    rows = (query.float() * scaling).view(batch, key_heads, heads // key_heads, size)
+    rows = (query.float() * scaling).reshape(batch, key_heads, heads // key_heads, size)
     step = MOST // max(1, batch * tokens * max(size, value.shape[3]))
     parts = []
     for some in zip(rows.split(step, 1), key.split(step, 1), value.split(step, 1), strict=True):

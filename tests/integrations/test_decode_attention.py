@@ -77,6 +77,15 @@ def test_one_query_is_that_of_float64(
         assert (y.double() - expected).abs().max() <= UNIT[dtype] * expected.abs().max() + 1e-5
 
 
+def test_any_strides(monkeypatch: pytest.MonkeyPatch) -> None:
+    passed_on = asked_of_sdpa(monkeypatch)
+    query = torch.randn(8, 1, 2, 6).permute(2, 3, 1, 0)  # [2, 6, 1, 8], its values far apart
+    key, value = torch.randn(2, 40, 3, 16)[..., ::2].transpose(1, 2), torch.randn(3, 2, 8, 40).permute(1, 0, 3, 2)
+    y, _ = decode_attention_forward(nn.Module(), query, key, value, None)
+    torch.testing.assert_close(y.double(), in_float64(query, key, value, 8**-0.5), rtol=1e-4, atol=1e-5)
+    assert not passed_on
+
+
 def test_key_heads_are_taken_so_many_at_a_time_that_memory_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     query, key, value = operands(2, 10, 5, 40, 8, torch.bfloat16)
     whole, _ = decode_attention_forward(nn.Module(), query, key, value, None)
@@ -178,7 +187,9 @@ def test_files_do_not_know_of_it_and_loading_switches_anew(tmp_path: Path) -> No
     model = build(llama)
     octavo.quantize(model, "w8a16")
     octavo.save(model, tmp_path / "saved")
-    assert NAME not in (tmp_path / "saved" / "config.json").read_text()
+    model.save_pretrained(tmp_path / "pretrained")
+    for folder in ("saved", "pretrained"):
+        assert NAME not in (tmp_path / folder / "config.json").read_text()
     loaded = octavo.load(tmp_path / "saved")
     assert loaded.config._attn_implementation == NAME
     into = octavo.load(tmp_path / "saved", model=build(llama))
