@@ -5,7 +5,7 @@
 In decode a sequence asks with one query. On CPUs torch's `scaled_dot_product_attention` then takes head by head and
 lays keys and values out anew for each, which takes many times as long as the products. Here the heads that share a key
 (grouped-query attention) are rows of one matrix, and keys and values are widened once. Everything else (prefill, masks,
-batches with padding, GPUs, compiled graphs) is passed on to transformers' "sdpa", in whose place this is.
+batches with padding, fp32, GPUs, compiled graphs) is passed on to transformers' "sdpa", in whose place this is.
 
 Importing this module registers the name "octavo_sdpa" with transformers, with the masks of "sdpa".
 """
@@ -28,9 +28,10 @@ __all__ = ["NAME", "decode_attention_forward", "use_decode_attention"]
 NAME = "octavo_sdpa"
 """Of this attention, in `attn_implementation`."""
 
-MOST = 2**21
-"""Numbers of keys, and of values, that are widened at a time: 8 MB each. Memory for many more is the operating system's
-anew at each call, which takes longer than the products."""
+AT_ONCE, MOST = 2**19, 2**20
+"""Numbers of keys, and of values, that are widened at a time, 2 MB each; and how many there may be of one key head, in
+all sequences together, for more heads are not taken apart. Larger pieces leave the caches, and their memory is the
+operating system's anew at each call, which takes longer than the products."""
 
 _ASKS_FOR_SDPA = re.compile(r"_attn_implementation\s*(==|!=|in\b|not\s+in\b)[^:]*sdpa")
 
@@ -86,7 +87,7 @@ def _is_one_query(query: Tensor, key: Tensor, value: Tensor, kwargs: dict[str, A
         not torch.compiler.is_compiling()
         and tokens == 1
         and query.device.type == "cpu"
-        and query.dtype in (torch.float32, torch.bfloat16, torch.float16)
+        and query.dtype in (torch.bfloat16, torch.float16)  # in fp32 torch's kernel is as fast
         and batch == len(key) == len(value)
         and heads % key.shape[1] == 0
         and batch * key.shape[2] * max(key.shape[3], value.shape[3]) <= MOST
@@ -100,7 +101,7 @@ def _one_query(query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Ten
     batch, heads, _, size = query.shape
     key_heads, tokens = key.shape[1:3]
     rows = (query.float() * scaling).reshape(batch, key_heads, heads // key_heads, size)
-    step = MOST // max(1, batch * tokens * max(size, value.shape[3]))
+    step = max(1, AT_ONCE // max(1, batch * tokens * max(size, value.shape[3])))
     parts = []
     for some in zip(rows.split(step, 1), key.split(step, 1), value.split(step, 1), strict=True):
         q, k, v = some

@@ -21,7 +21,7 @@ from octavo.integrations import decode_attention  # noqa: E402
 from octavo.integrations.attention import attention_of  # noqa: E402
 from octavo.integrations.decode_attention import NAME, decode_attention_forward, use_decode_attention  # noqa: E402
 
-UNIT = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
+UNIT = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
 """What rounding to this type changes a number by at most, as a share of it."""
 
 
@@ -79,10 +79,11 @@ def test_one_query_is_that_of_float64(
 
 def test_any_strides(monkeypatch: pytest.MonkeyPatch) -> None:
     passed_on = asked_of_sdpa(monkeypatch)
-    query = torch.randn(8, 1, 2, 6).permute(2, 3, 1, 0)  # [2, 6, 1, 8], its values far apart
-    key, value = torch.randn(2, 40, 3, 16)[..., ::2].transpose(1, 2), torch.randn(3, 2, 8, 40).permute(1, 0, 3, 2)
+    query = torch.randn(8, 1, 2, 6).half().permute(2, 3, 1, 0)  # [2, 6, 1, 8], its values far apart
+    key = torch.randn(2, 40, 3, 16).half()[..., ::2].transpose(1, 2)
+    value = torch.randn(3, 2, 8, 40).half().permute(1, 0, 3, 2)
     y, _ = decode_attention_forward(nn.Module(), query, key, value, None)
-    torch.testing.assert_close(y.double(), in_float64(query, key, value, 8**-0.5), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(y.double(), in_float64(query, key, value, 8**-0.5), rtol=2.0**-11, atol=1e-5)
     assert not passed_on
 
 
@@ -90,7 +91,7 @@ def test_key_heads_are_taken_so_many_at_a_time_that_memory_is_bounded(monkeypatc
     query, key, value = operands(2, 10, 5, 40, 8, torch.bfloat16)
     whole, _ = decode_attention_forward(nn.Module(), query, key, value, None)
     passed_on = asked_of_sdpa(monkeypatch)
-    monkeypatch.setattr(decode_attention, "MOST", 2 * 2 * 40 * 8)  # two of five heads
+    monkeypatch.setattr(decode_attention, "AT_ONCE", 2 * 2 * 40 * 8)  # two of five heads
     some, _ = decode_attention_forward(nn.Module(), query, key, value, None)
     torch.testing.assert_close(some, whole, rtol=0, atol=2.0**-8)
     assert not passed_on
@@ -101,19 +102,19 @@ def test_key_heads_are_taken_so_many_at_a_time_that_memory_is_bounded(monkeypatc
     assert passed_on == [1]
 
 
-@pytest.mark.parametrize("case", ["mask", "queries", "dropout", "position_bias", "learned queries"])
+@pytest.mark.parametrize("case", ["mask", "queries", "dropout", "position_bias", "learned queries", "fp32"])
 def test_all_else_is_what_sdpa_makes_of_it(case: str) -> None:
-    query, key, value = operands(2, 4, 4, 9, 8, torch.float32)
+    query, key, value = operands(2, 4, 4, 9, 8, torch.float32 if case == "fp32" else torch.bfloat16)
     mask, kwargs = None, {}
     if case == "mask":
         mask = torch.rand(2, 1, 1, 9) > 0.3
     elif case == "queries":
-        query = torch.randn(2, 4, 9, 8)
+        query = torch.randn(2, 4, 9, 8).bfloat16()
     elif case == "dropout":
         kwargs = {"dropout": 0.5}
     elif case == "position_bias":
-        kwargs = {"position_bias": torch.randn(1, 4, 1, 9)}
-    else:
+        kwargs = {"position_bias": torch.randn(1, 4, 1, 9).bfloat16()}
+    elif case == "learned queries":
         query = query[:1]
     results = []
     for attend in (decode_attention_forward, sdpa_attention_forward):
@@ -125,13 +126,13 @@ def test_all_else_is_what_sdpa_makes_of_it(case: str) -> None:
 @pytest.mark.parametrize("make", [llama, qwen2, mixtral, gpt2])
 def test_a_quantized_model_decodes_as_with_sdpa(make: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
     passed_on = asked_of_sdpa(monkeypatch)
-    model = build(make)
+    model = build(make, torch.float16)
     octavo.quantize(model, "w8a16")
     assert model.config._attn_implementation == NAME and attention_of(model) == "float"
     found = decoded(model)
     assert passed_on == [8] * model.config.num_hidden_layers, "the prompt by sdpa, and none of the tokens"
     model.set_attn_implementation("sdpa")
-    torch.testing.assert_close(found, decoded(model), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(found, decoded(model), rtol=1e-2, atol=2e-3)
 
 
 def decoded(model: Any) -> Tensor:
@@ -142,7 +143,7 @@ def decoded(model: Any) -> Tensor:
 
 
 def test_padded_batches_are_sdpa_s(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = build(llama)
+    model = build(llama, torch.bfloat16)
     octavo.quantize(model, "w8a16")
     ids, mask = tokens(2, 6), torch.ones(2, 6, dtype=torch.int64)
     mask[0, :3] = 0
