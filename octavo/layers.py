@@ -74,6 +74,10 @@ class LayerKind:
         """The parameters of `layer` that become int8."""
         return tuple(name for name in self.params if getattr(layer, name, None) is not None)
 
+    def row_lengths(self, layer: nn.Module) -> dict[str, int]:
+        """K of each of the parameters of `layer` that become int8."""
+        return {name: self.rows(getattr(layer, name), layer).shape[-1] for name in self.params_of(layer)}
+
     def effective(self, scheme: Scheme) -> Scheme:
         """`scheme` as this kind can have it: w8a16 where inputs stay float, per_channel where there is no K axis."""
         if self.int8_input:
@@ -103,6 +107,11 @@ class _ExpertsKind(LayerKind):
     def params_of(self, layer: nn.Module) -> tuple[str, ...]:
         spec = spec_of(layer)
         return tuple(name for name in spec.params if getattr(layer, name, None) is not None) if spec else ()
+
+    def row_lengths(self, layer: nn.Module) -> dict[str, int]:
+        spec = spec_of(layer)
+        assert spec is not None
+        return {name: spec.rows(getattr(layer, name)).shape[-1] for name in self.params_of(layer)}
 
     def effective(self, scheme: Scheme) -> Scheme:
         return Scheme("w8a16" if scheme.input is None else "w8a8")

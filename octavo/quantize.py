@@ -23,7 +23,7 @@ from octavo.errors import CalibrateError, OctavoWarning, QuantizeError, RecipeEr
 from octavo.experts import routers
 from octavo.feeding import Progress, check_module
 from octavo.inputs import SharedInput
-from octavo.layers import EXPERTS, KINDS, LayerKind, kind_of, users_of_parameters, why_not
+from octavo.layers import KINDS, LayerKind, kind_of, users_of_parameters, why_not
 from octavo.modules import (
     Codes,
     DynamicQuantLinear,
@@ -118,10 +118,9 @@ def quantize(
     Raises: RecipeError for an unknown scheme, a pattern that matches nothing, a group_size that does not divide a K, or
         a layer that is ignored while it shares its weight with one that is not; QuantizeError for a model that is
         already quantized, on `meta`, lazy, itself a single layer, that holds NaN or inf, or whose attention cannot be
-        int8, and for what is no module;
-        CalibrateError for static inputs without `stats`, or with those of another model, and for an unknown observer;
-        MissingExtra for int8 attention without transformers. The plan is checked before anything is changed; a weight
-        with NaN or inf stops at its layer, with the layers before it already int8.
+        int8, and for what is no module; CalibrateError for static inputs without `stats`, or with those of another
+        model, and for an unknown observer; MissingExtra for int8 attention without transformers. The plan is checked
+        before anything is changed; a weight with NaN or inf stops at its layer, with the layers before it already int8.
     Warns: OctavoWarning if more than 5% of the bytes stay float for a reason that the recipe did not ask for.
     """
     recipe = Recipe.of(
@@ -232,15 +231,10 @@ def _decide(name: str, layer: nn.Module, kind: LayerKind, label: str, recipe: Re
             decision.note = f"the inputs of a {label} stay float"
         elif wanted.is_static and not decision.scheme.is_static:
             decision.note = f"the inputs of {label} have dynamic scales"
-        elif decision.scheme.input and (k := _row_length(kind, layer)) > LONGEST_EXACT:
-            decision.scheme = Scheme("w8a16", wanted.weight)
+        if decision.scheme.input and (k := max(kind.row_lengths(layer).values())) > LONGEST_EXACT:
+            decision.scheme = kind.effective(Scheme("w8a16", wanted.weight))
             decision.note = f"its inputs stay float: int32 may not hold the sum of {k} products of codes"
     return decision
-
-
-def _row_length(kind: LayerKind, layer: nn.Module) -> int:
-    """K, of a kind whose weight is one matrix; 0 for stacks of experts."""
-    return 0 if kind.name == EXPERTS else kind.rows(getattr(layer, kind.params[0]), layer).shape[-1]
 
 
 def _names(recipe: Recipe, name: str, layer: nn.Module) -> bool:
@@ -372,8 +366,7 @@ def _check_groups(decision: Decision, layer: nn.Module) -> None:
     group_size = decision.scheme.weight.group_size if decision.scheme else None
     if group_size is None:
         return
-    for param in decision.kind.params_of(layer):
-        k = decision.kind.rows(getattr(layer, param), layer).shape[-1]
+    for param, k in decision.kind.row_lengths(layer).items():
         if not k or k % group_size:
             raise RecipeError(
                 f"{decision.name}.{param}: group_size={group_size} does not divide K={k}; choose a divisor of every K, "

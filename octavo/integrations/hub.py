@@ -50,17 +50,13 @@ def _with_transformers(core: Callable[_Arguments, Coverage]) -> Callable[_Argume
         given = inspect.signature(core).bind(*args, **kwargs).arguments
         model, scheme = given["model"], given["scheme"]
         asked = given.get("attention") or (scheme.attention if isinstance(scheme, Recipe) else "float")
-        attention = _attention() if asked == "int8" else None
-        if attention is not None:
-            attention.check_int8_attention(model)
+        if asked == "int8":
+            _attention().check_int8_attention(model)
         report = core(*args, **kwargs)
-        if attention is not None:
-            attention.use_int8_attention(model)
+        _set_attention(model, asked)
         if any(map(_is_pretrained, model.modules())):
-            from octavo.integrations.decode_attention import use_decode_attention
             from octavo.integrations.transformers import let_transformers_save
 
-            use_decode_attention(model)
             let_transformers_save(model)
         return report
 
@@ -68,6 +64,16 @@ def _with_transformers(core: Callable[_Arguments, Coverage]) -> Callable[_Argume
 
 
 quantize = _with_transformers(quantize_layers)
+
+
+def _set_attention(model: nn.Module, kind: str) -> None:
+    """kind: "int8", or "float", which transformers models get faster in decode."""
+    if kind == "int8":
+        _attention().use_int8_attention(model)
+    elif any(map(_is_pretrained, model.modules())):
+        from octavo.integrations.decode_attention import use_decode_attention
+
+        use_decode_attention(model)
 
 
 def _is_pretrained(module: nn.Module) -> bool:
@@ -99,12 +105,7 @@ def load(
                 "given as model=; leave them out"
             )
         loaded = formats.load_into(resolve(path), model, progress=progress)
-        if _stored_attention(resolve(path)) == "int8":
-            _attention().use_int8_attention(loaded)
-        if any(map(_is_pretrained, loaded.modules())):
-            from octavo.integrations.decode_attention import use_decode_attention
-
-            use_decode_attention(loaded)
+        _set_attention(loaded, _stored_attention(resolve(path)))
         return loaded
     if progress is not None:
         raise OctavoError(

@@ -377,7 +377,8 @@ class OctavoQuantizer(HfQuantizer):  # type: ignore[misc]
             warn_unasked(settle(model, self._decisions))
         if self.quantization_config.attention == "int8":
             use_int8_attention(model)
-        use_decode_attention(model)
+        else:
+            use_decode_attention(model)
         return model
 
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, Tensor], dict[str, str]]:

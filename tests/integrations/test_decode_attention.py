@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import octavo
-from tests.tiny_models import TEXT, bert, build, gpt2, llama, qwen2, t5, tokens, whisper
+from tests.tiny_models import bert, build, falcon, gpt2, llama, mixtral, qwen2, t5, tokens, whisper
 
 transformers = pytest.importorskip("transformers")
 
@@ -23,13 +23,6 @@ from octavo.integrations.decode_attention import NAME, decode_attention_forward,
 
 UNIT = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
 """What rounding to this type changes a number by at most, as a share of it."""
-
-
-def mixtral() -> Any:
-    config = {**TEXT, "intermediate_size": 40}  # torch's grouped product wants rows of 16 bytes
-    return transformers.MixtralForCausalLM(
-        transformers.MixtralConfig(**config, num_key_value_heads=2, num_local_experts=4)
-    )
 
 
 def operands(
@@ -154,11 +147,6 @@ def test_padded_batches_are_sdpa_s(monkeypatch: pytest.MonkeyPatch) -> None:
     assert torch.equal(
         found, model.generate(ids, attention_mask=mask, max_new_tokens=4, do_sample=False, pad_token_id=0)
     )
-
-
-def falcon() -> Any:
-    config = {name: value for name, value in TEXT.items() if name != "intermediate_size"}
-    return transformers.FalconForCausalLM(transformers.FalconConfig(**config))
 
 
 def test_models_that_ask_for_the_name_or_have_another_are_left_alone() -> None:
