@@ -27,7 +27,11 @@
 
 #include "softmax.h"
 
-#include "attention.h"
+#include "heads.h"
+
+#include "int8_attention.h"
+
+#include "float_attention.h"
 
 namespace octavo {
 namespace {
@@ -211,7 +215,6 @@ using ManyRowsF32 = OuterLinear<Vec, Fp32Unit<Float::f32>>;
 using ManyRowsF16 = OuterLinear<Vec, Fp32Unit<Float::f16>>;
 using ManyRowsBf16 = OuterLinear<Vec, Bf16Unit>;
 using ManyRowsInt8 = OuterLinear<Vec, Int8Unit>;
-using AttentionInt8 = AttentionKernels<Vec, Int8Unit, WeightedUnit>;
 
 // Few rows of x by one, many by the other, for which they are packed.
 template <class FewRows, class ManyRows>
@@ -226,16 +229,18 @@ constexpr LinearKernels either{
     ManyRows::pack,
 };
 
+template <class Of>
+constexpr AttentionKernels attention{Of::packed, Of::scratch, Of::mask, Of::tokens, Of::rows};
+
 }  // namespace
 
 extern constexpr Kernels avx512_kernels = [] {
   Kernels kernels = kernels_of<Vec>("avx512", either<LinearF32, ManyRowsF32>, either<LinearBf16, ManyRowsBf16>,
                                     either<LinearF16, ManyRowsF16>, either<LinearInt8, ManyRowsInt8>);
-  kernels.attention_packed = AttentionInt8::packed;
-  kernels.attention_scratch = AttentionInt8::scratch;
-  kernels.attention_mask = AttentionInt8::mask;
-  kernels.attention_tokens = AttentionInt8::tokens;
-  kernels.attention_rows = AttentionInt8::rows;
+  kernels.int8_attention = &attention<Int8Attention<Vec, Int8Unit, WeightedUnit>>;
+  kernels.float_attention_of[0] = &attention<FloatAttention<Vec, Fp32Unit<Float::f32>>>;
+  kernels.float_attention_of[1] = &attention<FloatAttention<Vec, Bf16Unit>>;
+  kernels.float_attention_of[2] = &attention<FloatAttention<Vec, Fp32Unit<Float::f16>>>;
   return kernels;
 }();
 

@@ -21,6 +21,7 @@ namespace {
 
 using octavo::Allowed;
 using octavo::Attention;
+using octavo::AttentionKernels;
 using octavo::Block;
 using octavo::Float;
 using octavo::Heads;
@@ -431,21 +432,19 @@ Mask mask_of(const Tensor& mask, const Attention& a) {
 // with the last but one, so that every thread gets its share.
 int64_t from_both_ends(int64_t i, int64_t count) { return i % 2 == 0 ? i / 2 : count - 1 - i / 2; }
 
-void run(Attention& a) {
-  const auto& k = kernels();
+void run(Attention& a, const AttentionKernels& k) {
   const int64_t key_heads = a.B * a.KV, rows = a.KV ? a.H / a.KV * a.T : 0;
   if (key_heads * rows * a.Dv == 0) return;
   std::vector<Allowed> allowed(a.mask.kind == Mask::Kind::none ? 0 : a.mask.B * a.mask.H * a.mask.T);
   a.mask.allowed = allowed.data();
-  in_parallel(static_cast<int64_t>(allowed.size()), a.S,
-              [&](int64_t begin, int64_t end) { k.attention_mask(a, begin, end); });
-  const size_t bytes = k.attention_scratch(a);
+  in_parallel(static_cast<int64_t>(allowed.size()), a.S, [&](int64_t begin, int64_t end) { k.mask(a, begin, end); });
+  const size_t bytes = k.scratch_bytes(a);
   const int64_t parts = (a.S + octavo::kAttentionTokens - 1) / octavo::kAttentionTokens;
   in_parallel(key_heads * parts, octavo::kAttentionTokens * (a.D + a.Dv), [&](int64_t begin, int64_t end) {
     void* const memory = scratch_of(bytes);
     for (int64_t i = begin; i < end; i++) {
       const int64_t s = i % parts * octavo::kAttentionTokens;
-      k.attention_tokens(a, i / parts, s, std::min(s + octavo::kAttentionTokens, a.S), memory);
+      k.tokens(a, i / parts, s, std::min(s + octavo::kAttentionTokens, a.S), memory);
     }
   });
   const int64_t tiles = (rows + octavo::kAttentionRows - 1) / octavo::kAttentionRows,
@@ -454,27 +453,21 @@ void run(Attention& a) {
     void* const memory = scratch_of(bytes);
     for (int64_t i = begin; i < end; i++) {
       const int64_t r = from_both_ends(i % tiles, tiles) * height;
-      k.attention_rows(a, i / tiles, r, std::min(r + height, rows), memory);
+      k.rows(a, i / tiles, r, std::min(r + height, rows), memory);
     }
   });
 }
 
-Tensor int8_attention(const Tensor& query, const Tensor& key, const Tensor& value, const std::optional<Tensor>& mask,
-                      double scaling, std::optional<double> softcap) {
-  const bool floats =
-      float_type(query.scalar_type()) && float_type(key.scalar_type()) && float_type(value.scalar_type());
-  if (!floats || (mask && !mask_kind(mask->scalar_type())) || !kernels().attention_rows)
-    return reference<Tensor>("int8_attention", query, key, value, mask, scaling, softcap);
+// The operands of an attention, its scaling, and who computes it.
+Tensor attend(Attention a, const AttentionKernels& kernels, const Tensor& query, const Tensor& key, const Tensor& value,
+              const std::optional<Tensor>& mask, double scaling) {
   STD_TORCH_CHECK(query.dim() == 4 && key.dim() == 4 && value.dim() == 4,
                   "query, key and value must have 4 dimensions");
-  Attention a{};
   a.B = query.size(0), a.H = query.size(1), a.T = query.size(2), a.D = query.size(3);
   a.KV = key.size(1), a.S = key.size(2), a.Dv = value.size(3);
   STD_TORCH_CHECK(key.size(0) == a.B && key.size(3) == a.D && value.size(0) == a.B && value.size(1) == a.KV &&
                       value.size(2) == a.S && (a.KV ? a.H % a.KV : a.H) == 0,
                   "query, key and value do not go together");
-  STD_TORCH_CHECK(a.D <= kLongestExact && a.S <= kLongestExact, "int32 holds sums of up to ", kLongestExact,
-                  " products of codes");
   const Tensor q = with_dense_rows(query), k = with_dense_rows(key), v = with_dense_rows(value);
   a.q = heads_of(q), a.k = heads_of(k), a.v = heads_of(v);
   Tensor entries;
@@ -484,14 +477,39 @@ Tensor int8_attention(const Tensor& query, const Tensor& key, const Tensor& valu
     a.mask = mask_of(entries, a);
   }
   a.scaling = static_cast<float>(scaling);
-  a.has_softcap = softcap.has_value(), a.softcap = static_cast<float>(softcap.value_or(0));
-  const auto bytes = static_cast<int64_t>(kernels().attention_packed(a));
+  const auto bytes = static_cast<int64_t>(kernels.packed_bytes(a));
   Tensor packed = empty(query, {a.B * a.KV * bytes + 64}, ScalarType::Char);
   Tensor y = empty(query, {a.B, a.H, a.T, a.Dv}, query.scalar_type());
   a.packed = aligned(packed.mutable_data_ptr());
   a.y = y.mutable_data_ptr(), a.y_type = a.q.type;
-  run(a);
+  run(a, kernels);
   return y;
+}
+
+Tensor int8_attention(const Tensor& query, const Tensor& key, const Tensor& value, const std::optional<Tensor>& mask,
+                      double scaling, std::optional<double> softcap) {
+  const bool floats =
+      float_type(query.scalar_type()) && float_type(key.scalar_type()) && float_type(value.scalar_type());
+  if (!floats || (mask && !mask_kind(mask->scalar_type())) || !kernels().int8_attention)
+    return reference<Tensor>("int8_attention", query, key, value, mask, scaling, softcap);
+  for (const int64_t summed : {key.size(2), key.size(3)})
+    STD_TORCH_CHECK(summed <= kLongestExact, "int32 holds sums of up to ", kLongestExact, " products of codes");
+  Attention a{};
+  a.has_softcap = softcap.has_value(), a.softcap = static_cast<float>(softcap.value_or(0));
+  return attend(a, *kernels().int8_attention, query, key, value, mask, scaling);
+}
+
+Tensor float_attention(const Tensor& query, const Tensor& key, const Tensor& value, const std::optional<Tensor>& mask,
+                       double scaling, bool is_causal) {
+  const auto type = float_type(query.scalar_type());
+  const bool alike = key.scalar_type() == query.scalar_type() && value.scalar_type() == query.scalar_type();
+  const bool understood = (!mask || (mask->scalar_type() == ScalarType::Bool && !is_causal)) && scaling > 0;
+  const AttentionKernels* const served = type ? kernels().float_attention(*type) : nullptr;
+  if (!alike || !understood || !served)
+    return reference<Tensor>("float_attention", query, key, value, mask, scaling, is_causal);
+  Attention a{};
+  if (is_causal) a.mask = {Mask::Kind::causal, nullptr, 1, 1, query.size(2), 0, 0, 0, nullptr};
+  return attend(a, *served, query, key, value, mask, scaling);
 }
 
 STABLE_TORCH_LIBRARY_IMPL(octavo, CPU, m) {
@@ -505,6 +523,7 @@ STABLE_TORCH_LIBRARY_IMPL(octavo, CPU, m) {
   m.impl("quantize_weight", TORCH_BOX(&quantize_weight));
   m.impl("w8a16_embedding", TORCH_BOX(&w8a16_embedding));
   m.impl("int8_attention", TORCH_BOX(&int8_attention));
+  m.impl("float_attention", TORCH_BOX(&float_attention));
 }
 
 }  // namespace
@@ -525,5 +544,5 @@ extern "C" __attribute__((visibility("default"))) const char* octavo_isa() {
 
 // Whether attention has kernels of its own there; else it is composed of the other ops.
 extern "C" __attribute__((visibility("default"))) bool octavo_attends() {
-  return active.load() && kernels().attention_rows;
+  return active.load() && kernels().int8_attention;
 }

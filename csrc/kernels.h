@@ -73,9 +73,9 @@ struct Allowed {
 };
 
 // Where a query may attend, [batch, heads, rows, tokens]; the first three may be 1 for what is the same for all. A
-// row's entries are contiguous.
+// row's entries are contiguous. `causal` has none: query t may attend to tokens 0 to t.
 struct Mask {
-  enum class Kind : int { none, boolean, f32, bf16, f16 };  // boolean: a byte, 1 where it may; else added to the score
+  enum class Kind : int { none, causal, boolean, f32, bf16, f16 };  // boolean: a byte, 1 where it may; else added
   Kind kind;
   const void* x;
   int64_t B, H, T;
@@ -83,11 +83,8 @@ struct Mask {
   Allowed* allowed;  // [B, H, T]
 };
 
-// softmax(softcap(q k^T) + mask) v with both products in int8, as octavo/ops/attention.py defines it, in three steps.
-//
-//     attention_mask     mask -> `mask.allowed`, for rows [i0, i1) of its B * H * T; if there is one
-//     attention_tokens   k, v -> `packed`: their codes, laid out as the products read them, and scales
-//     attention_rows     q, packed -> y
+// softmax(softcap(q k^T) + mask) v, with both products in int8 as octavo/ops/attention.py defines it, or in float (one
+// type for q, k, v and y; masks that are added, and softcap, are not served), in three steps: see `AttentionKernels`.
 //
 // A key head is batch * KV + (its number there). Its rows are those of the H / KV query heads that share it: row r is
 // of head r % (H / KV) among them, and query r / (H / KV).
@@ -98,13 +95,13 @@ struct Attention {
   float scaling;
   bool has_softcap;
   float softcap;
-  char* packed;  // 64-byte aligned, `attention_packed` bytes for each key head
+  char* packed;  // 64-byte aligned, `AttentionKernels::packed_bytes` for each key head
   void* y;       // [B, H, T, Dv] of `y_type`
   Float y_type;
 };
 
-constexpr int64_t kAttentionTokens = 32;  // the unit in which `attention_tokens` is dealt out
-constexpr int64_t kAttentionRows = 12;    // that `attention_rows` takes at most
+constexpr int64_t kAttentionTokens = 32;  // the unit in which `AttentionKernels::tokens` is dealt out
+constexpr int64_t kAttentionRows = 12;    // that `AttentionKernels::rows` takes at most
 
 constexpr int64_t kPackedRows = 12;  // of x, the unit in which `pack` is dealt out
 
@@ -117,6 +114,17 @@ struct LinearKernels {
   // is read as it lies. Null where it always is.
   size_t (*packed_bytes)(const Linear&) = nullptr;
   void (*pack)(const Linear&, int64_t m0, int64_t m1) = nullptr;
+};
+
+struct AttentionKernels {
+  size_t (*packed_bytes)(const Attention&);   // of `Attention::packed`, for each key head: a multiple of 64
+  size_t (*scratch_bytes)(const Attention&);  // of the last two steps, 64-byte aligned
+  // The mask -> `mask.allowed`, for rows [i0, i1) of its B * H * T; if there is one.
+  void (*mask)(const Attention&, int64_t i0, int64_t i1);
+  // Tokens [s0, s1) of k and v -> `packed`, laid out as the products read them.
+  void (*tokens)(const Attention&, int64_t key_head, int64_t s0, int64_t s1, void* scratch);
+  // Rows [r0, r1) of q -> y.
+  void (*rows)(const Attention&, int64_t key_head, int64_t r0, int64_t r1, void* scratch);
 };
 
 struct Kernels {
@@ -136,14 +144,12 @@ struct Kernels {
 
   void (*lookup)(const Lookup&, int64_t i0, int64_t i1);
 
-  // All null where the instruction set has none: attention is then composed of the other ops.
-  size_t (*attention_packed)(const Attention&);   // bytes for each key head, a multiple of 64
-  size_t (*attention_scratch)(const Attention&);  // of the last two steps, 64-byte aligned
-  void (*attention_mask)(const Attention&, int64_t i0, int64_t i1);
-  void (*attention_tokens)(const Attention&, int64_t key_head, int64_t s0, int64_t s1, void* scratch);
-  void (*attention_rows)(const Attention&, int64_t key_head, int64_t r0, int64_t r1, void* scratch);
+  // Null where the instruction set has none: attention is then composed of the other ops, or torch's.
+  const AttentionKernels* int8_attention;
+  const AttentionKernels* float_attention_of[3];  // f32, bf16, f16
 
   const LinearKernels& w8a16(Float x) const { return w8a16_of[static_cast<int>(x)]; }
+  const AttentionKernels* float_attention(Float x) const { return float_attention_of[static_cast<int>(x)]; }
 };
 
 extern const Kernels scalar_kernels, avx2_kernels, avx512_kernels, amx_kernels;

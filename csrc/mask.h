@@ -33,6 +33,10 @@ struct MaskRows {
   // mask rows [i0, i1) of S entries -> allowed
   static void look(const Mask& m, int64_t S, int64_t i0, int64_t i1) {
     for (int64_t i = i0; i < i1; i++) {
+      if (m.kind == Kind::causal) {
+        m.allowed[i] = {0, min64(i + 1, S), true, true};
+        continue;
+      }
       const void* const entries = row(m, i);
       m.allowed[i] = m.kind == Kind::boolean ? look<Kind::boolean>(entries, S)
                      : m.kind == Kind::f32   ? look<Kind::f32>(entries, S)

@@ -134,21 +134,28 @@ OCTAVO_INLINE void lay_units(const Load& load, int64_t count, char* to, int64_t 
     if (j < count) _mm512_mask_storeu_epi32(to + unit * j, static_cast<__mmask16>((1 << kRows) - 1), r[j]);
 }
 
-// Up to 32 rows of W, `ldw` codes apart, over `length` elements -> panel. What the missing rows would be is zeros.
-template <class Unit>
-void lay_across(const int8_t* w, int64_t ldw, int64_t rows, int64_t length, char* panel) {
+// Up to 32 rows over `length` elements -> panel. What the missing rows would be is zeros. `load(row, k)`: 16 units of it
+// from element k on; `load(row, k, count)` its first `count` elements.
+template <class Unit, class Load>
+OCTAVO_INLINE void lay_across(const Load& load, int64_t rows, int64_t length, char* panel) {
   constexpr int64_t kVector = 16 * Unit::kElements;
   for (int64_t k = 0; k < length; k += kVector, panel += 16 * 128) {
     const int count = static_cast<int>(min64(kVector, length - k));
     for (int half = 0; half < 2; half++) {
-      const auto load = [&](int j) {
+      const auto row = [&](int j) {
         const int64_t n = 16 * half + j;
-        const int8_t* codes = w + n * ldw + k;
-        return n >= rows ? _mm512_setzero_si512() : count == kVector ? Unit::load_w(codes) : Unit::load_w(codes, count);
+        return n >= rows ? _mm512_setzero_si512() : count == kVector ? load(n, k) : load(n, k, count);
       };
-      lay_units<16>(load, ceil_div(count, Unit::kElements), panel + 64 * half, 128);
+      lay_units<16>(row, ceil_div(count, Unit::kElements), panel + 64 * half, 128);
     }
   }
+}
+
+// Rows of codes, `step` from one to the next.
+template <class Unit>
+void lay_codes_across(const int8_t* codes, int64_t step, int64_t rows, int64_t length, char* panel) {
+  const auto load = [&](int64_t n, int64_t k, auto... count) { return Unit::load_w(codes + n * step + k, count...); };
+  lay_across<Unit>(load, rows, length, panel);
 }
 
 template <class V, class Unit>
@@ -224,7 +231,7 @@ struct OuterLinear {
 
   // The sums of `part` over columns [k, k + length) of W.
   static void products(const Linear& layer, Block part, int64_t k, int64_t length, Scratch& scratch) {
-    lay_across<Unit>(layer.w + part.n0 * layer.K + k, layer.K, part.n1 - part.n0, length, scratch.panel);
+    lay_codes_across<Unit>(layer.w + part.n0 * layer.K + k, layer.K, part.n1 - part.n0, length, scratch.panel);
     if (layer.groups > 1) lay_scales_across(layer, part, k, length, scratch.scales);
     for (int64_t m = part.m0; m < part.m1; m += kTileRows) {
       const OuterOperands in{tile_of(layer, m) + k / Unit::kElements * kTileRows * kUnitBytes,

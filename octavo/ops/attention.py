@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from octavo.errors import QuantizeError
 from octavo.ops.reference import LONGEST_EXACT, check_rows, in_full_precision
@@ -54,6 +55,14 @@ def int8_attention(
         p, p_scale = _codes(weights.view(scores.shape) * v_scale.mT)
         y[:, :, block] = _products(p, p_scale, v_rows, no_scale).view(*shape, value.shape[3])
     return y
+
+
+def float_attention(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float, is_causal: bool
+) -> Tensor:
+    return F.scaled_dot_product_attention(
+        query, key, value, attn_mask=mask, is_causal=is_causal, scale=scaling, enable_gqa=True
+    )
 
 
 def check_heads(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> None:

@@ -39,13 +39,16 @@ OPS: dict[str, str] = {
     "int8_attention": (
         "(Tensor query, Tensor key, Tensor value, Tensor? mask, float scaling, float? softcap=None) -> Tensor"
     ),
+    "float_attention": (
+        "(Tensor query, Tensor key, Tensor value, Tensor? mask, float scaling, bool is_causal) -> Tensor"
+    ),
 }
 """Name -> schema of every op, in the namespace `torch.ops.octavo`."""
 
 
 def reference_of(op: str) -> Callable[..., Any]:
     """What answers the op in plain torch, on every device."""
-    return attention.int8_attention if op == "int8_attention" else getattr(reference, op)
+    return getattr(attention if op.endswith("_attention") else reference, op)
 
 
 library = torch.library.Library("octavo", "DEF")

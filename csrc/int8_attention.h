@@ -11,7 +11,7 @@
 // What the mask forbids to all of the rows at either end of the tokens is passed over where that changes no bit
 // (mask.h).
 //
-// Included by a translation unit after its target pragma, like outer_linear.h, whose tiles it uses.
+// Included by a translation unit after its target pragma, like outer_linear.h, whose tiles it uses, and heads.h.
 #pragma once
 
 namespace octavo {
@@ -19,7 +19,7 @@ namespace {
 
 // `Score` is the unit of q times k, `Weighted` of probabilities times v.
 template <class V, class Score, class Weighted>
-struct AttentionKernels {
+struct Int8Attention {
   using F = typename V::F;
 
   // What `packed` holds of one key head.
@@ -37,8 +37,6 @@ struct AttentionKernels {
     }
   };
 
-  static int64_t whole(int64_t count) { return ceil_div(count, kBlockN) * kBlockN; }
-
   static size_t packed(const Attention& a) {
     return whole(a.S) * (ceil_div(a.D, 4) * 4 + whole(a.Dv) + 2 * sizeof(float));
   }
@@ -51,24 +49,17 @@ struct AttentionKernels {
     const int64_t batch = key_head / a.KV, head = key_head % a.KV;
     for (int64_t s = s0; s < s1; s += kBlockN) {
       const int64_t rows = min64(kBlockN, s1 - s);
-      for (int64_t j = s + kBlockN; j < min64(s + 2 * kBlockN, a.S); j++) {
-        fetch(head_row(a.k, batch, head, j), size_of(a.k.type) * a.D);
-        fetch(head_row(a.v, batch, head, j), size_of(a.v.type) * a.Dv);
-      }
+      fetch_next_tokens(a, batch, head, s);
       for (int64_t j = 0; j < kBlockN; j++) to.k_scale[s + j] = to.v_scale[s + j] = 0;
       quantize(
           rows, [&](int64_t j) { return head_row(a.k, batch, head, s + j); }, a.k.type, a.D, codes, a.D, to.k_scale + s,
           1);
-      lay_across<Score>(codes, a.D, rows, a.D, to.keys + s / kBlockN * to.panel);
+      lay_codes_across<Score>(codes, a.D, rows, a.D, to.keys + s / kBlockN * to.panel);
       quantize(
           rows, [&](int64_t j) { return head_row(a.v, batch, head, s + j); }, a.v.type, a.Dv, codes, whole(a.Dv),
           to.v_scale + s, 0);
       lay_by_fours(codes, whole(a.Dv), to.values + s * kBlockN, to.count * kBlockN);
     }
-  }
-
-  static void fetch(const void* row, int64_t bytes) {
-    for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(static_cast<const char*>(row) + i);
   }
 
   // Rows that lie anywhere -> codes, `step` apart, and scales, `of_zeros` for a row of zeros. In two passes, for what
@@ -82,10 +73,6 @@ struct AttentionKernels {
       RowKernels<V>::codes_of(row_of(i), type, K, zeros ? 1 : scale[i], codes + i * step);
       if (zeros) scale[i] = of_zeros;
     }
-  }
-
-  static const void* head_row(const Heads& x, int64_t batch, int64_t head, int64_t token) {
-    return element(x.x, x.type, batch * x.batch_step + head * x.head_step + token * x.token_step);
   }
 
   // 32 rows of `width` codes, each 32 columns -> [8][32 columns][4 rows], `step` bytes apart.
@@ -118,42 +105,25 @@ struct AttentionKernels {
     int32_t excess[kAttentionRows];
 
     Scratch(const Attention& a, void* memory)
-        : ldq(padded(a.D)), ldp(padded(a.S)), scores(static_cast<int32_t*>(memory)) {
+        : ldq(padded_row(a.D)), ldp(padded_row(a.S)), scores(static_cast<int32_t*>(memory)) {
       y = scores + kAttentionRows * whole(a.S);
       q = reinterpret_cast<int8_t*>(y + kAttentionRows * kBlockN);
       p = q + kAttentionRows * ldq;
     }
-    static int64_t padded(int64_t count) { return ceil_div(count, 128) * 128 + 64; }
     static size_t bytes(const Attention& a) {
-      return kAttentionRows * ((whole(a.S) + kBlockN) * sizeof(int32_t) + padded(a.D) + padded(a.S));
+      return kAttentionRows * ((whole(a.S) + kBlockN) * sizeof(int32_t) + padded_row(a.D) + padded_row(a.S));
     }
   };
 
   static size_t scratch(const Attention& a) { return max64(Scratch::bytes(a), kBlockN * max64(a.D, whole(a.Dv))); }
-
-  // Rows [r0, r1) of a key head, the heads that share it taking turns: whose each is, and which of the mask's rows.
-  struct Place {
-    int64_t head, query, of_mask;  // `head` is counted over the batch
-  };
-  static void find(const Attention& a, int64_t key_head, int64_t r0, int64_t r1, Place* places) {
-    const int64_t shared = a.H / a.KV, batch = key_head / a.KV;
-    const Mask& m = a.mask;
-    int64_t head = r0 % shared, query = r0 / shared;
-    for (int64_t r = r0; r < r1; r++, places++) {
-      places->head = key_head * shared + head, places->query = query;
-      places->of_mask =
-          ((m.B > 1 ? batch : 0) * m.H + (m.H > 1 ? places->head - batch * a.H : 0)) * m.T + (m.T > 1 ? query : 0);
-      if (++head == shared) head = 0, query++;
-    }
-  }
 
   static void rows(const Attention& a, int64_t key_head, int64_t r0, int64_t r1, void* memory) {
     const Tokens tokens(a, key_head);
     Scratch scratch(a, memory);
     const int64_t count = r1 - r0, batch = key_head / a.KV;
     Place places[kAttentionRows];
-    find(a, key_head, r0, r1, places);
-    const auto q_row = [&](int64_t i) { return head_row(a.q, batch, places[i].head - batch * a.H, places[i].query); };
+    find_places(a, key_head, r0, r1, places);
+    const auto q_row = [&](int64_t i) { return query_row(a, batch, places[i]); };
     for (int64_t i = 0; i < count; i++) fetch(q_row(i), size_of(a.q.type) * a.D);
     quantize(count, q_row, a.q.type, a.D, scratch.q, scratch.ldq, scratch.scale, 1);
     for (int64_t i = 0; i < count; i++) {
@@ -177,7 +147,7 @@ struct AttentionKernels {
            tokens.values + (n * tokens.count + part.first * kBlockN), (part.last - part.first) / 4, 0, nullptr},
           scratch.y, false);
       for (int64_t i = 0; i < count; i++)
-        store_y(a, (places[i].head * a.T + places[i].query) * a.Dv, n, scratch.y + i * kBlockN, scratch.scale[i]);
+        store_y(a, result_row(a, places[i]), n, scratch.y + i * kBlockN, scratch.scale[i]);
     }
   }
 

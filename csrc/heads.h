@@ -1,0 +1,59 @@
+// Heads of attention: where their rows lie, and which of them one call computes.
+//
+// Included by a translation unit after its target pragma, like outer_linear.h, whose blocks these are.
+#pragma once
+
+namespace octavo {
+namespace {
+
+// Tokens, or columns of v, up to the next multiple of 32.
+inline int64_t whole(int64_t count) { return ceil_div(count, kBlockN) * kBlockN; }
+
+// Bytes of a row in scratch: an odd multiple of a cache line, so that rows do not all fall into the same sets of L1.
+inline int64_t padded_row(int64_t bytes) { return ceil_div(bytes, 128) * 128 + 64; }
+
+inline const void* head_row(const Heads& x, int64_t batch, int64_t head, int64_t token) {
+  return element(x.x, x.type, batch * x.batch_step + head * x.head_step + token * x.token_step);
+}
+
+inline void fetch(const void* row, int64_t bytes) {
+  for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(static_cast<const char*>(row) + i);
+}
+
+// The block of tokens behind the one from s on.
+inline void fetch_next_tokens(const Attention& a, int64_t batch, int64_t key_head, int64_t s) {
+  for (int64_t j = s + kBlockN; j < min64(s + 2 * kBlockN, a.S); j++) {
+    fetch(head_row(a.k, batch, key_head, j), size_of(a.k.type) * a.D);
+    fetch(head_row(a.v, batch, key_head, j), size_of(a.v.type) * a.Dv);
+  }
+}
+
+// Row r of a key head, the heads that share it taking turns: whose it is, and which of the mask's rows it has.
+struct Place {
+  int64_t head, query, of_mask;  // `head` is counted over the batch
+};
+
+inline void find_places(const Attention& a, int64_t key_head, int64_t r0, int64_t r1, Place* places) {
+  const int64_t shared = a.H / a.KV, batch = key_head / a.KV;
+  const Mask& m = a.mask;
+  int64_t head = r0 % shared, query = r0 / shared;
+  for (int64_t r = r0; r < r1; r++, places++) {
+    places->head = key_head * shared + head, places->query = query;
+    places->of_mask =
+        ((m.B > 1 ? batch : 0) * m.H + (m.H > 1 ? places->head - batch * a.H : 0)) * m.T + (m.T > 1 ? query : 0);
+    if (++head == shared) head = 0, query++;
+  }
+}
+
+// The row of q of a place, which is in that batch.
+inline const void* query_row(const Attention& a, int64_t batch, const Place& place) {
+  return head_row(a.q, batch, place.head - batch * a.H, place.query);
+}
+
+// The first element of its row of y.
+inline int64_t result_row(const Attention& a, const Place& place) {
+  return (place.head * a.T + place.query) * a.Dv;
+}
+
+}  // namespace
+}  // namespace octavo
