@@ -356,6 +356,7 @@ constexpr LinearKernels tiles_or{
 
 extern const Kernels amx_kernels = [] {
   Kernels kernels = avx512_kernels;
+  kernels.float_attention_of[static_cast<int>(Float::bf16)] = nullptr;  // torch's has tiles too
   kernels.isa = "amx";
   kernels.w8a16_of[static_cast<int>(Float::bf16)] = tiles_or<LinearBf16, avx512_bf16>;
   kernels.w8a8 = tiles_or<LinearInt8, avx512_int8>;

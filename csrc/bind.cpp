@@ -542,7 +542,12 @@ extern "C" __attribute__((visibility("default"))) const char* octavo_isa() {
   return active.load() ? kernels().isa : nullptr;
 }
 
-// Whether attention has kernels of its own there; else it is composed of the other ops.
+// Whether int8 attention has kernels of its own there; else it is composed of the other ops.
 extern "C" __attribute__((visibility("default"))) bool octavo_attends() {
   return active.load() && kernels().int8_attention;
+}
+
+// Whether float attention has, for a type of `Float`; else it is torch's.
+extern "C" __attribute__((visibility("default"))) bool octavo_attends_in(int type) {
+  return active.load() && kernels().float_attention(static_cast<Float>(type));
 }

@@ -2,16 +2,18 @@
 //
 //     y = softmax(scaling * q k^T) v             sums and the softmax in fp32
 //
-//     tokens   32 keys are laid across, as units [D / u][32 keys][u] (outer_linear.h), and 32 values, [S / u][32
+//     lay      32 keys are laid across, as units [D / u][32 keys][u] (outer_linear.h), and 32 values, [S / u][32
 //              columns][u] for each 32 columns of v: u is 2 in bf16, whose products are of pairs, and 1 otherwise (fp16 is
 //              widened to fp32 on the way)
-//     rows     up to 12: their scores with all keys, e^(score - largest) as units, y. What is between the two products
-//              stays in scratch
+//     weigh    up to 12 rows: their scores with these keys, e^(score - largest) as units
+//     sum      the products of those with values, which the sum of the e^... divides at the end
 //
-// The sum of the e^... divides y at the end. In bf16 they are rounded to it, as torch's kernel rounds them; the sum is
-// of what they were before.
+// Many rows of a key head share what is laid out (`packed`), and each tile of them looks at all tokens. Where there is
+// but one tile, as in decode, tokens are met once: they are laid into scratch, 128 at a time, and what a tile makes of
+// them is kept (`packed` again), to be joined when all have been met.
 //
-// Tokens that the mask forbids to all of the rows, at either end, are not looked at.
+// In bf16 the e^... are rounded to it, as torch's kernel rounds them; their sum is of what they were before. Tokens that
+// the mask forbids to all of the rows, at either end, are not looked at.
 //
 // Included by a translation unit after its target pragma, like outer_linear.h, whose tiles it uses, heads.h, mask.h and
 // exponential.h.
@@ -27,84 +29,147 @@ struct FloatAttention {
   static constexpr int64_t kUnit = Unit::kElements;
   static constexpr int64_t kVector = 16 * kUnit;
 
-  // What `packed` holds of one key head.
-  struct Tokens {
-    int64_t count;        // S, and zeros up to the next multiple of 32
-    char *keys, *values;  // [count / 32][D / u][32][u], [Dv / 32][count / u][32][u]
+  static int64_t units(int64_t elements) { return ceil_div(elements, kUnit); }
+  static int64_t bytes_of(int64_t tokens) { return tokens / kUnit * kUnitBytes; }  // of a multiple of 32
+  static int64_t rows_of(const Attention& a) { return a.H / a.KV * a.T; }          // of a key head
+  static bool is_one_tile(const Attention& a) { return rows_of(a) <= kAttentionRows; }
 
-    Tokens(const Attention& a, int64_t key_head) : count(whole(a.S)), keys(a.packed + key_head * packed(a)) {
-      values = keys + count * units(a.D) * kUnitBytes;
+  // Tokens from `begin` on, a multiple of 32, laid out.
+  struct Tokens {
+    int64_t begin, count;  // `count`: zeros up to a multiple of 32 with them
+    int64_t panel;         // bytes of 32 keys
+    char *keys, *values;   // [count / 32][D / u][32][u], [Dv / 32][count / u][32][u]
+
+    Tokens(const Attention& a, int64_t s0, int64_t s1, char* memory)
+        : begin(s0), count(whole(s1 - s0)), panel(units(a.D) * kBlockN * kUnitBytes), keys(memory) {
+      values = keys + count / kBlockN * panel;
     }
-    char* keys_from(const Attention& a, int64_t s) const { return keys + s * units(a.D) * kUnitBytes; }
+    static int64_t bytes(const Attention& a, int64_t count) {
+      return whole(count) * units(a.D) * kUnitBytes + bytes_of(whole(count)) * whole(a.Dv);
+    }
+    char* keys_from(int64_t s) const { return keys + (s - begin) / kBlockN * panel; }
     char* values_from(int64_t s, int64_t column) const {
-      return values + (column / kBlockN * (count / kUnit) + s / kUnit) * (kBlockN * kUnitBytes);
+      return values + (column / kBlockN * count + s - begin) / kUnit * (kBlockN * kUnitBytes);
     }
   };
 
-  static int64_t units(int64_t elements) { return ceil_div(elements, kUnit); }
-
-  static size_t packed(const Attention& a) {
-    return whole(a.S) * (units(a.D) * kUnitBytes + whole(a.Dv) * kUnitBytes / kUnit);
-  }
-
-  static void mask(const Attention& a, int64_t i0, int64_t i1) { MaskRows<V>::look(a.mask, a.S, i0, i1); }
-
-  // -- tokens ----------------------------------------------------------------------------------------------------
-
-  static void tokens(const Attention& a, int64_t key_head, int64_t s0, int64_t s1, void*) {
-    const Tokens to(a, key_head);
-    const int64_t batch = key_head / a.KV, head = key_head % a.KV;
-    for (int64_t s = s0; s < s1; s += kBlockN) {
-      const int64_t rows = min64(kBlockN, s1 - s);
-      fetch_next_tokens(a, batch, head, s);
-      const auto key = [&](int64_t j, int64_t d, auto... count) {
-        return Unit::load_x(static_cast<const X*>(head_row(a.k, batch, head, s + j)) + d, count...);
-      };
-      lay_across<Unit>(key, rows, a.D, to.keys_from(a, s));
-      for (int64_t column = 0; column < whole(a.Dv); column += 16)
-        for (int64_t j = 0; j < kBlockN; j += kUnit)
-          _mm512_storeu_si512(to.values_from(s + j, column) + column % kBlockN * kUnitBytes,
-                              units_of(a, batch, head, s + j, s + rows, column));
-    }
-  }
-
-  // 16 columns of v of the tokens of a unit, which begins at s. What is missing is zeros.
-  static __m512i units_of(const Attention& a, int64_t batch, int64_t head, int64_t s, int64_t end, int64_t column) {
-    const auto value = [&](int64_t token) { return static_cast<const X*>(head_row(a.v, batch, head, token)) + column; };
-    const int count = static_cast<int>(max64(0, min64(16, a.Dv - column)));
-    if (s >= end || count == 0) return _mm512_setzero_si512();
-    if constexpr (kUnit == 2) {
-      const __m512i first = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask16(count), value(s)));
-      if (s + 1 >= end) return first;
-      const __m512i second = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask16(count), value(s + 1)));
-      return _mm512_or_si512(first, _mm512_slli_epi32(second, 16));
-    } else {
-      return Unit::load_x(value(s), count);
-    }
-  }
-
-  // -- rows ------------------------------------------------------------------------------------------------------
-
+  // What is between the two products of a tile, and the second.
   struct Scratch {
     int64_t ldq, ldp;  // bytes
     float* scores;     // [tokens / 32][12][32]
     float* y;          // [12][32]
     char *q, *p;       // [12][ldq], [12][ldp]: units
 
-    Scratch(const Attention& a, void* memory)
+    Scratch(const Attention& a, int64_t tokens, char* memory)
         : ldq(padded_row(ceil_div(a.D, kVector) * 64)),
-          ldp(padded_row(whole(a.S) * kUnitBytes / kUnit)),
-          scores(static_cast<float*>(memory)) {
-      y = scores + kAttentionRows * whole(a.S);
+          ldp(padded_row(bytes_of(whole(tokens)))),
+          scores(reinterpret_cast<float*>(memory)) {
+      y = scores + kAttentionRows * whole(tokens);
       q = reinterpret_cast<char*>(y + kAttentionRows * kBlockN);
       p = q + kAttentionRows * ldq;
     }
+    static int64_t bytes(const Attention& a, int64_t tokens) {
+      const Scratch at(a, tokens, nullptr);
+      return kAttentionRows * ((whole(tokens) + kBlockN) * static_cast<int64_t>(sizeof(float)) + at.ldq + at.ldp);
+    }
+    float* scores_of(int64_t i, int64_t token) const { return scores + token * kAttentionRows + i * kBlockN; }
+    char* units_of(int64_t i, int64_t token) const { return p + i * ldp + bytes_of(token); }
   };
 
-  static size_t scratch(const Attention& a) {
-    const Scratch at(a, nullptr);
-    return kAttentionRows * ((whole(a.S) + kBlockN) * sizeof(float) + at.ldq + at.ldp);
+  // What one tile of rows makes of some tokens: sums of e^... times v, the largest score, the sum of the e^...
+  struct Partial {
+    float *y, *top, *total;  // [12][Dv, up to a multiple of 32], [12], [12]
+
+    Partial(const Attention& a, int64_t key_head, int64_t part) {
+      y = reinterpret_cast<float*>(a.packed + key_head * packed(a) + part * bytes(a));
+      top = y + kAttentionRows * whole(a.Dv), total = top + 16;
+    }
+    static int64_t bytes(const Attention& a) {
+      return (kAttentionRows * whole(a.Dv) + 32) * static_cast<int64_t>(sizeof(float));
+    }
+  };
+
+  static size_t packed(const Attention& a) {
+    return is_one_tile(a) ? ceil_div(a.S, kAttentionTokens) * Partial::bytes(a) : Tokens::bytes(a, a.S);
   }
+  static size_t scratch(const Attention& a) {
+    return is_one_tile(a) ? Tokens::bytes(a, kAttentionTokens) + Scratch::bytes(a, kAttentionTokens)
+                          : Scratch::bytes(a, a.S);
+  }
+
+  // -- steps -----------------------------------------------------------------------------------------------------
+
+  static void mask(const Attention& a, int64_t i0, int64_t i1) { MaskRows<V>::look(a.mask, a.S, i0, i1); }
+
+  static void tokens(const Attention& a, int64_t key_head, int64_t s0, int64_t s1, void* memory) {
+    if (!is_one_tile(a)) return lay(a, key_head, Tokens(a, 0, a.S, a.packed + key_head * packed(a)), s0, s1);
+    const Tokens some(a, s0, s1, static_cast<char*>(memory));
+    lay(a, key_head, some, s0, s1);
+    const Tile tile(a, key_head, 0, rows_of(a));
+    const Scratch scratch(a, kAttentionTokens, some.keys + Tokens::bytes(a, kAttentionTokens));
+    const Partial to(a, key_head, s0 / kAttentionTokens);
+    const Range range = weigh(a, tile, some, scratch, to.top, to.total);
+    sum(a, tile, some, scratch, range, [&](int64_t i, int64_t n) {
+      memcpy(to.y + i * whole(a.Dv) + n, scratch.y + i * kBlockN, kBlockN * sizeof(float));
+    });
+  }
+
+  static void rows(const Attention& a, int64_t key_head, int64_t r0, int64_t r1, void* memory) {
+    const Tile tile(a, key_head, r0, r1);
+    if (is_one_tile(a)) return join(a, tile);
+    const Tokens all(a, 0, a.S, a.packed + key_head * packed(a));
+    const Scratch scratch(a, a.S, static_cast<char*>(memory));
+    float top[kAttentionRows], total[kAttentionRows];
+    const Range range = weigh(a, tile, all, scratch, top, total);
+    sum(a, tile, all, scratch, range, [&](int64_t i, int64_t n) {
+      store_y(a, tile, i, n, scratch.y + i * kBlockN, total[i]);
+    });
+  }
+
+  // Rows [r0, r1) of a key head.
+  struct Tile {
+    int64_t key_head, count;
+    Place places[kAttentionRows];
+    Tile(const Attention& a, int64_t of, int64_t r0, int64_t r1) : key_head(of), count(r1 - r0) {
+      find_places(a, key_head, r0, r1, places);
+    }
+  };
+
+  // -- lay -------------------------------------------------------------------------------------------------------
+
+  static void lay(const Attention& a, int64_t key_head, const Tokens& to, int64_t s0, int64_t s1) {
+    const int64_t batch = key_head / a.KV, head = key_head % a.KV;
+    for (int64_t s = s0; s < s1; s += kBlockN) {
+      const int64_t end = min64(s + kBlockN, s1);
+      fetch_next_tokens(a, batch, head, s);
+      const auto key = [&](int64_t j, int64_t d, auto... count) {
+        return Unit::load_x(static_cast<const X*>(head_row(a.k, batch, head, s + j)) + d, count...);
+      };
+      lay_across<Unit>(key, end - s, a.D, to.keys_from(s));
+      for (int64_t column = 0; column < whole(a.Dv); column += 16)
+        for (int64_t token = s; token < s + kBlockN; token += kUnit)
+          _mm512_storeu_si512(to.values_from(token, column) + column % kBlockN * kUnitBytes,
+                              unit_of_values(a, batch, head, token, end, column));
+    }
+  }
+
+  // 16 columns of v of the tokens of a unit, the first of them `token`. What is missing is zeros.
+  static __m512i unit_of_values(const Attention& a, int64_t batch, int64_t head, int64_t token, int64_t end,
+                                int64_t column) {
+    const auto value = [&](int64_t t) { return static_cast<const X*>(head_row(a.v, batch, head, t)) + column; };
+    const int count = static_cast<int>(max64(0, min64(16, a.Dv - column)));
+    if (token >= end || count == 0) return _mm512_setzero_si512();
+    if constexpr (kUnit == 2) {
+      const __m512i first = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask16(count), value(token)));
+      if (token + 1 >= end) return first;
+      const __m512i second = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask16(count), value(token + 1)));
+      return _mm512_or_si512(first, _mm512_slli_epi32(second, 16));
+    } else {
+      return Unit::load_x(value(token), count);
+    }
+  }
+
+  // -- weigh -----------------------------------------------------------------------------------------------------
 
   // Tokens from `first`, a multiple of 32, up to `last`.
   struct Range {
@@ -112,108 +177,90 @@ struct FloatAttention {
     bool empty() const { return first >= last; }
   };
 
-  static void rows(const Attention& a, int64_t key_head, int64_t r0, int64_t r1, void* memory) {
-    const Tokens tokens(a, key_head);
-    const Scratch scratch(a, memory);
-    const int64_t count = r1 - r0, batch = key_head / a.KV;
-    Place places[kAttentionRows];
-    find_places(a, key_head, r0, r1, places);
-    for (int64_t i = 0; i < count; i++) fetch(query_row(a, batch, places[i]), size_of(a.q.type) * a.D);
-    for (int64_t i = 0; i < count; i++) {
-      const X* q = static_cast<const X*>(query_row(a, batch, places[i]));
+  // top, total: [12], of the tile's rows. Returns: the tokens outside of which all e^... are 0.
+  static Range weigh(const Attention& a, const Tile& tile, const Tokens& tokens, const Scratch& scratch, float* top,
+                     float* total) {
+    const int64_t batch = tile.key_head / a.KV;
+    for (int64_t i = 0; i < tile.count; i++) fetch(query_row(a, batch, tile.places[i]), size_of(a.q.type) * a.D);
+    for (int64_t i = 0; i < tile.count; i++) {
+      const X* q = static_cast<const X*>(query_row(a, batch, tile.places[i]));
       char* to = scratch.q + i * scratch.ldq;
       for (int64_t d = 0; d < a.D; d += kVector, to += 64)
         _mm512_storeu_si512(to, Unit::load_x(q + d, static_cast<int>(min64(kVector, a.D - d))));
     }
-    const Range all = range_of(a, places, count);
-    for (int64_t s = all.first; s < all.last; s += kBlockN)
-      outer_tile_of<Unit>(count, {scratch.q, scratch.ldq, kUnitBytes, tokens.keys_from(a, s), units(a.D), 0, nullptr},
-                          scratch.scores + s * kAttentionRows, false);
-    float top[kAttentionRows], total[kAttentionRows];
-    for (int64_t i = 0; i < count; i++) top[i] = largest_score(a, scratch, i, places[i].of_mask);
-    for (int64_t i = 0; i < count; i++) total[i] = exponentials(a, scratch, all, i, places[i].of_mask, top[i]);
-    for (int64_t n = 0; n < a.Dv; n += kBlockN) {
-      outer_tile_of<Unit>(count,
-                          {scratch.p + all.first / kUnit * kUnitBytes, scratch.ldp, kUnitBytes,
-                           tokens.values_from(all.first, n), (whole(all.last) - all.first) / kUnit, 0, nullptr},
-                          scratch.y, false);
-      for (int64_t i = 0; i < count; i++) {
-        const bool nothing = nothing_allowed(a, places[i].of_mask);
-        store_y(a, result_row(a, places[i]), n, scratch.y + i * kBlockN, nothing ? 0 : 1 / total[i]);
-      }
+    const Range range = range_of(a, tile, tokens);
+    for (int64_t s = range.first; s < range.last; s += kBlockN)
+      outer_tile_of<Unit>(tile.count,
+                          {scratch.q, scratch.ldq, kUnitBytes, tokens.keys_from(s), units(a.D), 0, nullptr},
+                          scratch.scores_of(0, s - tokens.begin), false);
+    Allowed allowed[kAttentionRows];
+    for (int64_t i = 0; i < tile.count; i++) {
+      allowed[i] = allowed_of(a, tile.places[i].of_mask, tokens);
+      top[i] = largest_score(a, tile.places[i].of_mask, allowed[i], tokens, scratch, i);
     }
+    for (int64_t i = 0; i < tile.count; i++)
+      total[i] = exponentials(a.scaling, allowed[i], range, tokens, scratch, i, top[i]);
+    return range;
   }
 
-  // Outside of which the mask forbids to all of these rows.
-  static Range range_of(const Attention& a, const Place* places, int64_t count) {
-    if (a.mask.kind == Mask::Kind::none) return {0, a.S};
-    int64_t first = a.S, last = 0;
-    for (int64_t i = 0; i < count; i++) {
-      const Allowed& row = a.mask.allowed[places[i].of_mask];
-      if (row.first < row.last) first = min64(first, row.first), last = max64(last, row.last);
+  // Which of the tokens a row may attend to.
+  static Allowed allowed_of(const Attention& a, int64_t of_mask, const Tokens& tokens) {
+    Allowed row = a.mask.kind == Mask::Kind::none ? Allowed{0, a.S, true, true} : a.mask.allowed[of_mask];
+    row.first = max64(row.first, tokens.begin), row.last = min64(row.last, tokens.begin + tokens.count);
+    if (row.first >= row.last) row.first = row.last = tokens.begin;
+    return row;
+  }
+
+  static Range range_of(const Attention& a, const Tile& tile, const Tokens& tokens) {
+    Range all{tokens.begin + tokens.count, tokens.begin};
+    for (int64_t i = 0; i < tile.count; i++) {
+      const Allowed row = allowed_of(a, tile.places[i].of_mask, tokens);
+      if (row.first < row.last) all = {min64(all.first, row.first), max64(all.last, row.last)};
     }
-    return first < last ? Range{first / kBlockN * kBlockN, last} : Range{0, 0};
-  }
-
-  static bool nothing_allowed(const Attention& a, int64_t of_mask) {
-    const Allowed row = allowed_of(a, of_mask);
-    return row.first >= row.last;
-  }
-
-  static Allowed allowed_of(const Attention& a, int64_t of_mask) {
-    return a.mask.kind == Mask::Kind::none ? Allowed{0, a.S, true, true} : a.mask.allowed[of_mask];
+    return all.empty() ? Range{tokens.begin, tokens.begin} : Range{all.first / kBlockN * kBlockN, all.last};
   }
 
   // Of row i. Scores that the mask forbids, next to others, become -inf.
-  static float largest_score(const Attention& a, const Scratch& scratch, int64_t i, int64_t of_mask) {
-    const Allowed row = allowed_of(a, of_mask);
+  static float largest_score(const Attention& a, int64_t of_mask, const Allowed& row, const Tokens& tokens,
+                             const Scratch& scratch, int64_t i) {
     F most = V::set1(-INFINITY);
     for (int64_t s = row.first / kBlockN * kBlockN; s < row.last; s += kBlockN) {
-      float* x = scores_of(scratch, i, s);
-      const bool whole_block = row.plain && s >= row.first && s + kBlockN <= row.last;
-      if (!whole_block) {
+      float* x = scratch.scores_of(i, s - tokens.begin);
+      if (!row.plain || s < row.first || s + kBlockN > row.last)
         for (int half = 0; half < kBlockN; half += 16)
-          _mm512_storeu_ps(x + half, _mm512_mask_mov_ps(V::set1(-INFINITY), lanes(a, row, of_mask, s + half),
+          _mm512_storeu_ps(x + half, _mm512_mask_mov_ps(V::set1(-INFINITY), lanes(a, of_mask, row, s + half),
                                                         _mm512_loadu_ps(x + half)));
-      }
       // In this order of operands NaN is passed over.
       most = _mm512_max_ps(_mm512_loadu_ps(x + 16), _mm512_max_ps(_mm512_loadu_ps(x), most));
     }
     return _mm512_reduce_max_ps(most);
   }
 
-  static float* scores_of(const Scratch& scratch, int64_t i, int64_t s) {
-    return scratch.scores + s * kAttentionRows + i * kBlockN;
-  }
-
   // Those of 16 tokens from s on that may be attended to.
-  static __mmask16 lanes(const Attention& a, const Allowed& row, int64_t of_mask, int64_t s) {
+  static __mmask16 lanes(const Attention& a, int64_t of_mask, const Allowed& row, int64_t s) {
     const int before = static_cast<int>(max64(0, min64(16, row.first - s)));
     const int count = static_cast<int>(max64(0, min64(16, row.last - s)));
     const __mmask16 there = mask16(count) & ~mask16(before);
     if (row.plain) return there;
-    return there & MaskRows<V>::template changes_nothing<Mask::Kind::boolean>(MaskRows<V>::row(a.mask, of_mask), s,
-                                                                              count);
+    constexpr auto kind = Mask::Kind::boolean;
+    return there & MaskRows<V>::template changes_nothing<kind>(MaskRows<V>::row(a.mask, of_mask), s, count);
   }
 
-  // e^(scaling * (score - top)) of row i -> units, zeros where `all` has more tokens. Returns: their sum.
-  static float exponentials(const Attention& a, const Scratch& scratch, const Range& all, int64_t i, int64_t of_mask,
-                            float top) {
-    const Allowed row = allowed_of(a, of_mask);
-    const bool nothing = nothing_allowed(a, of_mask);
-    const int64_t from = nothing ? whole(all.last) : row.first / kBlockN * kBlockN,
-                  to = nothing ? whole(all.last) : whole(row.last);
-    char* const p = scratch.p + i * scratch.ldp;
-    memset(p + bytes_of(all.first), 0, bytes_of(from - all.first));
-    memset(p + bytes_of(to), 0, bytes_of(whole(all.last) - to));
-    const F scaling = V::set1(a.scaling), shift = V::set1(top == -INFINITY ? 0 : top);
+  // e^(scaling * (score - top)) of row i -> units, zeros for the other tokens of `range`. Returns: their sum.
+  static float exponentials(float by, const Allowed& row, const Range& range, const Tokens& tokens,
+                            const Scratch& scratch, int64_t i, float top) {
+    const int64_t end = whole(range.last);  // of the tokens, and of the zeros behind the last
+    const int64_t from = row.first < row.last ? row.first / kBlockN * kBlockN : end, to = max64(from, whole(row.last));
+    memset(scratch.units_of(i, range.first - tokens.begin), 0, bytes_of(from - range.first));
+    memset(scratch.units_of(i, to - tokens.begin), 0, bytes_of(end - to));
+    const F scaling = V::set1(by), shift = V::set1(top == -INFINITY ? 0 : top);
     F total = V::set1(0);
     for (int64_t s = from; s < to; s += kBlockN) {
-      const float* x = scores_of(scratch, i, s);
+      const float* x = scratch.scores_of(i, s - tokens.begin);
       const F low = exp_of_negative(V::mul(scaling, _mm512_sub_ps(_mm512_loadu_ps(x), shift)));
       const F high = exp_of_negative(V::mul(scaling, _mm512_sub_ps(_mm512_loadu_ps(x + 16), shift)));
       total = V::add(total, V::add(low, high));
-      char* const units = p + bytes_of(s);
+      char* const units = scratch.units_of(i, s - tokens.begin);
       if constexpr (kUnit == 2) {
         _mm512_storeu_si512(units, (__m512i)_mm512_cvtne2ps_pbh(high, low));
       } else {
@@ -223,14 +270,60 @@ struct FloatAttention {
     return _mm512_reduce_add_ps(total);
   }
 
-  static int64_t bytes_of(int64_t tokens) { return tokens / kUnit * kUnitBytes; }
+  // -- sum -------------------------------------------------------------------------------------------------------
 
-  // Sums -> y[n : n + 32] of a row that begins at element `row`.
-  static void store_y(const Attention& a, int64_t row, int64_t n, const float* sums, float scale) {
-    const int64_t end = min64(n + kBlockN, a.Dv);
+  // Calls keep(i, n) for each row and 32 columns of v, when the sums are in scratch.y.
+  template <class Keep>
+  static void sum(const Attention& a, const Tile& tile, const Tokens& tokens, const Scratch& scratch,
+                  const Range& range, const Keep& keep) {
+    for (int64_t n = 0; n < a.Dv; n += kBlockN) {
+      outer_tile_of<Unit>(tile.count,
+                          {scratch.units_of(0, range.first - tokens.begin), scratch.ldp, kUnitBytes,
+                           tokens.values_from(range.first, n), (whole(range.last) - range.first) / kUnit, 0, nullptr},
+                          scratch.y, false);
+      for (int64_t i = 0; i < tile.count; i++) keep(i, n);
+    }
+  }
+
+  // Partial results of all tokens -> y: each under e^(scaling * (its top - the largest)).
+  static void join(const Attention& a, const Tile& tile) {
+    const int64_t parts = ceil_div(a.S, kAttentionTokens);
+    for (int64_t i = 0; i < tile.count; i++) {
+      float top = -INFINITY, total = 0;
+      for (int64_t part = 0; part < parts; part++) top = std::max(top, Partial(a, tile.key_head, part).top[i]);
+      const auto weight_of = [&](const Partial& of) {
+        const F below = V::mul(V::set1(a.scaling), V::set1(of.top[i] - (top == -INFINITY ? 0 : top)));
+        return _mm512_cvtss_f32(exp_of_negative(below));
+      };
+      for (int64_t part = 0; part < parts; part++) {
+        const Partial of(a, tile.key_head, part);
+        total += of.total[i] * weight_of(of);
+      }
+      for (int64_t n = 0; n < a.Dv; n += kBlockN) {
+        alignas(64) float sums[kBlockN] = {};
+        for (int64_t part = 0; part < parts; part++) {
+          const Partial of(a, tile.key_head, part);
+          const F weight = V::set1(weight_of(of));
+          for (int half = 0; half < kBlockN; half += 16)
+            _mm512_store_ps(sums + half, _mm512_fmadd_ps(_mm512_loadu_ps(of.y + i * whole(a.Dv) + n + half), weight,
+                                                         _mm512_load_ps(sums + half)));
+        }
+        store_y(a, tile, i, n, sums, total);
+      }
+    }
+  }
+
+  // Sums over `total` -> columns [n, n + 32) of row i of the tile; zeros where nothing may be attended to.
+  static void store_y(const Attention& a, const Tile& tile, int64_t i, int64_t n, const float* sums, float total) {
+    const Place& place = tile.places[i];
+    const Mask& m = a.mask;
+    const bool nothing =
+        m.kind == Mask::Kind::none ? a.S == 0 : m.allowed[place.of_mask].first >= m.allowed[place.of_mask].last;
+    const F scale = V::set1(nothing ? 0 : 1 / total);
+    const int64_t row = result_row(a, place), end = min64(n + kBlockN, a.Dv);
     for (; n < end; n += V::kLanes, sums += V::kLanes)
       V::store(element(a.y, a.y_type, row + n), a.y_type, static_cast<int>(min64(V::kLanes, end - n)),
-               V::mul(_mm512_loadu_ps(sums), V::set1(scale)));
+               V::mul(_mm512_loadu_ps(sums), scale));
   }
 };
 

@@ -17,7 +17,7 @@ inline const void* head_row(const Heads& x, int64_t batch, int64_t head, int64_t
 }
 
 inline void fetch(const void* row, int64_t bytes) {
-  for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(static_cast<const char*>(row) + i);
+  for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(static_cast<const char*>(row) + i, 0, kIntoL2);
 }
 
 // The block of tokens behind the one from s on.

@@ -100,8 +100,8 @@ struct Attention {
   Float y_type;
 };
 
-constexpr int64_t kAttentionTokens = 32;  // the unit in which `AttentionKernels::tokens` is dealt out
-constexpr int64_t kAttentionRows = 12;    // that `AttentionKernels::rows` takes at most
+constexpr int64_t kAttentionTokens = 128;  // the unit in which `AttentionKernels::tokens` is dealt out
+constexpr int64_t kAttentionRows = 12;     // that `AttentionKernels::rows` takes at most
 
 constexpr int64_t kPackedRows = 12;  // of x, the unit in which `pack` is dealt out
 
@@ -121,7 +121,7 @@ struct AttentionKernels {
   size_t (*scratch_bytes)(const Attention&);  // of the last two steps, 64-byte aligned
   // The mask -> `mask.allowed`, for rows [i0, i1) of its B * H * T; if there is one.
   void (*mask)(const Attention&, int64_t i0, int64_t i1);
-  // Tokens [s0, s1) of k and v -> `packed`, laid out as the products read them.
+  // Tokens [s0, s1) of k and v -> `packed`: laid out as the products read them, or what few rows of q make of them.
   void (*tokens)(const Attention&, int64_t key_head, int64_t s0, int64_t s1, void* scratch);
   // Rows [r0, r1) of q -> y.
   void (*rows)(const Attention&, int64_t key_head, int64_t r0, int64_t r1, void* scratch);

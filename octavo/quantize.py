@@ -100,7 +100,7 @@ def quantize(
     columns), W ~ codes * scale: the arithmetic of octavo.primitives. Which layers there are: the head of octavo.layers.
     RMS norms keep their float weights and become FusedRMSNorm, which computes the same in fewer kernels (octavo.norms);
     `ignore` keeps them as they are. A transformers model whose attention is "sdpa" decodes faster on CPUs, by
-    octavo.integrations.decode_attention; `model.set_attn_implementation("sdpa")` undoes that.
+    octavo.integrations.float_attention; `model.set_attn_implementation("sdpa")` undoes that.
 
     model: any module with its weights loaded, on any device.
     scheme: a preset's name ("w8a16"), a Scheme or a Recipe; see octavo.recipe for `ignore`, `include`, `overrides`

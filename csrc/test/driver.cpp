@@ -445,12 +445,12 @@ struct Operand {
   std::vector<int> codes;
   std::vector<double> scale;
 
-  Operand(int64_t batch, int64_t heads, int64_t tokens, int64_t size)
+  Operand(int64_t batch, int64_t heads, int64_t tokens, int64_t size, Float type)
       : heads(heads),
         tokens(tokens),
         size(size),
         tokens_first(random_below(2)),
-        values(batch * heads * tokens * size, one_of(kTypes)),
+        values(batch * heads * tokens * size, type),
         codes(values.size()),
         scale(batch * heads * tokens) {
     values.fill(-3, 1);
@@ -487,9 +487,9 @@ struct RandomMask {
   Array<Allowed> allowed;
 
   RandomMask(int64_t batch, int64_t heads, int64_t rows, int64_t S, Mask::Kind kind)
-      : B(random_below(2) ? batch : 1),
-        H(random_below(2) ? heads : 1),
-        T(random_below(3) ? rows : 1),
+      : B(kind != Mask::Kind::causal && random_below(2) ? batch : 1),
+        H(kind != Mask::Kind::causal && random_below(2) ? heads : 1),
+        T(kind == Mask::Kind::causal || random_below(3) ? rows : 1),
         S(S),
         kind(kind),
         values(is_float() ? B * H * T * S : 0, kind == Mask::Kind::bf16  ? Float::bf16
@@ -507,7 +507,10 @@ struct RandomMask {
       const int64_t first = random_below(S + !some), last = first + some + random_below(S - first + !some);
       for (int64_t s = 0; s < S; s++) {
         const int64_t i = row * S + s;
-        const bool open = form == 3 ? random_below(4) == 0 : s >= first && s < last;
+        const bool open = kind == Mask::Kind::none     ? true
+                          : kind == Mask::Kind::causal ? s <= row
+                          : form == 3                  ? random_below(4) == 0
+                                                       : s >= first && s < last;
         added[i] = open ? 0 : -std::numeric_limits<double>::infinity();
         if (kind == Mask::Kind::boolean) booleans[i] = open;
         if (!is_float()) continue;
@@ -517,7 +520,7 @@ struct RandomMask {
       }
     }
   }
-  bool is_float() const { return kind != Mask::Kind::none && kind != Mask::Kind::boolean; }
+  bool is_float() const { return kind > Mask::Kind::boolean; }
 
   Mask as_mask() {
     const void* x = kind == Mask::Kind::boolean ? static_cast<void*>(booleans.data()) : values.data();
@@ -528,73 +531,143 @@ struct RandomMask {
   }
 };
 
-void check_attention(const Kernels& kernels, int64_t batch, int64_t kv, int64_t shared, int64_t T, int64_t S, int64_t D,
-                     int64_t Dv, Mask::Kind kind) {
-  Operand q(batch, kv * shared, T, D), k(batch, kv, S, D), v(batch, kv, S, Dv);
-  RandomMask mask(batch, kv * shared, T, S, kind);
-  Floats y(batch * kv * shared * T * Dv, one_of(kTypes));
-  Attention a{};
-  a.B = batch, a.H = kv * shared, a.KV = kv, a.T = T, a.S = S, a.D = D, a.Dv = Dv;
-  a.q = q.as_heads(), a.k = k.as_heads(), a.v = v.as_heads();
-  a.mask = mask.as_mask();
-  a.scaling = 0.5f / std::sqrt(static_cast<float>(D));
-  a.has_softcap = random_below(3) == 0, a.softcap = 2;
-  Array<char> packed(kernels.attention_packed(a) * batch * kv), scratch((kernels.attention_scratch(a) + 63) / 64 * 64);
-  a.packed = packed.data(), a.y = y.data(), a.y_type = y.type();
+// What an attention is of: heads of kv * shared queries and kv keys, and a mask.
+struct AttentionCase {
+  int64_t batch, kv, shared, T, S, D, Dv;
+  Operand q, k, v;
+  RandomMask mask;
+  Floats y;
 
-  const int64_t of_mask = kind == Mask::Kind::none ? 0 : mask.B * mask.H * mask.T;
-  kernels.attention_mask(a, 0, of_mask / 2);
-  kernels.attention_mask(a, of_mask / 2, of_mask);
-  const int64_t rows = shared * T, height = 1 + random_below(kAttentionRows);
-  const int64_t cut = S / 2 / kAttentionTokens * kAttentionTokens;
-  for (int64_t head = 0; head < batch * kv; head++) {
-    kernels.attention_tokens(a, head, cut, S, scratch.data());
-    kernels.attention_tokens(a, head, 0, cut, scratch.data());
+  // type: of q, k, v and y, or null: of each its own.
+  AttentionCase(int64_t batch, int64_t kv, int64_t shared, int64_t T, int64_t S, int64_t D, int64_t Dv, Mask::Kind kind,
+                const Float* type)
+      : batch(batch),
+        kv(kv),
+        shared(shared),
+        T(T),
+        S(S),
+        D(D),
+        Dv(Dv),
+        q(batch, kv * shared, T, D, type ? *type : one_of(kTypes)),
+        k(batch, kv, S, D, type ? *type : one_of(kTypes)),
+        v(batch, kv, S, Dv, type ? *type : one_of(kTypes)),
+        mask(batch, kv * shared, T, S, kind),
+        y(batch * kv * shared * T * Dv, type ? *type : one_of(kTypes)) {}
+
+  Attention as_attention() {
+    Attention a{};
+    a.B = batch, a.H = kv * shared, a.KV = kv, a.T = T, a.S = S, a.D = D, a.Dv = Dv;
+    a.q = q.as_heads(), a.k = k.as_heads(), a.v = v.as_heads();
+    a.mask = mask.as_mask();
+    a.scaling = 0.5f / std::sqrt(static_cast<float>(D));
+    a.y = y.data(), a.y_type = y.type();
+    return a;
   }
-  for (int64_t head = 0; head < batch * kv; head++)
+
+  void fail_at(const char* isa, const char* what, int64_t i, double expected) {
+    fail("%s: %s of %ld heads that share %ld of a batch of %ld, T %ld S %ld D %ld Dv %ld, mask %d: y[%ld] is %.9g, "
+         "expected %.9g in %s",
+         isa, what, kv * shared, kv, batch, T, S, D, Dv, static_cast<int>(mask.kind), i, y[i], expected,
+         name_of(y.type()));
+  }
+};
+
+// All steps, in parts.
+void attend(const AttentionKernels& kernels, Attention a) {
+  Array<char> packed(kernels.packed_bytes(a) * a.B * a.KV), scratch((kernels.scratch_bytes(a) + 63) / 64 * 64);
+  a.packed = packed.data();
+  const int64_t of_mask = a.mask.kind == Mask::Kind::none ? 0 : a.mask.B * a.mask.H * a.mask.T;
+  kernels.mask(a, 0, of_mask / 2);
+  kernels.mask(a, of_mask / 2, of_mask);
+  const int64_t rows = a.H / a.KV * a.T, height = rows <= kAttentionRows ? rows : 1 + random_below(kAttentionRows);
+  for (int64_t head = 0; head < a.B * a.KV; head++)
+    for (int64_t s = (a.S - 1) / kAttentionTokens * kAttentionTokens; s >= 0; s -= kAttentionTokens)
+      kernels.tokens(a, head, s, std::min(s + kAttentionTokens, a.S), scratch.data());
+  for (int64_t head = 0; head < a.B * a.KV; head++)
     for (int64_t r = 0; r < rows; r += height)
-      kernels.attention_rows(a, head, r, std::min(r + height, rows), scratch.data());
+      kernels.rows(a, head, r, std::min(r + height, rows), scratch.data());
+}
+
+void check_int8_attention(const Kernels& kernels, AttentionCase c) {
+  const int64_t S = c.S, Dv = c.Dv;
+  const Operand &q = c.q, &k = c.k, &v = c.v;
+  Attention a = c.as_attention();
+  a.has_softcap = random_below(3) == 0, a.softcap = 2;
+  attend(*kernels.int8_attention, a);
 
   std::vector<double> weight(S);
-  for (int64_t i = 0; i < batch * a.H * T; i++) {
-    const int64_t b = i / (a.H * T), h = i / T % a.H, t = i % T, own = q.row(b, h, t);
+  for (int64_t i = 0; i < a.B * a.H * a.T; i++) {
+    const int64_t b = i / (a.H * a.T), h = i / a.T % a.H, t = i % a.T, own = q.row(b, h, t);
     double top = -std::numeric_limits<double>::infinity(), total = 0, most = 0;
     for (int64_t s = 0; s < S; s++) {
-      double score = q.product(own, k, k.row(b, h / shared, s)) * a.scaling;
+      double score = q.product(own, k, k.row(b, h / c.shared, s)) * a.scaling;
       if (a.has_softcap) score = std::tanh(score / a.softcap) * a.softcap;
-      weight[s] = score + (kind == Mask::Kind::none ? 0 : mask.at(b, h, t, s));
+      weight[s] = score + c.mask.at(b, h, t, s);
       top = std::max(top, weight[s]);
     }
     for (double& one : weight) total += one = std::isinf(top) ? 0 : std::exp(one - top);
-    for (int64_t s = 0; s < S; s++) most = std::max(most, weight[s] *= v.scale[v.row(b, h / shared, s)]);
+    for (int64_t s = 0; s < S; s++) most = std::max(most, weight[s] *= v.scale[v.row(b, h / c.shared, s)]);
     for (int64_t d = 0; d < Dv; d++) {
       double sum = 0, allowed = 0;
       for (int64_t s = 0; s < S && most > 0; s++) {
-        const double exact = weight[s] * 127 / most, code = v.codes[v.row(b, h / shared, s) * Dv + d];
+        const double exact = weight[s] * 127 / most, code = v.codes[v.row(b, h / c.shared, s) * Dv + d];
         sum += std::nearbyint(exact) * code;
         if (std::fabs(exact - std::floor(exact) - 0.5) < 2e-3) allowed += std::fabs(code);  // may get either code
       }
       const double step = most > 0 ? most / 127 / total : 0, expected = sum * step;
-      allowed = allowed * step + 1e-4 * std::fabs(expected) + ulp(expected, y.type());
-      if (!(std::fabs(y[i * Dv + d] - expected) <= allowed))
-        fail(
-            "%s: attention of %ld heads that share %ld of a batch of %ld, T %ld S %ld D %ld Dv %ld, mask %d: "
-            "y[%ld, %ld, %ld, %ld] is %.9g, expected %.9g in %s",
-            kernels.isa, a.H, kv, batch, T, S, D, Dv, static_cast<int>(kind), b, h, t, d, y[i * Dv + d], expected,
-            name_of(y.type()));
+      allowed = allowed * step + 1e-4 * std::fabs(expected) + ulp(expected, c.y.type());
+      if (!(std::fabs(c.y[i * Dv + d] - expected) <= allowed))
+        c.fail_at(kernels.isa, "int8 attention", i * Dv + d, expected);
+    }
+  }
+}
+
+void check_float_attention(const Kernels& kernels, AttentionCase c) {
+  const Attention a = c.as_attention();
+  attend(*kernels.float_attention(c.y.type()), a);
+  // To which e^... are rounded, and what is lost of a score and of the sums.
+  const double rounding = c.y.type() == Float::bf16 ? 0x1p-8 : 1e-4;
+  std::vector<double> weight(c.S);
+  for (int64_t i = 0; i < a.B * a.H * a.T; i++) {
+    const int64_t b = i / (a.H * a.T), h = i / a.T % a.H, t = i % a.T, own = c.q.row(b, h, t);
+    double top = -std::numeric_limits<double>::infinity(), total = 0;
+    for (int64_t s = 0; s < c.S; s++) {
+      const int64_t key = c.k.row(b, h / c.shared, s);
+      double score = 0;
+      for (int64_t d = 0; d < c.D; d++) score += c.q.values[own * c.D + d] * c.k.values[key * c.D + d];
+      weight[s] = score * a.scaling + c.mask.at(b, h, t, s);
+      top = std::max(top, weight[s]);
+    }
+    for (double& one : weight) total += one = std::isinf(top) ? 0 : std::exp(one - top);
+    for (int64_t d = 0; d < c.Dv; d++) {
+      double sum = 0, size = 0;
+      for (int64_t s = 0; s < c.S && total > 0; s++) {
+        const double part = weight[s] / total * c.v.values[c.v.row(b, h / c.shared, s) * c.Dv + d];
+        sum += part, size += std::fabs(part);
+      }
+      if (!(std::fabs(c.y[i * c.Dv + d] - sum) <= rounding * size + ulp(sum, c.y.type())))
+        c.fail_at(kernels.isa, "float attention", i * c.Dv + d, sum);
     }
   }
 }
 
 void check_attentions(const Kernels& kernels) {
-  constexpr int64_t kT[] = {1, 2, 3, 7, 12, 13, 30}, kS[] = {1, 2, 15, 16, 17, 31, 32, 33, 64, 65, 100, 200};
+  constexpr int64_t kT[] = {1, 2, 3, 7, 12, 13, 30}, kS[] = {1, 2, 15, 16, 17, 31, 32, 33, 64, 65, 129, 200, 300};
   constexpr int64_t kD[] = {1, 2, 3, 4, 5, 15, 16, 31, 33, 63, 64, 65, 130};
   using Kind = Mask::Kind;
   for (int64_t S : kS) {
     for (int64_t D : kD) {
-      for (const Kind kind : {Kind::none, Kind::boolean, Kind::f32, Kind::bf16, Kind::f16})
-        check_attention(kernels, 1 + random_below(2), 1 + random_below(2), 1 + random_below(4), one_of(kT), S, D,
-                        one_of(kD), kind);
+      const auto random_case = [&](Kind kind, const Float* type) {
+        return AttentionCase(1 + random_below(2), 1 + random_below(2), 1 + random_below(4), one_of(kT), S, D,
+                             one_of(kD), kind, type);
+      };
+      if (kernels.int8_attention)
+        for (const Kind kind : {Kind::none, Kind::boolean, Kind::f32, Kind::bf16, Kind::f16})
+          check_int8_attention(kernels, random_case(kind, nullptr));
+      for (const Float type : kTypes)
+        if (kernels.float_attention(type))
+          for (const Kind kind : {Kind::none, Kind::causal, Kind::boolean})
+            check_float_attention(kernels, random_case(kind, &type));
     }
   }
 }
@@ -647,7 +720,7 @@ int main() {
   }
   for (const Kernels* kernels : all) {
     check_rows_and_lookups(*kernels);
-    if (kernels->attention_rows) check_attentions(*kernels);
+    check_attentions(*kernels);
   }
   check_linear_layers(all);
   for (const Kernels* kernels : all)

@@ -71,9 +71,9 @@ def _set_attention(model: nn.Module, kind: str) -> None:
     if kind == "int8":
         _attention().use_int8_attention(model)
     elif any(map(_is_pretrained, model.modules())):
-        from octavo.integrations.decode_attention import use_decode_attention
+        from octavo.integrations.float_attention import use_float_attention
 
-        use_decode_attention(model)
+        use_float_attention(model)
 
 
 def _is_pretrained(module: nn.Module) -> bool:

@@ -41,7 +41,7 @@ from octavo.formats import compressed_tensors as layout
 from octavo.formats.checkpoint import CheckpointReader
 from octavo.formats.experts import Part
 from octavo.integrations.attention import attention_of, check_int8_attention, use_int8_attention
-from octavo.integrations.decode_attention import use_decode_attention
+from octavo.integrations.float_attention import use_float_attention
 from octavo.modules import QuantExperts, QuantModule
 from octavo.quantize import Decision, install, plan, settle, warn_unasked
 from octavo.recipe import Pattern, Recipe, Scheme
@@ -378,7 +378,7 @@ class OctavoQuantizer(HfQuantizer):  # type: ignore[misc]
         if self.quantization_config.attention == "int8":
             use_int8_attention(model)
         else:
-            use_decode_attention(model)
+            use_float_attention(model)
         return model
 
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -19,6 +19,7 @@
 
     op                      query                 key, value                  mask                         result
     int8_attention          [B, H, T, D] float    [B, KV, S, D] float         bool or float [B, H, T, S]   [B, H, T, D]
+    float_attention         [B, H, T, D] float    [B, KV, S, D] float         bool [B, H, T, S]            [B, H, T, D]
 
 Each w8a16 op computes sum(code * x), accumulated in fp32 (fp64 for an fp64 x), *then* multiplies by the scale, adds the
 bias and rounds once to the output dtype: where the float model does not overflow fp16, neither does this, inside
@@ -50,8 +51,10 @@ from octavo.primitives import Granularity
 __all__ = [
     "OPS",
     "Serving",
+    "attends_in_float",
     "autocast",
     "backends",
+    "float_attention",
     "int8_attention",
     "quantize_per_tensor",
     "quantize_per_token",
@@ -84,6 +87,7 @@ _w8a8_linear = torch.ops.octavo.w8a8_linear.default
 _experts_linear = torch.ops.octavo.w8a16_experts_linear.default
 _int8_experts_linear = torch.ops.octavo.w8a8_experts_linear.default
 _int8_attention = torch.ops.octavo.int8_attention.default
+_float_attention = torch.ops.octavo.float_attention.default
 
 
 _KERNELS_TAKE = (torch.float32, torch.bfloat16, torch.float16)
@@ -328,6 +332,28 @@ def int8_attention(
     return _run(_int8_attention, check, query, key, value, mask, scaling, softcap)
 
 
+def float_attention(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float, *, is_causal: bool = False
+) -> Tensor:
+    """softmax(query @ key.T * scaling) @ value: torch's `scaled_dot_product_attention`, faster where `attends_in_float`.
+
+    query: [B, H, T, D] float. key: [B, KV, S, D], value: [B, KV, S, Dv] of its dtype. Query head h reads key and value
+        head h // (H / KV).
+    mask: bool [B, H, T, S], or 1 in place of any of these, True where a query may attend; None if everywhere.
+    scaling: of the scores, usually D ** -0.5. is_causal: query t may attend to tokens 0 to t; then there is no mask.
+    Returns: [B, H, T, Dv] of query's dtype; by the kernel zeros for a row whose mask is False everywhere. Sums are
+        fp32; e^(score - largest) is rounded to bf16 where that is the dtype.
+    Raises: QuantizeError for shapes that do not go together; OctavoError when a gradient is computed through it.
+    """
+    args = (query, key, value, mask, scaling, is_causal)
+    return _run(_float_attention, lambda: attention.check_heads(query, key, value, mask), *args)  # type: ignore[no-any-return]
+
+
+def attends_in_float(query: Tensor) -> bool:
+    """Whether `float_attention` has a kernel of its own for the device and dtype of `query`."""
+    return query.device.type == "cpu" and query.dtype in _native.attends_in
+
+
 def rms_norm(x: Tensor, weight: Tensor, eps: float, *, round_first: bool) -> Tensor | None:
     """y = weight * x / sqrt(mean(x^2) + eps) in one kernel, on a GPU, while a model runs eagerly.
 
@@ -377,6 +403,8 @@ def backends() -> list[Serving]:
             rows.append(Serving(op, "cpu", "reference", _native.why))
         elif op == "int8_attention" and not _native.attends:
             rows.append(Serving(op, "cpu", "reference", f"composed of other ops, which {_native.isa} kernels serve"))
+        elif op == "float_attention" and not _native.attends_in:
+            rows.append(Serving(op, "cpu", "reference", "torch's own"))
         elif op in native.OPS:
             rows.append(Serving(op, "cpu", _native.isa, _native.why))
         else:
@@ -390,6 +418,8 @@ def _on_cuda(op: str) -> Serving:
     why_not = _why_not_triton or triton.why_not_here()
     if why_not is not None:
         return Serving(op, "cuda", "reference", why_not)
+    if op == "float_attention":
+        return Serving(op, "cuda", "reference", "torch's own")
     if op in triton.OPS:
         return Serving(op, "cuda", "triton", f"triton {triton.version()} is installed")
     return Serving(op, "cuda", "reference", "no native kernel in this version")

@@ -14,7 +14,7 @@ rounded spends their 127 steps on what reaches the result: a first token that dr
 value in most models, and would otherwise leave few steps for the rest. The sv of a row of zeros is 0 for that reason.
 
 Where attention has a kernel of its own (`octavo backends`), that answers; what is here answers everywhere else, and
-float64.
+float64. In float, everywhere else is torch's `scaled_dot_product_attention`.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from torch.nn import functional as F
 from octavo.errors import QuantizeError
 from octavo.ops.reference import LONGEST_EXACT, check_rows, in_full_precision
 
-__all__ = ["check_heads", "check_longest", "int8_attention", "value_codes"]
+__all__ = ["check_heads", "check_longest", "float_attention", "int8_attention", "value_codes"]
 
 _BLOCK_SCORES = 1 << 22
 """Rows of the query are taken in blocks of this many scores (16 MiB in fp32, a few of which live at a time)."""
@@ -60,9 +60,11 @@ def int8_attention(
 def float_attention(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float, is_causal: bool
 ) -> Tensor:
-    return F.scaled_dot_product_attention(
+    check_heads(query, key, value, mask)
+    y = F.scaled_dot_product_attention(
         query, key, value, attn_mask=mask, is_causal=is_causal, scale=scaling, enable_gqa=True
     )
+    return y.contiguous()
 
 
 def check_heads(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> None:

@@ -139,3 +139,11 @@ def _int8_attention_fake(
 ) -> Tensor:
     attention.check_heads(query, key, value, mask)
     return query.new_empty((*query.shape[:3], value.shape[3]))
+
+
+@torch.library.register_fake("octavo::float_attention", lib=library)
+def _float_attention_fake(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float, is_causal: bool
+) -> Tensor:
+    attention.check_heads(query, key, value, mask)
+    return query.new_empty((*query.shape[:3], value.shape[3]))

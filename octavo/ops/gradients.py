@@ -120,6 +120,16 @@ def _int8_attention_backward(ctx, grad):  # type: ignore[no-untyped-def]
 torch.library.register_autograd("octavo::int8_attention", _int8_attention_backward, lib=library)
 
 
+def _float_attention_backward(ctx, grad):  # type: ignore[no-untyped-def]
+    raise OctavoError(
+        "a gradient through octavo's float attention was asked for, which is for inference; use torch's "
+        "scaled_dot_product_attention"
+    )
+
+
+torch.library.register_autograd("octavo::float_attention", _float_attention_backward, lib=library)
+
+
 def _save_experts_linear(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
     _refuse_weight_gradient(ctx, 2)
     _, ends, weight, weight_scale, bias = inputs

@@ -31,18 +31,24 @@ OPS = (
     "quantize_static",
     "quantize_weight",
     "int8_attention",
+    "float_attention",
 )
 """The ops that it answers; `csrc/bind.cpp` registers them."""
+
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+"""As `Float` in `csrc/kernels.h` counts them."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Native:
     """What serves on CPUs. isa: the instruction set, or None where the reference does. why: in either case.
-    attends: whether attention has kernels of its own for that instruction set, and is not composed of other ops."""
+    attends: whether int8 attention has kernels of its own for that instruction set, and is not composed of other ops.
+    attends_in: the dtypes in which float attention has some, and is not torch's."""
 
     isa: str | None
     why: str
     attends: bool = False
+    attends_in: tuple[torch.dtype, ...] = ()
 
 
 def reference_is_forced() -> bool:
@@ -88,10 +94,11 @@ def select(isa: str) -> Native:
     library = ctypes.CDLL(str(LIBRARY))
     library.octavo_select.restype = ctypes.c_char_p
     library.octavo_isa.restype = ctypes.c_char_p
-    library.octavo_attends.restype = ctypes.c_bool
+    library.octavo_attends.restype = library.octavo_attends_in.restype = ctypes.c_bool
     error = ctypes.c_int()
     why = library.octavo_select(isa.encode(), ctypes.byref(error)).decode()
     if error:
         raise QuantizeError(why)
     name = library.octavo_isa()
-    return Native(None if name is None else name.decode(), why, library.octavo_attends())
+    attends_in = tuple(dtype for i, dtype in enumerate(_FLOATS) if library.octavo_attends_in(i))
+    return Native(None if name is None else name.decode(), why, library.octavo_attends(), attends_in)

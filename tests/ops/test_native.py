@@ -466,6 +466,82 @@ def test_backends_tells_where_attention_has_no_kernel_of_its_own(isa: str) -> No
     assert done.stdout.strip() == (f"[('{isa}', 'forced by OCTAVO_ISA')]" if attends else composed)
 
 
+def in_float64(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float) -> tuple[Tensor, Tensor]:
+    """Attention in float64; zeros where a row may attend to nothing. And what each part of its sums is worth."""
+    query, key, value = (x.double() for x in (query, key, value))
+    key, value = (x.repeat_interleave(query.shape[1] // key.shape[1], 1) for x in (key, value))
+    scores = query @ key.mT * scaling
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -torch.inf)
+    weights = scores.softmax(-1).nan_to_num(0)
+    return weights @ value, weights @ value.abs()
+
+
+@settings(max_examples=300)
+@given(
+    batch=st.integers(1, 2),
+    kv=st.integers(1, 3),
+    shared=st.sampled_from([1, 2, 3, 4, 7, 13]),
+    rows=st.sampled_from([0, 1, 2, 3, 5, 12, 13, 33]),
+    tokens=st.sampled_from([0, 1, 2, 15, 17, 31, 32, 33, 64, 65, 128, 129, 300]),
+    size=st.sampled_from([1, 2, 3, 5, 16, 33, 64, 65, 128, 200]),
+    value=st.sampled_from([1, 3, 16, 17, 32, 33, 64, 65, 130]),
+    dtype=st.sampled_from(FLOATS),
+    kind=st.sampled_from(["none", "is_causal", *(kind for kind in MASKS if "boolean" in kind)]),
+    seed=st.integers(0, 99),
+)
+def test_float_attention(
+    isa: str, batch: int, kv: int, shared: int, rows: int, tokens: int, size: int, value: int, dtype: torch.dtype,
+    kind: str, seed: int,
+) -> None:  # fmt: skip
+    if dtype not in native.select(isa).attends_in:
+        return
+    torch.manual_seed(seed)
+    shapes = ((batch, kv * shared, rows, size), (batch, kv, tokens, size), (batch, kv, tokens, value))
+    query, key, values = (torch.randn(shape).to(dtype) for shape in shapes)
+    is_causal = kind == "is_causal"
+    mask = None if is_causal else a_mask(kind, batch, kv * shared, rows, tokens, seed)
+    y = ops.float_attention(*map(as_transformers_hands_it, (query, key, values)), mask, size**-0.5, is_causal=is_causal)
+    allowed = torch.ones(rows, tokens, dtype=torch.bool).tril() if is_causal else mask
+    expected, parts = in_float64(query, key, values, allowed, size**-0.5)
+    assert y.dtype == dtype and y.shape == expected.shape and y.is_contiguous()
+    assert_rounds_to(y, expected, parts * (2.0**-8 if dtype == torch.bfloat16 else 2.0**-18))
+    assert torch.equal(ops.float_attention(query, key, values, mask, size**-0.5, is_causal=is_causal), y)
+
+
+def test_float_attention_of_what_is_not_finite(isa: str) -> None:
+    """A query gives NaN if it, a key or a value that it may attend to has NaN or inf; others are as they were."""
+    for dtype in native.select(isa).attends_in:
+        query, key, value = (torch.randn(1, heads, 200, 16).to(dtype) for heads in (2, 1, 1))
+        clean = ops.float_attention(query, key, value, None, 0.25, is_causal=True)
+        for bad in (float("nan"), float("inf")):
+            spoilt = [x.clone() for x in (query, key, value)]
+            spoilt[0][0, 1, 70, 3] = bad
+            y = ops.float_attention(spoilt[0], key, value, None, 0.25, is_causal=True)
+            assert y[0, 1, 70].isnan().all()
+            y[0, 1, 70] = clean[0, 1, 70]
+            assert torch.equal(y, clean)
+            spoilt[1][0, 0, 160, 3] = bad
+            y = ops.float_attention(query, spoilt[1], value, None, 0.25, is_causal=True)
+            assert torch.equal(y[:, :, :160], clean[:, :, :160]) and y[:, :, 160].isnan().all() == (bad != bad)
+            spoilt[2][0, 0, 160, 3] = bad
+            y = ops.float_attention(query, key, spoilt[2], None, 0.25, is_causal=True)
+            assert not y[:, :, 160:, 3].isfinite().any() and torch.equal(y[:, :, :150], clean[:, :, :150])
+            assert torch.equal(y[:, :, :, 4:], clean[:, :, :, 4:])
+
+
+@pytest.mark.parametrize("rows", [1, 50])
+def test_large_scores_do_not_overflow_in_float_attention(isa: str, rows: int) -> None:
+    """Of 1e4 and more, both ends of the exponential: nothing but the largest counts, in whichever part it is met."""
+    for dtype in native.select(isa).attends_in:
+        query, key, value = (torch.randn(1, 2, tokens, 64).to(dtype) for tokens in (rows, 700, 700))
+        query = query.sign() * 100
+        expected, parts = in_float64(query, key, value, None, 1.0)
+        y = ops.float_attention(query, key, value, None, 1.0)
+        score = 100 * key.abs().double().sum(-1).max()
+        assert_rounds_to(y, expected, parts * (2.0**-8 + 64 * 2.0**-23 * score))
+
+
 # -- whoever calls ---------------------------------------------------------------------------------------------------
 
 
@@ -491,6 +567,8 @@ def every_op(seed: int = 0, m: int = 40) -> list[Tensor]:
         *ops.quantize_weight(x),
         ops.w8a16_embedding(torch.arange(m), weight[0], scale[0], torch.bfloat16),
         ops.int8_attention(*_attention_operands(m, random), 0.1),
+        ops.float_attention(*_attention_operands(m, random), 0.1),
+        ops.float_attention(*_attention_operands(2, random), 0.1),
     ]
 
 

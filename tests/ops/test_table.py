@@ -137,6 +137,18 @@ def int8_attention(dtype: torch.dtype, grad: bool) -> list[tuple[Any, ...]]:
     ]
 
 
+def float_attention(dtype: torch.dtype, grad: bool) -> list[tuple[Any, ...]]:
+    """Without a gradient, which is refused."""
+    q, k, v = (torch.randn(2, heads, tokens, 8).to(dtype) for heads, tokens in ((4, 5), (2, 5), (2, 5)))
+    allowed = (torch.rand(2, 1, 5, 5) < 0.7) | torch.eye(5, dtype=torch.bool)
+    return [
+        (q, k, v, None, 0.3, True),
+        (q, k, v, allowed, 0.3, False),
+        (q.transpose(1, 2).contiguous().transpose(1, 2), k, v[..., :6], None, 0.3, False),
+        (q[:, :, :0], k, v, None, 0.3, False),
+    ]
+
+
 SAMPLES: dict[str, Callable[[torch.dtype, bool], list[tuple[Any, ...]]]] = {
     "w8a16_linear": linear,
     "w8a16_conv": conv,
@@ -150,6 +162,7 @@ SAMPLES: dict[str, Callable[[torch.dtype, bool], list[tuple[Any, ...]]]] = {
     "w8a16_experts_linear": experts_linear,
     "w8a8_experts_linear": int8_experts_linear,
     "int8_attention": int8_attention,
+    "float_attention": float_attention,
 }
 
 WITHOUT_GRADIENT = {"quantize_per_token", "quantize_per_tensor", "quantize_static", "quantize_weight"}
@@ -183,7 +196,7 @@ def test_every_op_has_reference_and_fake_for_every_device(name: str) -> None:
     assert torch._C._dispatch_has_kernel_for_dispatch_key(full, "Meta")
     assert torch._C._dispatch_has_kernel_for_dispatch_key(full, "Autograd") == (name not in WITHOUT_GRADIENT)
     assert torch._C._dispatch_has_computed_kernel_for_dispatch_key(full, "CUDA")
-    assert callable(getattr(attention if name == "int8_attention" else reference, name))
+    assert callable(getattr(attention if name.endswith("_attention") else reference, name))
 
 
 @pytest.mark.parametrize("name", OPS)

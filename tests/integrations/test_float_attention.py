@@ -1,7 +1,9 @@
-"""Attention of one query next to float64 and to transformers' "sdpa", whose place it takes in quantized models."""
+"""Float attention of a model next to float64 and to transformers' "sdpa", whose place it takes in quantized models."""
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,33 +13,48 @@ import torch
 from torch import Tensor, nn
 
 import octavo
+from octavo import ops
 from tests.tiny_models import bert, build, falcon, gpt2, llama, mixtral, qwen2, t5, tokens, whisper
 
 transformers = pytest.importorskip("transformers")
 
 from transformers.integrations.sdpa_attention import sdpa_attention_forward  # noqa: E402
 
-from octavo.integrations import decode_attention  # noqa: E402
+from octavo.integrations import float_attention  # noqa: E402
 from octavo.integrations.attention import attention_of  # noqa: E402
-from octavo.integrations.decode_attention import NAME, decode_attention_forward, use_decode_attention  # noqa: E402
+from octavo.integrations.float_attention import NAME, float_attention_forward, use_float_attention  # noqa: E402
+
+needs_kernel = pytest.mark.skipif(
+    not ops.attends_in_float(torch.empty(0, dtype=torch.bfloat16)), reason="this processor has no kernel of octavo's"
+)
 
 UNIT = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
 """What rounding to this type changes a number by at most, as a share of it."""
 
 
+@pytest.fixture
+def composed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where the package has no kernel for float attention."""
+    monkeypatch.setattr(ops, "_native", dataclasses.replace(ops._native, attends_in=()))
+
+
 def operands(
-    batch: int, heads: int, key_heads: int, tokens: int, size: int, dtype: torch.dtype, value: int | None = None
-) -> tuple[Tensor, Tensor, Tensor]:
-    query = torch.randn(batch, heads, 1, size).to(dtype)
+    batch: int, heads: int, key_heads: int, tokens: int, size: int, dtype: torch.dtype, value: int | None = None,
+    queries: int = 1,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    query = torch.randn(batch, heads, queries, size).to(dtype)
     key = torch.randn(batch, key_heads, tokens, size).to(dtype)
     return query, key, torch.randn(batch, key_heads, tokens, value or size).to(dtype)
 
 
-def in_float64(query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
-    """[B, 1, H, Dv], head by head."""
+def in_float64(query: Tensor, key: Tensor, value: Tensor, scaling: float, mask: Tensor | None = None) -> Tensor:
+    """[B, T, H, Dv], head by head."""
     each = query.shape[1] // key.shape[1]
     key, value = (x.double().repeat_interleave(each, 1) for x in (key, value))
-    return (torch.softmax(scaling * query.double() @ key.mT, -1) @ value).transpose(1, 2)
+    scores = scaling * query.double() @ key.mT
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -torch.inf)
+    return (torch.softmax(scores, -1) @ value).transpose(1, 2)
 
 
 def asked_of_sdpa(monkeypatch: pytest.MonkeyPatch) -> list[int]:
@@ -48,10 +65,38 @@ def asked_of_sdpa(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         passed_on.append(query.shape[2])
         return sdpa_attention_forward(module, query, *args, **kwargs)
 
-    monkeypatch.setattr(decode_attention, "sdpa_attention_forward", spy)
+    monkeypatch.setattr(float_attention, "sdpa_attention_forward", spy)
     return passed_on
 
 
+@needs_kernel
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("queries", "key_heads"), [(1, 2), (2, 6), (40, 3), (40, 6)])
+@pytest.mark.parametrize("how", ["everything", "causal", "as the module says", "mask"])
+def test_the_kernel_answers_what_sdpa_would(
+    how: str, queries: int, key_heads: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    passed_on = asked_of_sdpa(monkeypatch)
+    query, key, value = operands(2, 6, key_heads, 60, 24, dtype, 16, queries)
+    module, mask, kwargs, allowed = nn.Module(), None, {}, None
+    module.num_key_value_groups = 6 // key_heads
+    if how == "mask":
+        mask = allowed = (torch.rand(2, 1, queries, 60) < 0.6) | (torch.arange(60) == 7)
+    elif how == "everything":
+        kwargs = {"is_causal": False}
+    elif queries > 1:  # a single query is the last one
+        allowed = torch.ones(queries, 60, dtype=torch.bool).tril()
+        if how == "causal":
+            module.is_causal, kwargs = False, {"is_causal": True}
+    with torch.no_grad():
+        y, probabilities = float_attention_forward(module, query, key, value, mask, **kwargs)
+    assert probabilities is None and y.shape == (2, queries, 6, 16) and y.is_contiguous()
+    unit = UNIT.get(dtype, 2.0**-20)
+    torch.testing.assert_close(y.double(), in_float64(query, key, value, 24**-0.5, allowed), rtol=unit, atol=2 * unit)
+    assert passed_on == ([1] if dtype == torch.float32 and queries == 1 else [])
+
+
+@pytest.mark.usefixtures("composed")
 @pytest.mark.parametrize("dtype", UNIT)
 @pytest.mark.parametrize(
     ("batch", "heads", "key_heads", "tokens", "size", "value"),
@@ -64,39 +109,56 @@ def test_one_query_is_that_of_float64(
     passed_on = asked_of_sdpa(monkeypatch)
     query, key, value_ = operands(batch, heads, key_heads, tokens, size, dtype, value)
     for scaling in (None, 0.7):
-        y, probabilities = decode_attention_forward(nn.Module(), query, key, value_, None, scaling=scaling)
+        y, probabilities = float_attention_forward(nn.Module(), query, key, value_, None, scaling=scaling)
         expected = in_float64(query, key, value_, scaling or size**-0.5)
         assert y.dtype == dtype and probabilities is None and not passed_on
         assert (y.double() - expected).abs().max() <= UNIT[dtype] * expected.abs().max() + 1e-5
 
 
-def test_any_strides(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("kernel", [pytest.param(True, marks=needs_kernel), False])
+def test_any_strides(kernel: bool, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
+    if not kernel:
+        request.getfixturevalue("composed")
     passed_on = asked_of_sdpa(monkeypatch)
     query = torch.randn(8, 1, 2, 6).half().permute(2, 3, 1, 0)  # [2, 6, 1, 8], its values far apart
     key = torch.randn(2, 40, 3, 16).half()[..., ::2].transpose(1, 2)
     value = torch.randn(3, 2, 8, 40).half().permute(1, 0, 3, 2)
-    y, _ = decode_attention_forward(nn.Module(), query, key, value, None)
+    y, _ = float_attention_forward(nn.Module(), query, key, value, None)
     torch.testing.assert_close(y.double(), in_float64(query, key, value, 8**-0.5), rtol=2.0**-11, atol=1e-5)
     assert not passed_on
 
 
+@pytest.mark.usefixtures("composed")
 def test_key_heads_are_taken_so_many_at_a_time_that_memory_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     query, key, value = operands(2, 10, 5, 40, 8, torch.bfloat16)
-    whole, _ = decode_attention_forward(nn.Module(), query, key, value, None)
+    whole, _ = float_attention_forward(nn.Module(), query, key, value, None)
     passed_on = asked_of_sdpa(monkeypatch)
-    monkeypatch.setattr(decode_attention, "AT_ONCE", 2 * 2 * 40 * 8)  # two of five heads
-    some, _ = decode_attention_forward(nn.Module(), query, key, value, None)
+    monkeypatch.setattr(float_attention, "AT_ONCE", 2 * 2 * 40 * 8)  # two of five heads
+    some, _ = float_attention_forward(nn.Module(), query, key, value, None)
     torch.testing.assert_close(some, whole, rtol=0, atol=2.0**-8)
     assert not passed_on
-    monkeypatch.setattr(decode_attention, "MOST", 2 * 40 * 8 - 1)
+    monkeypatch.setattr(float_attention, "MOST", 2 * 40 * 8 - 1)
     module = nn.Module()
     module.num_key_value_groups = 2
-    decode_attention_forward(module, query, key, value, None)
+    float_attention_forward(module, query, key, value, None)
     assert passed_on == [1]
 
 
-@pytest.mark.parametrize("case", ["mask", "queries", "dropout", "position_bias", "learned queries", "fp32"])
-def test_all_else_is_what_sdpa_makes_of_it(case: str) -> None:
+EXTRAS = ["dropout", "position_bias", "learned queries", "fp32", "gradient", "a mask that is added", "other dtypes"]
+
+
+@pytest.mark.parametrize("case", EXTRAS)
+def test_extras_are_what_sdpa_makes_of_them(case: str) -> None:
+    check_it_is_sdpa_s(case)
+
+
+@pytest.mark.usefixtures("composed")
+@pytest.mark.parametrize("case", ["mask", "queries"])
+def test_all_but_single_queries_is_sdpa_s_without_the_kernel(case: str) -> None:
+    check_it_is_sdpa_s(case)
+
+
+def check_it_is_sdpa_s(case: str) -> None:
     query, key, value = operands(2, 4, 4, 9, 8, torch.float32 if case == "fp32" else torch.bfloat16)
     mask, kwargs = None, {}
     if case == "mask":
@@ -109,21 +171,33 @@ def test_all_else_is_what_sdpa_makes_of_it(case: str) -> None:
         kwargs = {"position_bias": torch.randn(1, 4, 1, 9).bfloat16()}
     elif case == "learned queries":
         query = query[:1]
+    elif case == "gradient":
+        query.requires_grad_()
+    elif case == "a mask that is added":
+        mask = torch.randn(2, 1, 1, 9).bfloat16()
+    elif case == "other dtypes":
+        key = key.float()
     results = []
-    for attend in (decode_attention_forward, sdpa_attention_forward):
+    for attend in (float_attention_forward, sdpa_attention_forward):
         torch.manual_seed(1)
-        results.append(attend(nn.Module(), query, key, value, mask, **kwargs)[0])
+        with torch.autocast("cpu") if case == "other dtypes" else contextlib.nullcontext():
+            results.append(attend(nn.Module(), query, key, value, mask, **kwargs)[0])
     assert torch.equal(*results)
 
 
+@pytest.mark.parametrize("kernel", [pytest.param(True, marks=needs_kernel), False])
 @pytest.mark.parametrize("make", [llama, qwen2, mixtral, gpt2])
-def test_a_quantized_model_decodes_as_with_sdpa(make: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_quantized_model_decodes_as_with_sdpa(
+    make: Callable[..., Any], kernel: bool, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> None:
+    if not kernel:
+        request.getfixturevalue("composed")
     passed_on = asked_of_sdpa(monkeypatch)
     model = build(make, torch.float16)
     octavo.quantize(model, "w8a16")
     assert model.config._attn_implementation == NAME and attention_of(model) == "float"
     found = decoded(model)
-    assert passed_on == [8] * model.config.num_hidden_layers, "the prompt by sdpa, and none of the tokens"
+    assert passed_on == ([] if kernel else [8] * model.config.num_hidden_layers), "of the tokens, none by sdpa"
     model.set_attn_implementation("sdpa")
     torch.testing.assert_close(found, decoded(model), rtol=1e-2, atol=2e-3)
 
@@ -135,7 +209,23 @@ def decoded(model: Any) -> Tensor:
     return torch.stack(model.generate(tokens(2, 8), pad_token_id=0, **options).logits)
 
 
-def test_padded_batches_are_sdpa_s(monkeypatch: pytest.MonkeyPatch) -> None:
+@needs_kernel
+def test_padded_batches_are_what_each_sequence_is_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    passed_on = asked_of_sdpa(monkeypatch)
+    model = build(llama, torch.float16)
+    octavo.quantize(model, "w8a16")
+    ids, mask = tokens(2, 6), torch.ones(2, 6, dtype=torch.int64)
+    mask[0, :3] = 0
+    options = {"max_new_tokens": 3, "do_sample": False, "pad_token_id": 0}
+    options |= {"return_dict_in_generate": True, "output_logits": True}
+    both = torch.stack(model.generate(ids, attention_mask=mask, **options).logits)
+    alone = torch.stack(model.generate(ids[:1, 3:], **options).logits)
+    torch.testing.assert_close(both[0, :1], alone[0], rtol=1e-2, atol=2e-3)
+    assert not passed_on
+
+
+@pytest.mark.usefixtures("composed")
+def test_padded_batches_are_sdpa_s_without_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     model = build(llama, torch.bfloat16)
     octavo.quantize(model, "w8a16")
     ids, mask = tokens(2, 6), torch.ones(2, 6, dtype=torch.int64)
@@ -161,7 +251,7 @@ def test_models_that_ask_for_the_name_or_have_another_are_left_alone() -> None:
     octavo.quantize(int8, "w8a16", attention="int8")
     assert attention_of(int8) == "int8"
     alone = nn.Sequential(nn.Linear(4, 4))
-    use_decode_attention(alone)
+    use_float_attention(alone)
 
 
 @pytest.mark.parametrize("make", [bert, t5, whisper])

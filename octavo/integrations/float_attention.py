@@ -1,11 +1,12 @@
-"""Float attention of one query on CPUs: two products for all heads that share a key.
+"""Float attention of transformers models on CPUs, where torch's `scaled_dot_product_attention` is slow.
 
-    y = softmax(scaling * q k^T) v          in fp32, rounded once
+    y = softmax(scaling * q k^T) v
 
-In decode a sequence asks with one query. On CPUs torch's `scaled_dot_product_attention` then takes head by head and
-lays keys and values out anew for each, which takes many times as long as the products. Here the heads that share a key
-(grouped-query attention) are rows of one matrix, and keys and values are widened once. Everything else (prefill, masks,
-batches with padding, fp32, GPUs, compiled graphs) is passed on to transformers' "sdpa", in whose place this is.
+It takes head by head and multiplies without the instructions that the processor has for bf16. Where this package has a
+kernel (`ops.float_attention`), that answers prompts, masks and single queries. Elsewhere single queries, as decode asks
+them, are two products in fp32 for all heads that share a key (grouped-query attention), rounded once. Everything else
+(biases, fp32 queries one by one, gradients, GPUs, compiled graphs) is passed on to transformers' "sdpa", in whose place
+this is.
 
 Importing this module registers the name "octavo_sdpa" with transformers, with the masks of "sdpa".
 """
@@ -23,7 +24,9 @@ from transformers import AttentionInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
-__all__ = ["NAME", "decode_attention_forward", "use_decode_attention"]
+from octavo import ops
+
+__all__ = ["NAME", "float_attention_forward", "use_float_attention"]
 
 NAME = "octavo_sdpa"
 """Of this attention, in `attn_implementation`."""
@@ -36,7 +39,7 @@ operating system's anew at each call, which takes longer than the products."""
 _ASKS_FOR_SDPA = re.compile(r"_attn_implementation\s*(==|!=|in\b|not\s+in\b)[^:]*sdpa")
 
 
-def use_decode_attention(model: nn.Module) -> None:
+def use_float_attention(model: nn.Module) -> None:
     """Switch a transformers model that uses "sdpa", in all of its parts, to "octavo_sdpa", in place.
 
     Others are left alone, and so are those whose code asks whether the name is "sdpa".
@@ -58,7 +61,7 @@ def _is_switchable(part: PreTrainedModel) -> bool:
     return not _ASKS_FOR_SDPA.search(source)
 
 
-def decode_attention_forward(
+def float_attention_forward(
     module: nn.Module,
     query: Tensor,
     key: Tensor,
@@ -73,26 +76,54 @@ def decode_attention_forward(
     query: [B, H, T, D] float. key, value: [B, KV, S, D] float. attention_mask: [B or 1, H or 1, T, S] or None.
     Returns: [B, T, H, D] of query's dtype; None in place of the probabilities.
     """
-    if attention_mask is None and not dropout and _is_one_query(query, key, value, kwargs):
-        return _one_query(query, key, value, query.shape[-1] ** -0.5 if scaling is None else scaling), None
+    if not dropout and _is_plain(query, key, value, kwargs):
+        by = query.shape[-1] ** -0.5 if scaling is None else scaling
+        if ops.attends_in_float(query) and by > 0 and (attention_mask is None or _is_boolean(attention_mask)):
+            is_causal = attention_mask is None and query.shape[2] > 1 and _is_causal(module, kwargs)
+            if is_causal:
+                key, value = (x[:, :, : query.shape[2]] for x in (key, value))
+            y = ops.float_attention(query, key, value, attention_mask, by, is_causal=is_causal)
+            return y.transpose(1, 2).contiguous(), None
+        if attention_mask is None and _is_one_query(query, key, value):
+            return _one_query(query, key, value, by), None
     attended: tuple[Tensor, None] = sdpa_attention_forward(
         module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
     )
     return attended
 
 
-def _is_one_query(query: Tensor, key: Tensor, value: Tensor, kwargs: dict[str, Any]) -> bool:
-    batch, heads, tokens, _ = query.shape
+def _is_plain(query: Tensor, key: Tensor, value: Tensor, kwargs: dict[str, Any]) -> bool:
+    """Whether what is asked for, on a CPU, eagerly and without a gradient, is the formula and nothing else."""
     return (
         not torch.compiler.is_compiling()
-        and tokens == 1
+        and not torch.jit.is_tracing()
+        and not torch.is_autocast_enabled("cpu")
         and query.device.type == "cpu"
-        and query.dtype in (torch.bfloat16, torch.float16)  # in fp32 torch's kernel is as fast
-        and batch == len(key) == len(value)
-        and heads % key.shape[1] == 0
-        and batch * key.shape[2] * max(key.shape[3], value.shape[3]) <= MOST
+        and query.dtype == key.dtype == value.dtype
+        and len(query) == len(key) == len(value)
+        and query.shape[1] % key.shape[1] == 0
+        and not (query.dtype == torch.float32 and query.shape[2] == 1)  # of which torch's kernel makes as much
+        and not (torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value)))
         and not any(kwargs.get(name) is not None for name in ("position_bias", "softcap"))
         and not kwargs.get("output_attentions")
+    )
+
+
+def _is_boolean(mask: Tensor) -> bool:
+    return mask.dtype == torch.bool and mask.dim() == 4
+
+
+def _is_causal(module: nn.Module, kwargs: dict[str, Any]) -> bool:
+    """As "sdpa" finds it, of several queries without a mask."""
+    given = kwargs.get("is_causal")
+    return bool(getattr(module, "is_causal", True) if given is None else given)
+
+
+def _is_one_query(query: Tensor, key: Tensor, value: Tensor) -> bool:
+    return (
+        query.shape[2] == 1
+        and query.dtype in (torch.bfloat16, torch.float16)
+        and len(key) * key.shape[2] * max(key.shape[3], value.shape[3]) <= MOST
     )
 
 
@@ -109,5 +140,5 @@ def _one_query(query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Ten
     return torch.cat(parts, 1).to(query.dtype).view(batch, 1, heads, value.shape[3])
 
 
-AttentionInterface.register(NAME, decode_attention_forward)
+AttentionInterface.register(NAME, float_attention_forward)
 AttentionMaskInterface.register(NAME, sdpa_mask)
