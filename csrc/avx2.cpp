@@ -104,6 +104,12 @@ struct Vec {
     return _mm_cvtss_f32(_mm_castsi128_ps(most));
   }
 
+  static float total(F v) {
+    __m128 sum = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+    sum = _mm_add_ps(sum, _mm_movehl_ps(sum, sum));
+    return _mm_cvtss_f32(_mm_add_ss(sum, _mm_movehdup_ps(sum)));
+  }
+
   struct Divisor {
     F scale, inverse;
     explicit Divisor(float s) : scale(_mm256_set1_ps(s)), inverse(_mm256_set1_ps(1.0f / s)) {}

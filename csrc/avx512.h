@@ -63,6 +63,8 @@ struct Vec {
     return value;
   }
 
+  static float total(F v) { return _mm512_reduce_add_ps(v); }
+
   struct Divisor {
     F scale, inverse;
     explicit Divisor(float s) : scale(_mm512_set1_ps(s)), inverse(_mm512_set1_ps(1.0f / s)) {}

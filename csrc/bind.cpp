@@ -30,6 +30,7 @@ using octavo::Linear;
 using octavo::LinearKernels;
 using octavo::Lookup;
 using octavo::Mask;
+using octavo::Norm;
 using octavo::Rows;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
@@ -387,6 +388,19 @@ Tensor w8a16_embedding(const Tensor& indices, const Tensor& weight, const Tensor
   return y;
 }
 
+// Not of the table of ops: it is called where nobody differentiates or compiles, with operands of one type.
+Tensor rms_norm(const Tensor& x, const Tensor& weight, double eps, bool round_first) {
+  const auto type = float_type(x.scalar_type());
+  STD_TORCH_CHECK(type && x.scalar_type() == weight.scalar_type(), "x and weight must be floats of one type");
+  STD_TORCH_CHECK(x.dim() >= 1 && weight.dim() == 1 && x.size(-1) == weight.size(0), "weight must be a row of x");
+  const Tensor values = dense(x), factors = dense(weight);
+  Tensor y = empty(x, with_last(x, x.size(-1)), x.scalar_type());
+  const Norm in{rows_of(x),           x.size(-1), values.const_data_ptr(), factors.const_data_ptr(),
+                y.mutable_data_ptr(), *type,      static_cast<float>(eps), round_first};
+  in_parallel(in.rows, in.K, [&](int64_t begin, int64_t end) { kernels().rms_norm(in, begin, end); });
+  return y;
+}
+
 // -- attention -------------------------------------------------------------------------------------------------------
 
 // [batch, heads, tokens, values], a token's values next to each other.
@@ -522,6 +536,7 @@ STABLE_TORCH_LIBRARY_IMPL(octavo, CPU, m) {
   m.impl("quantize_static", TORCH_BOX(&quantize_static));
   m.impl("quantize_weight", TORCH_BOX(&quantize_weight));
   m.impl("w8a16_embedding", TORCH_BOX(&w8a16_embedding));
+  m.impl("rms_norm", TORCH_BOX(&rms_norm));
   m.impl("int8_attention", TORCH_BOX(&int8_attention));
   m.impl("float_attention", TORCH_BOX(&float_attention));
 }

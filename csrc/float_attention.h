@@ -3,8 +3,8 @@
 //     y = softmax(scaling * q k^T) v             sums and the softmax in fp32
 //
 //     lay      32 keys are laid across, as units [D / u][32 keys][u] (outer_linear.h), and 32 values, [S / u][32
-//              columns][u] for each 32 columns of v: u is 2 in bf16, whose products are of pairs, and 1 otherwise (fp16 is
-//              widened to fp32 on the way)
+//              columns][u] for each 32 columns of v: u is 2 in bf16, whose products are of pairs, and 1 otherwise (fp16
+//              is widened to fp32 on the way)
 //     weigh    up to 12 rows: their scores with these keys, e^(score - largest) as units
 //     sum      the products of those with values, which the sum of the e^... divides at the end
 //
@@ -12,8 +12,8 @@
 // but one tile, as in decode, tokens are met once: they are laid into scratch, 128 at a time, and what a tile makes of
 // them is kept (`packed` again), to be joined when all have been met.
 //
-// In bf16 the e^... are rounded to it, as torch's kernel rounds them; their sum is of what they were before. Tokens that
-// the mask forbids to all of the rows, at either end, are not looked at.
+// In bf16 the e^... are rounded to it, as torch's kernel rounds them; their sum is of what they were before. Tokens
+// that the mask forbids to all of the rows, at either end, are not looked at.
 //
 // Included by a translation unit after its target pragma, like outer_linear.h, whose tiles it uses, heads.h, mask.h and
 // exponential.h.
@@ -121,9 +121,8 @@ struct FloatAttention {
     const Scratch scratch(a, a.S, static_cast<char*>(memory));
     float top[kAttentionRows], total[kAttentionRows];
     const Range range = weigh(a, tile, all, scratch, top, total);
-    sum(a, tile, all, scratch, range, [&](int64_t i, int64_t n) {
-      store_y(a, tile, i, n, scratch.y + i * kBlockN, total[i]);
-    });
+    sum(a, tile, all, scratch, range,
+        [&](int64_t i, int64_t n) { store_y(a, tile, i, n, scratch.y + i * kBlockN, total[i]); });
   }
 
   // Rows [r0, r1) of a key head.
@@ -190,8 +189,7 @@ struct FloatAttention {
     }
     const Range range = range_of(a, tile, tokens);
     for (int64_t s = range.first; s < range.last; s += kBlockN)
-      outer_tile_of<Unit>(tile.count,
-                          {scratch.q, scratch.ldq, kUnitBytes, tokens.keys_from(s), units(a.D), 0, nullptr},
+      outer_tile_of<Unit>(tile.count, {scratch.q, scratch.ldq, kUnitBytes, tokens.keys_from(s), units(a.D), 0, nullptr},
                           scratch.scores_of(0, s - tokens.begin), false);
     Allowed allowed[kAttentionRows];
     for (int64_t i = 0; i < tile.count; i++) {

@@ -51,9 +51,7 @@ inline const void* query_row(const Attention& a, int64_t batch, const Place& pla
 }
 
 // The first element of its row of y.
-inline int64_t result_row(const Attention& a, const Place& place) {
-  return (place.head * a.T + place.query) * a.Dv;
-}
+inline int64_t result_row(const Attention& a, const Place& place) { return (place.head * a.T + place.query) * a.Dv; }
 
 }  // namespace
 }  // namespace octavo

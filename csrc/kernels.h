@@ -48,6 +48,17 @@ struct Rows {
   float* scale;   // found: [rows]; given: [1]
 };
 
+// Rows of float values -> y = weight * x / sqrt(mean(x^2) + eps), in fp32.
+struct Norm {
+  int64_t rows, K;
+  const void* x;       // [rows, K]
+  const void* weight;  // [K]
+  void* y;             // [rows, K]
+  Float type;          // of all three
+  float eps;
+  bool round_first;  // x / sqrt(...) to the type, before it is multiplied
+};
+
 // Rows of an int8 table -> float values: code * scale, rounded once.
 struct Lookup {
   int64_t count, H;
@@ -143,6 +154,8 @@ struct Kernels {
   float (*amax)(const Rows&, int64_t r0, int64_t r1);
 
   void (*lookup)(const Lookup&, int64_t i0, int64_t i1);
+
+  void (*rms_norm)(const Norm&, int64_t r0, int64_t r1);
 
   // Null where the instruction set has none: attention is then composed of the other ops, or torch's.
   const AttentionKernels* int8_attention;

@@ -134,8 +134,8 @@ OCTAVO_INLINE void lay_units(const Load& load, int64_t count, char* to, int64_t 
     if (j < count) _mm512_mask_storeu_epi32(to + unit * j, static_cast<__mmask16>((1 << kRows) - 1), r[j]);
 }
 
-// Up to 32 rows over `length` elements -> panel. What the missing rows would be is zeros. `load(row, k)`: 16 units of it
-// from element k on; `load(row, k, count)` its first `count` elements.
+// Up to 32 rows over `length` elements -> panel. What the missing rows would be is zeros. `load(row, k)`: 16 units of
+// it from element k on; `load(row, k, count)` its first `count` elements.
 template <class Unit, class Load>
 OCTAVO_INLINE void lay_across(const Load& load, int64_t rows, int64_t length, char* panel) {
   constexpr int64_t kVector = 16 * Unit::kElements;

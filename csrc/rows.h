@@ -10,6 +10,7 @@
 //     set1, add, mul
 //     largest                     of a magnitude so far and of |x|, lane by lane; NaN stays
 //     across                      the largest of all lanes
+//     total                       the sum of all lanes
 //     Divisor                     a scale to divide by; see kNearHalf
 //     store_codes                 `count` codes of x under a Divisor
 //     load_codes                  `count` codes as fp32
@@ -101,6 +102,40 @@ struct RowKernels {
     return lanes[0];
   }
 
+  static void rms_norm(const Norm& in, int64_t r0, int64_t r1) {
+    for (int64_t r = r0; r < r1; r++) {
+      const void* const x = element(in.x, in.type, r * in.K);
+      void* const y = element(in.y, in.type, r * in.K);
+      const float mean = sum_of_squares(x, in.type, in.K) / static_cast<float>(in.K);
+      const typename V::F scale = V::set1(1.0f / __builtin_sqrtf(mean + in.eps));
+      for (int64_t k = 0; k < in.K; k += V::kLanes) {
+        const int count = static_cast<int>(in.K - k < V::kLanes ? in.K - k : V::kLanes);
+        void* const to = element(y, in.type, k);
+        typename V::F v = V::mul(V::load(element(x, in.type, k), in.type, count), scale);
+        if (in.round_first && in.type != Float::f32) {
+          V::store(to, in.type, count, v);
+          v = V::load(to, in.type, count);
+        }
+        V::store(to, in.type, count, V::mul(v, V::load(element(in.weight, in.type, k), in.type, count)));
+      }
+    }
+  }
+
+  static float sum_of_squares(const void* x, Float type, int64_t K) {
+    typename V::F first = V::set1(0), second = first;
+    int64_t k = 0;
+    for (; k + 2 * V::kLanes <= K; k += 2 * V::kLanes) {
+      const typename V::F a = V::load(element(x, type, k), type), b = V::load(element(x, type, k + V::kLanes), type);
+      first = V::add(first, V::mul(a, a)), second = V::add(second, V::mul(b, b));
+    }
+    for (; k < K; k += V::kLanes) {
+      const int count = static_cast<int>(K - k < V::kLanes ? K - k : V::kLanes);
+      const typename V::F a = V::load(element(x, type, k), type, count);
+      first = V::add(first, V::mul(a, a));
+    }
+    return V::total(V::add(first, second));
+  }
+
   static void lookup(const Lookup& in, int64_t i0, int64_t i1) {
     for (int64_t i = i0; i < i1; i++) {
       const int8_t* codes = in.table + in.indices[i] * in.H;
@@ -119,8 +154,8 @@ template <class V>
 constexpr Kernels kernels_of(const char* isa, LinearKernels f32, LinearKernels bf16, LinearKernels f16,
                              LinearKernels int8) {
   using Of = RowKernels<V>;
-  return {isa,      {f32, bf16, f16}, int8, Of::quantize_weight, Of::quantize_token, Of::quantize_given,
-          Of::amax, Of::lookup};
+  return {isa,      {f32, bf16, f16}, int8,        Of::quantize_weight, Of::quantize_token, Of::quantize_given,
+          Of::amax, Of::lookup,       Of::rms_norm};
 }
 
 }  // namespace

@@ -96,6 +96,7 @@ struct Vec {
     const uint32_t magnitude = bits_of(x) & 0x7fffffffu;
     return magnitude > bits_of(sofar) ? float_of(magnitude) : sofar;
   }
+  static float total(F v) { return v; }
   static float across(F v) { return v; }
 
   struct Divisor {

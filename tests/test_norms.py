@@ -125,6 +125,17 @@ def test_the_same_gradients(name: str, dtype: torch.dtype, tolerance: float) -> 
         assert grad.dtype == expected.dtype and (grad - expected).norm() < tolerance * expected.norm()
 
 
+@every_class
+@pytest.mark.parametrize("autocast", [False, True])
+def test_where_no_gradient_is_wanted_the_same_but_for_rounding(name: str, autocast: bool) -> None:
+    for dtype, weight_dtype in itertools.product(DTYPES, DTYPES):
+        norm = norm_of(name, dtype=weight_dtype)
+        x = rows(3, 7, K, dtype=dtype)
+        tolerance = 2 * max(torch.finfo(dtype).eps, torch.finfo(weight_dtype).eps)
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            torch.testing.assert_close(fused(norm)(x), norm(x), rtol=tolerance, atol=1e-6)
+
+
 @pytest.mark.gpu
 @every_class
 @pytest.mark.parametrize("autocast", [False, True])

@@ -565,10 +565,11 @@ struct AttentionCase {
   }
 
   void fail_at(const char* isa, const char* what, int64_t i, double expected) {
-    fail("%s: %s of %ld heads that share %ld of a batch of %ld, T %ld S %ld D %ld Dv %ld, mask %d: y[%ld] is %.9g, "
-         "expected %.9g in %s",
-         isa, what, kv * shared, kv, batch, T, S, D, Dv, static_cast<int>(mask.kind), i, y[i], expected,
-         name_of(y.type()));
+    fail(
+        "%s: %s of %ld heads that share %ld of a batch of %ld, T %ld S %ld D %ld Dv %ld, mask %d: y[%ld] is %.9g, "
+        "expected %.9g in %s",
+        isa, what, kv * shared, kv, batch, T, S, D, Dv, static_cast<int>(mask.kind), i, y[i], expected,
+        name_of(y.type()));
   }
 };
 
@@ -584,8 +585,7 @@ void attend(const AttentionKernels& kernels, Attention a) {
     for (int64_t s = (a.S - 1) / kAttentionTokens * kAttentionTokens; s >= 0; s -= kAttentionTokens)
       kernels.tokens(a, head, s, std::min(s + kAttentionTokens, a.S), scratch.data());
   for (int64_t head = 0; head < a.B * a.KV; head++)
-    for (int64_t r = 0; r < rows; r += height)
-      kernels.rows(a, head, r, std::min(r + height, rows), scratch.data());
+    for (int64_t r = 0; r < rows; r += height) kernels.rows(a, head, r, std::min(r + height, rows), scratch.data());
 }
 
 void check_int8_attention(const Kernels& kernels, AttentionCase c) {

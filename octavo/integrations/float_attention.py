@@ -96,7 +96,7 @@ def _is_plain(query: Tensor, key: Tensor, value: Tensor, kwargs: dict[str, Any])
     """Whether what is asked for, on a CPU, eagerly and without a gradient, is the formula and nothing else."""
     return (
         not torch.compiler.is_compiling()
-        and not torch.jit.is_tracing()
+        and torch._C._get_tracing_state() is None
         and not torch.is_autocast_enabled("cpu")
         and query.device.type == "cpu"
         and query.dtype == key.dtype == value.dtype

@@ -87,6 +87,7 @@ _w8a8_linear = torch.ops.octavo.w8a8_linear.default
 _experts_linear = torch.ops.octavo.w8a16_experts_linear.default
 _int8_experts_linear = torch.ops.octavo.w8a8_experts_linear.default
 _int8_attention = torch.ops.octavo.int8_attention.default
+_rms_norm = torch.ops.octavo.rms_norm.default
 _float_attention = torch.ops.octavo.float_attention.default
 
 
@@ -335,7 +336,7 @@ def int8_attention(
 def float_attention(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float, *, is_causal: bool = False
 ) -> Tensor:
-    """softmax(query @ key.T * scaling) @ value: torch's `scaled_dot_product_attention`, faster where `attends_in_float`.
+    """softmax(query @ key.T * scaling) @ value: torch's `scaled_dot_product_attention`, or a kernel faster than that.
 
     query: [B, H, T, D] float. key: [B, KV, S, D], value: [B, KV, S, Dv] of its dtype. Query head h reads key and value
         head h // (H / KV).
@@ -355,13 +356,19 @@ def attends_in_float(query: Tensor) -> bool:
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, *, round_first: bool) -> Tensor | None:
-    """y = weight * x / sqrt(mean(x^2) + eps) in one kernel, on a GPU, while a model runs eagerly.
+    """y = weight * x / sqrt(mean(x^2) + eps) in one kernel, while a model runs eagerly and no gradient is wanted.
 
     x: [..., K] and weight: [K], both bf16, fp16 or fp32. round_first: whether x / rms is rounded to this dtype before
         it is multiplied; otherwise only the product is.
-    Returns: [..., K] of that dtype; None wherever the formula is to be computed by torch's ops.
+    Returns: [..., K] of that dtype, from sums in fp32; None wherever the formula is to be computed by torch's ops.
     """
-    return _directly("rms_norm", x, weight, eps, round_first) if x.is_cuda else None
+    if x.is_cuda:
+        return _directly("rms_norm", x, weight, eps, round_first)
+    alike = weight.dtype == x.dtype and x.dtype in _KERNELS_TAKE and weight.device == x.device
+    if _native.isa is None or x.device.type != "cpu" or not alike or not x.dim() or not _nothing_listens(x):
+        return None
+    with torch._C._AutoDispatchBelowAutograd():
+        return _rms_norm(x, weight, eps, round_first)  # type: ignore[no-any-return]
 
 
 def straight_through(y: Tensor, x: Tensor, weight: Tensor, weight_scale: Tensor, ends: Tensor | None = None) -> Tensor:

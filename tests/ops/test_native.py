@@ -312,6 +312,55 @@ def test_embedding(isa: str, count: int, h: int, dtype: torch.dtype) -> None:
     assert torch.equal(y, torch.ops.octavo_reference.w8a16_embedding(indices, table, scale, dtype))
 
 
+# -- norms ------------------------------------------------------------------------------------------------------------
+
+
+@given(
+    rows=st.integers(0, 5),
+    k=st.sampled_from([1, 2, 7, 15, 16, 17, 31, 33, 100, 576, 2100]),
+    dtype=st.sampled_from(FLOATS),
+    round_first=st.booleans(),
+    eps=st.sampled_from([0.0, 1e-6, 1e-2]),
+    how=st.sampled_from(["as it lies", "gaps", "transposed"]),
+    size=st.sampled_from([1e-3, 1.0, 30.0]),
+)
+def test_rms_norm(
+    isa: str, rows: int, k: int, dtype: torch.dtype, round_first: bool, eps: float, how: str, size: float
+) -> None:
+    x, weight = (torch.randn(rows, k) * size).to(dtype), torch.randn(k).to(dtype)
+    with torch.no_grad():
+        y = ops.rms_norm(strided(x, how), weight, eps, round_first=round_first)
+    assert y is not None and y.dtype == dtype and y.shape == x.shape and y.is_contiguous()
+    unrounded = x.double() / (x.double().square().mean(-1, keepdim=True) + eps).sqrt()
+    expected = unrounded * weight.double()
+    error = expected.abs() * 1e-5
+    if round_first:  # it may lie next to half way between two
+        error = error + (unrounded.abs() * torch.finfo(dtype).eps + torch.finfo(dtype).tiny) * weight.double().abs()
+    assert_rounds_to(y, expected, error)
+
+
+def test_rms_norm_of_zeros_and_of_what_is_not_finite(isa: str) -> None:
+    x = torch.zeros(4, 50)
+    x[1, 3], x[2, 3] = float("nan"), float("inf")
+    with torch.no_grad():
+        y = ops.rms_norm(x, torch.ones(50), 1e-6, round_first=True)
+        assert y is not None
+    assert not y[0].any() and not y[3].any() and y[1].isnan().all()
+    assert y[2, 3].isnan() and not y[2, :3].any()
+
+
+def test_rms_norm_is_left_to_the_formula_where_somebody_listens(isa: str) -> None:
+    x, weight = torch.randn(2, 8), torch.randn(8)
+    assert ops.rms_norm(x, weight, 1e-6, round_first=True) is None, "a gradient may be wanted"
+    with torch.no_grad():
+        assert ops.rms_norm(x.double(), weight.double(), 1e-6, round_first=True) is None
+        assert ops.rms_norm(x, weight.bfloat16(), 1e-6, round_first=True) is None
+        asked: list[Tensor | None] = []
+        torch.func.vmap(lambda row: asked.append(ops.rms_norm(row, weight, 1e-6, round_first=True)) or row)(x)
+        assert asked == [None]
+        assert ops.rms_norm(x, weight, 1e-6, round_first=True) is not None
+
+
 # -- attention -------------------------------------------------------------------------------------------------------
 
 
@@ -569,6 +618,7 @@ def every_op(seed: int = 0, m: int = 40) -> list[Tensor]:
         ops.int8_attention(*_attention_operands(m, random), 0.1),
         ops.float_attention(*_attention_operands(m, random), 0.1),
         ops.float_attention(*_attention_operands(2, random), 0.1),
+        torch.ops.octavo.rms_norm(x, weight[0, 0].bfloat16(), 1e-6, True),
     ]
 
 
