@@ -1,4 +1,4 @@
-"""Attention with int8 products next to torch's own in bf16: alone, and within a language model."""
+"""Attention by octavo's kernels, in int8 and in bf16, next to torch's own: alone, and within a language model."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ from octavo.tables import Table
 TITLE = "Attention"
 HOW = """
 `scaled_dot_product_attention` of torch in bf16 (causal, with the heads that share a key as they are) next to
-`int8_attention` with the mask that transformers hands to it (bf16, its lowest number where a query may not attend), in
-turns in one process, medians of the rounds, batch 1. int8_attention starts from bf16 too: finding all scales and codes,
-those of the whole cache for each token of decode, is within its time. Prefill has its operands as projections leave
+`int8_attention` with the mask that transformers hands to it (bf16, its lowest number where a query may not attend), and
+to `float_attention` in bf16 (causal), in turns in one process, medians of the rounds, batch 1. int8_attention starts
+from bf16 too: finding all scales and codes, those of the whole cache for each token of decode, is within its time. Prefill has its operands as projections leave
 them, heads after tokens; decode has a cache of keys and values as transformers keeps it, another one for each call, so
 that it comes from memory. Results are held to float64 before they are timed. The model: prefill is the time from the
 prompt to the first token, decode greedy, rounds in turns; error: of the logits against bf16's, as in the section on
@@ -43,8 +43,7 @@ SIZES = ((512, 512), (2048, 2048), (1, 512), (1, 4096))
 ROUNDS = 7
 WARM_UP_CALLS = 5
 
-SDPA, INT8 = "torch, bf16", "int8_attention"
-PREFILL, DECODE = Goal("prefill", INT8, (SDPA,), 1.0), Goal("decode", INT8, (SDPA,), 1.0)
+SDPA, INT8, FLOAT = "torch, bf16", "int8_attention", "float_attention"
 
 MODELS = {
     "bf16": lambda model: None,
@@ -84,6 +83,9 @@ def _race(heads: int, kv: int, size: int, rows: int, tokens: int) -> dict[str, f
     def int8(key: Tensor, value: Tensor) -> Tensor:
         return ops.int8_attention(query, key, value, mask, scaling)
 
+    def in_float(key: Tensor, value: Tensor) -> Tensor:
+        return ops.float_attention(query, key, value, None, scaling, is_causal=rows > 1)
+
     expected = _in_double(query, key, value, mask, scaling)
 
     def operands() -> Weights:
@@ -92,6 +94,7 @@ def _race(heads: int, kv: int, size: int, rows: int, tokens: int) -> dict[str, f
     return race([
         Way(SDPA, _warm(sdpa), operands(), _near(expected, 0.01)),
         Way(INT8, _warm(int8), operands(), _near(expected, 0.05)),
+        Way(FLOAT, _warm(in_float), operands(), _near(expected, 0.01)),
     ])  # fmt: skip
 
 
@@ -149,9 +152,11 @@ def _models(path: str) -> dict[str, dict[str, Any]]:
 
 def tables(found: dict[str, Any]) -> list[Table]:
     rows = [
-        (f"{name}; T = {size[0]}, S = {size[1]}", *goals.row(DECODE if size[0] == 1 else PREFILL, seconds, _time))
+        (f"{name}; T = {size[0]}, S = {size[1]}", *goals.row(Goal(phase, ours, (SDPA,), 1.0), seconds, _time))
         for name, one in found["ops"].items()
         for size, seconds in _by_size(one)
+        for phase in ("decode" if size[0] == 1 else "prefill",)
+        for ours in (INT8, FLOAT)
     ]
     return [
         Table(f"Attention alone; kernels: {found['kernels']}", ("heads", *goals.COLUMNS), tuple(rows), "llllrrrrl"),

@@ -46,8 +46,9 @@ theirs. Prefill is the time from the prompt to the first token, decode greedy, o
 transformers' own cache. Everything is eager, unless "compiled" (by `torch.compile` as it is called by default) or
 "compiled whole" (`octavo bench --compile`: static cache, prefill and decode in a graph each). All int8 includes the
 output head; in octavo w8a8 that is weight-only, for it is tied to the embedding. "Attention int8" is SmoothQuant's:
-both products of attention in int8 too, by octavo's own kernel; everywhere else attention is torch's, in bf16. Error:
-of the logits after the prompt and after each of some tokens fed one by one, against the bf16 model's, as a share of
+both products of attention in int8 too, by octavo's own kernel; everywhere else attention is in bf16, torch's or, in
+octavo's models, that of `octavo.integrations.float_attention`, which takes the place of torch's as they are quantized.
+Error: of the logits after the prompt and after each of some tokens fed one by one, against the bf16 model's, as a share of
 their norm; a runtime with 0.3 or more computes something else, and its speed is no goal's rival.
 """
 PROMPT, NEW, REPEATS = 512, 16, 4

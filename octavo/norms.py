@@ -3,8 +3,9 @@
     y = weight * x / sqrt(mean(x^2) + eps)      x [..., K], weight [K]      https://arxiv.org/abs/1910.07467
 
 A model's class spells this out: to fp32, square, mean, + eps, rsqrt, times x, round, times weight. In eager PyTorch
-each of these is a kernel, which on a GPU takes longer to launch than to run; torch has one op for most of it, which is
-one kernel there (on CPUs it goes the same steps), and where this package has kernels for the GPU, one of them does all.
+each of these is a kernel, which on a GPU takes longer to launch than to run, and on a CPU a pass over memory; torch has
+one op for most of it, which is one kernel on a GPU (on CPUs it goes the same steps), and where this package has a kernel
+and nobody wants a gradient (`ops.rms_norm`), that does all.
 Classes differ in where they round what they computed in fp32:
 
     rounding    y                                                    as in
@@ -52,7 +53,7 @@ _FORMULAS = {"x": _round_to_x, "weight": _round_to_weight, "last": _round_last}
 
 
 class FusedRMSNorm(nn.Module):
-    """An RMS norm over the last dimension by torch's own op, or by one kernel of this package on a GPU.
+    """An RMS norm over the last dimension by one kernel of this package, or by torch's own op.
 
     It has the other norm's weight and plain attributes, for code that reads those. (transformers knows by "RMSNorm" in
     the name of the class that a weight which a file lacks is to be 1.)

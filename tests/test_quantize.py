@@ -504,14 +504,14 @@ class TestNorms:
     @pytest.mark.parametrize("options", [{}, {"fake": True}], ids=str)
     @pytest.mark.parametrize("scheme", ["w8a16", "w8a8"])
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-    def test_not_a_bit_changes(self, dtype: torch.dtype, scheme: str, options: dict[str, bool]) -> None:
+    def test_not_a_bit_changes_by_torch_s_ops(self, dtype: torch.dtype, scheme: str, options: dict[str, bool]) -> None:
+        """They compute a norm where a gradient may be wanted; elsewhere kernels do, whose sums have another order."""
         model, plain, ids = build(llama, dtype), build(llama, dtype), tokens()
         octavo.quantize(model, scheme, **options)
         octavo.quantize(plain, scheme, ignore=["re:.*norm"], **options)
         assert len(norms(model)) == 5 and set(norms(model).values()) == {"FusedRMSNorm"}
         assert set(norms(plain).values()) == {"LlamaRMSNorm"}
-        with torch.no_grad():
-            assert torch.equal(model(ids).logits, plain(ids).logits)
+        assert torch.equal(model(ids).logits, plain(ids).logits)
         assert model.state_dict().keys() == plain.state_dict().keys()
 
     @pytest.mark.parametrize(
