@@ -32,6 +32,7 @@ class Calls(TorchDispatchMode):
 def assert_says_what_it_calls(model: nn.Module, *args: Any) -> None:
     with Calls() as calls:
         model(*args)
+    calls.names.discard("float_attention")  # no module's: the model's attention function calls it
     said = {name for module in model.modules() if isinstance(module, QuantModule) for name in module.op_names}
     assert calls.names == said != set()
 
