@@ -31,11 +31,11 @@ HOW = """
 `scaled_dot_product_attention` of torch in bf16 (causal, with the heads that share a key as they are) next to
 `int8_attention` with the mask that transformers hands to it (bf16, its lowest number where a query may not attend), and
 to `float_attention` in bf16 (causal), in turns in one process, medians of the rounds, batch 1. int8_attention starts
-from bf16 too: finding all scales and codes, those of the whole cache for each token of decode, is within its time. Prefill has its operands as projections leave
-them, heads after tokens; decode has a cache of keys and values as transformers keeps it, another one for each call, so
-that it comes from memory. Results are held to float64 before they are timed. The model: prefill is the time from the
-prompt to the first token, decode greedy, rounds in turns; error: of the logits against bf16's, as in the section on
-running.
+from bf16 too: finding all scales and codes, those of the whole cache for each token of decode, is within its time.
+Prefill has its operands as projections leave them, heads after tokens; decode has a cache of keys and values as
+transformers keeps it, another one for each call, so that it comes from memory. Results are held to float64 before they
+are timed. The model: prefill is the time from the prompt to the first token, decode greedy, rounds in turns; error: of
+the logits against bf16's, as in the section on running.
 """
 SHAPES = {"SmolLM2, 9 heads of 64, 3 of keys": (9, 3, 64), "32 of 64, 8": (32, 8, 64), "32 of 128, 8": (32, 8, 128)}
 SIZES = ((512, 512), (2048, 2048), (1, 512), (1, 4096))

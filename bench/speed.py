@@ -48,8 +48,8 @@ transformers' own cache. Everything is eager, unless "compiled" (by `torch.compi
 output head; in octavo w8a8 that is weight-only, for it is tied to the embedding. "Attention int8" is SmoothQuant's:
 both products of attention in int8 too, by octavo's own kernel; everywhere else attention is in bf16, torch's or, in
 octavo's models, that of `octavo.integrations.float_attention`, which takes the place of torch's as they are quantized.
-Error: of the logits after the prompt and after each of some tokens fed one by one, against the bf16 model's, as a share of
-their norm; a runtime with 0.3 or more computes something else, and its speed is no goal's rival.
+Error: of the logits after the prompt and after each of some tokens fed one by one, against the bf16 model's, as a share
+of their norm; a runtime with 0.3 or more computes something else, and its speed is no goal's rival.
 """
 PROMPT, NEW, REPEATS = 512, 16, 4
 VOCABULARY = 49152

@@ -4,9 +4,9 @@
 
 A model's class spells this out: to fp32, square, mean, + eps, rsqrt, times x, round, times weight. In eager PyTorch
 each of these is a kernel, which on a GPU takes longer to launch than to run, and on a CPU a pass over memory; torch has
-one op for most of it, which is one kernel on a GPU (on CPUs it goes the same steps), and where this package has a kernel
-and nobody wants a gradient (`ops.rms_norm`), that does all.
-Classes differ in where they round what they computed in fp32:
+one op for most of it, which is one kernel on a GPU (on CPUs it goes the same steps), and where this package has a
+kernel and nobody wants a gradient (`ops.rms_norm`), that does all. Classes differ in where they round what they
+computed in fp32:
 
     rounding    y                                                    as in
     "x"         weight * (x / rms rounded to x's dtype)              Llama, Qwen, Mistral
