@@ -99,8 +99,8 @@ def quantize(
     A weight W [N, K] of any float dtype becomes codes int8 [N, K] and a scale fp32 [N, 1] ([N, K/g] in groups of g
     columns), W ~ codes * scale: the arithmetic of octavo.primitives. Which layers there are: the head of octavo.layers.
     RMS norms keep their float weights and become FusedRMSNorm, which computes the same in fewer kernels (octavo.norms);
-    `ignore` keeps them as they are. The attention of a transformers model, if it is "sdpa", is faster on CPUs afterwards,
-    by octavo.integrations.float_attention; `model.set_attn_implementation("sdpa")` undoes that.
+    `ignore` keeps them as they are. On CPUs the attention of a transformers model, if it is "sdpa", gets faster too, by
+    octavo.integrations.float_attention; `model.set_attn_implementation("sdpa")` undoes that.
 
     model: any module with its weights loaded, on any device.
     scheme: a preset's name ("w8a16"), a Scheme or a Recipe; see octavo.recipe for `ignore`, `include`, `overrides`
