@@ -231,7 +231,7 @@ constexpr LinearKernels either{
 };
 
 template <class Of>
-constexpr AttentionKernels attention{Of::packed, Of::scratch, Of::mask, Of::tokens, Of::rows};
+constexpr AttentionKernels attention{Of::packed, Of::scratch, MaskRows<Vec>::look, Of::tokens, Of::rows};
 
 }  // namespace
 

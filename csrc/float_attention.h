@@ -78,7 +78,7 @@ struct FloatAttention {
 
   // What one tile of rows makes of some tokens: sums of e^... times v, the largest score, the sum of the e^...
   struct Partial {
-    float *y, *top, *total;  // [12][Dv, up to a multiple of 32], [12], [12]
+    float *y, *top, *total;  // [12][Dv, up to a multiple of 32], [12 of 16], [12 of 16]
 
     Partial(const Attention& a, int64_t key_head, int64_t part) {
       y = reinterpret_cast<float*>(a.packed + key_head * packed(a) + part * bytes(a));
@@ -98,8 +98,6 @@ struct FloatAttention {
   }
 
   // -- steps -----------------------------------------------------------------------------------------------------
-
-  static void mask(const Attention& a, int64_t i0, int64_t i1) { MaskRows<V>::look(a.mask, a.S, i0, i1); }
 
   static void tokens(const Attention& a, int64_t key_head, int64_t s0, int64_t s1, void* memory) {
     if (!is_one_tile(a)) return lay(a, key_head, Tokens(a, 0, a.S, a.packed + key_head * packed(a)), s0, s1);
@@ -173,7 +171,6 @@ struct FloatAttention {
   // Tokens from `first`, a multiple of 32, up to `last`.
   struct Range {
     int64_t first, last;
-    bool empty() const { return first >= last; }
   };
 
   // top, total: [12], of the tile's rows. Returns: the tokens outside of which all e^... are 0.
@@ -187,35 +184,37 @@ struct FloatAttention {
       for (int64_t d = 0; d < a.D; d += kVector, to += 64)
         _mm512_storeu_si512(to, Unit::load_x(q + d, static_cast<int>(min64(kVector, a.D - d))));
     }
-    const Range range = range_of(a, tile, tokens);
+    Allowed allowed[kAttentionRows];
+    for (int64_t i = 0; i < tile.count; i++) allowed[i] = allowed_of(a, tile.places[i], tokens);
+    const Range range = range_of(allowed, tile.count, tokens);
     for (int64_t s = range.first; s < range.last; s += kBlockN)
       outer_tile_of<Unit>(tile.count, {scratch.q, scratch.ldq, kUnitBytes, tokens.keys_from(s), units(a.D), 0, nullptr},
                           scratch.scores_of(0, s - tokens.begin), false);
-    Allowed allowed[kAttentionRows];
-    for (int64_t i = 0; i < tile.count; i++) {
-      allowed[i] = allowed_of(a, tile.places[i].of_mask, tokens);
+    for (int64_t i = 0; i < tile.count; i++)
       top[i] = largest_score(a, tile.places[i].of_mask, allowed[i], tokens, scratch, i);
-    }
     for (int64_t i = 0; i < tile.count; i++)
       total[i] = exponentials(a.scaling, allowed[i], range, tokens, scratch, i, top[i]);
     return range;
   }
 
-  // Which of the tokens a row may attend to.
-  static Allowed allowed_of(const Attention& a, int64_t of_mask, const Tokens& tokens) {
-    Allowed row = a.mask.kind == Mask::Kind::none ? Allowed{0, a.S, true, true} : a.mask.allowed[of_mask];
+  // Which tokens a row may attend to.
+  static Allowed allowed_of(const Attention& a, const Place& place) {
+    return a.mask.kind == Mask::Kind::none ? Allowed{0, a.S, true, true} : a.mask.allowed[place.of_mask];
+  }
+
+  // ... and which of these.
+  static Allowed allowed_of(const Attention& a, const Place& place, const Tokens& tokens) {
+    Allowed row = allowed_of(a, place);
     row.first = max64(row.first, tokens.begin), row.last = min64(row.last, tokens.begin + tokens.count);
     if (row.first >= row.last) row.first = row.last = tokens.begin;
     return row;
   }
 
-  static Range range_of(const Attention& a, const Tile& tile, const Tokens& tokens) {
+  static Range range_of(const Allowed* rows, int64_t count, const Tokens& tokens) {
     Range all{tokens.begin + tokens.count, tokens.begin};
-    for (int64_t i = 0; i < tile.count; i++) {
-      const Allowed row = allowed_of(a, tile.places[i].of_mask, tokens);
-      if (row.first < row.last) all = {min64(all.first, row.first), max64(all.last, row.last)};
-    }
-    return all.empty() ? Range{tokens.begin, tokens.begin} : Range{all.first / kBlockN * kBlockN, all.last};
+    for (int64_t i = 0; i < count; i++)
+      if (rows[i].first < rows[i].last) all = {min64(all.first, rows[i].first), max64(all.last, rows[i].last)};
+    return all.first < all.last ? Range{all.first / kBlockN * kBlockN, all.last} : Range{tokens.begin, tokens.begin};
   }
 
   // Of row i. Scores that the mask forbids, next to others, become -inf.
@@ -236,11 +235,10 @@ struct FloatAttention {
 
   // Those of 16 tokens from s on that may be attended to.
   static __mmask16 lanes(const Attention& a, int64_t of_mask, const Allowed& row, int64_t s) {
-    const int before = static_cast<int>(max64(0, min64(16, row.first - s)));
-    const int count = static_cast<int>(max64(0, min64(16, row.last - s)));
-    const __mmask16 there = mask16(count) & ~mask16(before);
-    if (row.plain) return there;
+    const __mmask16 there = lanes_within(row.first, row.last, s);
+    if (row.plain || !there) return there;
     constexpr auto kind = Mask::Kind::boolean;
+    const int count = static_cast<int>(min64(16, row.last - s));
     return there & MaskRows<V>::template changes_nothing<kind>(MaskRows<V>::row(a.mask, of_mask), s, count);
   }
 
@@ -283,28 +281,24 @@ struct FloatAttention {
     }
   }
 
-  // Partial results of all tokens -> y: each under e^(scaling * (its top - the largest)).
+  // Partial results of all tokens -> y: each under e^(scaling * (its top - the largest)), which takes the top's place.
   static void join(const Attention& a, const Tile& tile) {
     const int64_t parts = ceil_div(a.S, kAttentionTokens);
+    const auto part = [&](int64_t p) { return Partial(a, tile.key_head, p); };
     for (int64_t i = 0; i < tile.count; i++) {
-      float top = -INFINITY, total = 0;
-      for (int64_t part = 0; part < parts; part++) top = std::max(top, Partial(a, tile.key_head, part).top[i]);
-      const auto weight_of = [&](const Partial& of) {
-        const F below = V::mul(V::set1(a.scaling), V::set1(of.top[i] - (top == -INFINITY ? 0 : top)));
-        return _mm512_cvtss_f32(exp_of_negative(below));
-      };
-      for (int64_t part = 0; part < parts; part++) {
-        const Partial of(a, tile.key_head, part);
-        total += of.total[i] * weight_of(of);
+      float largest = -INFINITY, total = 0;
+      for (int64_t p = 0; p < parts; p++) largest = std::max(largest, part(p).top[i]);
+      for (int64_t p = 0; p < parts; p++) {
+        float& weight = part(p).top[i];
+        const float below = a.scaling * (weight - (largest == -INFINITY ? 0 : largest));
+        weight = _mm512_cvtss_f32(exp_of_negative(V::set1(below)));
+        total += weight * part(p).total[i];
       }
       for (int64_t n = 0; n < a.Dv; n += kBlockN) {
-        alignas(64) float sums[kBlockN] = {};
-        for (int64_t part = 0; part < parts; part++) {
-          const Partial of(a, tile.key_head, part);
-          const F weight = V::set1(weight_of(of));
-          for (int half = 0; half < kBlockN; half += 16)
-            _mm512_store_ps(sums + half, _mm512_fmadd_ps(_mm512_loadu_ps(of.y + i * whole(a.Dv) + n + half), weight,
-                                                         _mm512_load_ps(sums + half)));
+        float sums[kBlockN] = {};
+        for (int64_t p = 0; p < parts; p++) {
+          const float* const y = part(p).y + i * whole(a.Dv) + n;
+          for (int64_t j = 0; j < kBlockN; j++) sums[j] += part(p).top[i] * y[j];
         }
         store_y(a, tile, i, n, sums, total);
       }
@@ -313,12 +307,9 @@ struct FloatAttention {
 
   // Sums over `total` -> columns [n, n + 32) of row i of the tile; zeros where nothing may be attended to.
   static void store_y(const Attention& a, const Tile& tile, int64_t i, int64_t n, const float* sums, float total) {
-    const Place& place = tile.places[i];
-    const Mask& m = a.mask;
-    const bool nothing =
-        m.kind == Mask::Kind::none ? a.S == 0 : m.allowed[place.of_mask].first >= m.allowed[place.of_mask].last;
-    const F scale = V::set1(nothing ? 0 : 1 / total);
-    const int64_t row = result_row(a, place), end = min64(n + kBlockN, a.Dv);
+    const Allowed allowed = allowed_of(a, tile.places[i]);
+    const F scale = V::set1(allowed.first < allowed.last ? 1 / total : 0);
+    const int64_t row = result_row(a, tile.places[i]), end = min64(n + kBlockN, a.Dv);
     for (; n < end; n += V::kLanes, sums += V::kLanes)
       V::store(element(a.y, a.y_type, row + n), a.y_type, static_cast<int>(min64(V::kLanes, end - n)),
                V::mul(_mm512_loadu_ps(sums), scale));

@@ -161,8 +161,6 @@ struct Int8Attention {
 
   // -- masks -----------------------------------------------------------------------------------------------------
 
-  static void mask(const Attention& a, int64_t i0, int64_t i1) { MaskRows<V>::look(a.mask, a.S, i0, i1); }
-
   // Tokens [first, last), multiples of 32, outside of which each probability of rows [r0, r1) is 0.
   struct Part {
     int64_t first, last;

@@ -13,6 +13,12 @@
 namespace octavo {
 namespace {
 
+// Of 16 tokens from s on, those in [first, last).
+inline __mmask16 lanes_within(int64_t first, int64_t last, int64_t s) {
+  const auto before = [s](int64_t token) { return static_cast<int>(max64(0, min64(16, token - s))); };
+  return mask16(before(last)) & ~mask16(before(first));
+}
+
 template <class V>
 struct MaskRows {
   using Kind = Mask::Kind;
@@ -30,8 +36,10 @@ struct MaskRows {
   static float never(Kind kind) { return kind == Kind::f16 ? -6e4f : -1e30f; }
   static float reach(Kind kind) { return kind == Kind::f16 ? 1e4f : 1e29f; }
 
-  // mask rows [i0, i1) of S entries -> allowed
-  static void look(const Mask& m, int64_t S, int64_t i0, int64_t i1) {
+  // mask rows [i0, i1) -> allowed
+  static void look(const Attention& a, int64_t i0, int64_t i1) {
+    const Mask& m = a.mask;
+    const int64_t S = a.S;
     for (int64_t i = i0; i < i1; i++) {
       if (m.kind == Kind::causal) {
         m.allowed[i] = {0, min64(i + 1, S), true, true};

@@ -75,8 +75,8 @@ struct Softmax {
     for (int64_t s = from(row) * kChunk; s < row.last; s += kChunk, x += row.step) {
       F a = score<kind, capped>(row, x, s, 0), b = score<kind, capped>(row, x, s, 16);
       if (s < row.first || s + kChunk > row.last) {
-        a = _mm512_mask_mov_ps(V::set1(-INFINITY), lanes(row, s), a);
-        b = _mm512_mask_mov_ps(V::set1(-INFINITY), lanes(row, s + 16), b);
+        a = _mm512_mask_mov_ps(V::set1(-INFINITY), lanes_within(row.first, row.last, s), a);
+        b = _mm512_mask_mov_ps(V::set1(-INFINITY), lanes_within(row.first, row.last, s + 16), b);
       }
       _mm512_storeu_ps(x, a), _mm512_storeu_ps(x + 16, b);
       most = _mm512_max_ps(b, _mm512_max_ps(a, most));  // in this order of operands NaN is passed over
@@ -84,11 +84,6 @@ struct Softmax {
     given.top = _mm512_reduce_max_ps(most);
   }
 
-  // Those of 16 tokens from s on that are in [first, last).
-  static __mmask16 lanes(const SoftmaxRow& row, int64_t s) {
-    const int before = static_cast<int>(max64(0, min64(16, row.first - s)));
-    return mask16(count(row, s)) & ~mask16(before);
-  }
   static int count(const SoftmaxRow& row, int64_t s) { return static_cast<int>(max64(0, min64(16, row.last - s))); }
 
   template <Kind kind, bool capped>

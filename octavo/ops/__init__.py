@@ -342,8 +342,8 @@ def float_attention(
         head h // (H / KV).
     mask: bool [B, H, T, S], or 1 in place of any of these, True where a query may attend; None if everywhere.
     scaling: of the scores, usually D ** -0.5. is_causal: query t may attend to tokens 0 to t; then there is no mask.
-    Returns: [B, H, T, Dv] of query's dtype; by the kernel zeros for a row whose mask is False everywhere. Sums are
-        fp32; e^(score - largest) is rounded to bf16 where that is the dtype.
+    Returns: [B, H, T, Dv] of query's dtype; zeros for a row whose mask is False everywhere. Sums are fp32; e^(score -
+        largest) is rounded to bf16 where that is the dtype.
     Raises: QuantizeError for shapes that do not go together; OctavoError when a gradient is computed through it.
     """
     args = (query, key, value, mask, scaling, is_causal)
@@ -410,8 +410,8 @@ def backends() -> list[Serving]:
             rows.append(Serving(op, "cpu", "reference", _native.why))
         elif op == "int8_attention" and not _native.attends:
             rows.append(Serving(op, "cpu", "reference", f"composed of other ops, which {_native.isa} kernels serve"))
-        elif op == "float_attention" and not _native.attends_in:
-            rows.append(Serving(op, "cpu", "reference", "torch's own"))
+        elif op == "float_attention":
+            rows.append(_on_cpu_in_float(_native))
         elif op in native.OPS:
             rows.append(Serving(op, "cpu", _native.isa, _native.why))
         else:
@@ -419,6 +419,15 @@ def backends() -> list[Serving]:
     if torch.cuda.is_available():
         rows += [_on_cuda(op) for op in OPS]
     return rows
+
+
+def _on_cpu_in_float(kernels: native.Native) -> Serving:
+    """Of float attention, which is torch's in the dtypes that have no kernel."""
+    if not kernels.attends_in or kernels.isa is None:
+        return Serving("float_attention", "cpu", "reference", "torch's own")
+    lacks = [str(dtype).removeprefix("torch.") for dtype in _KERNELS_TAKE if dtype not in kernels.attends_in]
+    why = f"{kernels.why}; torch's own in {', '.join(lacks)}" if lacks else kernels.why
+    return Serving("float_attention", "cpu", kernels.isa, why)
 
 
 def _on_cuda(op: str) -> Serving:

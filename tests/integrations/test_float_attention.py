@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 import octavo
 from octavo import ops
+from tests.ops.test_attention import exact
 from tests.tiny_models import bert, build, falcon, gpt2, llama, mixtral, qwen2, t5, tokens, whisper
 
 transformers = pytest.importorskip("transformers")
@@ -48,13 +49,8 @@ def operands(
 
 
 def in_float64(query: Tensor, key: Tensor, value: Tensor, scaling: float, mask: Tensor | None = None) -> Tensor:
-    """[B, T, H, Dv], head by head."""
-    each = query.shape[1] // key.shape[1]
-    key, value = (x.double().repeat_interleave(each, 1) for x in (key, value))
-    scores = scaling * query.double() @ key.mT
-    if mask is not None:
-        scores = scores.masked_fill(~mask, -torch.inf)
-    return (torch.softmax(scores, -1) @ value).transpose(1, 2)
+    """[B, T, H, Dv], as transformers has it."""
+    return exact(query, key, value, mask, scaling).transpose(1, 2)
 
 
 def asked_of_sdpa(monkeypatch: pytest.MonkeyPatch) -> list[int]:

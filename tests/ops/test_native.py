@@ -6,6 +6,7 @@ errors of fp32 sums.
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import shutil
 import subprocess
@@ -18,13 +19,14 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import example, given, settings
+from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 from octavo import ops, primitives
 from octavo.errors import QuantizeError
 from octavo.ops import native
+from tests.ops.test_attention import exact
 
 ROOT = Path(__file__).parents[2]
 FORCED = os.environ.get("OCTAVO_ISA", "")
@@ -427,15 +429,20 @@ MASKS = ["none", "bias"] + [
 ]
 
 
+SIZES_OF_ATTENTION = {
+    "batch": st.integers(1, 2),
+    "kv": st.integers(1, 3),
+    "shared": st.sampled_from([1, 2, 3, 4, 7, 13]),
+    "rows": st.sampled_from([0, 1, 2, 3, 5, 12, 13, 33]),
+    "tokens": st.sampled_from([0, 1, 2, 3, 15, 17, 31, 32, 33, 64, 65, 128, 129, 130, 300]),
+    "size": st.sampled_from([1, 2, 3, 5, 16, 33, 64, 65, 128, 200]),
+    "value": st.sampled_from([1, 3, 16, 17, 32, 33, 64, 65, 130]),
+}
+
+
 @settings(max_examples=300)
 @given(
-    batch=st.integers(1, 2),
-    kv=st.integers(1, 3),
-    shared=st.sampled_from([1, 2, 3, 4, 7, 13]),
-    rows=st.sampled_from([0, 1, 2, 3, 5, 12, 13, 33]),
-    tokens=st.sampled_from([0, 1, 2, 3, 15, 17, 31, 32, 33, 64, 65, 130, 300]),
-    size=st.sampled_from([1, 2, 3, 5, 16, 33, 64, 65, 128, 200]),
-    value=st.sampled_from([1, 3, 16, 17, 32, 33, 64, 65, 130]),
+    **SIZES_OF_ATTENTION,
     dtypes=st.tuples(*[st.sampled_from(FLOATS)] * 3),
     kind=st.sampled_from(MASKS),
     softcap=st.sampled_from([None, None, 30.0, 1.0]),
@@ -515,36 +522,27 @@ def test_backends_tells_where_attention_has_no_kernel_of_its_own(isa: str) -> No
     assert done.stdout.strip() == (f"[('{isa}', 'forced by OCTAVO_ISA')]" if attends else composed)
 
 
-def in_float64(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float) -> tuple[Tensor, Tensor]:
-    """Attention in float64; zeros where a row may attend to nothing. And what each part of its sums is worth."""
-    query, key, value = (x.double() for x in (query, key, value))
-    key, value = (x.repeat_interleave(query.shape[1] // key.shape[1], 1) for x in (key, value))
-    scores = query @ key.mT * scaling
-    if mask is not None:
-        scores = scores.masked_fill(~mask, -torch.inf)
-    weights = scores.softmax(-1).nan_to_num(0)
-    return weights @ value, weights @ value.abs()
+@pytest.fixture(scope="module")
+def served_dtypes(isa: str) -> tuple[torch.dtype, ...]:
+    """The dtypes in which float attention has kernels of its own."""
+    dtypes = native.select(isa).attends_in
+    if not dtypes:
+        pytest.skip(f"float attention is torch's where {isa} kernels serve")
+    return dtypes
 
 
 @settings(max_examples=300)
 @given(
-    batch=st.integers(1, 2),
-    kv=st.integers(1, 3),
-    shared=st.sampled_from([1, 2, 3, 4, 7, 13]),
-    rows=st.sampled_from([0, 1, 2, 3, 5, 12, 13, 33]),
-    tokens=st.sampled_from([0, 1, 2, 15, 17, 31, 32, 33, 64, 65, 128, 129, 300]),
-    size=st.sampled_from([1, 2, 3, 5, 16, 33, 64, 65, 128, 200]),
-    value=st.sampled_from([1, 3, 16, 17, 32, 33, 64, 65, 130]),
+    **SIZES_OF_ATTENTION,
     dtype=st.sampled_from(FLOATS),
     kind=st.sampled_from(["none", "is_causal", *(kind for kind in MASKS if "boolean" in kind)]),
     seed=st.integers(0, 99),
 )
 def test_float_attention(
-    isa: str, batch: int, kv: int, shared: int, rows: int, tokens: int, size: int, value: int, dtype: torch.dtype,
-    kind: str, seed: int,
+    served_dtypes: tuple[torch.dtype, ...], batch: int, kv: int, shared: int, rows: int, tokens: int, size: int,
+    value: int, dtype: torch.dtype, kind: str, seed: int,
 ) -> None:  # fmt: skip
-    if dtype not in native.select(isa).attends_in:
-        return
+    assume(dtype in served_dtypes)
     torch.manual_seed(seed)
     shapes = ((batch, kv * shared, rows, size), (batch, kv, tokens, size), (batch, kv, tokens, value))
     query, key, values = (torch.randn(shape).to(dtype) for shape in shapes)
@@ -552,15 +550,15 @@ def test_float_attention(
     mask = None if is_causal else a_mask(kind, batch, kv * shared, rows, tokens, seed)
     y = ops.float_attention(*map(as_transformers_hands_it, (query, key, values)), mask, size**-0.5, is_causal=is_causal)
     allowed = torch.ones(rows, tokens, dtype=torch.bool).tril() if is_causal else mask
-    expected, parts = in_float64(query, key, values, allowed, size**-0.5)
+    expected, parts = (exact(query, key, v, allowed, size**-0.5) for v in (values, values.abs()))
     assert y.dtype == dtype and y.shape == expected.shape and y.is_contiguous()
     assert_rounds_to(y, expected, parts * (2.0**-8 if dtype == torch.bfloat16 else 2.0**-18))
     assert torch.equal(ops.float_attention(query, key, values, mask, size**-0.5, is_causal=is_causal), y)
 
 
-def test_float_attention_of_what_is_not_finite(isa: str) -> None:
+def test_float_attention_of_what_is_not_finite(served_dtypes: tuple[torch.dtype, ...]) -> None:
     """A query gives NaN if it, a key or a value that it may attend to has NaN or inf; others are as they were."""
-    for dtype in native.select(isa).attends_in:
+    for dtype in served_dtypes:
         query, key, value = (torch.randn(1, heads, 200, 16).to(dtype) for heads in (2, 1, 1))
         clean = ops.float_attention(query, key, value, None, 0.25, is_causal=True)
         for bad in (float("nan"), float("inf")):
@@ -580,15 +578,27 @@ def test_float_attention_of_what_is_not_finite(isa: str) -> None:
 
 
 @pytest.mark.parametrize("rows", [1, 50])
-def test_large_scores_do_not_overflow_in_float_attention(isa: str, rows: int) -> None:
+def test_large_scores_do_not_overflow_in_float_attention(served_dtypes: tuple[torch.dtype, ...], rows: int) -> None:
     """Of 1e4 and more, both ends of the exponential: nothing but the largest counts, in whichever part it is met."""
-    for dtype in native.select(isa).attends_in:
+    for dtype in served_dtypes:
         query, key, value = (torch.randn(1, 2, tokens, 64).to(dtype) for tokens in (rows, 700, 700))
         query = query.sign() * 100
-        expected, parts = in_float64(query, key, value, None, 1.0)
+        expected, parts = (exact(query, key, v, None, 1.0) for v in (value, value.abs()))
         y = ops.float_attention(query, key, value, None, 1.0)
         score = 100 * key.abs().double().sum(-1).max()
         assert_rounds_to(y, expected, parts * (2.0**-8 + 64 * 2.0**-23 * score))
+
+
+def test_backends_tells_in_which_dtypes_float_attention_is_torch_s(isa: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = native.select(isa)
+    monkeypatch.setattr(ops, "_native", found)
+    row = next(row for row in ops.backends() if row.op == "float_attention" and row.device == "cpu")
+    for dtype in FLOATS if found.attends_in else []:
+        assert (str(dtype)[6:] in row.why) == (dtype not in found.attends_in)
+    assert row.backend == (isa if found.attends_in else "reference")
+    monkeypatch.setattr(ops, "_native", dataclasses.replace(found, attends_in=(torch.float32,)))
+    row = next(row for row in ops.backends() if row.op == "float_attention" and row.device == "cpu")
+    assert row.backend == isa and row.why.endswith("; torch's own in bfloat16, float16")
 
 
 # -- whoever calls ---------------------------------------------------------------------------------------------------
