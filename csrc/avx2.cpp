@@ -50,6 +50,24 @@ inline __m256i mask8(int count) {
   return _mm256_cmpgt_epi32(_mm256_set1_epi32(count), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
 }
 
+inline __m256 power_of_two(__m256i n) {
+  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(n, _mm256_set1_epi32(127)), 23));
+}
+
+// As the one of the same name in exponential.h; 2^n in two halves, for the smallest numbers have no such exponent.
+inline __m256 exp_of_negative(__m256 x) {
+  x = _mm256_max_ps(_mm256_set1_ps(-104.0f), x);
+  const __m256i n = _mm256_cvtps_epi32(_mm256_mul_ps(x, _mm256_set1_ps(1.44269504f)));
+  const __m256 whole = _mm256_cvtepi32_ps(n);
+  __m256 r = _mm256_fnmadd_ps(whole, _mm256_set1_ps(0.693359375f), x);
+  r = _mm256_fnmadd_ps(whole, _mm256_set1_ps(-2.12194440e-4f), r);
+  constexpr float kP[] = {8.36874545e-3f, 4.16683890e-2f, 1.66665211e-1f, 4.99999940e-1f, 1.0f, 1.0f};
+  __m256 p = _mm256_set1_ps(1.38145394e-3f);
+  for (const float c : kP) p = _mm256_fmadd_ps(p, r, _mm256_set1_ps(c));
+  const __m256i half = _mm256_srai_epi32(n, 1);
+  return _mm256_mul_ps(_mm256_mul_ps(p, power_of_two(half)), power_of_two(_mm256_sub_epi32(n, half)));
+}
+
 struct Vec {
   static constexpr int kLanes = 8;
   using F = __m256;
@@ -84,9 +102,16 @@ struct Vec {
     return _mm_packus_epi32(_mm256_castsi256_si128(high), _mm256_extracti128_si256(high, 1));
   }
 
+  // To one of the types of two bytes.
+  static __m128i narrow(F v, Float type) {
+    return type == Float::bf16 ? to_bf16(v) : _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT);
+  }
+
+  static F rounded(F v, Float type) { return type == Float::f32 ? v : widen(narrow(v, type), type); }
+
   static void store(void* p, Float type, int count, F v) {
     if (type == Float::f32) return _mm256_maskstore_ps(static_cast<float*>(p), mask8(count), v);
-    const __m128i half = type == Float::bf16 ? to_bf16(v) : _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT);
+    const __m128i half = narrow(v, type);
     if (count == kLanes) return _mm_storeu_si128(static_cast<__m128i*>(p), half);
     store_first(p, 2 * count, half);
   }
@@ -108,6 +133,12 @@ struct Vec {
     __m128 sum = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
     sum = _mm_add_ps(sum, _mm_movehl_ps(sum, sum));
     return _mm_cvtss_f32(_mm_add_ss(sum, _mm_movehdup_ps(sum)));
+  }
+
+  // With e = e^-|z|, of which nothing overflows.
+  static F sigmoid(F z) {
+    const F e = exp_of_negative(_mm256_or_ps(z, _mm256_set1_ps(-0.0f))), one = _mm256_set1_ps(1.0f);
+    return _mm256_div_ps(_mm256_blendv_ps(one, e, z), _mm256_add_ps(one, e));
   }
 
   struct Divisor {

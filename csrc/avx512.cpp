@@ -22,8 +22,6 @@
 
 #include "outer_linear.h"
 
-#include "exponential.h"
-
 #include "mask.h"
 
 #include "softmax.h"

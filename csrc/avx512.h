@@ -3,6 +3,8 @@
 // Included by a translation unit after its target pragma, which must name AVX-512 F, BW, VL, DQ and BF16.
 #pragma once
 
+#include "exponential.h"
+
 namespace octavo {
 namespace {
 
@@ -21,21 +23,14 @@ struct Vec {
 
   static F from_bf16(__m256i v) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(v), 16)); }
 
-  static F load(const void* p, Float type) {
-    if (type == Float::f32) return _mm512_loadu_ps(p);
-    const __m256i v = _mm256_loadu_si256(static_cast<const __m256i*>(p));
-    return type == Float::bf16 ? from_bf16(v) : _mm512_cvtph_ps(v);
-  }
-
-  static F load(const void* p, Float type, int count) {
-    const __mmask16 mask = mask16(count);
-    if (type == Float::f32) return _mm512_maskz_loadu_ps(mask, p);
-    const __m256i v = _mm256_maskz_loadu_epi16(mask, p);
-    return type == Float::bf16 ? from_bf16(v) : _mm512_cvtph_ps(v);
-  }
-
-  // Round half to even by hand: the instruction for it (vcvtneps2bf16) makes zeros of subnormal numbers.
+  // Rounded half to even. The instruction for it makes zeros of subnormal numbers, which are rare.
   static __m256i to_bf16(F v) {
+    constexpr int kSubnormal = 0x20;
+    if (__builtin_expect(_mm512_fpclass_ps_mask(v, kSubnormal) != 0, 0)) return to_bf16_by_hand(v);
+    return (__m256i)_mm512_cvtneps_pbh(v);
+  }
+
+  static __m256i to_bf16_by_hand(F v) {
     const __m512i bits = _mm512_castps_si512(v);
     const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
     const __m512i rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
@@ -44,11 +39,29 @@ struct Vec {
     return _mm512_cvtepi32_epi16(_mm512_srli_epi32(result, 16));
   }
 
+  // From one of the types of two bytes, and to it.
+  static F widen(__m256i v, Float type) { return type == Float::bf16 ? from_bf16(v) : _mm512_cvtph_ps(v); }
+  static __m256i narrow(F v, Float type) {
+    return type == Float::bf16 ? to_bf16(v) : _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT);
+  }
+
+  static F rounded(F v, Float type) { return type == Float::f32 ? v : widen(narrow(v, type), type); }
+
+  static F load(const void* p, Float type) {
+    if (type == Float::f32) return _mm512_loadu_ps(p);
+    return widen(_mm256_loadu_si256(static_cast<const __m256i*>(p)), type);
+  }
+
+  static F load(const void* p, Float type, int count) {
+    const __mmask16 mask = mask16(count);
+    if (type == Float::f32) return _mm512_maskz_loadu_ps(mask, p);
+    return widen(_mm256_maskz_loadu_epi16(mask, p), type);
+  }
+
   static void store(void* p, Float type, int count, F v) {
     const __mmask16 mask = mask16(count);
     if (type == Float::f32) return _mm512_mask_storeu_ps(p, mask, v);
-    const __m256i half = type == Float::bf16 ? to_bf16(v) : _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT);
-    _mm256_mask_storeu_epi16(p, mask, half);
+    _mm256_mask_storeu_epi16(p, mask, narrow(v, type));
   }
 
   // As integers, magnitudes are ordered, and NaN is the largest.
@@ -64,6 +77,13 @@ struct Vec {
   }
 
   static float total(F v) { return _mm512_reduce_add_ps(v); }
+
+  // With e = e^-|z|, of which nothing overflows.
+  static F sigmoid(F z) {
+    const F e = exp_of_negative(_mm512_or_ps(z, _mm512_set1_ps(-0.0f)));
+    const F above = _mm512_mask_mov_ps(_mm512_set1_ps(1.0f), _mm512_movepi32_mask(_mm512_castps_si512(z)), e);
+    return _mm512_div_ps(above, _mm512_add_ps(_mm512_set1_ps(1.0f), e));
+  }
 
   struct Divisor {
     F scale, inverse;

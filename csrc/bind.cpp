@@ -24,6 +24,7 @@ using octavo::Attention;
 using octavo::AttentionKernels;
 using octavo::Block;
 using octavo::Float;
+using octavo::Gated;
 using octavo::Heads;
 using octavo::Kernels;
 using octavo::Linear;
@@ -401,6 +402,37 @@ Tensor rms_norm(const Tensor& x, const Tensor& weight, double eps, bool round_fi
   return y;
 }
 
+// Elements from one row [..., K] to the next, if it is the same between all and a row's values are next to each other:
+// a half of what one layer returned for two is such.
+std::optional<int64_t> row_step(const Tensor& x) {
+  if (x.is_contiguous()) return x.size(-1);
+  if (x.size(-1) > 1 && x.stride(-1) != 1) return std::nullopt;
+  int64_t step = 0, rows = 1;
+  for (int64_t d = x.dim() - 2; d >= 0; d--) {
+    if (x.size(d) == 1) continue;
+    if (rows == 1) step = x.stride(d);
+    if (x.stride(d) != rows * step) return std::nullopt;
+    rows *= x.size(d);
+  }
+  return step;
+}
+
+// Not of the table of ops either, for the same reason.
+Tensor gated(const Tensor& gate, const Tensor& up, double a, double b) {
+  const auto type = float_type(gate.scalar_type());
+  STD_TORCH_CHECK(type && gate.scalar_type() == up.scalar_type(), "gate and up must be floats of one type");
+  STD_TORCH_CHECK(gate.dim() >= 1 && gate.dim() == up.dim(), "gate and up must be of one shape");
+  for (int64_t d = 0; d < gate.dim(); d++)
+    STD_TORCH_CHECK(gate.size(d) == up.size(d), "gate and up must be of one shape");
+  const Tensor g = row_step(gate) ? gate : dense(gate), u = row_step(up) ? up : dense(up);
+  Tensor y = empty(gate, with_last(gate, gate.size(-1)), gate.scalar_type());
+  const Gated in{rows_of(gate),         gate.size(-1),        g.const_data_ptr(),   u.const_data_ptr(),
+                 *row_step(g),          *row_step(u),         y.mutable_data_ptr(), *type,
+                 static_cast<float>(a), static_cast<float>(b)};
+  in_parallel(in.rows, in.K, [&](int64_t begin, int64_t end) { kernels().gated(in, begin, end); });
+  return y;
+}
+
 // -- attention -------------------------------------------------------------------------------------------------------
 
 // [batch, heads, tokens, values], a token's values next to each other.
@@ -537,6 +569,7 @@ STABLE_TORCH_LIBRARY_IMPL(octavo, CPU, m) {
   m.impl("quantize_weight", TORCH_BOX(&quantize_weight));
   m.impl("w8a16_embedding", TORCH_BOX(&w8a16_embedding));
   m.impl("rms_norm", TORCH_BOX(&rms_norm));
+  m.impl("gated", TORCH_BOX(&gated));
   m.impl("int8_attention", TORCH_BOX(&int8_attention));
   m.impl("float_attention", TORCH_BOX(&float_attention));
 }

@@ -59,6 +59,18 @@ struct Norm {
   bool round_first;  // x / sqrt(...) to the type, before it is multiplied
 };
 
+// Rows of float values -> y = act(gate) * up, act(g) = g / (1 + e^-z) with z = g (a + b g^2), in fp32: silu where a is
+// 1 and b 0, gelu (by tanh) where a is sqrt(8 / pi) and b 0.044715 a.
+struct Gated {
+  int64_t rows, K;
+  const void* gate;  // [rows, K]: rows are `gate_step` elements apart
+  const void* up;    // [rows, K]: rows are `up_step` elements apart
+  int64_t gate_step, up_step;
+  void* y;     // [rows, K]
+  Float type;  // of all three, to which act(gate) is rounded before it is multiplied
+  float a, b;
+};
+
 // Rows of an int8 table -> float values: code * scale, rounded once.
 struct Lookup {
   int64_t count, H;
@@ -156,6 +168,8 @@ struct Kernels {
   void (*lookup)(const Lookup&, int64_t i0, int64_t i1);
 
   void (*rms_norm)(const Norm&, int64_t r0, int64_t r1);
+
+  void (*gated)(const Gated&, int64_t r0, int64_t r1);
 
   // Null where the instruction set has none: attention is then composed of the other ops, or torch's.
   const AttentionKernels* int8_attention;

@@ -7,10 +7,12 @@
 // A `V` is a vector of fp32 (see avx512.cpp):
 //     kLanes, F                   its length and its register
 //     load, store                 `count` elements of a `Float` type, widened to fp32 or rounded from it
+//     rounded                     what is left of it once it is stored as a `Float` type
 //     set1, add, mul
 //     largest                     of a magnitude so far and of |x|, lane by lane; NaN stays
 //     across                      the largest of all lanes
 //     total                       the sum of all lanes
+//     sigmoid                     1 / (1 + e^-z)
 //     Divisor                     a scale to divide by; see kNearHalf
 //     store_codes                 `count` codes of x under a Divisor
 //     load_codes                  `count` codes as fp32
@@ -112,10 +114,7 @@ struct RowKernels {
         const int count = static_cast<int>(in.K - k < V::kLanes ? in.K - k : V::kLanes);
         void* const to = element(y, in.type, k);
         typename V::F v = V::mul(V::load(element(x, in.type, k), in.type, count), scale);
-        if (in.round_first && in.type != Float::f32) {
-          V::store(to, in.type, count, v);
-          v = V::load(to, in.type, count);
-        }
+        if (in.round_first) v = V::rounded(v, in.type);
         V::store(to, in.type, count, V::mul(v, V::load(element(in.weight, in.type, k), in.type, count)));
       }
     }
@@ -136,6 +135,33 @@ struct RowKernels {
     return V::total(V::add(first, second));
   }
 
+  static void gated(const Gated& in, int64_t r0, int64_t r1) {
+    if (in.type == Float::f32) return gated_of<Float::f32>(in, r0, r1);
+    if (in.type == Float::bf16) return gated_of<Float::bf16>(in, r0, r1);
+    gated_of<Float::f16>(in, r0, r1);
+  }
+
+  template <Float type>
+  static void gated_of(const Gated& in, int64_t r0, int64_t r1) {
+    for (int64_t r = r0; r < r1; r++) {
+      const void* const gate = element(in.gate, type, r * in.gate_step);
+      const void* const up = element(in.up, type, r * in.up_step);
+      void* const y = element(in.y, type, r * in.K);
+      int64_t k = 0;
+      for (; k + V::kLanes <= in.K; k += V::kLanes) gated_lanes<type>(in, gate, up, y, k, V::kLanes);
+      if (k < in.K) gated_lanes<type>(in, gate, up, y, k, static_cast<int>(in.K - k));
+    }
+  }
+
+  template <Float type>
+  static inline __attribute__((always_inline)) void gated_lanes(const Gated& in, const void* gate, const void* up,
+                                                                void* y, int64_t k, int count) {
+    const typename V::F g = V::load(element(gate, type, k), type, count);
+    const typename V::F z = V::mul(g, V::add(V::set1(in.a), V::mul(V::set1(in.b), V::mul(g, g))));
+    const typename V::F acted = V::rounded(V::mul(g, V::sigmoid(z)), type);
+    V::store(element(y, type, k), type, count, V::mul(acted, V::load(element(up, type, k), type, count)));
+  }
+
   static void lookup(const Lookup& in, int64_t i0, int64_t i1) {
     for (int64_t i = i0; i < i1; i++) {
       const int8_t* codes = in.table + in.indices[i] * in.H;
@@ -154,8 +180,8 @@ template <class V>
 constexpr Kernels kernels_of(const char* isa, LinearKernels f32, LinearKernels bf16, LinearKernels f16,
                              LinearKernels int8) {
   using Of = RowKernels<V>;
-  return {isa,      {f32, bf16, f16}, int8,        Of::quantize_weight, Of::quantize_token, Of::quantize_given,
-          Of::amax, Of::lookup,       Of::rms_norm};
+  return {isa,        {f32, bf16, f16}, int8,     Of::quantize_weight, Of::quantize_token, Of::quantize_given, Of::amax,
+          Of::lookup, Of::rms_norm,     Of::gated};
 }
 
 }  // namespace

@@ -1,5 +1,6 @@
 // One value at a time, in plain C++: right on any processor, and what every other file of this folder means.
 
+#include <cmath>
 #include <cstring>
 #include <type_traits>
 
@@ -91,6 +92,11 @@ struct Vec {
     memcpy(p, &half, sizeof half);
   }
 
+  static F rounded(F v, Float type) {
+    store(&v, type, 1, v);
+    return load(&v, type);
+  }
+
   // As integers, magnitudes are ordered, and NaN is the largest.
   static F largest(F sofar, F x) {
     const uint32_t magnitude = bits_of(x) & 0x7fffffffu;
@@ -98,6 +104,7 @@ struct Vec {
   }
   static float total(F v) { return v; }
   static float across(F v) { return v; }
+  static F sigmoid(F z) { return 1.0f / (1.0f + std::exp(-z)); }
 
   struct Divisor {
     float scale;

@@ -20,16 +20,15 @@ random inputs, and has to give the same bits as the formula on a CPU. One that d
 from __future__ import annotations
 
 import copy
-import inspect
 import itertools
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from octavo import ops
+from octavo.stand_ins import FLOATS, attributes, has_hooks, random, same_bits, takes_one_argument
 
 __all__ = ["FusedRMSNorm", "fused_norms"]
 
@@ -67,7 +66,7 @@ class FusedRMSNorm(nn.Module):
 
     def __init__(self, norm: nn.Module, rounding: str, eps_name: str) -> None:
         super().__init__()
-        for name, value in _attributes(norm).items():
+        for name, value in attributes(norm).items():
             setattr(self, name, value)
         self.register_parameter("weight", norm.get_parameter("weight"))
         self.train(norm.training)
@@ -94,7 +93,7 @@ def fused_norms(model: nn.Module) -> dict[str, FusedRMSNorm]:
     known: dict[object, tuple[str, str] | None] = {}
     for name, module in model.named_modules():
         if _is_candidate(module):
-            alike = (type(module), len(module.get_parameter("weight")), *_attributes(module).items())
+            alike = (type(module), len(module.get_parameter("weight")), *attributes(module).items())
             if alike not in known:
                 known[alike] = _recognize(module)
             if rule := known[alike]:
@@ -102,7 +101,6 @@ def fused_norms(model: nn.Module) -> dict[str, FusedRMSNorm]:
     return found
 
 
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _PLAIN = (bool, int, float, str, type(None), torch.dtype, torch.device)
 
 
@@ -110,32 +108,23 @@ def _is_plain(value: object) -> bool:
     return isinstance(value, _PLAIN) or (isinstance(value, tuple) and all(map(_is_plain, value)))
 
 
-def _attributes(module: nn.Module) -> Mapping[str, Any]:
-    """What was set on the module besides what every module has."""
-    bare = vars(nn.Module())
-    return {name: value for name, value in vars(module).items() if name not in bare}
-
-
 def _is_candidate(module: nn.Module) -> bool:
     """Whether a module holds a weight [K] and plain values, and nothing else: no children, buffers or hooks."""
     if isinstance(module, nn.RMSNorm) or list(module._parameters.keys()) != ["weight"]:
         return False
-    weight, own = module._parameters["weight"], vars(module)
+    weight = module._parameters["weight"]
     return (
         # A weight with one entry could be a scale for any number of columns.
-        (type(weight) is nn.Parameter and weight.dim() == 1 and len(weight) > 1 and weight.dtype in _DTYPES)
-        and all(_is_plain(value) for value in _attributes(module).values())
-        and all(
-            own.get(name) == value
-            for name, value in vars(nn.Module()).items()
-            if name not in ("training", "_parameters")
-        )
+        (type(weight) is nn.Parameter and weight.dim() == 1 and len(weight) > 1 and weight.dtype in FLOATS)
+        and all(_is_plain(value) for value in attributes(module).values())
+        and not module._modules
+        and not has_hooks(module)
     )
 
 
 def _recognize(norm: nn.Module) -> tuple[str, str] | None:
     """The rounding of a candidate and the name of its eps; None if it is no RMS norm of a kind that is known."""
-    epsilons = [(name, value) for name, value in _attributes(norm).items() if isinstance(value, float)]
+    epsilons = [(name, value) for name, value in attributes(norm).items() if isinstance(value, float)]
     if not epsilons:
         return None
     try:
@@ -143,18 +132,9 @@ def _recognize(norm: nn.Module) -> tuple[str, str] | None:
     except Exception:  # whatever it wants, it is not what an RMS norm is given
         return None
     for (rounding, formula), (name, eps) in itertools.product(_FORMULAS.items(), epsilons):
-        if all(_same(formula(x, weight, eps), y) for x, weight, y in samples):
+        if all(same_bits(formula(x, weight, eps), y) for x, weight, y in samples):
             return rounding, name
     return None
-
-
-def _takes_one_argument(norm: nn.Module) -> bool:
-    parameters = list(inspect.signature(norm.forward).parameters.values())
-    return (
-        len(parameters) == 1
-        and parameters[0].kind in (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-        and parameters[0].default is inspect.Parameter.empty
-    )
 
 
 def _samples(norm: nn.Module) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
@@ -162,30 +142,22 @@ def _samples(norm: nn.Module) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
 
     Raises: ValueError if it wants more than x, or changes x or itself; whatever the norm raises.
     """
-    if not _takes_one_argument(norm):
+    if not takes_one_argument(norm):
         raise ValueError("it takes more than one argument")
     probe = copy.copy(norm)
     generator = torch.Generator("cpu").manual_seed(0)
     k = len(norm.get_parameter("weight"))
     # From where eps is larger than the mean square, so that another eps is noticed, to where it is lost in it.
     sizes = torch.logspace(-5, 3, 12, device="cpu", dtype=torch.float32).unsqueeze(1)
-    for x_dtype, weight_dtype in itertools.product(_DTYPES, repeat=2):
-        rows = (_random(12, k, generator=generator) * sizes).to(x_dtype)
-        weight = nn.Parameter(_random(k, generator=generator).to(weight_dtype), requires_grad=False)
+    for x_dtype, weight_dtype in itertools.product(FLOATS, repeat=2):
+        rows = (random(12, k, generator=generator) * sizes).to(x_dtype)
+        weight = nn.Parameter(random(k, generator=generator).to(weight_dtype), requires_grad=False)
         vars(probe)["_parameters"] = {"weight": weight}
         for shape, training in itertools.product(((12, k), (3, 4, k), (2, 3, 2, k)), (False, True)):
             x = rows.view(shape)
             given = x.clone()
             with torch.no_grad():
                 y = probe.train(training)(given)
-            if not torch.equal(given, x) or _attributes(probe) != _attributes(norm):
+            if not torch.equal(given, x) or attributes(probe) != attributes(norm):
                 raise ValueError("it changes more than its output")
             yield x, weight.data, y
-
-
-def _random(*shape: int, generator: torch.Generator) -> Tensor:
-    return torch.randn(shape, generator=generator, device="cpu", dtype=torch.float32)
-
-
-def _same(y: Tensor, other: object) -> bool:
-    return isinstance(other, Tensor) and y.dtype == other.dtype and torch.equal(y, other)

@@ -22,6 +22,7 @@ from octavo.coverage import REASONS_ATTRIBUTE, ROUTER_REASON, Coverage, coverage
 from octavo.errors import CalibrateError, OctavoWarning, QuantizeError, RecipeError
 from octavo.experts import routers
 from octavo.feeding import Progress, check_module
+from octavo.gated import fused_gated_mlps
 from octavo.inputs import SharedInput
 from octavo.layers import KINDS, LayerKind, kind_of, users_of_parameters, why_not
 from octavo.modules import (
@@ -514,7 +515,8 @@ def install(
                 places[id(child)] = [(new if parent is layer else parent, at) for parent, at in places[id(child)]]
         if progress:
             progress(done, len(ordered))
-    _fuse_norms(model, tuple(ignore))
+    _fuse(model, fused_norms(model), tuple(ignore))
+    _fuse(model, fused_gated_mlps(model), tuple(ignore))
     _switch_off_fused_encoder(model)
 
 
@@ -538,13 +540,14 @@ def _int8_layer(
     return new
 
 
-def _fuse_norms(model: nn.Module, ignore: tuple[Pattern, ...]) -> None:
+def _fuse(model: nn.Module, stand_ins: Mapping[str, nn.Module], ignore: tuple[Pattern, ...]) -> None:
+    """Put each of `stand_ins` in the place of the module of its name, but for those that `ignore` names."""
     places, held = _places(model), _held(model)
-    for name, new in fused_norms(model).items():
-        norm = model.get_submodule(name)
-        if not any(_selects(pattern, name, norm, type(norm).__name__) for pattern in ignore):
-            swap(places.get(id(norm), []), norm, new)
-            for hold in held.get(id(norm), ()):
+    for name, new in stand_ins.items():
+        module = model.get_submodule(name)
+        if not any(_selects(pattern, name, module, type(module).__name__) for pattern in ignore):
+            swap(places.get(id(module), []), module, new)
+            for hold in held.get(id(module), ()):
                 hold(new)
 
 

@@ -45,6 +45,7 @@ from torch import Tensor
 
 from octavo import primitives
 from octavo.ops import attention, fakes, gradients, native, reference, triton  # noqa: F401  some register themselves
+from octavo.ops.gates import GATES
 from octavo.ops.schemas import OPS
 from octavo.primitives import Granularity
 
@@ -55,6 +56,8 @@ __all__ = [
     "autocast",
     "backends",
     "float_attention",
+    "gated",
+    "gates",
     "int8_attention",
     "quantize_per_tensor",
     "quantize_per_token",
@@ -88,6 +91,7 @@ _experts_linear = torch.ops.octavo.w8a16_experts_linear.default
 _int8_experts_linear = torch.ops.octavo.w8a8_experts_linear.default
 _int8_attention = torch.ops.octavo.int8_attention.default
 _rms_norm = torch.ops.octavo.rms_norm.default
+_gated = torch.ops.octavo.gated.default
 _float_attention = torch.ops.octavo.float_attention.default
 
 
@@ -369,6 +373,30 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, *, round_first: bool) -> Ten
         return None
     with torch._C._AutoDispatchBelowAutograd():
         return _rms_norm(x, weight, eps, round_first)  # type: ignore[no-any-return]
+
+
+def gates(x: Tensor) -> bool:
+    """Whether `gated` has a kernel for what linear layers make of x: a model runs eagerly, no gradient is wanted."""
+    if x.device.type == "cpu":
+        return _native.isa is not None and x.dtype in _KERNELS_TAKE and _nothing_listens(x)
+    return x.is_cuda and _why_not_triton is None and _nothing_listens(x)
+
+
+def gated(gate: Tensor, up: Tensor, activation: str) -> Tensor:
+    """act(gate) * up, by one kernel where `gates` says so of either and they are alike; else by torch's two ops.
+
+    gate, up: [..., I] float. activation: a name of octavo.ops.gates.
+    Returns: [..., I] of their dtype, to which act(gate), in fp32, is rounded before it is multiplied.
+    """
+    act = GATES[activation]
+    if gate.is_cuda:
+        y = _directly("gated", gate, up, act.a, act.b)
+    elif gate.shape == up.shape and gate.dtype == up.dtype and gate.device == up.device and gates(gate):
+        with torch._C._AutoDispatchBelowAutograd():
+            y = _gated(gate, up, act.a, act.b)
+    else:
+        y = None
+    return act.formula(gate) * up if y is None else y  # type: ignore[no-any-return]
 
 
 def straight_through(y: Tensor, x: Tensor, weight: Tensor, weight_scale: Tensor, ends: Tensor | None = None) -> Tensor:

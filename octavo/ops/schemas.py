@@ -65,8 +65,9 @@ library.impl("straight_through", lambda y, x, weight, weight_scale, ends: y.clon
 library.define("experts_input_gradient(Tensor grad, Tensor ends, Tensor weight, Tensor weight_scale) -> Tensor")
 library.impl("experts_input_gradient", reference.experts_input_gradient, "CompositeExplicitAutograd")
 
-# What norms call where nobody differentiates or compiles; it has no reference, for a norm is its own.
+# What norms and gated MLPs call where nobody differentiates or compiles; the modules that they were are the reference.
 library.define("rms_norm(Tensor x, Tensor weight, float eps, bool round_first) -> Tensor")
+library.define("gated(Tensor gate, Tensor up, float a, float b) -> Tensor")
 
 # What a compiler joins (`integrations/side_by_side.py`): layers of one input, [..., N] of each next to each other.
 library.define("w8a16_linears(Tensor x, Tensor[] weight, Tensor[] weight_scale, Tensor?[] bias) -> Tensor")

@@ -1,0 +1,53 @@
+"""What a module may be replaced by is asked of the module itself, whatever its class is called: of a copy that is run.
+
+`norms.py` and `gated.py` recognize what they can compute faster in this way. Here is what both ask before that.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["FLOATS", "attributes", "has_hooks", "random", "same_bits", "takes_one_argument"]
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+"""Dtypes that a stand-in is compared in."""
+
+
+def attributes(module: nn.Module) -> Mapping[str, Any]:
+    """What was set on the module besides what every module has."""
+    bare = vars(nn.Module())
+    return {name: value for name, value in vars(module).items() if name not in bare}
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether anything was registered on the module but its training mode, parameters and children."""
+    own = vars(module)
+    return any(
+        own.get(name) != value
+        for name, value in vars(nn.Module()).items()
+        if name not in ("training", "_parameters", "_modules")
+    )
+
+
+def takes_one_argument(module: nn.Module) -> bool:
+    """Whether `forward` takes x, under whatever name, and nothing else."""
+    parameters = list(inspect.signature(module.forward).parameters.values())
+    return (
+        len(parameters) == 1
+        and parameters[0].kind in (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+        and parameters[0].default is inspect.Parameter.empty
+    )
+
+
+def random(*shape: int, generator: torch.Generator) -> Tensor:
+    """fp32 on the CPU, whatever the defaults are."""
+    return torch.randn(shape, generator=generator, device="cpu", dtype=torch.float32)
+
+
+def same_bits(y: Tensor, other: object) -> bool:
+    return isinstance(other, Tensor) and y.dtype == other.dtype and torch.equal(y, other)
