@@ -157,7 +157,9 @@ struct RowKernels {
   static inline __attribute__((always_inline)) void gated_lanes(const Gated& in, const void* gate, const void* up,
                                                                 void* y, int64_t k, int count) {
     const typename V::F g = V::load(element(gate, type, k), type, count);
-    const typename V::F z = V::mul(g, V::add(V::set1(in.a), V::mul(V::set1(in.b), V::mul(g, g))));
+    const typename V::F a = V::set1(in.a), b = V::set1(in.b);
+    // Without b it is no summand: 0 times infinity would be NaN.
+    const typename V::F z = V::mul(g, in.b == 0 ? a : V::add(a, V::mul(b, V::mul(g, g))));
     const typename V::F acted = V::rounded(V::mul(g, V::sigmoid(z)), type);
     V::store(element(y, type, k), type, count, V::mul(acted, V::load(element(up, type, k), type, count)));
   }

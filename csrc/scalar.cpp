@@ -104,7 +104,12 @@ struct Vec {
   }
   static float total(F v) { return v; }
   static float across(F v) { return v; }
-  static F sigmoid(F z) { return 1.0f / (1.0f + std::exp(-z)); }
+
+  // With e = e^-|z|, of which nothing overflows.
+  static F sigmoid(F z) {
+    const float e = std::exp(-std::fabs(z));
+    return (z >= 0 ? 1.0f : e) / (1.0f + e);
+  }
 
   struct Divisor {
     float scale;

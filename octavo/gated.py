@@ -19,9 +19,9 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 import itertools
 from collections.abc import Iterator
-from functools import partial
 from typing import Any
 
 import torch
@@ -57,27 +57,31 @@ class _Parts:
 class FusedGatedMLP(nn.Module):
     """A gated MLP that computes act(gate) * up by one kernel of this package where it can.
 
-    It has the other module's layers and attributes, under their names.
-
-    source_class: the class of the other module, whose `forward` it runs where it cannot.
+    Each is of a class that derives from this one and from the other module's, whose layers, attributes and methods it
+    has: what asks for that class finds it, and its `forward` is what runs where the kernel cannot.
     """
 
-    def __init__(self, mlp: nn.Module, parts: _Parts) -> None:
-        super().__init__()
+    source_class: type[nn.Module]
+    _parts: _Parts
+
+    @staticmethod
+    def of(mlp: nn.Module, parts: _Parts) -> FusedGatedMLP:
+        """The stand-in for `mlp`, whose layers are what `parts` says. It holds what `mlp` holds, and is no copy."""
+        new = _blank(type(mlp))
+        nn.Module.__init__(new)
         for name, value in attributes(mlp).items():
-            setattr(self, name, value)
+            setattr(new, name, value)
         for name, child in mlp.named_children():
-            self.add_module(name, child)
-        self.training = mlp.training
-        self.source_class: Any = type(mlp)
-        self._parts = parts
-        self._silent = tuple(name for name in self._modules if name not in (parts.gate, parts.up, parts.down))
+            new.add_module(name, child)
+        new.training = mlp.training
+        new._parts = parts
+        return new
 
     def forward(self, *args: Tensor, **kwargs: Tensor) -> Tensor:
         """x [..., H] float -> [..., H]; x may have whatever name it had in the other module."""
         (x,) = (*args, *kwargs.values())
         if not ops.gates(x) or self._would_be_missed():
-            return self.source_class.forward(self, *args, **kwargs)  # type: ignore[no-any-return]
+            return super().forward(*args, **kwargs)  # type: ignore[misc, no-any-return]
         parts = self._parts
         gate = self._call(parts.gate, x)
         gate, up = parts.cut(gate) if parts.gate == parts.up else (gate, self._call(parts.up, x))
@@ -91,14 +95,28 @@ class FusedGatedMLP(nn.Module):
     def _would_be_missed(self) -> bool:
         """Whether a child that is not called, for its part is in the kernel, does more than its part: a dropout in
         training, or one that somebody listens to."""
+        parts = self._parts
         return torch.nn.modules.module._has_any_global_hook() or any(
             child.training or child._forward_hooks or child._forward_pre_hooks
-            for child in map(self._modules.get, self._silent)
-            if child is not None
+            for name, child in self._modules.items()
+            if child is not None and name not in (parts.gate, parts.up, parts.down)
         )
 
     def extra_repr(self) -> str:
-        return f"activation={self._parts.activation!r}"
+        return ", ".join(filter(None, (super().extra_repr(), f"fused: {self._parts.activation}")))
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        return _blank, (self.source_class,), vars(self)
+
+
+@functools.cache
+def _class_of(source: type[nn.Module]) -> type[FusedGatedMLP]:
+    return type(f"Fused{source.__name__}", (FusedGatedMLP, source), {"source_class": source})
+
+
+def _blank(source: type[nn.Module]) -> FusedGatedMLP:
+    cls = _class_of(source)  # type: ignore[arg-type]  # mypy takes a class for no key
+    return cls.__new__(cls)
 
 
 def fused_gated_mlps(model: nn.Module) -> dict[str, FusedGatedMLP]:
@@ -110,8 +128,7 @@ def fused_gated_mlps(model: nn.Module) -> dict[str, FusedGatedMLP]:
     found: dict[str, FusedGatedMLP] = {}
     for name, module in model.named_modules():
         for parts in _possible_parts(module):
-            stand_in = FusedGatedMLP(module, parts)
-            if _does_as(stand_in, parts):
+            if (stand_in := _stand_in(module, parts)) is not None:
                 found[name] = stand_in
                 break
     return found
@@ -122,7 +139,7 @@ def _possible_parts(module: nn.Module) -> Iterator[_Parts]:
     children = dict(module.named_children())
     layers = [name for name, child in children.items() if isinstance(child, (nn.Linear, QuantLinear))]
     others = [child for name, child in children.items() if name not in layers]
-    holds_more = module._parameters or module._buffers or has_hooks(module)
+    holds_more = module._parameters or module._buffers or has_hooks(module) or "forward" in vars(module)
     others_hold = any(child._modules or child._parameters or child._buffers for child in others)
     if len(layers) not in (2, 3) or holds_more or others_hold or not takes_one_argument(module):
         return
@@ -161,13 +178,14 @@ class _Hears(nn.Module):
         return self.answer
 
 
-def _does_as(stand_in: FusedGatedMLP, parts: _Parts) -> bool:
-    """Whether the other module's `forward` does what its stand-in would."""
+def _stand_in(module: nn.Module, parts: _Parts) -> FusedGatedMLP | None:
+    """The one with these parts, if the module's `forward` does what it would."""
     try:
+        new = FusedGatedMLP.of(module, parts)
         with torch.no_grad():
-            return all(itertools.starmap(partial(_does_with, stand_in, parts), _samples()))
+            return new if all(_does_with(new, x, both) for x, both in _samples()) else None
     except Exception:  # whatever it wants, it is not what a gated MLP is given
-        return False
+        return None
 
 
 def _samples() -> Iterator[tuple[Tensor, Tensor]]:
@@ -180,7 +198,8 @@ def _samples() -> Iterator[tuple[Tensor, Tensor]]:
         yield random(*shape, 5, generator=generator).to(dtype), both.to(dtype).view(*shape, 24)
 
 
-def _does_with(stand_in: FusedGatedMLP, parts: _Parts, x: Tensor, both: Tensor) -> bool:
+def _does_with(stand_in: FusedGatedMLP, x: Tensor, both: Tensor) -> bool:
+    parts = stand_in._parts
     gate, up = parts.cut(both)
     if parts.gate == parts.up:
         said = {parts.gate: both.clone()}

@@ -24,6 +24,7 @@ LAYERS = (
     ("ops",),
     # 2 parts
     (
+        "stand_ins",
         "observers",
         "inputs",
         "experts",
@@ -31,6 +32,7 @@ LAYERS = (
         "modules",
         "layers",
         "norms",
+        "gated",
         "weight_readers",
         "pairs",
         "smoothed",

@@ -423,6 +423,48 @@ void check_lookup(const Kernels& kernels, int64_t count, int64_t H, Float type) 
   }
 }
 
+// Whether y is `expected` to within `error` and its own rounding.
+bool is_near(double y, double expected, double error, Float type) {
+  return std::fabs(y - expected) <= error + ulp(expected, type);
+}
+
+void check_norm(const Kernels& kernels, int64_t rows, int64_t K, Float type, bool round_first) {
+  Floats x(rows * K, type), weight(K, type), y(rows * K, type);
+  x.fill(-4, 4), weight.fill(-2, 2);
+  const Norm in{rows, K, x.data(), weight.data(), y.data(), type, 1e-5f, round_first};
+  kernels.rms_norm(in, 0, rows / 2);
+  kernels.rms_norm(in, rows / 2, rows);
+  for (int64_t r = 0; r < rows; r++) {
+    double sum = 0;
+    for (int64_t k = 0; k < K; k++) sum += x[r * K + k] * x[r * K + k];
+    for (int64_t k = 0; k < K; k++) {
+      const double rms = std::sqrt(sum / static_cast<double>(K) + 1e-5), unrounded = x[r * K + k] / rms;
+      const double error = std::fabs(weight[k]) * (ulp(unrounded, type) + std::fabs(unrounded) * 1e-5);
+      if (!is_near(y[r * K + k], unrounded * weight[k], error, type))
+        fail("%s: rms_norm of %s, K %ld: %.9g, expected %.9g", kernels.isa, name_of(type), K, y[r * K + k],
+             unrounded * weight[k]);
+    }
+  }
+}
+
+void check_gated(const Kernels& kernels, int64_t rows, int64_t K, Float type, bool cubic) {
+  const int64_t gap = random_below(3);  // rows of gate have so much between them, but not behind the last
+  Floats gate(rows > 0 ? rows * (K + gap) - gap : 0, type), up(rows * K, type), y(rows * K, type);
+  gate.fill(-6, 5), up.fill(-2, 2);
+  const float a = cubic ? 1.5957691f : 1.0f, b = cubic ? 0.0713548f : 0.0f;
+  const Gated in{rows, K, gate.data(), up.data(), K + gap, K, y.data(), type, a, b};
+  kernels.gated(in, 0, rows / 2);
+  kernels.gated(in, rows / 2, rows);
+  for (int64_t i = 0; i < rows * K; i++) {
+    const double g = gate[i / K * (K + gap) + i % K], z = g * (a + b * g * g);
+    const double acted = g / (1 + std::exp(-z)), fp32 = std::fabs(acted) * (8 + std::fabs(z)) * 0x1p-22;
+    const double error = std::fabs(up[i]) * (ulp(acted, type) + fp32 + 1e-35);
+    if (!is_near(y[i], acted * up[i], error, type))
+      fail("%s: gated of %s, K %ld: %.9g * %.9g is %.9g, expected %.9g", kernels.isa, name_of(type), K, g, up[i], y[i],
+           acted * up[i]);
+  }
+}
+
 void check_rows_and_lookups(const Kernels& kernels) {
   constexpr int64_t kK[] = {0, 1, 2, 3, 7, 8, 9, 15, 16, 17, 31, 32, 33, 47, 63, 64, 65, 100, 255, 1000};
   for (int64_t K : kK) {
@@ -431,6 +473,12 @@ void check_rows_and_lookups(const Kernels& kernels) {
         for (int repeat = 0; repeat < 3; repeat++) check_rows(kernels, rows, K, type);
       }
       for (int64_t count : {0, 1, 9}) check_lookup(kernels, count, K, type);
+      for (int64_t rows : {0, 1, 5}) {
+        for (bool variant : {false, true}) {
+          check_norm(kernels, rows, K, type, variant);
+          check_gated(kernels, rows, K, type, variant);
+        }
+      }
     }
   }
 }

@@ -7,6 +7,7 @@ errors of fp32 sums.
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 import shutil
 import subprocess
@@ -26,6 +27,7 @@ from torch import Tensor
 from octavo import ops, primitives
 from octavo.errors import QuantizeError
 from octavo.ops import native
+from octavo.ops.gates import GATES
 from tests.ops.test_attention import exact
 
 ROOT = Path(__file__).parents[2]
@@ -363,6 +365,79 @@ def test_rms_norm_is_left_to_the_formula_where_somebody_listens(isa: str) -> Non
         assert ops.rms_norm(x, weight, 1e-6, round_first=True) is not None
 
 
+# -- gates ------------------------------------------------------------------------------------------------------------
+
+
+def gated_in_double(gate: Tensor, up: Tensor, activation: str) -> tuple[Tensor, Tensor]:
+    """act(gate) * up in float64, and what fp32 and rounding act(gate) may make of it: e^-z is off by as much more as z
+    is large, where it counts."""
+    g = gate.double()
+    # (1 + tanh(u)) / 2, where it is small, is lost in the 1; this is not.
+    z = g if activation == "silu" else 2 * math.sqrt(2 / math.pi) * (g + 0.044715 * g**3)
+    acted = g / (1 + torch.exp(-z))
+    steps = 2.0**-24 * (8 + 4 * z.abs().clamp(max=120))
+    dtype = torch.finfo(gate.dtype)
+    error = acted.abs() * (steps + dtype.eps * (gate.dtype != torch.float32)) + dtype.tiny
+    return acted * up.double(), error * up.double().abs()
+
+
+@given(
+    shape=st.sampled_from([(0, 5), (1, 1), (1, 16), (3, 7), (2, 3, 33), (5, 100), (1, 1, 576), (4, 2100)]),
+    dtype=st.sampled_from(FLOATS),
+    activation=st.sampled_from(sorted(GATES)),
+    how=st.sampled_from(["as it lies", "gaps", "transposed", "halves", "heads first"]),
+    size=st.sampled_from([1e-3, 1.0, 8.0, 100.0]),
+)
+def test_gated(isa: str, shape: tuple[int, ...], dtype: torch.dtype, activation: str, how: str, size: float) -> None:
+    gate, up = ((torch.randn(shape) * by).to(dtype) for by in (size, 1.0))
+    laid = (strided(gate, how), strided(up, how))
+    if how == "halves":
+        laid = torch.cat([gate, up], -1).chunk(2, -1)
+    elif how == "heads first":
+        laid = (gate.transpose(0, -2).contiguous().transpose(0, -2), up)
+    with torch.no_grad():
+        y = torch.ops.octavo.gated(*laid, GATES[activation].a, GATES[activation].b)
+        assert torch.equal(ops.gated(*laid, activation), y)
+    assert y.dtype == dtype and y.shape == gate.shape and y.is_contiguous()
+    assert_rounds_to(y, *gated_in_double(gate, up, activation))
+
+
+@pytest.mark.parametrize("activation", GATES)
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_gated_at_the_ends(isa: str, dtype: torch.dtype, activation: str) -> None:
+    largest = torch.finfo(dtype).max
+    ends = torch.tensor([float("inf"), largest, 200.0, 0.0, -0.0, -200.0, -largest, float("nan")], dtype=dtype)
+    with torch.no_grad():
+        y = ops.gated(ends, torch.ones_like(ends), activation)
+    assert torch.equal(y[:3], ends[:3]) and y[-1].isnan() and not y[3:7].any()
+
+
+@pytest.mark.parametrize("dtype", FLOATS[1:])
+@pytest.mark.parametrize("activation", GATES)
+def test_gated_rounds_where_torch_does(isa: str, activation: str, dtype: torch.dtype) -> None:
+    gate, up = torch.randn(64, 256).to(dtype), torch.randn(64, 256).to(dtype)
+    with torch.no_grad():
+        y = ops.gated(gate, up, activation)
+    formula = GATES[activation].formula
+    assert (y == formula(gate) * up).float().mean() > 0.999
+    assert (y == (formula(gate.float()) * up.float()).to(dtype)).float().mean() < 0.9
+
+
+def test_gated_is_left_to_the_formula_where_somebody_listens(isa: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    called: list[bool] = []
+    monkeypatch.setattr(ops, "_gated", lambda *args: called.append(True) or torch.ops.octavo.gated(*args))
+    gate, up = torch.randn(2, 8), torch.randn(2, 8)
+    expected = torch.nn.functional.silu(gate) * up
+    assert torch.equal(ops.gated(gate, up, "silu"), expected), "a gradient may be wanted"
+    with torch.no_grad():
+        for g, u in ((gate.double(), up.double()), (gate, up.bfloat16()), (gate, up[:1])):
+            torch.testing.assert_close(ops.gated(g, u, "silu"), torch.nn.functional.silu(g) * u)
+        torch.func.vmap(lambda g, u: ops.gated(g, u, "silu"))(gate, up)
+        assert not called
+        torch.testing.assert_close(ops.gated(gate, up, "silu"), expected)
+    assert called == [True]
+
+
 # -- attention -------------------------------------------------------------------------------------------------------
 
 
@@ -629,6 +704,7 @@ def every_op(seed: int = 0, m: int = 40) -> list[Tensor]:
         ops.float_attention(*_attention_operands(m, random), 0.1),
         ops.float_attention(*_attention_operands(2, random), 0.1),
         torch.ops.octavo.rms_norm(x, weight[0, 0].bfloat16(), 1e-6, True),
+        torch.ops.octavo.gated(x, x, 1.0, 0.0),
     ]
 
 

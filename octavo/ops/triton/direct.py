@@ -5,7 +5,7 @@ times as long. Of that time the dispatcher, which finds this package's Python in
 rest Triton, which asks at each call what every argument means for the kernel that it compiled. Here that is asked once
 for all layers of a shape.
 
-The functions have the names and arguments of the ops that models spend their time in, and one more, for what eager
+The functions have the names and arguments of the ops that models spend their time in, and two more, for what eager
 models compute between them. They return None for what is not as usual, and there the op is called.
 """
 
@@ -22,10 +22,11 @@ from triton.runtime import driver
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from octavo.ops.triton import int8_linear, linear, quantize, vector
+from octavo.ops.triton.gate import start_gated
 from octavo.ops.triton.launch import Started, copied_on_hopper, is_current
 from octavo.ops.triton.norm import LONGEST_ROW, start_rms_norm
 
-__all__ = ["quantize_per_token", "rms_norm", "w8a8_linear", "w8a16_linear"]
+__all__ = ["gated", "quantize_per_token", "rms_norm", "w8a8_linear", "w8a16_linear"]
 
 _FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 _PLAIN = (Tensor, nn.Parameter)  # and nothing that is derived from them, which may have no memory of its own
@@ -118,6 +119,20 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, round_first: bool) -> Tensor
         return None
     y = x.new_empty(x.shape)
     _start(key, kept, start_rms_norm, (x, weight, y, eps, round_first), (*places, y.data_ptr()))
+    return y
+
+
+def gated(gate: Tensor, up: Tensor, a: float, b: float) -> Tensor | None:
+    """act(gate) * up, of one shape and dtype: `gate.py`."""
+    places = _places(gate, up) if gate.numel() else None
+    if places is None:
+        return None
+    key = ("gated", a, b, gate.dtype, up.dtype, gate.get_device(), gate.shape, up.shape)
+    kept = _kept.get(key)
+    if kept is None and not (gate.dtype in _FLOATS and up.dtype == gate.dtype and up.shape == gate.shape):
+        return None
+    y = gate.new_empty(gate.shape)
+    _start(key, kept, start_gated, (gate, up, y, a, b), (*places, y.data_ptr()))
     return y
 
 

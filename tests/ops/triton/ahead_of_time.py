@@ -8,6 +8,7 @@ the kernel for the very tile, dtypes and alignment that this call takes, and doe
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import os
 import re
@@ -28,7 +29,9 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 from octavo.ops import triton as kernels
+from octavo.ops.gates import GATES
 from octavo.ops.triton import launch
+from octavo.ops.triton.gate import start_gated
 from octavo.ops.triton.norm import start_rms_norm
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -100,6 +103,13 @@ def norm_calls() -> Iterator[tuple[Any, ...]]:
         for m, k in ((1, 4096), (2048, 4096), (4096, 128), (3, 1001), (5, 1), (64, 16384)):
             for round_first in (True, False):
                 yield floats(dtype, m, k), floats(dtype, k), floats(dtype, m, k), 1e-6, round_first
+
+
+def gate_calls() -> Iterator[tuple[Any, ...]]:
+    """A row and rows of models, and a number of elements that no vector divides; both activations."""
+    for dtype in (BF16, FP16, FP32):
+        for shape, gate in itertools.product(((1, 11008), (2048, 11008), (3, 1001)), GATES.values()):
+            yield floats(dtype, *shape), floats(dtype, *shape), floats(dtype, *shape), gate.a, gate.b
 
 
 def static_calls() -> Iterator[tuple[Any, ...]]:
@@ -177,8 +187,12 @@ CALLS: dict[str, Callable[[], Iterator[tuple[Any, ...]]]] = {
     "w8a8_experts_linear": int8_experts_linear_calls,
     "int8_attention": int8_attention_calls,
     "rms_norm": norm_calls,
+    "gated": gate_calls,
 }
 """Op -> arguments of the calls that are compiled: every tile of its table, and every dtype."""
+
+BETWEEN: dict[str, Callable[..., Any]] = {"rms_norm": start_rms_norm, "gated": start_gated}
+"""What starts the kernels that are none of an op of the table."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -236,7 +250,7 @@ def compile_calls(ops: list[str], target: str) -> list[Compiled]:
     JITFunction.run = compile_only
     try:
         for op in ops:
-            function = start_rms_norm if op == "rms_norm" else kernels.OPS[op]()
+            function = BETWEEN[op] if op in BETWEEN else kernels.OPS[op]()
             for arguments in CALLS[op]():
                 function(*arguments)
     finally:

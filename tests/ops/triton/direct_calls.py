@@ -108,6 +108,8 @@ def calls() -> Iterator[tuple[Any, tuple[Any, ...]]]:
         yield direct.quantize_per_token, (x,)
     for x in (floats(BF16, 1, 4096), floats(FP16, 1, 2048, 4096), floats(FP32, 3, 7, 33)):
         yield direct.rms_norm, (x, floats(x.dtype, x.shape[-1]), 1e-6, x.dtype == BF16)
+    for x in (floats(BF16, 1, 11008), floats(FP16, 1, 2048, 11008), floats(FP32, 3, 7, 33)):
+        yield direct.gated, (x, x.clone(), 1.0, 0.0)
 
 
 if __name__ == "__main__":

@@ -160,6 +160,12 @@ def test_what_is_not_as_usual_is_left_to_the_op(device: str, monkeypatch: pytest
     for x, weight in ((bias.double(), bias.double()), (bias, bias.half()), (bias, bias[:32].clone()), (bias, bias[:1])):
         assert direct.rms_norm(x, weight, 1e-6, True) is None
     assert direct.rms_norm(rows(1, 20000, device), rows(1, 20000, device)[0, 0], 1e-6, True) is None
+    assert direct.gated(bias, bias, 1.0, 0.0) is not None
+    for gate, up in (
+        (bias.double(), bias.double()), (bias, bias.half()), (bias, bias[:32].clone()), (bias[::2], bias[::2]),
+        (bias[:0], bias[:0]), (bias, misplaced(bias)),
+    ):  # fmt: skip
+        assert direct.gated(gate, up, 1.0, 0.0) is None
     for x in (torch.tensor(1.0, device=device), bias.double(), bias[::2], bias[:0], misplaced(bias)):
         assert direct.quantize_per_token(x) is None
 
@@ -228,7 +234,7 @@ def test_kept_kernels_are_run_as_triton_runs_them() -> None:
         capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert done.stdout.split() == ["20", "alike"]
+    assert done.stdout.split() == ["23", "alike"]
 
 
 class Watching(TorchDispatchMode):
