@@ -316,6 +316,14 @@ def test_embedding(isa: str, count: int, h: int, dtype: torch.dtype) -> None:
     assert torch.equal(y, torch.ops.octavo_reference.w8a16_embedding(indices, table, scale, dtype))
 
 
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_the_smallest_numbers_are_rounded_like_others(isa: str, dtype: torch.dtype) -> None:
+    scale = torch.finfo(dtype).smallest_normal * torch.tensor([2.0**-3, 2.0**-6, 1.0]).view(3, 1)
+    table = codes(3, 100)
+    y = ops.w8a16_embedding(torch.arange(3), table, scale, dtype)
+    assert torch.equal(y, (table.double() * scale.double()).to(dtype)) and (y.abs() < scale[2] / 2).any()
+
+
 # -- norms ------------------------------------------------------------------------------------------------------------
 
 
