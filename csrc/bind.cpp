@@ -93,6 +93,7 @@ Rows rows(const Tensor& values, Float type, Tensor& codes, Tensor& scale) {
 
 constexpr int64_t kColumns = 32;              // of y, the unit in which work is dealt out
 constexpr int64_t kWorthAThread = 128 << 10;  // products that a thread should at least have to make
+constexpr int64_t kElement = 8;               // products that take as long as an element of what is done to rows
 constexpr int64_t kLongestExact = 131071;     // K of which a sum of products of codes, 128 * 128 at most, fits int32
 
 // The first address in `memory`, which has 64 bytes more than are used, that is a multiple of 64.
@@ -293,7 +294,7 @@ std::tuple<Tensor, Tensor> quantize_rows(const Tensor& x, Float type, void (*ker
   Tensor codes = empty(x, with_last(x, x.size(-1)), ScalarType::Char);
   Tensor scale = empty(x, with_last(x, 1), ScalarType::Float);
   const Rows in = rows(values, type, codes, scale);
-  in_parallel(in.rows, in.K, [&](int64_t begin, int64_t end) { kernel(in, begin, end); });
+  in_parallel(in.rows, in.K * kElement, [&](int64_t begin, int64_t end) { kernel(in, begin, end); });
   return {codes, scale};
 }
 
@@ -398,7 +399,7 @@ Tensor rms_norm(const Tensor& x, const Tensor& weight, double eps, bool round_fi
   Tensor y = empty(x, with_last(x, x.size(-1)), x.scalar_type());
   const Norm in{rows_of(x),           x.size(-1), values.const_data_ptr(), factors.const_data_ptr(),
                 y.mutable_data_ptr(), *type,      static_cast<float>(eps), round_first};
-  in_parallel(in.rows, in.K, [&](int64_t begin, int64_t end) { kernels().rms_norm(in, begin, end); });
+  in_parallel(in.rows, in.K * kElement, [&](int64_t begin, int64_t end) { kernels().rms_norm(in, begin, end); });
   return y;
 }
 
@@ -429,7 +430,7 @@ Tensor gated(const Tensor& gate, const Tensor& up, double a, double b) {
   const Gated in{rows_of(gate),         gate.size(-1),        g.const_data_ptr(),   u.const_data_ptr(),
                  *row_step(g),          *row_step(u),         y.mutable_data_ptr(), *type,
                  static_cast<float>(a), static_cast<float>(b)};
-  in_parallel(in.rows, in.K, [&](int64_t begin, int64_t end) { kernels().gated(in, begin, end); });
+  in_parallel(in.rows, in.K * kElement, [&](int64_t begin, int64_t end) { kernels().gated(in, begin, end); });
   return y;
 }
 

@@ -34,6 +34,12 @@ RECOGNIZED = {
 every_class = pytest.mark.parametrize("name", RECOGNIZED)
 
 
+@pytest.fixture(autouse=True)
+def _few_rows_are_enough(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For kernels to serve these small MLPs."""
+    monkeypatch.setattr(ops, "_LEAST_TO_GATE", 1)
+
+
 def mlp_of(name: str) -> Any:
     """An MLP of transformers' class `name`."""
     folder, _, cls = name.partition(".")
@@ -57,7 +63,7 @@ def rows(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
 def served() -> bool:
     """Whether CPUs have a kernel here."""
     with torch.no_grad():
-        return ops.gates(torch.ones(1))
+        return ops.gates(torch.ones(8192))
 
 
 def assert_close(y: Tensor, expected: Tensor) -> None:
@@ -173,6 +179,17 @@ def test_the_kernel_serves_where_nobody_listens(monkeypatch: pytest.MonkeyPatch)
         assert_close(torch.func.vmap(mlp)(x.view(3, 1, H)).view(3, H), expected)
         assert_close(mlp.double()(x.double()).float(), expected)
     assert not called
+
+
+def test_a_token_is_left_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    called = calls_of_kernels(monkeypatch)
+    mlp = fused(GatedMLP().eval())
+    with torch.no_grad():
+        mlp(rows(1, H))
+        assert not called
+        mlp(rows(8192 // H + 1, H))
+    assert called == ["silu"] * served()
 
 
 @pytest.mark.parametrize("register", ["register_forward_hook", "register_forward_pre_hook"])

@@ -375,11 +375,17 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, *, round_first: bool) -> Ten
         return _rms_norm(x, weight, eps, round_first)  # type: ignore[no-any-return]
 
 
+_LEAST_TO_GATE = 8192
+"""Elements, on CPUs: with fewer, a token of most models, torch's own two ops cost no more than a call of any other."""
+
+
 def gates(x: Tensor) -> bool:
-    """Whether `gated` has a kernel for what linear layers make of x: a model runs eagerly, no gradient is wanted."""
-    if x.device.type == "cpu":
-        return _native.isa is not None and x.dtype in _KERNELS_TAKE and _nothing_listens(x)
-    return x.is_cuda and _why_not_triton is None and _nothing_listens(x)
+    """Whether `gated` has a kernel for what linear layers make of x: a model runs eagerly, no gradient is wanted, and
+    on a CPU there is more than a row or two."""
+    if x.is_cuda:
+        return _why_not_triton is None and _nothing_listens(x)
+    usual = x.numel() >= _LEAST_TO_GATE and x.device.type == "cpu" and x.dtype in _KERNELS_TAKE
+    return usual and _native.isa is not None and _nothing_listens(x)
 
 
 def gated(gate: Tensor, up: Tensor, activation: str) -> Tensor:

@@ -405,7 +405,6 @@ def test_gated(isa: str, shape: tuple[int, ...], dtype: torch.dtype, activation:
         laid = (gate.transpose(0, -2).contiguous().transpose(0, -2), up)
     with torch.no_grad():
         y = torch.ops.octavo.gated(*laid, GATES[activation].a, GATES[activation].b)
-        assert torch.equal(ops.gated(*laid, activation), y)
     assert y.dtype == dtype and y.shape == gate.shape and y.is_contiguous()
     assert_rounds_to(y, *gated_in_double(gate, up, activation))
 
@@ -415,8 +414,7 @@ def test_gated(isa: str, shape: tuple[int, ...], dtype: torch.dtype, activation:
 def test_gated_at_the_ends(isa: str, dtype: torch.dtype, activation: str) -> None:
     largest = torch.finfo(dtype).max
     ends = torch.tensor([float("inf"), largest, 200.0, 0.0, -0.0, -200.0, -largest, float("nan")], dtype=dtype)
-    with torch.no_grad():
-        y = ops.gated(ends, torch.ones_like(ends), activation)
+    y = torch.ops.octavo.gated(ends, torch.ones_like(ends), GATES[activation].a, GATES[activation].b)
     assert torch.equal(y[:3], ends[:3]) and y[-1].isnan() and not y[3:7].any()
 
 
@@ -434,13 +432,14 @@ def test_gated_rounds_where_torch_does(isa: str, activation: str, dtype: torch.d
 def test_gated_is_left_to_the_formula_where_somebody_listens(isa: str, monkeypatch: pytest.MonkeyPatch) -> None:
     called: list[bool] = []
     monkeypatch.setattr(ops, "_gated", lambda *args: called.append(True) or torch.ops.octavo.gated(*args))
-    gate, up = torch.randn(2, 8), torch.randn(2, 8)
+    gate, up = torch.randn(2, 8192), torch.randn(2, 8192)
     expected = torch.nn.functional.silu(gate) * up
     assert torch.equal(ops.gated(gate, up, "silu"), expected), "a gradient may be wanted"
     with torch.no_grad():
         for g, u in ((gate.double(), up.double()), (gate, up.bfloat16()), (gate, up[:1])):
             torch.testing.assert_close(ops.gated(g, u, "silu"), torch.nn.functional.silu(g) * u)
         torch.func.vmap(lambda g, u: ops.gated(g, u, "silu"))(gate, up)
+        ops.gated(gate[:, :100], up[:, :100], "silu")
         assert not called
         torch.testing.assert_close(ops.gated(gate, up, "silu"), expected)
     assert called == [True]
