@@ -2,10 +2,9 @@
 
     y = down(act(gate(x)) * up(x))      x [..., H], gate and up [..., I]      https://arxiv.org/abs/2002.05202
 
-In eager PyTorch act(gate) and its product with up are a pass over memory each. On a CPU that is a tenth of the time
-once matrix products are int8, on a GPU it is a launch more in each layer. Where this package has a kernel and nobody
-wants a gradient (`ops.gates`), that does both: in the order and with the rounding of torch's two, to the same bits in
-16-bit dtypes but for the last of few numbers. Everywhere else the module's own `forward` runs, unchanged.
+In eager PyTorch act(gate) and its product with up are a pass over memory each, and a launch on GPUs. Where this
+package has a kernel and nobody wants a gradient (`ops.gates`), that does both, in the order and with the rounding of
+torch's two (fp32 differs in the last place, 16-bit dtypes hardly ever). Elsewhere the module's own `forward` runs.
 
 Which activations those are says `ops/gates.py`: SiLU (Llama, Qwen, Mistral, Phi-3), GELU by tanh (Gemma).
 

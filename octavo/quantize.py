@@ -23,6 +23,7 @@ from octavo.errors import CalibrateError, OctavoWarning, QuantizeError, RecipeEr
 from octavo.experts import routers
 from octavo.feeding import Progress, check_module
 from octavo.gated import fused_gated_mlps
+from octavo.heap import keep_freed_memory
 from octavo.inputs import SharedInput
 from octavo.layers import KINDS, LayerKind, kind_of, users_of_parameters, why_not
 from octavo.modules import (
@@ -99,9 +100,11 @@ def quantize(
 
     A weight W [N, K] of any float dtype becomes codes int8 [N, K] and a scale fp32 [N, 1] ([N, K/g] in groups of g
     columns), W ~ codes * scale: the arithmetic of octavo.primitives. Which layers there are: the head of octavo.layers.
-    RMS norms keep their float weights and become FusedRMSNorm, which computes the same in fewer kernels (octavo.norms);
-    `ignore` keeps them as they are. On CPUs the attention of a transformers model, if it is "sdpa", gets faster too, by
-    octavo.integrations.float_attention; `model.set_attn_implementation("sdpa")` undoes that.
+    RMS norms keep their float weights and become FusedRMSNorm, and gated MLPs become FusedGatedMLP, which compute the
+    same in fewer kernels (octavo.norms, octavo.gated); `ignore` keeps them as they are. On CPUs the attention of a
+    transformers model, if it is "sdpa", gets faster too, by octavo.integrations.float_attention;
+    `model.set_attn_implementation("sdpa")` undoes that. Up to 64 MiB of freed memory stay with the process
+    (octavo.heap).
 
     model: any module with its weights loaded, on any device.
     scheme: a preset's name ("w8a16"), a Scheme or a Recipe; see octavo.recipe for `ignore`, `include`, `overrides`
@@ -494,8 +497,8 @@ def install(
     ignore: Iterable[Pattern] = (),
     progress: Progress | None = None,
 ) -> None:
-    """Swap the layers that `decisions` says for int8 ones, one at a time, then RMS norms for FusedRMSNorm but for those
-    that `ignore` names. On `meta` this makes the empty skeleton."""
+    """Swap the layers that `decisions` says for int8 ones, one at a time, then RMS norms and gated MLPs for what
+    computes the same faster, but for those that `ignore` names. On `meta` this makes the empty skeleton."""
     places, held = _places(model), _held(model)
     owners: dict[str, QuantModule] = {}
     shared = SharedInput()
@@ -518,6 +521,7 @@ def install(
     _fuse(model, fused_norms(model), tuple(ignore))
     _fuse(model, fused_gated_mlps(model), tuple(ignore))
     _switch_off_fused_encoder(model)
+    keep_freed_memory()
 
 
 def _int8_layer(
