@@ -70,7 +70,7 @@ class FusedGatedMLP(nn.Module):
         nn.Module.__init__(new)
         for name, value in attributes(mlp).items():
             setattr(new, name, value)
-        for name, child in mlp.named_children():
+        for name, child in mlp._modules.items():
             new.add_module(name, child)
         new.training = mlp.training
         new._parts = parts
@@ -135,7 +135,7 @@ def fused_gated_mlps(model: nn.Module) -> dict[str, FusedGatedMLP]:
 
 def _possible_parts(module: nn.Module) -> Iterator[_Parts]:
     """Which of the module's layers may be what, if it may be a gated MLP."""
-    children = dict(module.named_children())
+    children = {name: child for name, child in module._modules.items() if child is not None}
     layers = [name for name, child in children.items() if isinstance(child, (nn.Linear, QuantLinear))]
     others = [child for name, child in children.items() if name not in layers]
     holds_more = module._parameters or module._buffers or has_hooks(module) or "forward" in vars(module)

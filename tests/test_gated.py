@@ -255,7 +255,14 @@ class UpFirst(GatedMLP):
 
 
 def test_what_the_look_alikes_vary_is_recognized() -> None:
-    for mlp in (GatedMLP(), GatedMLP(nn.SiLU()), GatedMLP(nn.SiLU(inplace=True)), WithDropout(0.5), UpFirst()):
+    for mlp in (
+        GatedMLP(),
+        GatedMLP(nn.SiLU()),
+        GatedMLP(nn.SiLU(inplace=True)),
+        WithDropout(0.5),
+        UpFirst(),
+        SharesALayer(),
+    ):
         x = rows(5, H)
         with torch.no_grad():
             assert_close(fused(mlp.eval())(x), mlp(x))
@@ -306,6 +313,12 @@ class Residual(GatedMLP):
 class ReturnsMore(GatedMLP):
     def forward(self, x: Tensor) -> Any:
         return super().forward(x), x
+
+
+class SharesALayer(GatedMLP):
+    def __init__(self) -> None:
+        super().__init__()
+        self.w3 = self.w1
 
 
 class Counting(GatedMLP):
@@ -369,7 +382,7 @@ VARIED = (
 LOOK_ALIKES: dict[str, Callable[[], nn.Module]] = {
     **{cls.__name__: cls for cls in VARIED},
     **{
-        f"gated by {activation}": partial(GatedMLP, activation)
+        f"gated by {activation.__name__}": partial(GatedMLP, activation)
         for activation in (F.relu, F.gelu, torch.sigmoid, F.mish, F.elu)
     },
     "an activation with a parameter": lambda: GatedMLP(nn.PReLU()),
