@@ -36,7 +36,10 @@ def has_hooks(module: nn.Module) -> bool:
 
 def takes_one_argument(module: nn.Module) -> bool:
     """Whether `forward` takes x, under whatever name, and nothing else."""
-    parameters = list(inspect.signature(module.forward).parameters.values())
+    try:
+        parameters = list(inspect.signature(module.forward).parameters.values())
+    except ValueError:  # a function of a library in C may have no signature
+        return False
     return (
         len(parameters) == 1
         and parameters[0].kind in (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
