@@ -93,7 +93,7 @@ Rows rows(const Tensor& values, Float type, Tensor& codes, Tensor& scale) {
 
 constexpr int64_t kColumns = 32;              // of y, the unit in which work is dealt out
 constexpr int64_t kWorthAThread = 128 << 10;  // products that a thread should at least have to make
-constexpr int64_t kElement = 8;               // products that take as long as an element of what is done to rows
+constexpr int64_t kElement = 8;               // products that take as long as what is done to an element of a row
 constexpr int64_t kLongestExact = 131071;     // K of which a sum of products of codes, 128 * 128 at most, fits int32
 
 // The first address in `memory`, which has 64 bytes more than are used, that is a multiple of 64.
@@ -115,6 +115,12 @@ void in_parallel(int64_t units, int64_t cost_of_unit, const Work& work) {
     work(0, units);
   else
     torch::stable::parallel_for(0, units, grain, work);
+}
+
+// The same for what is done to each element of rows [rows, K].
+template <class Work>
+void over_rows(int64_t rows, int64_t K, const Work& work) {
+  in_parallel(rows, K * kElement, work);
 }
 
 // -- linear layers ---------------------------------------------------------------------------------------------------
@@ -294,7 +300,7 @@ std::tuple<Tensor, Tensor> quantize_rows(const Tensor& x, Float type, void (*ker
   Tensor codes = empty(x, with_last(x, x.size(-1)), ScalarType::Char);
   Tensor scale = empty(x, with_last(x, 1), ScalarType::Float);
   const Rows in = rows(values, type, codes, scale);
-  in_parallel(in.rows, in.K * kElement, [&](int64_t begin, int64_t end) { kernel(in, begin, end); });
+  over_rows(in.rows, in.K, [&](int64_t begin, int64_t end) { kernel(in, begin, end); });
   return {codes, scale};
 }
 
@@ -316,7 +322,7 @@ constexpr int64_t kPiece = 16 << 10;
 // Calls work(piece) for each piece of `count` values that lie one after another.
 template <class Work>
 void in_pieces(int64_t count, const Work& work) {
-  in_parallel((count + kPiece - 1) / kPiece, kPiece, [&](int64_t begin, int64_t end) {
+  over_rows((count + kPiece - 1) / kPiece, kPiece, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; i++) work(i, i * kPiece, std::min(kPiece, count - i * kPiece));
   });
 }
@@ -386,7 +392,7 @@ Tensor w8a16_embedding(const Tensor& indices, const Tensor& weight, const Tensor
   for (int64_t i = 0; i < in.count; i++)
     STD_TORCH_CHECK(in.indices[i] >= 0 && in.indices[i] < weight.size(0), "index ", in.indices[i],
                     " is not a row of a table of ", weight.size(0));
-  in_parallel(in.count, in.H, [&](int64_t begin, int64_t end) { kernels().lookup(in, begin, end); });
+  over_rows(in.count, in.H, [&](int64_t begin, int64_t end) { kernels().lookup(in, begin, end); });
   return y;
 }
 
@@ -399,7 +405,7 @@ Tensor rms_norm(const Tensor& x, const Tensor& weight, double eps, bool round_fi
   Tensor y = empty(x, with_last(x, x.size(-1)), x.scalar_type());
   const Norm in{rows_of(x),           x.size(-1), values.const_data_ptr(), factors.const_data_ptr(),
                 y.mutable_data_ptr(), *type,      static_cast<float>(eps), round_first};
-  in_parallel(in.rows, in.K * kElement, [&](int64_t begin, int64_t end) { kernels().rms_norm(in, begin, end); });
+  over_rows(in.rows, in.K, [&](int64_t begin, int64_t end) { kernels().rms_norm(in, begin, end); });
   return y;
 }
 
@@ -430,7 +436,7 @@ Tensor gated(const Tensor& gate, const Tensor& up, double a, double b) {
   const Gated in{rows_of(gate),         gate.size(-1),        g.const_data_ptr(),   u.const_data_ptr(),
                  *row_step(g),          *row_step(u),         y.mutable_data_ptr(), *type,
                  static_cast<float>(a), static_cast<float>(b)};
-  in_parallel(in.rows, in.K * kElement, [&](int64_t begin, int64_t end) { kernels().gated(in, begin, end); });
+  over_rows(in.rows, in.K, [&](int64_t begin, int64_t end) { kernels().gated(in, begin, end); });
   return y;
 }
 

@@ -3,8 +3,8 @@
     y = down(act(gate(x)) * up(x))      x [..., H], gate and up [..., I]      https://arxiv.org/abs/2002.05202
 
 In eager PyTorch act(gate) and its product with up are a pass over memory each, and a launch on GPUs. Where this
-package has a kernel and nobody wants a gradient (`ops.gates`), that does both, in the order and with the rounding of
-torch's two (fp32 differs in the last place, 16-bit dtypes hardly ever). Elsewhere the module's own `forward` runs.
+package has a kernel and nobody wants a gradient (`ops.fuses_gates`), that does both, in the order and with the rounding
+of torch's two (fp32 differs in the last place, 16-bit dtypes hardly ever). Elsewhere the module's own `forward` runs.
 
 Which activations those are says `ops/gates.py`: SiLU (Llama, Qwen, Mistral, Phi-3), GELU by tanh (Gemma).
 
@@ -79,7 +79,7 @@ class FusedGatedMLP(nn.Module):
     def forward(self, *args: Tensor, **kwargs: Tensor) -> Tensor:
         """x [..., H] float -> [..., H]; x may have whatever name it had in the other module."""
         (x,) = (*args, *kwargs.values())
-        if not ops.gates(x) or self._would_be_missed():
+        if not ops.fuses_gates(x) or self._would_be_missed():
             return super().forward(*args, **kwargs)  # type: ignore[misc, no-any-return]
         parts = self._parts
         gate = self._call(parts.gate, x)

@@ -56,8 +56,8 @@ __all__ = [
     "autocast",
     "backends",
     "float_attention",
+    "fuses_gates",
     "gated",
-    "gates",
     "int8_attention",
     "quantize_per_tensor",
     "quantize_per_token",
@@ -135,6 +135,12 @@ def _nothing_listens(x: Tensor) -> bool:
         and torch._C._functorch.peek_interpreter_stack() is None
         and not torch._C._autograd._profiler_enabled()
     )
+
+
+def _takes_natively(x: Tensor) -> bool:
+    """Whether a native kernel that is no op of the table may be started for x."""
+    usual = _native.isa is not None and x.device.type == "cpu" and x.dtype in _KERNELS_TAKE
+    return usual and _nothing_listens(x)
 
 
 def w8a16_linear(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -368,8 +374,8 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, *, round_first: bool) -> Ten
     """
     if x.is_cuda:
         return _directly("rms_norm", x, weight, eps, round_first)
-    alike = weight.dtype == x.dtype and x.dtype in _KERNELS_TAKE and weight.device == x.device
-    if _native.isa is None or x.device.type != "cpu" or not alike or not x.dim() or not _nothing_listens(x):
+    alike = weight.dtype == x.dtype and weight.device == x.device
+    if not alike or not x.dim() or not _takes_natively(x):
         return None
     with torch._C._AutoDispatchBelowAutograd():
         return _rms_norm(x, weight, eps, round_first)  # type: ignore[no-any-return]
@@ -379,17 +385,16 @@ _LEAST_TO_GATE = 8192
 """Elements, on CPUs: with fewer, a token of most models, torch's own two ops cost no more than a call of any other."""
 
 
-def gates(x: Tensor) -> bool:
+def fuses_gates(x: Tensor) -> bool:
     """Whether `gated` has a kernel for what linear layers make of x: a model runs eagerly, no gradient is wanted, and
     on a CPU there is more than a row or two."""
     if x.is_cuda:
         return _why_not_triton is None and _nothing_listens(x)
-    usual = x.numel() >= _LEAST_TO_GATE and x.device.type == "cpu" and x.dtype in _KERNELS_TAKE
-    return usual and _native.isa is not None and _nothing_listens(x)
+    return x.numel() >= _LEAST_TO_GATE and _takes_natively(x)
 
 
 def gated(gate: Tensor, up: Tensor, activation: str) -> Tensor:
-    """act(gate) * up, by one kernel where `gates` says so of either and they are alike; else by torch's two ops.
+    """act(gate) * up, by one kernel where `fuses_gates` says so and they are alike; else by torch's two ops.
 
     gate, up: [..., I] float. activation: a name of octavo.ops.gates.
     Returns: [..., I] of their dtype, to which act(gate), in fp32, is rounded before it is multiplied.
@@ -397,7 +402,7 @@ def gated(gate: Tensor, up: Tensor, activation: str) -> Tensor:
     act = GATES[activation]
     if gate.is_cuda:
         y = _directly("gated", gate, up, act.a, act.b)
-    elif gate.shape == up.shape and gate.dtype == up.dtype and gate.device == up.device and gates(gate):
+    elif gate.shape == up.shape and gate.dtype == up.dtype and gate.device == up.device and fuses_gates(gate):
         with torch._C._AutoDispatchBelowAutograd():
             y = _gated(gate, up, act.a, act.b)
     else:

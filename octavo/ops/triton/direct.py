@@ -108,31 +108,35 @@ def quantize_per_token(x: Tensor) -> tuple[Tensor, Tensor] | None:
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, round_first: bool) -> Tensor | None:
     """weight * x / rms, x and weight [K] of one dtype: `norm.py`."""
-    places = _places(x, weight) if x.numel() else None
-    if places is None:
-        return None
-    key = ("rms_norm", eps, round_first, x.dtype, weight.dtype, x.get_device(), x.shape, weight.shape)
-    kept = _kept.get(key)
-    if kept is None and not (
-        x.dtype in _FLOATS and weight.dtype == x.dtype and weight.shape == x.shape[-1:] and len(weight) <= LONGEST_ROW
-    ):
-        return None
-    y = x.new_empty(x.shape)
-    _start(key, kept, start_rms_norm, (x, weight, y, eps, round_first), (*places, y.data_ptr()))
-    return y
+    return _like_first(start_rms_norm, _is_weight_of_norm, x, weight, eps, round_first)
 
 
 def gated(gate: Tensor, up: Tensor, a: float, b: float) -> Tensor | None:
     """act(gate) * up, of one shape and dtype: `gate.py`."""
-    places = _places(gate, up) if gate.numel() else None
+    return _like_first(start_gated, _are_of_one_shape, gate, up, a, b)
+
+
+def _is_weight_of_norm(x: Tensor, weight: Tensor) -> bool:
+    return weight.shape == x.shape[-1:] and len(weight) <= LONGEST_ROW
+
+
+def _are_of_one_shape(x: Tensor, other: Tensor) -> bool:
+    return x.shape == other.shape
+
+
+def _like_first(
+    start: Callable[..., Started], fit: Callable[[Tensor, Tensor], bool], x: Tensor, other: Tensor, *numbers: float
+) -> Tensor | None:
+    """What `start` makes of two operands of one dtype that `fit`: a tensor of the shape and dtype of the first."""
+    places = _places(x, other) if x.numel() else None
     if places is None:
         return None
-    key = ("gated", a, b, gate.dtype, up.dtype, gate.get_device(), gate.shape, up.shape)
+    key = (start, *numbers, x.dtype, other.dtype, x.get_device(), x.shape, other.shape)
     kept = _kept.get(key)
-    if kept is None and not (gate.dtype in _FLOATS and up.dtype == gate.dtype and up.shape == gate.shape):
+    if kept is None and not (x.dtype in _FLOATS and other.dtype == x.dtype and fit(x, other)):
         return None
-    y = gate.new_empty(gate.shape)
-    _start(key, kept, start_gated, (gate, up, y, a, b), (*places, y.data_ptr()))
+    y = x.new_empty(x.shape)
+    _start(key, kept, start, (x, other, y, *numbers), (*places, y.data_ptr()))
     return y
 
 
