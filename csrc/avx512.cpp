@@ -83,6 +83,7 @@ struct Fp32 : FloatSums {
   using WV = __m512;
   static constexpr int kStep = 16;
   static constexpr int kTileM = 6;
+  static constexpr int kRequests = 1;
   static XV load_x(const X* x) { return Vec::load(x, type); }
   static XV load_x(const X* x, int count) { return Vec::load(x, type, count); }
   static WV load_w(const W* w) { return Vec::load_codes(w); }
@@ -107,6 +108,7 @@ struct Bf16 : FloatSums {
   using WV = __m512i;
   static constexpr int kStep = 32;
   static constexpr int kTileM = 6;
+  static constexpr int kRequests = 1;
   static XV load_x(const X* x) { return _mm512_loadu_si512(x); }
   static XV load_x(const X* x, int count) { return _mm512_maskz_loadu_epi16(mask32(count), x); }
   static WV load_w(const W* w) { return widened_to_bf16(w); }
@@ -135,6 +137,7 @@ struct Int8 {
   using Acc = __m512i;
   static constexpr int kStep = 64;
   static constexpr int kTileM = 6;
+  static constexpr int kRequests = 3;
   static constexpr int32_t kOffset = 128;
   static constexpr bool kGroups = false;
   static WV unsign(__m512i codes) { return _mm512_xor_si512(codes, _mm512_set1_epi8(-128)); }

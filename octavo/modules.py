@@ -150,7 +150,13 @@ class QuantLinear(QuantModule):
         """[..., K] float -> [..., N] of the same dtype."""
         if self.fake:
             return self._simulate(input, input.float())
-        return ops.w8a16_linear(input, self.weight, self.weight_scale, self.bias)
+        return ops.w8a16_linear(input, *self._codes_and_scale(), self.bias)
+
+    def _codes_and_scale(self) -> tuple[Tensor, Tensor]:
+        """Weight and its scale. By `nn.Module.__getattr__` they would be a tenth of a small layer's time."""
+        weight, weight_scale = self._buffers["weight"], self._buffers["weight_scale"]
+        assert weight is not None and weight_scale is not None
+        return weight, weight_scale
 
     def _simulate(self, input: Tensor, as_quantized: Tensor) -> Tensor:
         bias = None if self.bias is None else self.bias.float()
@@ -196,8 +202,9 @@ class DynamicQuantLinear(QuantLinear):
         codes, scale = self.shared_input.quantized(
             input, (self._key(), x.dtype), self, lambda _: self.quantize_input(x)
         )
-        y = ops.w8a8_linear(codes, scale, self.weight, self.weight_scale, self.bias, x.dtype)
-        return ops.straight_through(y, input, self.weight, self.weight_scale)
+        weight, weight_scale = self._codes_and_scale()
+        y = ops.w8a8_linear(codes, scale, weight, weight_scale, self.bias, x.dtype)
+        return ops.straight_through(y, input, weight, weight_scale)
 
 
 class StaticQuantLinear(DynamicQuantLinear):
@@ -295,6 +302,9 @@ class TiedQuantLinear(_Tied, QuantLinear):  # type: ignore[misc, override]  # re
         self._owner = (owner,)
         QuantModule.__init__(self, layer, {}, owner.scheme, owner.float_dtype)
         self.out_features, self.in_features = self.weight.shape
+
+    def _codes_and_scale(self) -> tuple[Tensor, Tensor]:
+        return self.weight, self.weight_scale
 
 
 class TiedQuantEmbedding(_Tied, QuantEmbedding):  # type: ignore[misc, override]
