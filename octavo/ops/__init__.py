@@ -201,7 +201,8 @@ def w8a16_embedding(indices: Tensor, weight: Tensor, weight_scale: Tensor, dtype
 
     indices: [...] int32 or int64. weight: int8 [V, H]. weight_scale: fp32 [V, 1].
     Returns: [..., H] of `dtype`.
-    Raises: IndexError on CPUs for an index that is no row of the table; the kernel for GPUs gives NaN for it.
+    Raises: QuantizeError for indices of another dtype, IndexError on CPUs for an index that is no row of the table; the
+        kernel for GPUs gives NaN for it.
     """
     return _run(_embedding, lambda: reference.check_indices(indices, weight), indices, weight, weight_scale, dtype)
 
@@ -233,7 +234,7 @@ def w8a8_experts_linear(
     Raises: QuantizeError as `w8a8_linear` does.
     """
     args = (x, x_scale, ends, weight, weight_scale, bias, dtype)
-    return _run(_int8_experts_linear, lambda: reference.check_codes(x, weight, weight_scale, bias), *args)
+    return _run(_int8_experts_linear, lambda: reference.check_codes(x, x_scale, weight, weight_scale, bias), *args)
 
 
 def quantize_per_token(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -308,13 +309,13 @@ def w8a8_linear(
 
     x: int8 [..., K]. x_scale: fp32 [..., 1] or [1]. weight: int8 [N, K]. weight_scale: fp32 [N, 1].
     bias: [N] float, or None. Returns: [..., N] of `dtype`.
-    Raises: QuantizeError if x is not int8 or its last size is not K, for a K above 131071, whose sums int32 may not
-        hold, or if weight_scale or bias are not of the weight's shape.
+    Raises: QuantizeError if x is not int8 or its last size is not K, if x_scale is not fp32 or not of its rows, for a K
+        above 131071, whose sums int32 may not hold, or if weight_scale or bias are not of the weight's shape.
     """
     if x.is_cuda and (y := _directly("w8a8_linear", x, x_scale, weight, weight_scale, bias, dtype)) is not None:
         return y
     args = (x, x_scale, weight, weight_scale, bias, dtype)
-    return _run(_w8a8_linear, lambda: reference.check_codes(x, weight, weight_scale, bias), *args)
+    return _run(_w8a8_linear, lambda: reference.check_codes(x, x_scale, weight, weight_scale, bias), *args)
 
 
 def int8_attention(

@@ -111,7 +111,7 @@ def _int8_experts_linear_fake(
     x: Tensor, x_scale: Tensor, ends: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None,
     dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
-    reference.check_codes(x, weight, weight_scale, bias)
+    reference.check_codes(x, x_scale, weight, weight_scale, bias)
     return x.new_empty((x.shape[0], weight.shape[1]), dtype=dtype)
 
 
@@ -129,7 +129,7 @@ def _straight_through_fake(y: Tensor, x: Tensor, weight: Tensor, weight_scale: T
 def _w8a8_linear_fake(
     x: Tensor, x_scale: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, dtype: torch.dtype
 ) -> Tensor:
-    reference.check_codes(x, weight, weight_scale, bias)
+    reference.check_codes(x, x_scale, weight, weight_scale, bias)
     return x.new_empty((*x.shape[:-1], weight.shape[0]), dtype=dtype)
 
 

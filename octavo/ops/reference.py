@@ -128,7 +128,7 @@ def _codes(x: Tensor, scale: Tensor) -> Tensor:
 def w8a8_linear(
     x: Tensor, x_scale: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, dtype: torch.dtype
 ) -> Tensor:
-    check_codes(x, weight, weight_scale, bias)
+    check_codes(x, x_scale, weight, weight_scale, bias)
     n, k = weight.shape
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     y = int8_matmul(x.reshape(math.prod(x.shape[:-1]), k), weight).to(wide)
@@ -186,7 +186,7 @@ def w8a8_experts_linear(
     x: Tensor, x_scale: Tensor, ends: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None,
     dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
-    check_codes(x, weight, weight_scale, bias)
+    check_codes(x, x_scale, weight, weight_scale, bias)
     y = x.new_zeros((len(x), weight.shape[1]), dtype=dtype)
     for e, rows in _routed(ends):
         y[rows] = w8a8_linear(
@@ -317,14 +317,20 @@ def check_rows(x: Tensor) -> None:
         raise QuantizeError("x: is a 0-d tensor, expected [..., K]")
 
 
-def check_codes(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None) -> None:
-    """Raise QuantizeError unless x is int8 [..., K] with the K of weight [..., N, K], their sums fit int32, and the
-    others are of this weight."""
+def check_codes(x: Tensor, x_scale: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None) -> None:
+    """Raise QuantizeError unless x is int8 [..., K] with the K of weight [..., N, K], x_scale has one for each of its
+    rows or one for all, their sums fit int32, and the others are of this weight."""
     k = weight.shape[-1]
     if x.dtype != torch.int8 or x.dim() == 0 or x.shape[-1] != k:
         raise QuantizeError(
             f"x: is {x.dtype} {list(x.shape)}, expected int8 [..., {k}] for an int8 weight of shape "
             f"{list(weight.shape)}"
+        )
+    rows = x.shape[:-1]
+    of_rows = x_scale.shape == (*rows, 1) or x_scale.numel() in (1, math.prod(rows))
+    if x_scale.dtype != torch.float32 or not of_rows:
+        raise QuantizeError(
+            f"x_scale: is {x_scale.dtype} {list(x_scale.shape)}, expected fp32 {[*rows, 1]}, or [1] for all rows of x"
         )
     if k > LONGEST_EXACT:
         raise QuantizeError(
@@ -335,7 +341,9 @@ def check_codes(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | 
 
 
 def check_indices(indices: Tensor, weight: Tensor) -> None:
-    """Raise IndexError if an index is no row of the table [V, H]."""
+    """Raise QuantizeError unless indices are int32 or int64, and IndexError if one is no row of the table [V, H]."""
+    if indices.dtype not in (torch.int32, torch.int64):
+        raise QuantizeError(f"indices: dtype is {indices.dtype}, expected int32 or int64")
     if indices.numel() and (int(indices.min()) < 0 or int(indices.max()) >= len(weight)):
         found = f"from {int(indices.min())} to {int(indices.max())}"
         raise IndexError(f"indices: out of range, {found}; expected rows of a table of {len(weight)}")

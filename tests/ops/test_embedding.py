@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from octavo import ops
-from octavo.errors import OctavoError
+from octavo.errors import OctavoError, QuantizeError
 from octavo.primitives import quantize_weight
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
@@ -38,6 +38,13 @@ def test_an_index_outside_of_the_table_is_an_error(index: int) -> None:
     codes, scale = quantize_weight(torch.randn(11, 6))
     with pytest.raises((IndexError, RuntimeError), match="out of range"):
         ops.w8a16_embedding(torch.tensor([index]), codes, scale, torch.float32)
+
+
+@pytest.mark.parametrize("dtype", [torch.int16, torch.uint8, torch.float32])
+def test_indices_of_another_dtype_are_an_error(dtype: torch.dtype) -> None:
+    codes, scale = quantize_weight(torch.randn(11, 6))
+    with pytest.raises(QuantizeError, match=rf"indices: dtype is {dtype}, expected int32 or int64"):
+        ops.w8a16_embedding(torch.ones(2, dtype=dtype), codes, scale, torch.float32)
 
 
 def test_only_the_rows_looked_up_are_dequantized() -> None:

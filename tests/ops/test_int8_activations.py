@@ -145,6 +145,10 @@ def test_wrong_inputs_are_refused() -> None:
         ops.w8a8_linear(torch.randn(2, 8), torch.ones(1), codes, scale, None, torch.float32)
     with pytest.raises(QuantizeError, match=r"x: is torch.int8 \[2, 7\], expected int8 \[..., 8\]"):
         ops.w8a8_linear(torch.zeros(2, 7, dtype=torch.int8), torch.ones(1), codes, scale, None, torch.float32)
+    x = torch.zeros(2, 3, 8, dtype=torch.int8)
+    for x_scale in (torch.ones(3, 1), torch.ones(2, 3, 1).bfloat16()):  # too few of them; another dtype
+        with pytest.raises(QuantizeError, match=r"x_scale: is .*, expected fp32 \[2, 3, 1\], or \[1\]"):
+            ops.w8a8_linear(x, x_scale, codes, scale, None, torch.float32)
     for quantize in (ops.quantize_per_token, ops.quantize_per_tensor):
         with pytest.raises(QuantizeError, match=r"x: dtype is torch\.int64, expected"):
             quantize(torch.arange(3))

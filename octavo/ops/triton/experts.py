@@ -71,7 +71,7 @@ def w8a8_experts_linear(
     dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
     """As `octavo.ops.w8a8_experts_linear`; a result in float64 is the reference's, which waits for the device."""
-    reference.check_codes(x, weight, weight_scale, bias)
+    reference.check_codes(x, x_scale, weight, weight_scale, bias)
     if dtype == torch.float64:
         return reference.w8a8_experts_linear(x, x_scale, ends, weight, weight_scale, bias, dtype)
     return _linear(x, x_scale, ends, weight, weight_scale, bias, dtype)

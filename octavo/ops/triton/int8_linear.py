@@ -56,7 +56,7 @@ def w8a8_linear(
     x: Tensor, x_scale: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, dtype: torch.dtype
 ) -> Tensor:
     """Shapes as in the table of `octavo.ops`. A result in fp64 is the reference's to compute."""
-    reference.check_codes(x, weight, weight_scale, bias)
+    reference.check_codes(x, x_scale, weight, weight_scale, bias)
     if dtype == torch.float64:
         return reference.w8a8_linear(x, x_scale, weight, weight_scale, bias, dtype)
     n, k = weight.shape
@@ -116,7 +116,7 @@ def w8a8_linears(
     if x.numel() != k or dtype == torch.float64 or not k or not total:
         return reference.w8a8_linears(x, x_scale, weight, weight_scale, bias, dtype)
     for layer in zip(weight, weight_scale, bias, strict=True):
-        reference.check_codes(x, *layer)
+        reference.check_codes(x, x_scale, *layer)
     return vector.start_layers(x, x_scale, weight, weight_scale, bias, dtype)
 
 
