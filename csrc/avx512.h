@@ -131,6 +131,43 @@ inline __m512i widened_to_bf16(const int8_t* codes, int count) {
   return (__m512i)_mm512_cvtne2ps_pbh(Vec::load_codes(codes + 16, count - low), Vec::load_codes(codes, low));
 }
 
+// 64 elements of bf16, as interleaving leaves them: of each 16 the first 8 are `first`, the others `second`.
+struct Halves {
+  __m512i first, second;
+};
+
+inline Halves halves(__m512i front, __m512i back) {
+  return {_mm512_shuffle_i64x2(front, back, 0x88), _mm512_shuffle_i64x2(front, back, 0xdd)};
+}
+
+// The bytes of 0 to 127 in bf16.
+struct Bf16Bytes {
+  alignas(64) uint8_t low[128], high[128];
+  constexpr Bf16Bytes() : low(), high() {
+    for (int n = 1; n < 128; n++) {
+      int exponent = 6;
+      while (!(n >> exponent)) exponent--;
+      const int bits = ((127 + exponent) << 7) | ((n << (7 - exponent)) & 0x7f);
+      low[n] = static_cast<uint8_t>(bits & 0xff), high[n] = static_cast<uint8_t>(bits >> 8);
+    }
+  }
+};
+constexpr Bf16Bytes kBf16Bytes;
+
+// 64 codes -> bf16: both bytes are looked up by the magnitude.
+inline __attribute__((always_inline)) Halves looked_up(__m512i codes) {
+  const auto of = [](const uint8_t* table, __m512i at) {
+    return _mm512_permutex2var_epi8(_mm512_load_si512(table), at, _mm512_load_si512(table + 64));
+  };
+  const __m512i magnitude = _mm512_abs_epi8(codes);
+  const __m512i low = of(kBf16Bytes.low, magnitude);
+  // with the code's sign: high | (codes & 0x80)
+  __m512i high = _mm512_ternarylogic_epi32(of(kBf16Bytes.high, magnitude), codes, _mm512_set1_epi8(-128), 0xf8);
+  // -128, whose magnitude is one more than there is in the table
+  high = _mm512_mask_mov_epi8(high, _mm512_movepi8_mask(magnitude), _mm512_set1_epi8(static_cast<char>(0xc3)));
+  return {_mm512_unpacklo_epi8(low, high), _mm512_unpackhi_epi8(low, high)};
+}
+
 // 16 rows of 16 units of four bytes: in steps of 1, 2, 4 and 8 units.
 inline __attribute__((always_inline)) void transpose(__m512i (&r)[16]) {
   __m512i t[16];

@@ -214,6 +214,11 @@ struct DotLinear {
 
   static size_t scratch_bytes(const Linear&) { return sizeof(Scratch<Dot>); }
 
+  // Whether the rows of x are one tile.
+  static bool is_tile(const Linear& layer) {
+    return layer.M <= (layer.groups > 1 ? tile_m<Dot, true>() : tile_m<Dot, false>());
+  }
+
   static void run(const Linear& layer, Block block, void* memory) {
     auto& scratch = *static_cast<Scratch<Dot>*>(memory);
     const bool grouped = Dot::kGroups && layer.groups > 1;
