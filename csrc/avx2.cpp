@@ -208,7 +208,6 @@ struct Fp32 {
   using WV = __m256;
   static constexpr int kStep = 8;
   static constexpr int kTileM = 3;
-  static constexpr int kRequests = 1;
   static constexpr int32_t kOffset = 0;
   static constexpr bool kGroups = true;
   static Acc zero() { return _mm256_setzero_ps(); }
@@ -246,7 +245,6 @@ struct Int8 {
   using Acc = __m256i;
   static constexpr int kStep = 16;
   static constexpr int kTileM = 3;
-  static constexpr int kRequests = 1;
   static constexpr int32_t kOffset = 0;
   static constexpr bool kGroups = false;
   static __m256i widen(const int8_t* codes) { return _mm256_cvtepi8_epi16(load16(codes)); }

@@ -83,7 +83,6 @@ struct Fp32 : FloatSums {
   using WV = __m512;
   static constexpr int kStep = 16;
   static constexpr int kTileM = 6;
-  static constexpr int kRequests = 1;
   static XV load_x(const X* x) { return Vec::load(x, type); }
   static XV load_x(const X* x, int count) { return Vec::load(x, type, count); }
   static WV load_w(const W* w) { return Vec::load_codes(w); }
@@ -108,7 +107,6 @@ struct Bf16 : FloatSums {
   using WV = __m512i;
   static constexpr int kStep = 32;
   static constexpr int kTileM = 6;
-  static constexpr int kRequests = 1;
   static XV load_x(const X* x) { return _mm512_loadu_si512(x); }
   static XV load_x(const X* x, int count) { return _mm512_maskz_loadu_epi16(mask32(count), x); }
   static WV load_w(const W* w) { return widened_to_bf16(w); }
@@ -127,15 +125,12 @@ struct Bf16Kept : Bf16 {
 };
 
 // The same, twice as many at a time, in the order that looking up gives them. With more rows registers would not do.
-struct Bf16Codes : FloatSums {
+struct Bf16Codes : Bf16 {
   using Kept = Bf16Codes;
-  using X = uint16_t;
-  using W = int8_t;
   using XV = Halves;
   using WV = Halves;
   static constexpr int kStep = 64;
   static constexpr int kTileM = 4;
-  static constexpr int kRequests = 3;
   static XV load_x(const X* x) { return halves(_mm512_loadu_si512(x), _mm512_loadu_si512(x + 32)); }
   static XV load_x(const X* x, int count) {
     const int front = count < 32 ? count : 32;
@@ -157,7 +152,6 @@ struct Int8 {
   using Acc = __m512i;
   static constexpr int kStep = 64;
   static constexpr int kTileM = 6;
-  static constexpr int kRequests = 3;
   static constexpr int32_t kOffset = 128;
   static constexpr bool kGroups = false;
   static WV unsign(__m512i codes) { return _mm512_xor_si512(codes, _mm512_set1_epi8(-128)); }

@@ -14,7 +14,6 @@
 //     load_x, load_w    a step's operand: whole, or its first `count` elements with zeros behind
 //     zero, dot         an accumulator, and one step added to it
 //     Kept              the same product of what `keep` has stored; `Dot` itself where widening is not worth a store
-//     kRequests         how often a tile of few rows asks memory for a line of W (1 or 3), see `fetch`
 //     kGroups           whether groups of columns may have scales of their own, and then
 //     scaled_add        total + partial * scale
 //     store4            four accumulators, each added up across its lanes, stored or added to 4 sums
@@ -32,7 +31,8 @@ constexpr int64_t kBlockM = 36;        // and rows, at most: as many of x stay i
 constexpr int64_t kPieceBytes = 4096;  // of a row of W that is kept: a tile's four rows stay in L1
 
 constexpr int64_t kFetchAhead = 4096;  // codes by which a tile's fetching is ahead of the next tile
-constexpr int kShortTile = 4;          // rows of x, which take so little time that lines of W are asked for often
+constexpr int kLine = 64;              // codes in a line of the cache
+constexpr int kShortTile = 4;          // rows of x, too few to keep a step busy until memory answers
 constexpr int kIntoL2 = 2;             // what __builtin_prefetch calls it: L1 is full of the tile
 
 constexpr int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
@@ -82,10 +82,10 @@ OCTAVO_INLINE void step(typename Dot::Acc (&acc)[MR][kTileN], const Operands<Dot
 }
 
 // Asks for a line of W ahead of time. The processor drops requests that come faster than memory answers, as they do
-// where a step takes few cycles; there a line is asked for again, further ahead and less far.
+// where a step takes a whole line at once and meets few rows; there it is asked for again, further ahead and less far.
 template <class Dot, int MR>
 OCTAVO_INLINE void fetch(const int8_t* line) {
-  constexpr bool often = Dot::kRequests == 3 && MR <= kShortTile;
+  constexpr bool often = Dot::kStep == kLine && MR <= kShortTile;
   if constexpr (often) __builtin_prefetch(line + kFetchAhead, 0, kIntoL2);
   __builtin_prefetch(line, 0, kIntoL2);
   if constexpr (often) __builtin_prefetch(line - kFetchAhead / 2, 0, kIntoL2);
@@ -99,7 +99,7 @@ OCTAVO_INLINE void accumulate(typename Dot::Acc (&acc)[MR][kTileN], const Operan
   int64_t k = k0;
   for (; k + Dot::kStep <= k1; k += Dot::kStep) {
 #pragma GCC unroll 4
-    for (int line = 0; line < kTileN * Dot::kStep; line += 64) fetch<Dot, MR>(in.next + kTileN * k + line);
+    for (int line = 0; line < kTileN * Dot::kStep; line += kLine) fetch<Dot, MR>(in.next + kTileN * k + line);
     step<Dot, MR, Keep>(acc, in, k);
   }
   if (k < k1) step<Dot, MR, Keep>(acc, in, k, static_cast<int>(k1 - k));

@@ -145,7 +145,6 @@ struct Product {
   using Acc = Sum;
   static constexpr int kStep = 1;
   static constexpr int kTileM = std::is_same<Sum, float>::value ? 2 : 1;
-  static constexpr int kRequests = 1;
   static constexpr int32_t kOffset = 0;
   static constexpr bool kGroups = std::is_same<Sum, float>::value;
   static WV load_w(const W* w) { return *w; }
