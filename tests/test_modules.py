@@ -421,6 +421,14 @@ def test_gradients_flow_to_the_input_and_the_bias(kind: str) -> None:
         torch.testing.assert_close(our, their, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("kind", [kind for kind in LAYERS if kind != "embedding"])
+def test_a_directional_derivative_by_reverse_mode(kind: str) -> None:
+    """What the error about forward mode points to."""
+    int8, truth, x = made(kind)
+    ours, theirs = (torch.autograd.functional.jvp(layer, x, torch.ones_like(x))[1] for layer in (int8, truth))
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
 def test_an_adapter_learns_on_a_frozen_int8_base() -> None:
     base = nn.Sequential(nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 8))
     quantize(base, "w8a16")

@@ -105,6 +105,7 @@ _KERNELS_TAKE = (torch.float32, torch.bfloat16, torch.float16)
 def _run(op: Callable[..., Any], check: Callable[[], None], *args: Any) -> Any:
     """`op(*args)`; where it refuses them, `check` says why in the user's words. Where no gradient is wanted autograd is
     not asked, which would cost a call of Python each time."""
+    gradients.refuse_forward_mode(args)
     try:
         if torch.is_grad_enabled() or torch.compiler.is_compiling():
             return op(*args)
@@ -113,6 +114,10 @@ def _run(op: Callable[..., Any], check: Callable[[], None], *args: Any) -> Any:
     except RuntimeError:
         check()
         raise
+
+
+def _says_itself() -> None:
+    """The check of an op whose own errors are in the user's words."""
 
 
 def _directly(op: str, x: Tensor, *args: Any) -> Any:
@@ -128,6 +133,7 @@ def _nothing_listens(x: Tensor) -> bool:
     return (
         not torch.compiler.is_compiling()
         and not torch.is_grad_enabled()
+        and not gradients.forward_mode()
         and type(x) is Tensor
         and not torch._C._len_torch_dispatch_stack()
         and not torch._C._is_torch_function_mode_enabled()
@@ -173,7 +179,8 @@ def w8a16_conv(
     x: [B, C, *D] float. weight: int8 [N, C/groups, *k]. weight_scale: fp32 [N, 1]. bias: [N] float, or None.
     Returns: [B, N, *D'] of x's dtype.
     """
-    return _conv(autocast(x), weight, weight_scale, bias, stride, padding, dilation, groups)
+    args = (autocast(x), weight, weight_scale, bias, stride, padding, dilation, groups)
+    return _run(_conv, _says_itself, *args)  # type: ignore[no-any-return]
 
 
 def w8a16_conv_transpose(
@@ -193,7 +200,8 @@ def w8a16_conv_transpose(
     [C, N/groups, *k]). weight_scale: fp32 [N, 1]. bias: [N] float, or None.
     Returns: [B, N, *D'] of x's dtype.
     """
-    return _conv_transpose(autocast(x), weight, weight_scale, bias, stride, padding, dilation, output_padding, groups)
+    args = (autocast(x), weight, weight_scale, bias, stride, padding, dilation, output_padding, groups)
+    return _run(_conv_transpose, _says_itself, *args)  # type: ignore[no-any-return]
 
 
 def w8a16_embedding(indices: Tensor, weight: Tensor, weight_scale: Tensor, dtype: torch.dtype) -> Tensor:
@@ -272,6 +280,7 @@ def quantize_static(x: Tensor, input_scale: Tensor) -> Tensor:
 
 def _quantize(op: Callable[..., Any], formula: Callable[..., Any], x: Tensor, *scale: Tensor) -> Any:
     """`op(x, *scale)`, or `formula` of them where a compiler is at work that should see how x is quantized."""
+    gradients.refuse_forward_mode((x,))
     x = x.detach() if x.requires_grad else x
     if x.is_cuda and torch.compiler.is_compiling() and not torch.compiler.is_exporting():
         return formula(x, *scale)

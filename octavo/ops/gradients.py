@@ -1,19 +1,39 @@
 """Gradients of the ops, to the input and the bias, so that adapters can be trained on a frozen int8 base.
 
 Importing this file registers them. Codes and scales are frozen: a gradient of theirs is refused. Forward-mode
-derivatives (`torch.func.jvp`) do not exist: there torch takes ops that are registered so for constants, in silence.
+derivatives (`torch.func.jvp`) do not exist: torch would take the ops for constants, in silence, so they are refused too.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from octavo.errors import OctavoError
 from octavo.ops import reference
 from octavo.ops.schemas import library
 
-__all__: list[str] = []
+__all__ = ["forward_mode", "refuse_forward_mode"]
+
+
+def forward_mode() -> bool:
+    """Whether forward-mode derivatives are being computed (inside `torch.func.jvp`, `jacfwd` or a `dual_level`)."""
+    return forward_ad._current_level >= 0
+
+
+def refuse_forward_mode(args: Iterable[object]) -> None:
+    """Raises OctavoError if one of an op's arguments carries a forward-mode derivative, which would end there."""
+    if not forward_mode():
+        return
+    floats = (x for x in args if isinstance(x, Tensor) and x.is_floating_point())
+    if any(forward_ad.unpack_dual(x).tangent is not None for x in floats):
+        raise OctavoError(
+            "a forward-mode derivative through an int8 layer was asked for (torch.func.jvp, jacfwd), which has none; "
+            "torch.autograd.functional.jvp finds it by reverse mode"
+        )
 
 
 def _refuse_weight_gradient(ctx: torch.autograd.function.FunctionCtx, weight: int = 1) -> None:
@@ -164,6 +184,23 @@ torch.library.register_autograd(
 )
 torch.library.register_autograd(
     "octavo::w8a8_experts_linear", _int8_experts_linear_backward, setup_context=_save_int8_experts_linear, lib=library
+)
+
+
+def _save_experts_input_gradient(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    ctx.save_for_backward(*inputs[1:])
+
+
+def _experts_input_gradient_backward(ctx, grad):  # type: ignore[no-untyped-def]
+    ends, weight, weight_scale = ctx.saved_tensors
+    return torch.ops.octavo.w8a16_experts_linear(grad, ends, weight, weight_scale, None), None, None, None
+
+
+torch.library.register_autograd(
+    "octavo::experts_input_gradient",
+    _experts_input_gradient_backward,
+    setup_context=_save_experts_input_gradient,
+    lib=library,
 )
 
 

@@ -170,6 +170,24 @@ def test_a_gradient_can_be_compiled() -> None:
         torch.testing.assert_close(got, expected)
 
 
+@pytest.mark.parametrize("wanted", ["w8a16", "w8a8"])
+def test_a_directional_derivative_by_reverse_mode(wanted: str) -> None:
+    """Two times backwards, as `torch.autograd.functional.jvp` goes: what the error about forward mode points to."""
+    codes, scale = stack(3, 6, 8)
+    ends, v = ends_of([3, 0, 2]), torch.randn(7, 8)
+
+    def experts(x: Tensor) -> Tensor:
+        if wanted == "w8a16":
+            return ops.w8a16_experts_linear(x, ends, codes, scale, None)
+        y = ops.w8a8_experts_linear(*ops.quantize_per_token(x), ends, codes, scale, None, x.dtype)
+        return ops.straight_through(y, x, codes, scale, ends)
+
+    _, derivative = torch.autograd.functional.jvp(experts, torch.randn(7, 8), v)
+    weight = codes.double() * scale.double()
+    truth = [v[:3].double() @ weight[0].T, v[3:5].double() @ weight[2].T, torch.zeros(2, 6, dtype=torch.float64)]
+    torch.testing.assert_close(derivative.double(), torch.cat(truth), rtol=1e-5, atol=1e-5)
+
+
 def test_a_gradient_of_codes_or_scales_is_refused() -> None:
     codes, scale = stack(2, 4, 8)
     ends, x = ends_of([1, 1]), torch.randn(2, 8)

@@ -13,8 +13,10 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from octavo import ops
+from octavo.errors import OctavoError
 from octavo.ops import OPS, attention, backends, reference
 from octavo.primitives import quantize_weight
 
@@ -215,6 +217,35 @@ def test_no_op_changes_its_arguments_or_returns_one() -> None:
         schema = getattr(torch.ops.octavo, name).default._schema
         assert not schema.is_mutable
         assert all(result.alias_info is None for result in schema.returns)
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")  # of torch's own, at its first dual_level
+@pytest.mark.parametrize("name", [name for name in OPS if name != "quantize_weight"])
+@pytest.mark.parametrize("grad", [False, True])
+def test_a_forward_mode_derivative_is_refused_and_not_lost(name: str, grad: bool) -> None:
+    """torch takes an op without one for a constant: derivatives behind it would be 0, and nothing would say so."""
+    wrapper = getattr(ops, name)
+    sample = SAMPLES[name](torch.float32, False)[0]
+    floats = [i for i, x in enumerate(sample) if isinstance(x, Tensor) and x.is_floating_point()]
+    for i in floats:
+
+        def of(x: Tensor, i: int = i) -> Any:
+            with torch.set_grad_enabled(grad):
+                return call(wrapper, *sample[:i], x, *sample[i + 1 :])
+
+        with pytest.raises(OctavoError, match="forward-mode"):
+            torch.func.jvp(of, (sample[i],), (torch.ones_like(sample[i]),))
+        with forward_ad.dual_level(), pytest.raises(OctavoError, match="forward-mode"):
+            of(forward_ad.make_dual(sample[i].clone().requires_grad_(), torch.ones_like(sample[i])))
+        with forward_ad.dual_level():
+            of(sample[i])  # nobody asks for a derivative of this one
+
+
+def call(wrapper: Callable[..., Any], *args: Any) -> Any:
+    """The wrapper of an op with the arguments of its schema, of which it may take the last by name only."""
+    parameters = inspect.signature(wrapper).parameters.values()
+    named = {p.name: x for p, x in zip(parameters, args, strict=False) if p.kind is p.KEYWORD_ONLY}
+    return wrapper(*args[: len(args) - len(named)], **named)
 
 
 # -- who serves -------------------------------------------------------------------------------------------------------
