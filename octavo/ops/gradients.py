@@ -1,7 +1,7 @@
 """Gradients of the ops, to the input and the bias, so that adapters can be trained on a frozen int8 base.
 
 Importing this file registers them. Codes and scales are frozen: a gradient of theirs is refused. Forward-mode
-derivatives (`torch.func.jvp`) do not exist: torch would take the ops for constants, in silence, so they are refused too.
+derivatives (`torch.func.jvp`) do not exist; torch would take the ops for constants, in silence: they are refused too.
 """
 
 from __future__ import annotations
