@@ -1,7 +1,8 @@
 // Checks the AMX kernels on machines without AMX: amx.cpp, compiled over emulated tiles, against loops in int64 and
 // double. Every operand ends at a page that must not be touched, or begins right after one.
 //
-// `make sanitize` and tests/ops/test_tiles.py build and run this. AVX-512, which stands beside the tiles, is not emulated.
+// `make sanitize` and tests/ops/test_tiles.py build and run this. AVX-512, which stands beside the tiles, is not
+// emulated.
 
 #include <sys/mman.h>
 #include <unistd.h>
