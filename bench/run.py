@@ -20,6 +20,7 @@ from pathlib import Path
 from bench import (
     attention,
     audio,
+    convolutions,
     embeddings,
     engines,
     experts,
@@ -45,6 +46,7 @@ BENCHMARKS = {
     "audio": audio,
     "quantize": quantize,
     "kernels": kernels,
+    "convolutions": convolutions,
     "attention": attention,
     "experts": experts,
     "speed": speed,

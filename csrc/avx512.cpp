@@ -22,6 +22,8 @@
 
 #include "outer_linear.h"
 
+#include "convolution.h"
+
 #include "mask.h"
 
 #include "softmax.h"
@@ -257,6 +259,9 @@ constexpr LinearKernels either{
 };
 
 template <class Of>
+constexpr ConvolutionKernels convolution{Of::windows, Of::scratch_bytes, Of::run};
+
+template <class Of>
 constexpr AttentionKernels attention{Of::packed, Of::scratch, MaskRows<Vec>::look, Of::tokens, Of::rows};
 
 }  // namespace
@@ -264,6 +269,7 @@ constexpr AttentionKernels attention{Of::packed, Of::scratch, MaskRows<Vec>::loo
 extern constexpr Kernels avx512_kernels = [] {
   Kernels kernels = kernels_of<Vec>("avx512", either<LinearF32, ManyRowsF32>, either<LinearBf16, ManyRowsBf16>,
                                     either<LinearF16, ManyRowsF16>, either<LinearInt8, ManyRowsInt8>);
+  kernels.bf16_convolution = &convolution<OuterConvolution<Vec, Bf16Unit>>;
   kernels.int8_attention = &attention<Int8Attention<Vec, Int8Unit, WeightedUnit>>;
   kernels.float_attention_of[0] = &attention<FloatAttention<Vec, Fp32Unit<Float::f32>>>;
   kernels.float_attention_of[1] = &attention<FloatAttention<Vec, Bf16Unit>>;

@@ -23,6 +23,8 @@ using octavo::Allowed;
 using octavo::Attention;
 using octavo::AttentionKernels;
 using octavo::Block;
+using octavo::Convolution;
+using octavo::ConvolutionKernels;
 using octavo::Float;
 using octavo::Gated;
 using octavo::Heads;
@@ -108,6 +110,8 @@ void* scratch_of(size_t bytes) {
   return aligned(memory.data());
 }
 
+const void* at(const void* base, int64_t bytes) { return static_cast<const char*>(base) + bytes; }
+
 template <class Work>
 void in_parallel(int64_t units, int64_t cost_of_unit, const Work& work) {
   const int64_t grain = std::max<int64_t>(1, kWorthAThread / std::max<int64_t>(1, cost_of_unit));
@@ -180,8 +184,6 @@ struct Operands {
       if (one.size(d) != weight.size(d)) return false;
     return true;
   }
-
-  static const void* at(const void* base, int64_t bytes) { return static_cast<const char*>(base) + bytes; }
 };
 
 // Deals out units of `size` to the threads, of all layers together, of which each has `of(layer)`.
@@ -289,6 +291,120 @@ Tensor w8a8_experts_linear(const Tensor& x, const Tensor& x_scale, const Tensor&
   const Operands in(3, x, x_scale, weight, weight_scale, bias);
   Tensor y = empty(x, with_last(x, weight.size(1)), dtype);
   run(routed(in, ends, y, *float_type(dtype)), kernels().w8a8, x);
+  return y;
+}
+
+// -- convolutions ----------------------------------------------------------------------------------------------------
+
+using Sizes = std::vector<int64_t>;
+
+constexpr int64_t kColumnsAtOnce = 256;  // of y, for which windows are packed once
+constexpr int64_t kFewColumns = 32;      // of y and a group: with fewer, most of a panel of W would be nothing
+constexpr int64_t kFewWindows = 48;      // more threads than have so many each are no gain
+
+// x [B, C, *D] with zeros around D.
+Tensor padded(const Tensor& x, const Sizes& padding) {
+  if (std::all_of(padding.begin(), padding.end(), [](int64_t p) { return p == 0; })) return dense(x);
+  Sizes sizes(x.sizes().begin(), x.sizes().end());
+  for (size_t d = 0; d < padding.size(); d++) sizes[2 + d] += 2 * padding[d];
+  Tensor all = empty(x, sizes, x.scalar_type());
+  torch::stable::zero_(all);
+  Tensor inside = all;
+  for (size_t d = 0; d < padding.size(); d++) {
+    int64_t dim = 2 + static_cast<int64_t>(d);
+    inside = torch::stable::narrow(inside, dim, padding[d], x.size(dim));
+  }
+  torch::stable::copy_(inside, x);
+  return all;
+}
+
+// Where along a dimension every i-th of `count` elements is, for each that is so far.
+Sizes with_dimension(const Sizes& so_far, int64_t count, int64_t step) {
+  Sizes all;
+  for (const int64_t element : so_far)
+    for (int64_t i = 0; i < count; i++) all.push_back(element + i * step);
+  return all;
+}
+
+int64_t up_to_multiple(int64_t value, int64_t of) { return (value + of - 1) / of * of; }
+
+// The convolutions of all groups and images, of which each has `part(group)`.
+template <class Part>
+void run(const Convolution& c, const ConvolutionKernels& kernels, int64_t groups, int64_t images, const Part& part) {
+  const int64_t P = c.windows[0] * c.windows[1] * c.windows[2];
+  const int64_t columns = (c.N + kColumnsAtOnce - 1) / kColumnsAtOnce, whole = groups * images * columns;
+  const int64_t threads = torch::stable::get_num_threads(), most = kernels.windows(c);
+  int64_t parts = (P + most - 1) / most;
+  const int64_t even = up_to_multiple(parts, threads);
+  if (whole * parts % threads && P >= even * kFewWindows) parts = even;
+  const int64_t height = up_to_multiple((P + parts - 1) / parts, octavo::kPackedRows);
+  parts = (P + height - 1) / height;
+  const size_t bytes = kernels.scratch_bytes(c);
+  in_parallel(
+      whole * parts, std::min(height, P) * std::min(c.N, kColumnsAtOnce) * c.K, [&](int64_t begin, int64_t end) {
+        void* const memory = scratch_of(bytes);
+        for (int64_t i = begin; i < end; i++) {
+          const int64_t n = i % columns * kColumnsAtOnce, m = i / columns % parts * height;
+          const int64_t image = i / columns / parts % images, group = i / columns / parts / images;
+          kernels.run(part(group), image, {m, std::min(m + height, P), n, std::min(n + kColumnsAtOnce, c.N)}, memory);
+        }
+      });
+}
+
+// Whether these are the operands of a convolution that kernels may have, as far as types and dimensions tell.
+bool convolves(const Tensor& x, const Tensor& weight, const Tensor& weight_scale, const std::optional<Tensor>& bias,
+               const Sizes& stride, const Sizes& padding, const Sizes& dilation, int64_t groups) {
+  const int64_t dims = weight.dim() - 2, N = weight.size(0);
+  const auto is_each = [&](const Sizes& sizes, int64_t least) {
+    return static_cast<int64_t>(sizes.size()) == dims &&
+           std::all_of(sizes.begin(), sizes.end(), [&](int64_t size) { return size >= least; });
+  };
+  return dims >= 1 && dims <= 3 && x.dim() == weight.dim() && is_each(stride, 1) && is_each(padding, 0) &&
+         is_each(dilation, 1) && groups >= 1 && N % groups == 0 && weight.numel() > 0 && x.numel() > 0 &&
+         x.size(1) == weight.size(1) * groups && weight.scalar_type() == ScalarType::Char &&
+         weight_scale.scalar_type() == ScalarType::Float && weight_scale.numel() == N && (!bias || bias->numel() == N);
+}
+
+Tensor w8a16_conv(const Tensor& x, const Tensor& weight, const Tensor& weight_scale, const std::optional<Tensor>& bias,
+                  Sizes stride, Sizes padding, Sizes dilation, int64_t groups) {
+  const auto by_reference = [&] {
+    return reference<Tensor>("w8a16_conv", x, weight, weight_scale, bias, stride, padding, dilation, groups);
+  };
+  const bool is_bf16 = float_type(x.scalar_type()) == Float::bf16;
+  const ConvolutionKernels* const kernel = is_bf16 ? kernels().bf16_convolution : nullptr;
+  if (!kernel || !served(x.scalar_type(), bias) ||
+      !convolves(x, weight, weight_scale, bias, stride, padding, dilation, groups))
+    return by_reference();
+  const int64_t dims = weight.dim() - 2, N = weight.size(0);
+  if (groups > 1 && N / groups < kFewColumns) return by_reference();
+
+  const Tensor image = padded(x, padding), codes = dense(weight), scale = dense(weight_scale);
+  Convolution c{};
+  Sizes sizes{x.size(0), N}, element = with_dimension({0}, weight.size(1), image.stride(1));
+  for (int64_t d = 0; d < 3; d++) c.windows[d] = 1;
+  for (int64_t d = 0; d < dims; d++) {
+    const int64_t count = weight.size(2 + d), step = image.stride(2 + d);
+    const int64_t room = image.size(2 + d) - dilation[d] * (count - 1) - 1;
+    if (room < 0) return by_reference();
+    element = with_dimension(element, count, dilation[d] * step);
+    sizes.push_back(room / stride[d] + 1);
+    c.windows[3 - dims + d] = sizes.back(), c.step[3 - dims + d] = stride[d] * step;
+  }
+  Tensor y = empty(x, sizes, x.scalar_type()), added;
+  if (bias) added = dense(*bias);
+  c.N = N / groups, c.K = static_cast<int64_t>(element.size());
+  c.image_step = image.stride(0), c.element = element.data(), c.y_step = y.stride(0);
+  if (bias) c.bias_type = *float_type(bias->scalar_type());
+  run(c, *kernel, groups, x.size(0), [&](int64_t group) {
+    Convolution part = c;
+    const int64_t n = group * c.N;
+    part.x = static_cast<const uint16_t*>(image.const_data_ptr()) + group * weight.size(1) * image.stride(1);
+    part.w = static_cast<const int8_t*>(codes.const_data_ptr()) + n * c.K;
+    part.w_scale = static_cast<const float*>(scale.const_data_ptr()) + n;
+    if (bias) part.bias = at(added.const_data_ptr(), n * octavo::size_of(c.bias_type));
+    part.y = static_cast<uint16_t*>(y.mutable_data_ptr()) + n * y.stride(1);
+    return part;
+  });
   return y;
 }
 
@@ -568,6 +684,7 @@ Tensor float_attention(const Tensor& query, const Tensor& key, const Tensor& val
 STABLE_TORCH_LIBRARY_IMPL(octavo, CPU, m) {
   m.impl("w8a16_linear", TORCH_BOX(&w8a16_linear));
   m.impl("w8a8_linear", TORCH_BOX(&w8a8_linear));
+  m.impl("w8a16_conv", TORCH_BOX(&w8a16_conv));
   m.impl("w8a16_experts_linear", TORCH_BOX(&w8a16_experts_linear));
   m.impl("w8a8_experts_linear", TORCH_BOX(&w8a8_experts_linear));
   m.impl("quantize_per_token", TORCH_BOX(&quantize_per_token));
@@ -595,6 +712,11 @@ extern "C" __attribute__((visibility("default"))) const char* octavo_select(cons
 // The name of the instruction set of the chosen kernels; null if there are none.
 extern "C" __attribute__((visibility("default"))) const char* octavo_isa() {
   return active.load() ? kernels().isa : nullptr;
+}
+
+// Whether convolutions in bf16 have kernels there; else they are the reference's.
+extern "C" __attribute__((visibility("default"))) bool octavo_convolves() {
+  return active.load() && kernels().bf16_convolution;
 }
 
 // Whether int8 attention has kernels of its own there; else it is composed of the other ops.

@@ -39,6 +39,25 @@ struct Block {
   int64_t m0, m1, n0, n1;
 };
 
+// A convolution of bf16 images with int8 weights, scaled as in w8a16. Its rows of x are windows of an image:
+//
+//     y[b, n, p] = sum_k x[b * image_step + start of window p + element[k]] * w[n, k] * w_scale[n] + bias[n]
+//
+// Of groups of channels each is a convolution of its own.
+struct Convolution {
+  int64_t N, K;
+  const uint16_t* x;  // images in which every window lies whole
+  int64_t image_step;
+  int64_t windows[3], step[3];  // windows along each dimension, and elements from one to the next
+  const int64_t* element;       // [K]
+  const int8_t* w;              // [N, K]
+  const float* w_scale;         // [N]
+  const void* bias;             // [N] of `bias_type`, or null
+  Float bias_type;
+  uint16_t* y;  // of each image [N, windows], `y_step` elements from one image to the next
+  int64_t y_step;
+};
+
 // Rows of float values -> int8 codes: code = clamp(round_half_even(x / scale), -127, 127), in fp32.
 struct Rows {
   int64_t rows, K;
@@ -139,6 +158,14 @@ struct LinearKernels {
   void (*pack)(const Linear&, int64_t m0, int64_t m1) = nullptr;
 };
 
+struct ConvolutionKernels {
+  int64_t (*windows)(const Convolution&);  // of an image, that `run` is best given at most
+  // Of `scratch`: 64-byte aligned, and not shared between threads.
+  size_t (*scratch_bytes)(const Convolution&);
+  // Windows [m0, m1) of an image, columns [n0, n1) of y.
+  void (*run)(const Convolution&, int64_t image, Block, void* scratch);
+};
+
 struct AttentionKernels {
   size_t (*packed_bytes)(const Attention&);   // of `Attention::packed`, for each key head: a multiple of 64
   size_t (*scratch_bytes)(const Attention&);  // of the last two steps, 64-byte aligned
@@ -171,7 +198,9 @@ struct Kernels {
 
   void (*gated)(const Gated&, int64_t r0, int64_t r1);
 
-  // Null where the instruction set has none: attention is then composed of the other ops, or torch's.
+  // Null where the instruction set has none: convolutions are then the reference's, as of other types, and attention is
+  // composed of the other ops, or torch's.
+  const ConvolutionKernels* bf16_convolution;
   const AttentionKernels* int8_attention;
   const AttentionKernels* float_attention_of[3];  // f32, bf16, f16
 

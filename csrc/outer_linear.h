@@ -215,7 +215,7 @@ struct OuterLinear {
     }
   }
 
- private:
+ protected:
   static int64_t group_size(const Linear& layer) { return layer.K / layer.groups; }
 
   static const X* x_row(const Linear& layer, int64_t m) { return static_cast<const X*>(layer.x) + m * layer.K; }

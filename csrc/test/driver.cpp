@@ -315,6 +315,92 @@ void check_linear_layers(const std::vector<const Kernels*>& all) {
   for (int64_t m : {1, 2, 70}) check_linear(all, {m, 3, 131071, 1}, true, Float::f32);  // the longest exact sums
 }
 
+// -- convolutions ----------------------------------------------------------------------------------------------------
+
+// Images of [C, *size], and what windows over them should give.
+struct Windows {
+  int64_t images, C, N, K = 1, P = 1, image = 1;
+  int64_t size[3], count[3], stride[3], dilation[3], windows[3];
+  std::vector<int64_t> element{0};
+
+  Windows(int64_t images, int64_t C, int64_t N, const int64_t (&most)[3]) : images(images), C(C), N(N) {
+    for (int d = 0; d < 3; d++) {
+      windows[d] = 1 + random_below(most[d]), count[d] = 1 + random_below(3);
+      stride[d] = 1 + random_below(3), dilation[d] = 1 + random_below(2);
+      size[d] = (windows[d] - 1) * stride[d] + (count[d] - 1) * dilation[d] + 1 + random_below(stride[d]);
+      P *= windows[d], image *= size[d];
+    }
+    spread(C, image);
+    for (int d = 0; d < 3; d++) spread(count[d], dilation[d] * step(d));
+    K = static_cast<int64_t>(element.size()), image *= C;
+  }
+
+  // Elements from one place along a dimension to the next.
+  int64_t step(int d) const { return d == 2 ? 1 : size[d + 1] * step(d + 1); }
+
+  int64_t start(int64_t p) const {
+    int64_t at = 0;
+    for (int d = 2; d >= 0; p /= windows[d], d--) at += p % windows[d] * stride[d] * step(d);
+    return at;
+  }
+
+ private:
+  void spread(int64_t many, int64_t by) {
+    std::vector<int64_t> all;
+    for (int64_t one : element)
+      for (int64_t i = 0; i < many; i++) all.push_back(one + i * by);
+    element = all;
+  }
+};
+
+void check_convolution(const Kernels& kernels, const Windows& in) {
+  const bool has_bias = random_below(2);
+  Floats x(in.images * in.image, Float::bf16), y(in.images * in.N * in.P, Float::bf16);
+  Floats bias(has_bias ? in.N : 0, one_of(kTypes));
+  Array<int8_t> w(in.N * in.K);
+  Array<float> scale(in.N);
+  x.fill(-4, 4), bias.fill(-4, 4), fill_codes(w), fill_scales(scale);
+  Convolution c{};
+  c.N = in.N, c.K = in.K, c.image_step = in.image, c.element = in.element.data();
+  for (int d = 0; d < 3; d++) c.windows[d] = in.windows[d], c.step[d] = in.stride[d] * in.step(d);
+  c.x = static_cast<const uint16_t*>(x.data()), c.w = w.data(), c.w_scale = scale.data();
+  if (has_bias) c.bias = bias.data(), c.bias_type = bias.type();
+  c.y = static_cast<uint16_t*>(y.data()), c.y_step = in.N * in.P;
+
+  const ConvolutionKernels& of = *kernels.bf16_convolution;
+  Array<char> scratch((of.scratch_bytes(c) + 63) / 64 * 64);
+  const Block block = random_below(2) ? Block{0, in.P, 0, in.N} : random_block({in.P, in.N, in.K, 1});
+  const int64_t asked_image = random_below(in.images);
+  of.run(c, asked_image, block, scratch.data());
+  for (int64_t i = 0; i < y.size(); i++) {
+    const int64_t image = i / in.P / in.N, n = i / in.P % in.N, p = i % in.P;
+    if (image != asked_image || n < block.n0 || n >= block.n1 || p < block.m0 || p >= block.m1) {
+      if (!y.untouched(i)) fail("%s: convolution: y[%ld, %ld, %ld] was not asked for", kernels.isa, image, n, p);
+      continue;
+    }
+    double sum = 0, magnitude = 0;
+    for (int64_t k = 0; k < in.K; k++) {
+      const double product = x[image * in.image + in.start(p) + in.element[k]] * w[n * in.K + k];
+      sum += product, magnitude += std::fabs(product);
+    }
+    const double added = has_bias ? bias[n] : 0, expected = sum * scale[n] + added;
+    const double of_sum = magnitude * scale[n] * (4 + std::sqrt(static_cast<double>(in.K)));
+    const double allowed = 0x1p-24 * (of_sum + 4 * std::fabs(sum * scale[n]) + 2 * std::fabs(added));
+    if (!(std::fabs(y[i] - expected) <= allowed + ulp(expected, Float::bf16)))
+      fail("%s: convolution of %ld channels, %ld windows, K %ld, N %ld: y[%ld, %ld, %ld] is %.9g, expected %.9g",
+           kernels.isa, in.C, in.P, in.K, in.N, image, n, p, y[i], expected);
+  }
+}
+
+void check_convolutions(const Kernels& kernels) {
+  if (!kernels.bf16_convolution) return;
+  constexpr int64_t kN[] = {1, 2, 7, 15, 16, 17, 31, 32, 33, 40, 70};
+  for (int i = 0; i < 300; i++)
+    check_convolution(kernels, Windows(1 + random_below(2), 1 + random_below(6), one_of(kN), {2, 6, 30}));
+  for (int i = 0; i < 3; i++) check_convolution(kernels, Windows(1, 1, 3, {1, 50, 50}));   // more than at once
+  for (int i = 0; i < 3; i++) check_convolution(kernels, Windows(1, 300, 3, {1, 2, 30}));  // long windows
+}
+
 // -- rows ------------------------------------------------------------------------------------------------------------
 
 int8_t code_of(float value, float scale) {
@@ -769,6 +855,7 @@ int main() {
   for (const Kernels* kernels : all) {
     check_rows_and_lookups(*kernels);
     check_attentions(*kernels);
+    check_convolutions(*kernels);
   }
   check_linear_layers(all);
   for (const Kernels* kernels : all)

@@ -102,7 +102,7 @@ _KERNELS_TAKE = (torch.float32, torch.bfloat16, torch.float16)
 # -- wrappers: what modules call ------------------------------------------------------------------------------------
 
 
-def _run(op: Callable[..., Any], check: Callable[[], None], *args: Any) -> Any:
+def _run(op: Callable[..., Any], check: Callable[[], object], *args: Any) -> Any:
     """`op(*args)`; where it refuses them, `check` says why in the user's words. Where no gradient is wanted autograd is
     not asked, which would cost a call of Python each time."""
     gradients.refuse_forward_mode(args)
@@ -114,10 +114,6 @@ def _run(op: Callable[..., Any], check: Callable[[], None], *args: Any) -> Any:
     except RuntimeError:
         check()
         raise
-
-
-def _says_itself() -> None:
-    """The check of an op whose own errors are in the user's words."""
 
 
 def _directly(op: str, x: Tensor, *args: Any) -> Any:
@@ -180,7 +176,7 @@ def w8a16_conv(
     Returns: [B, N, *D'] of x's dtype.
     """
     args = (autocast(x), weight, weight_scale, bias, stride, padding, dilation, groups)
-    return _run(_conv, _says_itself, *args)  # type: ignore[no-any-return]
+    return _run(_conv, lambda: reference.w8a16_conv(*args), *args)  # type: ignore[no-any-return]
 
 
 def w8a16_conv_transpose(
@@ -201,7 +197,7 @@ def w8a16_conv_transpose(
     Returns: [B, N, *D'] of x's dtype.
     """
     args = (autocast(x), weight, weight_scale, bias, stride, padding, dilation, output_padding, groups)
-    return _run(_conv_transpose, _says_itself, *args)  # type: ignore[no-any-return]
+    return _run(_conv_transpose, lambda: reference.w8a16_conv_transpose(*args), *args)  # type: ignore[no-any-return]
 
 
 def w8a16_embedding(indices: Tensor, weight: Tensor, weight_scale: Tensor, dtype: torch.dtype) -> Tensor:
@@ -457,6 +453,8 @@ def backends() -> list[Serving]:
     for op in OPS:
         if _native.isa is None:
             rows.append(Serving(op, "cpu", "reference", _native.why))
+        elif op == "w8a16_conv":
+            rows.append(_on_cpu_convolution(_native))
         elif op == "int8_attention" and not _native.attends:
             rows.append(Serving(op, "cpu", "reference", f"composed of other ops, which {_native.isa} kernels serve"))
         elif op == "float_attention":
@@ -468,6 +466,14 @@ def backends() -> list[Serving]:
     if torch.cuda.is_available():
         rows += [_on_cuda(op) for op in OPS]
     return rows
+
+
+def _on_cpu_convolution(kernels: native.Native) -> Serving:
+    """Of convolutions, which are the reference's in other dtypes than bf16, and in narrow groups."""
+    if not kernels.convolves or kernels.isa is None:
+        return Serving("w8a16_conv", "cpu", "reference", f"no {kernels.isa} kernel")
+    why = f"{kernels.why}; the reference in other dtypes than bfloat16, and for groups of fewer than 32 channels"
+    return Serving("w8a16_conv", "cpu", kernels.isa, why)
 
 
 def _on_cpu_in_float(kernels: native.Native) -> Serving:

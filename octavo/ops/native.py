@@ -22,6 +22,7 @@ LIBRARY = Path(__file__).with_name("liboctavo.so")
 
 OPS = (
     "w8a16_linear",
+    "w8a16_conv",
     "w8a16_embedding",
     "w8a8_linear",
     "w8a16_experts_linear",
@@ -42,11 +43,13 @@ _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 @dataclasses.dataclass(frozen=True)
 class Native:
     """What serves on CPUs. isa: the instruction set, or None where the reference does. why: in either case.
-    attends: whether int8 attention has kernels of its own for that instruction set, and is not composed of other ops.
+    convolves: whether convolutions in bf16 have kernels for that instruction set, and are not the reference's.
+    attends: whether int8 attention has kernels of its own there, and is not composed of other ops.
     attends_in: the dtypes in which float attention has some, and is not torch's."""
 
     isa: str | None
     why: str
+    convolves: bool = False
     attends: bool = False
     attends_in: tuple[torch.dtype, ...] = ()
 
@@ -94,11 +97,13 @@ def select(isa: str) -> Native:
     library = ctypes.CDLL(str(LIBRARY))
     library.octavo_select.restype = ctypes.c_char_p
     library.octavo_isa.restype = ctypes.c_char_p
-    library.octavo_attends.restype = library.octavo_attends_in.restype = ctypes.c_bool
+    for asked in (library.octavo_convolves, library.octavo_attends, library.octavo_attends_in):
+        asked.restype = ctypes.c_bool
     error = ctypes.c_int()
     why = library.octavo_select(isa.encode(), ctypes.byref(error)).decode()
     if error:
         raise QuantizeError(why)
     name = library.octavo_isa()
     attends_in = tuple(dtype for i, dtype in enumerate(_FLOATS) if library.octavo_attends_in(i))
-    return Native(None if name is None else name.decode(), why, library.octavo_attends(), attends_in)
+    isa_name = None if name is None else name.decode()
+    return Native(isa_name, why, library.octavo_convolves(), library.octavo_attends(), attends_in)

@@ -23,6 +23,7 @@ import torch
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.nn import functional
 
 from octavo import ops, primitives
 from octavo.errors import QuantizeError
@@ -250,6 +251,111 @@ def test_what_is_not_finite_stays_in_its_row(isa: str, bad: float, dtype: torch.
     assert y8[1].isnan().all()
     others = [i for i in range(m) if i != 1]
     assert y[others].isfinite().all() and y8[others].isfinite().all()
+
+
+# -- convolutions ----------------------------------------------------------------------------------------------------
+
+CONVOLUTIONS = {1: functional.conv1d, 2: functional.conv2d, 3: functional.conv3d}
+
+
+@st.composite
+def convolutions(draw: st.DrawFn) -> dict[str, Any]:
+    """Windows along each dimension, and what lies in between; images that are exactly as large, or a little larger."""
+    dims = draw(st.integers(1, 3))
+
+    def each(*values: int) -> list[int]:
+        return draw(st.lists(st.sampled_from(values), min_size=dims, max_size=dims))
+
+    return {
+        "windows": each(*((1, 2, 7, 13, 14, 25, 60, 130), (1, 2, 7, 13, 14, 30), (1, 3, 13))[dims - 1]),
+        "kernel": each(1, 1, 2, 3, 5),
+        "stride": each(1, 1, 2, 3),
+        "padding": each(0, 0, 1, 2),
+        "dilation": each(1, 1, 2),
+        "left_over": each(0, 1),
+        "batch": draw(st.sampled_from([1, 2, 3])),
+        "groups": draw(st.sampled_from([1, 1, 2, 3])),
+        "channels": draw(st.sampled_from([1, 2, 3, 16])),
+        "filters": draw(st.sampled_from([1, 15, 16, 32, 33, 70, 300])),
+        "bias": draw(st.sampled_from([None, *FLOATS])),
+        "layout": draw(st.sampled_from(["dense", "gaps", "channels last"])),
+    }
+
+
+@settings(max_examples=200)
+@given(convolutions(), st.booleans())
+def test_convolution(isa: str, g: dict[str, Any], extreme: bool) -> None:
+    dims, groups = len(g["windows"]), g["groups"]
+    needs = zip(g["windows"], g["kernel"], g["stride"], g["padding"], g["dilation"], g["left_over"], strict=True)
+    size = [(w - 1) * s + d * (k - 1) + 1 - 2 * p + left % s for w, k, s, p, d, left in needs]
+    assume(all(length > 0 for length in size))
+    x = torch.randn(g["batch"], g["channels"] * groups, *size).bfloat16()
+    weight = codes(g["filters"] * groups, g["channels"], *g["kernel"], extreme=extreme)
+    weight_scale = torch.rand(len(weight), 1) / 128
+    bias = None if g["bias"] is None else torch.randn(len(weight)).to(g["bias"])
+    given_x = strided(x, "gaps") if g["layout"] == "gaps" else x
+    if g["layout"] == "channels last":
+        given_x = x.movedim(1, -1).contiguous().movedim(-1, 1)
+    geometry = g["stride"], g["padding"], g["dilation"], groups
+    y = ops.w8a16_conv(given_x, weight, weight_scale, bias, *geometry)
+    wide = weight.double() * weight_scale.double().view(-1, *[1] * (dims + 1))
+    expected = CONVOLUTIONS[dims](x.double(), wide, None, *geometry)
+    terms = CONVOLUTIONS[dims](x.double().abs(), wide.abs(), None, *geometry)
+    added = (torch.zeros(1) if bias is None else bias).double().view(-1, *[1] * dims)
+    error = 2.0**-24 * ((4 + wide[0].numel() ** 0.5) * terms + 4 * expected.abs() + 2 * added.abs())
+    assert y.dtype == torch.bfloat16 and list(y.shape[2:]) == g["windows"] and y.is_contiguous()
+    assert_rounds_to(y, expected + added, error)
+
+
+def test_a_convolution_of_long_windows_and_of_many(isa: str) -> None:
+    """More than are packed at a time, of more elements than a panel of the weight holds."""
+    for channels, size, filters in ((700, 9, 40), (3, 60, 300)):
+        x, weight, scale = torch.randn(1, channels, size, size).bfloat16(), codes(filters, channels, 3, 3), torch.rand(1)
+        y = ops.w8a16_conv(x, weight, scale.expand(filters, 1).contiguous(), None, [1, 1], [1, 1], [1, 1], 1)
+        expected = functional.conv2d(x.double(), weight.double(), padding=1) * scale.double()
+        terms = functional.conv2d(x.double().abs(), weight.double().abs(), padding=1) * scale.double()
+        assert_rounds_to(y, expected, 2.0**-24 * 4 * (channels * 9) ** 0.5 * terms)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_what_is_not_finite_stays_in_its_windows(isa: str, bad: float) -> None:
+    x = torch.randn(2, 3, 20, 20).bfloat16()
+    x[1, 2, 5, 6] = bad
+    y = ops.w8a16_conv(x, codes(40, 3, 3, 3).clamp(min=1), torch.ones(40, 1), None, [1, 1], [1, 1], [1, 1], 1)
+    reached = torch.zeros(2, 20, 20, dtype=torch.bool)
+    reached[1, 4:7, 5:8] = True
+    assert torch.equal(~y.isfinite(), reached[:, None].expand(y.shape))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"stride": [0, 1]}, "stride"),
+        ({"padding": [-1, 0]}, "padding"),
+        ({"x": torch.zeros(1, 3, 1, 9).bfloat16()}, "Kernel size"),
+        ({"x": torch.zeros(1, 4, 9, 9).bfloat16()}, "channels"),
+        ({"groups": 2}, "weight"),
+        ({"bias": torch.zeros(3)}, "size of tensor"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "-".join(value),
+)
+def test_wrong_convolutions_are_errors(isa: str, change: dict[str, Any], message: str) -> None:
+    """Torch's own, in its words."""
+    right: dict[str, Any] = {"x": torch.zeros(1, 3, 9, 9).bfloat16(), "bias": None, "stride": [1, 1], "padding": [0, 0]}
+    args = {**right, "groups": 1, **change}
+    with pytest.raises(RuntimeError, match=message):
+        ops.w8a16_conv(
+            args["x"], codes(4, 3, 3, 3), torch.ones(4, 1), args["bias"], args["stride"], args["padding"], [1, 1],
+            args["groups"],
+        )  # fmt: skip
+
+
+def test_backends_tells_which_convolutions_have_kernels(isa: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = native.select(isa)
+    monkeypatch.setattr(ops, "_native", found)
+    row = next(row for row in ops.backends() if row.op == "w8a16_conv" and row.device == "cpu")
+    assert row.backend == (isa if found.convolves else "reference")
+    assert ("dtypes than bfloat16" in row.why) == found.convolves
 
 
 # -- rows ------------------------------------------------------------------------------------------------------------
@@ -699,6 +805,7 @@ def every_op(seed: int = 0, m: int = 40) -> list[Tensor]:
         ops.w8a16_linear(x, weight[0], scale[0]),
         ops.w8a16_linear(x.float(), weight[0], groups),
         ops.w8a8_linear(found, found_scale, weight[0], scale[0], None, torch.bfloat16),
+        ops.w8a16_conv(x[None], weight[0].flatten()[: 64 * m * 3].view(64, m, 3), scale[0, :64], None, [1], [1], [1], 1),
         ops.w8a16_experts_linear(x, ends, weight, scale),
         ops.w8a8_experts_linear(found, found_scale, ends, weight, scale, None, torch.float32),
         found,

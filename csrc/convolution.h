@@ -1,0 +1,153 @@
+// Convolutions by outer products: a convolution is a linear layer whose rows of x are windows of an image.
+//
+//     y[b, n, p] = sum_k x[start of window p of image b + element k] * w[n, k] * w_scale[n] + bias[n]
+//
+// No window is ever laid out as a row. Windows that are next to each other begin at elements that are, as a rule; so
+// the tiles that outer_linear.h multiplies are filled from the image directly, an element of 12 windows at a time,
+// piece by piece into scratch, where the piece stays while all rows of W pass by. Sums are turned around as they are
+// stored.
+#pragma once
+
+namespace octavo {
+namespace {
+
+// Windows of a tile that begin at the same distance from each other: which lanes of a vector they are, where the window
+// of lane 0 would begin, and the lanes when elements between them are lanes too.
+struct Run {
+  int64_t start;
+  __mmask16 lanes;
+  __mmask32 spread;
+};
+
+// An element of windows that begin next to each other, or at every other element -> their lanes of v.
+template <int kStep>
+OCTAVO_INLINE __m256i with_run(__m256i v, const uint16_t* x, const Run& run) {
+  if constexpr (kStep == 1)
+    return _mm256_mask_loadu_epi16(v, run.lanes, x + run.start);
+  else
+    return _mm512_mask_cvtepi32_epi16(v, run.lanes, _mm512_maskz_loadu_epi16(run.spread, x + run.start));
+}
+
+template <class V, class Unit>
+class OuterConvolution : OuterLinear<V, Unit> {
+  using Outer = OuterLinear<V, Unit>;
+  using Scratch = typename Outer::Scratch;
+  static_assert(Unit::kElements == 2, "windows are laid out in pairs of elements");
+
+  static constexpr int64_t kPackedBytes = 1 << 21;  // of windows, at most: they stay in L2
+  static constexpr int64_t kLeastTiles = 4;  // but so many, or to lay W across would take longer than to multiply
+
+  static int64_t tile_bytes(const Convolution& c) { return Outer::tile_bytes(layer_of(c, 0, nullptr)); }
+
+ public:
+  static int64_t windows(const Convolution& c) {
+    return kTileRows * max64(kLeastTiles, min64(Outer::kTiles, kPackedBytes / tile_bytes(c)));
+  }
+
+  static size_t scratch_bytes(const Convolution& c) { return sizeof(Scratch) + windows(c) / kTileRows * tile_bytes(c); }
+
+  static void run(const Convolution& c, int64_t image, Block block, void* memory) {
+    auto& scratch = *static_cast<Scratch*>(memory);
+    char* const packed = static_cast<char*>(memory) + sizeof(Scratch);
+    for (int64_t m = block.m0, most = windows(c); m < block.m1; m += most) {
+      const Block some{m, min64(m + most, block.m1), block.n0, block.n1};
+      multiply(c, image, some, layer_of(c, some.m1 - some.m0, packed), scratch);
+    }
+  }
+
+ private:
+  // M windows as rows of x, packed.
+  static Linear layer_of(const Convolution& c, int64_t M, char* packed) {
+    Linear layer{};
+    layer.M = M, layer.N = c.N, layer.K = c.K;
+    layer.w = c.w, layer.groups = 1;
+    layer.packed = packed;
+    return layer;
+  }
+
+  static void multiply(const Convolution& c, int64_t image, Block block, const Linear& layer, Scratch& scratch) {
+    for (int64_t m = 0; m < layer.M; m += kTileRows)
+      pack(c, image, block.m0 + m, min64(kTileRows, layer.M - m), Outer::tile_of(layer, m));
+    for (int64_t n = block.n0; n < block.n1; n += kBlockN) {
+      const Block part{0, layer.M, n, min64(n + kBlockN, block.n1)};
+      for (int64_t k = 0; k < c.K; k += Outer::kPanelK)
+        Outer::products(layer, part, k, min64(Outer::kPanelK, c.K - k), scratch);
+      store(c, image, {block.m0, block.m1, part.n0, part.n1}, scratch.sums);
+    }
+  }
+
+  static int64_t start_of(const Convolution& c, int64_t p) {
+    const int64_t last = p % c.windows[2], middle = p / c.windows[2] % c.windows[1];
+    return p / c.windows[2] / c.windows[1] * c.step[0] + middle * c.step[1] + last * c.step[2];
+  }
+
+  // Windows [p, p + count) of an image -> a tile.
+  static void pack(const Convolution& c, int64_t image, int64_t p, int64_t count, char* to) {
+    const int64_t step = c.step[2] == 2 ? 2 : 1;
+    Run runs[kTileRows];
+    int many = 0;
+    for (int64_t i = 0; i < count; i++) {
+      const int64_t start = image * c.image_step + start_of(c, p + i) - i * step;
+      if (!many || runs[many - 1].start != start) runs[many++] = {start, 0, 0};
+      runs[many - 1].lanes |= static_cast<__mmask16>(1 << i);
+      runs[many - 1].spread |= __mmask32{1} << 2 * i;
+    }
+    step == 2 ? lay_runs<2>(c, runs, many, to) : lay_runs<1>(c, runs, many, to);
+  }
+
+  // As a rule they are one or two.
+  template <int kStep>
+  static void lay_runs(const Convolution& c, const Run* runs, int many, char* to) {
+    if (many == 1)
+      lay_windows(c, [&](const uint16_t* x) { return with_run<kStep>(_mm256_setzero_si256(), x, runs[0]); }, to);
+    else
+      lay_windows(
+          c,
+          [&](const uint16_t* x) {
+            __m256i v = with_run<kStep>(with_run<kStep>(_mm256_setzero_si256(), x, runs[0]), x, runs[1]);
+            for (int i = 2; i < many; i++) v = with_run<kStep>(v, x, runs[i]);
+            return v;
+          },
+          to);
+  }
+
+  // across(x): the element of all windows of the tile, that of one which begins at 0 being at x.
+  template <class Across>
+  OCTAVO_INLINE static void lay_windows(const Convolution& c, const Across& across, char* to) {
+    constexpr __mmask16 kRows = (1 << kTileRows) - 1;
+    for (int64_t k = 0; k < c.K; k += 2, to += kTileRows * kUnitBytes) {
+      __m512i units = _mm512_cvtepu16_epi32(across(c.x + c.element[k]));
+      if (k + 1 < c.K) {
+        const __m512i second = _mm512_cvtepu16_epi32(across(c.x + c.element[k + 1]));
+        units = _mm512_or_si512(units, _mm512_slli_epi32(second, 16));
+      }
+      _mm512_mask_storeu_epi32(to, kRows, units);
+    }
+  }
+
+  // Sums [m1 - m0, 32] -> y, in which the windows of a column lie next to each other.
+  static void store(const Convolution& c, int64_t image, Block part, const float* sums) {
+    const int64_t P = c.windows[0] * c.windows[1] * c.windows[2];
+    for (int64_t n = part.n0; n < part.n1; n += 16) {
+      const int columns = static_cast<int>(min64(16, part.n1 - n));
+      float scale[16], bias[16] = {};
+      V::store(scale, Float::f32, 16, V::load(c.w_scale + n, Float::f32, columns));
+      if (c.bias) V::store(bias, Float::f32, 16, V::load(element(c.bias, c.bias_type, n), c.bias_type, columns));
+      for (int64_t m = part.m0; m < part.m1; m += 16) {
+        const int rows = static_cast<int>(min64(16, part.m1 - m));
+        const float* from = sums + (m - part.m0) * kBlockN + (n - part.n0);
+        __m512i r[16];
+#pragma GCC unroll 16
+        for (int i = 0; i < 16; i++) r[i] = i < rows ? _mm512_loadu_si512(from + i * kBlockN) : _mm512_setzero_si512();
+        transpose(r);
+        for (int j = 0; j < columns; j++) {
+          const auto y = V::add(V::mul(_mm512_castsi512_ps(r[j]), V::set1(scale[j])), V::set1(bias[j]));
+          V::store(c.y + image * c.y_step + (n + j) * P + m, Float::bf16, rows, y);
+        }
+      }
+    }
+  }
+};
+
+}  // namespace
+}  // namespace octavo
