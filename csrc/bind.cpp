@@ -112,6 +112,8 @@ void* scratch_of(size_t bytes) {
 
 const void* at(const void* base, int64_t bytes) { return static_cast<const char*>(base) + bytes; }
 
+int64_t up_to_multiple(int64_t value, int64_t of) { return (value + of - 1) / of * of; }
+
 template <class Work>
 void in_parallel(int64_t units, int64_t cost_of_unit, const Work& work) {
   const int64_t grain = std::max<int64_t>(1, kWorthAThread / std::max<int64_t>(1, cost_of_unit));
@@ -229,6 +231,19 @@ void run(std::vector<Linear> layers, const LinearKernels& kernels, const Tensor&
       });
 }
 
+constexpr size_t kPackedAtOnce = 4 << 20;  // bytes of x, which stay in cache until they are read
+
+// A layer with as many rows of x at a time. `layer(m0, m1)`: with these.
+template <class Of>
+void run_by_rows(int64_t rows, const Of& layer, const LinearKernels& kernels, const Tensor& like) {
+  const Linear all = layer(0, rows);
+  const size_t bytes = kernels.packed_bytes ? kernels.packed_bytes(all) : 0;
+  if (bytes <= kPackedAtOnce) return run({all}, kernels, like);
+  const auto parts = static_cast<int64_t>((bytes + kPackedAtOnce - 1) / kPackedAtOnce);
+  const int64_t step = up_to_multiple((rows + parts - 1) / parts, octavo::kRowsAtOnce);
+  for (int64_t m = 0; m < rows; m += step) run({layer(m, std::min(m + step, rows))}, kernels, like);
+}
+
 // Whether there are kernels for floats of these types: of x in w8a16, of y in w8a8.
 bool served(ScalarType type, const std::optional<Tensor>& bias) {
   return float_type(type) && (!bias || float_type(bias->scalar_type()));
@@ -241,7 +256,8 @@ Tensor w8a16_linear(const Tensor& x, const Tensor& weight, const Tensor& weight_
   if (!served(x.scalar_type(), bias)) return reference<Tensor>("w8a16_linear", x, weight, weight_scale, bias);
   const Operands in(2, x, std::nullopt, weight, weight_scale, bias);
   Tensor y = empty(x, with_last(x, weight.size(0)), x.scalar_type());
-  run({in.layer(0, rows_of(x), 0, y, *float_type(x.scalar_type()))}, w8a16_kernels(x), x);
+  const auto layer = [&](int64_t m0, int64_t m1) { return in.layer(m0, m1, 0, y, *float_type(x.scalar_type())); };
+  run_by_rows(rows_of(x), layer, w8a16_kernels(x), x);
   return y;
 }
 
@@ -251,7 +267,8 @@ Tensor w8a8_linear(const Tensor& x, const Tensor& x_scale, const Tensor& weight,
   STD_TORCH_CHECK(x.scalar_type() == ScalarType::Char, "x must be int8");
   const Operands in(2, x, x_scale, weight, weight_scale, bias);
   Tensor y = empty(x, with_last(x, weight.size(0)), dtype);
-  run({in.layer(0, rows_of(x), 0, y, *float_type(dtype))}, kernels().w8a8, x);
+  const auto layer = [&](int64_t m0, int64_t m1) { return in.layer(m0, m1, 0, y, *float_type(dtype)); };
+  run_by_rows(rows_of(x), layer, kernels().w8a8, x);
   return y;
 }
 
@@ -304,17 +321,27 @@ constexpr int64_t kFewWindows = 48;      // more threads than have so many each 
 
 // x [B, C, *D] with zeros around D.
 Tensor padded(const Tensor& x, const Sizes& padding) {
-  if (std::all_of(padding.begin(), padding.end(), [](int64_t p) { return p == 0; })) return dense(x);
+  const Tensor inside = dense(x);
+  if (std::all_of(padding.begin(), padding.end(), [](int64_t p) { return p == 0; })) return inside;
+  const size_t dims = padding.size();
   Sizes sizes(x.sizes().begin(), x.sizes().end());
-  for (size_t d = 0; d < padding.size(); d++) sizes[2 + d] += 2 * padding[d];
-  Tensor all = empty(x, sizes, x.scalar_type());
-  torch::stable::zero_(all);
-  Tensor inside = all;
-  for (size_t d = 0; d < padding.size(); d++) {
-    int64_t dim = 2 + static_cast<int64_t>(d);
-    inside = torch::stable::narrow(inside, dim, padding[d], x.size(dim));
+  int64_t size[3] = {1, 1, 1}, around[3] = {};
+  for (size_t d = 0; d < dims; d++) {
+    size[3 - dims + d] = x.size(static_cast<int64_t>(2 + d)), around[3 - dims + d] = padding[d];
+    sizes[2 + d] += 2 * padding[d];
   }
-  torch::stable::copy_(inside, x);
+  Tensor all = empty(x, sizes, x.scalar_type());
+  const int64_t row = size[2] + 2 * around[2], slice = (size[1] + 2 * around[1]) * row,
+                image = (size[0] + 2 * around[0]) * slice;
+  const auto* from = static_cast<const uint16_t*>(inside.const_data_ptr());
+  auto* to = static_cast<uint16_t*>(all.mutable_data_ptr());
+  over_rows(x.size(0) * x.size(1), image, [&](int64_t begin, int64_t end) {
+    std::memset(to + begin * image, 0, (end - begin) * image * sizeof *to);
+    for (int64_t i = begin * size[0] * size[1]; i < end * size[0] * size[1]; i++) {
+      const int64_t j = i % size[1] + around[1], k = i / size[1] % size[0] + around[0], n = i / size[1] / size[0];
+      std::memcpy(to + n * image + k * slice + j * row + around[2], from + i * size[2], size[2] * sizeof *to);
+    }
+  });
   return all;
 }
 
@@ -325,8 +352,6 @@ Sizes with_dimension(const Sizes& so_far, int64_t count, int64_t step) {
     for (int64_t i = 0; i < count; i++) all.push_back(element + i * step);
   return all;
 }
-
-int64_t up_to_multiple(int64_t value, int64_t of) { return (value + of - 1) / of * of; }
 
 // The convolutions of all groups and images, of which each has `part(group)`.
 template <class Part>

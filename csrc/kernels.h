@@ -145,7 +145,8 @@ struct Attention {
 constexpr int64_t kAttentionTokens = 128;  // the unit in which `AttentionKernels::tokens` is dealt out
 constexpr int64_t kAttentionRows = 12;     // that `AttentionKernels::rows` takes at most
 
-constexpr int64_t kPackedRows = 12;  // of x, the unit in which `pack` is dealt out
+constexpr int64_t kPackedRows = 12;                // of x, the unit in which `pack` is dealt out
+constexpr int64_t kRowsAtOnce = 43 * kPackedRows;  // for which W is laid across anew
 
 struct LinearKernels {
   // Of `scratch`: 64-byte aligned, and not shared between threads.

@@ -163,8 +163,8 @@ struct OuterLinear {
   using X = typename Unit::X;
   static constexpr int64_t kPanelSteps = 512;  // units of K at a time: 64 KB of a panel
   static constexpr int64_t kPanelK = kPanelSteps * Unit::kElements;
-  static constexpr int64_t kTiles = 43;      // of x, whose sums wait in scratch
-  static constexpr int64_t kGroupSteps = 8;  // of a group, at least: smaller ones are not served
+  static constexpr int64_t kTiles = kRowsAtOnce / kTileRows;  // of x, whose sums wait in scratch
+  static constexpr int64_t kGroupSteps = 8;                   // of a group, at least: smaller ones are not served
   static constexpr int64_t kGroups = kPanelSteps / kGroupSteps + 1;  // in a panel: one may have begun before it
 
   struct Scratch {

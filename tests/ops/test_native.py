@@ -194,6 +194,20 @@ def test_w8a8_linear(
     assert_rounds_to(y, expected + added, 2.0**-22 * (expected.abs() + added.abs()))
 
 
+def test_rows_that_are_packed_part_by_part(isa: str) -> None:
+    """More than fit the caches: each part has its own rows of scales and of y, and ends inside of what was asked for."""
+    m, n, k = 2300, 33, 2100
+    weight, weight_scale, bias = codes(n, k), torch.rand(n, 1) / 128, torch.randn(n)
+    x, x8, x_scale = torch.randn(m, k).bfloat16(), codes(m, k), torch.rand(m, 1) / 128
+    expected, error = linear_in_double(x, weight, weight_scale, bias, 4 + k**0.5)
+    assert_rounds_to(ops.w8a16_linear(x, weight, weight_scale, bias), expected, error)
+    grouped_scale = torch.rand(n, 3) / 128
+    expected, error = linear_in_double(x, weight, grouped_scale, None, 4 + k**0.5)
+    assert_rounds_to(ops.w8a16_linear(x, weight, grouped_scale), expected, error)
+    expected, error = linear_in_double(x8 * x_scale.double(), weight, weight_scale, bias, 4)
+    assert_rounds_to(ops.w8a8_linear(x8, x_scale, weight, weight_scale, bias, torch.float32), expected, error)
+
+
 @pytest.mark.parametrize("m", [1, 7, 40])
 @pytest.mark.parametrize("k", [1, 64, 1023, 8191, 131071])
 @pytest.mark.parametrize("of_x", [-128, 127])
@@ -310,7 +324,11 @@ def test_convolution(isa: str, g: dict[str, Any], extreme: bool) -> None:
 def test_a_convolution_of_long_windows_and_of_many(isa: str) -> None:
     """More than are packed at a time, of more elements than a panel of the weight holds."""
     for channels, size, filters in ((700, 9, 40), (3, 60, 300)):
-        x, weight, scale = torch.randn(1, channels, size, size).bfloat16(), codes(filters, channels, 3, 3), torch.rand(1)
+        x, weight, scale = (
+            torch.randn(1, channels, size, size).bfloat16(),
+            codes(filters, channels, 3, 3),
+            torch.rand(1),
+        )
         y = ops.w8a16_conv(x, weight, scale.expand(filters, 1).contiguous(), None, [1, 1], [1, 1], [1, 1], 1)
         expected = functional.conv2d(x.double(), weight.double(), padding=1) * scale.double()
         terms = functional.conv2d(x.double().abs(), weight.double().abs(), padding=1) * scale.double()
@@ -805,7 +823,9 @@ def every_op(seed: int = 0, m: int = 40) -> list[Tensor]:
         ops.w8a16_linear(x, weight[0], scale[0]),
         ops.w8a16_linear(x.float(), weight[0], groups),
         ops.w8a8_linear(found, found_scale, weight[0], scale[0], None, torch.bfloat16),
-        ops.w8a16_conv(x[None], weight[0].flatten()[: 64 * m * 3].view(64, m, 3), scale[0, :64], None, [1], [1], [1], 1),
+        ops.w8a16_conv(
+            x[None], weight[0].flatten()[: 64 * m * 3].view(64, m, 3), scale[0, :64], None, [1], [1], [1], 1
+        ),
         ops.w8a16_experts_linear(x, ends, weight, scale),
         ops.w8a8_experts_linear(found, found_scale, ends, weight, scale, None, torch.float32),
         found,
