@@ -195,7 +195,7 @@ def test_w8a8_linear(
 
 
 def test_rows_that_are_packed_part_by_part(isa: str) -> None:
-    """More than fit the caches: each part has its own rows of scales and of y, and ends inside of what was asked for."""
+    """More than fit the caches: each part has its own scales and its own rows of y."""
     m, n, k = 2300, 33, 2100
     weight, weight_scale, bias = codes(n, k), torch.rand(n, 1) / 128, torch.randn(n)
     x, x8, x_scale = torch.randn(m, k).bfloat16(), codes(m, k), torch.rand(m, 1) / 128
