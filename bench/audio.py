@@ -29,17 +29,16 @@ def measure() -> dict[str, Any]:
         raise Skipped(str(reason)) from reason
 
 
-def compare_pitches(hop: int) -> dict[str, Any]:
-    """Quantize a copy of CREPE, and compare what the two hear in frames that start `hop` samples apart.
+def compare_pitches(hop: int, dtype: torch.dtype = torch.float32) -> dict[str, Any]:
+    """Quantize a copy of CREPE, and compare what the two hear, in `dtype`, in frames that start `hop` samples apart.
 
     Raises: FileNotFoundError when the packages with the weights and the sounds are not installed.
     """
-    float_model, frames = crepe(), sound_frames(hop)
+    float_model, frames = crepe().to(dtype), sound_frames(hop).to(dtype)
     model = copy.deepcopy(float_model)
     report = octavo.quantize(model, "w8a16")
     with torch.no_grad():
-        f = torch.cat([float_model(batch) for batch in frames.split(BATCH)])
-        q = torch.cat([model(batch) for batch in frames.split(BATCH)])
+        f, q = (torch.cat([one(batch) for batch in frames.split(BATCH)]).float() for one in (float_model, model))
     heard, heard_int8 = pitch(f), pitch(q)
     both = (heard >= 0) & (heard_int8 >= 0)
     return {

@@ -70,6 +70,8 @@ Tensor empty(const Tensor& like, const std::vector<int64_t>& sizes, ScalarType t
   return torch::stable::new_empty(like, sizes, type);
 }
 
+const void* at(const void* base, int64_t bytes) { return static_cast<const char*>(base) + bytes; }
+
 // The same op of the reference, for what no kernel is written for: float64.
 template <class Result, class... Args>
 Result reference(const char* name, const Args&... args) {
@@ -94,7 +96,9 @@ Rows rows(const Tensor& values, Float type, Tensor& codes, Tensor& scale) {
 // -- threads ---------------------------------------------------------------------------------------------------------
 
 constexpr int64_t kColumns = 32;              // of y, the unit in which work is dealt out
+constexpr int64_t kRowsOfPart = 129;          // of x, that are worth laying W across for
 constexpr int64_t kWorthAThread = 128 << 10;  // products that a thread should at least have to make
+constexpr int64_t kUnitsOfThread = 8;         // of work, from which it does not matter who has one more
 constexpr int64_t kElement = 8;               // products that take as long as what is done to an element of a row
 constexpr int64_t kLongestExact = 131071;     // K of which a sum of products of codes, 128 * 128 at most, fits int32
 
@@ -109,8 +113,6 @@ void* scratch_of(size_t bytes) {
   if (memory.size() < bytes + 64) memory.resize(bytes + 64);
   return aligned(memory.data());
 }
-
-const void* at(const void* base, int64_t bytes) { return static_cast<const char*>(base) + bytes; }
 
 int64_t up_to_multiple(int64_t value, int64_t of) { return (value + of - 1) / of * of; }
 
@@ -207,6 +209,14 @@ void deal_out(const std::vector<Linear>& layers, int64_t size, const Of& of, con
   });
 }
 
+// Into how many parts rows are to be cut, if `whole` units of work are all there is of each, so that threads get as
+// much of them. least: rows of a part that are worth it.
+int64_t even_parts(int64_t whole, int64_t rows, int64_t least) {
+  const int64_t threads = torch::stable::get_num_threads();
+  if (whole >= kUnitsOfThread * threads || whole % threads == 0) return 1;
+  return std::max<int64_t>(1, std::min(threads, rows / least));
+}
+
 // Rows of x are packed where the kernels want it, then columns of y computed. `like`: what memory is allocated like.
 void run(std::vector<Linear> layers, const LinearKernels& kernels, const Tensor& like) {
   size_t scratch_bytes = 0, packed_bytes = 0;
@@ -224,10 +234,20 @@ void run(std::vector<Linear> layers, const LinearKernels& kernels, const Tensor&
     }
     deal_out(layers, octavo::kPackedRows, [](const Linear& layer) { return layer.packed ? layer.M : 0; }, kernels.pack);
   }
+  const auto columns = [](const Linear& layer) { return up_to_multiple(layer.N, kColumns); };
+  const int64_t M = layers.size() == 1 ? layers[0].M : 0;  // of experts each is a part
+  const int64_t parts = M ? even_parts(columns(layers[0]) / kColumns, M, kRowsOfPart) : 1;
   deal_out(
-      layers, kColumns, [](const Linear& layer) { return layer.N; },
-      [&](const Linear& layer, int64_t n0, int64_t n1) {
-        kernels.run(layer, {0, layer.M, n0, n1}, scratch_of(scratch_bytes));
+      layers, kColumns, [&](const Linear& layer) { return parts * columns(layer); },
+      [&](const Linear& layer, int64_t begin, int64_t end) {
+        const int64_t width = columns(layer),
+                      height = up_to_multiple((layer.M + parts - 1) / parts, octavo::kPackedRows);
+        void* const scratch = scratch_of(scratch_bytes);
+        for (int64_t part = begin / width; part * width < end; part++) {
+          const int64_t n0 = std::max(begin - part * width, int64_t{0}), n1 = std::min(end - part * width, layer.N);
+          const int64_t m0 = std::min(part * height, layer.M), m1 = std::min(m0 + height, layer.M);
+          kernels.run(layer, {m0, m1, n0, n1}, scratch);
+        }
       });
 }
 
@@ -317,7 +337,7 @@ using Sizes = std::vector<int64_t>;
 
 constexpr int64_t kColumnsAtOnce = 256;  // of y, for which windows are packed once
 constexpr int64_t kFewColumns = 32;      // of y and a group: with fewer, most of a panel of W would be nothing
-constexpr int64_t kFewWindows = 48;      // more threads than have so many each are no gain
+constexpr int64_t kFewWindows = 48;      // of a part that are worth it
 
 // x [B, C, *D] with zeros around D.
 Tensor padded(const Tensor& x, const Sizes& padding) {
@@ -345,11 +365,11 @@ Tensor padded(const Tensor& x, const Sizes& padding) {
   return all;
 }
 
-// Where along a dimension every i-th of `count` elements is, for each that is so far.
+// From each place so far, `count` places along one more dimension.
 Sizes with_dimension(const Sizes& so_far, int64_t count, int64_t step) {
   Sizes all;
-  for (const int64_t element : so_far)
-    for (int64_t i = 0; i < count; i++) all.push_back(element + i * step);
+  for (const int64_t place : so_far)
+    for (int64_t i = 0; i < count; i++) all.push_back(place + i * step);
   return all;
 }
 
@@ -358,10 +378,9 @@ template <class Part>
 void run(const Convolution& c, const ConvolutionKernels& kernels, int64_t groups, int64_t images, const Part& part) {
   const int64_t P = c.windows[0] * c.windows[1] * c.windows[2];
   const int64_t columns = (c.N + kColumnsAtOnce - 1) / kColumnsAtOnce, whole = groups * images * columns;
-  const int64_t threads = torch::stable::get_num_threads(), most = kernels.windows(c);
+  const int64_t most = kernels.windows(c);
   int64_t parts = (P + most - 1) / most;
-  const int64_t even = up_to_multiple(parts, threads);
-  if (whole * parts % threads && P >= even * kFewWindows) parts = even;
+  parts *= even_parts(whole * parts, P / parts, kFewWindows);
   const int64_t height = up_to_multiple((P + parts - 1) / parts, octavo::kPackedRows);
   parts = (P + height - 1) / height;
   const size_t bytes = kernels.scratch_bytes(c);
@@ -406,15 +425,15 @@ Tensor w8a16_conv(const Tensor& x, const Tensor& weight, const Tensor& weight_sc
   const Tensor image = padded(x, padding), codes = dense(weight), scale = dense(weight_scale);
   Convolution c{};
   Sizes sizes{x.size(0), N}, element = with_dimension({0}, weight.size(1), image.stride(1));
-  for (int64_t d = 0; d < 3; d++) c.windows[d] = 1;
   for (int64_t d = 0; d < dims; d++) {
-    const int64_t count = weight.size(2 + d), step = image.stride(2 + d);
-    const int64_t room = image.size(2 + d) - dilation[d] * (count - 1) - 1;
+    const int64_t count = weight.size(2 + d), room = image.size(2 + d) - dilation[d] * (count - 1) - 1;
     if (room < 0) return by_reference();
-    element = with_dimension(element, count, dilation[d] * step);
+    element = with_dimension(element, count, dilation[d] * image.stride(2 + d));
     sizes.push_back(room / stride[d] + 1);
-    c.windows[3 - dims + d] = sizes.back(), c.step[3 - dims + d] = stride[d] * step;
   }
+  std::fill_n(c.windows, 3, 1);
+  for (int64_t d = dims - 1, last = 2; d >= 0; d--)  // those with a single window are no dimensions
+    if (sizes[2 + d] > 1) c.windows[last] = sizes[2 + d], c.step[last--] = stride[d] * image.stride(2 + d);
   Tensor y = empty(x, sizes, x.scalar_type()), added;
   if (bias) added = dense(*bias);
   c.N = N / groups, c.K = static_cast<int64_t>(element.size());

@@ -34,10 +34,8 @@ class OuterConvolution : OuterLinear<V, Unit> {
   using Scratch = typename Outer::Scratch;
   static_assert(Unit::kElements == 2, "windows are laid out in pairs of elements");
 
-  static constexpr int64_t kPackedBytes = 1 << 21;  // of windows, at most: they stay in L2
+  static constexpr int64_t kPackedBytes = 1 << 21;  // of windows, at most: they stay in a cache
   static constexpr int64_t kLeastTiles = 4;  // but so many, or to lay W across would take longer than to multiply
-
-  static int64_t tile_bytes(const Convolution& c) { return Outer::tile_bytes(layer_of(c, 0, nullptr)); }
 
  public:
   static int64_t windows(const Convolution& c) {
@@ -56,6 +54,8 @@ class OuterConvolution : OuterLinear<V, Unit> {
   }
 
  private:
+  static int64_t tile_bytes(const Convolution& c) { return Outer::tile_bytes(layer_of(c, 0, nullptr)); }
+
   // M windows as rows of x, packed.
   static Linear layer_of(const Convolution& c, int64_t M, char* packed) {
     Linear layer{};

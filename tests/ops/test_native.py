@@ -861,6 +861,29 @@ def test_the_number_of_threads_changes_no_bit(isa: str) -> None:
     assert_same_bits(every_op(), alone)
 
 
+@pytest.mark.parametrize("n", [5, 70])
+def test_nor_does_it_where_rows_are_shared_for_want_of_columns(isa: str, n: int) -> None:
+    m, k = 700, 300
+    x, x8, weight, scale = torch.randn(m, k).bfloat16(), codes(m, k), codes(n, k), torch.rand(n, 1)
+    image = x.T.reshape(1, k, m)
+
+    def layers() -> list[Tensor]:
+        return [
+            ops.w8a16_linear(x, weight, scale),
+            ops.w8a16_linear(x.float(), weight, scale.expand(n, 3).contiguous()),
+            ops.w8a8_linear(x8, torch.ones(1), weight, scale, None, torch.bfloat16),
+            ops.w8a16_conv(image, weight[..., None], scale, None, [1], [0], [1], 1),
+        ]
+
+    torch.set_num_threads(1)
+    alone = layers()
+    expected, error = linear_in_double(x, weight, scale, None, 4 + k**0.5)
+    assert_rounds_to(alone[0], expected, error)
+    for threads in (2, 3):
+        torch.set_num_threads(threads)
+        assert_same_bits(layers(), alone)
+
+
 @pytest.mark.parametrize("m", [100, 600])
 def test_a_row_does_not_depend_on_the_batch(isa: str, m: int) -> None:
     """Codes, and sums of codes, to the bit. A fp32 sum to within rounding: many rows sum K in pieces, few do not."""

@@ -5,19 +5,23 @@ from __future__ import annotations
 import collections
 
 import pytest
+import torch
 
 from bench.audio import HOP, compare_pitches
 
 pytestmark = pytest.mark.slow
 
 
-def test_pitches_stay() -> None:
+@pytest.mark.parametrize(("dtype", "every", "bound"), [(torch.float32, 1, 0.995), (torch.bfloat16, 4, 0.99)])
+def test_pitches_stay(dtype: torch.dtype, every: int, bound: float) -> None:
+    """In bf16, where convolutions may have a kernel of their own, in every fourth frame. There the float model's own
+    rounding moves some frames, too."""
     try:
-        found = compare_pitches(HOP)
+        found = compare_pitches(every * HOP, dtype)
     except FileNotFoundError as reason:
         pytest.skip(str(reason))
-    assert found["frames"] > 1800
-    assert found["voiced"] > 500, "there is something to hear"
+    assert found["frames"] * every > 1800
+    assert found["voiced"] * every > 500, "there is something to hear"
     assert collections.Counter(found["int8_layers"].values()) == {"Conv2d": 6, "Linear": 1}
-    assert found["agreement"] >= 0.995
+    assert found["agreement"] >= bound
     assert found["sqnr_db"] < 100, "two models"
