@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 import octavo
 from bench import goals, runtimes
-from bench.goals import Goal
+from bench.goals import Goal, human_time
 from bench.record import Skipped
 from bench.speed import FOLLOWING, NEW, PROMPT, SMOLLM2, VOCABULARY
 from examples.models import cache_folder, smollm2_checkpoint
@@ -152,7 +152,7 @@ def _models(path: str) -> dict[str, dict[str, Any]]:
 
 def tables(found: dict[str, Any]) -> list[Table]:
     rows = [
-        (f"{name}; T = {size[0]}, S = {size[1]}", *goals.row(Goal(phase, ours, (SDPA,), 1.0), seconds, _time))
+        (f"{name}; T = {size[0]}, S = {size[1]}", *goals.row(Goal(phase, ours, (SDPA,), 1.0), seconds, human_time))
         for name, one in found["ops"].items()
         for size, seconds in _by_size(one)
         for phase in ("decode" if size[0] == 1 else "prefill",)
@@ -183,7 +183,3 @@ def _model_table(found: dict[str, dict[str, Any]]) -> Table:
     )
     title = f"{SMOLLM2}: {PROMPT} tokens in, {NEW} out; medians of {ROUNDS} rounds; in brackets: times as fast as bf16"
     return Table(title, ("model", "prefill, tokens/s", "decode, tokens/s", "error of the logits"), rows, "lrrr")
-
-
-def _time(seconds: float) -> str:
-    return f"{seconds * 1e6:.0f} us" if seconds < 0.01 else f"{seconds * 1e3:.1f} ms"

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import octavo
+from bench.goals import human_time
 from bench.record import Skipped
 from examples.crepe import crepe, sound_frames
 from octavo import ops
@@ -26,9 +27,9 @@ TITLE = "Convolutions"
 HOW = """
 `F.conv1d` and `F.conv2d` of torch with bf16 weights, `w8a16_conv`, and what answers it where there is no kernel (the
 reference: torch's convolution in fp32), all from the same bf16 images, in turns in one process, medians of the rounds.
-Weights and images are as a model has them, from whatever cache they fit. Every result was held to float64 before. The
-models are in bf16 and in w8a16, in turns too: CREPE with its published weights, transformers' ResNet-50 and wav2vec 2.0
-with random ones. Error: of what they return, against bf16's.
+Weights and images are as a model has them, from whatever cache they fit. Each layer's result was held to float64
+before. The models are in bf16 and in w8a16, in turns too: CREPE with its published weights, transformers' ResNet-50 and
+wav2vec 2.0 with random ones. Error: of what they return, against bf16's.
 """
 
 LAYERS: dict[str, tuple[list[int], list[int], int, int]] = {
@@ -143,11 +144,25 @@ def _output(found: Any) -> Tensor:
 
 def tables(found: dict[str, Any]) -> list[Table]:
     layers = [
-        (name, _time(of[BF16]), _time(of[REFERENCE]), _time(of[OURS]), _ratio(of, BF16), _ratio(of, REFERENCE))
+        (
+            name,
+            human_time(of[BF16]),
+            human_time(of[REFERENCE]),
+            human_time(of[OURS]),
+            _ratio(of, BF16),
+            _ratio(of, REFERENCE),
+        )
         for name, of in found["layers"].items()
     ]
     models = [
-        (name, _time(of[BF16]), _time(of[OURS]), _ratio(of, BF16), f"{one['bytes']:.2f}x", f"{one['error']:.3f}")
+        (
+            name,
+            human_time(of[BF16]),
+            human_time(of[OURS]),
+            _ratio(of, BF16),
+            f"{one['bytes']:.2f}x",
+            f"{one['error']:.3f}",
+        )
         for name, one in found["models"].items()
         for of in (one["seconds"],)
     ]
@@ -160,7 +175,3 @@ def tables(found: dict[str, Any]) -> list[Table]:
 
 def _ratio(seconds: dict[str, float], rival: str) -> str:
     return f"{seconds[rival] / seconds[OURS]:.2f}"
-
-
-def _time(seconds: float) -> str:
-    return f"{seconds * 1e6:.0f} us" if seconds < 0.01 else f"{seconds * 1e3:.1f} ms"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Mapping
 
-__all__ = ["COLUMNS", "Goal", "row"]
+__all__ = ["COLUMNS", "Goal", "human_time", "row"]
 
 COLUMNS = ("measure", "ours", "rival", "rival's", "times as fast", "must be", "aim", "")
 
@@ -31,6 +31,11 @@ def row(goal: Goal, seconds: Mapping[str, float], show: Callable[[float], str]) 
     ratio = seconds[rival] / seconds[goal.ours]
     ours = f"{goal.ours}: {show(seconds[goal.ours])}"
     return (goal.measure, ours, rival, show(seconds[rival]), f"{ratio:.2f}", must, aim, _verdict(goal, ratio))
+
+
+def human_time(seconds: float) -> str:
+    """Microseconds up to ten thousand, milliseconds from there on."""
+    return f"{seconds * 1e6:.0f} us" if seconds < 0.01 else f"{seconds * 1e3:.1f} ms"
 
 
 def _verdict(goal: Goal, ratio: float) -> str:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from bench import goals
-from bench.goals import Goal
+from bench.goals import Goal, human_time
 from octavo.cli.op_speed import (
     AMAX,
     BF16,
@@ -170,7 +170,7 @@ def tables(found: dict[str, Any]) -> list[Table]:
         raced = [(GOALS[M], f", M = {M}", one["linear"][str(M)]) for M in SIZES]
         raced += [(WEIGHT_GOALS, "", one["weight"]), (LOOKUP_GOALS, "", one["lookup"])]
         for several, size, seconds in raced:
-            rows += [(f"{name}{size}", *goals.row(goal, seconds, _time)) for goal in several]
+            rows += [(f"{name}{size}", *goals.row(goal, seconds, human_time)) for goal in several]
     served = found["kernels"]["w8a16_linear"]
     return [
         Table(f"What must be reached; kernels: {served}", ("N x K", *goals.COLUMNS), tuple(rows), "llllrrrrl"),
@@ -181,7 +181,7 @@ def tables(found: dict[str, Any]) -> list[Table]:
 
 def _times(name: str, linear: dict[str, dict[str, float]]) -> Table:
     ways = list(linear[str(SIZES[0])])
-    rows = tuple((way, *(_time(linear[str(M)][way]) for M in SIZES)) for way in ways)
+    rows = tuple((way, *(human_time(linear[str(M)][way]) for M in SIZES)) for way in ways)
     return Table(f"Medians, {name}", ("M =", *map(str, SIZES)), rows, "l" + "r" * len(SIZES))
 
 
@@ -193,11 +193,7 @@ def _isas(isas: dict[str, Any]) -> Table:
             continue
         for way in (W8A16, W8A8):
             raced = (one["linear"][str(M)] for M in ISA_SIZES)
-            rows.append((isa, way, *(f"{_time(times[way])} ({times[BF16] / times[way]:.2f}x)" for times in raced)))
+            rows.append((isa, way, *(f"{human_time(times[way])} ({times[BF16] / times[way]:.2f}x)" for times in raced)))
     columns = ("kernels", "layer", *(f"M = {M}" for M in ISA_SIZES))
     title = f"Kernels by instruction set, {'x'.join(map(str, ISA_SHAPE))}; in brackets: times as fast as bf16 F.linear"
     return Table(title, columns, tuple(rows), "llrr")
-
-
-def _time(seconds: float) -> str:
-    return f"{seconds * 1e6:.0f} us" if seconds < 0.01 else f"{seconds * 1e3:.1f} ms"

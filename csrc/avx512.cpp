@@ -259,7 +259,7 @@ constexpr LinearKernels either{
 };
 
 template <class Of>
-constexpr ConvolutionKernels convolution{Of::windows, Of::scratch_bytes, Of::run};
+constexpr ConvolutionKernels convolution{Of::most_windows, Of::scratch_bytes, Of::run};
 
 template <class Of>
 constexpr AttentionKernels attention{Of::packed, Of::scratch, MaskRows<Vec>::look, Of::tokens, Of::rows};

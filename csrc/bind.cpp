@@ -378,7 +378,7 @@ template <class Part>
 void run(const Convolution& c, const ConvolutionKernels& kernels, int64_t groups, int64_t images, const Part& part) {
   const int64_t P = c.windows[0] * c.windows[1] * c.windows[2];
   const int64_t columns = (c.N + kColumnsAtOnce - 1) / kColumnsAtOnce, whole = groups * images * columns;
-  const int64_t most = kernels.windows(c);
+  const int64_t most = kernels.most_windows(c);
   int64_t parts = (P + most - 1) / most;
   parts *= even_parts(whole * parts, P / parts, kFewWindows);
   const int64_t height = up_to_multiple((P + parts - 1) / parts, octavo::kPackedRows);
@@ -396,8 +396,9 @@ void run(const Convolution& c, const ConvolutionKernels& kernels, int64_t groups
 }
 
 // Whether these are the operands of a convolution that kernels may have, as far as types and dimensions tell.
-bool convolves(const Tensor& x, const Tensor& weight, const Tensor& weight_scale, const std::optional<Tensor>& bias,
-               const Sizes& stride, const Sizes& padding, const Sizes& dilation, int64_t groups) {
+bool is_convolution(const Tensor& x, const Tensor& weight, const Tensor& weight_scale,
+                    const std::optional<Tensor>& bias, const Sizes& stride, const Sizes& padding, const Sizes& dilation,
+                    int64_t groups) {
   const int64_t dims = weight.dim() - 2, N = weight.size(0);
   const auto is_each = [&](const Sizes& sizes, int64_t least) {
     return static_cast<int64_t>(sizes.size()) == dims &&
@@ -417,7 +418,7 @@ Tensor w8a16_conv(const Tensor& x, const Tensor& weight, const Tensor& weight_sc
   const bool is_bf16 = float_type(x.scalar_type()) == Float::bf16;
   const ConvolutionKernels* const kernel = is_bf16 ? kernels().bf16_convolution : nullptr;
   if (!kernel || !served(x.scalar_type(), bias) ||
-      !convolves(x, weight, weight_scale, bias, stride, padding, dilation, groups))
+      !is_convolution(x, weight, weight_scale, bias, stride, padding, dilation, groups))
     return by_reference();
   const int64_t dims = weight.dim() - 2, N = weight.size(0);
   if (groups > 1 && N / groups < kFewColumns) return by_reference();

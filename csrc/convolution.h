@@ -38,16 +38,18 @@ class OuterConvolution : OuterLinear<V, Unit> {
   static constexpr int64_t kLeastTiles = 4;  // but so many, or to lay W across would take longer than to multiply
 
  public:
-  static int64_t windows(const Convolution& c) {
+  static int64_t most_windows(const Convolution& c) {
     return kTileRows * max64(kLeastTiles, min64(Outer::kTiles, kPackedBytes / tile_bytes(c)));
   }
 
-  static size_t scratch_bytes(const Convolution& c) { return sizeof(Scratch) + windows(c) / kTileRows * tile_bytes(c); }
+  static size_t scratch_bytes(const Convolution& c) {
+    return sizeof(Scratch) + most_windows(c) / kTileRows * tile_bytes(c);
+  }
 
   static void run(const Convolution& c, int64_t image, Block block, void* memory) {
     auto& scratch = *static_cast<Scratch*>(memory);
     char* const packed = static_cast<char*>(memory) + sizeof(Scratch);
-    for (int64_t m = block.m0, most = windows(c); m < block.m1; m += most) {
+    for (int64_t m = block.m0, most = most_windows(c); m < block.m1; m += most) {
       const Block some{m, min64(m + most, block.m1), block.n0, block.n1};
       multiply(c, image, some, layer_of(c, some.m1 - some.m0, packed), scratch);
     }

@@ -160,7 +160,7 @@ struct LinearKernels {
 };
 
 struct ConvolutionKernels {
-  int64_t (*windows)(const Convolution&);  // of an image, that `run` is best given at most
+  int64_t (*most_windows)(const Convolution&);  // of an image, that `run` is best given at once
   // Of `scratch`: 64-byte aligned, and not shared between threads.
   size_t (*scratch_bytes)(const Convolution&);
   // Windows [m0, m1) of an image, columns [n0, n1) of y.

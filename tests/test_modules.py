@@ -429,6 +429,14 @@ def test_a_directional_derivative_by_reverse_mode(kind: str) -> None:
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
 
 
+def test_functorch_derivatives_are_refused() -> None:
+    int8, _, x = made("linear")
+    int8.requires_grad_(False)
+    for transform in (torch.func.grad, torch.func.jacrev):
+        with pytest.raises(RuntimeError, match="functorch transforms"):
+            transform(lambda x: int8(x).sum())(x)
+
+
 def test_an_adapter_learns_on_a_frozen_int8_base() -> None:
     base = nn.Sequential(nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 8))
     quantize(base, "w8a16")

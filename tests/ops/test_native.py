@@ -30,6 +30,7 @@ from octavo.errors import QuantizeError
 from octavo.ops import native
 from octavo.ops.gates import GATES
 from tests.ops.test_attention import exact
+from tests.ops.test_conv import CONV
 
 ROOT = Path(__file__).parents[2]
 FORCED = os.environ.get("OCTAVO_ISA", "")
@@ -269,8 +270,6 @@ def test_what_is_not_finite_stays_in_its_row(isa: str, bad: float, dtype: torch.
 
 # -- convolutions ----------------------------------------------------------------------------------------------------
 
-CONVOLUTIONS = {1: functional.conv1d, 2: functional.conv2d, 3: functional.conv3d}
-
 
 @st.composite
 def convolutions(draw: st.DrawFn) -> dict[str, Any]:
@@ -313,8 +312,8 @@ def test_convolution(isa: str, g: dict[str, Any], extreme: bool) -> None:
     geometry = g["stride"], g["padding"], g["dilation"], groups
     y = ops.w8a16_conv(given_x, weight, weight_scale, bias, *geometry)
     wide = weight.double() * weight_scale.double().view(-1, *[1] * (dims + 1))
-    expected = CONVOLUTIONS[dims](x.double(), wide, None, *geometry)
-    terms = CONVOLUTIONS[dims](x.double().abs(), wide.abs(), None, *geometry)
+    expected = CONV[dims](x.double(), wide, None, *geometry)
+    terms = CONV[dims](x.double().abs(), wide.abs(), None, *geometry)
     added = (torch.zeros(1) if bias is None else bias).double().view(-1, *[1] * dims)
     error = 2.0**-24 * ((4 + wide[0].numel() ** 0.5) * terms + 4 * expected.abs() + 2 * added.abs())
     assert y.dtype == torch.bfloat16 and list(y.shape[2:]) == g["windows"] and y.is_contiguous()
