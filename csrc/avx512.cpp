@@ -24,6 +24,8 @@
 
 #include "convolution.h"
 
+#include "narrow_convolution.h"
+
 #include "mask.h"
 
 #include "softmax.h"
@@ -262,6 +264,9 @@ template <class Of>
 constexpr ConvolutionKernels convolution{Of::most_windows, Of::scratch_bytes, Of::run};
 
 template <class Of>
+constexpr NarrowConvolutionKernels narrow_convolution{Of::parts, Of::scratch_bytes, Of::run};
+
+template <class Of>
 constexpr AttentionKernels attention{Of::packed, Of::scratch, MaskRows<Vec>::look, Of::tokens, Of::rows};
 
 }  // namespace
@@ -270,6 +275,9 @@ extern constexpr Kernels avx512_kernels = [] {
   Kernels kernels = kernels_of<Vec>("avx512", either<LinearF32, ManyRowsF32>, either<LinearBf16, ManyRowsBf16>,
                                     either<LinearF16, ManyRowsF16>, either<LinearInt8, ManyRowsInt8>);
   kernels.bf16_convolution = &convolution<OuterConvolution<Vec, Bf16Unit>>;
+  kernels.narrow_convolution_of[0] = &narrow_convolution<NarrowKernel<Vec, Single<Float::f32>>>;
+  kernels.narrow_convolution_of[1] = &narrow_convolution<NarrowKernel<Vec, Pair>>;
+  kernels.narrow_convolution_of[2] = &narrow_convolution<NarrowKernel<Vec, Single<Float::f16>>>;
   kernels.int8_attention = &attention<Int8Attention<Vec, Int8Unit, WeightedUnit>>;
   kernels.float_attention_of[0] = &attention<FloatAttention<Vec, Fp32Unit<Float::f32>>>;
   kernels.float_attention_of[1] = &attention<FloatAttention<Vec, Bf16Unit>>;

@@ -33,6 +33,8 @@ using octavo::Linear;
 using octavo::LinearKernels;
 using octavo::Lookup;
 using octavo::Mask;
+using octavo::NarrowConvolution;
+using octavo::NarrowConvolutionKernels;
 using octavo::Norm;
 using octavo::Rows;
 using torch::headeronly::ScalarType;
@@ -336,7 +338,6 @@ Tensor w8a8_experts_linear(const Tensor& x, const Tensor& x_scale, const Tensor&
 using Sizes = std::vector<int64_t>;
 
 constexpr int64_t kColumnsAtOnce = 256;  // of y, for which windows are packed once
-constexpr int64_t kFewColumns = 32;      // of y and a group: with fewer, most of a panel of W would be nothing
 constexpr int64_t kFewWindows = 48;      // of a part that are worth it
 
 // x [B, C, *D] with zeros around D.
@@ -410,47 +411,90 @@ bool is_convolution(const Tensor& x, const Tensor& weight, const Tensor& weight_
          weight_scale.scalar_type() == ScalarType::Float && weight_scale.numel() == N && (!bias || bias->numel() == N);
 }
 
+// The operands of one, and the windows that it has along each dimension.
+struct Convolved {
+  const Tensor &x, &weight, &scale;
+  const std::optional<Tensor>& bias;
+  const Sizes &stride, &padding, &dilation;
+  int64_t groups;
+  Sizes windows = {};
+
+  int64_t dims() const { return weight.dim() - 2; }
+  Sizes sizes_of_y() const {
+    Sizes sizes{x.size(0), weight.size(0)};
+    sizes.insert(sizes.end(), windows.begin(), windows.end());
+    return sizes;
+  }
+};
+
+Tensor narrow_convolution(const Convolved& in, Float type, const NarrowConvolutionKernels& kernel) {
+  const Tensor x = dense(in.x), codes = dense(in.weight), scale = dense(in.scale);
+  Tensor y = empty(x, in.sizes_of_y(), x.scalar_type()), added;
+  NarrowConvolution c{};
+  c.images = x.size(0), c.groups = in.groups, c.N = codes.size(0) / in.groups, c.C = codes.size(1);
+  for (int64_t d = 0; d < 3; d++) {
+    const int64_t from = d - (3 - in.dims());
+    const bool is_there = from >= 0;
+    c.size[d] = is_there ? x.size(2 + from) : 1, c.count[d] = is_there ? codes.size(2 + from) : 1;
+    c.stride[d] = is_there ? in.stride[from] : 1, c.padding[d] = is_there ? in.padding[from] : 0;
+    c.dilation[d] = is_there ? in.dilation[from] : 1, c.windows[d] = is_there ? in.windows[from] : 1;
+  }
+  c.x = x.const_data_ptr(), c.y = y.mutable_data_ptr(), c.type = type;
+  c.w = static_cast<const int8_t*>(codes.const_data_ptr()), c.w_scale = static_cast<const float*>(scale.const_data_ptr());
+  if (in.bias) added = dense(*in.bias), c.bias = added.const_data_ptr(), c.bias_type = *float_type(added.scalar_type());
+  const int64_t parts = kernel.parts(c);
+  const size_t bytes = kernel.scratch_bytes(c);
+  in_parallel(parts, y.numel() / parts * c.C * c.count[0] * c.count[1] * c.count[2],
+              [&](int64_t begin, int64_t end) { kernel.run(c, begin, end, scratch_of(bytes)); });
+  return y;
+}
+
+Tensor wide_convolution(const Convolved& in, const ConvolutionKernels& kernel) {
+  const Tensor image = padded(in.x, in.padding), codes = dense(in.weight), scale = dense(in.scale);
+  Tensor y = empty(image, in.sizes_of_y(), image.scalar_type()), added;
+  Convolution c{};
+  Sizes element = with_dimension({0}, codes.size(1), image.stride(1));
+  for (int64_t d = 0; d < in.dims(); d++)
+    element = with_dimension(element, codes.size(2 + d), in.dilation[d] * image.stride(2 + d));
+  std::fill_n(c.windows, 3, 1);
+  for (int64_t d = in.dims() - 1, last = 2; d >= 0; d--)  // those with a single window are no dimensions
+    if (in.windows[d] > 1) c.windows[last] = in.windows[d], c.step[last--] = in.stride[d] * image.stride(2 + d);
+  if (in.bias) added = dense(*in.bias), c.bias_type = *float_type(added.scalar_type());
+  c.N = codes.size(0) / in.groups, c.K = static_cast<int64_t>(element.size());
+  c.image_step = image.stride(0), c.element = element.data(), c.y_step = y.stride(0);
+  run(c, kernel, in.groups, image.size(0), [&](int64_t group) {
+    Convolution part = c;
+    const int64_t n = group * c.N;
+    part.x = static_cast<const uint16_t*>(image.const_data_ptr()) + group * codes.size(1) * image.stride(1);
+    part.w = static_cast<const int8_t*>(codes.const_data_ptr()) + n * c.K;
+    part.w_scale = static_cast<const float*>(scale.const_data_ptr()) + n;
+    if (in.bias) part.bias = at(added.const_data_ptr(), n * octavo::size_of(c.bias_type));
+    part.y = static_cast<uint16_t*>(y.mutable_data_ptr()) + n * y.stride(1);
+    return part;
+  });
+  return y;
+}
+
 Tensor w8a16_conv(const Tensor& x, const Tensor& weight, const Tensor& weight_scale, const std::optional<Tensor>& bias,
                   Sizes stride, Sizes padding, Sizes dilation, int64_t groups) {
   const auto by_reference = [&] {
     return reference<Tensor>("w8a16_conv", x, weight, weight_scale, bias, stride, padding, dilation, groups);
   };
-  const bool is_bf16 = float_type(x.scalar_type()) == Float::bf16;
-  const ConvolutionKernels* const kernel = is_bf16 ? kernels().bf16_convolution : nullptr;
-  if (!kernel || !served(x.scalar_type(), bias) ||
+  const auto type = float_type(x.scalar_type());
+  if (!served(x.scalar_type(), bias) ||
       !is_convolution(x, weight, weight_scale, bias, stride, padding, dilation, groups))
     return by_reference();
-  const int64_t dims = weight.dim() - 2, N = weight.size(0);
-  if (groups > 1 && N / groups < kFewColumns) return by_reference();
-
-  const Tensor image = padded(x, padding), codes = dense(weight), scale = dense(weight_scale);
-  Convolution c{};
-  Sizes sizes{x.size(0), N}, element = with_dimension({0}, weight.size(1), image.stride(1));
-  for (int64_t d = 0; d < dims; d++) {
-    const int64_t count = weight.size(2 + d), room = image.size(2 + d) - dilation[d] * (count - 1) - 1;
+  Convolved in{x, weight, weight_scale, bias, stride, padding, dilation, groups};
+  for (int64_t d = 0; d < in.dims(); d++) {
+    const int64_t room = x.size(2 + d) + 2 * padding[d] - dilation[d] * (weight.size(2 + d) - 1) - 1;
     if (room < 0) return by_reference();
-    element = with_dimension(element, count, dilation[d] * image.stride(2 + d));
-    sizes.push_back(room / stride[d] + 1);
+    in.windows.push_back(room / stride[d] + 1);
   }
-  std::fill_n(c.windows, 3, 1);
-  for (int64_t d = dims - 1, last = 2; d >= 0; d--)  // those with a single window are no dimensions
-    if (sizes[2 + d] > 1) c.windows[last] = sizes[2 + d], c.step[last--] = stride[d] * image.stride(2 + d);
-  Tensor y = empty(x, sizes, x.scalar_type()), added;
-  if (bias) added = dense(*bias);
-  c.N = N / groups, c.K = static_cast<int64_t>(element.size());
-  c.image_step = image.stride(0), c.element = element.data(), c.y_step = y.stride(0);
-  if (bias) c.bias_type = *float_type(bias->scalar_type());
-  run(c, *kernel, groups, x.size(0), [&](int64_t group) {
-    Convolution part = c;
-    const int64_t n = group * c.N;
-    part.x = static_cast<const uint16_t*>(image.const_data_ptr()) + group * weight.size(1) * image.stride(1);
-    part.w = static_cast<const int8_t*>(codes.const_data_ptr()) + n * c.K;
-    part.w_scale = static_cast<const float*>(scale.const_data_ptr()) + n;
-    if (bias) part.bias = at(added.const_data_ptr(), n * octavo::size_of(c.bias_type));
-    part.y = static_cast<uint16_t*>(y.mutable_data_ptr()) + n * y.stride(1);
-    return part;
-  });
-  return y;
+  const Kernels& of = kernels();
+  if (const auto* narrow = of.narrow_convolution(*type); narrow && weight.size(0) / groups < octavo::kFewColumns)
+    return narrow_convolution(in, *type, *narrow);
+  if (type == Float::bf16 && of.bf16_convolution) return wide_convolution(in, *of.bf16_convolution);
+  return by_reference();
 }
 
 // -- rows ------------------------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ namespace octavo {
 // Element types of activations.
 enum class Float : int { f32, bf16, f16 };
 
-inline int64_t size_of(Float type) { return type == Float::f32 ? 4 : 2; }
+constexpr int64_t size_of(Float type) { return type == Float::f32 ? 4 : 2; }
 
 // A linear layer with int8 weights, y = x W^T. Rows are contiguous, of K elements (x, w) or N (y).
 //
@@ -56,6 +56,21 @@ struct Convolution {
   Float bias_type;
   uint16_t* y;  // of each image [N, windows], `y_step` elements from one image to the next
   int64_t y_step;
+};
+
+// A convolution of few columns, of images as they are, scaled as in w8a16. Sizes are of three dimensions.
+struct NarrowConvolution {
+  int64_t images, groups, N, C;         // N and C of a group: columns, and channels
+  int64_t size[3], count[3];            // elements of an image, and of a window
+  int64_t stride[3], padding[3], dilation[3];
+  int64_t windows[3];
+  const void* x;         // [images, groups, C, *size] of `type`
+  const int8_t* w;       // [groups, N, C, *count]
+  const float* w_scale;  // [groups, N]
+  const void* bias;      // [groups, N] of `bias_type`, or null
+  Float bias_type;
+  void* y;  // [images, groups, N, *windows] of `type`
+  Float type;
 };
 
 // Rows of float values -> int8 codes: code = clamp(round_half_even(x / scale), -127, 127), in fp32.
@@ -145,6 +160,8 @@ struct Attention {
 constexpr int64_t kAttentionTokens = 128;  // the unit in which `AttentionKernels::tokens` is dealt out
 constexpr int64_t kAttentionRows = 12;     // that `AttentionKernels::rows` takes at most
 
+constexpr int64_t kFewColumns = 32;  // of a convolution: fewer make a narrow one
+
 constexpr int64_t kPackedRows = 12;                // of x, the unit in which `pack` is dealt out
 constexpr int64_t kRowsAtOnce = 43 * kPackedRows;  // for which W is laid across anew
 
@@ -165,6 +182,14 @@ struct ConvolutionKernels {
   size_t (*scratch_bytes)(const Convolution&);
   // Windows [m0, m1) of an image, columns [n0, n1) of y.
   void (*run)(const Convolution&, int64_t image, Block, void* scratch);
+};
+
+struct NarrowConvolutionKernels {
+  int64_t (*parts)(const NarrowConvolution&);  // of the work
+  // Of `scratch`: 64-byte aligned, and not shared between threads.
+  size_t (*scratch_bytes)(const NarrowConvolution&);
+  // Parts [i0, i1).
+  void (*run)(const NarrowConvolution&, int64_t i0, int64_t i1, void* scratch);
 };
 
 struct AttentionKernels {
@@ -202,10 +227,14 @@ struct Kernels {
   // Null where the instruction set has none: convolutions are then the reference's, as of other types, and attention is
   // composed of the other ops, or torch's.
   const ConvolutionKernels* bf16_convolution;
+  const NarrowConvolutionKernels* narrow_convolution_of[3];  // f32, bf16, f16
   const AttentionKernels* int8_attention;
   const AttentionKernels* float_attention_of[3];  // f32, bf16, f16
 
   const LinearKernels& w8a16(Float x) const { return w8a16_of[static_cast<int>(x)]; }
+  const NarrowConvolutionKernels* narrow_convolution(Float x) const {
+    return narrow_convolution_of[static_cast<int>(x)];
+  }
   const AttentionKernels* float_attention(Float x) const { return float_attention_of[static_cast<int>(x)]; }
 };
 

@@ -391,7 +391,7 @@ def _per_channel(values: Tensor, dims: int) -> Tensor:
 
 
 def _finish(y: Tensor, weight_scale: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
-    y = y * _per_channel(weight_scale, y.dim())
+    y *= _per_channel(weight_scale, y.dim())
     if bias is not None:
         y += _per_channel(bias, y.dim())
     return y.to(dtype).contiguous()

@@ -1,0 +1,351 @@
+// Convolutions of few columns: depthwise ones, narrow groups of channels, the last layer of a decoder.
+//
+//     y[b, n, p] = sum_k x[b, element k of window p] * w[n, k] * w_scale[n] + bias[n]
+//
+// Outer products (convolution.h) take 32 columns at a time: here they would be nothing but for a few. So the lanes of a
+// vector are windows next to each other, whose elements k it takes in one load, for a product with each column.
+//
+// For that, a part of the work (some rows of windows of a group) begins with what it sees of the image, which is laid
+// into scratch in units of 4 bytes, zeros around it included: in as many rows for one as windows are elements apart, so
+// that the units of windows next to each other are next to each other. A unit is an element in fp32, or two in bf16: of
+// two channels, or, where there is only one, of neighbours in a window.
+#pragma once
+
+namespace octavo {
+namespace {
+
+// Lanes [first, end) of a vector.
+struct Lanes {
+  int first, end;
+  template <int kEach = 1>
+  uint32_t mask() const {
+    return static_cast<uint32_t>((1ull << kEach * end) - (1ull << kEach * first));
+  }
+};
+
+// Elements 0, step, 2 step, ... of x, of which only those of `lanes` are there; zeros for the others. Elements of two
+// bytes are integers, those of four are as they are.
+template <int64_t size>
+OCTAVO_INLINE __m512i strided(const void* x, int64_t step, Lanes lanes) {
+  const auto of = [&](uint32_t mask) { return static_cast<__mmask16>(mask); };
+  if (step == 1 && size == 4) return _mm512_maskz_loadu_epi32(of(lanes.mask()), x);
+  if (step == 1) return _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(of(lanes.mask()), x));
+  const uint32_t every_other = lanes.mask<2>() & 0x55555555;
+  if (step == 2 && size == 2) return _mm512_maskz_loadu_epi16(every_other, x);
+  const auto* const from = static_cast<const char*>(x);
+  if (step == 2) {
+    const __m512i even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+    const __m512i front = _mm512_maskz_loadu_epi32(of(every_other), from);
+    return _mm512_permutex2var_epi32(front, even, _mm512_maskz_loadu_epi32(of(every_other >> 16), from + 64));
+  }
+  alignas(64) char together[64] = {};
+  for (int i = lanes.first; i < lanes.end; i++) memcpy(together + 4 * i, from + i * step * size, size);
+  return _mm512_load_si512(together);
+}
+
+// Two elements of bf16; of codes in fp32, whose other halves are zero.
+struct Pair {
+  static constexpr int kElements = 2;
+  static constexpr int64_t kBytes = 2;  // of an element in the image
+  static __m512i unit(__m512i first, __m512i second) { return _mm512_or_si512(first, _mm512_slli_epi32(second, 16)); }
+  static uint32_t unit_of_codes(uint32_t first, uint32_t second) { return first >> 16 | second; }
+  static __m512 product(__m512 sums, __m512i x, uint32_t w) {
+    return _mm512_dpbf16_ps(sums, (__m512bh)x, (__m512bh)_mm512_set1_epi32(static_cast<int>(w)));
+  }
+  static __m256 product(__m256 sums, __m256i x, uint32_t w) {
+    return _mm256_dpbf16_ps(sums, (__m256bh)x, (__m256bh)_mm256_set1_epi32(static_cast<int>(w)));
+  }
+};
+
+// One element, of fp16 or fp32, in fp32.
+template <Float type>
+struct Single {
+  static constexpr int kElements = 1;
+  static constexpr int64_t kBytes = size_of(type);
+  static __m512i unit(__m512i x, __m512i) {
+    return type == Float::f32 ? x : _mm512_castps_si512(_mm512_cvtph_ps(_mm512_cvtepi32_epi16(x)));
+  }
+  static uint32_t unit_of_codes(uint32_t first, uint32_t) { return first; }
+  static __m512 product(__m512 sums, __m512i x, uint32_t w) {
+    return _mm512_fmadd_ps(_mm512_castsi512_ps(x), _mm512_castsi512_ps(_mm512_set1_epi32(static_cast<int>(w))), sums);
+  }
+  static __m256 product(__m256 sums, __m256i x, uint32_t w) {
+    return _mm256_fmadd_ps(_mm256_castsi256_ps(x), _mm256_castsi256_ps(_mm256_set1_epi32(static_cast<int>(w))), sums);
+  }
+};
+
+// The sums of a vector of windows: of 16, or of 8, where rows are no longer.
+struct Sixteen {
+  using Sums = __m512;
+  static constexpr int kWindows = 16;
+  static Sums zero() { return _mm512_setzero_ps(); }
+  static __m512i load(const uint32_t* units) { return _mm512_loadu_si512(units); }
+  static __m512 whole(Sums sums) { return sums; }
+};
+struct Eight {
+  using Sums = __m256;
+  static constexpr int kWindows = 8;
+  static Sums zero() { return _mm256_setzero_ps(); }
+  static __m256i load(const uint32_t* units) {
+    return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(units));
+  }
+  static __m512 whole(Sums sums) { return _mm512_castps256_ps512(sums); }
+};
+
+template <class V, class Unit>
+class NarrowKernel {
+  static constexpr int kColumns = 8;            // that share a load
+  static constexpr int64_t kUnits = 1 << 17;    // of an image in scratch: they stay in a cache
+  static constexpr int64_t kLeastWindows = 64;  // of a row, at a time
+
+  // A product of all columns: where its unit is in scratch, and of which codes of a filter it is. The one behind the
+  // last is 0.
+  struct Step {
+    int64_t at, first, second;
+  };
+
+  // How the work is cut: `rows` of `width` windows are a part; and what of the image lies in scratch for it:
+  // [channels, count[0], height, stride[2], pitch] units.
+  struct Plan {
+    int64_t channels, steps;
+    int64_t width, rows, across, down, parts;
+    int64_t pitch, chunks, row, height, slice, channel;
+
+    explicit Plan(const NarrowConvolution& c) {
+      channels = pairs_channels(c) ? ceil_div(c.C, 2) : c.C;
+      steps = channels * c.count[0] * c.count[1] * (pairs_neighbours(c) ? ceil_div(c.count[2], 2) : c.count[2]);
+      const int64_t reach = (c.count[2] - 1) * c.dilation[2] / c.stride[2];
+      const int64_t tall = (c.count[1] - 1) * c.dilation[1] + 1, of_line = channels * c.count[0] * c.stride[2];
+      width = min64(c.windows[2], max64(kLeastWindows, kUnits / 4 / (of_line * tall) / 16 * 16));
+      pitch = ceil_div(width, 16) * 16 + reach;
+      chunks = ceil_div(pitch, 16) * c.stride[2];
+      row = c.stride[2] * pitch;
+      rows = min64(c.windows[1], max64(1, (kUnits / (of_line * pitch) - tall) / c.stride[1] + 1));
+      height = (rows - 1) * c.stride[1] + tall;
+      slice = height * row;
+      channel = c.count[0] * slice;
+      across = ceil_div(c.windows[2], width), down = ceil_div(c.windows[1], rows);
+      parts = c.images * c.groups * c.windows[0] * down * across;
+    }
+  };
+
+  // 16 units of a row, and which elements make them: from where on in the rows that the first ones and the second ones
+  // are of, in bytes, and which are there.
+  struct Chunk {
+    int64_t to, first_at, second_at;
+    Lanes first, second;
+  };
+
+  struct Scratch {
+    Step* steps;
+    Chunk* chunks;
+    uint32_t* filter;  // codes of a column in fp32, and a 0
+    uint32_t* codes;   // [steps, columns]
+    uint32_t* image;
+
+    Scratch(const NarrowConvolution& c, const Plan& plan, void* memory) {
+      steps = static_cast<Step*>(memory);
+      chunks = reinterpret_cast<Chunk*>(steps + plan.steps);
+      filter = reinterpret_cast<uint32_t*>(chunks + plan.chunks);
+      codes = filter + filter_size(c) + 16;
+      image = codes + kColumns * plan.steps;
+    }
+    static size_t bytes(const NarrowConvolution& c, const Plan& plan) {
+      const int64_t units = filter_size(c) + 16 + kColumns * plan.steps + plan.channels * plan.channel + 16;
+      return plan.steps * sizeof(Step) + plan.chunks * sizeof(Chunk) + units * sizeof(uint32_t);
+    }
+  };
+
+  // Windows next to each other.
+  struct Vector {
+    int64_t p;
+    int count;
+    const uint32_t* x;  // the unit that the first one begins with
+  };
+
+  // The windows of a group of an image (`plane`: of all images) that a part of the work is about.
+  struct Part {
+    int64_t plane, from[3], rows, width;
+
+    Part(const NarrowConvolution& c, const Plan& plan, int64_t i) {
+      from[2] = i % plan.across * plan.width, i /= plan.across;
+      from[1] = i % plan.down * plan.rows, i /= plan.down;
+      from[0] = i % c.windows[0], plane = i / c.windows[0];
+      rows = min64(plan.rows, c.windows[1] - from[1]), width = min64(plan.width, c.windows[2] - from[2]);
+    }
+  };
+
+  static int64_t filter_size(const NarrowConvolution& c) { return c.C * c.count[0] * c.count[1] * c.count[2]; }
+  static bool pairs_channels(const NarrowConvolution& c) { return Unit::kElements == 2 && c.C > 1; }
+  static bool pairs_neighbours(const NarrowConvolution& c) { return Unit::kElements == 2 && c.C == 1; }
+
+ public:
+  static int64_t parts(const NarrowConvolution& c) { return Plan(c).parts; }
+
+  static size_t scratch_bytes(const NarrowConvolution& c) {
+    return Scratch::bytes(c, Plan(c));
+  }
+
+  static void run(const NarrowConvolution& c, int64_t i0, int64_t i1, void* memory) {
+    const Plan plan(c);
+    const Scratch scratch(c, plan, memory);
+    lay_steps(c, plan, scratch.steps);
+    for (int64_t i = i0, from = -1; i < i1; i++) {
+      const Part part(c, plan, i);
+      if (part.from[2] != from) lay_chunks(c, plan, from = part.from[2], scratch.chunks);
+      lay_image(c, plan, part, scratch);
+      for (int64_t n = 0; n < c.N;)
+        n += part.width <= Eight::kWindows ? columns<Eight, kColumns>(c, plan, part, n, scratch)
+                                           : columns<Sixteen, kColumns>(c, plan, part, n, scratch);
+    }
+  }
+
+ private:
+  static void lay_steps(const NarrowConvolution& c, const Plan& plan, Step* step) {
+    const int64_t filter = c.count[0] * c.count[1] * c.count[2], neighbours = pairs_neighbours(c) ? 2 : 1;
+    for (int64_t channel = 0; channel < plan.channels; channel++)
+      for (int64_t i = 0; i < c.count[0]; i++)
+        for (int64_t j = 0; j < c.count[1]; j++)
+          for (int64_t k = 0; k < c.count[2]; k += neighbours) {
+            const int64_t along = k * c.dilation[2];
+            const int64_t at = channel * plan.channel + i * plan.slice + j * c.dilation[1] * plan.row +
+                               along % c.stride[2] * plan.pitch + along / c.stride[2];
+            const int64_t of_filter = (i * c.count[1] + j) * c.count[2] + k;
+            if (pairs_channels(c)) {
+              const int64_t first = 2 * channel * filter + of_filter;
+              *step++ = {at, first, 2 * channel + 1 < c.C ? first + filter : filter_size(c)};
+            } else {
+              *step++ = {at, channel * filter + of_filter, k + 1 < c.count[2] ? of_filter + 1 : filter_size(c)};
+            }
+          }
+  }
+
+  // Of rows that windows from `from` on begin in.
+  static void lay_chunks(const NarrowConvolution& c, const Plan& plan, int64_t from, Chunk* chunk) {
+    const int64_t step = c.stride[2];
+    const auto lanes_at = [&](int64_t start) {
+      const int64_t begin = ceil_div(max64(0, -start), step), end = ceil_div(max64(0, c.size[2] - start), step);
+      return Lanes{static_cast<int>(min64(16, begin)), static_cast<int>(min64(16, end))};
+    };
+    for (int64_t phase = 0; phase < step; phase++)
+      for (int64_t i = 0; i < plan.pitch; i += 16) {
+        const int64_t first = (from + i) * step - c.padding[2] + phase;
+        const int64_t second = first + (pairs_neighbours(c) ? c.dilation[2] : 0);
+        *chunk++ = {phase * plan.pitch + i, first * Unit::kBytes, second * Unit::kBytes, lanes_at(first),
+                    lanes_at(second)};
+      }
+  }
+
+  static void lay_image(const NarrowConvolution& c, const Plan& plan, const Part& part, const Scratch& scratch) {
+    const int64_t height = (part.rows - 1) * c.stride[1] + (c.count[1] - 1) * c.dilation[1] + 1;
+    uint32_t* to = scratch.image;
+    for (int64_t channel = 0; channel < plan.channels; channel++)
+      for (int64_t i = 0; i < c.count[0]; i++, to += plan.slice)
+        for (int64_t j = 0; j < height; j++) {
+          const int64_t first = pairs_channels(c) ? 2 * channel : channel, second = first + pairs_channels(c);
+          lay_row(c, plan, row_of(c, part, first, i, j), row_of(c, part, second, i, j), scratch.chunks,
+                  to + j * plan.row);
+        }
+  }
+
+  // Row (i, j) of a channel, counted from where the part begins; null for zeros: it is outside of the image, or there is
+  // no such channel.
+  static const char* row_of(const NarrowConvolution& c, const Part& part, int64_t channel, int64_t i, int64_t j) {
+    const int64_t x0 = part.from[0] * c.stride[0] + i * c.dilation[0] - c.padding[0];
+    const int64_t x1 = part.from[1] * c.stride[1] + j - c.padding[1];
+    if (channel >= c.C || x0 < 0 || x0 >= c.size[0] || x1 < 0 || x1 >= c.size[1]) return nullptr;
+    const int64_t row = ((part.plane * c.C + channel) * c.size[0] + x0) * c.size[1] + x1;
+    return static_cast<const char*>(element(c.x, c.type, row * c.size[2]));
+  }
+
+  // The last chunk of a row may reach beyond it, where the next one will be.
+  static void lay_row(const NarrowConvolution& c, const Plan& plan, const char* first, const char* second,
+                      const Chunk* chunks, uint32_t* to) {
+    const auto elements = [&](const char* row, int64_t at, Lanes lanes) {
+      return row && lanes.first < lanes.end ? strided<Unit::kBytes>(row + at, c.stride[2], lanes)
+                                            : _mm512_setzero_si512();
+    };
+    for (const Chunk* chunk = chunks; chunk < chunks + plan.chunks; chunk++) {
+      const __m512i other =
+          Unit::kElements == 2 ? elements(second, chunk->second_at, chunk->second) : _mm512_setzero_si512();
+      _mm512_storeu_si512(to + chunk->to, Unit::unit(elements(first, chunk->first_at, chunk->first), other));
+    }
+  }
+
+  // The first N columns of y from n on, or fewer; how many.
+  template <class Of, int N>
+  static int64_t columns(const NarrowConvolution& c, const Plan& plan, const Part& part, int64_t n,
+                         const Scratch& scratch) {
+    if constexpr (N > 1) {
+      if (c.N - n < N) return columns<Of, N / 2>(c, plan, part, n, scratch);
+    }
+    const int64_t K = filter_size(c), column = part.plane % c.groups * c.N + n;
+    for (int j = 0; j < N; j++) {
+      for (int64_t k = 0; k < K; k += 16)
+        V::store(scratch.filter + k, Float::f32, 16, V::load_codes(c.w + (column + j) * K + k, static_cast<int>(min64(16, K - k))));
+      scratch.filter[K] = 0;
+      for (int64_t k = 0; k < plan.steps; k++) {
+        const Step& step = scratch.steps[k];
+        scratch.codes[k * N + j] = Unit::unit_of_codes(scratch.filter[step.first], scratch.filter[step.second]);
+      }
+    }
+    constexpr int kMost = N < 4 ? 8 : 16 / N;
+    Vector vectors[kMost];
+    int many = 0;
+    const auto flush = [&] {
+      if (many) tile<Of, N, kMost>(c, plan, part.plane / c.groups * c.groups * c.N, column, vectors, many, scratch);
+      many = 0;
+    };
+    for (int64_t r = 0; r < part.rows; r++) {
+      const int64_t p = (part.from[0] * c.windows[1] + part.from[1] + r) * c.windows[2] + part.from[2];
+      const uint32_t* const x = scratch.image + r * c.stride[1] * plan.row;
+      for (int64_t i = 0; i < part.width; i += Of::kWindows) {
+        vectors[many++] = {p + i, static_cast<int>(min64(Of::kWindows, part.width - i)), x + i};
+        if (many == kMost) flush();
+      }
+    }
+    flush();
+    return N;
+  }
+
+  // `many` vectors, 1 to M, of columns [column, column + N) of w, `before` columns of y being of images before.
+  template <class Of, int N, int M>
+  static void tile(const NarrowConvolution& c, const Plan& plan, int64_t before, int64_t column, const Vector* vectors,
+                   int many, const Scratch& scratch) {
+    if constexpr (M > 1) {
+      if (many < M) return tile<Of, N, M - 1>(c, plan, before, column, vectors, many, scratch);
+    }
+    typename Of::Sums sums[M][N];
+    const uint32_t* x[M];
+#pragma GCC unroll 8
+    for (int i = 0; i < M; i++) {
+      x[i] = vectors[i].x;
+#pragma GCC unroll 8
+      for (int j = 0; j < N; j++) sums[i][j] = Of::zero();
+    }
+    const uint32_t* codes = scratch.codes;
+    for (int64_t k = 0; k < plan.steps; k++, codes += N) {
+      const int64_t at = scratch.steps[k].at;
+#pragma GCC unroll 8
+      for (int i = 0; i < M; i++) {
+        const auto v = Of::load(x[i] + at);
+#pragma GCC unroll 8
+        for (int j = 0; j < N; j++) sums[i][j] = Unit::product(sums[i][j], v, codes[j]);
+      }
+    }
+    const int64_t P = c.windows[0] * c.windows[1] * c.windows[2];
+#pragma GCC unroll 8
+    for (int j = 0; j < N; j++) {
+      const auto scale = V::set1(c.w_scale[column + j]);
+      float bias = 0;
+      if (c.bias) V::store(&bias, Float::f32, 1, V::load(element(c.bias, c.bias_type, column + j), c.bias_type, 1));
+#pragma GCC unroll 8
+      for (int i = 0; i < M; i++)
+        V::store(element(c.y, c.type, (before + column + j) * P + vectors[i].p), c.type, vectors[i].count,
+                 V::add(V::mul(Of::whole(sums[i][j]), scale), V::set1(bias)));
+    }
+  }
+};
+
+}  // namespace
+}  // namespace octavo
