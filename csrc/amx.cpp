@@ -190,7 +190,8 @@ class Finishing {
     for (int i = 0; i < kTile; i++) _mm512_storeu_si512(sums + i * kTile, r[i]);
     const int count = static_cast<int>(min64(kTile, part_.n1 - n));
     const int64_t end = min64(kTile, part_.m1 - m);
-    for (int64_t i = 0; i < end; i++) store_y<Vec>(*layer_, m + i, n, count, Vec::from_sums(sums + i * kTile, 0));
+    const Finish<Vec> columns(*layer_, n, count);
+    for (int64_t i = 0; i < end; i++) columns.store(m + i, Vec::from_sums(sums + i * kTile, 0));
   }
 
   const Linear* layer_ = nullptr;

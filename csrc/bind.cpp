@@ -440,7 +440,8 @@ Tensor narrow_convolution(const Convolved& in, Float type, const NarrowConvoluti
     c.dilation[d] = is_there ? in.dilation[from] : 1, c.windows[d] = is_there ? in.windows[from] : 1;
   }
   c.x = x.const_data_ptr(), c.y = y.mutable_data_ptr(), c.type = type;
-  c.w = static_cast<const int8_t*>(codes.const_data_ptr()), c.w_scale = static_cast<const float*>(scale.const_data_ptr());
+  c.w = static_cast<const int8_t*>(codes.const_data_ptr()),
+  c.w_scale = static_cast<const float*>(scale.const_data_ptr());
   if (in.bias) added = dense(*in.bias), c.bias = added.const_data_ptr(), c.bias_type = *float_type(added.scalar_type());
   const int64_t parts = kernel.parts(c);
   const size_t bytes = kernel.scratch_bytes(c);

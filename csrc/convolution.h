@@ -73,7 +73,7 @@ class OuterConvolution : OuterLinear<V, Unit> {
     for (int64_t n = block.n0; n < block.n1; n += kBlockN) {
       const Block part{0, layer.M, n, min64(n + kBlockN, block.n1)};
       for (int64_t k = 0; k < c.K; k += Outer::kPanelK)
-        Outer::products(layer, part, k, min64(Outer::kPanelK, c.K - k), scratch);
+        Outer::products(layer, part, k, min64(Outer::kPanelK, c.K - k), scratch, [](int64_t) {});
       store(c, image, {block.m0, block.m1, part.n0, part.n1}, scratch.sums);
     }
   }

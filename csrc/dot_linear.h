@@ -177,23 +177,35 @@ struct Scratch {
   alignas(64) typename Dot::Kept::W kept[kTileN][(kPieceBytes + 64) / sizeof(typename Dot::Kept::W)];
 };
 
-// Sums -> y[m, n : n + count]. Those of groups are under their scales already.
+// What makes sums of columns [n, n + count) of W values of y. Those of groups are under their scales already.
 template <class V>
-OCTAVO_INLINE void store_y(const Linear& layer, int64_t m, int64_t n, int count, typename V::F y) {
-  const float x_scale = layer.x_scale ? layer.x_scale[m * layer.x_scale_step] : 1.0f;
-  if (layer.groups == 1) y = V::mul(y, V::mul(V::set1(x_scale), V::load(layer.w_scale + n, Float::f32, count)));
-  if (layer.bias) y = V::add(y, V::load(element(layer.bias, layer.bias_type, n), layer.bias_type, count));
-  V::store(element(layer.y, layer.y_type, m * layer.N + n), layer.y_type, count, y);
-}
+struct Finish {
+  const Linear& layer;
+  int64_t n;
+  int count;
+  typename V::F scale, bias;
+
+  Finish(const Linear& layer, int64_t n, int count) : layer(layer), n(n), count(count) {
+    if (layer.groups == 1) scale = V::load(layer.w_scale + n, Float::f32, count);
+    if (layer.bias) bias = V::load(element(layer.bias, layer.bias_type, n), layer.bias_type, count);
+  }
+
+  // -> y[m, n : n + count]
+  OCTAVO_INLINE void store(int64_t m, typename V::F y) const {
+    const float x_scale = layer.x_scale ? layer.x_scale[m * layer.x_scale_step] : 1.0f;
+    if (layer.groups == 1) y = V::mul(y, V::mul(V::set1(x_scale), scale));
+    if (layer.bias) y = V::add(y, bias);
+    V::store(element(layer.y, layer.y_type, m * layer.N + n), layer.y_type, count, y);
+  }
+};
 
 // The sums of a block -> y. They are `excess[row]` too large.
 template <class V, class Sum>
 void finish(const Linear& layer, Block part, const Sum* sums, const int32_t* excess) {
-  for (int64_t m = part.m0; m < part.m1; m++, sums += kBlockN, excess++) {
-    for (int64_t n = part.n0; n < part.n1; n += V::kLanes) {
-      const int count = static_cast<int>(min64(V::kLanes, part.n1 - n));
-      store_y<V>(layer, m, n, count, V::from_sums(sums + (n - part.n0), *excess));
-    }
+  for (int64_t n = part.n0; n < part.n1; n += V::kLanes, sums += V::kLanes) {
+    const Finish<V> columns(layer, n, static_cast<int>(min64(V::kLanes, part.n1 - n)));
+    for (int64_t m = 0; m < part.m1 - part.m0; m++)
+      columns.store(part.m0 + m, V::from_sums(sums + m * kBlockN, excess[m]));
   }
 }
 

@@ -60,8 +60,8 @@ struct Convolution {
 
 // A convolution of few columns, of images as they are, scaled as in w8a16. Sizes are of three dimensions.
 struct NarrowConvolution {
-  int64_t images, groups, N, C;         // N and C of a group: columns, and channels
-  int64_t size[3], count[3];            // elements of an image, and of a window
+  int64_t images, groups, N, C;  // N and C of a group: columns, and channels
+  int64_t size[3], count[3];     // elements of an image, and of a window
   int64_t stride[3], padding[3], dilation[3];
   int64_t windows[3];
   const void* x;         // [images, groups, C, *size] of `type`

@@ -80,15 +80,15 @@ struct Sixteen {
   static constexpr int kWindows = 16;
   static Sums zero() { return _mm512_setzero_ps(); }
   static __m512i load(const uint32_t* units) { return _mm512_loadu_si512(units); }
+  static __m512i firsts(__m512i units) { return _mm512_and_si512(units, _mm512_set1_epi32(0xffff)); }
   static __m512 whole(Sums sums) { return sums; }
 };
 struct Eight {
   using Sums = __m256;
   static constexpr int kWindows = 8;
   static Sums zero() { return _mm256_setzero_ps(); }
-  static __m256i load(const uint32_t* units) {
-    return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(units));
-  }
+  static __m256i load(const uint32_t* units) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(units)); }
+  static __m256i firsts(__m256i units) { return _mm256_and_si256(units, _mm256_set1_epi32(0xffff)); }
   static __m512 whole(Sums sums) { return _mm512_castps256_ps512(sums); }
 };
 
@@ -99,7 +99,7 @@ class NarrowKernel {
   static constexpr int64_t kLeastWindows = 64;  // of a row, at a time
 
   // A product of all columns: where its unit is in scratch, and of which codes of a filter it is. The one behind the
-  // last is 0.
+  // last of them is 0.
   struct Step {
     int64_t at, first, second;
   };
@@ -107,13 +107,15 @@ class NarrowKernel {
   // How the work is cut: `rows` of `width` windows are a part; and what of the image lies in scratch for it:
   // [channels, count[0], height, stride[2], pitch] units.
   struct Plan {
-    int64_t channels, steps;
+    int64_t channels, steps, whole;  // in the steps behind the whole ones a neighbour is left over
     int64_t width, rows, across, down, parts;
     int64_t pitch, chunks, row, height, slice, channel;
 
     explicit Plan(const NarrowConvolution& c) {
       channels = pairs_channels(c) ? ceil_div(c.C, 2) : c.C;
-      steps = channels * c.count[0] * c.count[1] * (pairs_neighbours(c) ? ceil_div(c.count[2], 2) : c.count[2]);
+      const int64_t of_rows = channels * c.count[0] * c.count[1];
+      whole = of_rows * (pairs_neighbours(c) ? c.count[2] / 2 : c.count[2]);
+      steps = whole + (pairs_neighbours(c) ? of_rows * (c.count[2] % 2) : 0);
       const int64_t reach = (c.count[2] - 1) * c.dilation[2] / c.stride[2];
       const int64_t tall = (c.count[1] - 1) * c.dilation[1] + 1, of_line = channels * c.count[0] * c.stride[2];
       width = min64(c.windows[2], max64(kLeastWindows, kUnits / 4 / (of_line * tall) / 16 * 16));
@@ -182,9 +184,7 @@ class NarrowKernel {
  public:
   static int64_t parts(const NarrowConvolution& c) { return Plan(c).parts; }
 
-  static size_t scratch_bytes(const NarrowConvolution& c) {
-    return Scratch::bytes(c, Plan(c));
-  }
+  static size_t scratch_bytes(const NarrowConvolution& c) { return Scratch::bytes(c, Plan(c)); }
 
   static void run(const NarrowConvolution& c, int64_t i0, int64_t i1, void* memory) {
     const Plan plan(c);
@@ -202,22 +202,24 @@ class NarrowKernel {
 
  private:
   static void lay_steps(const NarrowConvolution& c, const Plan& plan, Step* step) {
-    const int64_t filter = c.count[0] * c.count[1] * c.count[2], neighbours = pairs_neighbours(c) ? 2 : 1;
+    const int64_t filter = c.count[0] * c.count[1] * c.count[2], none = filter_size(c);
+    Step* left_over = step + plan.whole;
     for (int64_t channel = 0; channel < plan.channels; channel++)
-      for (int64_t i = 0; i < c.count[0]; i++)
-        for (int64_t j = 0; j < c.count[1]; j++)
-          for (int64_t k = 0; k < c.count[2]; k += neighbours) {
-            const int64_t along = k * c.dilation[2];
-            const int64_t at = channel * plan.channel + i * plan.slice + j * c.dilation[1] * plan.row +
-                               along % c.stride[2] * plan.pitch + along / c.stride[2];
-            const int64_t of_filter = (i * c.count[1] + j) * c.count[2] + k;
-            if (pairs_channels(c)) {
-              const int64_t first = 2 * channel * filter + of_filter;
-              *step++ = {at, first, 2 * channel + 1 < c.C ? first + filter : filter_size(c)};
-            } else {
-              *step++ = {at, channel * filter + of_filter, k + 1 < c.count[2] ? of_filter + 1 : filter_size(c)};
-            }
-          }
+      for (int64_t row = 0; row < c.count[0] * c.count[1]; row++)
+        for (int64_t k = 0; k < c.count[2]; k++) {
+          const int64_t along = k * c.dilation[2], i = row / c.count[1], j = row % c.count[1];
+          const int64_t at = channel * plan.channel + i * plan.slice + j * c.dilation[1] * plan.row +
+                             along % c.stride[2] * plan.pitch + along / c.stride[2];
+          const int64_t first = (pairs_channels(c) ? 2 * channel : channel) * filter + row * c.count[2] + k;
+          if (pairs_channels(c))
+            *step++ = {at, first, 2 * channel + 1 < c.C ? first + filter : none};
+          else if (!pairs_neighbours(c))
+            *step++ = {at, first, none};
+          else if (k + 1 == c.count[2])
+            *left_over++ = {at, first, none};
+          else
+            *step++ = {at, first, first + 1}, k++;
+        }
   }
 
   // Of rows that windows from `from` on begin in.
@@ -248,8 +250,8 @@ class NarrowKernel {
         }
   }
 
-  // Row (i, j) of a channel, counted from where the part begins; null for zeros: it is outside of the image, or there is
-  // no such channel.
+  // Row (i, j) of a channel, counted from where the part begins; null for zeros: it is outside of the image, or there
+  // is no such channel.
   static const char* row_of(const NarrowConvolution& c, const Part& part, int64_t channel, int64_t i, int64_t j) {
     const int64_t x0 = part.from[0] * c.stride[0] + i * c.dilation[0] - c.padding[0];
     const int64_t x1 = part.from[1] * c.stride[1] + j - c.padding[1];
@@ -282,7 +284,8 @@ class NarrowKernel {
     const int64_t K = filter_size(c), column = part.plane % c.groups * c.N + n;
     for (int j = 0; j < N; j++) {
       for (int64_t k = 0; k < K; k += 16)
-        V::store(scratch.filter + k, Float::f32, 16, V::load_codes(c.w + (column + j) * K + k, static_cast<int>(min64(16, K - k))));
+        V::store(scratch.filter + k, Float::f32, 16,
+                 V::load_codes(c.w + (column + j) * K + k, static_cast<int>(min64(16, K - k))));
       scratch.filter[K] = 0;
       for (int64_t k = 0; k < plan.steps; k++) {
         const Step& step = scratch.steps[k];
@@ -324,15 +327,22 @@ class NarrowKernel {
       for (int j = 0; j < N; j++) sums[i][j] = Of::zero();
     }
     const uint32_t* codes = scratch.codes;
-    for (int64_t k = 0; k < plan.steps; k++, codes += N) {
-      const int64_t at = scratch.steps[k].at;
+    // Of what is left over, the units' second elements are of no window: not even 0 times them is 0 if they are
+    // infinite.
+    const auto products = [&](int64_t from, int64_t to, auto is_left_over) {
+      for (int64_t k = from; k < to; k++, codes += N) {
+        const int64_t at = scratch.steps[k].at;
 #pragma GCC unroll 8
-      for (int i = 0; i < M; i++) {
-        const auto v = Of::load(x[i] + at);
+        for (int i = 0; i < M; i++) {
+          auto v = Of::load(x[i] + at);
+          if constexpr (is_left_over) v = Of::firsts(v);
 #pragma GCC unroll 8
-        for (int j = 0; j < N; j++) sums[i][j] = Unit::product(sums[i][j], v, codes[j]);
+          for (int j = 0; j < N; j++) sums[i][j] = Unit::product(sums[i][j], v, codes[j]);
+        }
       }
-    }
+    };
+    products(0, plan.whole, std::false_type{});
+    products(plan.whole, plan.steps, std::true_type{});
     const int64_t P = c.windows[0] * c.windows[1] * c.windows[2];
 #pragma GCC unroll 8
     for (int j = 0; j < N; j++) {

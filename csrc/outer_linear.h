@@ -208,9 +208,12 @@ struct OuterLinear {
     for (int64_t m = block.m0 / kTileRows * kTileRows; m < block.m1; m += kTiles * kTileRows) {
       for (int64_t n = block.n0; n < block.n1; n += kBlockN) {
         const Block part{m, min64(m + kTiles * kTileRows, block.m1), n, min64(n + kBlockN, block.n1)};
-        for (int64_t k = 0; k == 0 || k < layer.K; k += kPanelK)
-          products(layer, part, k, min64(kPanelK, layer.K - k), scratch);
-        store(layer, part, block.m0, scratch);
+        for (int64_t k = 0; k == 0 || k < layer.K; k += kPanelK) {
+          const bool is_last = k + kPanelK >= layer.K;
+          products(layer, part, k, min64(kPanelK, layer.K - k), scratch, [&](int64_t m) {
+            if (is_last) store(layer, part, m, block.m0, scratch);
+          });
+        }
       }
     }
   }
@@ -229,8 +232,9 @@ struct OuterLinear {
     return reinterpret_cast<int32_t*>(tile_of(layer, m) + tile_bytes(layer) - 64);
   }
 
-  // The sums of `part` over columns [k, k + length) of W.
-  static void products(const Linear& layer, Block part, int64_t k, int64_t length, Scratch& scratch) {
+  // The sums of `part` over columns [k, k + length) of W; and what is then done with each tile.
+  template <class Then>
+  static void products(const Linear& layer, Block part, int64_t k, int64_t length, Scratch& scratch, const Then& then) {
     lay_codes_across<Unit>(layer.w + part.n0 * layer.K + k, layer.K, part.n1 - part.n0, length, scratch.panel);
     if (layer.groups > 1) lay_scales_across(layer, part, k, length, scratch.scales);
     for (int64_t m = part.m0; m < part.m1; m += kTileRows) {
@@ -247,6 +251,7 @@ struct OuterLinear {
         outer_tile_of<Unit>(rows, in, sums, k > 0);
       else if constexpr (Unit::kGroups)
         grouped_tile(layer, k, length, rows, in, sums, scratch.scales);
+      then(m);
     }
   }
 
@@ -271,13 +276,11 @@ struct OuterLinear {
     }
   }
 
-  // The sums of `part` -> y, from row m0 on: a block may begin inside of a tile.
-  static void store(const Linear& layer, Block part, int64_t m0, const Scratch& scratch) {
-    for (int64_t m = part.m0; m < part.m1; m += kTileRows) {
-      const int64_t from = max64(m, m0);
-      finish<V>(layer, {from, min64(m + kTileRows, part.m1), part.n0, part.n1},
-                scratch.sums + (from - part.m0) * kBlockN, excess_at(layer, m) + (from - m));
-    }
+  // The sums of a tile of `part` -> y, from row m0 on: a block may begin inside of a tile.
+  static void store(const Linear& layer, Block part, int64_t m, int64_t m0, const Scratch& scratch) {
+    const int64_t from = max64(m, m0);
+    finish<V>(layer, {from, min64(m + kTileRows, part.m1), part.n0, part.n1}, scratch.sums + (from - part.m0) * kBlockN,
+              excess_at(layer, m) + (from - m));
   }
 };
 

@@ -392,6 +392,68 @@ void check_convolution(const Kernels& kernels, const Windows& in) {
   }
 }
 
+// Images of groups with zeros around them, and what windows over them should give.
+void check_narrow_convolution(const Kernels& kernels, int64_t C, int64_t N, const int64_t (&most)[3]) {
+  const bool has_bias = random_below(2);
+  NarrowConvolution c{};
+  c.images = 1 + random_below(2), c.groups = 1 + random_below(3), c.N = N, c.C = C;
+  c.type = one_of(kTypes), c.bias_type = one_of(kTypes);
+  int64_t image = 1, P = 1, filter = C;
+  for (int d = 0; d < 3; d++) {
+    c.windows[d] = 1 + random_below(most[d]), c.count[d] = 1 + random_below(4);
+    c.stride[d] = 1 + random_below(3), c.dilation[d] = 1 + random_below(2);
+    const int64_t seen = (c.windows[d] - 1) * c.stride[d] + (c.count[d] - 1) * c.dilation[d] + 1;
+    c.padding[d] = random_below(std::min<int64_t>(3, (seen + 1) / 2));
+    c.size[d] = seen - 2 * c.padding[d] + random_below(c.stride[d]);
+    image *= c.size[d], P *= c.windows[d], filter *= c.count[d];
+  }
+  const int64_t planes = c.images * c.groups;
+  Floats x(planes * C * image, c.type), y(planes * N * P, c.type), bias(has_bias ? c.groups * N : 0, c.bias_type);
+  Array<int8_t> w(c.groups * N * filter);
+  Array<float> scale(c.groups * N);
+  x.fill(-4, 4), bias.fill(-4, 4), fill_codes(w), fill_scales(scale);
+  c.x = x.data(), c.w = w.data(), c.w_scale = scale.data(), c.y = y.data();
+  if (has_bias) c.bias = bias.data();
+
+  const NarrowConvolutionKernels& of = *kernels.narrow_convolution(c.type);
+  const int64_t parts = of.parts(c), first = random_below(parts);
+  Array<char> scratch((of.scratch_bytes(c) + 63) / 64 * 64);
+  of.run(c, first, parts, scratch.data());
+  of.run(c, 0, first, scratch.data());
+  for (int64_t i = 0; i < y.size(); i++) {
+    const int64_t column = i / P % (c.groups * N), plane = i / P / N, p = i % P;
+    const int64_t window[3] = {p / c.windows[2] / c.windows[1], p / c.windows[2] % c.windows[1], p % c.windows[2]};
+    double sum = 0, magnitude = 0;
+    for (int64_t k = 0; k < filter; k++) {
+      int64_t at = plane * C + k / (c.count[0] * c.count[1] * c.count[2]);
+      const int64_t of_filter[3] = {k / c.count[2] / c.count[1] % c.count[0], k / c.count[2] % c.count[1],
+                                    k % c.count[2]};
+      bool inside = true;
+      for (int d = 0; d < 3; d++) {
+        const int64_t place = window[d] * c.stride[d] + of_filter[d] * c.dilation[d] - c.padding[d];
+        inside = inside && place >= 0 && place < c.size[d];
+        at = at * c.size[d] + place;
+      }
+      const double product = inside ? x[at] * w[column * filter + k] : 0;
+      sum += product, magnitude += std::fabs(product);
+    }
+    const double added = has_bias ? bias[column] : 0, expected = sum * scale[column] + added;
+    const double of_sum = magnitude * scale[column] * (4 + std::sqrt(static_cast<double>(filter)));
+    const double allowed = 0x1p-24 * (of_sum + 4 * std::fabs(sum * scale[column]) + 2 * std::fabs(added));
+    if (!(std::fabs(y[i] - expected) <= allowed + ulp(expected, c.type)))
+      fail("%s: narrow convolution of %s, %ld channels, %ld columns, %ld windows: y[%ld] is %.9g, expected %.9g",
+           kernels.isa, name_of(c.type), C, N, P, i, y[i], expected);
+  }
+}
+
+void check_narrow_convolutions(const Kernels& kernels) {
+  if (!kernels.narrow_convolution(Float::f32)) return;
+  for (int i = 0; i < 400; i++)
+    check_narrow_convolution(kernels, 1 + random_below(5), 1 + random_below(20), {2, 6, 40});
+  for (int i = 0; i < 3; i++) check_narrow_convolution(kernels, 1, 2, {1, 1, 3000});   // more than at once
+  for (int i = 0; i < 3; i++) check_narrow_convolution(kernels, 300, 3, {1, 3, 100});  // long windows
+}
+
 void check_convolutions(const Kernels& kernels) {
   if (!kernels.bf16_convolution) return;
   constexpr int64_t kN[] = {1, 2, 7, 15, 16, 17, 31, 32, 33, 40, 70};
@@ -856,6 +918,7 @@ int main() {
     check_rows_and_lookups(*kernels);
     check_attentions(*kernels);
     check_convolutions(*kernels);
+    check_narrow_convolutions(*kernels);
   }
   check_linear_layers(all);
   for (const Kernels* kernels : all)

@@ -23,7 +23,6 @@ import torch
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from torch.nn import functional
 
 from octavo import ops, primitives
 from octavo.errors import QuantizeError
@@ -288,8 +287,9 @@ def convolutions(draw: st.DrawFn) -> dict[str, Any]:
         "left_over": each(0, 1),
         "batch": draw(st.sampled_from([1, 2, 3])),
         "groups": draw(st.sampled_from([1, 1, 2, 3])),
-        "channels": draw(st.sampled_from([1, 2, 3, 16])),
-        "filters": draw(st.sampled_from([1, 15, 16, 32, 33, 70, 300])),
+        "channels": draw(st.sampled_from([1, 1, 2, 3, 16])),
+        "filters": draw(st.sampled_from([1, 1, 2, 7, 15, 16, 31, 32, 33, 70, 300])),
+        "dtype": draw(st.sampled_from([torch.bfloat16, *FLOATS])),
         "bias": draw(st.sampled_from([None, *FLOATS])),
         "layout": draw(st.sampled_from(["dense", "gaps", "channels last"])),
     }
@@ -302,7 +302,7 @@ def test_convolution(isa: str, g: dict[str, Any], extreme: bool) -> None:
     needs = zip(g["windows"], g["kernel"], g["stride"], g["padding"], g["dilation"], g["left_over"], strict=True)
     size = [(w - 1) * s + d * (k - 1) + 1 - 2 * p + left % s for w, k, s, p, d, left in needs]
     assume(all(length > 0 for length in size))
-    x = torch.randn(g["batch"], g["channels"] * groups, *size).bfloat16()
+    x = torch.randn(g["batch"], g["channels"] * groups, *size).to(g["dtype"])
     weight = codes(g["filters"] * groups, g["channels"], *g["kernel"], extreme=extreme)
     weight_scale = torch.rand(len(weight), 1) / 128
     bias = None if g["bias"] is None else torch.randn(len(weight)).to(g["bias"])
@@ -316,32 +316,55 @@ def test_convolution(isa: str, g: dict[str, Any], extreme: bool) -> None:
     terms = CONV[dims](x.double().abs(), wide.abs(), None, *geometry)
     added = (torch.zeros(1) if bias is None else bias).double().view(-1, *[1] * dims)
     error = 2.0**-24 * ((4 + wide[0].numel() ** 0.5) * terms + 4 * expected.abs() + 2 * added.abs())
-    assert y.dtype == torch.bfloat16 and list(y.shape[2:]) == g["windows"] and y.is_contiguous()
+    assert y.dtype == g["dtype"] and list(y.shape[2:]) == g["windows"] and y.is_contiguous()
     assert_rounds_to(y, expected + added, error)
 
 
-def test_a_convolution_of_long_windows_and_of_many(isa: str) -> None:
-    """More than are packed at a time, of more elements than a panel of the weight holds."""
-    for channels, size, filters in ((700, 9, 40), (3, 60, 300)):
-        x, weight, scale = (
-            torch.randn(1, channels, size, size).bfloat16(),
-            codes(filters, channels, 3, 3),
-            torch.rand(1),
-        )
-        y = ops.w8a16_conv(x, weight, scale.expand(filters, 1).contiguous(), None, [1, 1], [1, 1], [1, 1], 1)
-        expected = functional.conv2d(x.double(), weight.double(), padding=1) * scale.double()
-        terms = functional.conv2d(x.double().abs(), weight.double().abs(), padding=1) * scale.double()
-        assert_rounds_to(y, expected, 2.0**-24 * 4 * (channels * 9) ** 0.5 * terms)
+@pytest.mark.parametrize(
+    ("channels", "size", "filters", "groups", "stride"),
+    [
+        (700, [9, 9], 40, 1, 1),
+        (3, [60, 60], 300, 1, 1),
+        (700, [9, 9], 5, 1, 2),
+        (90, [40, 300], 3, 1, 1),
+        (90, [50, 200], 7, 1, 2),
+        (2, [700, 700], 2, 2, 3),
+        (200, [5000], 3, 1, 1),
+        (2, [200_000], 2, 2, 2),
+        (64, [4, 30, 40], 3, 1, 1),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_a_convolution_of_long_windows_and_of_many(
+    isa: str, dtype: torch.dtype, channels: int, size: list[int], filters: int, groups: int, stride: int
+) -> None:
+    """More than are laid out at a time, of more elements than a panel of the weight holds."""
+    dims = len(size)
+    weight, scale = codes(filters, channels // groups, *[3] * dims), torch.rand(1)
+    x = torch.randn(1, channels, *size).to(dtype)
+    geometry = [stride] * dims, [1] * dims, [1] * dims, groups
+    y = ops.w8a16_conv(x, weight, scale.expand(filters, 1).contiguous(), None, *geometry)
+    expected = CONV[dims](x.double(), weight.double(), None, *geometry) * scale.double()
+    terms = CONV[dims](x.double().abs(), weight.double().abs(), None, *geometry) * scale.double()
+    assert_rounds_to(y, expected, 2.0**-24 * (4 * weight[0].numel() ** 0.5 * terms + 2 * expected.abs()))
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_what_is_not_finite_stays_in_its_windows(isa: str, bad: float) -> None:
-    x = torch.randn(2, 3, 20, 20).bfloat16()
-    x[1, 2, 5, 6] = bad
-    y = ops.w8a16_conv(x, codes(40, 3, 3, 3).clamp(min=1), torch.ones(40, 1), None, [1, 1], [1, 1], [1, 1], 1)
-    reached = torch.zeros(2, 20, 20, dtype=torch.bool)
-    reached[1, 4:7, 5:8] = True
-    assert torch.equal(~y.isfinite(), reached[:, None].expand(y.shape))
+@pytest.mark.parametrize(("filters", "groups"), [(40, 1), (5, 1), (6, 3)])
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_what_is_not_finite_stays_in_its_windows(
+    isa: str, dtype: torch.dtype, stride: int, filters: int, groups: int, bad: float
+) -> None:
+    """Also where elements are multiplied in pairs, and one of a pair is of no window."""
+    x = torch.randn(2, 3, 20, 20).to(dtype)
+    x[1, 2, 6, 8] = bad
+    weight, geometry = codes(filters, 3 // groups, 3, 3).clamp(min=1), ([stride] * 2, [1, 1], [1, 1])
+    y = ops.w8a16_conv(x, weight, torch.ones(filters, 1), None, *geometry, groups)
+    reached = torch.zeros(2, filters, 20, 20, dtype=torch.bool)
+    reached[1, -filters // groups :, 5:8, 7:10] = True
+    assert torch.equal(~y.isfinite(), reached[:, :, ::stride, ::stride])
 
 
 @pytest.mark.parametrize(
