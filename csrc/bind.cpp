@@ -73,6 +73,7 @@ Tensor empty(const Tensor& like, const std::vector<int64_t>& sizes, ScalarType t
 }
 
 const void* at(const void* base, int64_t bytes) { return static_cast<const char*>(base) + bytes; }
+void* at(void* base, int64_t bytes) { return static_cast<char*>(base) + bytes; }
 
 // The same op of the reference, for what no kernel is written for: float64.
 template <class Result, class... Args>
@@ -333,170 +334,7 @@ Tensor w8a8_experts_linear(const Tensor& x, const Tensor& x_scale, const Tensor&
   return y;
 }
 
-// -- convolutions ----------------------------------------------------------------------------------------------------
-
-using Sizes = std::vector<int64_t>;
-
-constexpr int64_t kColumnsAtOnce = 256;  // of y, for which windows are packed once
-constexpr int64_t kFewWindows = 48;      // of a part that are worth it
-
-// x [B, C, *D] with zeros around D.
-Tensor padded(const Tensor& x, const Sizes& padding) {
-  const Tensor inside = dense(x);
-  if (std::all_of(padding.begin(), padding.end(), [](int64_t p) { return p == 0; })) return inside;
-  const size_t dims = padding.size();
-  Sizes sizes(x.sizes().begin(), x.sizes().end());
-  int64_t size[3] = {1, 1, 1}, around[3] = {};
-  for (size_t d = 0; d < dims; d++) {
-    size[3 - dims + d] = x.size(static_cast<int64_t>(2 + d)), around[3 - dims + d] = padding[d];
-    sizes[2 + d] += 2 * padding[d];
-  }
-  Tensor all = empty(x, sizes, x.scalar_type());
-  const int64_t row = size[2] + 2 * around[2], slice = (size[1] + 2 * around[1]) * row,
-                image = (size[0] + 2 * around[0]) * slice;
-  const auto* from = static_cast<const uint16_t*>(inside.const_data_ptr());
-  auto* to = static_cast<uint16_t*>(all.mutable_data_ptr());
-  over_rows(x.size(0) * x.size(1), image, [&](int64_t begin, int64_t end) {
-    std::memset(to + begin * image, 0, (end - begin) * image * sizeof *to);
-    for (int64_t i = begin * size[0] * size[1]; i < end * size[0] * size[1]; i++) {
-      const int64_t j = i % size[1] + around[1], k = i / size[1] % size[0] + around[0], n = i / size[1] / size[0];
-      std::memcpy(to + n * image + k * slice + j * row + around[2], from + i * size[2], size[2] * sizeof *to);
-    }
-  });
-  return all;
-}
-
-// From each place so far, `count` places along one more dimension.
-Sizes with_dimension(const Sizes& so_far, int64_t count, int64_t step) {
-  Sizes all;
-  for (const int64_t place : so_far)
-    for (int64_t i = 0; i < count; i++) all.push_back(place + i * step);
-  return all;
-}
-
-// The convolutions of all groups and images, of which each has `part(group)`.
-template <class Part>
-void run(const Convolution& c, const ConvolutionKernels& kernels, int64_t groups, int64_t images, const Part& part) {
-  const int64_t P = c.windows[0] * c.windows[1] * c.windows[2];
-  const int64_t columns = (c.N + kColumnsAtOnce - 1) / kColumnsAtOnce, whole = groups * images * columns;
-  const int64_t most = kernels.most_windows(c);
-  int64_t parts = (P + most - 1) / most;
-  parts *= even_parts(whole * parts, P / parts, kFewWindows);
-  const int64_t height = up_to_multiple((P + parts - 1) / parts, octavo::kPackedRows);
-  parts = (P + height - 1) / height;
-  const size_t bytes = kernels.scratch_bytes(c);
-  in_parallel(
-      whole * parts, std::min(height, P) * std::min(c.N, kColumnsAtOnce) * c.K, [&](int64_t begin, int64_t end) {
-        void* const memory = scratch_of(bytes);
-        for (int64_t i = begin; i < end; i++) {
-          const int64_t n = i % columns * kColumnsAtOnce, m = i / columns % parts * height;
-          const int64_t image = i / columns / parts % images, group = i / columns / parts / images;
-          kernels.run(part(group), image, {m, std::min(m + height, P), n, std::min(n + kColumnsAtOnce, c.N)}, memory);
-        }
-      });
-}
-
-// Whether these are the operands of a convolution that kernels may have, as far as types and dimensions tell.
-bool is_convolution(const Tensor& x, const Tensor& weight, const Tensor& weight_scale,
-                    const std::optional<Tensor>& bias, const Sizes& stride, const Sizes& padding, const Sizes& dilation,
-                    int64_t groups) {
-  const int64_t dims = weight.dim() - 2, N = weight.size(0);
-  const auto is_each = [&](const Sizes& sizes, int64_t least) {
-    return static_cast<int64_t>(sizes.size()) == dims &&
-           std::all_of(sizes.begin(), sizes.end(), [&](int64_t size) { return size >= least; });
-  };
-  return dims >= 1 && dims <= 3 && x.dim() == weight.dim() && is_each(stride, 1) && is_each(padding, 0) &&
-         is_each(dilation, 1) && groups >= 1 && N % groups == 0 && weight.numel() > 0 && x.numel() > 0 &&
-         x.size(1) == weight.size(1) * groups && weight.scalar_type() == ScalarType::Char &&
-         weight_scale.scalar_type() == ScalarType::Float && weight_scale.numel() == N && (!bias || bias->numel() == N);
-}
-
-// The operands of one, and the windows that it has along each dimension.
-struct Convolved {
-  const Tensor &x, &weight, &scale;
-  const std::optional<Tensor>& bias;
-  const Sizes &stride, &padding, &dilation;
-  int64_t groups;
-  Sizes windows = {};
-
-  int64_t dims() const { return weight.dim() - 2; }
-  Sizes sizes_of_y() const {
-    Sizes sizes{x.size(0), weight.size(0)};
-    sizes.insert(sizes.end(), windows.begin(), windows.end());
-    return sizes;
-  }
-};
-
-Tensor narrow_convolution(const Convolved& in, Float type, const NarrowConvolutionKernels& kernel) {
-  const Tensor x = dense(in.x), codes = dense(in.weight), scale = dense(in.scale);
-  Tensor y = empty(x, in.sizes_of_y(), x.scalar_type()), added;
-  NarrowConvolution c{};
-  c.images = x.size(0), c.groups = in.groups, c.N = codes.size(0) / in.groups, c.C = codes.size(1);
-  for (int64_t d = 0; d < 3; d++) {
-    const int64_t from = d - (3 - in.dims());
-    const bool is_there = from >= 0;
-    c.size[d] = is_there ? x.size(2 + from) : 1, c.count[d] = is_there ? codes.size(2 + from) : 1;
-    c.stride[d] = is_there ? in.stride[from] : 1, c.padding[d] = is_there ? in.padding[from] : 0;
-    c.dilation[d] = is_there ? in.dilation[from] : 1, c.windows[d] = is_there ? in.windows[from] : 1;
-  }
-  c.x = x.const_data_ptr(), c.y = y.mutable_data_ptr(), c.type = type;
-  c.w = static_cast<const int8_t*>(codes.const_data_ptr()),
-  c.w_scale = static_cast<const float*>(scale.const_data_ptr());
-  if (in.bias) added = dense(*in.bias), c.bias = added.const_data_ptr(), c.bias_type = *float_type(added.scalar_type());
-  const int64_t parts = kernel.parts(c);
-  const size_t bytes = kernel.scratch_bytes(c);
-  in_parallel(parts, y.numel() / parts * c.C * c.count[0] * c.count[1] * c.count[2],
-              [&](int64_t begin, int64_t end) { kernel.run(c, begin, end, scratch_of(bytes)); });
-  return y;
-}
-
-Tensor wide_convolution(const Convolved& in, const ConvolutionKernels& kernel) {
-  const Tensor image = padded(in.x, in.padding), codes = dense(in.weight), scale = dense(in.scale);
-  Tensor y = empty(image, in.sizes_of_y(), image.scalar_type()), added;
-  Convolution c{};
-  Sizes element = with_dimension({0}, codes.size(1), image.stride(1));
-  for (int64_t d = 0; d < in.dims(); d++)
-    element = with_dimension(element, codes.size(2 + d), in.dilation[d] * image.stride(2 + d));
-  std::fill_n(c.windows, 3, 1);
-  for (int64_t d = in.dims() - 1, last = 2; d >= 0; d--)  // those with a single window are no dimensions
-    if (in.windows[d] > 1) c.windows[last] = in.windows[d], c.step[last--] = in.stride[d] * image.stride(2 + d);
-  if (in.bias) added = dense(*in.bias), c.bias_type = *float_type(added.scalar_type());
-  c.N = codes.size(0) / in.groups, c.K = static_cast<int64_t>(element.size());
-  c.image_step = image.stride(0), c.element = element.data(), c.y_step = y.stride(0);
-  run(c, kernel, in.groups, image.size(0), [&](int64_t group) {
-    Convolution part = c;
-    const int64_t n = group * c.N;
-    part.x = static_cast<const uint16_t*>(image.const_data_ptr()) + group * codes.size(1) * image.stride(1);
-    part.w = static_cast<const int8_t*>(codes.const_data_ptr()) + n * c.K;
-    part.w_scale = static_cast<const float*>(scale.const_data_ptr()) + n;
-    if (in.bias) part.bias = at(added.const_data_ptr(), n * octavo::size_of(c.bias_type));
-    part.y = static_cast<uint16_t*>(y.mutable_data_ptr()) + n * y.stride(1);
-    return part;
-  });
-  return y;
-}
-
-Tensor w8a16_conv(const Tensor& x, const Tensor& weight, const Tensor& weight_scale, const std::optional<Tensor>& bias,
-                  Sizes stride, Sizes padding, Sizes dilation, int64_t groups) {
-  const auto by_reference = [&] {
-    return reference<Tensor>("w8a16_conv", x, weight, weight_scale, bias, stride, padding, dilation, groups);
-  };
-  const auto type = float_type(x.scalar_type());
-  if (!served(x.scalar_type(), bias) ||
-      !is_convolution(x, weight, weight_scale, bias, stride, padding, dilation, groups))
-    return by_reference();
-  Convolved in{x, weight, weight_scale, bias, stride, padding, dilation, groups};
-  for (int64_t d = 0; d < in.dims(); d++) {
-    const int64_t room = x.size(2 + d) + 2 * padding[d] - dilation[d] * (weight.size(2 + d) - 1) - 1;
-    if (room < 0) return by_reference();
-    in.windows.push_back(room / stride[d] + 1);
-  }
-  const Kernels& of = kernels();
-  if (const auto* narrow = of.narrow_convolution(*type); narrow && weight.size(0) / groups < octavo::kFewColumns)
-    return narrow_convolution(in, *type, *narrow);
-  if (type == Float::bf16 && of.bf16_convolution) return wide_convolution(in, *of.bf16_convolution);
-  return by_reference();
-}
+#include "bind_convolution.h"
 
 // -- rows ------------------------------------------------------------------------------------------------------------
 
@@ -775,6 +613,7 @@ STABLE_TORCH_LIBRARY_IMPL(octavo, CPU, m) {
   m.impl("w8a16_linear", TORCH_BOX(&w8a16_linear));
   m.impl("w8a8_linear", TORCH_BOX(&w8a8_linear));
   m.impl("w8a16_conv", TORCH_BOX(&w8a16_conv));
+  m.impl("w8a16_conv_transpose", TORCH_BOX(&w8a16_conv_transpose));
   m.impl("w8a16_experts_linear", TORCH_BOX(&w8a16_experts_linear));
   m.impl("w8a8_experts_linear", TORCH_BOX(&w8a8_experts_linear));
   m.impl("quantize_per_token", TORCH_BOX(&quantize_per_token));
@@ -804,7 +643,7 @@ extern "C" __attribute__((visibility("default"))) const char* octavo_isa() {
   return active.load() ? kernels().isa : nullptr;
 }
 
-// Whether convolutions in bf16 have kernels there; else they are the reference's.
+// Whether convolutions have kernels there; else they are the reference's.
 extern "C" __attribute__((visibility("default"))) bool octavo_convolves() {
   return active.load() && kernels().bf16_convolution;
 }

@@ -453,27 +453,27 @@ def backends() -> list[Serving]:
     for op in OPS:
         if _native.isa is None:
             rows.append(Serving(op, "cpu", "reference", _native.why))
-        elif op == "w8a16_conv":
-            rows.append(_on_cpu_convolution(_native))
+        elif op in ("w8a16_conv", "w8a16_conv_transpose"):
+            rows.append(_on_cpu_convolution(op, _native))
         elif op == "int8_attention" and not _native.attends:
             rows.append(Serving(op, "cpu", "reference", f"composed of other ops, which {_native.isa} kernels serve"))
         elif op == "float_attention":
             rows.append(_on_cpu_in_float(_native))
-        elif op in native.OPS:
-            rows.append(Serving(op, "cpu", _native.isa, _native.why))
         else:
-            rows.append(Serving(op, "cpu", "reference", "no native kernel in this version"))
+            rows.append(Serving(op, "cpu", _native.isa, _native.why))
     if torch.cuda.is_available():
         rows += [_on_cuda(op) for op in OPS]
     return rows
 
 
-def _on_cpu_convolution(kernels: native.Native) -> Serving:
-    """Of convolutions, which are the reference's in other dtypes than bf16, and in narrow groups."""
+def _on_cpu_convolution(op: str, kernels: native.Native) -> Serving:
+    """Of convolutions, which are the reference's where they are wide and not in bf16."""
     if not kernels.convolves or kernels.isa is None:
-        return Serving("w8a16_conv", "cpu", "reference", f"no {kernels.isa} kernel")
-    why = f"{kernels.why}; the reference in other dtypes than bfloat16, and for groups of fewer than 32 channels"
-    return Serving("w8a16_conv", "cpu", kernels.isa, why)
+        return Serving(op, "cpu", "reference", f"no {kernels.isa} kernel")
+    left = "the reference in other dtypes than bfloat16 where a group has 32 filters or more"
+    if op == "w8a16_conv_transpose":
+        left = f"{left.replace('filters', 'filters times its strides')}, and where it has both strides and dilation"
+    return Serving(op, "cpu", kernels.isa, f"{kernels.why}; {left}")
 
 
 def _on_cpu_in_float(kernels: native.Native) -> Serving:

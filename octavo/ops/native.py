@@ -1,4 +1,4 @@
-"""The native CPU kernels (`csrc/`): one library, loaded once, that answers the ops on CPUs in place of the reference.
+"""The native CPU kernels (`csrc/`): one library, loaded once, that answers every op on CPUs in place of the reference.
 
 It holds kernels for every instruction set, and takes the best that the processor has, or none where the reference is
 faster. OCTAVO_ISA (scalar, avx2, avx512, amx) takes another one, OCTAVO_BACKEND=reference none.
@@ -16,25 +16,9 @@ import torch
 
 from octavo.errors import OctavoError, QuantizeError
 
-__all__ = ["LIBRARY", "OPS", "Native", "load", "reference_is_forced", "select"]
+__all__ = ["LIBRARY", "Native", "load", "reference_is_forced", "select"]
 
 LIBRARY = Path(__file__).with_name("liboctavo.so")
-
-OPS = (
-    "w8a16_linear",
-    "w8a16_conv",
-    "w8a16_embedding",
-    "w8a8_linear",
-    "w8a16_experts_linear",
-    "w8a8_experts_linear",
-    "quantize_per_token",
-    "quantize_per_tensor",
-    "quantize_static",
-    "quantize_weight",
-    "int8_attention",
-    "float_attention",
-)
-"""The ops that it answers; `csrc/bind.cpp` registers them."""
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 """As `Float` in `csrc/kernels.h` counts them."""
@@ -43,7 +27,7 @@ _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 @dataclasses.dataclass(frozen=True)
 class Native:
     """What serves on CPUs. isa: the instruction set, or None where the reference does. why: in either case.
-    convolves: whether convolutions in bf16 have kernels for that instruction set, and are not the reference's.
+    convolves: whether convolutions have kernels for that instruction set, and are not all the reference's.
     attends: whether int8 attention has kernels of its own there, and is not composed of other ops.
     attends_in: the dtypes in which float attention has some, and is not torch's."""
 

@@ -264,7 +264,7 @@ def w8a16_conv_transpose(
 ) -> Tensor:
     check_float(x)
     wide = accumulator(x)
-    layout = rows_to_transposed(weight, groups).to(wide)
+    layout = rows_to_transposed(weight, groups).to(wide, memory_format=torch.contiguous_format)
     y = torch.ops.aten.convolution(x.to(wide), layout, None, stride, padding, dilation, True, output_padding, groups)
     return _finish(y, weight_scale, bias, x.dtype)
 

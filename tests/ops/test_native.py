@@ -29,7 +29,7 @@ from octavo.errors import QuantizeError
 from octavo.ops import native
 from octavo.ops.gates import GATES
 from tests.ops.test_attention import exact
-from tests.ops.test_conv import CONV
+from tests.ops.test_conv import CONV, CONV_TRANSPOSE, torch_layout
 
 ROOT = Path(__file__).parents[2]
 FORCED = os.environ.get("OCTAVO_ISA", "")
@@ -367,6 +367,93 @@ def test_what_is_not_finite_stays_in_its_windows(
     assert torch.equal(~y.isfinite(), reached[:, :, ::stride, ::stride])
 
 
+@st.composite
+def transposed_convolutions(draw: st.DrawFn) -> dict[str, Any]:
+    dims = draw(st.integers(1, 3))
+
+    def each(*values: int) -> list[int]:
+        return draw(st.lists(st.sampled_from(values), min_size=dims, max_size=dims))
+
+    return {
+        "size": each(*((1, 2, 7, 13, 60, 130), (1, 2, 7, 30), (1, 3, 7))[dims - 1]),
+        "kernel": each(1, 2, 3, 4, 5, 16),
+        "stride": each(1, 2, 2, 3, 8),
+        "padding": each(0, 0, 1, 2, 4),
+        "dilation": each(1, 1, 1, 2),
+        "extra": each(0, 1),
+        "batch": draw(st.sampled_from([1, 2])),
+        "groups": draw(st.sampled_from([1, 1, 2, 3])),
+        "channels": draw(st.sampled_from([1, 2, 3, 16])),
+        "filters": draw(st.sampled_from([1, 1, 2, 7, 16, 33])),
+        "dtype": draw(st.sampled_from([torch.bfloat16, *FLOATS])),
+        "bias": draw(st.sampled_from([None, *FLOATS])),
+        "layout": draw(st.sampled_from(["dense", "gaps"])),
+    }
+
+
+@settings(max_examples=200)
+@given(transposed_convolutions(), st.booleans())
+def test_transposed_convolution(isa: str, g: dict[str, Any], extreme: bool) -> None:
+    dims, groups = len(g["size"]), g["groups"]
+    extra = [min(e, max(s, d) - 1) for e, s, d in zip(g["extra"], g["stride"], g["dilation"], strict=True)]
+    needs = zip(g["size"], g["kernel"], g["stride"], g["padding"], g["dilation"], extra, strict=True)
+    size = [(length - 1) * s - 2 * p + d * (k - 1) + more + 1 for length, k, s, p, d, more in needs]
+    assume(all(length > 0 for length in size) and math.prod(size) < 100_000)
+    x = torch.randn(g["batch"], g["channels"] * groups, *g["size"]).to(g["dtype"])
+    weight = codes(g["filters"] * groups, g["channels"], *g["kernel"], extreme=extreme)
+    weight_scale = torch.rand(len(weight), 1) / 128
+    bias = None if g["bias"] is None else torch.randn(len(weight)).to(g["bias"])
+    given_x = strided(x, "gaps") if g["layout"] == "gaps" else x
+    y = ops.w8a16_conv_transpose(
+        given_x, weight, weight_scale, bias, g["stride"], g["padding"], g["dilation"], extra, groups
+    )
+    wide = torch_layout(weight.double() * weight_scale.double().view(-1, *[1] * (dims + 1)), groups)
+    geometry = g["stride"], g["padding"], extra, groups, g["dilation"]
+    expected = CONV_TRANSPOSE[dims](x.double(), wide, None, *geometry)
+    terms = CONV_TRANSPOSE[dims](x.double().abs(), wide.abs(), None, *geometry)
+    added = (torch.zeros(1) if bias is None else bias).double().view(-1, *[1] * dims)
+    error = 2.0**-24 * ((4 + weight[0].numel() ** 0.5) * terms + 4 * expected.abs() + 2 * added.abs())
+    assert y.dtype == g["dtype"] and list(y.shape[2:]) == size and y.is_contiguous()
+    assert_rounds_to(y, expected + added, error)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("filters", [40, 3])
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_what_is_not_finite_reaches_its_own_places(isa: str, dtype: torch.dtype, filters: int, bad: float) -> None:
+    """Transposed: the filter has no element for some of the places between strides."""
+    x = torch.randn(1, 3, 10, 10).to(dtype)
+    x[0, 1, 4, 5] = bad
+    weight = codes(filters, 3, 3, 3).clamp(min=1)
+    y = ops.w8a16_conv_transpose(x, weight, torch.ones(filters, 1), None, [2, 4], [0, 0], [1, 1], [0, 0], 1)
+    reached = torch.zeros(y.shape, dtype=torch.bool)
+    reached[:, :, 8:11, 20:23] = True
+    assert torch.equal(~y.isfinite(), reached)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"stride": [0, 1]}, "stride"),
+        ({"padding": [-1, 0]}, "padding"),
+        ({"output_padding": [2, 0]}, "output padding"),
+        ({"x": torch.zeros(1, 4, 9, 9).bfloat16()}, "channels"),
+        ({"padding": [20, 20]}, "output size"),
+        ({"bias": torch.zeros(3)}, "size of tensor"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "-".join(value),
+)
+def test_wrong_transposed_convolutions_are_errors(isa: str, change: dict[str, Any], message: str) -> None:
+    """Torch's own, in its words."""
+    right: dict[str, Any] = {"x": torch.zeros(1, 3, 9, 9).bfloat16(), "bias": None, "stride": [2, 2]}
+    args = {**right, "padding": [0, 0], "output_padding": [0, 0], **change}
+    with pytest.raises(RuntimeError, match=message):
+        ops.w8a16_conv_transpose(
+            args["x"], codes(4, 3, 3, 3), torch.ones(4, 1), args["bias"], args["stride"], args["padding"], [1, 1],
+            args["output_padding"], 1,
+        )  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -390,10 +477,11 @@ def test_wrong_convolutions_are_errors(isa: str, change: dict[str, Any], message
         )  # fmt: skip
 
 
-def test_backends_tells_which_convolutions_have_kernels(isa: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("op", ["w8a16_conv", "w8a16_conv_transpose"])
+def test_backends_tells_which_convolutions_have_kernels(isa: str, op: str, monkeypatch: pytest.MonkeyPatch) -> None:
     found = native.select(isa)
     monkeypatch.setattr(ops, "_native", found)
-    row = next(row for row in ops.backends() if row.op == "w8a16_conv" and row.device == "cpu")
+    row = next(row for row in ops.backends() if row.op == op and row.device == "cpu")
     assert row.backend == (isa if found.convolves else "reference")
     assert ("dtypes than bfloat16" in row.why) == found.convolves
 

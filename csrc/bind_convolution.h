@@ -1,0 +1,325 @@
+// The ops of convolutions (a part of bind.cpp): which kernel serves one, and what it is given.
+//
+// Few columns are a narrow convolution, many in bf16 a wide one; the rest is the reference's. A transposed convolution
+// is an ordinary one with a column for each place between two strides, whose results lie side by side in y.
+#pragma once
+
+using Sizes = std::vector<int64_t>;
+using Three = std::array<int64_t, 3>;  // of dimensions: of fewer, those in front have nothing to say
+
+constexpr int64_t kColumnsAtOnce = 256;  // of y, for which windows are packed once
+constexpr int64_t kFewWindows = 48;      // of a part that are worth it
+
+Three three(const Sizes& sizes, int64_t in_front) {
+  Three all{in_front, in_front, in_front};
+  std::copy(sizes.begin(), sizes.end(), all.end() - sizes.size());
+  return all;
+}
+
+int64_t product(const Three& sizes) { return sizes[0] * sizes[1] * sizes[2]; }
+
+Sizes after_two(const Tensor& tensor) { return Sizes(tensor.sizes().begin() + 2, tensor.sizes().end()); }
+
+// Dense operands, and the geometry: an image of `size` with zeros around it, and the windows over it.
+struct Convolved {
+  Tensor x, weight, scale;     // [B, groups * C, *size]; [groups * N, C, *count]; [groups * N] in fp32
+  std::optional<Tensor> bias;  // [groups * N]
+  Float type;                  // of x and y
+  int64_t groups;
+  Three size, count, stride, before, after, dilation, windows;
+
+  Convolved(const Tensor& x_, const Tensor& weight_, const Tensor& scale_, const std::optional<Tensor>& bias_,
+            int64_t groups_)
+      : x(dense(x_)), weight(dense(weight_)), scale(dense(scale_)), groups(groups_) {
+    if (bias_) bias = dense(*bias_);
+    type = *float_type(x.scalar_type());
+    size = three(after_two(x), 1), count = three(after_two(weight), 1);
+  }
+
+  int64_t images() const { return x.size(0); }
+  int64_t C() const { return weight.size(1); }
+  int64_t N() const { return weight.size(0) / groups; }
+  Sizes sizes_of_y(const Three& along) const {
+    Sizes sizes{x.size(0), weight.size(0)};
+    sizes.insert(sizes.end(), along.end() - (x.dim() - 2), along.end());
+    return sizes;
+  }
+};
+
+// Images with the zeros around them.
+struct Padded {
+  Tensor x;
+  Three size;
+
+  explicit Padded(const Convolved& in) : x(in.x), size(in.size) {
+    for (int d = 0; d < 3; d++) size[d] += in.before[d] + in.after[d];
+    if (size == in.size) return;
+    const int64_t planes = in.x.size(0) * in.x.size(1), image = product(size), bytes = octavo::size_of(in.type);
+    x = empty(in.x, {planes, size[0], size[1], size[2]}, in.x.scalar_type());
+    const auto* from = static_cast<const char*>(in.x.const_data_ptr());
+    auto* to = static_cast<char*>(x.mutable_data_ptr());
+    over_rows(planes, image, [&](int64_t begin, int64_t end) {
+      std::memset(to + begin * image * bytes, 0, (end - begin) * image * bytes);
+      const int64_t rows = in.size[0] * in.size[1];
+      for (int64_t i = begin * rows; i < end * rows; i++) {
+        const int64_t j = i / in.size[1] % in.size[0] + in.before[0], k = i % in.size[1] + in.before[1];
+        const int64_t place = ((i / rows * size[0] + j) * size[1] + k) * size[2] + in.before[2];
+        std::memcpy(to + place * bytes, from + i * in.size[2] * bytes, in.size[2] * bytes);
+      }
+    });
+  }
+
+  int64_t step(int d) const { return d == 2 ? 1 : size[d + 1] * step(d + 1); }  // from a place along d to the next
+};
+
+// From each place so far, `count` places along one more dimension.
+Sizes with_dimension(const Sizes& so_far, int64_t count, int64_t step) {
+  Sizes all;
+  for (const int64_t place : so_far)
+    for (int64_t i = 0; i < count; i++) all.push_back(place + i * step);
+  return all;
+}
+
+// The convolutions of all groups and images, of which each has `part(group)`.
+template <class Part>
+void run(const Convolution& c, const ConvolutionKernels& kernels, int64_t groups, int64_t images, const Part& part) {
+  const int64_t P = c.windows[0] * c.windows[1] * c.windows[2];
+  const int64_t columns = (c.N + kColumnsAtOnce - 1) / kColumnsAtOnce, whole = groups * images * columns;
+  const int64_t most = kernels.most_windows(c);
+  int64_t parts = (P + most - 1) / most;
+  parts *= even_parts(whole * parts, P / parts, kFewWindows);
+  const int64_t height = up_to_multiple((P + parts - 1) / parts, octavo::kPackedRows);
+  parts = (P + height - 1) / height;
+  const size_t bytes = kernels.scratch_bytes(c);
+  in_parallel(
+      whole * parts, std::min(height, P) * std::min(c.N, kColumnsAtOnce) * c.K, [&](int64_t begin, int64_t end) {
+        void* const memory = scratch_of(bytes);
+        for (int64_t i = begin; i < end; i++) {
+          const int64_t n = i % columns * kColumnsAtOnce, m = i / columns % parts * height;
+          const int64_t image = i / columns / parts % images, group = i / columns / parts / images;
+          kernels.run(part(group), image, {m, std::min(m + height, P), n, std::min(n + kColumnsAtOnce, c.N)}, memory);
+        }
+      });
+}
+
+Tensor narrow_convolution(const Convolved& in, const NarrowConvolutionKernels& kernel) {
+  Tensor y = empty(in.x, in.sizes_of_y(in.windows), in.x.scalar_type());
+  NarrowConvolution c{};
+  c.images = in.images(), c.groups = in.groups, c.N = in.N(), c.C = in.C(), c.type = in.type;
+  std::copy_n(in.size.begin(), 3, c.size), std::copy_n(in.count.begin(), 3, c.count);
+  std::copy_n(in.stride.begin(), 3, c.stride), std::copy_n(in.before.begin(), 3, c.padding);
+  std::copy_n(in.dilation.begin(), 3, c.dilation), std::copy_n(in.windows.begin(), 3, c.windows);
+  c.x = in.x.const_data_ptr(), c.y = y.mutable_data_ptr();
+  c.w = static_cast<const int8_t*>(in.weight.const_data_ptr());
+  c.w_scale = static_cast<const float*>(in.scale.const_data_ptr());
+  if (in.bias) c.bias = in.bias->const_data_ptr(), c.bias_type = *float_type(in.bias->scalar_type());
+  const int64_t parts = kernel.parts(c);
+  const size_t bytes = kernel.scratch_bytes(c);
+  in_parallel(parts, y.numel() / parts * c.C * product(in.count),
+              [&](int64_t begin, int64_t end) { kernel.run(c, begin, end, scratch_of(bytes)); });
+  return y;
+}
+
+Tensor wide_convolution(const Convolved& in, const ConvolutionKernels& kernel) {
+  Tensor y = empty(in.x, in.sizes_of_y(in.windows), in.x.scalar_type());
+  const Padded image(in);
+  Convolution c{};
+  Sizes element = with_dimension({0}, in.C(), product(image.size));
+  for (int d = 0; d < 3; d++) element = with_dimension(element, in.count[d], in.dilation[d] * image.step(d));
+  std::fill_n(c.windows, 3, 1);
+  for (int d = 2, last = 2; d >= 0; d--)  // those with a single window are no dimensions
+    if (in.windows[d] > 1) c.windows[last] = in.windows[d], c.step[last--] = in.stride[d] * image.step(d);
+  if (in.bias) c.bias_type = *float_type(in.bias->scalar_type());
+  c.N = in.N(), c.K = static_cast<int64_t>(element.size());
+  const int64_t of_group = in.C() * product(image.size);
+  c.image_step = in.groups * of_group, c.element = element.data(), c.y_step = y.stride(0);
+  run(c, kernel, in.groups, in.images(), [&](int64_t group) {
+    Convolution part = c;
+    const int64_t n = group * c.N;
+    part.x = static_cast<const uint16_t*>(image.x.const_data_ptr()) + group * of_group;
+    part.w = static_cast<const int8_t*>(in.weight.const_data_ptr()) + n * c.K;
+    part.w_scale = static_cast<const float*>(in.scale.const_data_ptr()) + n;
+    if (in.bias) part.bias = at(in.bias->const_data_ptr(), n * octavo::size_of(c.bias_type));
+    part.y = static_cast<uint16_t*>(y.mutable_data_ptr()) + n * y.stride(1);
+    return part;
+  });
+  return y;
+}
+
+// Those of N columns to a group: few have a kernel for every type, many for bf16.
+bool has_kernel(Float type, int64_t N) {
+  return N < octavo::kFewColumns ? !!kernels().narrow_convolution(type)
+                                 : type == Float::bf16 && kernels().bf16_convolution;
+}
+
+Tensor by_kernel(const Convolved& in) {
+  return in.N() < octavo::kFewColumns ? narrow_convolution(in, *kernels().narrow_convolution(in.type))
+                                      : wide_convolution(in, *kernels().bf16_convolution);
+}
+
+// Whether these are the operands of a convolution that kernels may have, as far as types and dimensions tell.
+bool is_convolution(const Tensor& x, const Tensor& weight, const Tensor& weight_scale,
+                    const std::optional<Tensor>& bias, const Sizes& stride, const Sizes& padding, const Sizes& dilation,
+                    int64_t groups) {
+  const int64_t dims = weight.dim() - 2, N = weight.size(0);
+  const auto is_each = [&](const Sizes& sizes, int64_t least) {
+    return static_cast<int64_t>(sizes.size()) == dims &&
+           std::all_of(sizes.begin(), sizes.end(), [&](int64_t size) { return size >= least; });
+  };
+  return dims >= 1 && dims <= 3 && x.dim() == weight.dim() && is_each(stride, 1) && is_each(padding, 0) &&
+         is_each(dilation, 1) && groups >= 1 && N % groups == 0 && weight.numel() > 0 && x.numel() > 0 &&
+         x.size(1) == weight.size(1) * groups && weight.scalar_type() == ScalarType::Char &&
+         weight_scale.scalar_type() == ScalarType::Float && weight_scale.numel() == N && (!bias || bias->numel() == N);
+}
+
+Tensor w8a16_conv(const Tensor& x, const Tensor& weight, const Tensor& weight_scale, const std::optional<Tensor>& bias,
+                  Sizes stride, Sizes padding, Sizes dilation, int64_t groups) {
+  const auto by_reference = [&] {
+    return reference<Tensor>("w8a16_conv", x, weight, weight_scale, bias, stride, padding, dilation, groups);
+  };
+  if (!served(x.scalar_type(), bias) ||
+      !is_convolution(x, weight, weight_scale, bias, stride, padding, dilation, groups))
+    return by_reference();
+  Convolved in(x, weight, weight_scale, bias, groups);
+  in.stride = three(stride, 1), in.dilation = three(dilation, 1), in.before = in.after = three(padding, 0);
+  for (int d = 0; d < 3; d++) {
+    const int64_t room = in.size[d] + 2 * in.before[d] - in.dilation[d] * (in.count[d] - 1) - 1;
+    if (room < 0) return by_reference();
+    in.windows[d] = room / in.stride[d] + 1;
+  }
+  return has_kernel(in.type, in.N()) ? by_kernel(in) : by_reference();
+}
+
+// -- transposed ones -------------------------------------------------------------------------------------------------
+//
+// Along a dimension, element t of x and element k of a filter meet at place t * stride + k * dilation - padding of y.
+// So place q, of phase r = (q + padding) % stride, is of the elements r, r + stride, ... of a filter, its taps, and of
+// a window of x that ends with number (q + padding) / stride. The phases of a filter are filters of an ordinary
+// convolution. Those that have a tap less than others are one of their own: 0 times what is infinite would not be 0.
+
+struct Phases {
+  Three from, many, taps;
+};
+
+struct Transposed {
+  Three count, stride, padding;
+  Three size;   // of y
+  Three first;  // window
+
+  // Those with as many taps as any along dimensions whose bit is not set, those with one less along others.
+  Phases phases(int bits) const {
+    Phases some{};
+    for (int d = 0; d < 3; d++) {
+      const bool has_less = bits >> d & 1;
+      const int64_t most = (count[d] - 1) / stride[d] + 1, full = count[d] - (most - 1) * stride[d];
+      some.from[d] = has_less ? full : 0, some.many[d] = has_less ? stride[d] - full : full;
+      some.taps[d] = has_less ? most - 1 : most;
+    }
+    return some;
+  }
+};
+
+Three place_of(int64_t i, const Three& sizes) {
+  return {i / sizes[2] / sizes[1], i / sizes[2] % sizes[1], i % sizes[2]};
+}
+
+// Filters [N, C, *count] -> [N * phases, C, *taps], in the order of x.
+Tensor filters_of(const Phases& phases, const Tensor& weight, const Transposed& of) {
+  const int64_t C = weight.size(1), filter = product(of.count), many = product(phases.many),
+                taps = product(phases.taps);
+  Tensor rows =
+      empty(weight, {weight.size(0) * many, C, phases.taps[0], phases.taps[1], phases.taps[2]}, ScalarType::Char);
+  const auto* from = static_cast<const int8_t*>(weight.const_data_ptr());
+  auto* to = static_cast<int8_t*>(rows.mutable_data_ptr());
+  over_rows(weight.size(0) * many, C * taps, [&](int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; row++) {
+      const Three phase = place_of(row % many, phases.many);
+      for (int64_t i = 0; i < taps; i++) {
+        const Three tap = place_of(i, phases.taps);
+        int64_t k = 0;
+        for (int d = 0; d < 3; d++)
+          k = k * of.count[d] + phases.from[d] + phase[d] + (phases.taps[d] - 1 - tap[d]) * of.stride[d];
+        const int8_t* const codes = from + row / many * C * filter + k;
+        for (int64_t c = 0; c < C; c++) to[(row * C + c) * taps + i] = codes[c * filter];
+      }
+    }
+  });
+  return rows;
+}
+
+// Each of [N] `times` times.
+Tensor repeated(const Tensor& values, int64_t times, int64_t bytes) {
+  Tensor all = empty(values, {values.numel() * times}, values.scalar_type());
+  for (int64_t i = 0; i < all.numel(); i++)
+    std::memcpy(at(all.mutable_data_ptr(), i * bytes), at(values.const_data_ptr(), i / times * bytes), bytes);
+  return all;
+}
+
+// Columns [N * phases, windows] -> y [N, *size], where they lie between each other.
+template <class Value>
+void interleave(const Tensor& columns, const Three& windows, const Phases& phases, const Transposed& of, Tensor& y) {
+  const auto* from = static_cast<const Value*>(columns.const_data_ptr());
+  auto* to = static_cast<Value*>(y.mutable_data_ptr());
+  over_rows(y.numel() / of.size[2], of.size[2], [&](int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; row++) {
+      const int64_t n = row / of.size[1] / of.size[0];
+      const int64_t q0 = row / of.size[1] % of.size[0] + of.padding[0], q1 = row % of.size[1] + of.padding[1];
+      const int64_t r0 = q0 % of.stride[0] - phases.from[0], r1 = q1 % of.stride[1] - phases.from[1];
+      if (r0 < 0 || r0 >= phases.many[0] || r1 < 0 || r1 >= phases.many[1]) continue;
+      const int64_t u0 = q0 / of.stride[0] - of.first[0], u1 = q1 / of.stride[1] - of.first[1];
+      for (int64_t r2 = 0; r2 < phases.many[2]; r2++) {
+        const int64_t column = ((n * phases.many[0] + r0) * phases.many[1] + r1) * phases.many[2] + r2;
+        const Value* line = from + ((column * windows[0] + u0) * windows[1] + u1) * windows[2];
+        int64_t q = of.first[2] * of.stride[2] + phases.from[2] + r2 - of.padding[2];
+        if (q < 0) q += of.stride[2], line++;
+        for (; q < of.size[2]; q += of.stride[2]) to[row * of.size[2] + q] = *line++;
+      }
+    }
+  });
+}
+
+Tensor w8a16_conv_transpose(const Tensor& x, const Tensor& weight, const Tensor& weight_scale,
+                            const std::optional<Tensor>& bias, Sizes stride, Sizes padding, Sizes dilation,
+                            Sizes output_padding, int64_t groups) {
+  const auto by_reference = [&] {
+    return reference<Tensor>("w8a16_conv_transpose", x, weight, weight_scale, bias, stride, padding, dilation,
+                             output_padding, groups);
+  };
+  if (!served(x.scalar_type(), bias) ||
+      !is_convolution(x, weight, weight_scale, bias, stride, padding, dilation, groups) ||
+      output_padding.size() != stride.size())
+    return by_reference();
+  const Convolved given(x, weight, weight_scale, bias, groups);
+  Transposed of{given.count, three(stride, 1), three(padding, 0), {}, {}};
+  if (!has_kernel(given.type, given.N() * product(of.stride))) return by_reference();
+  const Three apart = three(dilation, 1), more = three(output_padding, 0);
+  Three last;
+  for (int d = 0; d < 3; d++) {
+    const int64_t s = of.stride[d];
+    if (s > 1 && apart[d] > 1) return by_reference();  // of some phases elements of a filter are no strides apart
+    of.size[d] = (given.size[d] - 1) * s - 2 * of.padding[d] + apart[d] * (of.count[d] - 1) + more[d] + 1;
+    of.first[d] = of.padding[d] / s, last[d] = (of.size[d] - 1 + of.padding[d]) / s;
+    if (of.size[d] <= 0 || more[d] < 0 || more[d] >= std::max(s, apart[d])) return by_reference();
+    // Also where a phase has no tap at all, or none of the first windows begins before x does.
+    if (of.count[d] < s || of.first[d] > (of.count[d] / s - 1) * apart[d]) return by_reference();
+  }
+  Tensor y = empty(x, given.sizes_of_y(of.size), x.scalar_type());
+  for (int bits = 0; bits < 8; bits++) {
+    const Phases phases = of.phases(bits);
+    const int64_t many = product(phases.many);
+    if (many == 0) continue;
+    Convolved in = given;
+    in.weight = filters_of(phases, given.weight, of), in.scale = repeated(given.scale, many, sizeof(float));
+    if (bias) in.bias = repeated(*given.bias, many, octavo::size_of(*float_type(bias->scalar_type())));
+    in.count = phases.taps, in.stride = {1, 1, 1}, in.dilation = apart;
+    for (int d = 0; d < 3; d++) {
+      in.before[d] = (in.count[d] - 1) * apart[d] - of.first[d];
+      in.after[d] = std::max(last[d] - (in.size[d] - 1), int64_t{0});
+      in.windows[d] = last[d] - of.first[d] + 1;
+    }
+    const Tensor columns = by_kernel(in);
+    in.type == Float::f32 ? interleave<uint32_t>(columns, in.windows, phases, of, y)
+                          : interleave<uint16_t>(columns, in.windows, phases, of, y);
+  }
+  return y;
+}
