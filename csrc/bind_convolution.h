@@ -240,7 +240,9 @@ Tensor filters_of(const Phases& phases, const Tensor& weight, const Transposed& 
         for (int d = 0; d < 3; d++)
           k = k * of.count[d] + phases.from[d] + phase[d] + (phases.taps[d] - 1 - tap[d]) * of.stride[d];
         const int8_t* const codes = from + row / many * C * filter + k;
-        for (int64_t c = 0; c < C; c++) to[(row * C + c) * taps + i] = codes[c * filter];
+        int8_t* const tapped = to + row * C * taps + i;
+        for (int64_t c = 0, channels = C, step = filter, width = taps; c < channels; c++)
+          tapped[c * width] = codes[c * step];
       }
     }
   });
