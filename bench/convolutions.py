@@ -1,8 +1,9 @@
-"""Convolutions in bf16 by octavo's kernel, next to torch's: alone, and in whole models."""
+"""Convolutions in bf16 by octavo's kernels, next to torch's: alone, and in whole models."""
 
 from __future__ import annotations
 
 import copy
+import dataclasses
 import itertools
 import statistics
 import time
@@ -25,27 +26,65 @@ from octavo.tables import Table
 
 TITLE = "Convolutions"
 HOW = """
-`F.conv1d` and `F.conv2d` of torch with bf16 weights, `w8a16_conv`, and what answers it where there is no kernel (the
-reference: torch's convolution in fp32), all from the same bf16 images, in turns in one process, medians of the rounds.
-Weights and images are as a model has them, from whatever cache they fit. Each layer's result was held to float64
-before. The models are in bf16 and in w8a16, in turns too: CREPE with its published weights, transformers' ResNet-50 and
-wav2vec 2.0 with random ones. Error: of what they return, against bf16's.
+Torch's convolutions with bf16 weights, `w8a16_conv` or `w8a16_conv_transpose`, and what answers those where there is no
+kernel (the reference: torch's convolution in fp32), all from the same bf16 images, in turns in one process, medians of
+the rounds. Weights and images are as a model has them, from whatever cache they fit. Each layer's result was held to
+float64 before. The models are in bf16 and in w8a16, in turns too: CREPE with its published weights, and transformers'
+with random ones. Error: of what they return, against bf16's.
 """
 
-LAYERS: dict[str, tuple[list[int], list[int], int, int]] = {
-    "ResNet-50, 3x3 of 64": ([1, 64, 56, 56], [64, 64, 3, 3], 1, 1),
-    "ResNet-50, 3x3 of 256": ([1, 256, 14, 14], [256, 256, 3, 3], 1, 1),
-    "ResNet-50, 1x1 of 1024": ([1, 1024, 14, 14], [256, 1024, 1, 1], 1, 0),
-    "ResNet-50, 7x7 at the start": ([1, 3, 224, 224], [64, 3, 7, 7], 2, 3),
-    "diffusion, 3x3 of 320": ([1, 320, 64, 64], [320, 320, 3, 3], 1, 1),
-    "ViT-B, patches of 16x16": ([1, 3, 224, 224], [768, 3, 16, 16], 16, 0),
-    "Whisper, first": ([1, 80, 3000], [512, 80, 3], 1, 1),
-    "Whisper, second": ([1, 512, 3000], [512, 512, 3], 2, 1),
+
+@dataclasses.dataclass(frozen=True)
+class Layer:
+    image: list[int]
+    weight: list[int]  # as octavo has it: output channels first
+    stride: int = 1
+    padding: int = 0
+    groups: int = 1
+    transposed: bool = False
+
+    @property
+    def geometry(self) -> tuple[list[int], list[int], list[int]]:
+        dims = len(self.image) - 2
+        return [self.stride] * dims, [self.padding] * dims, [1] * dims
+
+    def torch(self, x: Tensor, weight: Tensor) -> Tensor:
+        """By torch, with its own layout of the weight."""
+        kind = f"conv{'_transpose' if self.transposed else ''}{len(self.image) - 2}d"
+        return getattr(F, kind)(x, weight, None, self.stride, self.padding, groups=self.groups)  # type: ignore[no-any-return]
+
+    def layout(self, weight: Tensor) -> Tensor:
+        return weight.transpose(0, 1).contiguous() if self.transposed else weight
+
+    def int8(self, namespace: Any, x: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
+        if self.transposed:
+            no_more = [0] * (x.dim() - 2)
+            return namespace.w8a16_conv_transpose(x, codes, scale, None, *self.geometry, no_more, self.groups)  # type: ignore[no-any-return]
+        return namespace.w8a16_conv(x, codes, scale, None, *self.geometry, self.groups)  # type: ignore[no-any-return]
+
+
+LAYERS = {
+    "ResNet-50, 3x3 of 64": Layer([1, 64, 56, 56], [64, 64, 3, 3], padding=1),
+    "ResNet-50, 3x3 of 256": Layer([1, 256, 14, 14], [256, 256, 3, 3], padding=1),
+    "ResNet-50, 1x1 of 1024": Layer([1, 1024, 14, 14], [256, 1024, 1, 1]),
+    "ResNet-50, 7x7 at the start": Layer([1, 3, 224, 224], [64, 3, 7, 7], stride=2, padding=3),
+    "diffusion, 3x3 of 320": Layer([1, 320, 64, 64], [320, 320, 3, 3], padding=1),
+    "diffusion, 3x3 of 128 to an image": Layer([1, 128, 256, 256], [3, 128, 3, 3], padding=1),
+    "ViT-B, patches of 16x16": Layer([1, 3, 224, 224], [768, 3, 16, 16], stride=16),
+    "Whisper, first": Layer([1, 80, 3000], [512, 80, 3], padding=1),
+    "Whisper, second": Layer([1, 512, 3000], [512, 512, 3], stride=2, padding=1),
+    "ConvNeXt, 7x7 in each of 96": Layer([1, 96, 56, 56], [96, 1, 7, 7], padding=3, groups=96),
+    "ConvNeXt, 7x7 in each of 768": Layer([1, 768, 7, 7], [768, 1, 7, 7], padding=3, groups=768),
+    "MobileNet, 3x3 in each of 96": Layer([1, 96, 112, 112], [96, 1, 3, 3], stride=2, padding=1, groups=96),
+    "ResNeXt, 3x3 in groups of 8": Layer([1, 256, 56, 56], [256, 8, 3, 3], padding=1, groups=32),
+    "Conformer, 31 in each of 1024": Layer([1, 1024, 1000], [1024, 1, 31], padding=15, groups=1024),
+    "DAC, up by 8 from 1536": Layer([1, 1536, 32], [768, 1536, 16], stride=8, padding=4, transposed=True),
+    "DAC, up by 2 from 192": Layer([1, 192, 8192], [96, 192, 4], stride=2, padding=1, transposed=True),
+    "U-Net, up by 2x2 from 128": Layer([1, 128, 64, 64], [64, 128, 2, 2], stride=2, transposed=True),
 }
-"""Name -> image, weight, stride and padding."""
 ROUNDS = 7
 
-BF16, OURS, REFERENCE = "torch, bf16", "w8a16_conv", "the reference"
+BF16, OURS, REFERENCE = "torch, bf16", "octavo", "the reference"
 
 
 def measure() -> dict[str, Any]:
@@ -55,32 +94,26 @@ def measure() -> dict[str, Any]:
         raise Skipped(f"{reason}; pip install 'octavo[hf]'") from reason
     return {
         "kernels": next(f"{row.backend} ({row.why})" for row in backends() if row.op == "w8a16_conv"),
-        "layers": {name: _race(*layer) for name, layer in LAYERS.items()},
+        "layers": {name: _race(layer) for name, layer in LAYERS.items()},
         "models": {name: _model(*built) for name, build in MODELS.items() if (built := _built(build))},
     }
 
 
-def _race(image: list[int], kernel: list[int], stride: int, padding: int) -> dict[str, float]:
+def _race(layer: Layer) -> dict[str, float]:
     chance = torch.Generator().manual_seed(0)
-    dims = len(image) - 2
-    convolve: Callable[..., Tensor] = (F.conv1d, F.conv2d)[dims - 1]
-    x, weight = torch.randn(image, generator=chance).bfloat16(), torch.randn(kernel, generator=chance).bfloat16()
-    codes, scale = quantize_weight(weight)
-    wide = codes.double() * scale.double().view(-1, *[1] * (dims + 1))
-    in_float = close_to(convolve(x.double(), weight.double(), None, stride, padding))
-    in_int8 = close_to(convolve(x.double(), wide, None, stride, padding))
-    geometry = [stride] * dims, [padding] * dims, [1] * dims, 1
+    x = torch.randn(layer.image, generator=chance).bfloat16()
+    rows = torch.randn(layer.weight, generator=chance).bfloat16()
+    codes, scale = quantize_weight(rows)
+    weight = layer.layout(rows)
+    wide = layer.layout(codes.double() * scale.double().view(-1, *[1] * (codes.dim() - 1)))
+    in_float = close_to(layer.torch(x.double(), weight.double()))
+    in_int8 = close_to(layer.torch(x.double(), wide))
     operands: Weights = itertools.repeat((x,))
     return race(
         [
-            Way(BF16, lambda x: convolve(x, weight, None, stride, padding), operands, in_float),
-            Way(OURS, lambda x: ops.w8a16_conv(x, codes, scale, None, *geometry), operands, in_int8),
-            Way(
-                REFERENCE,
-                lambda x: torch.ops.octavo_reference.w8a16_conv(x, codes, scale, None, *geometry),
-                operands,
-                in_int8,
-            ),
+            Way(BF16, lambda x: layer.torch(x, weight), operands, in_float),
+            Way(OURS, lambda x: layer.int8(ops, x, codes, scale), operands, in_int8),
+            Way(REFERENCE, lambda x: layer.int8(torch.ops.octavo_reference, x, codes, scale), operands, in_int8),
         ]
     )
 
@@ -97,6 +130,24 @@ def _wav2vec2() -> tuple[nn.Module, dict[str, Tensor]]:
     return Wav2Vec2Model(Wav2Vec2Config()), {"input_values": torch.randn(1, 80_000)}
 
 
+def _convnext() -> tuple[nn.Module, dict[str, Tensor]]:
+    from transformers import ConvNextConfig, ConvNextForImageClassification
+
+    return ConvNextForImageClassification(ConvNextConfig()), {"pixel_values": torch.randn(1, 3, 224, 224)}
+
+
+def _mobilenet() -> tuple[nn.Module, dict[str, Tensor]]:
+    from transformers import MobileNetV2Config, MobileNetV2ForImageClassification
+
+    return MobileNetV2ForImageClassification(MobileNetV2Config()), {"pixel_values": torch.randn(1, 3, 224, 224)}
+
+
+def _dac() -> tuple[nn.Module, dict[str, Tensor]]:
+    from transformers import DacConfig, DacModel
+
+    return DacModel(DacConfig()), {"input_values": torch.randn(1, 1, 16384)}
+
+
 def _crepe() -> tuple[nn.Module, dict[str, Tensor]]:
     return crepe(), {"frames": sound_frames(320)[:128]}
 
@@ -104,7 +155,10 @@ def _crepe() -> tuple[nn.Module, dict[str, Tensor]]:
 MODELS: dict[str, Callable[[], tuple[nn.Module, dict[str, Tensor]]]] = {
     "CREPE, 128 frames of sound": _crepe,
     "ResNet-50, one image": _resnet,
+    "ConvNeXt-T, one image": _convnext,
+    "MobileNetV2, one image": _mobilenet,
     "wav2vec 2.0 base, 5 s of sound": _wav2vec2,
+    "DAC (codec), 1 s of sound": _dac,
 }
 
 
@@ -136,7 +190,9 @@ def _model(model: nn.Module, batch: dict[str, Tensor]) -> dict[str, Any]:
 
 
 def _output(found: Any) -> Tensor:
-    return (found if isinstance(found, Tensor) else found[0]).double()
+    if isinstance(found, Tensor):
+        return found.double()
+    return (found["audio_values"] if "audio_values" in found else found[0]).double()
 
 
 # -- the page -------------------------------------------------------------------------------------------------------
