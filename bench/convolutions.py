@@ -1,4 +1,4 @@
-"""Convolutions in bf16 by octavo's kernels, next to torch's: alone, and in whole models."""
+"""Convolutions by octavo's kernels, next to torch's: alone, and in whole models."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ HOW = """
 Torch's convolutions with bf16 weights, `w8a16_conv` or `w8a16_conv_transpose`, and what answers those where there is no
 kernel (the reference: torch's convolution in fp32), all from the same bf16 images, in turns in one process, medians of
 the rounds. Weights and images are as a model has them, from whatever cache they fit. Each layer's result was held to
-float64 before. The models are in bf16 and in w8a16, in turns too: CREPE with its published weights, and transformers'
-with random ones. Error: of what they return, against bf16's.
+float64 before. The models are float ones and in w8a16, in turns too, in bf16 and in fp32: CREPE with its published
+weights, and transformers' with random ones. Error: of what they return, against the float model's.
 """
 
 
@@ -85,6 +85,7 @@ LAYERS = {
 ROUNDS = 7
 
 BF16, OURS, REFERENCE = "torch, bf16", "octavo", "the reference"
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 def measure() -> dict[str, Any]:
@@ -95,7 +96,11 @@ def measure() -> dict[str, Any]:
     return {
         "kernels": next(f"{row.backend} ({row.why})" for row in backends() if row.op == "w8a16_conv"),
         "layers": {name: _race(layer) for name, layer in LAYERS.items()},
-        "models": {name: _model(*built) for name, build in MODELS.items() if (built := _built(build))},
+        "models": {
+            name: {kind: _model(*built, dtype) for kind, dtype in DTYPES.items()}
+            for name, build in MODELS.items()
+            if (built := _built(build))
+        },
     }
 
 
@@ -149,11 +154,11 @@ def _dac() -> tuple[nn.Module, dict[str, Tensor]]:
 
 
 def _crepe() -> tuple[nn.Module, dict[str, Tensor]]:
-    return crepe(), {"frames": sound_frames(320)[:128]}
+    return crepe(), {"frames": sound_frames(320)[:64]}
 
 
 MODELS: dict[str, Callable[[], tuple[nn.Module, dict[str, Tensor]]]] = {
-    "CREPE, 128 frames of sound": _crepe,
+    "CREPE, 64 frames of sound": _crepe,
     "ResNet-50, one image": _resnet,
     "ConvNeXt-T, one image": _convnext,
     "MobileNetV2, one image": _mobilenet,
@@ -171,14 +176,14 @@ def _built(build: Callable[[], tuple[nn.Module, dict[str, Tensor]]]) -> tuple[nn
 
 
 @torch.no_grad()
-def _model(model: nn.Module, batch: dict[str, Tensor]) -> dict[str, Any]:
-    model, batch = model.bfloat16().eval(), {name: x.bfloat16() for name, x in batch.items()}
+def _model(model: nn.Module, batch: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Any]:
+    model, batch = copy.deepcopy(model).to(dtype).eval(), {name: x.to(dtype) for name, x in batch.items()}
     int8 = copy.deepcopy(model)
     report = octavo.quantize(int8, "w8a16")
     expected, got = (_output(one(**batch)) for one in (model, int8))
-    times: dict[str, list[float]] = {BF16: [], OURS: []}
+    times: dict[str, list[float]] = {"float": [], OURS: []}
     for _ in range(ROUNDS):
-        for name, one in ((BF16, model), (OURS, int8)):
+        for name, one in (("float", model), (OURS, int8)):
             start = time.perf_counter()
             one(**batch)
             times[name].append(time.perf_counter() - start)
@@ -213,19 +218,22 @@ def tables(found: dict[str, Any]) -> list[Table]:
     models = [
         (
             name,
-            human_time(of[BF16]),
+            kind,
+            human_time(of["float"]),
             human_time(of[OURS]),
-            _ratio(of, BF16),
+            _ratio(of, "float"),
             f"{one['bytes']:.2f}x",
             f"{one['error']:.3f}",
         )
-        for name, one in found["models"].items()
+        for name, kinds in found["models"].items()
+        for kind, one in kinds.items()
         for of in (one["seconds"],)
     ]
     columns = ("layer", BF16, REFERENCE, OURS, "times as fast as bf16", "as the reference")
+    of_models = ("model", "in", "float", "w8a16", "times as fast", "bytes", "error")
     return [
         Table(f"Convolutions alone; kernels: {found['kernels']}", columns, tuple(layers), "lrrrrr"),
-        Table("Models", ("model", "bf16", "w8a16", "times as fast", "bytes", "error"), tuple(models), "lrrrrr"),
+        Table("Models", of_models, tuple(models), "llrrrrr"),
     ]
 
 

@@ -22,6 +22,8 @@
 
 #include "outer_linear.h"
 
+#include "units.h"
+
 #include "convolution.h"
 
 #include "narrow_convolution.h"
@@ -274,7 +276,9 @@ constexpr AttentionKernels attention{Of::packed, Of::scratch, MaskRows<Vec>::loo
 extern constexpr Kernels avx512_kernels = [] {
   Kernels kernels = kernels_of<Vec>("avx512", either<LinearF32, ManyRowsF32>, either<LinearBf16, ManyRowsBf16>,
                                     either<LinearF16, ManyRowsF16>, either<LinearInt8, ManyRowsInt8>);
-  kernels.bf16_convolution = &convolution<OuterConvolution<Vec, Bf16Unit>>;
+  kernels.convolution_of[0] = &convolution<OuterConvolution<Vec, Fp32Unit<Float::f32>, Single<Float::f32>>>;
+  kernels.convolution_of[1] = &convolution<OuterConvolution<Vec, Bf16Unit, Pair>>;
+  kernels.convolution_of[2] = &convolution<OuterConvolution<Vec, Fp32Unit<Float::f16>, Single<Float::f16>>>;
   kernels.narrow_convolution_of[0] = &narrow_convolution<NarrowKernel<Vec, Single<Float::f32>>>;
   kernels.narrow_convolution_of[1] = &narrow_convolution<NarrowKernel<Vec, Pair>>;
   kernels.narrow_convolution_of[2] = &narrow_convolution<NarrowKernel<Vec, Single<Float::f16>>>;

@@ -645,7 +645,7 @@ extern "C" __attribute__((visibility("default"))) const char* octavo_isa() {
 
 // Whether convolutions have kernels there; else they are the reference's.
 extern "C" __attribute__((visibility("default"))) bool octavo_convolves() {
-  return active.load() && kernels().bf16_convolution;
+  return active.load() && kernels().convolution(Float::bf16);
 }
 
 // Whether int8 attention has kernels of its own there; else it is composed of the other ops.

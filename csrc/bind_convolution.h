@@ -130,32 +130,28 @@ Tensor wide_convolution(const Convolved& in, const ConvolutionKernels& kernel) {
   for (int d = 2, last = 2; d >= 0; d--)  // those with a single window are no dimensions
     if (in.windows[d] > 1) c.windows[last] = in.windows[d], c.step[last--] = in.stride[d] * image.step(d);
   if (in.bias) c.bias_type = *float_type(in.bias->scalar_type());
-  c.N = in.N(), c.K = static_cast<int64_t>(element.size());
+  c.N = in.N(), c.K = static_cast<int64_t>(element.size()), c.type = in.type;
   const int64_t of_group = in.C() * product(image.size);
   c.image_step = in.groups * of_group, c.element = element.data(), c.y_step = y.stride(0);
   run(c, kernel, in.groups, in.images(), [&](int64_t group) {
     Convolution part = c;
     const int64_t n = group * c.N;
-    part.x = static_cast<const uint16_t*>(image.x.const_data_ptr()) + group * of_group;
+    part.x = at(image.x.const_data_ptr(), group * of_group * octavo::size_of(c.type));
     part.w = static_cast<const int8_t*>(in.weight.const_data_ptr()) + n * c.K;
     part.w_scale = static_cast<const float*>(in.scale.const_data_ptr()) + n;
     if (in.bias) part.bias = at(in.bias->const_data_ptr(), n * octavo::size_of(c.bias_type));
-    part.y = static_cast<uint16_t*>(y.mutable_data_ptr()) + n * y.stride(1);
+    part.y = at(y.mutable_data_ptr(), n * y.stride(1) * octavo::size_of(c.type));
     return part;
   });
   return y;
 }
 
-// Those of N columns to a group: few have a kernel for every type, many for bf16.
-bool has_kernel(Float type, int64_t N) {
-  return N < octavo::kFewColumns ? !!kernels().narrow_convolution(type)
-                                 : type == Float::bf16 && kernels().bf16_convolution;
-}
-
 Tensor by_kernel(const Convolved& in) {
   return in.N() < octavo::kFewColumns ? narrow_convolution(in, *kernels().narrow_convolution(in.type))
-                                      : wide_convolution(in, *kernels().bf16_convolution);
+                                      : wide_convolution(in, *kernels().convolution(in.type));
 }
+
+bool has_kernel(Float type) { return kernels().convolution(type) && kernels().narrow_convolution(type); }
 
 // Whether these are the operands of a convolution that kernels may have, as far as types and dimensions tell.
 bool is_convolution(const Tensor& x, const Tensor& weight, const Tensor& weight_scale,
@@ -187,7 +183,7 @@ Tensor w8a16_conv(const Tensor& x, const Tensor& weight, const Tensor& weight_sc
     if (room < 0) return by_reference();
     in.windows[d] = room / in.stride[d] + 1;
   }
-  return has_kernel(in.type, in.N()) ? by_kernel(in) : by_reference();
+  return has_kernel(in.type) ? by_kernel(in) : by_reference();
 }
 
 // -- transposed ones -------------------------------------------------------------------------------------------------
@@ -293,7 +289,7 @@ Tensor w8a16_conv_transpose(const Tensor& x, const Tensor& weight, const Tensor&
     return by_reference();
   const Convolved given(x, weight, weight_scale, bias, groups);
   Transposed of{given.count, three(stride, 1), three(padding, 0), {}, {}};
-  if (!has_kernel(given.type, given.N() * product(of.stride))) return by_reference();
+  if (!has_kernel(given.type)) return by_reference();
   const Three apart = three(dilation, 1), more = three(output_padding, 0);
   Three last;
   for (int d = 0; d < 3; d++) {

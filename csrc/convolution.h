@@ -16,23 +16,31 @@ namespace {
 struct Run {
   int64_t start;
   __mmask16 lanes;
-  __mmask32 spread;
+  uint32_t spread;
 };
 
-// An element of windows that begin next to each other, or at every other element -> their lanes of v.
-template <int kStep>
-OCTAVO_INLINE __m256i with_run(__m256i v, const uint16_t* x, const Run& run) {
-  if constexpr (kStep == 1)
-    return _mm256_mask_loadu_epi16(v, run.lanes, x + run.start);
+// An element of windows that begin next to each other, or at every other one -> their lanes of v, as `strided` has
+// them.
+template <int kStep, int64_t kBytes>
+OCTAVO_INLINE __m512i with_run(__m512i v, const char* x, const Run& run) {
+  const char* const from = x + run.start * kBytes;
+  if constexpr (kStep == 1 && kBytes == 2)
+    return _mm512_mask_cvtepu16_epi32(v, run.lanes, _mm256_maskz_loadu_epi16(run.lanes, from));
+  else if constexpr (kStep == 2 && kBytes == 2)
+    return _mm512_mask_loadu_epi16(v, run.spread, from);
+  else if constexpr (kStep == 1)
+    return _mm512_mask_loadu_epi32(v, run.lanes, from);
   else
-    return _mm512_mask_cvtepi32_epi16(v, run.lanes, _mm512_maskz_loadu_epi16(run.spread, x + run.start));
+    return _mm512_mask_mov_epi32(v, run.lanes, every_other(from, run.spread));
 }
 
-template <class V, class Unit>
+// `Elements`: of the image, as a `Unit` multiplies them: see units.h.
+template <class V, class Unit, class Elements>
 class OuterConvolution : OuterLinear<V, Unit> {
   using Outer = OuterLinear<V, Unit>;
   using Scratch = typename Outer::Scratch;
-  static_assert(Unit::kElements == 2, "windows are laid out in pairs of elements");
+  static_assert(Unit::kElements == Elements::kElements);
+  static constexpr int64_t kBytes = Elements::kBytes;
 
   static constexpr int64_t kPackedBytes = 1 << 21;  // of windows, at most: they stay in a cache
   static constexpr int64_t kLeastTiles = 4;  // but so many, or to lay W across would take longer than to multiply
@@ -92,7 +100,7 @@ class OuterConvolution : OuterLinear<V, Unit> {
       const int64_t start = image * c.image_step + start_of(c, p + i) - i * step;
       if (!many || runs[many - 1].start != start) runs[many++] = {start, 0, 0};
       runs[many - 1].lanes |= static_cast<__mmask16>(1 << i);
-      runs[many - 1].spread |= __mmask32{1} << 2 * i;
+      runs[many - 1].spread |= 1u << 2 * i;
     }
     step == 2 ? lay_runs<2>(c, runs, many, to) : lay_runs<1>(c, runs, many, to);
   }
@@ -101,13 +109,13 @@ class OuterConvolution : OuterLinear<V, Unit> {
   template <int kStep>
   static void lay_runs(const Convolution& c, const Run* runs, int many, char* to) {
     if (many == 1)
-      lay_windows(c, [&](const uint16_t* x) { return with_run<kStep>(_mm256_setzero_si256(), x, runs[0]); }, to);
+      lay_windows(c, [&](const char* x) { return with_run<kStep, kBytes>(_mm512_setzero_si512(), x, runs[0]); }, to);
     else
       lay_windows(
           c,
-          [&](const uint16_t* x) {
-            __m256i v = with_run<kStep>(with_run<kStep>(_mm256_setzero_si256(), x, runs[0]), x, runs[1]);
-            for (int i = 2; i < many; i++) v = with_run<kStep>(v, x, runs[i]);
+          [&](const char* x) {
+            __m512i v = with_run<kStep, kBytes>(_mm512_setzero_si512(), x, runs[0]);
+            for (int i = 1; i < many; i++) v = with_run<kStep, kBytes>(v, x, runs[i]);
             return v;
           },
           to);
@@ -117,13 +125,11 @@ class OuterConvolution : OuterLinear<V, Unit> {
   template <class Across>
   OCTAVO_INLINE static void lay_windows(const Convolution& c, const Across& across, char* to) {
     constexpr __mmask16 kRows = (1 << kTileRows) - 1;
-    for (int64_t k = 0; k < c.K; k += 2, to += kTileRows * kUnitBytes) {
-      __m512i units = _mm512_cvtepu16_epi32(across(c.x + c.element[k]));
-      if (k + 1 < c.K) {
-        const __m512i second = _mm512_cvtepu16_epi32(across(c.x + c.element[k + 1]));
-        units = _mm512_or_si512(units, _mm512_slli_epi32(second, 16));
-      }
-      _mm512_mask_storeu_epi32(to, kRows, units);
+    const auto* const x = static_cast<const char*>(c.x);
+    for (int64_t k = 0; k < c.K; k += Unit::kElements, to += kTileRows * kUnitBytes) {
+      __m512i second = _mm512_setzero_si512();
+      if (Unit::kElements == 2 && k + 1 < c.K) second = across(x + c.element[k + 1] * kBytes);
+      _mm512_mask_storeu_epi32(to, kRows, Elements::unit(across(x + c.element[k] * kBytes), second));
     }
   }
 
@@ -144,7 +150,7 @@ class OuterConvolution : OuterLinear<V, Unit> {
         transpose(r);
         for (int j = 0; j < columns; j++) {
           const auto y = V::add(V::mul(_mm512_castsi512_ps(r[j]), V::set1(scale[j])), V::set1(bias[j]));
-          V::store(c.y + image * c.y_step + (n + j) * P + m, Float::bf16, rows, y);
+          V::store(element(c.y, c.type, image * c.y_step + (n + j) * P + m), c.type, rows, y);
         }
       }
     }

@@ -39,14 +39,15 @@ struct Block {
   int64_t m0, m1, n0, n1;
 };
 
-// A convolution of bf16 images with int8 weights, scaled as in w8a16. Its rows of x are windows of an image:
+// A convolution of images with int8 weights, scaled as in w8a16. Its rows of x are windows of an image:
 //
 //     y[b, n, p] = sum_k x[b * image_step + start of window p + element[k]] * w[n, k] * w_scale[n] + bias[n]
 //
 // Of groups of channels each is a convolution of its own.
 struct Convolution {
   int64_t N, K;
-  const uint16_t* x;  // images in which every window lies whole
+  const void* x;  // images in which every window lies whole
+  Float type;     // of x and y
   int64_t image_step;
   int64_t windows[3], step[3];  // windows along each dimension, and elements from one to the next
   const int64_t* element;       // [K]
@@ -54,7 +55,7 @@ struct Convolution {
   const float* w_scale;         // [N]
   const void* bias;             // [N] of `bias_type`, or null
   Float bias_type;
-  uint16_t* y;  // of each image [N, windows], `y_step` elements from one image to the next
+  void* y;  // of each image [N, windows], `y_step` elements from one image to the next
   int64_t y_step;
 };
 
@@ -226,12 +227,13 @@ struct Kernels {
 
   // Null where the instruction set has none: convolutions are then the reference's, as of other types, and attention is
   // composed of the other ops, or torch's.
-  const ConvolutionKernels* bf16_convolution;
+  const ConvolutionKernels* convolution_of[3];               // f32, bf16, f16
   const NarrowConvolutionKernels* narrow_convolution_of[3];  // f32, bf16, f16
   const AttentionKernels* int8_attention;
   const AttentionKernels* float_attention_of[3];  // f32, bf16, f16
 
   const LinearKernels& w8a16(Float x) const { return w8a16_of[static_cast<int>(x)]; }
+  const ConvolutionKernels* convolution(Float x) const { return convolution_of[static_cast<int>(x)]; }
   const NarrowConvolutionKernels* narrow_convolution(Float x) const {
     return narrow_convolution_of[static_cast<int>(x)];
   }

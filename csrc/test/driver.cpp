@@ -355,7 +355,8 @@ struct Windows {
 
 void check_convolution(const Kernels& kernels, const Windows& in) {
   const bool has_bias = random_below(2);
-  Floats x(in.images * in.image, Float::bf16), y(in.images * in.N * in.P, Float::bf16);
+  const Float type = one_of(kTypes);
+  Floats x(in.images * in.image, type), y(in.images * in.N * in.P, type);
   Floats bias(has_bias ? in.N : 0, one_of(kTypes));
   Array<int8_t> w(in.N * in.K);
   Array<float> scale(in.N);
@@ -363,11 +364,11 @@ void check_convolution(const Kernels& kernels, const Windows& in) {
   Convolution c{};
   c.N = in.N, c.K = in.K, c.image_step = in.image, c.element = in.element.data();
   for (int d = 0; d < 3; d++) c.windows[d] = in.windows[d], c.step[d] = in.stride[d] * in.step(d);
-  c.x = static_cast<const uint16_t*>(x.data()), c.w = w.data(), c.w_scale = scale.data();
+  c.x = x.data(), c.w = w.data(), c.w_scale = scale.data(), c.type = type;
   if (has_bias) c.bias = bias.data(), c.bias_type = bias.type();
-  c.y = static_cast<uint16_t*>(y.data()), c.y_step = in.N * in.P;
+  c.y = y.data(), c.y_step = in.N * in.P;
 
-  const ConvolutionKernels& of = *kernels.bf16_convolution;
+  const ConvolutionKernels& of = *kernels.convolution(type);
   Array<char> scratch((of.scratch_bytes(c) + 63) / 64 * 64);
   const Block block = random_below(2) ? Block{0, in.P, 0, in.N} : random_block({in.P, in.N, in.K, 1});
   const int64_t asked_image = random_below(in.images);
@@ -386,9 +387,9 @@ void check_convolution(const Kernels& kernels, const Windows& in) {
     const double added = has_bias ? bias[n] : 0, expected = sum * scale[n] + added;
     const double of_sum = magnitude * scale[n] * (4 + std::sqrt(static_cast<double>(in.K)));
     const double allowed = 0x1p-24 * (of_sum + 4 * std::fabs(sum * scale[n]) + 2 * std::fabs(added));
-    if (!(std::fabs(y[i] - expected) <= allowed + ulp(expected, Float::bf16)))
-      fail("%s: convolution of %ld channels, %ld windows, K %ld, N %ld: y[%ld, %ld, %ld] is %.9g, expected %.9g",
-           kernels.isa, in.C, in.P, in.K, in.N, image, n, p, y[i], expected);
+    if (!(std::fabs(y[i] - expected) <= allowed + ulp(expected, type)))
+      fail("%s: convolution of %s, %ld channels, %ld windows, K %ld, N %ld: y[%ld, %ld, %ld] is %.9g, expected %.9g",
+           kernels.isa, name_of(type), in.C, in.P, in.K, in.N, image, n, p, y[i], expected);
   }
 }
 
@@ -455,7 +456,7 @@ void check_narrow_convolutions(const Kernels& kernels) {
 }
 
 void check_convolutions(const Kernels& kernels) {
-  if (!kernels.bf16_convolution) return;
+  if (!kernels.convolution(Float::f32)) return;
   constexpr int64_t kN[] = {1, 2, 7, 15, 16, 17, 31, 32, 33, 40, 70};
   for (int i = 0; i < 300; i++)
     check_convolution(kernels, Windows(1 + random_below(2), 1 + random_below(6), one_of(kN), {2, 6, 30}));

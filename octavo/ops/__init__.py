@@ -453,8 +453,11 @@ def backends() -> list[Serving]:
     for op in OPS:
         if _native.isa is None:
             rows.append(Serving(op, "cpu", "reference", _native.why))
-        elif op in ("w8a16_conv", "w8a16_conv_transpose"):
-            rows.append(_on_cpu_convolution(op, _native))
+        elif op in ("w8a16_conv", "w8a16_conv_transpose") and not _native.convolves:
+            rows.append(Serving(op, "cpu", "reference", f"no {_native.isa} kernel"))
+        elif op == "w8a16_conv_transpose":
+            left = "the reference for filters strided and dilated, shorter than a stride, or padded beyond their reach"
+            rows.append(Serving(op, "cpu", _native.isa, f"{_native.why}; {left}"))
         elif op == "int8_attention" and not _native.attends:
             rows.append(Serving(op, "cpu", "reference", f"composed of other ops, which {_native.isa} kernels serve"))
         elif op == "float_attention":
@@ -464,16 +467,6 @@ def backends() -> list[Serving]:
     if torch.cuda.is_available():
         rows += [_on_cuda(op) for op in OPS]
     return rows
-
-
-def _on_cpu_convolution(op: str, kernels: native.Native) -> Serving:
-    """Of convolutions, which are the reference's where they are wide and not in bf16."""
-    if not kernels.convolves or kernels.isa is None:
-        return Serving(op, "cpu", "reference", f"no {kernels.isa} kernel")
-    left = "the reference in other dtypes than bfloat16 where a group has 32 filters or more"
-    if op == "w8a16_conv_transpose":
-        left = f"{left.replace('filters', 'filters times its strides')}, and where it has both strides and dilation"
-    return Serving(op, "cpu", kernels.isa, f"{kernels.why}; {left}")
 
 
 def _on_cpu_in_float(kernels: native.Native) -> Serving:

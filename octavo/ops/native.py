@@ -27,7 +27,7 @@ _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 @dataclasses.dataclass(frozen=True)
 class Native:
     """What serves on CPUs. isa: the instruction set, or None where the reference does. why: in either case.
-    convolves: whether convolutions have kernels for that instruction set, and are not all the reference's.
+    convolves: whether convolutions have kernels for that instruction set, and are not the reference's.
     attends: whether int8 attention has kernels of its own there, and is not composed of other ops.
     attends_in: the dtypes in which float attention has some, and is not torch's."""
 
