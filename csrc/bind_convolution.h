@@ -105,6 +105,7 @@ void run(const Convolution& c, const ConvolutionKernels& kernels, int64_t groups
 Tensor narrow_convolution(const Convolved& in, const NarrowConvolutionKernels& kernel) {
   Tensor y = empty(in.x, in.sizes_of_y(in.windows), in.x.scalar_type());
   NarrowConvolution c{};
+  c.threads = torch::stable::get_num_threads();
   c.images = in.images(), c.groups = in.groups, c.N = in.N(), c.C = in.C(), c.type = in.type;
   std::copy_n(in.size.begin(), 3, c.size), std::copy_n(in.count.begin(), 3, c.count);
   std::copy_n(in.stride.begin(), 3, c.stride), std::copy_n(in.before.begin(), 3, c.padding);

@@ -61,6 +61,7 @@ struct Convolution {
 
 // A convolution of few columns, of images as they are, scaled as in w8a16. Sizes are of three dimensions.
 struct NarrowConvolution {
+  int64_t threads;               // that share the work
   int64_t images, groups, N, C;  // N and C of a group: columns, and channels
   int64_t size[3], count[3];     // elements of an image, and of a window
   int64_t stride[3], padding[3], dilation[3];

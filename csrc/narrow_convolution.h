@@ -37,6 +37,7 @@ class NarrowKernel {
   static constexpr int kColumns = 8;            // that share a load
   static constexpr int64_t kUnits = 1 << 17;    // of an image in scratch: they stay in a cache
   static constexpr int64_t kLeastWindows = 64;  // of a row, at a time
+  static constexpr int64_t kLeastRows = 4;      // or most of what is laid out would be laid out for others too
 
   // A product of all columns: where its unit is in scratch, and of which codes of a filter it is. The one behind the
   // last of them is 0.
@@ -58,11 +59,16 @@ class NarrowKernel {
       steps = whole + (pairs_neighbours(c) ? of_rows * (c.count[2] % 2) : 0);
       const int64_t reach = (c.count[2] - 1) * c.dilation[2] / c.stride[2];
       const int64_t tall = (c.count[1] - 1) * c.dilation[1] + 1, of_line = channels * c.count[0] * c.stride[2];
-      width = min64(c.windows[2], max64(kLeastWindows, kUnits / 4 / (of_line * tall) / 16 * 16));
+      const int64_t sharers = ceil_div(c.threads, c.images * c.groups * c.windows[0]);  // of a plane
+      const int64_t of_thread = c.windows[1] > 1 ? c.windows[2] : ceil_div(c.windows[2], sharers);
+      const int64_t fitting = kUnits / 4 / (of_line * tall);
+      width = min64(c.windows[2], max64(kLeastWindows, min64(fitting, of_thread) / 16 * 16));
       pitch = ceil_div(width, 16) * 16 + reach;
       chunks = ceil_div(pitch, 16) * c.stride[2];
       row = c.stride[2] * pitch;
-      rows = min64(c.windows[1], max64(1, (kUnits / (of_line * pitch) - tall) / c.stride[1] + 1));
+      rows = max64(1, (kUnits / (of_line * pitch) - tall) / c.stride[1] + 1);
+      const int64_t even = ceil_div(ceil_div(c.windows[1], rows), sharers) * sharers;
+      rows = min64(rows, min64(c.windows[1], max64(kLeastRows, ceil_div(c.windows[1], even))));
       height = (rows - 1) * c.stride[1] + tall;
       slice = height * row;
       channel = c.count[0] * slice;

@@ -397,6 +397,7 @@ void check_convolution(const Kernels& kernels, const Windows& in) {
 void check_narrow_convolution(const Kernels& kernels, int64_t C, int64_t N, const int64_t (&most)[3]) {
   const bool has_bias = random_below(2);
   NarrowConvolution c{};
+  c.threads = 1 + random_below(5);
   c.images = 1 + random_below(2), c.groups = 1 + random_below(3), c.N = N, c.C = C;
   c.type = one_of(kTypes), c.bias_type = one_of(kTypes);
   int64_t image = 1, P = 1, filter = C;

@@ -936,6 +936,7 @@ def every_op(seed: int = 0, m: int = 40) -> list[Tensor]:
         ops.w8a16_conv(
             x[None], weight[0].flatten()[: 64 * m * 3].view(64, m, 3), scale[0, :64], None, [1], [1], [1], 1
         ),
+        *_convolved(random),
         ops.w8a16_experts_linear(x, ends, weight, scale),
         ops.w8a8_experts_linear(found, found_scale, ends, weight, scale, None, torch.float32),
         found,
@@ -949,6 +950,19 @@ def every_op(seed: int = 0, m: int = 40) -> list[Tensor]:
         ops.float_attention(*_attention_operands(2, random), 0.1),
         torch.ops.octavo.rms_norm(x, weight[0, 0].bfloat16(), 1e-6, True),
         torch.ops.octavo.gated(x, x, 1.0, 0.0),
+    ]
+
+
+def _convolved(random: torch.Generator) -> list[Tensor]:
+    """One plane of few columns, many planes, and places between strides."""
+    image = torch.randn(1, 40, 30, 70, generator=random).bfloat16()
+    weight, scale = torch.randint(-128, 128, (40, 40, 4, 4), dtype=torch.int8, generator=random), torch.ones(40, 1)
+    ones, none = [1, 1], [0, 0]
+    return [
+        ops.w8a16_conv(image, weight[:3], scale[:3], None, ones, ones, ones, 1),
+        ops.w8a16_conv(image.flatten(2), weight[:3, :, 0], scale[:3], None, [1], [1], [1], 1),
+        ops.w8a16_conv(image, weight[:, :1].contiguous(), scale, None, [2, 2], ones, ones, 40),
+        ops.w8a16_conv_transpose(image, weight, scale, None, [2, 2], ones, ones, none, 1),
     ]
 
 
