@@ -62,7 +62,7 @@ class NarrowKernel {
       const int64_t sharers = ceil_div(c.threads, c.images * c.groups * c.windows[0]);  // of a plane
       const int64_t of_thread = c.windows[1] > 1 ? c.windows[2] : ceil_div(c.windows[2], sharers);
       const int64_t fitting = kUnits / 4 / (of_line * tall);
-      width = min64(c.windows[2], max64(kLeastWindows, min64(fitting, of_thread) / 16 * 16));
+      width = min64(c.windows[2], max64(kLeastWindows, ceil_div(min64(fitting, of_thread), 16) * 16));
       pitch = ceil_div(width, 16) * 16 + reach;
       chunks = ceil_div(pitch, 16) * c.stride[2];
       row = c.stride[2] * pitch;
