@@ -10,7 +10,8 @@
     Experts             3-D weights, see octavo.experts             QuantExperts              [E, N, K]
     MultiheadAttention  in_proj_weight [3E, E] or q/k/v_proj_weight QuantMultiheadAttention   as the parameter
 
-Codes have the output channels first, so that a scale always belongs to a row. To add a kind: one row here, one
+Codes have the output channels first, so that a scale always belongs to a row. Convolutions under weight_norm become int8
+as the weight that it computes. To add a kind: one row here, one
 module in `modules.py`, one op in `ops/`, its name among the targets of `recipe.py`.
 """
 
@@ -21,14 +22,14 @@ from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
+from torch.nn.utils import parametrizations, parametrize
 
 from octavo import modules
 from octavo.experts import spec_of, why_not_stacks
 from octavo.ops import quantize_weight
 from octavo.recipe import Scheme, WeightArgs
 
-__all__ = ["EXPERTS", "KINDS", "LayerKind", "is_stack", "kind_of", "users_of_parameters", "why_not"]
+__all__ = ["EXPERTS", "KINDS", "LayerKind", "has_weight_norm", "is_stack", "kind_of", "users_of_parameters", "why_not"]
 
 
 def _as_is(weight: Tensor, layer: nn.Module) -> Tensor:
@@ -218,11 +219,22 @@ def is_stack(module: nn.Module) -> bool:
     return kind_of(module) is _EXPERTS_KIND and _why_not_experts(module) is None
 
 
+def has_weight_norm(layer: nn.Module) -> bool:
+    """Whether the layer's weight, and nothing else of it, is computed by `torch.nn.utils.parametrizations.weight_norm`:
+    g * v / |v|, the same until somebody trains it. Convolutions of audio models are often left so."""
+    if not parametrize.is_parametrized(layer):
+        return False
+    made: nn.ModuleDict = layer.parametrizations  # type: ignore[assignment]
+    of_weight = [type(step) for steps in made.values() for step in steps]  # type: ignore[attr-defined]
+    return list(made) == ["weight"] and of_weight == [parametrizations._WeightNorm]
+
+
 def why_not(layer: nn.Module, kind: LayerKind) -> str | None:
     """The reason why `layer`, of that kind, cannot be swapped for its int8 layer; None if it can."""
     if kind.name == EXPERTS:
         return _why_not_experts(layer)
-    if parametrize.is_parametrized(layer):
+    merged = has_weight_norm(layer) and issubclass(kind.module, modules.QuantConv)
+    if parametrize.is_parametrized(layer) and not merged:
         return "its weight is computed by a parametrization (weight_norm, ...); remove_parametrizations first"
     known = next(
         base for base in type(layer).__mro__ if base.__module__.startswith(_HOMES) and base.__name__ in kind.classes
@@ -233,7 +245,8 @@ def why_not(layer: nn.Module, kind: LayerKind) -> str | None:
     if "forward" in layer.__dict__:
         return "its forward was replaced on the instance (by accelerate's hooks, for one); quantize before dispatching"
     for param in (*kind.params_of(layer), "bias"):
-        if getattr(layer, param, None) is not None and param not in layer._parameters:
+        is_own = param in layer._parameters or (merged and param == "weight")
+        if getattr(layer, param, None) is not None and not is_own:
             return f"its {param} is not a parameter but computed elsewhere (an old-style weight_norm or pruning?)"
     own = layer._parameters.keys() - {*kind.params, *_KEPT}
     if own:

@@ -203,6 +203,8 @@ REASONS: list[tuple[Callable[[], nn.Module], str]] = [
     (instance_forward, "its forward was replaced on the instance"),
     (lambda: parametrizations.weight_norm(nn.Linear(3, 4)), "its weight is computed by a parametrization"),
     (lambda: parametrizations.spectral_norm(nn.Conv1d(3, 4, 1)), "its weight is computed by a parametrization"),
+    (lambda: parametrizations.spectral_norm(parametrizations.weight_norm(nn.Conv1d(3, 4, 1))), "its weight is comp"),
+    (lambda: parametrizations.weight_norm(nn.Conv1d(3, 4, 1), "bias"), "its weight is computed by a parametrization"),
     (old_weight_norm, "its weight is not a parameter but computed elsewhere"),
     (lambda: nn.utils.spectral_norm(nn.Linear(3, 4)), "its weight is not a parameter but computed elsewhere"),
     (lambda: prune.l1_unstructured(nn.Linear(3, 4), "weight", 0.5), "its weight is not a parameter"),
@@ -236,6 +238,8 @@ def test_why_not(make: Callable[[], nn.Module], reason: str) -> None:
         nn.MultiheadAttention(4, 2, add_bias_kv=True, kdim=3),
         nn.Linear(3, 4, dtype=torch.float64),
         parametrize.remove_parametrizations(parametrizations.weight_norm(nn.Linear(3, 4)), "weight"),
+        parametrizations.weight_norm(nn.Conv1d(2, 4, 3)),
+        parametrizations.weight_norm(nn.ConvTranspose2d(2, 4, 3), dim=1),
     ],
     ids=lambda layer: repr(layer).splitlines()[0],
 )

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import prune
 from torch.nn.utils.parametrizations import weight_norm
+from torch.nn.utils.parametrize import remove_parametrizations
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 import octavo
@@ -619,6 +620,37 @@ def test_a_weight_that_is_computed_stays_float_with_the_reason_that_it_is() -> N
     assert "old-style weight_norm or pruning" in reasons["0.weight_orig"]
     for part in ("original0", "original1"):
         assert "remove_parametrizations first" in reasons[f"1.parametrizations.weight.{part}"]
+
+
+def normed() -> nn.Sequential:
+    """Convolutions under weight_norm, whose weights are not as long as when they were drawn."""
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        weight_norm(nn.Conv1d(4, 8, 3)), nn.ReLU(), weight_norm(nn.ConvTranspose1d(8, 6, 4, stride=2), dim=1)
+    )
+    for layer in (model[0], model[2]):
+        with torch.no_grad():
+            layer.parametrizations.weight.original0 *= 1.5 + torch.rand(layer.parametrizations.weight.original0.shape)
+    return model.eval()
+
+
+def test_a_convolution_under_weight_norm_is_quantized_as_the_weight_that_is_computed() -> None:
+    model, plain, x = normed(), normed(), torch.randn(2, 4, 9)
+    for layer in (plain[0], plain[2]):
+        remove_parametrizations(layer, "weight")
+    report = octavo.quantize(model, "w8a16")
+    octavo.quantize(plain, "w8a16")
+    assert torch.equal(model(x), plain(x))
+    assert {row.name for row in report.rows if row.scheme} == {"0.weight", "2.weight"}
+    assert not [name for name, _ in model.named_parameters() if "parametrizations" in name]
+
+
+def test_one_that_is_ignored_stays_under_weight_norm() -> None:
+    model = normed()
+    before, report = model[0].weight.clone(), octavo.quantize(model, "w8a16", ignore=["0"])
+    assert torch.equal(model[0].weight, before) and isinstance(model[2], QuantModule)
+    reasons = {row.name: row.reason for row in report.rows if row.name.startswith("0.parametrizations")}
+    assert set(reasons.values()) == {"ignored by '0'"} and len(reasons) == 2
 
 
 class Gained(nn.Linear):

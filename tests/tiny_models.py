@@ -200,6 +200,14 @@ def gpt_oss() -> Any:
     return GptOssForCausalLM(config)
 
 
+def encodec(**changes: Any) -> Any:
+    """All of its convolutions are under weight_norm."""
+    from transformers import EncodecConfig, EncodecModel
+
+    small = {"num_filters": 4, "hidden_size": 16, "codebook_dim": 16, "codebook_size": 32, "num_lstm_layers": 1}
+    return EncodecModel(EncodecConfig(**{**small, "upsampling_ratios": [4, 2], **changes}))
+
+
 def build(make: Callable[..., Any], dtype: torch.dtype = torch.float32, **changes: Any) -> Any:
     """The model with reproducible weights, in eval mode; skips the test where transformers is missing."""
     pytest.importorskip("transformers")

@@ -2,6 +2,7 @@
 
     layers.0.attn.qkv.weight  [3H, H]  on disk  ->  layers.0.attn.q_proj.weight, k_proj, v_proj  [H, H] each
     experts.gate_up_proj [E, H, 2I]    on disk  ->  the same turned around  [E, 2I, H]
+    conv.weight_g, conv.weight_v       on disk  ->  conv.weight = g * v / |v|, as the int8 layer has it
 
 Codes cannot be converted so: each weight has scales of its own. So an int8 checkpoint holds what the model has.
 """
@@ -10,13 +11,16 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Collection, Iterable, Mapping
+from functools import partial
+from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from octavo.formats.checkpoint import CheckpointReader, TensorInfo
+from octavo.layers import has_weight_norm
 
-__all__ = ["AsInModel", "Conversion"]
+__all__ = ["AsInModel", "Conversion", "weight_norms"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,6 +32,30 @@ class Conversion:
 
     sources: tuple[str, ...]
     convert: Callable[[dict[str, Tensor]], Mapping[str, Tensor]]
+
+
+_NORM, _DIRECTION = "parametrizations.weight.original0", "parametrizations.weight.original1"
+
+
+def weight_norms(modules: Mapping[str, nn.Module], params: Mapping[str, str | None]) -> list[Conversion]:
+    """Of the layers under weight_norm, which lie on disk in two tensors each: into their weights.
+
+    modules: of the model, by name. params: name on disk -> name in the model.
+    """
+    on_disk = {param: name for name, param in params.items()}
+    return [
+        Conversion(
+            (on_disk[f"{name}.{_NORM}"], on_disk[f"{name}.{_DIRECTION}"]),
+            partial(_weight_of_norm, f"{name}.weight", cast(Any, layer).parametrizations.weight[0].dim),
+        )
+        for name, layer in modules.items()
+        if has_weight_norm(layer) and {f"{name}.{_NORM}", f"{name}.{_DIRECTION}"} <= on_disk.keys()
+    ]
+
+
+def _weight_of_norm(name: str, dim: int, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    norm, direction = tensors.values()
+    return {name: torch._weight_norm(direction, norm, dim)}
 
 
 class AsInModel:

@@ -277,10 +277,13 @@ def stored_decisions(
         scheme = kind.effective(scheme_of(reader, on_disk, module=prefix, classes=classes))
         input_scale = _input_scale(reader, on_disk, scheme)
         decisions[prefix] = Decision(prefix, kind, label, scheme, input_scale=input_scale)
-        first = owner_of.setdefault(id(getattr(layer, param)), prefix)  # of a tied weight that is stored twice
+        weight = layer._parameters.get(param)
+        if weight is None:
+            continue  # computed by weight_norm: no other layer's
+        first = owner_of.setdefault(id(weight), prefix)  # of a tied weight that is stored twice
         if first != prefix and not _are_one(reader, int8, decisions[first], decisions[prefix]):
             raise _untied(reader, int8[f"{first}.{param}"], on_disk)
-        owner_of.setdefault(_memory(getattr(layer, param)), prefix)
+        owner_of.setdefault(_memory(weight), prefix)
     for name, layer in modules.items():
         kind, weight = kind_of(layer), layer._parameters.get("weight")
         if kind is None or kind.name not in _TIED_KINDS or weight is None:

@@ -20,12 +20,12 @@ from octavo.errors import CheckpointError, QuantizeError
 from octavo.experts import routers, spec_of
 from octavo.feeding import Progress
 from octavo.formats import compressed_tensors as layout
-from octavo.formats.checkpoint import CheckpointReader, CheckpointWriter, copy_companions, new_folder
-from octavo.formats.conversions import AsInModel, Conversion
+from octavo.formats.checkpoint import CheckpointReader, CheckpointWriter, TensorInfo, copy_companions, new_folder
+from octavo.formats.conversions import AsInModel, Conversion, weight_norms
 from octavo.formats.experts import Part, expert_parts
 from octavo.formats.loading import Rename
 from octavo.formats.saving import OnDisk, quantization_config, write_descriptions
-from octavo.layers import EXPERTS
+from octavo.layers import EXPERTS, has_weight_norm
 from octavo.ops import quantize_weight
 from octavo.quantize import Decision, plan, warn_unasked
 from octavo.recipe import Recipe, Scheme
@@ -105,6 +105,14 @@ def _refuse_static(decisions: list[Decision]) -> None:
             )
 
 
+def _refuse_other_shape(info: TensorInfo, expected: torch.Size) -> None:
+    if info.shape != expected:
+        raise CheckpointError(
+            f"{info.file}: {info.name!r} has shape {list(info.shape)}, the model's {list(expected)}; config.json and "
+            "the weights are of different models"
+        )
+
+
 class _Tensors:
     """The tensors of a float checkpoint, and what becomes of each under a plan."""
 
@@ -124,7 +132,11 @@ class _Tensors:
         self._experts = expert_parts(skeleton, on_disk)
         others = [name for name in reader.names if name not in self._experts]
         int8 = {decision.name for decision in decisions if decision.scheme}
-        self._reader = AsInModel(reader, conversions(others), int8)
+        params = {name: rename(name) for name in others}
+        norms = weight_norms(self._modules, params)
+        for name in (source for conversion in norms for source in conversion.sources):
+            _refuse_other_shape(reader.info(name), skeleton.get_parameter(params[name] or "").shape)
+        self._reader = AsInModel(reader, [*conversions(others), *norms], int8)
         self._param = {name: name if name in self._reader.made else rename(name) for name in self._reader.names}
         self.parts = [name for name, param in self._param.items() if param is None and not self._stack_of(name)]
         self._shapes: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {}
@@ -138,12 +150,8 @@ class _Tensors:
 
     def _refuse_other_shapes(self) -> None:
         for name in self._reader.names:
-            owner, info = self._owner(name), self._reader.info(name)
-            if owner is not None and tuple(owner.shape) != info.shape:
-                raise CheckpointError(
-                    f"{info.file}: {name!r} has shape {list(info.shape)}, the model's {list(owner.shape)}; "
-                    "config.json and the weights are of different models"
-                )
+            if (owner := self._owner(name)) is not None:
+                _refuse_other_shape(self._reader.info(name), owner.shape)
 
     def _refuse_missing(self) -> None:
         """A parameter that the files lack would get random values when they are loaded."""
@@ -154,6 +162,10 @@ class _Tensors:
         there |= {
             id(self._skeleton.get_parameter(part.param)) for part in self._experts.values() if part.param not in lacking
         }
+        for name in self._reader.made:
+            layer = self._modules[name.rpartition(".")[0]]
+            if has_weight_norm(layer):
+                there |= {id(parameter) for parameter in layer.get_submodule("parametrizations").parameters()}
         optional = getattr(self._skeleton, "_keys_to_ignore_on_load_missing", None) or ()
         missing = [
             name
@@ -183,7 +195,11 @@ class _Tensors:
         return decision if decision and decision.scheme else None
 
     def _layer_of(self, name: str) -> tuple[Decision | None, nn.Module | None, str]:
+        """The decision of the layer that the tensor is a parameter of, or that one is computed of, and which."""
         prefix, _, short = (self._param[name] or "").rpartition(".")
+        layer, computed, of = prefix.rpartition(".parametrizations.")
+        if computed:
+            prefix, short = layer, of
         decision = self._decisions.get(prefix)
         return decision, self._modules[prefix] if decision else None, short
 
@@ -311,9 +327,9 @@ class _Tensors:
             scheme = self._scheme(name)
             tied = f"tied to {self._own[id(owner)]}"
             return Row(name, kind, info.shape, 0, 0, str(scheme) if scheme else None, tied, asked=True)
-        decision = self._layer_of(name)[0]
+        decision, layer, short = self._layer_of(name)
         reason, asked = why_float(module, owner, router=param.rpartition(".")[0] in self._routers)
-        if decision and decision.reason and param.rpartition(".")[2] in decision.kind.params_of(module):
+        if decision and decision.reason and layer is not None and short in decision.kind.params_of(layer):
             reason, asked = decision.reason, decision.asked
         return Row(name, kind, info.shape, info.nbytes, info.nbytes, None, reason, asked)
 

@@ -119,6 +119,8 @@ def source_of(folder: Path, make: Callable[..., Any], dtype: torch.dtype = torch
         (tiny_models.whisper, {"scheme": "w8a8"}),
         (tiny_models.llava, {"scheme": "w8a8", "ignore": ["re:.*vision_tower"]}),
         (tiny_models.mixtral, {"scheme": "w8a8"}),
+        (tiny_models.encodec, {}),
+        (tiny_models.encodec, {"ignore": ["re:decoder"]}),
     ],
     ids=lambda value: value.__name__ if callable(value) else ",".join(map(str, value)) or "-",
 )
@@ -169,6 +171,38 @@ def test_a_checkpoint_with_legacy_names(tmp_path: Path) -> None:
     ids = tiny_models.tokens()
     with torch.no_grad():
         assert torch.equal(loaded(ids).last_hidden_state, expected(ids).last_hidden_state)
+
+
+@pytest.mark.filterwarnings("ignore:.*(read by octavo only|bytes stay float):octavo.OctavoWarning")
+def test_weight_norm_under_the_names_that_it_had(tmp_path: Path) -> None:
+    source = source_of(tmp_path, tiny_models.encodec, torch.float32)
+    both_ways(tmp_path, source)
+    old = {"parametrizations.weight.original0": "weight_g", "parametrizations.weight.original1": "weight_v"}
+    tensors = load_file(source / "model.safetensors")
+    for new, name in old.items():
+        tensors = {key.replace(new, name): tensor for key, tensor in tensors.items()}
+    assert sum(key.endswith("weight_g") for key in tensors) > 10
+    save_file(tensors, source / "model.safetensors")
+    octavo.quantize_checkpoint(source, tmp_path / "old", "w8a16")
+    assert_same_checkpoint(tmp_path / "stream", tmp_path / "old")
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (lambda tensors, name: tensors.pop(name), "1 parameters of EncodecModel are missing.*original0"),
+        (lambda tensors, name: tensors.update({name: torch.ones(3, 1, 1)}), r"original0' has shape \[3, 1, 1\]"),
+    ],
+    ids=["missing", "another shape"],
+)
+def test_half_of_a_weight_under_weight_norm(tmp_path: Path, edit: Callable[..., object], message: str) -> None:
+    source = source_of(tmp_path, tiny_models.encodec, torch.float32)
+    tensors = load_file(source / "model.safetensors")
+    edit(tensors, next(name for name in tensors if name.endswith("original0")))
+    save_file(tensors, source / "model.safetensors")
+    with pytest.raises(CheckpointError, match=message):
+        octavo.quantize_checkpoint(source, tmp_path / "out", "w8a16")
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("include", [[], ["lm_head"]], ids=str)
