@@ -10,9 +10,9 @@
     Experts             3-D weights, see octavo.experts             QuantExperts              [E, N, K]
     MultiheadAttention  in_proj_weight [3E, E] or q/k/v_proj_weight QuantMultiheadAttention   as the parameter
 
-Codes have the output channels first, so that a scale always belongs to a row. Convolutions under weight_norm become int8
-as the weight that it computes. To add a kind: one row here, one
-module in `modules.py`, one op in `ops/`, its name among the targets of `recipe.py`.
+Codes have the output channels first, so that a scale always belongs to a row. A convolution under weight_norm becomes
+int8 as the weight that is computed. To add a kind: one row here, one module in `modules.py`, one op in `ops/`, its name
+among the targets of `recipe.py`.
 """
 
 from __future__ import annotations
