@@ -1,7 +1,7 @@
 // The ops of convolutions (a part of bind.cpp): which kernel serves one, and what it is given.
 //
-// Few columns are a narrow convolution, many in bf16 a wide one; the rest is the reference's. A transposed convolution
-// is an ordinary one with a column for each place between two strides, whose results lie side by side in y.
+// Few columns are a narrow convolution, many a wide one. A transposed convolution is an ordinary one with a column for
+// each place between two strides, whose results lie side by side in y.
 #pragma once
 
 using Sizes = std::vector<int64_t>;
@@ -152,7 +152,10 @@ Tensor by_kernel(const Convolved& in) {
                                       : wide_convolution(in, *kernels().convolution(in.type));
 }
 
-bool has_kernel(Float type) { return kernels().convolution(type) && kernels().narrow_convolution(type); }
+bool has_kernel(const Tensor& x) {
+  const auto type = float_type(x.scalar_type());
+  return type && kernels().convolution(*type) && kernels().narrow_convolution(*type);
+}
 
 // Whether these are the operands of a convolution that kernels may have, as far as types and dimensions tell.
 bool is_convolution(const Tensor& x, const Tensor& weight, const Tensor& weight_scale,
@@ -174,7 +177,7 @@ Tensor w8a16_conv(const Tensor& x, const Tensor& weight, const Tensor& weight_sc
   const auto by_reference = [&] {
     return reference<Tensor>("w8a16_conv", x, weight, weight_scale, bias, stride, padding, dilation, groups);
   };
-  if (!served(x.scalar_type(), bias) ||
+  if (!has_kernel(x) || !served(x.scalar_type(), bias) ||
       !is_convolution(x, weight, weight_scale, bias, stride, padding, dilation, groups))
     return by_reference();
   Convolved in(x, weight, weight_scale, bias, groups);
@@ -184,7 +187,7 @@ Tensor w8a16_conv(const Tensor& x, const Tensor& weight, const Tensor& weight_sc
     if (room < 0) return by_reference();
     in.windows[d] = room / in.stride[d] + 1;
   }
-  return has_kernel(in.type) ? by_kernel(in) : by_reference();
+  return by_kernel(in);
 }
 
 // -- transposed ones -------------------------------------------------------------------------------------------------
@@ -199,9 +202,9 @@ struct Phases {
 };
 
 struct Transposed {
-  Three count, stride, padding;
-  Three size;   // of y
-  Three first;  // window
+  Three count, stride, padding, dilation;
+  Three size = {};                 // of y
+  Three first = {}, windows = {};  // the first window, and how many there are
 
   // Those with as many taps as any along dimensions whose bit is not set, those with one less along others.
   Phases phases(int bits) const {
@@ -256,7 +259,7 @@ Tensor repeated(const Tensor& values, int64_t times, int64_t bytes) {
 
 // Columns [N * phases, windows] -> y [N, *size], where they lie between each other.
 template <class Value>
-void interleave(const Tensor& columns, const Three& windows, const Phases& phases, const Transposed& of, Tensor& y) {
+void interleave(const Tensor& columns, const Phases& phases, const Transposed& of, Tensor& y) {
   const auto* from = static_cast<const Value*>(columns.const_data_ptr());
   auto* to = static_cast<Value*>(y.mutable_data_ptr());
   over_rows(y.numel() / of.size[2], of.size[2], [&](int64_t begin, int64_t end) {
@@ -268,13 +271,45 @@ void interleave(const Tensor& columns, const Three& windows, const Phases& phase
       const int64_t u0 = q0 / of.stride[0] - of.first[0], u1 = q1 / of.stride[1] - of.first[1];
       for (int64_t r2 = 0; r2 < phases.many[2]; r2++) {
         const int64_t column = ((n * phases.many[0] + r0) * phases.many[1] + r1) * phases.many[2] + r2;
-        const Value* line = from + ((column * windows[0] + u0) * windows[1] + u1) * windows[2];
+        const Value* line = from + ((column * of.windows[0] + u0) * of.windows[1] + u1) * of.windows[2];
         int64_t q = of.first[2] * of.stride[2] + phases.from[2] + r2 - of.padding[2];
         if (q < 0) q += of.stride[2], line++;
         for (; q < of.size[2]; q += of.stride[2]) to[row * of.size[2] + q] = *line++;
       }
     }
   });
+}
+
+// Nothing for what is left to the reference.
+std::optional<Transposed> transposed(const Convolved& in, const Sizes& stride, const Sizes& padding,
+                                     const Sizes& dilation, const Sizes& output_padding) {
+  Transposed of{in.count, three(stride, 1), three(padding, 0), three(dilation, 1)};
+  const Three more = three(output_padding, 0);
+  for (int d = 0; d < 3; d++) {
+    const int64_t step = of.stride[d], apart = of.dilation[d];
+    of.size[d] = (in.size[d] - 1) * step - 2 * of.padding[d] + apart * (of.count[d] - 1) + more[d] + 1;
+    of.first[d] = of.padding[d] / step;
+    of.windows[d] = (of.size[d] - 1 + of.padding[d]) / step - of.first[d] + 1;
+    const bool is_valid = of.size[d] > 0 && more[d] >= 0 && more[d] < std::max(step, apart);
+    // Else the elements of a phase are no strides apart, or it has none, or the first window begins inside of x.
+    const bool has_taps = (step == 1 || apart == 1) && of.count[d] >= step;
+    if (!is_valid || !has_taps || of.first[d] > (of.count[d] / step - 1) * apart) return std::nullopt;
+  }
+  return of;
+}
+
+// The ordinary convolution of some phases.
+Convolved convolved(const Phases& phases, const Convolved& given, const Transposed& of) {
+  Convolved in = given;
+  const int64_t many = product(phases.many);
+  in.weight = filters_of(phases, given.weight, of), in.scale = repeated(given.scale, many, sizeof(float));
+  if (given.bias) in.bias = repeated(*given.bias, many, octavo::size_of(*float_type(given.bias->scalar_type())));
+  in.count = phases.taps, in.stride = {1, 1, 1}, in.dilation = of.dilation, in.windows = of.windows;
+  for (int d = 0; d < 3; d++) {
+    in.before[d] = (in.count[d] - 1) * of.dilation[d] - of.first[d];
+    in.after[d] = std::max(of.first[d] + of.windows[d] - in.size[d], int64_t{0});
+  }
+  return in;
 }
 
 Tensor w8a16_conv_transpose(const Tensor& x, const Tensor& weight, const Tensor& weight_scale,
@@ -284,41 +319,20 @@ Tensor w8a16_conv_transpose(const Tensor& x, const Tensor& weight, const Tensor&
     return reference<Tensor>("w8a16_conv_transpose", x, weight, weight_scale, bias, stride, padding, dilation,
                              output_padding, groups);
   };
-  if (!served(x.scalar_type(), bias) ||
+  if (!has_kernel(x) || !served(x.scalar_type(), bias) ||
       !is_convolution(x, weight, weight_scale, bias, stride, padding, dilation, groups) ||
       output_padding.size() != stride.size())
     return by_reference();
   const Convolved given(x, weight, weight_scale, bias, groups);
-  Transposed of{given.count, three(stride, 1), three(padding, 0), {}, {}};
-  if (!has_kernel(given.type)) return by_reference();
-  const Three apart = three(dilation, 1), more = three(output_padding, 0);
-  Three last;
-  for (int d = 0; d < 3; d++) {
-    const int64_t s = of.stride[d];
-    if (s > 1 && apart[d] > 1) return by_reference();  // of some phases elements of a filter are no strides apart
-    of.size[d] = (given.size[d] - 1) * s - 2 * of.padding[d] + apart[d] * (of.count[d] - 1) + more[d] + 1;
-    of.first[d] = of.padding[d] / s, last[d] = (of.size[d] - 1 + of.padding[d]) / s;
-    if (of.size[d] <= 0 || more[d] < 0 || more[d] >= std::max(s, apart[d])) return by_reference();
-    // Also where a phase has no tap at all, or none of the first windows begins before x does.
-    if (of.count[d] < s || of.first[d] > (of.count[d] / s - 1) * apart[d]) return by_reference();
-  }
-  Tensor y = empty(x, given.sizes_of_y(of.size), x.scalar_type());
+  const auto of = transposed(given, stride, padding, dilation, output_padding);
+  if (!of) return by_reference();
+  Tensor y = empty(x, given.sizes_of_y(of->size), x.scalar_type());
   for (int bits = 0; bits < 8; bits++) {
-    const Phases phases = of.phases(bits);
-    const int64_t many = product(phases.many);
-    if (many == 0) continue;
-    Convolved in = given;
-    in.weight = filters_of(phases, given.weight, of), in.scale = repeated(given.scale, many, sizeof(float));
-    if (bias) in.bias = repeated(*given.bias, many, octavo::size_of(*float_type(bias->scalar_type())));
-    in.count = phases.taps, in.stride = {1, 1, 1}, in.dilation = apart;
-    for (int d = 0; d < 3; d++) {
-      in.before[d] = (in.count[d] - 1) * apart[d] - of.first[d];
-      in.after[d] = std::max(last[d] - (in.size[d] - 1), int64_t{0});
-      in.windows[d] = last[d] - of.first[d] + 1;
-    }
-    const Tensor columns = by_kernel(in);
-    in.type == Float::f32 ? interleave<uint32_t>(columns, in.windows, phases, of, y)
-                          : interleave<uint16_t>(columns, in.windows, phases, of, y);
+    const Phases phases = of->phases(bits);
+    if (product(phases.many) == 0) continue;
+    const Tensor columns = by_kernel(convolved(phases, given, *of));
+    given.type == Float::f32 ? interleave<uint32_t>(columns, phases, *of, y)
+                             : interleave<uint16_t>(columns, phases, *of, y);
   }
   return y;
 }
