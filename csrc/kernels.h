@@ -226,7 +226,7 @@ struct Kernels {
 
   void (*gated)(const Gated&, int64_t r0, int64_t r1);
 
-  // Null where the instruction set has none: convolutions are then the reference's, as of other types, and attention is
+  // Null where the instruction set has none: convolutions are then the reference's, and attention is
   // composed of the other ops, or torch's.
   const ConvolutionKernels* convolution_of[3];               // f32, bf16, f16
   const NarrowConvolutionKernels* narrow_convolution_of[3];  // f32, bf16, f16

@@ -136,13 +136,14 @@ class NarrowKernel {
     const Plan plan(c);
     const Scratch scratch(c, plan, memory);
     lay_steps(c, plan, scratch.steps);
+    int64_t laid = -1;  // the first of the columns whose codes are laid out
     for (int64_t i = i0, from = -1; i < i1; i++) {
       const Part part(c, plan, i);
       if (part.from[2] != from) lay_chunks(c, plan, from = part.from[2], scratch.chunks);
       lay_image(c, plan, part, scratch);
       for (int64_t n = 0; n < c.N;)
-        n += part.width <= Eight::kWindows ? columns<Eight, kColumns>(c, plan, part, n, scratch)
-                                           : columns<Sixteen, kColumns>(c, plan, part, n, scratch);
+        n += part.width <= Eight::kWindows ? columns<Eight, kColumns>(c, plan, part, n, laid, scratch)
+                                           : columns<Sixteen, kColumns>(c, plan, part, n, laid, scratch);
     }
   }
 
@@ -220,14 +221,10 @@ class NarrowKernel {
     }
   }
 
-  // The first N columns of y from n on, or fewer; how many.
-  template <class Of, int N>
-  static int64_t columns(const NarrowConvolution& c, const Plan& plan, const Part& part, int64_t n,
-                         const Scratch& scratch) {
-    if constexpr (N > 1) {
-      if (c.N - n < N) return columns<Of, N / 2>(c, plan, part, n, scratch);
-    }
-    const int64_t K = filter_size(c), column = part.plane % c.groups * c.N + n;
+  // Of columns [column, column + N) of w.
+  template <int N>
+  static void lay_codes(const NarrowConvolution& c, const Plan& plan, int64_t column, const Scratch& scratch) {
+    const int64_t K = filter_size(c);
     for (int j = 0; j < N; j++) {
       for (int64_t k = 0; k < K; k += 16)
         V::store(scratch.filter + k, Float::f32, 16,
@@ -238,6 +235,17 @@ class NarrowKernel {
         scratch.codes[k * N + j] = Unit::unit_of_codes(scratch.filter[step.first], scratch.filter[step.second]);
       }
     }
+  }
+
+  // The first N columns of y from n on, or fewer; how many.
+  template <class Of, int N>
+  static int64_t columns(const NarrowConvolution& c, const Plan& plan, const Part& part, int64_t n, int64_t& laid,
+                         const Scratch& scratch) {
+    if constexpr (N > 1) {
+      if (c.N - n < N) return columns<Of, N / 2>(c, plan, part, n, laid, scratch);
+    }
+    const int64_t column = part.plane % c.groups * c.N + n;
+    if (column != laid) lay_codes<N>(c, plan, laid = column, scratch);
     constexpr int kMost = N < 4 ? 8 : 16 / N;
     Vector vectors[kMost];
     int many = 0;

@@ -353,6 +353,20 @@ struct Windows {
   }
 };
 
+// y should be sum * scale + added, of the sum of K products whose magnitudes add up to `magnitude`, in fp32.
+struct Convolved {
+  double sum, magnitude;
+  int64_t K;
+  double scale, added;
+
+  double expected() const { return sum * scale + added; }
+  bool is(double y, Float type) const {
+    const double of_sum = magnitude * scale * (4 + std::sqrt(static_cast<double>(K)));
+    const double allowed = 0x1p-24 * (of_sum + 4 * std::fabs(sum * scale) + 2 * std::fabs(added));
+    return std::fabs(y - expected()) <= allowed + ulp(expected(), type);
+  }
+};
+
 void check_convolution(const Kernels& kernels, const Windows& in) {
   const bool has_bias = random_below(2);
   const Float type = one_of(kTypes);
@@ -379,17 +393,14 @@ void check_convolution(const Kernels& kernels, const Windows& in) {
       if (!y.untouched(i)) fail("%s: convolution: y[%ld, %ld, %ld] was not asked for", kernels.isa, image, n, p);
       continue;
     }
-    double sum = 0, magnitude = 0;
+    Convolved right{0, 0, in.K, scale[n], has_bias ? bias[n] : 0};
     for (int64_t k = 0; k < in.K; k++) {
       const double product = x[image * in.image + in.start(p) + in.element[k]] * w[n * in.K + k];
-      sum += product, magnitude += std::fabs(product);
+      right.sum += product, right.magnitude += std::fabs(product);
     }
-    const double added = has_bias ? bias[n] : 0, expected = sum * scale[n] + added;
-    const double of_sum = magnitude * scale[n] * (4 + std::sqrt(static_cast<double>(in.K)));
-    const double allowed = 0x1p-24 * (of_sum + 4 * std::fabs(sum * scale[n]) + 2 * std::fabs(added));
-    if (!(std::fabs(y[i] - expected) <= allowed + ulp(expected, type)))
+    if (!right.is(y[i], type))
       fail("%s: convolution of %s, %ld channels, %ld windows, K %ld, N %ld: y[%ld, %ld, %ld] is %.9g, expected %.9g",
-           kernels.isa, name_of(type), in.C, in.P, in.K, in.N, image, n, p, y[i], expected);
+           kernels.isa, name_of(type), in.C, in.P, in.K, in.N, image, n, p, y[i], right.expected());
   }
 }
 
@@ -425,7 +436,7 @@ void check_narrow_convolution(const Kernels& kernels, int64_t C, int64_t N, cons
   for (int64_t i = 0; i < y.size(); i++) {
     const int64_t column = i / P % (c.groups * N), plane = i / P / N, p = i % P;
     const int64_t window[3] = {p / c.windows[2] / c.windows[1], p / c.windows[2] % c.windows[1], p % c.windows[2]};
-    double sum = 0, magnitude = 0;
+    Convolved right{0, 0, filter, scale[column], has_bias ? bias[column] : 0};
     for (int64_t k = 0; k < filter; k++) {
       int64_t at = plane * C + k / (c.count[0] * c.count[1] * c.count[2]);
       const int64_t of_filter[3] = {k / c.count[2] / c.count[1] % c.count[0], k / c.count[2] % c.count[1],
@@ -437,14 +448,11 @@ void check_narrow_convolution(const Kernels& kernels, int64_t C, int64_t N, cons
         at = at * c.size[d] + place;
       }
       const double product = inside ? x[at] * w[column * filter + k] : 0;
-      sum += product, magnitude += std::fabs(product);
+      right.sum += product, right.magnitude += std::fabs(product);
     }
-    const double added = has_bias ? bias[column] : 0, expected = sum * scale[column] + added;
-    const double of_sum = magnitude * scale[column] * (4 + std::sqrt(static_cast<double>(filter)));
-    const double allowed = 0x1p-24 * (of_sum + 4 * std::fabs(sum * scale[column]) + 2 * std::fabs(added));
-    if (!(std::fabs(y[i] - expected) <= allowed + ulp(expected, c.type)))
+    if (!right.is(y[i], c.type))
       fail("%s: narrow convolution of %s, %ld channels, %ld columns, %ld windows: y[%ld] is %.9g, expected %.9g",
-           kernels.isa, name_of(c.type), C, N, P, i, y[i], expected);
+           kernels.isa, name_of(c.type), C, N, P, i, y[i], right.expected());
   }
 }
 

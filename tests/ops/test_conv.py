@@ -20,7 +20,7 @@ CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 CONV_TRANSPOSE = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}
 
 
-def exact(codes: Tensor, scale: Tensor) -> Tensor:
+def in_double(codes: Tensor, scale: Tensor) -> Tensor:
     return codes.double() * scale.double().reshape(-1, *[1] * (codes.dim() - 1))
 
 
@@ -71,7 +71,7 @@ def test_conv(g: dict[str, Any]) -> None:
     y = ops.w8a16_conv(x, codes, scale, bias, *geometry)
     assert y.dtype == g["dtype"]
 
-    conv, w = CONV[len(g["size"])], exact(codes, scale)
+    conv, w = CONV[len(g["size"])], in_double(codes, scale)
     expected = conv(x.double(), w, None if bias is None else bias.double(), *geometry)
     terms = conv(x.double().abs(), w.abs(), None if bias is None else bias.double().abs(), *geometry)
     assert_rounded_once(y, expected, terms, w[0].numel())
@@ -89,7 +89,7 @@ def test_conv_transpose(g: dict[str, Any], extra: int) -> None:
     )
     assert y.dtype == g["dtype"]
 
-    conv, w = CONV_TRANSPOSE[len(g["size"])], torch_layout(exact(codes, scale), g["groups"])
+    conv, w = CONV_TRANSPOSE[len(g["size"])], torch_layout(in_double(codes, scale), g["groups"])
     geometry = g["stride"], g["padding"], output_padding, g["groups"], g["dilation"]
     expected = conv(x.double(), w, None if bias is None else bias.double(), *geometry)
     terms = conv(x.double().abs(), w.abs(), None if bias is None else bias.double().abs(), *geometry)
@@ -101,8 +101,8 @@ def test_depthwise(dtype: torch.dtype) -> None:
     codes, scale = quantize_weight(torch.randn(6, 1, 3, 3))
     x = torch.randn(2, 6, 8, 8).to(dtype)
     y = ops.w8a16_conv(x, codes, scale, None, [1, 1], [1, 1], [1, 1], 6)
-    expected = F.conv2d(x.double(), exact(codes, scale), None, 1, 1, 1, 6)
-    terms = F.conv2d(x.double().abs(), exact(codes, scale).abs(), None, 1, 1, 1, 6)
+    expected = F.conv2d(x.double(), in_double(codes, scale), None, 1, 1, 1, 6)
+    terms = F.conv2d(x.double().abs(), in_double(codes, scale).abs(), None, 1, 1, 1, 6)
     assert_rounded_once(y, expected, terms, 9)
 
 

@@ -13,7 +13,7 @@ import shutil
 import subprocess
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,7 @@ from octavo.errors import QuantizeError
 from octavo.ops import native
 from octavo.ops.gates import GATES
 from tests.ops.test_attention import exact
-from tests.ops.test_conv import CONV, CONV_TRANSPOSE, torch_layout
+from tests.ops.test_conv import CONV, CONV_TRANSPOSE, in_double, torch_layout
 
 ROOT = Path(__file__).parents[2]
 FORCED = os.environ.get("OCTAVO_ISA", "")
@@ -295,6 +295,16 @@ def convolutions(draw: st.DrawFn) -> dict[str, Any]:
     }
 
 
+def assert_convolved(
+    y: Tensor, convolve: Callable[[Tensor, Tensor], Tensor], x: Tensor, wide: Tensor, bias: Tensor | None, k: int
+) -> None:
+    """wide: the weight in float64, as `convolve` takes it. k: products in a sum."""
+    expected, terms = convolve(x.double(), wide), convolve(x.double().abs(), wide.abs())
+    added = (torch.zeros(1) if bias is None else bias).double().view(-1, *[1] * (x.dim() - 2))
+    error = 2.0**-24 * ((4 + k**0.5) * terms + 4 * expected.abs() + 2 * added.abs())
+    assert_rounds_to(y, expected + added, error)
+
+
 @settings(max_examples=200)
 @given(convolutions(), st.booleans())
 def test_convolution(isa: str, g: dict[str, Any], extreme: bool) -> None:
@@ -311,13 +321,9 @@ def test_convolution(isa: str, g: dict[str, Any], extreme: bool) -> None:
         given_x = x.movedim(1, -1).contiguous().movedim(-1, 1)
     geometry = g["stride"], g["padding"], g["dilation"], groups
     y = ops.w8a16_conv(given_x, weight, weight_scale, bias, *geometry)
-    wide = weight.double() * weight_scale.double().view(-1, *[1] * (dims + 1))
-    expected = CONV[dims](x.double(), wide, None, *geometry)
-    terms = CONV[dims](x.double().abs(), wide.abs(), None, *geometry)
-    added = (torch.zeros(1) if bias is None else bias).double().view(-1, *[1] * dims)
-    error = 2.0**-24 * ((4 + wide[0].numel() ** 0.5) * terms + 4 * expected.abs() + 2 * added.abs())
     assert y.dtype == g["dtype"] and list(y.shape[2:]) == g["windows"] and y.is_contiguous()
-    assert_rounds_to(y, expected + added, error)
+    wide = in_double(weight, weight_scale)
+    assert_convolved(y, lambda x, w: CONV[dims](x, w, None, *geometry), x, wide, bias, weight[0].numel())
 
 
 @pytest.mark.parametrize(
@@ -407,14 +413,10 @@ def test_transposed_convolution(isa: str, g: dict[str, Any], extreme: bool) -> N
     y = ops.w8a16_conv_transpose(
         given_x, weight, weight_scale, bias, g["stride"], g["padding"], g["dilation"], extra, groups
     )
-    wide = torch_layout(weight.double() * weight_scale.double().view(-1, *[1] * (dims + 1)), groups)
-    geometry = g["stride"], g["padding"], extra, groups, g["dilation"]
-    expected = CONV_TRANSPOSE[dims](x.double(), wide, None, *geometry)
-    terms = CONV_TRANSPOSE[dims](x.double().abs(), wide.abs(), None, *geometry)
-    added = (torch.zeros(1) if bias is None else bias).double().view(-1, *[1] * dims)
-    error = 2.0**-24 * ((4 + weight[0].numel() ** 0.5) * terms + 4 * expected.abs() + 2 * added.abs())
     assert y.dtype == g["dtype"] and list(y.shape[2:]) == size and y.is_contiguous()
-    assert_rounds_to(y, expected + added, error)
+    geometry = g["stride"], g["padding"], extra, groups, g["dilation"]
+    wide = torch_layout(in_double(weight, weight_scale), groups)
+    assert_convolved(y, lambda x, w: CONV_TRANSPOSE[dims](x, w, None, *geometry), x, wide, bias, weight[0].numel())
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
