@@ -29,7 +29,7 @@ SOUND := torchcrepe==0.0.24 pygame==2.6.1
 
 # The native kernels: pip builds them with the package; they are built again when their sources change.
 KERNELS := octavo/ops/liboctavo.so
-KERNEL_SOURCES := setup.py $(wildcard csrc/*.cpp csrc/*.h)
+KERNEL_SOURCES := setup.py $(wildcard csrc/*.cpp csrc/*.h csrc/bind/*.h)
 
 .PHONY: demo test test-quick sanitize sanitize-driver sanitize-tiles lint format bench dev
 .DEFAULT_GOAL := dev
@@ -74,13 +74,13 @@ build/sanitize/%.o: csrc/%.cpp $(wildcard csrc/*.h) Makefile
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/clang-format --dry-run --Werror csrc/*.cpp csrc/*.h csrc/test/*
+	$(BIN)/clang-format --dry-run --Werror csrc/*.cpp csrc/*.h csrc/bind/* csrc/test/*
 	$(BIN)/mypy
 
 format: $(READY)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i csrc/*.cpp csrc/*.h csrc/test/*
+	$(BIN)/clang-format -i csrc/*.cpp csrc/*.h csrc/bind/* csrc/test/*
 
 bench: $(BENCH_READY) $(KERNELS)
 	$(BIN)/python -m bench.run

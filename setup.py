@@ -18,7 +18,7 @@ from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
 SOURCES = sorted(Path("csrc").glob("*.cpp"))
-HEADERS = sorted(Path("csrc").glob("*.h"))
+HEADERS = sorted([*Path("csrc").glob("*.h"), *Path("csrc/bind").glob("*.h")])
 
 # No -march and no -fopenmp: instruction sets are switched on inside the files that use them, threads are torch's. -O2
 # and not more, for at -O3 GCC keeps the accumulators of the register tiles in memory. The warnings are false ones, of

@@ -14,6 +14,8 @@ enum class Float : int { f32, bf16, f16 };
 
 constexpr int64_t size_of(Float type) { return type == Float::f32 ? 4 : 2; }
 
+constexpr int64_t kLongestExact = 131071;  // products of codes, 128 * 128 at most, whose sum fits int32
+
 // A linear layer with int8 weights, y = x W^T. Rows are contiguous, of K elements (x, w) or N (y).
 //
 //     w8a16   y[m, n] = sum_k x[m, k] * w[n, k] * w_scale[n] + bias[n]

@@ -1,8 +1,19 @@
-// The ops of convolutions (a part of bind.cpp): which kernel serves one, and what it is given.
+// The ops of convolutions: which kernel serves one, and what it is given.
 //
 // Few columns are a narrow convolution, many a wide one. A transposed convolution is an ordinary one with a column for
 // each place between two strides, whose results lie side by side in y.
 #pragma once
+
+#include "tensors.h"
+#include "threads.h"
+
+namespace {
+
+using octavo::Block;
+using octavo::Convolution;
+using octavo::ConvolutionKernels;
+using octavo::NarrowConvolution;
+using octavo::NarrowConvolutionKernels;
 
 using Sizes = std::vector<int64_t>;
 using Three = std::array<int64_t, 3>;  // of dimensions: of fewer, those in front have nothing to say
@@ -336,3 +347,5 @@ Tensor w8a16_conv_transpose(const Tensor& x, const Tensor& weight, const Tensor&
   }
   return y;
 }
+
+}  // namespace

@@ -1,0 +1,138 @@
+// The ops of attention: keys and values are packed by all threads, then rows of queries dealt out to them.
+#pragma once
+
+#include "tensors.h"
+#include "threads.h"
+
+namespace {
+
+using octavo::Allowed;
+using octavo::Attention;
+using octavo::AttentionKernels;
+using octavo::Heads;
+using octavo::Mask;
+
+// [batch, heads, tokens, values], a token's values next to each other.
+Heads heads_of(const Tensor& x) {
+  return {x.const_data_ptr(), *float_type(x.scalar_type()), x.stride(0), x.stride(1), x.stride(2)};
+}
+
+Tensor with_dense_rows(const Tensor& x) { return x.size(3) == 1 || x.stride(3) == 1 ? x : dense(x); }
+
+std::optional<Mask::Kind> mask_kind(ScalarType type) {
+  if (type == ScalarType::Bool) return Mask::Kind::boolean;
+  if (type == ScalarType::Float) return Mask::Kind::f32;
+  if (type == ScalarType::BFloat16) return Mask::Kind::bf16;
+  if (type == ScalarType::Half) return Mask::Kind::f16;
+  return std::nullopt;
+}
+
+// The mask with an entry for each of `tokens`, next to each other in each row.
+Tensor with_all_columns(const Tensor& mask, int64_t tokens) {
+  if (mask.size(3) == tokens && (tokens == 1 || mask.stride(3) == 1)) return mask;
+  Tensor all = empty(mask, with_last(mask, tokens), mask.scalar_type());
+  torch::stable::copy_(all, mask);
+  return all;
+}
+
+Mask mask_of(const Tensor& mask, const Attention& a) {
+  const int64_t sizes[] = {a.B, a.H, a.T};
+  for (int d = 0; d < 3; d++)
+    STD_TORCH_CHECK(mask.size(d) == 1 || mask.size(d) == sizes[d], "mask has ", mask.size(d), " in dimension ", d);
+  const auto step = [&](int d) { return mask.size(d) == 1 ? 0 : mask.stride(d); };
+  return {*mask_kind(mask.scalar_type()),
+          mask.const_data_ptr(),
+          mask.size(0),
+          mask.size(1),
+          mask.size(2),
+          step(0),
+          step(1),
+          step(2),
+          nullptr};
+}
+
+// Rows in the middle of a causal attention cost as much as all do on average: the first goes with the last, the second
+// with the last but one, so that every thread gets its share.
+int64_t from_both_ends(int64_t i, int64_t count) { return i % 2 == 0 ? i / 2 : count - 1 - i / 2; }
+
+void run(Attention& a, const AttentionKernels& k) {
+  const int64_t key_heads = a.B * a.KV, rows = a.KV ? a.H / a.KV * a.T : 0;
+  if (key_heads * rows * a.Dv == 0) return;
+  std::vector<Allowed> allowed(a.mask.kind == Mask::Kind::none ? 0 : a.mask.B * a.mask.H * a.mask.T);
+  a.mask.allowed = allowed.data();
+  in_parallel(static_cast<int64_t>(allowed.size()), a.S, [&](int64_t begin, int64_t end) { k.mask(a, begin, end); });
+  const size_t bytes = k.scratch_bytes(a);
+  const int64_t parts = (a.S + octavo::kAttentionTokens - 1) / octavo::kAttentionTokens;
+  in_parallel(key_heads * parts, octavo::kAttentionTokens * (a.D + a.Dv), [&](int64_t begin, int64_t end) {
+    void* const memory = scratch_of(bytes);
+    for (int64_t i = begin; i < end; i++) {
+      const int64_t s = i % parts * octavo::kAttentionTokens;
+      k.tokens(a, i / parts, s, std::min(s + octavo::kAttentionTokens, a.S), memory);
+    }
+  });
+  const int64_t tiles = (rows + octavo::kAttentionRows - 1) / octavo::kAttentionRows,
+                height = (rows + tiles - 1) / tiles;
+  in_parallel(key_heads * tiles, height * a.S * (a.D + a.Dv), [&](int64_t begin, int64_t end) {
+    void* const memory = scratch_of(bytes);
+    for (int64_t i = begin; i < end; i++) {
+      const int64_t r = from_both_ends(i % tiles, tiles) * height;
+      k.rows(a, i / tiles, r, std::min(r + height, rows), memory);
+    }
+  });
+}
+
+// The operands of an attention, its scaling, and who computes it.
+Tensor attend(Attention a, const AttentionKernels& kernels, const Tensor& query, const Tensor& key, const Tensor& value,
+              const std::optional<Tensor>& mask, double scaling) {
+  STD_TORCH_CHECK(query.dim() == 4 && key.dim() == 4 && value.dim() == 4,
+                  "query, key and value must have 4 dimensions");
+  a.B = query.size(0), a.H = query.size(1), a.T = query.size(2), a.D = query.size(3);
+  a.KV = key.size(1), a.S = key.size(2), a.Dv = value.size(3);
+  STD_TORCH_CHECK(key.size(0) == a.B && key.size(3) == a.D && value.size(0) == a.B && value.size(1) == a.KV &&
+                      value.size(2) == a.S && (a.KV ? a.H % a.KV : a.H) == 0,
+                  "query, key and value do not go together");
+  const Tensor q = with_dense_rows(query), k = with_dense_rows(key), v = with_dense_rows(value);
+  a.q = heads_of(q), a.k = heads_of(k), a.v = heads_of(v);
+  Tensor entries;
+  if (mask) {
+    STD_TORCH_CHECK(mask->dim() == 4 && (mask->size(3) == 1 || mask->size(3) == a.S), "mask must have rows of ", a.S);
+    entries = with_all_columns(*mask, a.S);
+    a.mask = mask_of(entries, a);
+  }
+  a.scaling = static_cast<float>(scaling);
+  const auto bytes = static_cast<int64_t>(kernels.packed_bytes(a));
+  Tensor packed = empty(query, {a.B * a.KV * bytes + 64}, ScalarType::Char);
+  Tensor y = empty(query, {a.B, a.H, a.T, a.Dv}, query.scalar_type());
+  a.packed = aligned(packed.mutable_data_ptr());
+  a.y = y.mutable_data_ptr(), a.y_type = a.q.type;
+  run(a, kernels);
+  return y;
+}
+
+Tensor int8_attention(const Tensor& query, const Tensor& key, const Tensor& value, const std::optional<Tensor>& mask,
+                      double scaling, std::optional<double> softcap) {
+  const bool floats =
+      float_type(query.scalar_type()) && float_type(key.scalar_type()) && float_type(value.scalar_type());
+  if (!floats || (mask && !mask_kind(mask->scalar_type())) || !kernels().int8_attention)
+    return reference<Tensor>("int8_attention", query, key, value, mask, scaling, softcap);
+  for (const int64_t summed : {key.size(2), key.size(3)})
+    STD_TORCH_CHECK(summed <= octavo::kLongestExact, "int32 holds sums of up to ", octavo::kLongestExact, " products of codes");
+  Attention a{};
+  a.has_softcap = softcap.has_value(), a.softcap = static_cast<float>(softcap.value_or(0));
+  return attend(a, *kernels().int8_attention, query, key, value, mask, scaling);
+}
+
+Tensor float_attention(const Tensor& query, const Tensor& key, const Tensor& value, const std::optional<Tensor>& mask,
+                       double scaling, bool is_causal) {
+  const auto type = float_type(query.scalar_type());
+  const bool alike = key.scalar_type() == query.scalar_type() && value.scalar_type() == query.scalar_type();
+  const bool understood = (!mask || (mask->scalar_type() == ScalarType::Bool && !is_causal)) && scaling > 0;
+  const AttentionKernels* const served = type ? kernels().float_attention(*type) : nullptr;
+  if (!alike || !understood || !served)
+    return reference<Tensor>("float_attention", query, key, value, mask, scaling, is_causal);
+  Attention a{};
+  if (is_causal) a.mask = {Mask::Kind::causal, nullptr, 1, 1, query.size(2), 0, 0, 0, nullptr};
+  return attend(a, *served, query, key, value, mask, scaling);
+}
+
+}  // namespace

@@ -1,0 +1,203 @@
+// The ops of linear layers and of experts: rows of x and columns of y, dealt out to the threads.
+#pragma once
+
+#include <cstring>
+
+#include "tensors.h"
+#include "threads.h"
+
+namespace {
+
+using octavo::Block;
+using octavo::Linear;
+using octavo::LinearKernels;
+
+constexpr int64_t kColumns = 32;              // of y, the unit in which work is dealt out
+constexpr int64_t kRowsOfPart = 129;          // of x, that are worth laying W across for
+
+// What the operands of a linear layer are, before anyone asks which rows of them.
+struct Operands {
+  Tensor x, x_scale, weight, weight_scale, bias;
+
+  // dims: of the weight, 2, or 3 with experts.
+  Operands(int64_t dims, const Tensor& x_, const std::optional<Tensor>& x_scale_, const Tensor& weight_,
+           const Tensor& weight_scale_, const std::optional<Tensor>& bias_)
+      : x(dense(x_)), weight(dense(weight_)), weight_scale(dense(weight_scale_)) {
+    if (x_scale_) x_scale = dense(*x_scale_);
+    if (bias_) bias = dense(*bias_);
+    STD_TORCH_CHECK(weight.scalar_type() == ScalarType::Char && weight.dim() == dims, "weight must be int8, of ", dims,
+                    " dimensions");
+    STD_TORCH_CHECK(weight_scale.scalar_type() == ScalarType::Float, "weight_scale must be fp32");
+    STD_TORCH_CHECK(x.dim() >= 1 && x.size(-1) == weight.size(-1), "x must have rows of ", weight.size(-1), " values");
+    STD_TORCH_CHECK(weight_scale.dim() == dims && is_by_row(weight_scale), "weight_scale must be of the weight's rows");
+    STD_TORCH_CHECK(!bias.defined() || (bias.dim() == dims - 1 && is_by_row(bias)),
+                    "bias must be of the weight's rows");
+  }
+
+  // The layer with rows [m0, m1) of x, and the weight of expert e (0 where there are no experts).
+  Linear layer(int64_t m0, int64_t m1, int64_t e, Tensor& y, Float y_type) const {
+    Linear layer{};
+    layer.M = m1 - m0, layer.N = weight.size(-2), layer.K = weight.size(-1);
+    const bool codes = x.scalar_type() == ScalarType::Char;
+    layer.x_type = codes ? Float::f32 : *float_type(x.scalar_type());
+    layer.x = at(x.const_data_ptr(), m0 * layer.K * (codes ? 1 : octavo::size_of(layer.x_type)));
+    if (codes) {
+      const int64_t rows = rows_of(x);
+      STD_TORCH_CHECK(x_scale.scalar_type() == ScalarType::Float && (x_scale.numel() == 1 || x_scale.numel() == rows),
+                      "x_scale must be fp32, one value or one for each of ", rows, " rows");
+      STD_TORCH_CHECK(layer.K <= octavo::kLongestExact, "int32 holds sums of up to ", octavo::kLongestExact, " products of codes");
+      layer.x_scale_step = x_scale.numel() > 1;
+      layer.x_scale = static_cast<const float*>(x_scale.const_data_ptr()) + m0 * layer.x_scale_step;
+    }
+    layer.w = static_cast<const int8_t*>(weight.const_data_ptr()) + e * layer.N * layer.K;
+    layer.groups = weight_scale.size(-1);
+    STD_TORCH_CHECK(layer.groups >= 1 && layer.K % layer.groups == 0 && (layer.groups == 1 || !codes),
+                    "weight_scale has ", layer.groups, " groups for rows of ", layer.K);
+    layer.w_scale = static_cast<const float*>(weight_scale.const_data_ptr()) + e * layer.N * layer.groups;
+    if (bias.defined()) {
+      layer.bias_type = *float_type(bias.scalar_type());
+      layer.bias = at(bias.const_data_ptr(), e * layer.N * octavo::size_of(layer.bias_type));
+    }
+    layer.y_type = y_type;
+    layer.y = static_cast<char*>(y.mutable_data_ptr()) + m0 * layer.N * octavo::size_of(y_type);
+    return layer;
+  }
+
+ private:
+  // Whether the sizes that come before the weight's last are those of `one`, too.
+  bool is_by_row(const Tensor& one) const {
+    for (int64_t d = 0; d + 1 < weight.dim(); d++)
+      if (one.size(d) != weight.size(d)) return false;
+    return true;
+  }
+};
+
+// Deals out units of `size` to the threads, of all layers together, of which each has `of(layer)`.
+template <class Of, class Work>
+void deal_out(const std::vector<Linear>& layers, int64_t size, const Of& of, const Work& work) {
+  std::vector<int64_t> ends;  // of the layers, counted in units
+  int64_t units = 0, products = 0;
+  for (const Linear& layer : layers) {
+    ends.push_back(units += (of(layer) + size - 1) / size);
+    products += layer.N * layer.K * layer.M;
+  }
+  if (units == 0) return;
+  in_parallel(units, products / units, [&](int64_t begin, int64_t end) {
+    for (size_t i = 0; i < layers.size(); i++) {
+      const int64_t first = i ? ends[i - 1] : 0;
+      const int64_t from = std::max(begin, first), to = std::min(end, ends[i]);
+      if (from < to) work(layers[i], (from - first) * size, std::min((to - first) * size, of(layers[i])));
+    }
+  });
+}
+
+// Rows of x are packed where the kernels want it, then columns of y computed. `like`: what memory is allocated like.
+void run(std::vector<Linear> layers, const LinearKernels& kernels, const Tensor& like) {
+  size_t scratch_bytes = 0, packed_bytes = 0;
+  for (const Linear& layer : layers) {
+    scratch_bytes = std::max(scratch_bytes, kernels.scratch_bytes(layer));
+    if (kernels.packed_bytes) packed_bytes += kernels.packed_bytes(layer);
+  }
+  Tensor packed;
+  if (packed_bytes) {
+    packed = empty(like, {static_cast<int64_t>(packed_bytes) + 64}, ScalarType::Char);
+    char* memory = aligned(packed.mutable_data_ptr());
+    for (Linear& layer : layers) {
+      const size_t bytes = kernels.packed_bytes(layer);
+      if (bytes) layer.packed = memory, memory += bytes;
+    }
+    deal_out(layers, octavo::kPackedRows, [](const Linear& layer) { return layer.packed ? layer.M : 0; }, kernels.pack);
+  }
+  const auto columns = [](const Linear& layer) { return up_to_multiple(layer.N, kColumns); };
+  const int64_t M = layers.size() == 1 ? layers[0].M : 0;  // of experts each is a part
+  const int64_t parts = M ? even_parts(columns(layers[0]) / kColumns, M, kRowsOfPart) : 1;
+  deal_out(
+      layers, kColumns, [&](const Linear& layer) { return parts * columns(layer); },
+      [&](const Linear& layer, int64_t begin, int64_t end) {
+        const int64_t width = columns(layer),
+                      height = up_to_multiple((layer.M + parts - 1) / parts, octavo::kPackedRows);
+        void* const scratch = scratch_of(scratch_bytes);
+        for (int64_t part = begin / width; part * width < end; part++) {
+          const int64_t n0 = std::max(begin - part * width, int64_t{0}), n1 = std::min(end - part * width, layer.N);
+          const int64_t m0 = std::min(part * height, layer.M), m1 = std::min(m0 + height, layer.M);
+          kernels.run(layer, {m0, m1, n0, n1}, scratch);
+        }
+      });
+}
+
+constexpr size_t kPackedAtOnce = 4 << 20;  // bytes of x, which stay in cache until they are read
+
+// A layer with as many rows of x at a time. `layer(m0, m1)`: with these.
+template <class Of>
+void run_by_rows(int64_t rows, const Of& layer, const LinearKernels& kernels, const Tensor& like) {
+  const Linear all = layer(0, rows);
+  const size_t bytes = kernels.packed_bytes ? kernels.packed_bytes(all) : 0;
+  if (bytes <= kPackedAtOnce) return run({all}, kernels, like);
+  const auto parts = static_cast<int64_t>((bytes + kPackedAtOnce - 1) / kPackedAtOnce);
+  const int64_t step = up_to_multiple((rows + parts - 1) / parts, octavo::kRowsAtOnce);
+  for (int64_t m = 0; m < rows; m += step) run({layer(m, std::min(m + step, rows))}, kernels, like);
+}
+
+const LinearKernels& w8a16_kernels(const Tensor& x) { return kernels().w8a16(*float_type(x.scalar_type())); }
+
+Tensor w8a16_linear(const Tensor& x, const Tensor& weight, const Tensor& weight_scale,
+                    const std::optional<Tensor>& bias) {
+  if (!served(x.scalar_type(), bias)) return reference<Tensor>("w8a16_linear", x, weight, weight_scale, bias);
+  const Operands in(2, x, std::nullopt, weight, weight_scale, bias);
+  Tensor y = empty(x, with_last(x, weight.size(0)), x.scalar_type());
+  const auto layer = [&](int64_t m0, int64_t m1) { return in.layer(m0, m1, 0, y, *float_type(x.scalar_type())); };
+  run_by_rows(rows_of(x), layer, w8a16_kernels(x), x);
+  return y;
+}
+
+Tensor w8a8_linear(const Tensor& x, const Tensor& x_scale, const Tensor& weight, const Tensor& weight_scale,
+                   const std::optional<Tensor>& bias, ScalarType dtype) {
+  if (!served(dtype, bias)) return reference<Tensor>("w8a8_linear", x, x_scale, weight, weight_scale, bias, dtype);
+  STD_TORCH_CHECK(x.scalar_type() == ScalarType::Char, "x must be int8");
+  const Operands in(2, x, x_scale, weight, weight_scale, bias);
+  Tensor y = empty(x, with_last(x, weight.size(0)), dtype);
+  const auto layer = [&](int64_t m0, int64_t m1) { return in.layer(m0, m1, 0, y, *float_type(dtype)); };
+  run_by_rows(rows_of(x), layer, kernels().w8a8, x);
+  return y;
+}
+
+// The layers of the experts that have rows. Rows past the last end are zeros.
+std::vector<Linear> routed(const Operands& in, const Tensor& ends, Tensor& y, Float y_type) {
+  STD_TORCH_CHECK(ends.scalar_type() == ScalarType::Int && ends.numel() == in.weight.size(0),
+                  "ends must be int32, one for each of ", in.weight.size(0), " experts");
+  const Tensor last = dense(ends);
+  const auto* end = static_cast<const int32_t*>(last.const_data_ptr());
+  std::vector<Linear> layers;
+  int64_t done = 0;
+  for (int64_t e = 0; e < ends.numel(); e++) {
+    STD_TORCH_CHECK(end[e] >= done && end[e] <= rows_of(in.x), "ends must rise, up to the rows of x");
+    if (end[e] > done) layers.push_back(in.layer(done, end[e], e, y, y_type));
+    done = end[e];
+  }
+  const int64_t row = in.weight.size(-2) * octavo::size_of(y_type);
+  std::memset(static_cast<char*>(y.mutable_data_ptr()) + done * row, 0, (rows_of(in.x) - done) * row);
+  return layers;
+}
+
+Tensor w8a16_experts_linear(const Tensor& x, const Tensor& ends, const Tensor& weight, const Tensor& weight_scale,
+                            const std::optional<Tensor>& bias) {
+  if (!served(x.scalar_type(), bias))
+    return reference<Tensor>("w8a16_experts_linear", x, ends, weight, weight_scale, bias);
+  const Operands in(3, x, std::nullopt, weight, weight_scale, bias);
+  Tensor y = empty(x, with_last(x, weight.size(1)), x.scalar_type());
+  run(routed(in, ends, y, *float_type(x.scalar_type())), w8a16_kernels(x), x);
+  return y;
+}
+
+Tensor w8a8_experts_linear(const Tensor& x, const Tensor& x_scale, const Tensor& ends, const Tensor& weight,
+                           const Tensor& weight_scale, const std::optional<Tensor>& bias, ScalarType dtype) {
+  if (!served(dtype, bias))
+    return reference<Tensor>("w8a8_experts_linear", x, x_scale, ends, weight, weight_scale, bias, dtype);
+  STD_TORCH_CHECK(x.scalar_type() == ScalarType::Char, "x must be int8");
+  const Operands in(3, x, x_scale, weight, weight_scale, bias);
+  Tensor y = empty(x, with_last(x, weight.size(1)), dtype);
+  run(routed(in, ends, y, *float_type(dtype)), kernels().w8a8, x);
+  return y;
+}
+
+}  // namespace

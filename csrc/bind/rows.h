@@ -1,0 +1,171 @@
+// The ops on rows: quantization, lookups, norms, gates.
+#pragma once
+
+#include <cmath>
+
+#include "tensors.h"
+#include "threads.h"
+
+namespace {
+
+using octavo::Gated;
+using octavo::Lookup;
+using octavo::Norm;
+using octavo::Rows;
+
+Rows rows(const Tensor& values, Float type, Tensor& codes, Tensor& scale) {
+  return {rows_of(values),
+          values.size(-1),
+          values.const_data_ptr(),
+          type,
+          static_cast<int8_t*>(codes.mutable_data_ptr()),
+          static_cast<float*>(scale.mutable_data_ptr())};
+}
+
+// Codes, and a scale for each row.
+std::tuple<Tensor, Tensor> quantize_rows(const Tensor& x, Float type, void (*kernel)(const Rows&, int64_t, int64_t)) {
+  const Tensor values = dense(x);
+  Tensor codes = empty(x, with_last(x, x.size(-1)), ScalarType::Char);
+  Tensor scale = empty(x, with_last(x, 1), ScalarType::Float);
+  const Rows in = rows(values, type, codes, scale);
+  over_rows(in.rows, in.K, [&](int64_t begin, int64_t end) { kernel(in, begin, end); });
+  return {codes, scale};
+}
+
+std::tuple<Tensor, Tensor> quantize_per_token(const Tensor& x) {
+  const auto type = float_type(x.scalar_type());
+  if (!type || x.dim() == 0) return reference<std::tuple<Tensor, Tensor>>("quantize_per_token", x);
+  return quantize_rows(x, *type, kernels().quantize_token);
+}
+
+std::tuple<Tensor, Tensor> quantize_weight(const Tensor& weight) {
+  const auto type = float_type(weight.scalar_type());
+  if (!type || weight.dim() != 2) return reference<std::tuple<Tensor, Tensor>>("quantize_weight", weight);
+  return quantize_rows(weight, *type, kernels().quantize_weight);
+}
+
+// One scale for all: the rows are pieces of equal length then, as many as is convenient.
+constexpr int64_t kPiece = 16 << 10;
+
+// Calls work(piece) for each piece of `count` values that lie one after another.
+template <class Work>
+void in_pieces(int64_t count, const Work& work) {
+  over_rows((count + kPiece - 1) / kPiece, kPiece, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; i++) work(i, i * kPiece, std::min(kPiece, count - i * kPiece));
+  });
+}
+
+Rows piece_of(const Rows& all, int64_t start, int64_t length) {
+  return {1,
+          length,
+          static_cast<const char*>(all.x) + start * octavo::size_of(all.x_type),
+          all.x_type,
+          all.codes + start,
+          all.scale};
+}
+
+Tensor quantize_static(const Tensor& x, const Tensor& input_scale) {
+  const auto type = float_type(x.scalar_type());
+  if (!type || x.dim() == 0) return reference<Tensor>("quantize_static", x, input_scale);
+  STD_TORCH_CHECK(input_scale.scalar_type() == ScalarType::Float && input_scale.numel() == 1,
+                  "input_scale must be fp32 [1]");
+  const Tensor values = dense(x);
+  Tensor codes = empty(x, with_last(x, x.size(-1)), ScalarType::Char), scale = input_scale;
+  const Rows in = rows(values, *type, codes, scale);
+  in_pieces(x.numel(), [&](int64_t, int64_t start, int64_t length) {
+    kernels().quantize_given(piece_of(in, start, length), 0, 1);
+  });
+  return codes;
+}
+
+std::tuple<Tensor, Tensor> quantize_per_tensor(const Tensor& x) {
+  const auto type = float_type(x.scalar_type());
+  if (!type || x.dim() == 0) return reference<std::tuple<Tensor, Tensor>>("quantize_per_tensor", x);
+  const Tensor values = dense(x);
+  Tensor codes = empty(x, with_last(x, x.size(-1)), ScalarType::Char);
+  Tensor scale = empty(x, {1}, ScalarType::Float);
+  const Rows in = rows(values, *type, codes, scale);
+  std::vector<float> largest((x.numel() + kPiece - 1) / kPiece);
+  in_pieces(x.numel(), [&](int64_t i, int64_t start, int64_t length) {
+    largest[i] = kernels().amax(piece_of(in, start, length), 0, 1);
+  });
+  float amax = 0;
+  for (const float one : largest) amax = one > amax || std::isnan(one) ? one : amax;
+  const float step = amax / 127.0f;
+  in.scale[0] = step == 0 ? 1 : step;  // of the smallest numbers too, of which a 127th is zero
+  in_pieces(x.numel(), [&](int64_t, int64_t start, int64_t length) {
+    kernels().quantize_given(piece_of(in, start, length), 0, 1);
+  });
+  return {codes, scale};
+}
+
+Tensor w8a16_embedding(const Tensor& indices, const Tensor& weight, const Tensor& weight_scale, ScalarType dtype) {
+  const auto type = float_type(dtype);
+  const bool indexes = indices.scalar_type() == ScalarType::Long;
+  if (!type || !indexes) return reference<Tensor>("w8a16_embedding", indices, weight, weight_scale, dtype);
+  STD_TORCH_CHECK(weight.scalar_type() == ScalarType::Char && weight.dim() == 2, "weight must be int8 [V, H]");
+  STD_TORCH_CHECK(weight_scale.scalar_type() == ScalarType::Float && weight_scale.numel() == weight.size(0),
+                  "weight_scale must be fp32 [V, 1]");
+  const Tensor which = dense(indices), table = dense(weight), scale = dense(weight_scale);
+  std::vector<int64_t> sizes(indices.sizes().begin(), indices.sizes().end());
+  sizes.push_back(weight.size(1));
+  Tensor y = empty(weight, sizes, dtype);
+  const Lookup in{indices.numel(),
+                  weight.size(1),
+                  static_cast<const int64_t*>(which.const_data_ptr()),
+                  static_cast<const int8_t*>(table.const_data_ptr()),
+                  static_cast<const float*>(scale.const_data_ptr()),
+                  y.mutable_data_ptr(),
+                  *type};
+  for (int64_t i = 0; i < in.count; i++)
+    STD_TORCH_CHECK(in.indices[i] >= 0 && in.indices[i] < weight.size(0), "index ", in.indices[i],
+                    " is not a row of a table of ", weight.size(0));
+  over_rows(in.count, in.H, [&](int64_t begin, int64_t end) { kernels().lookup(in, begin, end); });
+  return y;
+}
+
+// Not of the table of ops: it is called where nobody differentiates or compiles, with operands of one type.
+Tensor rms_norm(const Tensor& x, const Tensor& weight, double eps, bool round_first) {
+  const auto type = float_type(x.scalar_type());
+  STD_TORCH_CHECK(type && x.scalar_type() == weight.scalar_type(), "x and weight must be floats of one type");
+  STD_TORCH_CHECK(x.dim() >= 1 && weight.dim() == 1 && x.size(-1) == weight.size(0), "weight must be a row of x");
+  const Tensor values = dense(x), factors = dense(weight);
+  Tensor y = empty(x, with_last(x, x.size(-1)), x.scalar_type());
+  const Norm in{rows_of(x),           x.size(-1), values.const_data_ptr(), factors.const_data_ptr(),
+                y.mutable_data_ptr(), *type,      static_cast<float>(eps), round_first};
+  over_rows(in.rows, in.K, [&](int64_t begin, int64_t end) { kernels().rms_norm(in, begin, end); });
+  return y;
+}
+
+// Elements from one row [..., K] to the next, if it is the same between all and a row's values are next to each other:
+// a half of what one layer returned for two is such.
+std::optional<int64_t> row_step(const Tensor& x) {
+  if (x.is_contiguous()) return x.size(-1);
+  if (x.size(-1) > 1 && x.stride(-1) != 1) return std::nullopt;
+  int64_t step = 0, rows = 1;
+  for (int64_t d = x.dim() - 2; d >= 0; d--) {
+    if (x.size(d) == 1) continue;
+    if (rows == 1) step = x.stride(d);
+    if (x.stride(d) != rows * step) return std::nullopt;
+    rows *= x.size(d);
+  }
+  return step;
+}
+
+// Not of the table of ops either, for the same reason.
+Tensor gated(const Tensor& gate, const Tensor& up, double a, double b) {
+  const auto type = float_type(gate.scalar_type());
+  STD_TORCH_CHECK(type && gate.scalar_type() == up.scalar_type(), "gate and up must be floats of one type");
+  STD_TORCH_CHECK(gate.dim() >= 1 && gate.dim() == up.dim(), "gate and up must be of one shape");
+  for (int64_t d = 0; d < gate.dim(); d++)
+    STD_TORCH_CHECK(gate.size(d) == up.size(d), "gate and up must be of one shape");
+  const Tensor g = row_step(gate) ? gate : dense(gate), u = row_step(up) ? up : dense(up);
+  Tensor y = empty(gate, with_last(gate, gate.size(-1)), gate.scalar_type());
+  const Gated in{rows_of(gate),         gate.size(-1),        g.const_data_ptr(),   u.const_data_ptr(),
+                 *row_step(g),          *row_step(u),         y.mutable_data_ptr(), *type,
+                 static_cast<float>(a), static_cast<float>(b)};
+  over_rows(in.rows, in.K, [&](int64_t begin, int64_t end) { kernels().gated(in, begin, end); });
+  return y;
+}
+
+}  // namespace

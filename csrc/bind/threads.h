@@ -1,0 +1,54 @@
+// Work is split over torch's threads (`torch.set_num_threads`), each with memory of its own.
+#pragma once
+
+#include <torch/csrc/stable/ops.h>
+
+#include <algorithm>
+#include <cstddef>
+#include <cstdint>
+#include <vector>
+
+namespace {
+
+constexpr int64_t kWorthAThread = 128 << 10;  // products that a thread should at least have to make
+constexpr int64_t kUnitsOfThread = 8;         // of work, from which it does not matter who has one more
+constexpr int64_t kElement = 8;               // products that take as long as what is done to an element of a row
+
+// The first address in `memory`, which has 64 bytes more than are used, that is a multiple of 64.
+char* aligned(void* memory) {
+  return reinterpret_cast<char*>((reinterpret_cast<uintptr_t>(memory) + 63) & ~static_cast<uintptr_t>(63));
+}
+
+// 64-byte aligned memory of this thread, kept from call to call.
+void* scratch_of(size_t bytes) {
+  thread_local std::vector<char> memory;
+  if (memory.size() < bytes + 64) memory.resize(bytes + 64);
+  return aligned(memory.data());
+}
+
+int64_t up_to_multiple(int64_t value, int64_t of) { return (value + of - 1) / of * of; }
+
+template <class Work>
+void in_parallel(int64_t units, int64_t cost_of_unit, const Work& work) {
+  const int64_t grain = std::max<int64_t>(1, kWorthAThread / std::max<int64_t>(1, cost_of_unit));
+  if (units <= grain)
+    work(0, units);
+  else
+    torch::stable::parallel_for(0, units, grain, work);
+}
+
+// The same for what is done to each element of rows [rows, K].
+template <class Work>
+void over_rows(int64_t rows, int64_t K, const Work& work) {
+  in_parallel(rows, K * kElement, work);
+}
+
+// Into how many parts rows are to be cut, if `whole` units of work are all there is of each, so that threads get as
+// much of them. least: rows of a part that are worth it.
+int64_t even_parts(int64_t whole, int64_t rows, int64_t least) {
+  const int64_t threads = torch::stable::get_num_threads();
+  if (whole >= kUnitsOfThread * threads || whole % threads == 0) return 1;
+  return std::max<int64_t>(1, std::min(threads, rows / least));
+}
+
+}  // namespace
