@@ -99,7 +99,7 @@ def test_a_trace_follows_its_input() -> None:
     model, x, other = Block(), torch.randn(5, 8), torch.randn(5, 8)
     octavo.quantize(model, "w8a8")
     with torch.no_grad(), warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)
+        warnings.filterwarnings("ignore", message="`torch.jit.trace(_method)?` is deprecated")
         expected = model(other)
         model(x)
         assert torch.equal(torch.jit.trace(model, x, check_trace=False)(other), expected)

@@ -116,7 +116,8 @@ Tensor int8_attention(const Tensor& query, const Tensor& key, const Tensor& valu
   if (!floats || (mask && !mask_kind(mask->scalar_type())) || !kernels().int8_attention)
     return reference<Tensor>("int8_attention", query, key, value, mask, scaling, softcap);
   for (const int64_t summed : {key.size(2), key.size(3)})
-    STD_TORCH_CHECK(summed <= octavo::kLongestExact, "int32 holds sums of up to ", octavo::kLongestExact, " products of codes");
+    STD_TORCH_CHECK(summed <= octavo::kLongestExact, "int32 holds sums of up to ", octavo::kLongestExact,
+                    " products of codes");
   Attention a{};
   a.has_softcap = softcap.has_value(), a.softcap = static_cast<float>(softcap.value_or(0));
   return attend(a, *kernels().int8_attention, query, key, value, mask, scaling);

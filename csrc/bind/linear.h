@@ -12,8 +12,8 @@ using octavo::Block;
 using octavo::Linear;
 using octavo::LinearKernels;
 
-constexpr int64_t kColumns = 32;              // of y, the unit in which work is dealt out
-constexpr int64_t kRowsOfPart = 129;          // of x, that are worth laying W across for
+constexpr int64_t kColumns = 32;      // of y, the unit in which work is dealt out
+constexpr int64_t kRowsOfPart = 129;  // of x, that are worth laying W across for
 
 // What the operands of a linear layer are, before anyone asks which rows of them.
 struct Operands {
@@ -45,7 +45,8 @@ struct Operands {
       const int64_t rows = rows_of(x);
       STD_TORCH_CHECK(x_scale.scalar_type() == ScalarType::Float && (x_scale.numel() == 1 || x_scale.numel() == rows),
                       "x_scale must be fp32, one value or one for each of ", rows, " rows");
-      STD_TORCH_CHECK(layer.K <= octavo::kLongestExact, "int32 holds sums of up to ", octavo::kLongestExact, " products of codes");
+      STD_TORCH_CHECK(layer.K <= octavo::kLongestExact, "int32 holds sums of up to ", octavo::kLongestExact,
+                      " products of codes");
       layer.x_scale_step = x_scale.numel() > 1;
       layer.x_scale = static_cast<const float*>(x_scale.const_data_ptr()) + m0 * layer.x_scale_step;
     }

@@ -262,7 +262,7 @@ def test_whoever_listens_is_heard() -> None:
 
         torch.vmap(note)(x)
         torch.vmap(lambda _: note(x))(x)
-        with pytest.warns(DeprecationWarning):
+        with pytest.warns((DeprecationWarning, FutureWarning), match="`torch.jit.trace` is deprecated"):
             torch.jit.trace(note, (x,), check_trace=False)
         assert seen == [False] * 3
         compiled = torch.compile(lambda row: row + ops._nothing_listens(row), fullgraph=True, backend="eager")
