@@ -39,7 +39,7 @@ LAYERS = (
         "sensitivity",
     ),
     # 3 pipeline
-    ("coverage", "calibrate", "smooth", "quantize"),
+    ("coverage", "calibrate", "smooth", "plan", "static_inputs", "install", "quantize"),
     # 4 disk and judgement
     ("formats", "evaluate"),
     # 5 edge; api is what the public names of octavo/__init__.py, "", stand for
@@ -51,7 +51,7 @@ NEVER = {
     "ops": {"recipe": "ops take tensors and numbers only"},
     "calibrate": {"modules": "calibration knows nothing of quantization", "ops": "calibration runs float models"},
     "smooth": {"modules": "smoothing changes float models", "ops": "smoothing changes float models"},
-    "evaluate": {"quantize": "it judges any callable, float and int8 alike"},
+    "evaluate": dict.fromkeys(("quantize", "install"), "it judges any callable, float and int8 alike"),
 }
 """Room -> rooms that are below it and still not for it, and why."""
 

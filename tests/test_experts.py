@@ -23,6 +23,7 @@ from octavo.errors import OctavoWarning, QuantizeError
 from octavo.experts import routers, spec_of
 from octavo.modules import QuantExperts, QuantLinear
 from octavo.primitives import dequantize
+from tests.nearness import relative_error
 
 E, H, I = 5, 32, 24  # noqa: E741 -- the sizes' names
 
@@ -102,10 +103,6 @@ def routing(tokens: int, top_k: int, experts: int = E) -> tuple[Tensor, Tensor, 
     return torch.randn(tokens, H), index, torch.rand(tokens, top_k)
 
 
-def relative(y: Tensor, expected: Tensor) -> float:
-    return float((y.double() - expected.double()).norm() / expected.double().norm().clamp_min(1e-30))
-
-
 # -- every class -------------------------------------------------------------------------------------------------------
 
 
@@ -139,8 +136,8 @@ def check(layer: nn.Module, name: str) -> None:
         y, expected = weights(*inputs), truth(*inputs)
         assert y.shape == expected.shape and y.dtype == expected.dtype, name
         assert y.isfinite().all(), name
-        assert relative(y, expected) < 1e-5, (name, tokens, top_k, relative(y, expected))
-        assert relative(activations(*inputs), layer(*inputs)) < 0.03, (name, tokens, top_k)
+        assert relative_error(y, expected) < 1e-5, (name, tokens, top_k, relative_error(y, expected))
+        assert relative_error(activations(*inputs), layer(*inputs)) < 0.03, (name, tokens, top_k)
 
 
 @torch.no_grad()
@@ -148,8 +145,8 @@ def check_sorted(layer: nn.Module) -> None:
     weights, activations = int8(layer, "w8a16"), int8(layer, "w8a8")
     for per_expert in (1, 4):
         x = torch.randn(E * per_expert, H)
-        assert relative(weights(x), dequantized(layer, weights)(x)) < 1e-5
-        assert relative(activations(x), layer(x)) < 0.03
+        assert relative_error(weights(x), dequantized(layer, weights)(x)) < 1e-5
+        assert relative_error(activations(x), layer(x)) < 0.03
     assert weights(torch.randn(0, H)).shape == (0, H)
 
 
@@ -179,8 +176,8 @@ def test_gpt_fast_conditional_feed_forward() -> None:
         x, index, _ = routing(tokens, top_k)
         y = weights(x, index)
         assert y.shape == (tokens, top_k, H)
-        assert relative(y, dequantized(layer, weights)(x, index)) < 1e-5
-        assert relative(activations(x, expert_indices=index), layer(x, index)) < 0.03
+        assert relative_error(y, dequantized(layer, weights)(x, index)) < 1e-5
+        assert relative_error(activations(x, expert_indices=index), layer(x, index)) < 0.03
 
 
 class Relu(nn.Module):
@@ -256,7 +253,7 @@ def test_the_documented_example() -> None:
     exec(example, {"register_experts": octavo.register_experts, "ConditionalFeedForward": Mine, "F": F})
     layer = build(Mine, config())
     x, index, _ = routing(4, 2)
-    assert relative(int8(layer)(x, index), layer(x, index)) < 0.02
+    assert relative_error(int8(layer)(x, index), layer(x, index)) < 0.02
 
 
 @pytest.mark.usefixtures("registry")
@@ -424,7 +421,7 @@ def test_one_expert_and_one_that_no_token_reaches(scheme: str) -> None:
     single = mixtral_experts(num_local_experts=1)
     x, _, weights = routing(4, 1)
     index = torch.zeros(4, 1, dtype=torch.long)
-    assert relative(int8(single, scheme)(x, index, weights), single(x, index, weights)) < 0.03
+    assert relative_error(int8(single, scheme)(x, index, weights), single(x, index, weights)) < 0.03
     layer = mixtral_experts()
     quantized = int8(layer, scheme)
     quantized.down_proj_scale[E - 1] = torch.nan  # it would show
@@ -464,7 +461,7 @@ def test_the_dtypes_of_models(dtype: torch.dtype) -> None:
     truth = dequantized(layer.float(), quantized)(x.to(dtype).float(), index, weights.to(dtype).float())
     y = quantized(x.to(dtype), index, weights.to(dtype))
     assert y.dtype == dtype
-    assert relative(y, truth) < 2 * torch.finfo(dtype).eps
+    assert relative_error(y, truth) < 2 * torch.finfo(dtype).eps
 
 
 @torch.no_grad()
@@ -510,7 +507,7 @@ def test_gradients_reach_inputs_routing_weights_and_biases(scheme: str) -> None:
         return torch.autograd.grad(module(leaves[0], index, leaves[1]).square().sum(), wanted)
 
     for got, expected in zip(gradients(quantized), gradients(truth), strict=True):
-        assert relative(got, expected) < (1e-5 if scheme == "w8a16" else 0.05)
+        assert relative_error(got, expected) < (1e-5 if scheme == "w8a16" else 0.05)
 
 
 # -- quantizing -------------------------------------------------------------------------------------------------------
@@ -717,7 +714,7 @@ def test_whole_models(family: str, scheme: str) -> None:
     if "shared_expert_intermediate_size" in MODELS[family]:
         assert any("shared_expert_gate" in row.name for row in deciding)
         assert any(".shared_expert.up_proj" in row.name and row.scheme for row in rows)
-    assert relative(model(tokens).logits, before) < (0.03 if scheme == "w8a16" else 0.06)
+    assert relative_error(model(tokens).logits, before) < (0.03 if scheme == "w8a16" else 0.06)
 
 
 @torch.no_grad()

@@ -14,6 +14,7 @@ import octavo
 from octavo.errors import CalibrateError, QuantizeError
 from octavo.modules import DynamicQuantLinear, QuantLinear, StaticQuantLinear
 from octavo.recipe import Recipe, Scheme
+from tests.nearness import relative_error
 
 SCHEMES = ["w8a8", "w8a8-static", "o1", "o2", "o3"]
 
@@ -36,10 +37,6 @@ def batch(seed: int = 1, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.randn(6, 5, 24, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
-def relative(y: Tensor, truth: Tensor) -> float:
-    return ((y.double() - truth.double()).norm() / truth.double().norm()).item()
-
-
 @pytest.mark.parametrize("scheme", SCHEMES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_close_to_the_float_model(scheme: str, dtype: torch.dtype) -> None:
@@ -50,7 +47,7 @@ def test_close_to_the_float_model(scheme: str, dtype: torch.dtype) -> None:
     stats = octavo.calibrate(model, [x])
     report = octavo.quantize(model, scheme, stats=stats)
     y = model(x)
-    assert y.dtype == dtype and relative(y, truth) < 0.03
+    assert y.dtype == dtype and relative_error(y, truth) < 0.03
     assert torch.equal(x, before)
     assert [row.scheme for row in report.rows if row.scheme] == [scheme] * 3
 
@@ -146,8 +143,8 @@ def test_a_catastrophic_static_scale_is_repaired_for_all_that_share_the_input() 
         assert scheme == "w8a8" and reason is not None and reason.endswith(": a dynamic one")
     others = torch.ones(6, 5, dtype=torch.bool)
     others[0, 0] = False
-    assert relative(kept(x)[others], truth[others]) > 0.5  # what the repair is for
-    assert relative(repaired(x)[others], truth[others]) < 0.03
+    assert relative_error(kept(x)[others], truth[others]) > 0.5  # what the repair is for
+    assert relative_error(repaired(x)[others], truth[others]) < 0.03
 
 
 def test_where_dynamic_inputs_do_not_help_they_stay_float() -> None:
@@ -162,7 +159,7 @@ def test_where_dynamic_inputs_do_not_help_they_stay_float() -> None:
     report = octavo.quantize(model, "w8a8-static", stats=stats)
     (row,) = (row for row in report.rows if row.scheme)
     assert row.scheme == "w8a16" and row.reason is not None and row.reason.endswith(": float inputs")
-    assert relative(model(x), truth) < 0.01
+    assert relative_error(model(x), truth) < 0.01
 
 
 def test_kinds_without_int8_inputs_keep_float_ones_and_say_so() -> None:

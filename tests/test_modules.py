@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from octavo.errors import OctavoError, QuantizeError
+from octavo.install import install
 from octavo.modules import (
     QuantConv,
     QuantConvTranspose,
@@ -25,9 +26,10 @@ from octavo.modules import (
     TiedQuantEmbedding,
     TiedQuantLinear,
 )
+from octavo.plan import plan
 from octavo.primitives import choose_scale, dequantize, quantize_weight
 from octavo.primitives import quantize as codes_of
-from octavo.quantize import install, plan, quantize
+from octavo.quantize import quantize
 from octavo.recipe import Recipe
 
 # -- the float model that an int8 model must equal --------------------------------------------------------------------

@@ -27,6 +27,10 @@ VISION: dict[str, Any] = {
 }
 
 
+def mlp() -> nn.Sequential:
+    return nn.Sequential(nn.Linear(24, 32), nn.ReLU(), nn.Linear(32, 8, bias=False))
+
+
 class Net(nn.Module):
     """No transformers model: convolutions, batch norm's buffers, attention, a head tied to the embedding."""
 

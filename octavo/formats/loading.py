@@ -23,9 +23,10 @@ from octavo.formats import compressed_tensors as layout
 from octavo.formats.checkpoint import CheckpointReader, TensorInfo
 from octavo.formats.experts import Part, expert_parts
 from octavo.formats.saving import COVERAGE_FILE
+from octavo.install import install
 from octavo.layers import EXPERTS, kind_of
 from octavo.modules import Codes, QuantModule
-from octavo.quantize import Decision, install, output_heads
+from octavo.plan import Decision, output_heads
 from octavo.recipe import InputArgs, Scheme, WeightArgs
 
 __all__ = [

@@ -27,7 +27,8 @@ from octavo.formats.loading import Rename
 from octavo.formats.saving import OnDisk, quantization_config, write_descriptions
 from octavo.layers import EXPERTS, has_weight_norm
 from octavo.ops import quantize_weight
-from octavo.quantize import Decision, plan, warn_unasked
+from octavo.plan import Decision, plan
+from octavo.quantize import warn_unasked
 from octavo.recipe import Recipe, Scheme
 
 __all__ = ["quantize_files"]

@@ -1,0 +1,199 @@
+"""Carry a plan out: int8 layers take the place of float ones, in place, one at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from octavo.coverage import REASONS_ATTRIBUTE, Coverage, coverage
+from octavo.feeding import Progress
+from octavo.gated import fused_gated_mlps
+from octavo.heap import keep_freed_memory
+from octavo.inputs import SharedInput
+from octavo.modules import (
+    Codes,
+    DynamicQuantLinear,
+    QuantModule,
+    StaticQuantLinear,
+    TiedQuantEmbedding,
+    TiedQuantLinear,
+)
+from octavo.norms import fused_norms
+from octavo.plan import Decision, selects
+from octavo.recipe import Pattern
+
+__all__ = ["CodesOf", "install", "quantized_codes", "settle"]
+
+
+CodesOf = Callable[[Decision, nn.Module], tuple[Codes, torch.dtype]]
+"""Gives the codes of a float layer's weights, and the dtype that the weights have (or had)."""
+
+
+def quantized_codes(decision: Decision, layer: nn.Module) -> tuple[Codes, torch.dtype]:
+    """The codes of `layer`'s own weights; on `meta`, empty ones of the right shapes."""
+    assert decision.scheme is not None
+    params = decision.kind.params_of(layer)
+    codes = {
+        param: decision.kind.quantize_param(
+            layer, getattr(layer, param).detach(), decision.scheme, f"{decision.name}.{param}"
+        )
+        for param in params
+    }
+    return codes, getattr(layer, params[0]).dtype
+
+
+def install(
+    model: nn.Module,
+    decisions: list[Decision],
+    *,
+    codes_of: CodesOf = quantized_codes,
+    ignore: Iterable[Pattern] = (),
+    progress: Progress | None = None,
+) -> None:
+    """Swap the layers that `decisions` says for int8 ones, one at a time, then RMS norms and gated MLPs for what
+    computes the same faster, but for those that `ignore` names. On `meta` this makes the empty skeleton."""
+    places, held = _places(model), _held(model)
+    owners: dict[str, QuantModule] = {}
+    shared = SharedInput()
+    todo = [decision for decision in decisions if decision.scheme]
+    # Owners of shared tables first; then from the last to the first, which puts a child before its parent: an
+    # attention block takes its out_proj over as it finds it.
+    ordered = sorted(reversed(todo), key=lambda decision: decision.owner is not None)
+    for done, decision in enumerate(ordered, 1):
+        layer = model.get_submodule(decision.name)
+        assert decision.scheme is not None
+        new = owners[decision.name] = _int8_layer(decision, layer, codes_of, owners, shared)
+        swap(places.pop(id(layer)), layer, new)
+        for hold in held.pop(id(layer), ()):
+            hold(new)
+        for child in new.children():  # taken over from `layer`: it now stands in `new`
+            if id(child) in places:
+                places[id(child)] = [(new if parent is layer else parent, at) for parent, at in places[id(child)]]
+        if progress:
+            progress(done, len(ordered))
+    _fuse(model, fused_norms(model), tuple(ignore))
+    _fuse(model, fused_gated_mlps(model), tuple(ignore))
+    _switch_off_fused_encoder(model)
+    keep_freed_memory()
+
+
+def _int8_layer(
+    decision: Decision, layer: nn.Module, codes_of: CodesOf, owners: Mapping[str, QuantModule], shared: SharedInput
+) -> QuantModule:
+    assert decision.scheme is not None
+    new: QuantModule
+    if decision.owner is None:
+        codes, float_dtype = codes_of(decision, layer)
+        new = decision.kind.module_for(decision.scheme)(layer, codes, decision.scheme, float_dtype)
+        if isinstance(new, DynamicQuantLinear):
+            new.shared_input = shared
+        if isinstance(new, StaticQuantLinear) and decision.input_scale is not None:
+            new.set_input_scale(decision.input_scale)
+    elif decision.kind.name == "Embedding":
+        new = TiedQuantEmbedding(layer, owners[decision.owner])
+    else:
+        new = TiedQuantLinear(layer, owners[decision.owner])
+    new.replaces, new.note = decision.label, decision.note
+    return new
+
+
+def _fuse(model: nn.Module, stand_ins: Mapping[str, nn.Module], ignore: tuple[Pattern, ...]) -> None:
+    """Put each of `stand_ins` in the place of the module of its name, but for those that `ignore` names."""
+    places, held = _places(model), _held(model)
+    for name, new in stand_ins.items():
+        module = model.get_submodule(name)
+        if not any(selects(pattern, name, module, type(module).__name__) for pattern in ignore):
+            swap(places.get(id(module), []), module, new)
+            for hold in held.get(id(module), ()):
+                hold(new)
+
+
+def settle(model: nn.Module, decisions: list[Decision]) -> Coverage:
+    """Leave the reasons of the float layers on the model, for `coverage`, and return the coverage."""
+    reasons: dict[str, tuple[str, bool]] = {}
+    for decision in decisions:
+        if decision.reason is not None:
+            layer = model.get_submodule(decision.name)
+            for param in {*decision.kind.params, *decision.kind.params_of(layer)}:
+                reasons |= {
+                    f"{decision.name}.{name}": (decision.reason, decision.asked) for name in _made_of(layer, param)
+                }
+    setattr(model, REASONS_ATTRIBUTE, reasons)
+    return coverage(model)
+
+
+def _made_of(layer: nn.Module, param: str) -> list[str]:
+    """The parameters that the layer's `param` is, or is computed of (by weight_norm, pruning and the like)."""
+    starts = (f"{param}_", f"parametrizations.{param}.")
+    return [name for name, _ in layer.named_parameters() if name == param or name.startswith(starts)]
+
+
+# -- one module in the place of another ------------------------------------------------------------------------------
+
+
+def _places(model: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:
+    """id of a module -> every (parent, attribute) that holds it: one module may stand in several places."""
+    places: dict[int, list[tuple[nn.Module, str]]] = {}
+    for parent in model.modules():
+        for attribute, child in parent._modules.items():
+            if child is not None:
+                places.setdefault(id(child), []).append((parent, attribute))
+    return places
+
+
+def _held(model: nn.Module) -> dict[int, list[Callable[[nn.Module], None]]]:
+    """id of a module -> what puts another in its place in each plain list, tuple or dict that a module holds it in
+    besides (MaskFormer's blocks call their layers from such lists)."""
+    held: dict[int, list[Callable[[nn.Module], None]]] = {}
+    for parent in model.modules():
+        for attribute, value in vars(parent).items():
+            items: Iterable[tuple[Any, Any]] = ()
+            if type(value) in (list, tuple):
+                items = enumerate(value)
+            elif type(value) is dict and attribute != "_modules":
+                items = value.items()
+            for key, item in items:
+                if isinstance(item, nn.Module):
+                    held.setdefault(id(item), []).append(partial(_put, vars(parent), attribute, key))
+    return held
+
+
+def _put(attributes: dict[str, Any], attribute: str, key: Any, new: nn.Module) -> None:
+    value = attributes[attribute]
+    if isinstance(value, tuple):
+        attributes[attribute] = (*value[:key], new, *value[key + 1 :])
+    else:
+        value[key] = new
+
+
+_HOOKS = (
+    "_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs", "_backward_hooks", "_backward_pre_hooks", "_is_full_backward_hook",
+)  # fmt: skip
+
+
+def swap(places: list[tuple[nn.Module, str]], layer: nn.Module, new: nn.Module) -> None:
+    """Put `new` wherever `layer` stood, with the hooks that were registered on it, and what it held besides."""
+    for hooks in _HOOKS:
+        setattr(new, hooks, getattr(layer, hooks))
+    for name, value in vars(layer).items():
+        if not name.startswith("_") and not hasattr(new, name):
+            setattr(new, name, value)
+    for name, buffer in layer._buffers.items():
+        if not hasattr(new, name):
+            new.register_buffer(name, buffer, persistent=name not in layer._non_persistent_buffers_set)
+    for parent, attribute in places:
+        setattr(parent, attribute, new)
+
+
+def _switch_off_fused_encoder(model: nn.Module) -> None:
+    """nn.TransformerEncoderLayer has a fused path that hands float weights to a kernel; off where a layer is int8."""
+    for module in model.modules():
+        if isinstance(module, nn.TransformerEncoderLayer) and any(isinstance(m, QuantModule) for m in module.modules()):
+            module.activation_relu_or_gelu = 0
+        if isinstance(module, nn.TransformerEncoder) and any(isinstance(m, QuantModule) for m in module.modules()):
+            module.use_nested_tensor = False
