@@ -22,7 +22,7 @@ from examples.models import cache_folder, smollm2_checkpoint
 from octavo import ops
 from octavo.cli import bench_worker
 from octavo.cli.op_speed import Way, Weights, race, rotation
-from octavo.integrations.generation import load_causal
+from octavo.integrations.language_model import load_causal
 from octavo.ops import backends
 from octavo.tables import Table
 

@@ -27,7 +27,7 @@ from bench.record import Skipped
 from bench.speed import NEW, PROMPT, VOCABULARY, take_turns
 from octavo.cli import bench_worker
 from octavo.cli.bench_worker import Round
-from octavo.integrations.generation import load_causal
+from octavo.integrations.language_model import load_causal
 from octavo.tables import Table
 
 TITLE = "A model in int8 under other engines"

@@ -17,7 +17,7 @@ import octavo
 from bench.record import Skipped
 from examples.models import cache_folder, smollm2_checkpoint
 from octavo.cli.text import sample_text
-from octavo.integrations.generation import load_causal, load_language_model, token_ids
+from octavo.integrations.language_model import load_causal, load_language_model, token_ids
 from octavo.tables import Table, human_bytes, human_percent
 
 TITLE = "SmolLM2-135M-Instruct: perplexity and size"

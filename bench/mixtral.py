@@ -15,7 +15,7 @@ from bench.language import known_text, losses
 from examples.models import cache_folder
 from examples.small_mixtral import SHAPE, WINDOW, small_mixtral, split, unigram
 from octavo.experts import routers
-from octavo.integrations.generation import load_language_model, token_ids
+from octavo.integrations.language_model import load_language_model, token_ids
 from octavo.tables import Table, human_bytes, human_percent
 
 TITLE = "A small Mixtral, trained here: int8 experts"

@@ -15,7 +15,7 @@ from torch import Tensor
 
 import octavo
 from octavo.cli import bench_worker
-from octavo.integrations.generation import cache_name, load_causal
+from octavo.integrations.language_model import cache_name, load_causal
 
 __all__ = [
     "BF16", "QUANTO", "RUNTIMES", "TORCHAO", "TORCHAO_COMPILED", "TORCHAO_DYNAMIC", "W8A8", "W8A8_ATTENTION", "W8A16",

@@ -27,8 +27,8 @@ import octavo
 from examples.models import cache_folder, make_whole
 from octavo.cli.terminal import Terminal
 from octavo.cli.text import read_text
-from octavo.integrations.generation import load_language_model, token_ids
 from octavo.integrations.hub import no_progress_bar
+from octavo.integrations.language_model import load_language_model, token_ids
 from octavo.tables import Table, render
 
 __all__ = ["WINDOW", "small_mixtral", "split", "unigram"]

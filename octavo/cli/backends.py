@@ -6,8 +6,8 @@ import argparse
 import dataclasses
 
 from octavo.cli.machine import describe_machine, machine_line
-from octavo.cli.terminal import Terminal
-from octavo.cli.verb import Answer, Verbs, new_verb
+from octavo.cli.terminal import Answer, Terminal
+from octavo.cli.verb import Verbs, new_verb
 from octavo.tables import Table
 
 __all__ = ["add_parser", "run"]

@@ -30,8 +30,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from octavo.cli import bench_ops
 from octavo.cli.bench_ops import SHAPES, SIZES
 from octavo.cli.machine import machine_line
-from octavo.cli.terminal import Terminal
-from octavo.cli.verb import Answer, CommandError, Verbs, add_device, device_of, new_verb, positive
+from octavo.cli.terminal import Answer, Terminal
+from octavo.cli.verb import CommandError, Verbs, add_device, device_of, new_verb, positive
 from octavo.tables import Table, human_bytes, human_percent
 
 if TYPE_CHECKING:

@@ -14,8 +14,8 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from octavo.cli.machine import describe_machine, machine_line
-from octavo.cli.terminal import Terminal
-from octavo.cli.verb import Answer, device_of
+from octavo.cli.terminal import Answer, Terminal
+from octavo.cli.verb import device_of
 from octavo.tables import Table, human_bytes, human_percent
 
 if TYPE_CHECKING:

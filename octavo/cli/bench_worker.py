@@ -70,7 +70,7 @@ def prepare(debug: bool) -> None:
 def load(path: str, device: str, threads: int | None) -> Loaded:
     """Load the model of this process, and describe it."""
     # Here, and not above: transformers is imported once `prepare` keeps it quiet.
-    from octavo.integrations.generation import load_causal
+    from octavo.integrations.language_model import load_causal
 
     if threads is not None:
         torch.set_num_threads(threads)
@@ -210,7 +210,7 @@ def _compiled_steps() -> tuple[Step, Step]:
 
 
 def _eager_steps(model: Any) -> tuple[Step, Step]:
-    from octavo.integrations.generation import cache_name, last_logits_only
+    from octavo.integrations.language_model import cache_name, last_logits_only
 
     only_last = last_logits_only(model)  # what `generate` does
     argument = cache_name(model) or "past_key_values"

@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from octavo.cli.sources import add_plot, add_samples, calibrated, check_outputs, ranges_of, source_of
-from octavo.cli.terminal import Terminal
-from octavo.cli.verb import Answer, CommandError, Verbs, add_device, device_of, new_verb
+from octavo.cli.terminal import Answer, Terminal
+from octavo.cli.verb import CommandError, Verbs, add_device, device_of, new_verb
 from octavo.plot import channel_ranges, outlier_ratio
 from octavo.tables import Table, in_general
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING, Any
 
-from octavo.cli.terminal import Terminal
+from octavo.cli.terminal import Answer, Terminal
 from octavo.cli.text import read_text
-from octavo.cli.verb import Answer, CommandError, Verbs, add_device, device_of, new_verb, positive
+from octavo.cli.verb import CommandError, Verbs, add_device, device_of, new_verb, positive
 from octavo.tables import Table
 
 if TYPE_CHECKING:
@@ -50,20 +50,20 @@ def run(args: argparse.Namespace, terminal: Terminal) -> Answer:
     text, text_name = read_text("--text", args.text)
     device = device_of(args)
     with terminal.progress(f"loading {args.path}"):
-        from octavo.integrations import generation
+        from octavo.integrations import language_model
 
-        model, tokenizer = generation.load_language_model(args.path, device=device)
-        window = _window(args.window, generation.positions_of(model))
-        ids = generation.token_ids(tokenizer, text, limit=args.tokens, window=window)
-        generation.refuse_unknown_tokens(model, ids)
+        model, tokenizer = language_model.load_language_model(args.path, device=device)
+        window = _window(args.window, language_model.positions_of(model))
+        ids = language_model.token_ids(tokenizer, text, limit=args.tokens, window=window)
+        language_model.refuse_unknown_tokens(model, ids)
     if len(ids) < 2:
         raise CommandError(f"{text_name} has {len(ids)} tokens, expected at least 2")
     baseline = comparison = None
     perplexities = [_perplexity(terminal, model, ids, window, args.path)]
     if args.baseline is not None:
         with terminal.progress(f"loading {args.baseline}"):
-            baseline = generation.load_causal(args.baseline, device=device)
-            generation.refuse_unknown_tokens(baseline, ids)
+            baseline = language_model.load_causal(args.baseline, device=device)
+            language_model.refuse_unknown_tokens(baseline, ids)
         perplexities.append(_perplexity(terminal, baseline, ids, window, args.baseline))
         comparison = _compare(terminal, baseline, model, ids, window)
     where = f"{len(ids)} tokens of {text_name}, in windows of {window}"

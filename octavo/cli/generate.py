@@ -7,8 +7,8 @@ import dataclasses
 import statistics
 from typing import TYPE_CHECKING, Any
 
-from octavo.cli.terminal import Terminal
-from octavo.cli.verb import Answer, Verbs, add_device, device_of, new_verb, positive
+from octavo.cli.terminal import Answer, Terminal
+from octavo.cli.verb import Verbs, add_device, device_of, new_verb, positive
 from octavo.tables import human_bytes, human_percent
 
 if TYPE_CHECKING:
@@ -44,7 +44,8 @@ def run(args: argparse.Namespace, terminal: Terminal) -> Answer:
     """Stream the text to stdout; with --json it is in the answer."""
     device = device_of(args)
     with terminal.progress(f"loading {args.path}"):
-        from octavo.integrations.generation import generate, load_language_model
+        from octavo.integrations.generation import generate
+        from octavo.integrations.language_model import load_language_model
 
         model, tokenizer = load_language_model(args.path, device=device)
     written = generate(

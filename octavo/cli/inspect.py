@@ -15,8 +15,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from octavo.cli.terminal import Terminal
-from octavo.cli.verb import Answer, Verbs, new_verb
+from octavo.cli.terminal import Answer, Terminal
+from octavo.cli.verb import Verbs, new_verb
 from octavo.errors import CheckpointError
 from octavo.recipe import pattern_matches
 from octavo.tables import Table, human_bytes, human_percent

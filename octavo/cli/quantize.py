@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 from octavo.cli.smooth import alpha
 from octavo.cli.sources import Source, add_calibration, source_of, stats_of
-from octavo.cli.terminal import Terminal
-from octavo.cli.verb import Answer, CommandError, Verbs, add_device, device_of, new_verb, positive
+from octavo.cli.terminal import Answer, Terminal
+from octavo.cli.verb import CommandError, Verbs, add_device, device_of, new_verb, positive
 from octavo.recipe import ATTENTION, OPT_IN_TARGETS, PRESETS, Recipe
 from octavo.tables import Table, human_bytes, human_percent
 
@@ -215,7 +215,7 @@ def _summary(args: argparse.Namespace, done: _Quantized, seconds: float) -> Tabl
 
 
 def _next_steps(args: argparse.Namespace) -> str:
-    from octavo.integrations.generation import other_kind
+    from octavo.integrations.language_model import other_kind
 
     src, dst = shlex.quote(args.src), shlex.quote(args.dst)
     if other_kind(Path(args.dst)):  # eval and generate are for causal language models

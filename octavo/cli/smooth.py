@@ -7,8 +7,8 @@ import shlex
 from typing import TYPE_CHECKING, Any, Literal
 
 from octavo.cli.sources import add_calibration, add_plot, check_outputs, ranges_of, source_of, stats_of
-from octavo.cli.terminal import Terminal
-from octavo.cli.verb import Answer, Verbs, add_device, device_of, new_verb
+from octavo.cli.terminal import Answer, Terminal
+from octavo.cli.verb import Verbs, add_device, device_of, new_verb
 from octavo.plot import channel_ranges
 from octavo.recipe import PRESETS
 

@@ -121,7 +121,7 @@ def calibrated(
     """New statistics, and the samples that they are of: int64 [1, T] each."""
     from octavo.calibrate import calibrate
     from octavo.integrations.calibration import document_batches, text_batches
-    from octavo.integrations.generation import refuse_unknown_tokens
+    from octavo.integrations.language_model import refuse_unknown_tokens
 
     samples, seq_len = args.samples or _SAMPLES, _seq_len(args, model)
     with terminal.progress(f"calibrating on {source.name}") as progress:
@@ -136,7 +136,7 @@ def calibrated(
 
 
 def _seq_len(args: argparse.Namespace, model: Any) -> int:
-    from octavo.integrations.generation import positions_of
+    from octavo.integrations.language_model import positions_of
 
     positions = positions_of(model)
     if args.seq_len is None:

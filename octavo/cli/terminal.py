@@ -15,13 +15,13 @@ import sys
 import textwrap
 import threading
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
-from octavo.cli.verb import Answer
 from octavo.errors import OctavoError, OctavoWarning
 from octavo.tables import Table, render, to_json
 
-__all__ = ["OutputError", "Terminal"]
+__all__ = ["Answer", "OutputError", "Terminal"]
 
 _PATIENCE = 1.0
 """Seconds that work may take before a progress bar appears."""
@@ -35,6 +35,17 @@ _NARROWEST = 7
 
 class OutputError(OctavoError, OSError):
     """An answer that stdout does not take."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Answer:
+    """What a verb found.
+
+    data: for programs, printed by --json. shown: for people, in order, on stdout.
+    """
+
+    data: Mapping[str, Any]
+    shown: tuple[Table | str, ...]
 
 
 class Terminal:

@@ -1,4 +1,4 @@
-"""What every verb of the command line has, and what it answers with.
+"""What every verb of the command line has.
 
 A verb is a file with two functions:
 
@@ -9,17 +9,13 @@ A verb is a file with two functions:
 from __future__ import annotations
 
 import argparse
-import dataclasses
-from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import Any
 
+from octavo.cli.terminal import Answer, Terminal
 from octavo.errors import OctavoError
-from octavo.tables import Table
 
-if TYPE_CHECKING:
-    from octavo.cli.terminal import Terminal
-
-__all__ = ["Answer", "CommandError", "Run", "Verbs", "add_device", "device_of", "new_verb", "positive"]
+__all__ = ["CommandError", "Run", "Verbs", "add_device", "device_of", "new_verb", "positive"]
 
 Verbs = Any
 """What `argparse.ArgumentParser.add_subparsers` returns; its class is private."""
@@ -29,18 +25,7 @@ class CommandError(OctavoError, ValueError):
     """Arguments that are well-formed and cannot be honoured here."""
 
 
-@dataclasses.dataclass(frozen=True)
-class Answer:
-    """What a verb found.
-
-    data: for programs, printed by --json. shown: for people, in order, on stdout.
-    """
-
-    data: Mapping[str, Any]
-    shown: tuple[Table | str, ...]
-
-
-Run = Callable[[argparse.Namespace, "Terminal"], Answer | None]
+Run = Callable[[argparse.Namespace, Terminal], Answer | None]
 """None: another process has the answer."""
 
 

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from octavo.errors import CalibrateError, QuantizeError
-from octavo.integrations.generation import load_language_model, token_ids
 from octavo.integrations.hub import no_progress_bar
+from octavo.integrations.language_model import load_language_model, token_ids
 from octavo.modules import DynamicQuantLinear, QuantLinear, QuantModule, StaticQuantLinear
 
 __all__ = [

@@ -40,7 +40,7 @@ from transformers.cache_utils import StaticLayer, StaticSlidingWindowLayer
 
 from octavo.errors import OctavoError
 from octavo.integrations.equal_calls import EqualCalls
-from octavo.integrations.generation import cache_name, last_logits_only
+from octavo.integrations.language_model import cache_name, last_logits_only
 from octavo.integrations.side_by_side import SideBySide
 
 __all__ = ["CompiledModel", "TokenChoice", "likeliest"]

@@ -11,8 +11,7 @@ import pytest
 from hypothesis import strategies as st
 
 from octavo.cli import terminal as room
-from octavo.cli.terminal import Terminal
-from octavo.cli.verb import Answer
+from octavo.cli.terminal import Answer, Terminal
 from octavo.report import SmoothedPair, SmoothReport
 from octavo.tables import Table
 

@@ -18,7 +18,7 @@ from octavo.integrations.calibration import (
     save_float,
     text_batches,
 )
-from octavo.integrations.generation import positions_of
+from octavo.integrations.language_model import positions_of
 from tests.tiny_checkpoints import byte_level_tokenizer, language_model
 
 TEXT = "In the beginning was the word, and the word was long. " * 100

@@ -17,7 +17,8 @@ import octavo
 from octavo import OctavoError
 from octavo.integrations import side_by_side
 from octavo.integrations.compiled import CompiledModel, TokenChoice
-from octavo.integrations.generation import generate, load_language_model
+from octavo.integrations.generation import generate
+from octavo.integrations.language_model import load_language_model
 from tests.tiny_checkpoints import language_model
 from tests.tiny_models import TEXT, VOCABULARY, build, gpt2, llama, mixtral, qwen2, qwen3_moe, tokens
 

@@ -16,8 +16,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import octavo
-from octavo.integrations.generation import load_language_model, token_ids
 from octavo.integrations.hub import quantize_checkpoint
+from octavo.integrations.language_model import load_language_model, token_ids
 from tests.tiny_models import VOCABULARY, build, llama, mixtral, qwen2, qwen3_moe
 
 # Looked for, not imported: that takes seconds, and warns.

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from bench.language import WINDOW, judge, sizes
-from octavo.integrations.generation import load_causal, load_language_model, token_ids
+from octavo.integrations.language_model import load_causal, load_language_model, token_ids
 
 pytestmark = pytest.mark.slow
 

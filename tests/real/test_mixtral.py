@@ -13,7 +13,7 @@ import octavo
 from bench.language import losses
 from bench.mixtral import TOP_K, WAYS, Trained, judge, prepare, put_outliers_in, quantized, usage
 from examples.small_mixtral import SHAPE, WINDOW
-from octavo.integrations.generation import load_language_model
+from octavo.integrations.language_model import load_language_model
 from octavo.modules import QuantExperts
 
 pytestmark = pytest.mark.slow

@@ -10,7 +10,7 @@ import pytest
 import octavo
 from bench.language import WINDOW, losses
 from bench.smoothquant import CALIBRATION, Way, calibration, judge
-from octavo.integrations.generation import load_language_model, token_ids
+from octavo.integrations.language_model import load_language_model, token_ids
 
 pytestmark = pytest.mark.slow
 

@@ -1,0 +1,112 @@
+"""Causal language models of transformers, float or int8 alike: load one with its tokenizer, feed it text.
+
+model, tokenizer = load_language_model("out/")
+ids = token_ids(tokenizer, text, limit=8192, window=512)
+"""
+
+from __future__ import annotations
+
+import inspect
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+
+from octavo.errors import CheckpointError, OctavoError
+from octavo.formats.checkpoint import CheckpointReader
+from octavo.integrations.hub import is_gguf, load, load_tokenizer, no_progress_bar, resolve
+
+__all__ = [
+    "cache_name", "last_logits_only", "load_causal", "load_language_model", "other_kind", "positions_of",
+    "refuse_unknown_tokens", "token_ids",
+]  # fmt: skip
+
+
+def load_language_model(path: str | Path, *, device: str = "cpu") -> tuple[Any, Any]:
+    """A causal language model in eval mode, and its tokenizer.
+
+    path: as for `octavo.load`. Raises: CheckpointError as `octavo.load` does, for a source without a tokenizer, and for
+        a model of another kind, before its weights are loaded.
+    """
+    source = resolve(path)
+    _refuse_other_kinds(source)
+    tokenizer = load_tokenizer(source)
+    return load_causal(source, device=device), tokenizer
+
+
+def load_causal(path: str | Path, *, device: str = "cpu") -> Any:
+    """A causal language model in eval mode, without a tokenizer. path, Raises: as for `load_language_model`."""
+    source = resolve(path)
+    _refuse_other_kinds(source)
+    with no_progress_bar():
+        return load(source).to(device)
+
+
+def other_kind(source: Path) -> str | None:
+    """The class of the model that a source holds, if it is one of transformers' and no causal language model."""
+    if is_gguf(source):
+        return None
+    with CheckpointReader(source) as reader:
+        config = reader.config or {}
+    name = (config.get("architectures") or [""])[0]
+    model_class = getattr(transformers, name, None) if name else None
+    # A class that transformers does not have is `load`'s to refuse, or the checkpoint's own code.
+    if model_class is not None and (config.get("is_encoder_decoder") or not model_class.can_generate()):
+        return str(name)
+    return None
+
+
+def _refuse_other_kinds(source: Path) -> None:
+    if name := other_kind(source):
+        raise CheckpointError(
+            f"{source}: holds a {name}, expected a causal language model (one that continues text); "
+            "octavo.compare judges models of any kind in Python"
+        )
+
+
+def last_logits_only(model: Any) -> dict[str, int]:
+    """Options of the model's forward under which it computes the logits of the last position alone, if it has any."""
+    return {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
+
+
+def cache_name(model: Any) -> str | None:
+    """What the model's forward and its outputs call the key-value cache: transformers before 5.24 said
+    `past_key_values`. None if it has none."""
+    parameters = inspect.signature(model.forward).parameters
+    return next((name for name in ("cache", "past_key_values") if name in parameters), None)
+
+
+def positions_of(model: Any) -> int | None:
+    """How many tokens the model can be fed at once; None where its config does not say."""
+    positions = getattr(model.config, "max_position_embeddings", None)
+    return positions if isinstance(positions, int) and positions > 0 else None
+
+
+def refuse_unknown_tokens(model: Any, ids: Tensor) -> None:
+    """Raise OctavoError for ids that the model's table of embeddings has no row for."""
+    try:
+        rows = getattr(model.get_input_embeddings(), "num_embeddings", None)
+    except (AttributeError, NotImplementedError):
+        rows = None  # transformers' base classes ask a submodule that not every model has
+    if rows is not None and ids.numel() and int(ids.max()) >= rows:
+        raise OctavoError(
+            f"the text has token {int(ids.max())}, and the model has {rows} (0 to {rows - 1}); its tokenizer is "
+            "another model's, or tokens were added to it: take the model's own, or make room with transformers' "
+            "resize_token_embeddings"
+        )
+
+
+def token_ids(tokenizer: Any, text: str, *, limit: int, window: int) -> Tensor:
+    """The first `limit` tokens of `text`, for windows of `window` tokens that a model reads one by one.
+
+    Where the tokenizer begins a text with a token of its own (BOS), each window begins with it.
+    Returns: int64 [T], T <= limit.
+    """
+    ids = tokenizer(text, add_special_tokens=False, verbose=False).input_ids[:limit]
+    begin = tokenizer.bos_token_id
+    if begin is not None and tokenizer("a").input_ids[:1] == [begin]:
+        step = window - 1
+        ids = [token for start in range(0, len(ids), step) for token in (begin, *ids[start : start + step])][:limit]
+    return torch.tensor(ids, dtype=torch.int64)
