@@ -143,7 +143,8 @@ def _run_files(args: argparse.Namespace, terminal: Terminal, recipe: Recipe) -> 
 
 
 def _run_model(args: argparse.Namespace, terminal: Terminal, recipe: Recipe) -> _Quantized:
-    from octavo.formats.checkpoint import check_shard_size, new_folder
+    from octavo.formats.checkpoint import check_shard_size
+    from octavo.formats.outputs import new_folder
     from octavo.observers import check_observer
 
     device = device_of(args)

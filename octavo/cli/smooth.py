@@ -60,7 +60,7 @@ def run(args: argparse.Namespace, terminal: Terminal) -> Answer:
     device = device_of(args)
     source = source_of(args)
     check_outputs(args)
-    from octavo.formats.checkpoint import new_folder
+    from octavo.formats.outputs import new_folder
 
     with new_folder(args.dst) as folder:
         with terminal.progress(f"loading {args.src}"):

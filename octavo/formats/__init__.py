@@ -6,7 +6,9 @@ stream.py              a float checkpoint -> an int8 one, one tensor at a time, 
 compressed_tensors.py  how an int8 weight lies in the files (the layout that vLLM and transformers read)
 experts.py             a stack of experts [E, N, K] as the 2-D weights that each expert has in the files
 conversions.py         tensors that are others on disk than in the model
-checkpoint.py          the files: sharded safetensors, whole or not at all
+checkpoint.py          the files: sharded safetensors, one tensor at a time
+outputs.py             folders and files that appear whole or not at all
+companions.py          what lies beside the weights
 gpt_fast.py            gpt-fast's own layout, a state dict in a .pth file
 """
 

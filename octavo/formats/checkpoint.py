@@ -1,4 +1,4 @@
-"""Sharded safetensors in and out, one tensor in memory at a time, whole or not at all.
+"""Sharded safetensors in and out, one tensor in memory at a time.
 
 A checkpoint is a folder of
 
@@ -15,22 +15,17 @@ exists (`CheckpointWriter`), and one tensor can be read without touching the oth
 Tensors are read with plain file reads. A mapped file would do as well, but its pages count as resident memory until
 it is unmapped: reading a 256 MiB shard tensor by tensor through a mapping was seen to add 395 MiB to the peak,
 and 32 MiB this way.
-
-Outputs are built next to their destination under a hidden name and renamed when complete (`new_folder`, `new_file`):
-whoever kills the run, the destination holds all of it or does not exist.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-import errno
 import json
 import math
-import os
 import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from io import BufferedReader
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -40,16 +35,14 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from octavo.errors import CheckpointError
-from octavo.whole import replacing
 
 __all__ = [
+    "PICKLE_SUFFIXES",
     "CheckpointReader",
     "CheckpointWriter",
     "TensorInfo",
     "check_shard_size",
-    "copy_companions",
-    "new_file",
-    "new_folder",
+    "not_readable",
     "read_config",
 ]
 
@@ -76,9 +69,7 @@ _DTYPES: dict[str, torch.dtype] = {
 }
 _DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
-_PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
-_OTHER_SUFFIXES = (".safetensors", ".gguf", ".h5", ".msgpack", ".onnx", ".onnx_data", ".ot", ".tflite")
-_WEIGHT_SUFFIXES = _PICKLE_SUFFIXES + _OTHER_SUFFIXES
+PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -213,7 +204,7 @@ def _find_shards(path: Path) -> tuple[list[Path], dict[str, str] | None]:
             f"{path}: holds several sets of weights ({found}) and neither model.safetensors nor "
             "model.safetensors.index.json to say which is meant; give the path of one .safetensors file"
         )
-    pickles = sorted(file.name for file in path.iterdir() if file.suffix in _PICKLE_SUFFIXES)
+    pickles = sorted(file.name for file in path.iterdir() if file.suffix in PICKLE_SUFFIXES)
     if pickles:
         raise CheckpointError(
             f"{path}: holds pickles ({', '.join(pickles[:3])}), expected safetensors; convert them once, with "
@@ -295,7 +286,7 @@ def _read_header(file: Path) -> tuple[dict[str, Any], int]:
     try:
         file.open("rb").close()  # safetensors says of a file that it may not read that there is none
     except OSError as error:
-        raise _not_readable(file, error) from error
+        raise not_readable(file, error) from error
     try:
         # safetensors checks that the header is sound and that the file is exactly as long as the header says.
         with safe_open(file, framework="pt"):
@@ -315,7 +306,7 @@ def _read_header(file: Path) -> tuple[dict[str, Any], int]:
     return header, 8 + length
 
 
-def _not_readable(file: Path, error: OSError) -> CheckpointError:
+def not_readable(file: Path, error: OSError) -> CheckpointError:
     return CheckpointError(f"{file}: cannot be read: {error.strerror}; change its permissions or get it again")
 
 
@@ -402,7 +393,7 @@ class CheckpointWriter:
         del self._missing[name]
 
     def close(self) -> None:
-        """Check that all planned tensors are there, write the index if there are shards, and fsync.
+        """Check that all planned tensors are there, and write the index if there are shards.
 
         Raises: CheckpointError naming planned tensors that were not written.
         """
@@ -416,7 +407,6 @@ class CheckpointWriter:
             index = {"metadata": {"total_size": self._total_size}, "weight_map": weight_map}
             text = json.dumps(index, indent=2) + "\n"
             (self.folder / "model.safetensors.index.json").write_text(text, encoding="utf-8")
-        _sync_tree(self.folder)
 
     def __enter__(self) -> CheckpointWriter:
         return self
@@ -452,150 +442,3 @@ def _split(plan: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], max_shard_si
 
 def _nbytes(dtype: torch.dtype, shape: tuple[int, ...]) -> int:
     return dtype.itemsize * math.prod(shape)
-
-
-@contextlib.contextmanager
-def new_folder(dst: str | Path) -> Iterator[Path]:
-    """Build the folder `dst` whole or not at all: yields a hidden folder next to it, which becomes `dst` at the end.
-
-    dst: must not exist, but for an empty folder; parents are created.
-    Raises: CheckpointError if `dst` exists, cannot be created, or the disk fills up meanwhile. After any exception in
-        the body nothing is left of it. (A run that is killed leaves the hidden folder, which is in nobody's way.)
-    """
-    with _replacing(Path(dst), lambda dst: any(dst.iterdir()) if dst.is_dir() else dst.exists()) as temporary:
-        temporary.mkdir()
-        yield temporary
-
-
-@contextlib.contextmanager
-def new_file(dst: str | Path) -> Iterator[Path]:
-    """As `new_folder` for one file: yields the path of a hidden file to write, which becomes `dst` at the end."""
-    with _replacing(Path(dst), Path.exists) as temporary:
-        temporary.touch()
-        yield temporary
-
-
-@contextlib.contextmanager
-def _replacing(given: Path, is_taken: Callable[[Path], bool]) -> Iterator[Path]:
-    dst = given.resolve()
-    try:
-        if is_taken(dst):
-            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(dst))
-        dst.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(dst) as temporary:
-            yield temporary
-            _sync_tree(temporary)
-        _sync(dst.parent)
-    except (OSError, SafetensorError) as error:
-        explained = _explain(_as_os_error(error), given, dst)
-        if explained is None:
-            raise
-        raise explained from error
-
-
-def _as_os_error(error: OSError | SafetensorError) -> OSError:
-    """What the system said; safetensors hides it in its text: "... (os error 28)"."""
-    if isinstance(error, OSError):
-        return error
-    number = re.search(r"\(os error (\d+)\)", str(error))
-    return OSError(int(number[1]), os.strerror(int(number[1]))) if number else OSError(str(error))
-
-
-def _explain(error: OSError, given: Path, dst: Path) -> CheckpointError | None:
-    """The user's error behind an OSError met while `dst` was built; None if it is not about `dst`."""
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        free = shutil.disk_usage(next(folder for folder in dst.parents if folder.is_dir())).free
-        return CheckpointError(
-            f"{given}: the disk is full ({error.strerror}, {free / 1e6:.0f} MB are free), nothing was kept; "
-            "free some space or choose another disk"
-        )
-    about = {str(path) for path in (error.filename, error.filename2) if path}
-    if error.errno in (errno.EEXIST, errno.ENOTEMPTY) and str(dst) in about:
-        return CheckpointError(f"{given}: already exists; choose another path or remove it")
-    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG):
-        where = ", ".join(sorted(about)) or str(dst)
-        return CheckpointError(
-            f"{given}: not written: {where}: {error.strerror}; choose another path or change the permissions"
-        )
-    return None
-
-
-def _sync_tree(path: Path) -> None:
-    for folder, _, files in os.walk(path):
-        for name in files:
-            _sync(Path(folder, name))
-    _sync(path)
-
-
-def _sync(path: Path) -> None:
-    """Wait until the disk holds the file, or the folder's list of names."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def copy_companions(src: str | Path, dst: str | Path) -> list[str]:
-    """Copy what belongs to a checkpoint beside its weights: tokenizer, generation config, chat templates, code, README.
-
-    src: a checkpoint's folder; links are followed (files in the Hub's cache are links). For a lone file: nothing.
-    dst: an existing folder.
-    Returns: the copied files' names, relative to `src`, sorted.
-    Raises: CheckpointError naming a file that cannot be read.
-
-    Left out: weights in any format and their indexes; config.json, which whoever writes the weights writes; hidden
-    files; and folders that hold weights, which are other exports of the model (onnx/, checkpoint-500/), unless
-    modules.json names them as parts of it (the 2_Dense/ of a sentence-transformers model): those are copied whole.
-    """
-    src, dst = Path(src), Path(dst)
-    if not src.is_dir():
-        return []
-    parts = _sentence_transformers_parts(src)
-    chosen = [
-        file
-        for entry in src.iterdir()
-        if entry.name != "config.json" and not _is_clutter(entry.name)
-        for file in _companion_files(entry, whole=entry.name in parts)
-    ]
-    names = sorted(file.relative_to(src).as_posix() for file in chosen)
-    for name in names:
-        (dst / name).parent.mkdir(parents=True, exist_ok=True)
-        try:
-            shutil.copyfile(src / name, dst / name)
-        except FileNotFoundError as error:
-            raise CheckpointError(
-                f"{src / name}: is a link to a file that is not there; download it again or remove it"
-            ) from error
-        except PermissionError as error:
-            if error.filename != str(src / name):
-                raise
-            raise _not_readable(src / name, error) from error
-    return names
-
-
-def _sentence_transformers_parts(src: Path) -> set[str]:
-    """The subfolders that modules.json, [{"idx", "name", "path", "type"}, ...], makes parts of the model."""
-    modules = src / "modules.json"
-    if not modules.is_file():
-        return set()
-    try:
-        return {str(module["path"]) for module in json.loads(modules.read_text(encoding="utf-8"))}
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, TypeError, KeyError) as error:
-        raise CheckpointError(f"{modules}: expected a JSON list of objects with a path: {error!r}") from error
-
-
-def _companion_files(entry: Path, *, whole: bool) -> list[Path]:
-    if not entry.is_dir():
-        return [] if _is_weights(entry) else [entry]
-    inside = (file for file in entry.rglob("*") if not file.is_dir())
-    files = [file for file in inside if not any(map(_is_clutter, file.relative_to(entry).parts))]
-    return files if whole or not any(map(_is_weights, files)) else []
-
-
-def _is_clutter(name: str) -> bool:
-    return name.startswith(".") or name == "__pycache__"
-
-
-def _is_weights(file: Path) -> bool:
-    return file.suffix in _WEIGHT_SUFFIXES or file.name.endswith(".index.json")

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from octavo.errors import CheckpointError, QuantizeError
 from octavo.experts import spec_of
-from octavo.formats.checkpoint import new_file
+from octavo.formats.outputs import new_file
 from octavo.install import install
 from octavo.layers import kind_of, why_not
 from octavo.modules import Codes, QuantExperts, QuantLinear, QuantModule

@@ -25,8 +25,10 @@ from octavo.errors import CheckpointError, OctavoWarning, QuantizeError
 from octavo.experts import routers
 from octavo.feeding import Progress
 from octavo.formats import compressed_tensors as layout
-from octavo.formats.checkpoint import CheckpointWriter, copy_companions, new_folder
+from octavo.formats.checkpoint import CheckpointWriter
+from octavo.formats.companions import copy_companions
 from octavo.formats.experts import expert_parts
+from octavo.formats.outputs import new_folder
 from octavo.modules import QuantExperts, QuantModule, StaticQuantLinear
 from octavo.recipe import OPT_IN_TARGETS, Scheme
 

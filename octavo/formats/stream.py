@@ -20,10 +20,12 @@ from octavo.errors import CheckpointError, QuantizeError
 from octavo.experts import routers, spec_of
 from octavo.feeding import Progress
 from octavo.formats import compressed_tensors as layout
-from octavo.formats.checkpoint import CheckpointReader, CheckpointWriter, TensorInfo, copy_companions, new_folder
+from octavo.formats.checkpoint import CheckpointReader, CheckpointWriter, TensorInfo
+from octavo.formats.companions import copy_companions
 from octavo.formats.conversions import AsInModel, Conversion, weight_norms
 from octavo.formats.experts import Part, expert_parts
 from octavo.formats.loading import Rename
+from octavo.formats.outputs import new_folder
 from octavo.formats.saving import OnDisk, quantization_config, write_descriptions
 from octavo.layers import EXPERTS, has_weight_norm
 from octavo.ops import quantize_weight

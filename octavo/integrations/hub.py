@@ -22,7 +22,8 @@ from octavo import formats
 from octavo.coverage import Coverage
 from octavo.errors import CheckpointError, MissingExtra, OctavoError
 from octavo.feeding import Progress
-from octavo.formats.checkpoint import CheckpointReader, check_shard_size, new_folder, read_config
+from octavo.formats.checkpoint import CheckpointReader, check_shard_size, read_config
+from octavo.formats.outputs import new_folder
 from octavo.formats.stream import quantize_files
 from octavo.quantize import quantize as quantize_layers
 from octavo.recipe import Pattern, Recipe, Scheme

@@ -24,7 +24,7 @@ import pytest
 import octavo
 from octavo.cli import backends, new_parser
 from octavo.cli.terminal import Answer
-from octavo.formats.checkpoint import new_folder
+from octavo.formats.outputs import new_folder
 
 VERBS = ("quantize", "calibrate", "smooth", "inspect", "eval", "generate", "bench", "backends")
 Run = Callable[..., Any]

@@ -1,0 +1,104 @@
+"""Outputs appear whole or not at all, and what the disk refuses is said in the user's words.
+
+They are built next to their destination under a hidden name and renamed when complete: whoever kills the run, the
+destination holds all of it or does not exist.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+from octavo.errors import CheckpointError
+from octavo.whole import replacing
+
+__all__ = ["new_file", "new_folder"]
+
+
+@contextlib.contextmanager
+def new_folder(dst: str | Path) -> Iterator[Path]:
+    """Build the folder `dst` whole or not at all: yields a hidden folder next to it, which becomes `dst` at the end.
+
+    dst: must not exist, but for an empty folder; parents are created.
+    Raises: CheckpointError if `dst` exists, cannot be created, or the disk fills up meanwhile. After any exception in
+        the body nothing is left of it. (A run that is killed leaves the hidden folder, which is in nobody's way.)
+    """
+    with _replacing(Path(dst), lambda dst: any(dst.iterdir()) if dst.is_dir() else dst.exists()) as temporary:
+        temporary.mkdir()
+        yield temporary
+
+
+@contextlib.contextmanager
+def new_file(dst: str | Path) -> Iterator[Path]:
+    """As `new_folder` for one file: yields the path of a hidden file to write, which becomes `dst` at the end."""
+    with _replacing(Path(dst), Path.exists) as temporary:
+        temporary.touch()
+        yield temporary
+
+
+@contextlib.contextmanager
+def _replacing(given: Path, is_taken: Callable[[Path], bool]) -> Iterator[Path]:
+    dst = given.resolve()
+    try:
+        if is_taken(dst):
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(dst))
+        dst.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(dst) as temporary:
+            yield temporary
+            _sync_tree(temporary)
+        _sync(dst.parent)
+    except (OSError, SafetensorError) as error:
+        explained = _explain(_as_os_error(error), given, dst)
+        if explained is None:
+            raise
+        raise explained from error
+
+
+def _as_os_error(error: OSError | SafetensorError) -> OSError:
+    """What the system said; safetensors hides it in its text: "... (os error 28)"."""
+    if isinstance(error, OSError):
+        return error
+    number = re.search(r"\(os error (\d+)\)", str(error))
+    return OSError(int(number[1]), os.strerror(int(number[1]))) if number else OSError(str(error))
+
+
+def _explain(error: OSError, given: Path, dst: Path) -> CheckpointError | None:
+    """The user's error behind an OSError met while `dst` was built; None if it is not about `dst`."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        free = shutil.disk_usage(next(folder for folder in dst.parents if folder.is_dir())).free
+        return CheckpointError(
+            f"{given}: the disk is full ({error.strerror}, {free / 1e6:.0f} MB are free), nothing was kept; "
+            "free some space or choose another disk"
+        )
+    about = {str(path) for path in (error.filename, error.filename2) if path}
+    if error.errno in (errno.EEXIST, errno.ENOTEMPTY) and str(dst) in about:
+        return CheckpointError(f"{given}: already exists; choose another path or remove it")
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG):
+        where = ", ".join(sorted(about)) or str(dst)
+        return CheckpointError(
+            f"{given}: not written: {where}: {error.strerror}; choose another path or change the permissions"
+        )
+    return None
+
+
+def _sync_tree(path: Path) -> None:
+    for folder, _, files in os.walk(path):
+        for name in files:
+            _sync(Path(folder, name))
+    _sync(path)
+
+
+def _sync(path: Path) -> None:
+    """Wait until the disk holds the file, or the folder's list of names."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
