@@ -171,7 +171,7 @@ def test_fake_and_real_agree_to_rounding(masked: bool, softcap: float | None) ->
 
 
 def test_blocks_of_rows_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    """In the composition: of the kernels, see test_native.py."""
+    """In the composition: of the kernels, see native/test_attention.py."""
     operands = (*heads(rows=10, tokens=12), torch.rand(2, 4, 10, 12) < 0.8, 0.25)
     whole = attention.int8_attention(*operands)
     monkeypatch.setattr(attention, "_BLOCK_SCORES", 3 * 2 * 4 * 12)

@@ -1,0 +1,254 @@
+"""Attention in int8 is its definition in float64, and float attention the formula."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from octavo import ops
+from octavo.ops import native
+from tests.ops.native.kernels import FLOATS, WITH_KERNELS, assert_rounds_to
+from tests.ops.native.run_python import run_python
+from tests.ops.test_attention import exact
+
+pytestmark = WITH_KERNELS
+
+
+def attention_in_double(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float, softcap: float | None
+) -> tuple[Tensor, Tensor]:
+    """The definition at the head of octavo/ops/attention.py in float64, and what it may be off by in fp32: where a
+    probability lies next to half way between two codes, it may get either."""
+    shared = query.shape[1] // key.shape[1]
+    (q, sq), (k, sk), (v, sv) = (
+        [part.double().repeat_interleave(times, 1) for part in torch.ops.octavo_reference.quantize_per_token(x)]
+        for x, times in ((query, 1), (key, shared), (value, shared))
+    )
+    scores = q @ k.mT * sq * sk.mT * scaling
+    if softcap is not None:
+        scores = torch.tanh(scores / softcap) * softcap
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
+    nowhere = (scores == -torch.inf).all(-1, keepdim=True)
+    weights = scores.softmax(-1).masked_fill(nowhere, 0) * sv.mT
+    step = weights.amax(-1, keepdim=True) / 127 if weights.shape[-1] else weights.new_ones((*weights.shape[:-1], 1))
+    step = torch.where(step == 0, 1.0, step)
+    p = (weights / step).round()
+    to_half = 0.5 - (weights / step - p).abs()
+    either = (to_half < 2e-3).double()
+    return p @ v * step, (either @ v.abs() + 1e-4 * (p @ v.abs())) * step
+
+
+def as_transformers_hands_it(x: Tensor) -> Tensor:
+    """[B, heads, T, D] that lies in memory as [B, T, heads, D]."""
+    return x.transpose(1, 2).contiguous().transpose(1, 2)
+
+
+def a_mask(kind: str, batch: int, heads: int, rows: int, tokens: int, seed: int) -> Tensor | None:
+    """Of one form or another; some rows of the random ones allow nothing."""
+    if kind == "none":
+        return None
+    every = (batch, heads, rows, tokens)
+    shape = [size if seed >> i & 1 else 1 for i, size in enumerate(every)]
+    if "bias" in kind:
+        return torch.randn(shape).to(torch.float16 if seed & 1 else torch.bfloat16)
+    allowed = torch.rand(shape) < (0.05, 0.5, 0.95)[seed % 3]
+    if "causal" in kind:
+        allowed = torch.ones(1, 1, rows, tokens, dtype=torch.bool).tril(tokens - rows)
+    elif "window" in kind:
+        allowed = torch.ones(1, 1, rows, tokens, dtype=torch.bool).tril(tokens - rows).triu(tokens - rows - 20)
+    elif "padding" in kind:
+        allowed = (torch.arange(tokens) >= tokens // 2).expand(batch, 1, 1, tokens)
+    if "finite" in kind or "infinite" in kind:
+        dtype = FLOATS[seed % 3]
+        lowest = kind.startswith("lowest")
+        if lowest and dtype == torch.float16:  # next to which a score loses its last bits: in no row is it alone
+            allowed = allowed | (torch.arange(tokens) == 0)
+        return torch.zeros(allowed.shape, dtype=dtype).masked_fill(
+            ~allowed, torch.finfo(dtype).min if lowest else -torch.inf
+        )
+    return allowed.mT.contiguous().mT if seed & 8 else allowed
+
+
+MASKS = ["none", "bias"] + [
+    f"{how} {which}"
+    for how in ("boolean", "lowest-finite", "infinite")
+    for which in ("random", "causal", "window", "padding")
+]
+
+
+SIZES_OF_ATTENTION = {
+    "batch": st.integers(1, 2),
+    "kv": st.integers(1, 3),
+    "shared": st.sampled_from([1, 2, 3, 4, 7, 13]),
+    "rows": st.sampled_from([0, 1, 2, 3, 5, 12, 13, 33]),
+    "tokens": st.sampled_from([0, 1, 2, 3, 15, 17, 31, 32, 33, 64, 65, 128, 129, 130, 300]),
+    "size": st.sampled_from([1, 2, 3, 5, 16, 33, 64, 65, 128, 200]),
+    "value": st.sampled_from([1, 3, 16, 17, 32, 33, 64, 65, 130]),
+}
+
+
+@settings(max_examples=300)
+@given(
+    **SIZES_OF_ATTENTION,
+    dtypes=st.tuples(*[st.sampled_from(FLOATS)] * 3),
+    kind=st.sampled_from(MASKS),
+    softcap=st.sampled_from([None, None, 30.0, 1.0]),
+    seed=st.integers(0, 99),
+)
+def test_attention(
+    isa: str, batch: int, kv: int, shared: int, rows: int, tokens: int, size: int, value: int,
+    dtypes: tuple[torch.dtype, ...], kind: str, softcap: float | None, seed: int,
+) -> None:  # fmt: skip
+    torch.manual_seed(seed)
+    heads = kv * shared
+    shapes = ((batch, heads, rows, size), (batch, kv, tokens, size), (batch, kv, tokens, value))
+    query, key, values = (torch.randn(shape).to(dtype) for shape, dtype in zip(shapes, dtypes, strict=True))
+    mask = a_mask(kind, batch, heads, rows, tokens, seed)
+    y = ops.int8_attention(*map(as_transformers_hands_it, (query, key, values)), mask, size**-0.5, softcap)
+    expected, error = attention_in_double(query, key, values, mask, size**-0.5, softcap)
+    assert y.dtype == query.dtype and y.shape == expected.shape and y.is_contiguous()
+    assert_rounds_to(y, expected, error)
+    assert torch.equal(ops.int8_attention(query, key, values, mask, size**-0.5, softcap), y)
+
+
+@pytest.mark.parametrize(("of_key", "of_value"), [(1e-20, 1e30), (1e-37, 1e-30), (1e18, 1e-36), (1.0, 1e-36)])
+def test_attention_of_extreme_scales(isa: str, of_key: float, of_value: float) -> None:
+    query, key, value = torch.randn(1, 4, 9, 40) / of_key, torch.randn(1, 2, 70, 40) * of_key, torch.randn(1, 2, 70, 30)
+    mask = a_mask("lowest-finite causal", 1, 4, 9, 70, 0)
+    y = ops.int8_attention(query, key, value * of_value, mask, 0.2, None)
+    expected, error = attention_in_double(query, key, value * of_value, mask, 0.2, None)
+    assert_rounds_to(y, expected, error)
+
+
+@pytest.mark.parametrize("kind", ["boolean causal", "lowest-finite causal", "infinite window", "infinite padding"])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("where", ["query", "key", "value", "mask"])
+def test_what_is_not_finite_reaches_attention_as_in_the_reference(isa: str, where: str, bad: float, kind: str) -> None:
+    """In particular from tokens that the mask forbids, which may else be passed over."""
+    operands = {
+        "query": torch.randn(1, 4, 40, 16),
+        "key": torch.randn(1, 2, 100, 16),
+        "value": torch.randn(1, 2, 100, 16),
+    }
+    mask = a_mask(kind, 1, 4, 40, 100, 0)
+    assert mask is not None
+    if where == "mask" and mask.dtype == torch.bool:
+        return
+    operands["mask"] = mask.clone() if where == "mask" else mask
+    for token in (0, 39, 99):
+        changed = {name: x.clone() for name, x in operands.items()}
+        changed[where][0, -1, min(token, operands[where].shape[2] - 1), 3 if where != "mask" else token] = bad
+        y = ops.int8_attention(**changed, scaling=0.25)
+        expected = torch.ops.octavo_reference.int8_attention(**changed, scaling=0.25)
+        assert expected.isnan().any() or where == "mask" or kind == "boolean causal"
+        assert torch.equal(y.isnan(), expected.isnan())
+
+
+def test_a_row_of_attention_does_not_depend_on_the_others(isa: str) -> None:
+    """To the bit, whichever rows share a block, and whatever is passed over for all of them."""
+    query, key, value = torch.randn(1, 6, 40, 32), torch.randn(1, 2, 200, 32), torch.randn(1, 2, 200, 48)
+    mask = a_mask("lowest-finite causal", 1, 6, 40, 200, 0)
+    assert mask is not None
+    whole = ops.int8_attention(query, key, value, mask, 0.2)
+    for first, last in ((0, 1), (5, 18), (39, 40)):
+        part = ops.int8_attention(query[:, :, first:last], key, value, mask[:, :, first:last], 0.2)
+        assert torch.equal(part, whole[:, :, first:last])
+    everything = mask.clone()
+    everything[:, :, 3] = torch.finfo(everything.dtype).min  # a row that shares its attention among all
+    others = [i for i in range(40) if i != 3]
+    assert torch.equal(ops.int8_attention(query, key, value, everything, 0.2)[:, :, others], whole[:, :, others])
+
+
+def test_backends_tells_where_attention_has_no_kernel_of_its_own(isa: str) -> None:
+    attends = native.select(isa).attends
+    done = run_python(
+        "import octavo; print([(row.backend, row.why) for row in octavo.backends() if row.op == 'int8_attention'])",
+        OCTAVO_ISA=isa,
+    )
+    composed = f"[('reference', 'composed of other ops, which {isa} kernels serve')]"
+    assert done.stdout.strip() == (f"[('{isa}', 'forced by OCTAVO_ISA')]" if attends else composed)
+
+
+@pytest.fixture(scope="module")
+def served_dtypes(isa: str) -> tuple[torch.dtype, ...]:
+    """The dtypes in which float attention has kernels of its own."""
+    dtypes = native.select(isa).attends_in
+    if not dtypes:
+        pytest.skip(f"float attention is torch's where {isa} kernels serve")
+    return dtypes
+
+
+@settings(max_examples=300)
+@given(
+    **SIZES_OF_ATTENTION,
+    dtype=st.sampled_from(FLOATS),
+    kind=st.sampled_from(["none", "is_causal", *(kind for kind in MASKS if "boolean" in kind)]),
+    seed=st.integers(0, 99),
+)
+def test_float_attention(
+    served_dtypes: tuple[torch.dtype, ...], batch: int, kv: int, shared: int, rows: int, tokens: int, size: int,
+    value: int, dtype: torch.dtype, kind: str, seed: int,
+) -> None:  # fmt: skip
+    assume(dtype in served_dtypes)
+    torch.manual_seed(seed)
+    shapes = ((batch, kv * shared, rows, size), (batch, kv, tokens, size), (batch, kv, tokens, value))
+    query, key, values = (torch.randn(shape).to(dtype) for shape in shapes)
+    is_causal = kind == "is_causal"
+    mask = None if is_causal else a_mask(kind, batch, kv * shared, rows, tokens, seed)
+    y = ops.float_attention(*map(as_transformers_hands_it, (query, key, values)), mask, size**-0.5, is_causal=is_causal)
+    allowed = torch.ones(rows, tokens, dtype=torch.bool).tril() if is_causal else mask
+    expected, parts = (exact(query, key, v, allowed, size**-0.5) for v in (values, values.abs()))
+    assert y.dtype == dtype and y.shape == expected.shape and y.is_contiguous()
+    assert_rounds_to(y, expected, parts * (2.0**-8 if dtype == torch.bfloat16 else 2.0**-18))
+    assert torch.equal(ops.float_attention(query, key, values, mask, size**-0.5, is_causal=is_causal), y)
+
+
+def test_float_attention_of_what_is_not_finite(served_dtypes: tuple[torch.dtype, ...]) -> None:
+    """A query gives NaN if it, a key or a value that it may attend to has NaN or inf; others are as they were."""
+    for dtype in served_dtypes:
+        query, key, value = (torch.randn(1, heads, 200, 16).to(dtype) for heads in (2, 1, 1))
+        clean = ops.float_attention(query, key, value, None, 0.25, is_causal=True)
+        for bad in (float("nan"), float("inf")):
+            spoilt = [x.clone() for x in (query, key, value)]
+            spoilt[0][0, 1, 70, 3] = bad
+            y = ops.float_attention(spoilt[0], key, value, None, 0.25, is_causal=True)
+            assert y[0, 1, 70].isnan().all()
+            y[0, 1, 70] = clean[0, 1, 70]
+            assert torch.equal(y, clean)
+            spoilt[1][0, 0, 160, 3] = bad
+            y = ops.float_attention(query, spoilt[1], value, None, 0.25, is_causal=True)
+            assert torch.equal(y[:, :, :160], clean[:, :, :160]) and y[:, :, 160].isnan().all() == (bad != bad)
+            spoilt[2][0, 0, 160, 3] = bad
+            y = ops.float_attention(query, key, spoilt[2], None, 0.25, is_causal=True)
+            assert not y[:, :, 160:, 3].isfinite().any() and torch.equal(y[:, :, :150], clean[:, :, :150])
+            assert torch.equal(y[:, :, :, 4:], clean[:, :, :, 4:])
+
+
+@pytest.mark.parametrize("rows", [1, 50])
+def test_large_scores_do_not_overflow_in_float_attention(served_dtypes: tuple[torch.dtype, ...], rows: int) -> None:
+    """Of 1e4 and more, both ends of the exponential: nothing but the largest counts, in whichever part it is met."""
+    for dtype in served_dtypes:
+        query, key, value = (torch.randn(1, 2, tokens, 64).to(dtype) for tokens in (rows, 700, 700))
+        query = query.sign() * 100
+        expected, parts = (exact(query, key, v, None, 1.0) for v in (value, value.abs()))
+        y = ops.float_attention(query, key, value, None, 1.0)
+        score = 100 * key.abs().double().sum(-1).max()
+        assert_rounds_to(y, expected, parts * (2.0**-8 + 64 * 2.0**-23 * score))
+
+
+def test_backends_tells_in_which_dtypes_float_attention_is_torch_s(isa: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = native.select(isa)
+    monkeypatch.setattr(ops, "_native", found)
+    row = next(row for row in ops.backends() if row.op == "float_attention" and row.device == "cpu")
+    for dtype in FLOATS if found.attends_in else []:
+        assert (str(dtype)[6:] in row.why) == (dtype not in found.attends_in)
+    assert row.backend == (isa if found.attends_in else "reference")
+    monkeypatch.setattr(ops, "_native", dataclasses.replace(found, attends_in=(torch.float32,)))
+    row = next(row for row in ops.backends() if row.op == "float_attention" and row.device == "cpu")
+    assert row.backend == isa and row.why.endswith("; torch's own in bfloat16, float16")
