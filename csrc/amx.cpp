@@ -264,6 +264,10 @@ struct TileLinear {
     alignas(64) typename Tiles::Sum sums[kWaitingBlocks * 4 * kTileSums];
   };
 
+  static bool takes(const Linear& layer) { return layer.M > kFewRows && layer.groups == 1; }
+
+  static size_t scratch_bytes(const Linear&) { return sizeof(Scratch); }
+
   static void run(const Linear& layer, Block block, void* memory) {
     auto& scratch = *static_cast<Scratch*>(memory);
     const int64_t all = ceil_div(layer.K, Tiles::kStep);
@@ -326,8 +330,6 @@ struct TileLinear {
 using LinearInt8 = TileLinear<Int8Tiles>;
 using LinearBf16 = TileLinear<Bf16Tiles>;
 
-bool takes_tiles(const Linear& layer) { return layer.M > kFewRows && layer.groups == 1; }
-
 }  // namespace
 }  // namespace octavo
 
@@ -342,16 +344,20 @@ namespace {
 const LinearKernels& avx512_bf16() { return avx512_kernels.w8a16(Float::bf16); }
 const LinearKernels& avx512_int8() { return avx512_kernels.w8a8; }
 
-template <class Tiles, const LinearKernels& (*avx512)()>
+template <const LinearKernels& (*kernels)()>
+struct Avx512 {
+  static size_t scratch_bytes(const Linear& layer) { return kernels().scratch_bytes(layer); }
+  static void run(const Linear& layer, Block block, void* scratch) { kernels().run(layer, block, scratch); }
+  static size_t packed_bytes(const Linear& layer) { return kernels().packed_bytes(layer); }
+  static void pack(const Linear& layer, int64_t m0, int64_t m1) { kernels().pack(layer, m0, m1); }
+};
+
+template <class Tiles, class Rest>
 constexpr LinearKernels tiles_or{
-    [](const Linear& layer) {
-      return takes_tiles(layer) ? sizeof(typename Tiles::Scratch) : avx512().scratch_bytes(layer);
-    },
-    [](const Linear& layer, Block block, void* scratch) {
-      takes_tiles(layer) ? Tiles::run(layer, block, scratch) : avx512().run(layer, block, scratch);
-    },
-    [](const Linear& layer) { return takes_tiles(layer) ? 0 : avx512().packed_bytes(layer); },
-    [](const Linear& layer, int64_t m0, int64_t m1) { avx512().pack(layer, m0, m1); },
+    Either<Tiles, Rest>::scratch_bytes,
+    Either<Tiles, Rest>::run,
+    [](const Linear& layer) { return Tiles::takes(layer) ? 0 : Rest::packed_bytes(layer); },
+    Rest::pack,
 };
 
 }  // namespace
@@ -360,8 +366,8 @@ extern const Kernels amx_kernels = [] {
   Kernels kernels = avx512_kernels;
   kernels.float_attention_of[static_cast<int>(Float::bf16)] = nullptr;  // torch's has tiles too
   kernels.isa = "amx";
-  kernels.w8a16_of[static_cast<int>(Float::bf16)] = tiles_or<LinearBf16, avx512_bf16>;
-  kernels.w8a8 = tiles_or<LinearInt8, avx512_int8>;
+  kernels.w8a16_of[static_cast<int>(Float::bf16)] = tiles_or<LinearBf16, Avx512<avx512_bf16>>;
+  kernels.w8a8 = tiles_or<LinearInt8, Avx512<avx512_int8>>;
   return kernels;
 }();
 

@@ -229,20 +229,9 @@ struct WeightedUnit {
   static __m512i product(__m512i sums, __m512i x, __m512i w) { return Int8::dot(sums, w, x); }
 };
 
-// Rows that are one tile by one, more by the other.
-template <class OneTile, class More>
-struct OneTileOr {
-  static size_t scratch_bytes(const Linear& layer) {
-    return OneTile::is_tile(layer) ? OneTile::scratch_bytes(layer) : More::scratch_bytes(layer);
-  }
-  static void run(const Linear& layer, Block block, void* scratch) {
-    OneTile::is_tile(layer) ? OneTile::run(layer, block, scratch) : More::run(layer, block, scratch);
-  }
-};
-
 using LinearF32 = DotLinear<Vec, Fp32<Float::f32>>;
 using LinearF16 = DotLinear<Vec, Fp32<Float::f16>>;
-using LinearBf16 = OneTileOr<DotLinear<Vec, Bf16Codes>, DotLinear<Vec, Bf16>>;
+using LinearBf16 = Either<DotLinear<Vec, Bf16Codes>, DotLinear<Vec, Bf16>>;
 using LinearInt8 = DotLinear<Vec, Int8>;
 using ManyRowsF32 = OuterLinear<Vec, Fp32Unit<Float::f32>>;
 using ManyRowsF16 = OuterLinear<Vec, Fp32Unit<Float::f16>>;
@@ -251,13 +240,9 @@ using ManyRowsInt8 = OuterLinear<Vec, Int8Unit>;
 
 // Few rows of x by one, many by the other, for which they are packed.
 template <class FewRows, class ManyRows>
-constexpr LinearKernels either{
-    [](const Linear& layer) {
-      return ManyRows::takes(layer) ? sizeof(typename ManyRows::Scratch) : FewRows::scratch_bytes(layer);
-    },
-    [](const Linear& layer, Block block, void* scratch) {
-      ManyRows::takes(layer) ? ManyRows::run(layer, block, scratch) : FewRows::run(layer, block, scratch);
-    },
+constexpr LinearKernels linear{
+    Either<ManyRows, FewRows>::scratch_bytes,
+    Either<ManyRows, FewRows>::run,
     [](const Linear& layer) { return ManyRows::takes(layer) ? ManyRows::packed_bytes(layer) : 0; },
     ManyRows::pack,
 };
@@ -274,8 +259,8 @@ constexpr AttentionKernels attention{Of::packed, Of::scratch, MaskRows<Vec>::loo
 }  // namespace
 
 extern constexpr Kernels avx512_kernels = [] {
-  Kernels kernels = kernels_of<Vec>("avx512", either<LinearF32, ManyRowsF32>, either<LinearBf16, ManyRowsBf16>,
-                                    either<LinearF16, ManyRowsF16>, either<LinearInt8, ManyRowsInt8>);
+  Kernels kernels = kernels_of<Vec>("avx512", linear<LinearF32, ManyRowsF32>, linear<LinearBf16, ManyRowsBf16>,
+                                    linear<LinearF16, ManyRowsF16>, linear<LinearInt8, ManyRowsInt8>);
   kernels.convolution_of[0] = &convolution<OuterConvolution<Vec, Fp32Unit<Float::f32>, Single<Float::f32>>>;
   kernels.convolution_of[1] = &convolution<OuterConvolution<Vec, Bf16Unit, Pair>>;
   kernels.convolution_of[2] = &convolution<OuterConvolution<Vec, Fp32Unit<Float::f16>, Single<Float::f16>>>;

@@ -229,7 +229,7 @@ struct DotLinear {
   static size_t scratch_bytes(const Linear&) { return sizeof(Scratch<Dot>); }
 
   // Whether the rows of x are one tile.
-  static bool is_tile(const Linear& layer) {
+  static bool takes(const Linear& layer) {
     return layer.M <= (layer.groups > 1 ? tile_m<Dot, true>() : tile_m<Dot, false>());
   }
 
@@ -301,6 +301,17 @@ struct DotLinear {
   static void tiles(Operands<Any> in, const Groups& groups, int64_t rows, int64_t height, Sum* sums, bool add) {
     for (; rows > 0; rows -= height, in.x += height * in.ldx, sums += height * kBlockN)
       tile_of<Any, Grouped, Keep>(min64(height, rows), in, groups, sums, add);
+  }
+};
+
+// Layers that `Special` takes are its, others `General`'s.
+template <class Special, class General>
+struct Either {
+  static size_t scratch_bytes(const Linear& layer) {
+    return Special::takes(layer) ? Special::scratch_bytes(layer) : General::scratch_bytes(layer);
+  }
+  static void run(const Linear& layer, Block block, void* scratch) {
+    Special::takes(layer) ? Special::run(layer, block, scratch) : General::run(layer, block, scratch);
   }
 };
 

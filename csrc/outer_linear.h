@@ -174,6 +174,8 @@ struct OuterLinear {
   };
 
   // What is left to dot products: few rows, and groups that are small or cut a unit.
+  static size_t scratch_bytes(const Linear&) { return sizeof(Scratch); }
+
   static bool takes(const Linear& layer) {
     if (layer.groups == 1) return layer.M >= Unit::kManyRows;
     if constexpr (Unit::kGroups) {
