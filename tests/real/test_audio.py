@@ -12,10 +12,10 @@ from bench.audio import HOP, compare_pitches
 pytestmark = pytest.mark.slow
 
 
-@pytest.mark.parametrize(("dtype", "every", "bound"), [(torch.float32, 1, 0.995), (torch.bfloat16, 4, 0.99)])
+@pytest.mark.parametrize(("dtype", "every", "bound"), [(torch.float32, 2, 0.995), (torch.bfloat16, 4, 0.99)])
 def test_pitches_stay(dtype: torch.dtype, every: int, bound: float) -> None:
-    """In bf16, where convolutions may have a kernel of their own, in every fourth frame. There the float model's own
-    rounding moves some frames, too."""
+    """In every second frame, and in bf16, where the float model's own rounding moves some, too, in every fourth:
+    `python -m bench.run audio` looks at all."""
     try:
         found = compare_pitches(every * HOP, dtype)
     except FileNotFoundError as reason:
