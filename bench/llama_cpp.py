@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy
 import torch
 from torch import Tensor
 
@@ -89,7 +90,8 @@ def time_round(ids: Sequence[int], new_tokens: int) -> Round:
 
 
 def _feed(engine: Any, ids: Sequence[int]) -> Tensor:
-    """The logits after `ids`, fp32 [V]."""
+    """The logits after `ids`, fp32 [V], where the engine has them: until it is fed again."""
+    import llama_cpp
+
     engine.eval(ids)
-    logits = engine._ctx.get_logits()
-    return torch.tensor(logits[: engine.n_vocab()])
+    return torch.from_numpy(numpy.ctypeslib.as_array(llama_cpp.llama_get_logits(engine.ctx), (engine.n_vocab(),)))
