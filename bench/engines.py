@@ -38,8 +38,8 @@ loaded by `octavo.load` for plain transformers, and by vLLM's CPU build, which k
 default, compiled, with AMD's zentorch where that is installed. "All of it": `include=["Embedding", "OutputHead"]`, next
 to llama.cpp, built for this processor, with weights in Q8_0 (int8 in blocks of 32; it makes int8 of inputs, too). Each
 in a process of its own, in turns, batch 1; medians of the rounds. In each turn each runs twice, and the second run
-counts. Prefill is the time from the prompt to the first token. Error: of the logprobs of the token
-after the prompt, against the bf16 model's in transformers, as a share of their spread.
+counts. Prefill is the time from the prompt to the first token. Error: of the logprobs of the token after the prompt,
+against the bf16 model's in transformers, as a share of their spread.
 """
 REPEATS = 5
 BF16 = "transformers, bf16, eager"
@@ -49,7 +49,7 @@ Start = Callable[[str, int, Sequence[int]], Tensor]
 
 @dataclasses.dataclass(frozen=True)
 class Engine:
-    """package: that it needs. model: a file or folder of those that `measure` writes."""
+    """package: that it needs. model: a file or folder of those that `_write` makes."""
 
     package: str
     model: str
@@ -92,9 +92,8 @@ def _write(folder: Path, wanted: set[str]) -> None:
         llama_cpp.write(model, folder / "q8_0.gguf")
     octavo.quantize(model, "w8a8", attention="int8")
     octavo.save(model, folder / "int8")
-    whole = load_causal(str(folder / "bf16"))
-    octavo.quantize(whole, "w8a8", include=["Embedding", "OutputHead"], attention="int8")
-    octavo.save(whole, folder / "all-int8")
+    recipe = octavo.Recipe.of("w8a8", include=["Embedding", "OutputHead"], attention="int8")
+    octavo.quantize_checkpoint(folder / "bf16", folder / "all-int8", recipe)
 
 
 # -- in a process of its own ------------------------------------------------------------------------------------------
