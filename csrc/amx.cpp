@@ -299,7 +299,7 @@ struct TileLinear {
            length * Tiles::kSize, scratch.x + tile * steps * kTileBytes);
     const auto panel_of = [&](int64_t n, char* tiles) {
       const int64_t rows = max64(0, min64(kBlock, part.n1 - n));  // past the last column there is nothing to fill
-      return Filling<Tiles>(layer.w + n * layer.K + k, layer.K, rows, length, tiles);
+      return Filling<Tiles>(layer.codes() + n * layer.K + k, layer.K, rows, length, tiles);
     };
 
     char *panel = scratch.panels[0], *next = scratch.panels[1];
@@ -365,6 +365,7 @@ constexpr LinearKernels tiles_or{
 extern const Kernels amx_kernels = [] {
   Kernels kernels = avx512_kernels;
   kernels.float_attention_of[static_cast<int>(Float::bf16)] = nullptr;  // torch's has tiles too
+  for (FloatLinearKernels& none : kernels.float_linear_of) none = {};   // torch's are at the speed of memory
   kernels.isa = "amx";
   kernels.w8a16_of[static_cast<int>(Float::bf16)] = tiles_or<LinearBf16, Avx512<avx512_bf16>>;
   kernels.w8a8 = tiles_or<LinearInt8, Avx512<avx512_int8>>;

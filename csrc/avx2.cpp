@@ -200,6 +200,7 @@ struct Int8Kept;
 template <Float type>
 struct Fp32 {
   using Kept = Fp32Kept<type>;
+  using Stored = int8_t;
   using W = int8_t;
   using X = std::conditional_t<type == Float::f32, float, uint16_t>;
   using Sum = float;
@@ -233,10 +234,24 @@ struct Fp32Kept : Fp32<type> {
   static __m256 load_w(const W* w, int) { return load_w(w); }
 };
 
+// W of the type of x.
+template <Float type>
+struct Fp32Values : Fp32<type> {
+  using Kept = Fp32Values;
+  using Stored = typename Fp32<type>::X;
+  using W = Stored;
+  static constexpr bool kGroups = false;
+  template <class... Count>
+  static __m256 load_w(const W* w, Count... count) {
+    return Fp32<type>::load_x(w, count...);
+  }
+};
+
 // Products of codes, summed in int32. The instruction for bytes (vpmaddubsw) saturates at 16 bits, so they are widened
 // to 16 bits, of which pairs of products are summed exactly.
 struct Int8 {
   using Kept = Int8Kept;
+  using Stored = int8_t;
   using X = int8_t;
   using W = int8_t;
   using Sum = int32_t;
@@ -275,9 +290,15 @@ using LinearInt8 = DotLinear<Vec, Int8>;
 
 }  // namespace
 
-extern constexpr Kernels avx2_kernels =
-    kernels_of<Vec>("avx2", linear_kernels<LinearFloat<Float::f32>>, linear_kernels<LinearFloat<Float::bf16>>,
-                    linear_kernels<LinearFloat<Float::f16>>, linear_kernels<LinearInt8>);
+extern constexpr Kernels avx2_kernels = [] {
+  Kernels kernels =
+      kernels_of<Vec>("avx2", linear_kernels<LinearFloat<Float::f32>>, linear_kernels<LinearFloat<Float::bf16>>,
+                      linear_kernels<LinearFloat<Float::f16>>, linear_kernels<LinearInt8>);
+  kernels.float_linear_of[0] = {32, linear_kernels<DotLinear<Vec, Fp32Values<Float::f32>>>};
+  kernels.float_linear_of[1] = {kAnyNumber, linear_kernels<DotLinear<Vec, Fp32Values<Float::bf16>>>};
+  kernels.float_linear_of[2] = {kAnyNumber, linear_kernels<DotLinear<Vec, Fp32Values<Float::f16>>>};
+  return kernels;
+}();
 
 }  // namespace octavo
 

@@ -23,6 +23,7 @@ STABLE_TORCH_LIBRARY_IMPL(octavo, CPU, m) {
   m.impl("quantize_static", TORCH_BOX(&quantize_static));
   m.impl("quantize_weight", TORCH_BOX(&quantize_weight));
   m.impl("w8a16_embedding", TORCH_BOX(&w8a16_embedding));
+  m.impl("float_linear", TORCH_BOX(&float_linear));
   m.impl("rms_norm", TORCH_BOX(&rms_norm));
   m.impl("gated", TORCH_BOX(&gated));
   m.impl("int8_attention", TORCH_BOX(&int8_attention));
@@ -53,6 +54,11 @@ extern "C" __attribute__((visibility("default"))) bool octavo_convolves() {
 // Whether int8 attention has kernels of its own there; else it is composed of the other ops.
 extern "C" __attribute__((visibility("default"))) bool octavo_attends() {
   return active.load() && kernels().int8_attention;
+}
+
+// Up to how many rows of x float linear layers have kernels that are faster than torch's own, for a type of `Float`.
+extern "C" __attribute__((visibility("default"))) int64_t octavo_multiplies_in(int type) {
+  return active.load() ? kernels().float_linear(static_cast<Float>(type)).most_rows : 0;
 }
 
 // Whether float attention has, for a type of `Float`; else it is torch's.

@@ -30,8 +30,8 @@ constexpr int64_t kBlockN = 32;        // columns of y whose sums wait in scratc
 constexpr int64_t kBlockM = 36;        // and rows, at most: as many of x stay in L2 while W passes by
 constexpr int64_t kPieceBytes = 4096;  // of a row of W that is kept: a tile's four rows stay in L1
 
-constexpr int64_t kFetchAhead = 4096;  // codes by which a tile's fetching is ahead of the next tile
-constexpr int kLine = 64;              // codes in a line of the cache
+constexpr int64_t kFetchAhead = 4096;  // bytes by which a tile's fetching is ahead of the next tile
+constexpr int kLine = 64;              // bytes in a line of the cache
 constexpr int kShortTile = 4;          // rows of x, too few to keep a step busy until memory answers
 constexpr int kIntoL2 = 2;             // what __builtin_prefetch calls it: L1 is full of the tile
 
@@ -51,7 +51,7 @@ struct Operands {
   const typename Dot::W* w[kTileN];
   int64_t K;
   typename Dot::Kept::W* kept[kTileN];
-  const int8_t* next;
+  const char* next;
 };
 
 // The scales of groups of `size` columns, for kTileN rows of W; `first`: the column of the row with which the tile
@@ -84,8 +84,8 @@ OCTAVO_INLINE void step(typename Dot::Acc (&acc)[MR][kTileN], const Operands<Dot
 // Asks for a line of W ahead of time. The processor drops requests that come faster than memory answers, as they do
 // where a step takes a whole line at once and meets few rows; there it is asked for again, further ahead and less far.
 template <class Dot, int MR>
-OCTAVO_INLINE void fetch(const int8_t* line) {
-  constexpr bool often = Dot::kStep == kLine && MR <= kShortTile;
+OCTAVO_INLINE void fetch(const char* line) {
+  constexpr bool often = Dot::kStep * sizeof(typename Dot::Stored) == kLine && MR <= kShortTile;
   if constexpr (often) __builtin_prefetch(line + kFetchAhead, 0, kIntoL2);
   __builtin_prefetch(line, 0, kIntoL2);
   if constexpr (often) __builtin_prefetch(line - kFetchAhead / 2, 0, kIntoL2);
@@ -95,11 +95,13 @@ OCTAVO_INLINE void fetch(const int8_t* line) {
 template <class Dot, int MR, bool Keep>
 OCTAVO_INLINE void accumulate(typename Dot::Acc (&acc)[MR][kTileN], const Operands<Dot>& operands, int64_t k0,
                               int64_t k1) {
+  constexpr int kBytes = sizeof(typename Dot::Stored);
   const Operands<Dot> in = operands;  // a copy, whose pointers stay in registers
   int64_t k = k0;
   for (; k + Dot::kStep <= k1; k += Dot::kStep) {
 #pragma GCC unroll 4
-    for (int line = 0; line < kTileN * Dot::kStep; line += kLine) fetch<Dot, MR>(in.next + kTileN * k + line);
+    for (int line = 0; line < kTileN * Dot::kStep * kBytes; line += kLine)
+      fetch<Dot, MR>(in.next + kTileN * k * kBytes + line);
     step<Dot, MR, Keep>(acc, in, k);
   }
   if (k < k1) step<Dot, MR, Keep>(acc, in, k, static_cast<int>(k1 - k));
@@ -186,7 +188,7 @@ struct Finish {
   typename V::F scale, bias;
 
   Finish(const Linear& layer, int64_t n, int count) : layer(layer), n(n), count(count) {
-    if (layer.groups == 1) scale = V::load(layer.w_scale + n, Float::f32, count);
+    if (layer.groups == 1) scale = layer.w_scale ? V::load(layer.w_scale + n, Float::f32, count) : V::set1(1.0f);
     if (layer.bias) bias = V::load(element(layer.bias, layer.bias_type, n), layer.bias_type, count);
   }
 
@@ -248,6 +250,10 @@ struct DotLinear {
   }
 
  private:
+  static const char* address(const Linear& layer, int64_t element) {
+    return static_cast<const char*>(layer.w) + element * static_cast<int64_t>(sizeof(typename Dot::Stored));
+  }
+
   static const X* x_row(const Linear& layer, int64_t m) { return static_cast<const X*>(layer.x) + m * layer.K; }
 
   // Row j of the tile that begins at row n of W. Past the last row the last is met again; its sums are not used.
@@ -281,11 +287,12 @@ struct DotLinear {
                      Scratch<Dot>& scratch) {
     const int64_t rows = part.m1 - part.m0;
     const X* const x = x_row(layer, part.m0) + k;
-    const int8_t* const next = layer.w + (n + kTileN) * layer.K + kTileN * k + kFetchAhead;
+    const char* const next = address(layer, (n + kTileN) * layer.K + kTileN * k) + kFetchAhead;
     const Groups groups = groups_of(layer, n, part.n1, k);
     Sum* const sums = scratch.sums + (n - part.n0);
     Operands<Dot> in{x, layer.K, {}, length, {}, next};
-    for (int j = 0; j < kTileN; j++) in.w[j] = layer.w + w_row(n, j, part.n1) * layer.K + k;
+    for (int j = 0; j < kTileN; j++)
+      in.w[j] = static_cast<const typename Dot::W*>(layer.w) + w_row(n, j, part.n1) * layer.K + k;
     if constexpr (kKeeps) {
       if (height < rows) {
         Operands<Kept> rest{x + height * layer.K, layer.K, {}, length, {}, next};

@@ -16,24 +16,27 @@ constexpr int64_t size_of(Float type) { return type == Float::f32 ? 4 : 2; }
 
 constexpr int64_t kLongestExact = 131071;  // products of codes, 128 * 128 at most, whose sum fits int32
 
-// A linear layer with int8 weights, y = x W^T. Rows are contiguous, of K elements (x, w) or N (y).
+// A linear layer, y = x W^T, with int8 weights or float ones. Rows are contiguous, of K elements (x, w) or N (y).
 //
 //     w8a16   y[m, n] = sum_k x[m, k] * w[n, k] * w_scale[n] + bias[n]
+//     float   y[m, n] = sum_k x[m, k] * w[n, k] + bias[n]
 //     w8a8    y[m, n] = (sum_k x[m, k] * w[n, k]) * (x_scale[m] * w_scale[n]) + bias[n]      the sum is exact, in int32
 struct Linear {
   int64_t M, N, K;
   const void* x;         // [M, K]: `x_type`; int8 codes in w8a8
-  Float x_type;          // w8a16 only
+  Float x_type;          // not in w8a8
   const float* x_scale;  // w8a8 only: [M], or [1] if `x_scale_step` is 0
   int64_t x_scale_step;
-  const int8_t* w;       // [N, K], as on disk: it is never repacked
-  const float* w_scale;  // [N, groups]
+  const void* w;         // [N, K], as on disk, never repacked: int8 codes, or floats of `x_type`
+  const float* w_scale;  // [N, groups]; of floats null
   int64_t groups;        // divides K; 1 is per_channel, and the only choice in w8a8
   const void* bias;      // [N] of `bias_type`, or null
   Float bias_type;
   void* y;  // [M, N] of `y_type`
   Float y_type;
   char* packed = nullptr;  // x once more, as `LinearKernels::pack` lays it out
+
+  const int8_t* codes() const { return static_cast<const int8_t*>(w); }
 };
 
 // The part of y that one call computes: rows [m0, m1), columns [n0, n1).
@@ -180,6 +183,14 @@ struct LinearKernels {
   void (*pack)(const Linear&, int64_t m0, int64_t m1) = nullptr;
 };
 
+// Of layers whose weights are float: `linear` is faster than torch's own up to so many rows of x. None at 0.
+struct FloatLinearKernels {
+  int64_t most_rows;
+  LinearKernels linear;
+};
+
+constexpr int64_t kAnyNumber = INT64_MAX;  // of rows
+
 struct ConvolutionKernels {
   int64_t (*most_windows)(const Convolution&);  // of an image, that `run` is best given at once
   // Of `scratch`: 64-byte aligned, and not shared between threads.
@@ -235,7 +246,10 @@ struct Kernels {
   const AttentionKernels* int8_attention;
   const AttentionKernels* float_attention_of[3];  // f32, bf16, f16
 
+  FloatLinearKernels float_linear_of[3];  // f32, bf16, f16
+
   const LinearKernels& w8a16(Float x) const { return w8a16_of[static_cast<int>(x)]; }
+  const FloatLinearKernels& float_linear(Float x) const { return float_linear_of[static_cast<int>(x)]; }
   const ConvolutionKernels* convolution(Float x) const { return convolution_of[static_cast<int>(x)]; }
   const NarrowConvolutionKernels* narrow_convolution(Float x) const {
     return narrow_convolution_of[static_cast<int>(x)];

@@ -237,7 +237,7 @@ struct OuterLinear {
   // The sums of `part` over columns [k, k + length) of W; and what is then done with each tile.
   template <class Then>
   static void products(const Linear& layer, Block part, int64_t k, int64_t length, Scratch& scratch, const Then& then) {
-    lay_codes_across<Unit>(layer.w + part.n0 * layer.K + k, layer.K, part.n1 - part.n0, length, scratch.panel);
+    lay_codes_across<Unit>(layer.codes() + part.n0 * layer.K + k, layer.K, part.n1 - part.n0, length, scratch.panel);
     if (layer.groups > 1) lay_scales_across(layer, part, k, length, scratch.scales);
     for (int64_t m = part.m0; m < part.m1; m += kTileRows) {
       const OuterOperands in{tile_of(layer, m) + k / Unit::kElements * kTileRows * kUnitBytes,
@@ -246,7 +246,7 @@ struct OuterLinear {
                              scratch.panel,
                              ceil_div(length, Unit::kElements),
                              0,
-                             m == part.m0 ? layer.w + part.n1 * layer.K + kBlockN * k : nullptr};
+                             m == part.m0 ? layer.codes() + part.n1 * layer.K + kBlockN * k : nullptr};
       const int64_t rows = min64(kTileRows, layer.M - m);
       auto* const sums = scratch.sums + (m - part.m0) * kBlockN;
       if (layer.groups == 1)

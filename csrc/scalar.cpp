@@ -138,6 +138,7 @@ struct Vec {
 template <class X_, class Sum_>
 struct Product {
   using X = X_;
+  using Stored = int8_t;
   using W = int8_t;
   using Sum = Sum_;
   using XV = Sum;

@@ -11,6 +11,7 @@ from torch import nn
 
 from octavo.coverage import REASONS_ATTRIBUTE, Coverage, coverage
 from octavo.feeding import Progress
+from octavo.float_linear import float_linears
 from octavo.gated import fused_gated_mlps
 from octavo.heap import keep_freed_memory
 from octavo.inputs import SharedInput
@@ -54,8 +55,9 @@ def install(
     ignore: Iterable[Pattern] = (),
     progress: Progress | None = None,
 ) -> None:
-    """Swap the layers that `decisions` says for int8 ones, one at a time, then RMS norms and gated MLPs for what
-    computes the same faster, but for those that `ignore` names. On `meta` this makes the empty skeleton."""
+    """Swap the layers that `decisions` says for int8 ones, one at a time, then what is float for what computes the same
+    faster: linear layers, and RMS norms and gated MLPs but for those that `ignore` names. On `meta` this makes the
+    empty skeleton."""
     places = _Places(model)
     owners: dict[str, QuantModule] = {}
     shared = SharedInput()
@@ -70,6 +72,7 @@ def install(
         places.swap(layer, new)
         if progress:
             progress(done, len(ordered))
+    _fuse(model, float_linears(model), ())  # for "ignore" means of a layer that it stays float
     _fuse(model, fused_norms(model), tuple(ignore))
     _fuse(model, fused_gated_mlps(model), tuple(ignore))
     _switch_off_fused_encoder(model)

@@ -31,6 +31,7 @@ LAYERS = (
         "expert_inputs",
         "modules",
         "layers",
+        "float_linear",
         "norms",
         "gated",
         "weight_readers",

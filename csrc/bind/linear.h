@@ -50,7 +50,7 @@ struct Operands {
       layer.x_scale_step = x_scale.numel() > 1;
       layer.x_scale = static_cast<const float*>(x_scale.const_data_ptr()) + m0 * layer.x_scale_step;
     }
-    layer.w = static_cast<const int8_t*>(weight.const_data_ptr()) + e * layer.N * layer.K;
+    layer.w = at(weight.const_data_ptr(), e * layer.N * layer.K);
     layer.groups = weight_scale.size(-1);
     STD_TORCH_CHECK(layer.groups >= 1 && layer.K % layer.groups == 0 && (layer.groups == 1 || !codes),
                     "weight_scale has ", layer.groups, " groups for rows of ", layer.K);
@@ -159,6 +159,27 @@ Tensor w8a8_linear(const Tensor& x, const Tensor& x_scale, const Tensor& weight,
   Tensor y = empty(x, with_last(x, weight.size(0)), dtype);
   const auto layer = [&](int64_t m0, int64_t m1) { return in.layer(m0, m1, 0, y, *float_type(dtype)); };
   run_by_rows(rows_of(x), layer, kernels().w8a8, x);
+  return y;
+}
+
+// Not of the table of ops: it is called where nobody differentiates or compiles, with operands of one type.
+Tensor float_linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias) {
+  const auto type = float_type(x.scalar_type());
+  STD_TORCH_CHECK(type && kernels().float_linear(*type).most_rows, "no kernel multiplies floats of this type");
+  STD_TORCH_CHECK(weight.scalar_type() == x.scalar_type() && weight.dim() == 2, "weight must be [N, K], of x's type");
+  STD_TORCH_CHECK(x.dim() >= 1 && x.size(-1) == weight.size(1), "x must have rows of ", weight.size(1), " values");
+  STD_TORCH_CHECK(
+      !bias || (bias->scalar_type() == x.scalar_type() && bias->dim() == 1 && bias->size(0) == weight.size(0)),
+      "bias must be [", weight.size(0), "], of x's type");
+  const Tensor values = dense(x), w = dense(weight);
+  Tensor y = empty(x, with_last(x, weight.size(0)), x.scalar_type()), added;
+  if (bias) added = dense(*bias);
+  Linear layer{};
+  layer.M = rows_of(x), layer.N = weight.size(0), layer.K = weight.size(1), layer.groups = 1;
+  layer.x = values.const_data_ptr(), layer.w = w.const_data_ptr(), layer.y = y.mutable_data_ptr();
+  if (bias) layer.bias = added.const_data_ptr();
+  layer.x_type = layer.bias_type = layer.y_type = *type;
+  run({layer}, kernels().float_linear(*type).linear, x);
   return y;
 }
 

@@ -56,6 +56,7 @@ __all__ = [
     "autocast",
     "backends",
     "float_attention",
+    "float_linear",
     "fuses_gates",
     "gated",
     "int8_attention",
@@ -90,6 +91,7 @@ _w8a8_linear = torch.ops.octavo.w8a8_linear.default
 _experts_linear = torch.ops.octavo.w8a16_experts_linear.default
 _int8_experts_linear = torch.ops.octavo.w8a8_experts_linear.default
 _int8_attention = torch.ops.octavo.int8_attention.default
+_float_linear = torch.ops.octavo.float_linear.default
 _rms_norm = torch.ops.octavo.rms_norm.default
 _gated = torch.ops.octavo.gated.default
 _float_attention = torch.ops.octavo.float_attention.default
@@ -124,8 +126,13 @@ def _directly(op: str, x: Tensor, *args: Any) -> Any:
 
 
 def _nothing_listens(x: Tensor) -> bool:
-    """Whether a kernel may be started for x without the dispatcher: nobody differentiates, compiles, traces, maps,
-    profiles or otherwise watches what is called."""
+    """Whether a kernel may be started for x without the dispatcher, which would tell who profiles."""
+    return _nothing_intercepts(x) and not torch._C._autograd._profiler_enabled()
+
+
+def _nothing_intercepts(x: Tensor) -> bool:
+    """Whether nobody differentiates, compiles, traces, maps or otherwise stands between a call and the kernel: one that
+    is no op of the table may be called then. A profiler hears of it from the dispatcher."""
     return (
         not torch.compiler.is_compiling()
         and not torch.is_grad_enabled()
@@ -135,14 +142,13 @@ def _nothing_listens(x: Tensor) -> bool:
         and not torch._C._is_torch_function_mode_enabled()
         and torch._C._get_tracing_state() is None
         and torch._C._functorch.peek_interpreter_stack() is None
-        and not torch._C._autograd._profiler_enabled()
     )
 
 
 def _takes_natively(x: Tensor) -> bool:
     """Whether a native kernel that is no op of the table may be started for x."""
     usual = _native.isa is not None and x.device.type == "cpu" and x.dtype in _KERNELS_TAKE
-    return usual and _nothing_listens(x)
+    return usual and _nothing_intercepts(x)
 
 
 def w8a16_linear(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -369,6 +375,38 @@ def float_attention(
 def attends_in_float(query: Tensor) -> bool:
     """Whether `float_attention` has a kernel of its own for the device and dtype of `query`."""
     return query.device.type == "cpu" and query.dtype in _native.attends_in
+
+
+def float_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
+    """y = x @ weight.T + bias by a kernel of this package, where that is faster than torch's: few rows, on a CPU, while
+    a model runs eagerly and no gradient is wanted.
+
+    x: [..., K], weight: [N, K] and bias: [N] or None, all bf16, fp16 or fp32.
+    Returns: [..., N] of that dtype, from sums in fp32; None wherever torch is to compute it, or to say what is wrong.
+    """
+    if not _has_few_rows(x) or not _takes_natively(x) or torch.is_autocast_enabled("cpu"):
+        return None
+    if not _are_alike(x, weight, bias):
+        return None
+    with torch._C._AutoDispatchBelowAutograd():
+        return _float_linear(x, weight, bias)  # type: ignore[no-any-return]
+
+
+def _has_few_rows(x: Tensor) -> bool:
+    """Whether x [..., K] has no more rows than kernels for float linear layers are good for."""
+    most = _native.multiplies_in.get(x.dtype, 0)
+    return most > 0 and x.dim() > 0 and x.numel() <= most * x.shape[-1]
+
+
+def _are_alike(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    """Whether these are operands of a linear layer, in one dtype on one device, and the weight lies as [N, K] does."""
+    return (
+        all(one.dtype == x.dtype and one.device == x.device for one in (weight, bias) if one is not None)
+        and weight.dim() == 2
+        and weight.shape[1] == x.shape[-1]
+        and weight.is_contiguous()
+        and (bias is None or bias.shape == weight.shape[:1])
+    )
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, *, round_first: bool) -> Tensor | None:

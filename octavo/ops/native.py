@@ -10,6 +10,7 @@ import ctypes
 import dataclasses
 import os
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -29,13 +30,16 @@ class Native:
     """What serves on CPUs. isa: the instruction set, or None where the reference does. why: in either case.
     convolves: whether convolutions have kernels for that instruction set, and are not the reference's.
     attends: whether int8 attention has kernels of its own there, and is not composed of other ops.
-    attends_in: the dtypes in which float attention has some, and is not torch's."""
+    attends_in: the dtypes in which float attention has some, and is not torch's.
+    multiplies_in: for each dtype the number of rows up to which those of float linear layers are faster than torch's;
+        0 where there are none."""
 
     isa: str | None
     why: str
     convolves: bool = False
     attends: bool = False
     attends_in: tuple[torch.dtype, ...] = ()
+    multiplies_in: Mapping[torch.dtype, int] = dataclasses.field(default_factory=dict)
 
 
 def reference_is_forced() -> bool:
@@ -83,11 +87,13 @@ def select(isa: str) -> Native:
     library.octavo_isa.restype = ctypes.c_char_p
     for asked in (library.octavo_convolves, library.octavo_attends, library.octavo_attends_in):
         asked.restype = ctypes.c_bool
+    library.octavo_multiplies_in.restype = ctypes.c_int64
     error = ctypes.c_int()
     why = library.octavo_select(isa.encode(), ctypes.byref(error)).decode()
     if error:
         raise QuantizeError(why)
     name = library.octavo_isa()
     attends_in = tuple(dtype for i, dtype in enumerate(_FLOATS) if library.octavo_attends_in(i))
+    multiplies_in = {dtype: library.octavo_multiplies_in(i) for i, dtype in enumerate(_FLOATS)}
     isa_name = None if name is None else name.decode()
-    return Native(isa_name, why, library.octavo_convolves(), library.octavo_attends(), attends_in)
+    return Native(isa_name, why, library.octavo_convolves(), library.octavo_attends(), attends_in, multiplies_in)
