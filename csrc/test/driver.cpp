@@ -181,33 +181,46 @@ struct Shape {
   int64_t M, N, K, groups;
 };
 
-// One layer, and what it should compute. Codes meet it if `int8`, values of `type` if not.
+enum class Scheme { w8a8, w8a16, floats };
+
+const char* name_of(Scheme scheme) {
+  return scheme == Scheme::w8a8 ? "w8a8" : scheme == Scheme::w8a16 ? "w8a16" : "floats";
+}
+
+// One layer, and what it should compute. x is codes in w8a8, else values of `type`; so is W where it is floats.
 struct Problem {
   Shape shape;
+  Scheme scheme;
   bool int8, has_bias;
   Float type, bias_type;
-  Array<int8_t> x_codes, w;
+  Array<int8_t> x_codes, w_codes;
   Array<float> x_scale, w_scale;
-  Floats x, bias;
+  Floats x, w, bias;
   std::vector<double> y, tolerance;  // [M, N]
 
-  Problem(Shape s, bool int8, Float type)
+  Problem(Shape s, Scheme scheme, Float type)
       : shape(s),
-        int8(int8),
+        scheme(scheme),
+        int8(scheme == Scheme::w8a8),
         has_bias(random_below(2)),
         type(type),
         bias_type(one_of(kTypes)),
         x_codes(int8 ? s.M * s.K : 0),
-        w(s.N * s.K),
+        w_codes(scheme == Scheme::floats ? 0 : s.N * s.K),
         x_scale(int8 ? (random_below(2) ? s.M : 1) : 0),
-        w_scale(s.N * s.groups),
+        w_scale(scheme == Scheme::floats ? 0 : s.N * s.groups),
         x(int8 ? 0 : s.M * s.K, type),
+        w(scheme == Scheme::floats ? s.N * s.K : 0, type),
         bias(has_bias ? s.N : 0, bias_type),
         y(s.M * s.N),
         tolerance(s.M * s.N) {
-    fill_codes(w), fill_codes(x_codes), fill_scales(w_scale), fill_scales(x_scale), x.fill(-4, 4), bias.fill(-4, 4);
+    fill_codes(w_codes), fill_codes(x_codes), fill_scales(w_scale), fill_scales(x_scale);
+    x.fill(-4, 4), w.fill(-4, 4), bias.fill(-4, 4);
     solve();
   }
+
+  double weight(int64_t i) { return scheme == Scheme::floats ? w[i] : w_codes[i]; }
+  double scale_of(int64_t i) { return scheme == Scheme::floats ? 1 : w_scale[i]; }
 
   // fp32 rounds each of the products' sums; their errors are as often up as down.
   void solve() {
@@ -220,10 +233,11 @@ struct Problem {
         for (int64_t g = 0; g < shape.groups; g++) {
           double part = 0, part_magnitude = 0;
           for (int64_t k = g * shape.K / shape.groups; k < (g + 1) * shape.K / shape.groups; k++) {
-            const double product = values[k] * w[n * shape.K + k];
+            const double product = values[k] * weight(n * shape.K + k);
             part += product, part_magnitude += std::fabs(product);
           }
-          sum += part * w_scale[n * shape.groups + g], magnitude += part_magnitude * w_scale[n * shape.groups + g];
+          const double scale = scale_of(n * shape.groups + g);
+          sum += part * scale, magnitude += part_magnitude * scale;
         }
         const double added = has_bias ? bias[n] : 0, exact = std::fabs(sum * scale_of_row);
         const double of_sum = int8 ? exact : magnitude * (4 + std::sqrt(static_cast<double>(shape.K)));
@@ -243,14 +257,17 @@ struct Problem {
                  type,
                  int8 ? x_scale.data() : nullptr,
                  x_scale.size() > 1,
-                 w.data(),
-                 w_scale.data(),
+                 scheme == Scheme::floats ? w.data() : w_codes.data(),
+                 scheme == Scheme::floats ? nullptr : w_scale.data(),
                  groups,
                  has_bias ? bias.data() : nullptr,
                  bias_type,
                  out.data(),
                  y_type};
-    const LinearKernels& of = int8 ? kernels.w8a8 : kernels.w8a16(type);
+    const LinearKernels& of = int8                       ? kernels.w8a8
+                              : scheme == Scheme::floats ? kernels.float_linear(type).linear
+                                                         : kernels.w8a16(type);
+    if (!of.run) return;
     const size_t packed_bytes = of.packed_bytes ? of.packed_bytes(layer) : 0;
     Array<char> scratch((of.scratch_bytes(layer) + 63) / 64 * 64), packed((packed_bytes + 63) / 64 * 64);
     if (packed_bytes) {
@@ -270,7 +287,7 @@ struct Problem {
               "%s: %s of %s, M %ld N %ld K %ld groups %ld, block [%ld, %ld) x [%ld, %ld), bias %d: y[%ld, %ld] is "
               "%.9g, "
               "expected %s%.9g in %s",
-              kernels.isa, int8 ? "w8a8" : "w8a16", int8 ? "int8" : name_of(type), M, N, K, groups, block.m0, block.m1,
+              kernels.isa, name_of(scheme), int8 ? "int8" : name_of(type), M, N, K, groups, block.m0, block.m1,
               block.n0, block.n1, has_bias, m, n, out[i], asked ? "" : "to be left, not ", y[i], name_of(y_type));
       }
     }
@@ -282,8 +299,8 @@ Block random_block(const Shape& shape) {
   return {m0, m0 + random_below(shape.M - m0 + 1), n0, n0 + random_below(shape.N - n0 + 1)};
 }
 
-void check_linear(const std::vector<const Kernels*>& all, Shape shape, bool int8, Float type) {
-  Problem problem(shape, int8, type);
+void check_linear(const std::vector<const Kernels*>& all, Shape shape, Scheme scheme, Float type) {
+  Problem problem(shape, scheme, type);
   for (const Kernels* kernels : all) {
     problem.check(*kernels, {0, shape.M, 0, shape.N}, one_of(kTypes));
     problem.check(*kernels, random_block(shape), one_of(kTypes));
@@ -307,12 +324,16 @@ void check_linear_layers(const std::vector<const Kernels*>& all) {
     for (int64_t k : kK) {
       for (int repeat = 0; repeat < 3; repeat++) {
         const int64_t n = std::max<int64_t>(1, std::min(one_of(kN), kMost / std::max<int64_t>(1, m * k)));
-        check_linear(all, {m, n, k, 1}, true, Float::f32);
-        for (Float type : kTypes) check_linear(all, {m, n, k, random_below(2) ? random_groups(k) : 1}, false, type);
+        check_linear(all, {m, n, k, 1}, Scheme::w8a8, Float::f32);
+        for (Float type : kTypes) {
+          check_linear(all, {m, n, k, random_below(2) ? random_groups(k) : 1}, Scheme::w8a16, type);
+          check_linear(all, {m, n, k, 1}, Scheme::floats, type);
+        }
       }
     }
   }
-  for (int64_t m : {1, 2, 70}) check_linear(all, {m, 3, 131071, 1}, true, Float::f32);  // the longest exact sums
+  for (int64_t m : {1, 2, 70})
+    check_linear(all, {m, 3, 131071, 1}, Scheme::w8a8, Float::f32);  // the longest exact sums
 }
 
 // -- convolutions ----------------------------------------------------------------------------------------------------
