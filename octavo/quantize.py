@@ -44,7 +44,8 @@ def quantize(
     A weight W [N, K] of any float dtype becomes codes int8 [N, K] and a scale fp32 [N, 1] ([N, K/g] in groups of g
     columns), W ~ codes * scale: the arithmetic of octavo.primitives. Which layers there are: the head of octavo.layers.
     RMS norms keep their float weights and become FusedRMSNorm, and gated MLPs become FusedGatedMLP, which compute the
-    same in fewer kernels (octavo.norms, octavo.gated); `ignore` keeps them as they are. On CPUs the attention of a
+    same in fewer kernels (octavo.norms, octavo.gated); `ignore` keeps them as they are. Linear layers that stay float,
+    ignored or not, become FloatLinear, which is faster for few rows (octavo.float_linear). On CPUs the attention of a
     transformers model, if it is "sdpa", gets faster too, by octavo.integrations.float_attention;
     `model.set_attn_implementation("sdpa")` undoes that. Up to 64 MiB of freed memory stay with the process
     (octavo.heap).
