@@ -23,6 +23,7 @@ STABLE_TORCH_LIBRARY_IMPL(octavo, CPU, m) {
   m.impl("quantize_static", TORCH_BOX(&quantize_static));
   m.impl("quantize_weight", TORCH_BOX(&quantize_weight));
   m.impl("w8a16_embedding", TORCH_BOX(&w8a16_embedding));
+  m.impl("w8a8_linear_at_once", TORCH_BOX(&w8a8_linear_at_once));
   m.impl("float_linear", TORCH_BOX(&float_linear));
   m.impl("rms_norm", TORCH_BOX(&rms_norm));
   m.impl("gated", TORCH_BOX(&gated));

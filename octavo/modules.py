@@ -199,12 +199,20 @@ class DynamicQuantLinear(QuantLinear):
             rounded = dequantize(codes, scale)
             return self._simulate(input, input.float() + (rounded - input.float()).detach())
         x = ops.autocast(input)
+        weight, weight_scale = self._codes_and_scale()
+        if (at_once := self._at_once(x, weight, weight_scale)) is not None:
+            return at_once
         codes, scale = self.shared_input.quantized(
             input, (self._key(), x.dtype), self, lambda _: self.quantize_input(x)
         )
-        weight, weight_scale = self._codes_and_scale()
         y = ops.w8a8_linear(codes, scale, weight, weight_scale, self.bias, x.dtype)
         return ops.straight_through(y, input, weight, weight_scale)
+
+    def _at_once(self, x: Tensor, weight: Tensor, weight_scale: Tensor) -> Tensor | None:
+        assert self.scheme.input is not None
+        if self.scheme.input.granularity != "per_token":
+            return None
+        return ops.w8a8_linear_at_once(x, None, weight, weight_scale, self.bias)
 
 
 class StaticQuantLinear(DynamicQuantLinear):
@@ -226,6 +234,9 @@ class StaticQuantLinear(DynamicQuantLinear):
 
     def quantize_input(self, x: Tensor) -> tuple[Tensor, Tensor]:
         return ops.quantize_static(x, self.input_scale), self.input_scale
+
+    def _at_once(self, x: Tensor, weight: Tensor, weight_scale: Tensor) -> Tensor | None:
+        return ops.w8a8_linear_at_once(x, self.input_scale, weight, weight_scale, self.bias)
 
     def _key(self) -> object:
         if torch.compiler.is_compiling():

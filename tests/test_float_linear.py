@@ -5,11 +5,13 @@ from __future__ import annotations
 import copy
 import itertools
 import pickle
+import warnings
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn import functional as F
 
 import octavo
@@ -77,6 +79,14 @@ def test_a_wrong_input_gets_torchs_error() -> None:
         for wrong in (torch.randn(3, K - 1), torch.randn(3, K).half(), torch.tensor(1.0)):
             with pytest.raises(RuntimeError, match=r"(shape|size|dtype|at least 1D)"):
                 new(wrong)
+
+
+def test_a_trace_follows_its_input() -> None:
+    new, x, other = FloatLinear.of(linear()), torch.randn(3, K), torch.randn(90, K)
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="`torch.jit.trace(_method)?` is deprecated")
+        for traced in (torch.jit.trace(new, x, check_trace=False), make_fx(new)(x)):
+            assert torch.equal(traced(other), F.linear(other, new.weight, new.bias))
 
 
 @pytest.mark.slow

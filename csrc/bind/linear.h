@@ -3,6 +3,7 @@
 
 #include <cstring>
 
+#include "rows.h"
 #include "tensors.h"
 #include "threads.h"
 
@@ -160,6 +161,16 @@ Tensor w8a8_linear(const Tensor& x, const Tensor& x_scale, const Tensor& weight,
   const auto layer = [&](int64_t m0, int64_t m1) { return in.layer(m0, m1, 0, y, *float_type(dtype)); };
   run_by_rows(rows_of(x), layer, kernels().w8a8, x);
   return y;
+}
+
+// Not of the table of ops: the two that it calls, where nobody differentiates or compiles. Without an input_scale each
+// row of x finds its own.
+Tensor w8a8_linear_at_once(const Tensor& x, const std::optional<Tensor>& input_scale, const Tensor& weight,
+                           const Tensor& weight_scale, const std::optional<Tensor>& bias) {
+  if (input_scale)
+    return w8a8_linear(quantize_static(x, *input_scale), *input_scale, weight, weight_scale, bias, x.scalar_type());
+  const auto [codes, x_scale] = quantize_per_token(x);
+  return w8a8_linear(codes, x_scale, weight, weight_scale, bias, x.scalar_type());
 }
 
 // Not of the table of ops: it is called where nobody differentiates or compiles, with operands of one type.

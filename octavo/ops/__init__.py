@@ -68,6 +68,7 @@ __all__ = [
     "straight_through",
     "w8a8_experts_linear",
     "w8a8_linear",
+    "w8a8_linear_at_once",
     "w8a16_conv",
     "w8a16_conv_transpose",
     "w8a16_embedding",
@@ -91,6 +92,7 @@ _w8a8_linear = torch.ops.octavo.w8a8_linear.default
 _experts_linear = torch.ops.octavo.w8a16_experts_linear.default
 _int8_experts_linear = torch.ops.octavo.w8a8_experts_linear.default
 _int8_attention = torch.ops.octavo.int8_attention.default
+_w8a8_linear_at_once = torch.ops.octavo.w8a8_linear_at_once.default
 _float_linear = torch.ops.octavo.float_linear.default
 _rms_norm = torch.ops.octavo.rms_norm.default
 _gated = torch.ops.octavo.gated.default
@@ -148,7 +150,7 @@ def _nothing_intercepts(x: Tensor) -> bool:
 def _takes_natively(x: Tensor) -> bool:
     """Whether a native kernel that is no op of the table may be started for x."""
     usual = _native.isa is not None and x.device.type == "cpu" and x.dtype in _KERNELS_TAKE
-    return usual and _nothing_intercepts(x)
+    return usual and _nothing_intercepts(x)  # to be asked before sizes are, which a trace would take for operands
 
 
 def w8a16_linear(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -329,6 +331,26 @@ def w8a8_linear(
     return _run(_w8a8_linear, lambda: reference.check_codes(x, x_scale, weight, weight_scale, bias), *args)
 
 
+_MOST_AT_ONCE = 8192
+"""Elements of x: from about there on its codes are worth more than a call, to layers that can share them."""
+
+
+def w8a8_linear_at_once(
+    x: Tensor, input_scale: Tensor | None, weight: Tensor, weight_scale: Tensor, bias: Tensor | None
+) -> Tensor | None:
+    """`quantize_per_token`, or `quantize_static` given an input_scale, and `w8a8_linear` in one call: the same bits. It
+    is for a row or a few on a CPU, where calls are what takes time.
+
+    x: [..., K] float. input_scale: fp32 [1], or None. weight, weight_scale, bias: as `w8a8_linear` takes them.
+    Returns: [..., N] of x's dtype; None wherever the two ops are to be called.
+    Raises: QuantizeError as they do.
+    """
+    if not _takes_natively(x) or not x.dim() or x.numel() > _MOST_AT_ONCE:
+        return None
+    args = (x, input_scale, weight, weight_scale, bias)
+    return _run(_w8a8_linear_at_once, lambda: reference.check_input(x, weight, weight_scale, bias), *args)  # type: ignore[no-any-return]
+
+
 def int8_attention(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float, softcap: float | None = None
 ) -> Tensor:
@@ -384,9 +406,9 @@ def float_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | Non
     x: [..., K], weight: [N, K] and bias: [N] or None, all bf16, fp16 or fp32.
     Returns: [..., N] of that dtype, from sums in fp32; None wherever torch is to compute it, or to say what is wrong.
     """
-    if not _has_few_rows(x) or not _takes_natively(x) or torch.is_autocast_enabled("cpu"):
+    if not _takes_natively(x) or not _has_few_rows(x) or not _are_alike(x, weight, bias):
         return None
-    if not _are_alike(x, weight, bias):
+    if torch.is_autocast_enabled("cpu"):
         return None
     with torch._C._AutoDispatchBelowAutograd():
         return _float_linear(x, weight, bias)  # type: ignore[no-any-return]
@@ -434,7 +456,7 @@ def fuses_gates(x: Tensor) -> bool:
     on a CPU there is more than a row or two."""
     if x.is_cuda:
         return _why_not_triton is None and _nothing_listens(x)
-    return x.numel() >= _LEAST_TO_GATE and _takes_natively(x)
+    return _takes_natively(x) and x.numel() >= _LEAST_TO_GATE
 
 
 def gated(gate: Tensor, up: Tensor, activation: str) -> Tensor:

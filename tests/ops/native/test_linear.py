@@ -112,6 +112,49 @@ def test_w8a8_linear(
     assert_rounds_to(y, expected + added, 2.0**-22 * (expected.abs() + added.abs()))
 
 
+@given(
+    shape=st.sampled_from([(100,), (1, 100), (0, 100), (7, 64), (2, 3, 33), (1, 2048), (4, 2048), (5, 0)]),
+    n=ODD,
+    dtype=st.sampled_from(FLOATS),
+    bias_dtype=st.sampled_from([None, *FLOATS]),
+    static=st.booleans(),
+    how=st.sampled_from(["dense", "gaps", "transposed"]),
+    seed=st.integers(0, 99),
+)
+def test_quantized_and_multiplied_at_once(
+    isa: str, shape: tuple[int, ...], n: int, dtype: torch.dtype, bias_dtype: torch.dtype | None, static: bool,
+    how: str, seed: int,
+) -> None:  # fmt: skip
+    torch.manual_seed(seed)
+    x, weight, weight_scale = torch.randn(shape).to(dtype), codes(n, shape[-1]), torch.rand(n, 1) / 128
+    bias = None if bias_dtype is None else torch.randn(n).to(bias_dtype)
+    input_scale = torch.tensor([0.02]) if static else None
+    if input_scale is None:
+        of_x, x_scale = ops.quantize_per_token(x)
+    else:
+        of_x, x_scale = ops.quantize_static(x, input_scale), input_scale
+    expected = ops.w8a8_linear(of_x, x_scale, weight, weight_scale, bias, dtype)
+    with torch.no_grad():
+        y = ops.w8a8_linear_at_once(strided(x, how), input_scale, weight, weight_scale, bias)
+    assert y is not None and y.dtype == dtype and torch.equal(y, expected)
+
+
+def test_what_is_not_quantized_and_multiplied_at_once(isa: str) -> None:
+    weight, weight_scale = codes(5, 8), torch.rand(5, 1)
+
+    def at_once(x: torch.Tensor) -> torch.Tensor | None:
+        return ops.w8a8_linear_at_once(x, None, weight, weight_scale, None)
+
+    assert at_once(torch.randn(2, 8)) is None, "a gradient may be wanted"
+    with torch.no_grad():
+        assert at_once(torch.randn(2, 8)) is not None
+        assert at_once(torch.randn(2000, 8)) is None, "layers that read so much share its codes"
+        assert at_once(torch.randn(2, 8).double()) is None
+        assert at_once(torch.tensor(1.0)) is None
+        with pytest.raises(QuantizeError, match="expected"):
+            at_once(torch.randn(2, 7))
+
+
 def test_rows_that_are_packed_part_by_part(isa: str) -> None:
     """More than fit the caches: each part has its own scales and its own rows of y."""
     m, n, k = 2300, 33, 2100
