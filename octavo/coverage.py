@@ -13,6 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from octavo.experts import routers
+from octavo.float_linear import FloatLinear
 from octavo.layers import EXPERTS, kind_of
 from octavo.modules import QuantConvTranspose, QuantExperts, QuantModule, TiedQuantEmbedding, TiedQuantLinear
 from octavo.tables import Table, human_bytes, human_percent, in_general, render
@@ -151,7 +152,7 @@ def coverage(model: nn.Module) -> Coverage:
             if parameter is None or not (parameter.is_floating_point() or parameter.is_complex()):
                 continue
             name = f"{prefix}.{short}" if prefix else short
-            kind = module.replaces if isinstance(module, QuantModule) else type(module).__name__
+            kind = module.replaces if isinstance(module, (QuantModule, FloatLinear)) else type(module).__name__
             tied = owners.get(id(parameter))
             owners.setdefault(id(parameter), name)
             reason, asked = reasons.get(name) or why_float(module, parameter, router=prefix in deciding)

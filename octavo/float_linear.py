@@ -24,7 +24,12 @@ _LEAST = 2**18
 
 class FloatLinear(nn.Linear):
     """`torch.nn.Linear` that multiplies by a kernel of this package where that is faster. It has the other layer's
-    parameters and attributes, and computes in their dtype, from sums in fp32."""
+    parameters and attributes, and computes in their dtype, from sums in fp32.
+
+    replaces: the class that it stands for.
+    """
+
+    replaces = "Linear"
 
     @staticmethod
     def of(layer: nn.Linear) -> FloatLinear:

@@ -26,6 +26,7 @@ from torch.nn.utils import parametrizations, parametrize
 
 from octavo import modules
 from octavo.experts import spec_of, why_not_stacks
+from octavo.float_linear import FloatLinear
 from octavo.ops import quantize_weight
 from octavo.recipe import Scheme, WeightArgs
 
@@ -240,7 +241,7 @@ def why_not(layer: nn.Module, kind: LayerKind) -> str | None:
         base for base in type(layer).__mro__ if base.__module__.startswith(_HOMES) and base.__name__ in kind.classes
     )
     for method in ("forward", "_conv_forward"):
-        if getattr(type(layer), method, None) is not getattr(known, method, None):
+        if type(layer) is not FloatLinear and getattr(type(layer), method, None) is not getattr(known, method, None):
             return f"{type(layer).__name__} has a {method} of its own, which a plain {kind.name} would not do"
     if "forward" in layer.__dict__:
         return "its forward was replaced on the instance (by accelerate's hooks, for one); quantize before dispatching"

@@ -110,7 +110,7 @@ def _is_plain(value: object) -> bool:
 
 def _is_candidate(module: nn.Module) -> bool:
     """Whether a module holds a weight [K] and plain values, and nothing else: no children, buffers or hooks."""
-    if isinstance(module, nn.RMSNorm) or list(module._parameters.keys()) != ["weight"]:
+    if isinstance(module, (nn.RMSNorm, FusedRMSNorm)) or list(module._parameters.keys()) != ["weight"]:
         return False
     weight = module._parameters["weight"]
     return (

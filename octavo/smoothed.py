@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from octavo.float_linear import FloatLinear
 from octavo.layers import kind_of
 from octavo.modules import QuantLinear
 from octavo.norms import FusedRMSNorm
@@ -55,7 +56,7 @@ def _is_one_layer(was: nn.Module, now: nn.Module | None) -> bool:
         return False
     if isinstance(now, QuantLinear):
         return kind is not None and kind.rows(weight, was).shape == now.weight.shape
-    if now is None or type(now) not in (type(was), FusedRMSNorm):
+    if now is None or type(now) not in (type(was), FloatLinear, FusedRMSNorm):
         return False
     other = now._parameters.get("weight")
     return other is not None and other.shape == weight.shape

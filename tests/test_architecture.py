@@ -25,13 +25,13 @@ LAYERS = (
     # 2 parts
     (
         "stand_ins",
+        "float_linear",
         "observers",
         "inputs",
         "experts",
         "expert_inputs",
         "modules",
         "layers",
-        "float_linear",
         "norms",
         "gated",
         "weight_readers",

@@ -18,6 +18,7 @@ import octavo
 from octavo import ops
 from octavo.float_linear import FloatLinear, float_linears
 from octavo.formats import load_into
+from octavo.modules import QuantLinear, QuantModule
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 N, K = 512, 520
@@ -152,6 +153,22 @@ def test_layers_that_stay_float_get_one() -> None:
         assert_is_near(model.block(x), x, float_block)
         model(torch.tensor([[1, 2, 3]]))
     assert seen == [(1, 3, N)]
+
+
+def test_coverage_calls_them_what_they_were() -> None:
+    model = Model()
+    before = {row.name: row.kind for row in octavo.coverage(model).rows}
+    octavo.quantize(model, "w8a16", ignore=["block"])
+    assert {row.name: row.kind for row in octavo.coverage(model).rows} == before
+    assert before["block.weight"] == "Linear"
+
+
+def test_they_can_be_quantized_yet() -> None:
+    model = Model()
+    octavo.quantize(model, "w8a16", ignore=["block"])
+    assert type(model.block) is FloatLinear and not any(isinstance(m, QuantModule) for m in model.modules())
+    assert octavo.quantize(model, "w8a16").quantized_fraction > 0
+    assert isinstance(model.block, QuantLinear)
 
 
 def test_a_float_model_keeps_its_own() -> None:

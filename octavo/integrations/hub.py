@@ -223,6 +223,7 @@ def quantize_checkpoint(
     include: Iterable[Pattern] = (),
     overrides: Mapping[Pattern, Scheme] | None = None,
     group_size: int | None = None,
+    attention: str | None = None,
     model: nn.Module | None = None,
     max_shard_size: int | str = "5GB",
     trust_remote_code: bool = False,
@@ -233,7 +234,7 @@ def quantize_checkpoint(
     src: a folder or Hub id with safetensors, with `model` one .safetensors file too, or a .gguf file (which is
         dequantized in memory, in bf16).
     dst: must not exist (an empty folder may).
-    scheme, ignore, include, overrides, group_size: as for `octavo.quantize`; a Recipe may ask for int8 attention.
+    scheme, ignore, include, overrides, group_size, attention: as for `octavo.quantize`.
     model: a skeleton that says what the tensors are, for a checkpoint that is not a transformers model (nor a .gguf
         file); on `meta` or not, it is not modified.
     max_shard_size: bytes, or "5GB".
@@ -246,7 +247,9 @@ def quantize_checkpoint(
         transformers is needed and not installed; OctavoError for `model` with a .gguf file. Nothing is left of `dst`
         after an error.
     """
-    recipe = Recipe.of(scheme, ignore=ignore, include=include, overrides=overrides, group_size=group_size)
+    recipe = Recipe.of(
+        scheme, ignore=ignore, include=include, overrides=overrides, group_size=group_size, attention=attention
+    )
     source = resolve(src)
     if is_gguf(source):
         if model is not None:

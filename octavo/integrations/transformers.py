@@ -57,7 +57,7 @@ METHOD = "octavo"
 class OctavoConfig(QuantizationConfigMixin):  # type: ignore[misc]
     """`quantization_config` for `from_pretrained`: the recipe to quantize with while loading.
 
-    scheme, ignore, include, overrides, group_size: as for `octavo.quantize`.
+    scheme, ignore, include, overrides, group_size, attention: as for `octavo.quantize`.
     Raises: RecipeError for an unknown scheme, key or pattern, and for static inputs: their scales come from running the
         model, which is not there yet.
     """
@@ -70,10 +70,13 @@ class OctavoConfig(QuantizationConfigMixin):  # type: ignore[misc]
         include: Iterable[Pattern] = (),
         overrides: Mapping[Pattern, Scheme] | None = None,
         group_size: int | None = None,
+        attention: str | None = None,
     ) -> None:
         self.quant_method = METHOD
         base = Recipe.from_dict(scheme) if isinstance(scheme, Mapping) else scheme
-        self.recipe = Recipe.of(base, ignore=ignore, include=include, overrides=overrides, group_size=group_size)
+        self.recipe = Recipe.of(
+            base, ignore=ignore, include=include, overrides=overrides, group_size=group_size, attention=attention
+        )
         _refuse_static(self.recipe)
         self.layout: dict[str, Any] = {}
 
@@ -97,11 +100,11 @@ class OctavoConfig(QuantizationConfigMixin):  # type: ignore[misc]
         """
         if "scheme" in config_dict:
             given = {key: value for key, value in config_dict.items() if key != "quant_method"}
-            unknown = given.keys() - {"scheme", "ignore", "include", "overrides", "group_size"}
+            unknown = given.keys() - {"scheme", "ignore", "include", "overrides", "group_size", "attention"}
             if unknown:
                 raise RecipeError(
-                    f"quantization_config: unknown key {min(unknown)!r}; expected scheme, ignore, include, overrides "
-                    "or group_size"
+                    f"quantization_config: unknown key {min(unknown)!r}; expected scheme, ignore, include, overrides, "
+                    "group_size or attention"
                 )
             made = cls(**given)
         else:

@@ -307,15 +307,18 @@ def test_transformers_without_octavo_runs_it_with_float_attention(tmp_path: Path
     assert_near(output(loaded, inputs), expected)
 
 
-def test_files_and_loading_quantize_with_the_attention(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("scheme", "options"),
+    [("w8a16", {"attention": "int8"}), (Recipe.of("w8a16", attention="int8"), {})],
+)
+def test_files_and_loading_quantize_with_the_attention(tmp_path: Path, scheme: Any, options: dict[str, Any]) -> None:
     from octavo.integrations.transformers import OctavoConfig
 
     _, inputs, expected = saved(tmp_path)
-    recipe = Recipe.of("w8a16", attention="int8")
-    octavo.quantize_checkpoint(tmp_path / "float", tmp_path / "streamed", recipe)
+    octavo.quantize_checkpoint(tmp_path / "float", tmp_path / "streamed", scheme, **options)
     assert torch.equal(output(octavo.load(tmp_path / "streamed"), inputs), expected)
     loaded = transformers.AutoModelForCausalLM.from_pretrained(
-        tmp_path / "float", quantization_config=OctavoConfig(recipe)
+        tmp_path / "float", quantization_config=OctavoConfig(scheme, **options)
     )
     assert torch.equal(output(loaded, inputs), expected)
     loaded.save_pretrained(tmp_path / "again")
@@ -325,5 +328,5 @@ def test_files_and_loading_quantize_with_the_attention(tmp_path: Path) -> None:
 def test_files_of_a_model_that_cannot_are_refused(tmp_path: Path) -> None:
     build(bloom).save_pretrained(tmp_path / "float")
     with pytest.raises(QuantizeError, match="BloomForCausalLM computes its attention itself"):
-        octavo.quantize_checkpoint(tmp_path / "float", tmp_path / "int8", Recipe.of("w8a16", attention="int8"))
+        octavo.quantize_checkpoint(tmp_path / "float", tmp_path / "int8", "w8a16", attention="int8")
     assert not (tmp_path / "int8").exists()
