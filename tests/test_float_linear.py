@@ -90,12 +90,40 @@ def test_a_trace_follows_its_input() -> None:
             assert torch.equal(traced(other), F.linear(other, new.weight, new.bias))
 
 
-@pytest.mark.slow
-def test_a_compiler_sees_a_linear_layer() -> None:
+def called_in(graph: Any) -> list[object]:
+    return [node.target for node in graph.nodes if node.op == "call_function"]
+
+
+def test_an_exported_graph_has_torchs_linear_layer() -> None:
     new, x = FloatLinear.of(linear()), torch.randn(3, K)
     with torch.no_grad():
-        graph = torch.export.export(nn.Sequential(new), (x,)).graph
-        assert [node.target for node in graph.nodes if node.op == "call_function"] == [torch.ops.aten.linear.default]
+        assert called_in(torch.export.export(nn.Sequential(new), (x,)).graph) == [torch.ops.aten.linear.default]
+
+
+def test_a_compiled_graph_has_the_op_for_any_number_of_rows() -> None:
+    new, graphs = FloatLinear.of(linear()), []
+
+    def keep(module: Any, inputs: Any) -> Any:
+        graphs.append(called_in(module.graph))
+        return module.forward
+
+    compiled = torch.compile(new, fullgraph=True, dynamic=True, backend=keep)
+    with torch.no_grad():
+        for rows in (3, 400, 7):
+            x = torch.randn(rows, K)
+            assert_is_near(compiled(x), x, new)
+        ours = torch.ops.octavo.float_linear.default if ops._native.multiplies_in.get(torch.float32) else F.linear
+        assert graphs in ([[ours]], [[torch._C._nn.linear]])
+    x = torch.randn(3, K, requires_grad=True)
+    compiled(x).sum().backward()
+    assert x.grad is not None and ours not in graphs[1]
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")  # torch's own, when inductor is imported
+def test_inductor_calls_it() -> None:
+    new, x = FloatLinear.of(linear(torch.bfloat16)), torch.randn(3, K).bfloat16()
+    with torch.no_grad():
         assert_is_near(torch.compile(new, fullgraph=True)(x), x, new)
 
 

@@ -5,7 +5,7 @@
 It takes head by head and multiplies without the instructions that the processor has for bf16. Where this package has a
 kernel (`ops.float_attention`), that answers prompts, masks and single queries. Elsewhere single queries, as decode asks
 them, are two products in fp32 for all heads that share a key (grouped-query attention), rounded once. Everything else
-(biases, fp32 queries one by one, gradients, GPUs, compiled graphs) is passed on to transformers' "sdpa", in whose place
+(biases, fp32 queries one by one, gradients, GPUs, exported graphs) is passed on to transformers' "sdpa", in whose place
 this is.
 
 Importing this module registers the name "octavo_sdpa" with transformers, with the masks of "sdpa".
@@ -93,10 +93,11 @@ def float_attention_forward(
 
 
 def _is_plain(query: Tensor, key: Tensor, value: Tensor, kwargs: dict[str, Any]) -> bool:
-    """Whether what is asked for, on a CPU, eagerly and without a gradient, is the formula and nothing else."""
+    """Whether what is asked for, on a CPU and without a gradient, is the formula and nothing else. What is exported is
+    torch's own."""
     return (
-        not torch.compiler.is_compiling()
-        and torch._C._get_tracing_state() is None
+        torch._C._get_tracing_state() is None
+        and not torch.compiler.is_exporting()
         and not torch.is_autocast_enabled("cpu")
         and query.device.type == "cpu"
         and query.dtype == key.dtype == value.dtype
@@ -126,7 +127,8 @@ def _is_causal(module: nn.Module, kwargs: dict[str, Any]) -> bool:
 
 def _is_one_query(query: Tensor, key: Tensor, value: Tensor) -> bool:
     return (
-        query.shape[2] == 1
+        not torch.compiler.is_compiling()
+        and query.shape[2] == 1
         and query.dtype in (torch.bfloat16, torch.float16)
         and len(key) * key.shape[2] * max(key.shape[3], value.shape[3]) <= MOST
     )

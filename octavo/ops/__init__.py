@@ -111,13 +111,17 @@ def _run(op: Callable[..., Any], check: Callable[[], object], *args: Any) -> Any
     not asked, which would cost a call of Python each time."""
     gradients.refuse_forward_mode(args)
     try:
-        if torch.is_grad_enabled() or torch.compiler.is_compiling():
-            return op(*args)
-        with torch._C._AutoDispatchBelowAutograd():
-            return op(*args)
+        return op(*args) if torch.is_grad_enabled() else _without_autograd(op, *args)
     except RuntimeError:
         check()
         raise
+
+
+def _without_autograd(op: Callable[..., Any], *args: Any) -> Any:
+    if torch.compiler.is_compiling():
+        return op(*args)
+    with torch._C._AutoDispatchBelowAutograd():
+        return op(*args)
 
 
 def _directly(op: str, x: Tensor, *args: Any) -> Any:
@@ -147,10 +151,19 @@ def _nothing_intercepts(x: Tensor) -> bool:
     )
 
 
+def _is_native(x: Tensor) -> bool:
+    return _native.isa is not None and x.device.type == "cpu" and x.dtype in _KERNELS_TAKE
+
+
+def _is_compiled_natively(x: Tensor) -> bool:
+    """Whether a graph that is being compiled may multiply x, which no gradient passes, by kernels for float layers."""
+    served = _is_native(x) and _native.multiplies_in.get(x.dtype, 0) > 0 and x.dim() > 0
+    return served and not torch.is_grad_enabled() and not torch.compiler.is_exporting()
+
+
 def _takes_natively(x: Tensor) -> bool:
     """Whether a native kernel that is no op of the table may be started for x."""
-    usual = _native.isa is not None and x.device.type == "cpu" and x.dtype in _KERNELS_TAKE
-    return usual and _nothing_intercepts(x)  # to be asked before sizes are, which a trace would take for operands
+    return _is_native(x) and _nothing_intercepts(x)  # asked before sizes are: a trace would take those for operands
 
 
 def w8a16_linear(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -401,17 +414,16 @@ def attends_in_float(query: Tensor) -> bool:
 
 def float_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
     """y = x @ weight.T + bias by a kernel of this package, where that is faster than torch's: few rows, on a CPU, while
-    a model runs eagerly and no gradient is wanted.
+    no gradient is wanted.
 
     x: [..., K], weight: [N, K] and bias: [N] or None, all bf16, fp16 or fp32.
     Returns: [..., N] of that dtype, from sums in fp32; None wherever torch is to compute it, or to say what is wrong.
     """
-    if not _takes_natively(x) or not _has_few_rows(x) or not _are_alike(x, weight, bias):
+    # A compiled graph may be for any number of rows: there the op itself leaves many to torch.
+    usual = _is_compiled_natively(x) if torch.compiler.is_compiling() else _takes_natively(x) and _has_few_rows(x)
+    if not usual or not _are_alike(x, weight, bias) or torch.is_autocast_enabled("cpu"):
         return None
-    if torch.is_autocast_enabled("cpu"):
-        return None
-    with torch._C._AutoDispatchBelowAutograd():
-        return _float_linear(x, weight, bias)  # type: ignore[no-any-return]
+    return _without_autograd(_float_linear, x, weight, bias)  # type: ignore[no-any-return]
 
 
 def _has_few_rows(x: Tensor) -> bool:

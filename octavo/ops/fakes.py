@@ -133,6 +133,11 @@ def _w8a8_linear_fake(
     return x.new_empty((*x.shape[:-1], weight.shape[0]), dtype=dtype)
 
 
+@torch.library.register_fake("octavo::float_linear", lib=library)
+def _float_linear_fake(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return x.new_empty((*x.shape[:-1], weight.shape[0]))
+
+
 @torch.library.register_fake("octavo::int8_attention", lib=library)
 def _int8_attention_fake(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float, softcap: float | None = None

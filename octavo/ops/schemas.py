@@ -65,12 +65,13 @@ library.impl("straight_through", lambda y, x, weight, weight_scale, ends: y.clon
 library.define("experts_input_gradient(Tensor grad, Tensor ends, Tensor weight, Tensor weight_scale) -> Tensor")
 library.impl("experts_input_gradient", reference.experts_input_gradient, "CompositeExplicitAutograd")
 
-# What layers, norms and gated MLPs call where nobody differentiates or compiles. The reference is the ops that one does
-# the work of, or the modules that float ones were.
+# What layers, norms and gated MLPs call where nobody differentiates, nor compiles (but for float_linear). The reference
+# is the ops that one does the work of, or the modules that float ones were.
 library.define(
     "w8a8_linear_at_once(Tensor x, Tensor? input_scale, Tensor weight, Tensor weight_scale, Tensor? bias) -> Tensor"
 )
 library.define("float_linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
+library.impl("float_linear", torch.nn.functional.linear, "CompositeExplicitAutograd")
 library.define("rms_norm(Tensor x, Tensor weight, float eps, bool round_first) -> Tensor")
 library.define("gated(Tensor gate, Tensor up, float a, float b) -> Tensor")
 

@@ -140,6 +140,40 @@ def test_key_heads_are_taken_so_many_at_a_time_that_memory_is_bounded(monkeypatc
     assert passed_on == [1]
 
 
+@needs_kernel
+@pytest.mark.parametrize("masked", [True, False])
+def test_a_compiled_graph_asks_the_kernel(masked: bool) -> None:
+    query, key, value = operands(2, 6, 6, 9, 8, torch.bfloat16, queries=9)
+    mask = torch.ones(9, 9, dtype=torch.bool).tril().view(1, 1, 9, 9) if masked else None
+    module, graphs = nn.Module(), []
+
+    def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        return float_attention_forward(module, query, key, value, mask)[0]
+
+    def keep(traced: Any, inputs: Any) -> Any:
+        graphs.append([node.target for node in traced.graph.nodes if node.op == "call_function"])
+        return traced.forward
+
+    ours, torchs = torch.ops.octavo.float_attention.default, torch._C._nn.scaled_dot_product_attention
+    compiled = torch.compile(attend, backend=keep, fullgraph=True)
+    with torch.no_grad():
+        assert torch.equal(compiled(query, key, value), attend(query, key, value))
+    assert ours in graphs[0] and torchs not in graphs[0]
+    compiled(query.requires_grad_(), key, value).sum().backward()
+    assert query.grad is not None and ours not in graphs[1] and torchs in graphs[1]
+
+
+@needs_kernel
+def test_an_exported_model_has_torchs_attention() -> None:
+    model = build(llama, dtype=torch.bfloat16).eval()
+    octavo.quantize(model, "w8a16")
+    with torch.no_grad():
+        exported = torch.export.export(model, (tokens(1, 9),), {"use_cache": False}, strict=False)
+    called = {node.target for node in exported.graph.nodes if node.op == "call_function"}
+    assert torch.ops.aten.scaled_dot_product_attention.default in called
+    assert torch.ops.octavo.float_attention.default not in called
+
+
 EXTRAS = ["dropout", "position_bias", "learned queries", "fp32", "gradient", "a mask that is added", "other dtypes"]
 
 
