@@ -31,6 +31,7 @@ from bench.runtimes import (
     W8A8_ATTENTION,
     W8A16,
     W8A16_ATTENTION,
+    W8A16_COMPILED,
 )
 from examples.models import cache_folder, smollm2_checkpoint
 from octavo.cli import bench_worker
@@ -63,8 +64,8 @@ WRONG = 0.3
 SMOLLM2, LLAMA = "SmolLM2-135M-Instruct", "Llama shape, 1.07 B, random"
 COMPARED = {
     LLAMA: tuple(RUNTIMES),
-    # To compile once more would take minutes.
-    SMOLLM2: (BF16, W8A16, W8A16_ATTENTION, W8A8, W8A8_ATTENTION, TORCHAO, QUANTO),
+    # To compile others' once more would take minutes.
+    SMOLLM2: (BF16, W8A16, W8A16_ATTENTION, W8A8, W8A8_ATTENTION, W8A16_COMPILED, TORCHAO, QUANTO),
 }
 PREFILL_GOALS = {
     LLAMA: (
