@@ -294,8 +294,9 @@ extern constexpr Kernels avx2_kernels = [] {
   Kernels kernels =
       kernels_of<Vec>("avx2", linear_kernels<LinearFloat<Float::f32>>, linear_kernels<LinearFloat<Float::bf16>>,
                       linear_kernels<LinearFloat<Float::f16>>, linear_kernels<LinearInt8>);
-  kernels.float_linear_of[0] = {32, linear_kernels<DotLinear<Vec, Fp32Values<Float::f32>>>};
-  kernels.float_linear_of[1] = {kAnyNumber, linear_kernels<DotLinear<Vec, Fp32Values<Float::bf16>>>};
+  // Few enough that memory bounds them: torch may have wider instructions on a processor that has to do with these.
+  kernels.float_linear_of[0] = {8, linear_kernels<DotLinear<Vec, Fp32Values<Float::f32>>>};
+  kernels.float_linear_of[1] = {16, linear_kernels<DotLinear<Vec, Fp32Values<Float::bf16>>>};
   kernels.float_linear_of[2] = {kAnyNumber, linear_kernels<DotLinear<Vec, Fp32Values<Float::f16>>>};
   return kernels;
 }();

@@ -209,6 +209,7 @@ class DynamicQuantLinear(QuantLinear):
         return ops.straight_through(y, input, weight, weight_scale)
 
     def _at_once(self, x: Tensor, weight: Tensor, weight_scale: Tensor) -> Tensor | None:
+        """y where one call quantizes x and multiplies, which is faster for few rows than sharing their codes."""
         assert self.scheme.input is not None
         if self.scheme.input.granularity != "per_token":
             return None

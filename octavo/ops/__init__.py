@@ -26,7 +26,8 @@ bias and rounds once to the output dtype: where the float model does not overflo
 autocast too. (K/g is 1 for per_channel. With per_group each group's sum is multiplied by its scale, in fp32; the
 reference forms code * scale in fp32 first.)
 w8a8_linear sums in int32, exactly, then multiplies by both scales. Its input is quantized by an op of its own, so that
-layers which read the same tensor can share the codes (`octavo.inputs`). int8_attention quantizes its operands itself.
+layers which read the same tensor can share the codes (`octavo.inputs`); a row or a few are quantized and multiplied by
+one call on CPUs (`w8a8_linear_at_once`). int8_attention quantizes its operands itself.
 Results are contiguous, whatever the strides.
 
 Of each op, `schemas.py` has the schema, `fakes.py` the result's shape, `gradients.py` the gradient; here are the
@@ -433,9 +434,11 @@ def _has_few_rows(x: Tensor) -> bool:
 
 
 def _are_alike(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
-    """Whether these are operands of a linear layer, in one dtype on one device, and the weight lies as [N, K] does."""
+    """Whether these are operands of a linear layer, in one dtype on one device, and the weight is a plain tensor (not
+    one that others quantized) that lies as [N, K] does."""
     return (
-        all(one.dtype == x.dtype and one.device == x.device for one in (weight, bias) if one is not None)
+        type(weight) in (Tensor, torch.nn.Parameter)
+        and all(one.dtype == x.dtype and one.device == x.device for one in (weight, bias) if one is not None)
         and weight.dim() == 2
         and weight.shape[1] == x.shape[-1]
         and weight.is_contiguous()

@@ -37,6 +37,10 @@ def isa(request: pytest.FixtureRequest) -> Iterator[str]:
     native.select(before.isa or "")
 
 
+class Quantized(Tensor):
+    """As other libraries make of a weight."""
+
+
 def in_double(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
     return linear_in_double(x, weight, torch.ones(len(weight), 1), bias, 4 + weight.shape[1] ** 0.5)
 
@@ -121,6 +125,7 @@ def test_the_rest_is_torchs(isa: str) -> None:
         assert ops.float_linear(x, weight, bias[:4]) is None
         assert ops.float_linear(torch.tensor(1.0), weight, bias) is None
         assert ops.float_linear(x, weight.T.contiguous().T, bias) is None, "the weight would be copied each time"
+        assert ops.float_linear(x, weight.as_subclass(Quantized), bias) is None, "it is for its own class to say"
         assert ops.float_linear(x.to("meta"), weight.to("meta"), None) is None
         with torch.autocast("cpu", torch.bfloat16):
             assert ops.float_linear(x, weight, bias) is None
