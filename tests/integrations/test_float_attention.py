@@ -141,6 +141,7 @@ def test_key_heads_are_taken_so_many_at_a_time_that_memory_is_bounded(monkeypatc
 
 
 @needs_kernel
+@pytest.mark.skipif(torch.__version__ < "2.13", reason="torch 2.10 tells all that it compiles that it is exported")
 @pytest.mark.parametrize("masked", [True, False])
 def test_a_compiled_graph_asks_the_kernel(masked: bool) -> None:
     query, key, value = operands(2, 6, 6, 9, 8, torch.bfloat16, queries=9)
