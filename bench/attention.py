@@ -14,16 +14,14 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import octavo
-from bench import goals, runtimes
+from bench import goals, language, runtimes
 from bench.goals import Goal, human_time
-from bench.record import Skipped
+from bench.record import kernels_of
 from bench.speed import FOLLOWING, NEW, PROMPT, SMOLLM2, VOCABULARY
-from examples.models import cache_folder, smollm2_checkpoint
 from octavo import ops
 from octavo.cli import bench_worker
 from octavo.cli.op_speed import Way, Weights, race, rotation
 from octavo.integrations.language_model import load_causal
-from octavo.ops import backends
 from octavo.tables import Table
 
 TITLE = "Attention"
@@ -53,12 +51,9 @@ MODELS = {
 
 
 def measure() -> dict[str, Any]:
-    try:
-        checkpoint = smollm2_checkpoint(cache_folder())
-    except FileNotFoundError as reason:
-        raise Skipped(str(reason)) from reason
+    checkpoint = language.checkpoint()
     return {
-        "kernels": next(f"{row.backend} ({row.why})" for row in backends() if row.op == "int8_attention"),
+        "kernels": kernels_of("int8_attention"),
         "ops": {
             name: {f"{rows}x{tokens}": _race(*shape, rows, tokens) for rows, tokens in SIZES}
             for name, shape in SHAPES.items()

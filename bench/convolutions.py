@@ -16,11 +16,10 @@ from torch.nn import functional as F
 
 import octavo
 from bench.goals import human_time
-from bench.record import Skipped
+from bench.record import Skipped, kernels_of
 from examples.crepe import crepe, sound_frames
 from octavo import ops
 from octavo.cli.op_speed import Way, Weights, close_to, race
-from octavo.ops import backends
 from octavo.primitives import quantize_weight
 from octavo.tables import Table
 
@@ -94,7 +93,7 @@ def measure() -> dict[str, Any]:
     except ImportError as reason:
         raise Skipped(f"{reason}; pip install 'octavo[hf]'") from reason
     return {
-        "kernels": next(f"{row.backend} ({row.why})" for row in backends() if row.op == "w8a16_conv"),
+        "kernels": kernels_of("w8a16_conv"),
         "layers": {name: _race(layer) for name, layer in LAYERS.items()},
         "models": {
             name: {kind: _model(*built, dtype) for kind, dtype in DTYPES.items()}

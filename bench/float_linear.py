@@ -12,15 +12,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import octavo
+from bench import language
 from bench.goals import human_time
 from bench.quantize import llama
-from bench.record import Skipped
+from bench.record import kernels_of
 from bench.speed import LLAMA, SMOLLM2, VOCABULARY
-from examples.models import cache_folder, smollm2_checkpoint
 from octavo.cli.op_speed import Way, close_to, race, rotation
 from octavo.float_linear import FloatLinear
 from octavo.integrations.language_model import cache_name
-from octavo.ops import backends
 from octavo.tables import Table
 
 TITLE = "Linear layers that stay float"
@@ -40,12 +39,9 @@ TORCH, OURS = "nn.Linear", "FloatLinear"
 
 
 def measure() -> dict[str, Any]:
-    try:
-        smollm2 = smollm2_checkpoint(cache_folder())
-    except FileNotFoundError as reason:
-        raise Skipped(str(reason)) from reason
+    smollm2 = language.checkpoint()
     return {
-        "kernels": next(f"{row.backend} ({row.why})" for row in backends() if row.op == "w8a16_linear"),
+        "kernels": kernels_of("w8a16_linear"),
         "layers": {
             f"{N}x{K}, {kind}": {str(M): _layer(N, K, M, dtype) for M in SIZES}
             for N, K in SHAPES

@@ -24,9 +24,10 @@ from types import ModuleType
 from typing import Any
 
 from octavo.cli.machine import describe_machine, machine_line
+from octavo.ops import backends
 from octavo.tables import markdown, to_json
 
-__all__ = ["Skipped", "page", "record"]
+__all__ = ["Skipped", "kernels_of", "page", "record"]
 
 FOLDER = Path(__file__).parent
 PACKAGES = (
@@ -37,6 +38,11 @@ PACKAGES = (
 
 class Skipped(Exception):
     """A benchmark that cannot run here; the text says what it lacks."""
+
+
+def kernels_of(op: str) -> str:
+    """What answers the op on this machine's CPU, and why."""
+    return next(f"{row.backend} ({row.why})" for row in backends() if row.op == op)
 
 
 def record(name: str, benchmark: ModuleType, command: str) -> None:

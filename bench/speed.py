@@ -15,11 +15,11 @@ from typing import Any
 
 import torch
 
-from bench import goals, runtimes
+from bench import goals, language, runtimes
 from bench.goals import Goal
 from bench.own_process import Worker, own_process
 from bench.quantize import llama
-from bench.record import Skipped
+from bench.record import kernels_of
 from bench.runtimes import (
     BF16,
     QUANTO,
@@ -33,10 +33,8 @@ from bench.runtimes import (
     W8A16_ATTENTION,
     W8A16_COMPILED,
 )
-from examples.models import cache_folder, smollm2_checkpoint
 from octavo.cli import bench_worker
 from octavo.cli.bench_worker import Round
-from octavo.ops import backends
 from octavo.tables import Table, human_bytes
 
 TITLE = "Running: prefill and decode"
@@ -99,14 +97,11 @@ DECODE_GOALS = {
 
 
 def measure() -> dict[str, Any]:
-    try:
-        smollm2 = smollm2_checkpoint(cache_folder())
-    except FileNotFoundError as reason:
-        raise Skipped(str(reason)) from reason
+    smollm2 = language.checkpoint()
     with tempfile.TemporaryDirectory() as folder:
         llama().save_pretrained(folder)
         return {
-            "kernels": next(f"{row.backend} ({row.why})" for row in backends() if row.op == "w8a16_linear"),
+            "kernels": kernels_of("w8a16_linear"),
             "models": {LLAMA: _compare(LLAMA, folder), SMOLLM2: _compare(SMOLLM2, str(smollm2))},
         }
 

@@ -234,19 +234,6 @@ struct Fp32Kept : Fp32<type> {
   static __m256 load_w(const W* w, int) { return load_w(w); }
 };
 
-// W of the type of x.
-template <Float type>
-struct Fp32Values : Fp32<type> {
-  using Kept = Fp32Values;
-  using Stored = typename Fp32<type>::X;
-  using W = Stored;
-  static constexpr bool kGroups = false;
-  template <class... Count>
-  static __m256 load_w(const W* w, Count... count) {
-    return Fp32<type>::load_x(w, count...);
-  }
-};
-
 // Products of codes, summed in int32. The instruction for bytes (vpmaddubsw) saturates at 16 bits, so they are widened
 // to 16 bits, of which pairs of products are summed exactly.
 struct Int8 {
@@ -295,9 +282,9 @@ extern constexpr Kernels avx2_kernels = [] {
       kernels_of<Vec>("avx2", linear_kernels<LinearFloat<Float::f32>>, linear_kernels<LinearFloat<Float::bf16>>,
                       linear_kernels<LinearFloat<Float::f16>>, linear_kernels<LinearInt8>);
   // Few enough that memory bounds them: torch may have wider instructions on a processor that has to do with these.
-  kernels.float_linear_of[0] = {8, linear_kernels<DotLinear<Vec, Fp32Values<Float::f32>>>};
-  kernels.float_linear_of[1] = {16, linear_kernels<DotLinear<Vec, Fp32Values<Float::bf16>>>};
-  kernels.float_linear_of[2] = {kAnyNumber, linear_kernels<DotLinear<Vec, Fp32Values<Float::f16>>>};
+  kernels.float_linear_of[0] = {8, linear_kernels<DotLinear<Vec, WithFloats<Fp32<Float::f32>>>>};
+  kernels.float_linear_of[1] = {16, linear_kernels<DotLinear<Vec, WithFloats<Fp32<Float::bf16>>>>};
+  kernels.float_linear_of[2] = {kAnyNumber, linear_kernels<DotLinear<Vec, WithFloats<Fp32<Float::f16>>>>};
   return kernels;
 }();
 

@@ -131,30 +131,6 @@ struct Bf16Kept : Bf16 {
   static WV load_w(const W* w, int) { return load_w(w); }
 };
 
-// W of the type of x.
-template <Float type>
-struct Fp32Values : Fp32<type> {
-  using Kept = Fp32Values;
-  using Stored = typename Fp32<type>::X;
-  using W = Stored;
-  static constexpr bool kGroups = false;
-  template <class... Count>
-  static __m512 load_w(const W* w, Count... count) {
-    return Fp32<type>::load_x(w, count...);
-  }
-};
-
-struct Bf16Values : Bf16 {
-  using Kept = Bf16Values;
-  using Stored = uint16_t;
-  using W = Stored;
-  static constexpr bool kGroups = false;
-  template <class... Count>
-  static __m512i load_w(const W* w, Count... count) {
-    return load_x(w, count...);
-  }
-};
-
 // The same, twice as many at a time, in the order that looking up gives them. With more rows registers would not do.
 struct Bf16Codes : Bf16 {
   using Kept = Bf16Codes;
@@ -297,9 +273,9 @@ extern constexpr Kernels avx512_kernels = [] {
   kernels.float_attention_of[0] = &attention<FloatAttention<Vec, Fp32Unit<Float::f32>>>;
   kernels.float_attention_of[1] = &attention<FloatAttention<Vec, Bf16Unit>>;
   kernels.float_attention_of[2] = &attention<FloatAttention<Vec, Fp32Unit<Float::f16>>>;
-  kernels.float_linear_of[0] = {64, linear_kernels<DotLinear<Vec, Fp32Values<Float::f32>>>};
-  kernels.float_linear_of[1] = {24, linear_kernels<DotLinear<Vec, Bf16Values>>};
-  kernels.float_linear_of[2] = {kAnyNumber, linear_kernels<DotLinear<Vec, Fp32Values<Float::f16>>>};
+  kernels.float_linear_of[0] = {64, linear_kernels<DotLinear<Vec, WithFloats<Fp32<Float::f32>>>>};
+  kernels.float_linear_of[1] = {24, linear_kernels<DotLinear<Vec, WithFloats<Bf16>>>};
+  kernels.float_linear_of[2] = {kAnyNumber, linear_kernels<DotLinear<Vec, WithFloats<Fp32<Float::f16>>>>};
   return kernels;
 }();
 

@@ -7,6 +7,7 @@
 //
 // A `Dot` is the dot product of one instruction set (see avx512.cpp):
 //     X, W, Sum         element types of x, of W as the dot reads it, and of the sums (float or int32)
+//     Stored            element type of W in memory
 //     XV, WV, Acc       a step's operands, and an accumulator, in registers
 //     kStep             elements of K per step
 //     kTileM            rows of x in a register tile
@@ -40,6 +41,19 @@ constexpr int64_t max64(int64_t a, int64_t b) { return a > b ? a : b; }
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 #define OCTAVO_INLINE inline __attribute__((always_inline))
+
+// The same products of a W that is float too, of x's type.
+template <class Dot>
+struct WithFloats : Dot {
+  using Kept = WithFloats;
+  using Stored = typename Dot::X;
+  using W = Stored;
+  static constexpr bool kGroups = false;
+  template <class... Count>
+  static typename Dot::WV load_w(const W* w, Count... count) {
+    return Dot::load_x(w, count...);
+  }
+};
 
 // What a tile reads: rows of x, `ldx` elements apart, and kTileN rows of W, over K elements. `kept`: where those go
 // once they are widened, if they are to be kept. `next`: kTileN * K codes that will be needed, fetched from memory
@@ -250,11 +264,11 @@ struct DotLinear {
   }
 
  private:
-  static const char* address(const Linear& layer, int64_t element) {
-    return static_cast<const char*>(layer.w) + element * static_cast<int64_t>(sizeof(typename Dot::Stored));
-  }
-
   static const X* x_row(const Linear& layer, int64_t m) { return static_cast<const X*>(layer.x) + m * layer.K; }
+
+  static const typename Dot::W* w_at(const Linear& layer, int64_t n, int64_t k) {
+    return static_cast<const typename Dot::W*>(layer.w) + n * layer.K + k;
+  }
 
   // Row j of the tile that begins at row n of W. Past the last row the last is met again; its sums are not used.
   static int64_t w_row(int64_t n, int j, int64_t end) { return min64(n + j, end - 1); }
@@ -287,12 +301,11 @@ struct DotLinear {
                      Scratch<Dot>& scratch) {
     const int64_t rows = part.m1 - part.m0;
     const X* const x = x_row(layer, part.m0) + k;
-    const char* const next = address(layer, (n + kTileN) * layer.K + kTileN * k) + kFetchAhead;
+    const char* const next = reinterpret_cast<const char*>(w_at(layer, n + kTileN, kTileN * k)) + kFetchAhead;
     const Groups groups = groups_of(layer, n, part.n1, k);
     Sum* const sums = scratch.sums + (n - part.n0);
     Operands<Dot> in{x, layer.K, {}, length, {}, next};
-    for (int j = 0; j < kTileN; j++)
-      in.w[j] = static_cast<const typename Dot::W*>(layer.w) + w_row(n, j, part.n1) * layer.K + k;
+    for (int j = 0; j < kTileN; j++) in.w[j] = w_at(layer, w_row(n, j, part.n1), k);
     if constexpr (kKeeps) {
       if (height < rows) {
         Operands<Kept> rest{x + height * layer.K, layer.K, {}, length, {}, next};

@@ -13,7 +13,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from octavo import ops
-from octavo.stand_ins import FLOATS, attributes
+from octavo.stand_ins import FLOATS, hold_the_same
 
 __all__ = ["FloatLinear", "float_linears"]
 
@@ -36,11 +36,7 @@ class FloatLinear(nn.Linear):
         """The stand-in for `layer`. It holds what `layer` holds, and is no copy."""
         new = FloatLinear.__new__(FloatLinear)
         nn.Module.__init__(new)
-        for name, value in attributes(layer).items():
-            setattr(new, name, value)
-        for name, parameter in layer._parameters.items():
-            new.register_parameter(name, parameter)
-        new.training = layer.training
+        hold_the_same(new, layer)
         return new
 
     def forward(self, input: Tensor) -> Tensor:

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from octavo import ops
 from octavo.modules import QuantLinear
 from octavo.ops.gates import GATES
-from octavo.stand_ins import FLOATS, attributes, has_hooks, random, same_bits, takes_one_argument
+from octavo.stand_ins import FLOATS, has_hooks, hold_the_same, random, same_bits, takes_one_argument
 
 __all__ = ["FusedGatedMLP", "fused_gated_mlps"]
 
@@ -68,11 +68,7 @@ class FusedGatedMLP(nn.Module):
         """The stand-in for `mlp`, whose layers are what `parts` says. It holds what `mlp` holds, and is no copy."""
         new = _blank(type(mlp))
         nn.Module.__init__(new)
-        for name, value in attributes(mlp).items():
-            setattr(new, name, value)
-        for name, child in mlp._modules.items():
-            new.add_module(name, child)
-        new.training = mlp.training
+        hold_the_same(new, mlp)
         new._parts = parts
         return new
 

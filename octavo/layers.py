@@ -26,7 +26,6 @@ from torch.nn.utils import parametrizations, parametrize
 
 from octavo import modules
 from octavo.experts import spec_of, why_not_stacks
-from octavo.float_linear import FloatLinear
 from octavo.ops import quantize_weight
 from octavo.recipe import Scheme, WeightArgs
 
@@ -138,7 +137,7 @@ _EXPERTS_KIND = _ExpertsKind(EXPERTS, (), modules.QuantExperts, params=(), int8_
 KINDS: tuple[LayerKind, ...] = (
     LayerKind(
         "Linear",
-        ("Linear", "NonDynamicallyQuantizableLinear", "FalconLinear"),
+        ("Linear", "NonDynamicallyQuantizableLinear", "FalconLinear", "FloatLinear"),
         modules.QuantLinear,
         per_group=True,
         int8_input=True,
@@ -161,7 +160,7 @@ KINDS: tuple[LayerKind, ...] = (
     ),
 )
 
-_HOMES = ("torch.nn.", "transformers.pytorch_utils", "transformers.models.falcon.")
+_HOMES = ("torch.nn.", "transformers.pytorch_utils", "transformers.models.falcon.", "octavo.float_linear")
 """Where the float classes live: a class of the same name elsewhere is another class."""
 
 
@@ -241,7 +240,7 @@ def why_not(layer: nn.Module, kind: LayerKind) -> str | None:
         base for base in type(layer).__mro__ if base.__module__.startswith(_HOMES) and base.__name__ in kind.classes
     )
     for method in ("forward", "_conv_forward"):
-        if type(layer) is not FloatLinear and getattr(type(layer), method, None) is not getattr(known, method, None):
+        if getattr(type(layer), method, None) is not getattr(known, method, None):
             return f"{type(layer).__name__} has a {method} of its own, which a plain {kind.name} would not do"
     if "forward" in layer.__dict__:
         return "its forward was replaced on the instance (by accelerate's hooks, for one); quantize before dispatching"

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from octavo import ops
-from octavo.stand_ins import FLOATS, attributes, has_hooks, random, same_bits, takes_one_argument
+from octavo.stand_ins import FLOATS, attributes, has_hooks, hold_the_same, random, same_bits, takes_one_argument
 
 __all__ = ["FusedRMSNorm", "fused_norms"]
 
@@ -66,10 +66,7 @@ class FusedRMSNorm(nn.Module):
 
     def __init__(self, norm: nn.Module, rounding: str, eps_name: str) -> None:
         super().__init__()
-        for name, value in attributes(norm).items():
-            setattr(self, name, value)
-        self.register_parameter("weight", norm.get_parameter("weight"))
-        self.train(norm.training)
+        hold_the_same(self, norm)
         self._rounding, self._eps_name = rounding, eps_name
 
     def forward(self, *args: Tensor, **kwargs: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["FLOATS", "attributes", "has_hooks", "random", "same_bits", "takes_one_argument"]
+__all__ = ["FLOATS", "attributes", "has_hooks", "hold_the_same", "random", "same_bits", "takes_one_argument"]
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 """Dtypes that a stand-in is compared in."""
@@ -22,6 +22,17 @@ def attributes(module: nn.Module) -> Mapping[str, Any]:
     """What was set on the module besides what every module has."""
     bare = vars(nn.Module())
     return {name: value for name, value in vars(module).items() if name not in bare}
+
+
+def hold_the_same(new: nn.Module, module: nn.Module) -> None:
+    """Give `new`, which is empty, what `module` holds, no copies: attributes, parameters, children, and its mode."""
+    for name, value in attributes(module).items():
+        setattr(new, name, value)
+    for name, parameter in module._parameters.items():
+        new.register_parameter(name, parameter)
+    for name, child in module._modules.items():
+        new.add_module(name, child)
+    new.training = module.training
 
 
 def has_hooks(module: nn.Module) -> bool:

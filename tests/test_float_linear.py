@@ -112,11 +112,13 @@ def test_a_compiled_graph_has_the_op_for_any_number_of_rows() -> None:
         for rows in (3, 400, 7):
             x = torch.randn(rows, K)
             assert_is_near(compiled(x), x, new)
-        ours = torch.ops.octavo.float_linear.default if ops._native.multiplies_in.get(torch.float32) else F.linear
-        assert graphs in ([[ours]], [[torch._C._nn.linear]])
+    ours, torchs = torch.ops.octavo.float_linear.default, torch._C._nn.linear
+    # torch 2.10 tells all that it compiles that it is exported.
+    has_kernel = ops._native.multiplies_in.get(torch.float32) and torch.__version__ >= "2.13"
+    assert graphs == [[ours if has_kernel else torchs]]
     x = torch.randn(3, K, requires_grad=True)
     compiled(x).sum().backward()
-    assert x.grad is not None and ours not in graphs[1]
+    assert x.grad is not None and graphs[1:] == [[torchs]]
 
 
 @pytest.mark.slow

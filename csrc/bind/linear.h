@@ -173,13 +173,6 @@ Tensor w8a8_linear_at_once(const Tensor& x, const std::optional<Tensor>& input_s
   return w8a8_linear(codes, x_scale, weight, weight_scale, bias, x.scalar_type());
 }
 
-Tensor torchs_linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias) {
-  using torch::stable::detail::from;
-  std::array<StableIValue, 3> stack{from(x), from(weight), from(bias)};
-  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::linear", "", stack.data(), TORCH_ABI_VERSION));
-  return torch::stable::detail::to<Tensor>(stack[0]);
-}
-
 // Not of the table of ops: it is called where nobody differentiates. Where no kernel is faster it is torch's own.
 Tensor float_linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias) {
   STD_TORCH_CHECK(weight.scalar_type() == x.scalar_type() && weight.dim() == 2, "weight must be [N, K], of x's type");
@@ -188,7 +181,8 @@ Tensor float_linear(const Tensor& x, const Tensor& weight, const std::optional<T
       !bias || (bias->scalar_type() == x.scalar_type() && bias->dim() == 1 && bias->size(0) == weight.size(0)),
       "bias must be [", weight.size(0), "], of x's type");
   const auto type = float_type(x.scalar_type());
-  if (!type || rows_of(x) > kernels().float_linear(*type).most_rows) return torchs_linear(x, weight, bias);
+  if (!type || rows_of(x) > kernels().float_linear(*type).most_rows)
+    return call<Tensor>("aten::linear", x, weight, bias);
   const Tensor values = dense(x), w = dense(weight);
   Tensor y = empty(x, with_last(x, weight.size(0)), x.scalar_type()), added;
   if (bias) added = dense(*bias);

@@ -60,16 +60,21 @@ Tensor empty(const Tensor& like, const std::vector<int64_t>& sizes, ScalarType t
 const void* at(const void* base, int64_t bytes) { return static_cast<const char*>(base) + bytes; }
 void* at(void* base, int64_t bytes) { return static_cast<char*>(base) + bytes; }
 
-// The same op of the reference, for what no kernel is written for: float64.
+// An op of torch's, or of anybody's, by its name.
 template <class Result, class... Args>
-Result reference(const char* name, const Args&... args) {
+Result call(const std::string& op, const Args&... args) {
   std::array<StableIValue, std::max<size_t>(sizeof...(Args), 2)> stack{torch::stable::detail::from(args)...};
-  TORCH_ERROR_CODE_CHECK(
-      torch_call_dispatcher((std::string("octavo_reference::") + name).c_str(), "", stack.data(), TORCH_ABI_VERSION));
+  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(op.c_str(), "", stack.data(), TORCH_ABI_VERSION));
   if constexpr (std::is_same_v<Result, std::tuple<Tensor, Tensor>>)
     return {torch::stable::detail::to<Tensor>(stack[0]), torch::stable::detail::to<Tensor>(stack[1])};
   else
     return torch::stable::detail::to<Result>(stack[0]);
+}
+
+// The same op of the reference, for what no kernel is written for: float64.
+template <class Result, class... Args>
+Result reference(const std::string& name, const Args&... args) {
+  return call<Result>("octavo_reference::" + name, args...);
 }
 
 }  // namespace
