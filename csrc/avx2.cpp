@@ -5,6 +5,8 @@
 
 #include <immintrin.h>
 
+#include <algorithm>
+#include <cmath>
 #include <cstring>
 #include <type_traits>
 
@@ -15,181 +17,30 @@
 
 #include "rows.h"
 
+#include "avx2.h"
+
 #include "dot_linear.h"
+
+#include "outer_linear.h"
+
+#include "units.h"
+
+#include "convolution.h"
+
+#include "narrow_convolution.h"
+
+#include "mask.h"
+
+#include "softmax.h"
+
+#include "heads.h"
+
+#include "int8_attention.h"
+
+#include "float_attention.h"
 
 namespace octavo {
 namespace {
-
-// The first `bytes` of 16, with zeros behind; no more than these are read. There is no masked load of bytes, and a call
-// of memcpy would drive the accumulators out of their registers.
-inline __m128i load_first(const void* p, int bytes) {
-  alignas(16) char buffer[16] = {};
-  const char* from = static_cast<const char*>(p);
-  char* to = buffer;
-  if (bytes & 8) memcpy(to, from, 8), to += 8, from += 8;
-  if (bytes & 4) memcpy(to, from, 4), to += 4, from += 4;
-  if (bytes & 2) memcpy(to, from, 2), to += 2, from += 2;
-  if (bytes & 1) *to = *from;
-  return _mm_load_si128(reinterpret_cast<const __m128i*>(buffer));
-}
-
-inline void store_first(void* p, int bytes, __m128i v) {
-  alignas(16) char buffer[16];
-  _mm_store_si128(reinterpret_cast<__m128i*>(buffer), v);
-  const char* from = buffer;
-  char* to = static_cast<char*>(p);
-  if (bytes & 8) memcpy(to, from, 8), to += 8, from += 8;
-  if (bytes & 4) memcpy(to, from, 4), to += 4, from += 4;
-  if (bytes & 2) memcpy(to, from, 2), to += 2, from += 2;
-  if (bytes & 1) *to = *from;
-}
-
-inline __m128i load16(const void* p) { return _mm_loadu_si128(static_cast<const __m128i*>(p)); }
-
-inline __m256i mask8(int count) {
-  return _mm256_cmpgt_epi32(_mm256_set1_epi32(count), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
-}
-
-inline __m256 power_of_two(__m256i n) {
-  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(n, _mm256_set1_epi32(127)), 23));
-}
-
-// As the one of the same name in exponential.h; 2^n in two halves, for the smallest numbers have no such exponent.
-inline __m256 exp_of_negative(__m256 x) {
-  x = _mm256_max_ps(_mm256_set1_ps(-104.0f), x);
-  const __m256i n = _mm256_cvtps_epi32(_mm256_mul_ps(x, _mm256_set1_ps(1.44269504f)));
-  const __m256 whole = _mm256_cvtepi32_ps(n);
-  __m256 r = _mm256_fnmadd_ps(whole, _mm256_set1_ps(0.693359375f), x);
-  r = _mm256_fnmadd_ps(whole, _mm256_set1_ps(-2.12194440e-4f), r);
-  constexpr float kP[] = {8.36874545e-3f, 4.16683890e-2f, 1.66665211e-1f, 4.99999940e-1f, 1.0f, 1.0f};
-  __m256 p = _mm256_set1_ps(1.38145394e-3f);
-  for (const float c : kP) p = _mm256_fmadd_ps(p, r, _mm256_set1_ps(c));
-  const __m256i half = _mm256_srai_epi32(n, 1);
-  return _mm256_mul_ps(_mm256_mul_ps(p, power_of_two(half)), power_of_two(_mm256_sub_epi32(n, half)));
-}
-
-struct Vec {
-  static constexpr int kLanes = 8;
-  using F = __m256;
-
-  static F set1(float value) { return _mm256_set1_ps(value); }
-  static F add(F a, F b) { return _mm256_add_ps(a, b); }
-  static F mul(F a, F b) { return _mm256_mul_ps(a, b); }
-
-  static F widen(__m128i v, Float type) {
-    if (type == Float::f16) return _mm256_cvtph_ps(v);
-    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(v), 16));
-  }
-
-  static F load(const void* p, Float type) {
-    return type == Float::f32 ? _mm256_loadu_ps(static_cast<const float*>(p)) : widen(load16(p), type);
-  }
-
-  static F load(const void* p, Float type, int count) {
-    if (count == kLanes) return load(p, type);
-    if (type == Float::f32) return _mm256_maskload_ps(static_cast<const float*>(p), mask8(count));
-    return widen(load_first(p, 2 * count), type);
-  }
-
-  // Round half to even, and NaN stays.
-  static __m128i to_bf16(F v) {
-    const __m256i bits = _mm256_castps_si256(v);
-    const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
-    const __m256i rounded = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
-    const __m256i quiet = _mm256_or_si256(bits, _mm256_set1_epi32(0x400000));
-    const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(v, v, _CMP_UNORD_Q));
-    const __m256i high = _mm256_srli_epi32(_mm256_blendv_epi8(rounded, quiet, nan), 16);
-    return _mm_packus_epi32(_mm256_castsi256_si128(high), _mm256_extracti128_si256(high, 1));
-  }
-
-  // To one of the types of two bytes.
-  static __m128i narrow(F v, Float type) {
-    return type == Float::bf16 ? to_bf16(v) : _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT);
-  }
-
-  static F rounded(F v, Float type) { return type == Float::f32 ? v : widen(narrow(v, type), type); }
-
-  static void store(void* p, Float type, int count, F v) {
-    if (type == Float::f32) return _mm256_maskstore_ps(static_cast<float*>(p), mask8(count), v);
-    const __m128i half = narrow(v, type);
-    if (count == kLanes) return _mm_storeu_si128(static_cast<__m128i*>(p), half);
-    store_first(p, 2 * count, half);
-  }
-
-  // As integers, magnitudes are ordered, and NaN is the largest.
-  static F largest(F sofar, F x) {
-    const __m256i magnitude = _mm256_and_si256(_mm256_castps_si256(x), _mm256_set1_epi32(0x7fffffff));
-    return _mm256_castsi256_ps(_mm256_max_epu32(_mm256_castps_si256(sofar), magnitude));
-  }
-  static float across(F v) {
-    const __m256i bits = _mm256_castps_si256(v);
-    __m128i most = _mm_max_epu32(_mm256_castsi256_si128(bits), _mm256_extracti128_si256(bits, 1));
-    most = _mm_max_epu32(most, _mm_shuffle_epi32(most, _MM_SHUFFLE(1, 0, 3, 2)));
-    most = _mm_max_epu32(most, _mm_shuffle_epi32(most, _MM_SHUFFLE(2, 3, 0, 1)));
-    return _mm_cvtss_f32(_mm_castsi128_ps(most));
-  }
-
-  static float total(F v) {
-    __m128 sum = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
-    sum = _mm_add_ps(sum, _mm_movehl_ps(sum, sum));
-    return _mm_cvtss_f32(_mm_add_ss(sum, _mm_movehdup_ps(sum)));
-  }
-
-  // With e = e^-|z|, of which nothing overflows.
-  static F sigmoid(F z) {
-    const F e = exp_of_negative(_mm256_or_ps(z, _mm256_set1_ps(-0.0f))), one = _mm256_set1_ps(1.0f);
-    return _mm256_div_ps(_mm256_blendv_ps(one, e, z), _mm256_add_ps(one, e));
-  }
-
-  struct Divisor {
-    F scale, inverse;
-    explicit Divisor(float s) : scale(_mm256_set1_ps(s)), inverse(_mm256_set1_ps(1.0f / s)) {}
-  };
-
-  // Eight codes, in the low half.
-  static __m128i codes(F x, const Divisor& by) {
-    F quotient = _mm256_mul_ps(x, by.inverse);
-    const F whole = _mm256_round_ps(quotient, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-    const F distance = _mm256_andnot_ps(_mm256_set1_ps(-0.0f), _mm256_sub_ps(quotient, whole));
-    // "not less" is true for NaN too
-    const F close = _mm256_cmp_ps(distance, _mm256_set1_ps(kNearHalf), _CMP_NLT_UQ);
-    if (__builtin_expect(_mm256_movemask_ps(close) != 0, 0)) {
-      quotient = _mm256_div_ps(x, by.scale);
-      quotient = _mm256_and_ps(quotient, _mm256_cmp_ps(quotient, quotient, _CMP_ORD_Q));  // the code of NaN is 0
-    }
-    const F bounded = _mm256_max_ps(_mm256_min_ps(quotient, _mm256_set1_ps(kQmax)), _mm256_set1_ps(-kQmax));
-    const __m256i wide = _mm256_cvtps_epi32(bounded);
-    const __m128i half = _mm_packs_epi32(_mm256_castsi256_si128(wide), _mm256_extracti128_si256(wide, 1));
-    return _mm_packs_epi16(half, half);
-  }
-
-  static void store_codes(int8_t* to, F x, const Divisor& by) {
-    _mm_storel_epi64(reinterpret_cast<__m128i*>(to), codes(x, by));
-  }
-  static void store_codes(int8_t* to, F x, const Divisor& by, int count) { store_first(to, count, codes(x, by)); }
-
-  static F widen_codes(__m128i v) { return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(v)); }
-  static F load_codes(const int8_t* codes) {
-    return widen_codes(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(codes)));
-  }
-  static F load_codes(const int8_t* codes, int count) { return widen_codes(load_first(codes, count)); }
-
-  static F from_sums(const float* sums, int32_t) { return _mm256_loadu_ps(sums); }
-  static F from_sums(const int32_t* sums, int32_t) {
-    return _mm256_cvtepi32_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(sums)));
-  }
-};
-
-// Sums of the four accumulators across their lanes, as one vector of four.
-inline __m128 across4(__m256 a, __m256 b, __m256 c, __m256 d) {
-  const __m256 v = _mm256_hadd_ps(_mm256_hadd_ps(a, b), _mm256_hadd_ps(c, d));
-  return _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
-}
-
-inline __m128i across4(__m256i a, __m256i b, __m256i c, __m256i d) {
-  const __m256i v = _mm256_hadd_epi32(_mm256_hadd_epi32(a, b), _mm256_hadd_epi32(c, d));
-  return _mm_add_epi32(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1));
-}
 
 template <Float type>
 struct Fp32Kept;
@@ -222,8 +73,9 @@ struct Fp32 {
     return _mm256_fmadd_ps(partial, _mm256_set1_ps(scale), total);
   }
   static void store4(Acc a, Acc b, Acc c, Acc d, float* sums, bool add) {
-    const __m128 v = across4(a, b, c, d);
-    _mm_storeu_ps(sums, add ? _mm_add_ps(v, _mm_loadu_ps(sums)) : v);
+    const __m256 v = _mm256_hadd_ps(_mm256_hadd_ps(a, b), _mm256_hadd_ps(c, d));
+    const __m128 four = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+    _mm_storeu_ps(sums, add ? _mm_add_ps(four, _mm_loadu_ps(sums)) : four);
   }
 };
 
@@ -258,17 +110,53 @@ struct Int8 {
   static WV load_w(const W* w, int count) { return widen(w, count); }
   static void keep(int16_t* kept, WV w) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(kept), w); }
   static Acc dot(Acc acc, XV x, WV w) { return _mm256_add_epi32(acc, _mm256_madd_epi16(x, w)); }
-  static void store4(Acc a, Acc b, Acc c, Acc d, int32_t* sums, bool add) {
-    const __m128i v = across4(a, b, c, d);
-    auto* to = reinterpret_cast<__m128i*>(sums);
-    _mm_storeu_si128(to, add ? _mm_add_epi32(v, _mm_loadu_si128(to)) : v);
-  }
+  static void store4(Acc a, Acc b, Acc c, Acc d, int32_t* sums, bool add) { store_across4(a, b, c, d, sums, add); }
 };
 
 struct Int8Kept : Int8 {
   using W = int16_t;
   static WV load_w(const W* w) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(w)); }
   static WV load_w(const W* w, int) { return load_w(w); }
+};
+
+// The same one by one and in pairs, for outer products.
+template <Float type>
+struct Fp32Unit : Fp32<type> {
+  using typename Fp32<type>::X;
+  static constexpr int64_t kElements = 1;
+  static constexpr int64_t kManyRows = 81;
+  static constexpr int64_t kManyRowsOfGroups = 49;
+  template <class... Count>
+  static __m256i load_x(const X* x, Count... count) {
+    return Vec::units(Fp32<type>::load_x(x, count...));
+  }
+  template <class... Count>
+  static __m256i load_w(const int8_t* w, Count... count) {
+    return Vec::units(Fp32<type>::load_w(w, count...));
+  }
+  static __m256i product(__m256i sums, __m256i x, __m256i w) {
+    return Vec::units(Fp32<type>::dot(Vec::floats(sums), Vec::floats(x), Vec::floats(w)));
+  }
+  static __m256i beside(const X* const (&rows)[kElements], int count) { return load_x(rows[0], count); }
+  static __m256i rounded(const __m256 (&v)[kElements]) { return Vec::units(v[0]); }
+};
+
+struct Int8Unit : Int8 {
+  static constexpr int64_t kElements = 2;
+  static constexpr int64_t kManyRows = 129;
+  static __m256i product(__m256i sums, __m256i x, __m256i w) { return dot(sums, x, w); }
+};
+
+// Codes of probabilities times codes of values.
+struct WeightedUnit : Int8Unit {
+  static constexpr int64_t kCodeBytes = 2;
+  static void store_codes(char* to, __m256 v) {
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(to), Vec::narrowed(_mm256_cvtps_epi32(v)));
+  }
+  static __m256i beside(const int8_t* codes, int64_t width) {
+    const auto row = [&](int i) { return _mm_loadl_epi64(reinterpret_cast<const __m128i*>(codes + i * width)); };
+    return _mm256_cvtepi8_epi16(_mm_unpacklo_epi8(row(0), row(1)));
+  }
 };
 
 template <Float type>
@@ -278,13 +166,24 @@ using LinearInt8 = DotLinear<Vec, Int8>;
 }  // namespace
 
 extern constexpr Kernels avx2_kernels = [] {
-  Kernels kernels =
-      kernels_of<Vec>("avx2", linear_kernels<LinearFloat<Float::f32>>, linear_kernels<LinearFloat<Float::bf16>>,
-                      linear_kernels<LinearFloat<Float::f16>>, linear_kernels<LinearInt8>);
-  // Few enough that memory bounds them: torch may have wider instructions on a processor that has to do with these.
-  kernels.float_linear_of[0] = {8, linear_kernels<DotLinear<Vec, WithFloats<Fp32<Float::f32>>>>};
-  kernels.float_linear_of[1] = {16, linear_kernels<DotLinear<Vec, WithFloats<Fp32<Float::bf16>>>>};
-  kernels.float_linear_of[2] = {kAnyNumber, linear_kernels<DotLinear<Vec, WithFloats<Fp32<Float::f16>>>>};
+  Kernels kernels = kernels_of<Vec>("avx2", linear<LinearFloat<Float::f32>, OuterLinear<Fp32Unit<Float::f32>>>,
+                                    linear<LinearFloat<Float::bf16>, OuterLinear<Fp32Unit<Float::bf16>>>,
+                                    linear<LinearFloat<Float::f16>, OuterLinear<Fp32Unit<Float::f16>>>,
+                                    linear<LinearInt8, OuterLinear<Int8Unit>>);
+  // Next to wider ones so few that memory bounds both.
+  kernels.float_linear_of[0] = {64, 8, linear_kernels<DotLinear<Vec, WithFloats<Fp32<Float::f32>>>>};
+  kernels.float_linear_of[1] = {kAnyNumber, 16, linear_kernels<DotLinear<Vec, WithFloats<Fp32<Float::bf16>>>>};
+  kernels.float_linear_of[2] = {kAnyNumber, kAnyNumber, linear_kernels<DotLinear<Vec, WithFloats<Fp32<Float::f16>>>>};
+  kernels.convolution_of[0] = &convolution<OuterConvolution<Fp32Unit<Float::f32>, Single<Float::f32>>>;
+  kernels.convolution_of[1] = &convolution<OuterConvolution<Fp32Unit<Float::bf16>, Single<Float::bf16>>>;
+  kernels.convolution_of[2] = &convolution<OuterConvolution<Fp32Unit<Float::f16>, Single<Float::f16>>>;
+  kernels.narrow_convolution_of[0] = &narrow_convolution<NarrowKernel<Single<Float::f32>, Eight, Eight>>;
+  kernels.narrow_convolution_of[1] = &narrow_convolution<NarrowKernel<Single<Float::bf16>, Eight, Eight>>;
+  kernels.narrow_convolution_of[2] = &narrow_convolution<NarrowKernel<Single<Float::f16>, Eight, Eight>>;
+  kernels.int8_attention = &attention<Int8Attention<Int8Unit, WeightedUnit>>;
+  kernels.float_attention_of[0] = &attention<FloatAttention<Fp32Unit<Float::f32>>>;
+  kernels.float_attention_of[1] = &attention<FloatAttention<Fp32Unit<Float::bf16>>>;
+  kernels.float_attention_of[2] = &attention<FloatAttention<Fp32Unit<Float::f16>>>;
   return kernels;
 }();
 

@@ -206,6 +206,8 @@ struct Fp32Unit : Fp32<type> {
     return _mm512_castps_si512(
         Fp32<type>::dot(_mm512_castsi512_ps(sums), _mm512_castsi512_ps(x), _mm512_castsi512_ps(w)));
   }
+  static __m512i beside(const X* const (&rows)[kElements], int count) { return load_x(rows[0], count); }
+  static __m512i rounded(const __m512 (&v)[kElements]) { return _mm512_castps_si512(v[0]); }
 };
 
 struct Bf16Unit : Bf16 {
@@ -215,6 +217,13 @@ struct Bf16Unit : Bf16 {
   static __m512i product(__m512i sums, __m512i x, __m512i w) {
     return _mm512_castps_si512(dot(_mm512_castsi512_ps(sums), x, w));
   }
+  static __m512i beside(const X* const (&rows)[kElements], int count) {
+    const __m512i first = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask16(count), rows[0]));
+    if (!rows[1]) return first;
+    const __m512i second = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask16(count), rows[1]));
+    return _mm512_or_si512(first, _mm512_slli_epi32(second, 16));
+  }
+  static __m512i rounded(const __m512 (&v)[kElements]) { return (__m512i)_mm512_cvtne2ps_pbh(v[1], v[0]); }
 };
 
 struct Int8Unit : Int8 {
@@ -228,54 +237,83 @@ struct WeightedUnit {
   using X = int8_t;
   using Sum = int32_t;
   static constexpr int64_t kElements = 4;
+  static constexpr int64_t kCodeBytes = 1;
   static __m512i product(__m512i sums, __m512i x, __m512i w) { return Int8::dot(sums, w, x); }
+  static void store_codes(char* to, __m512 v) {
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(v)));
+  }
+  static __m512i beside(const int8_t* codes, int64_t width) {
+    const auto row = [&](int i) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(codes + i * width)); };
+    const __m128i low01 = _mm_unpacklo_epi8(row(0), row(1)), high01 = _mm_unpackhi_epi8(row(0), row(1));
+    const __m128i low23 = _mm_unpacklo_epi8(row(2), row(3)), high23 = _mm_unpackhi_epi8(row(2), row(3));
+    __m512i v = _mm512_castsi128_si512(_mm_unpacklo_epi16(low01, low23));
+    v = _mm512_inserti32x4(v, _mm_unpackhi_epi16(low01, low23), 1);
+    v = _mm512_inserti32x4(v, _mm_unpacklo_epi16(high01, high23), 2);
+    return _mm512_inserti32x4(v, _mm_unpackhi_epi16(high01, high23), 3);
+  }
+};
+
+// Two elements of an image in bf16; of codes in fp32, whose other halves are zero.
+struct Pair {
+  static constexpr int kElements = 2;
+  static constexpr int64_t kBytes = 2;
+  static __m512i unit(__m512i first, __m512i second) { return _mm512_or_si512(first, _mm512_slli_epi32(second, 16)); }
+  static uint32_t unit_of_codes(uint32_t first, uint32_t second) { return first >> 16 | second; }
+  template <class Of>
+  static typename Of::Sums product(typename Of::Sums sums, typename Of::Units x, uint32_t w) {
+    return multiplied(sums, x, static_cast<int>(w));
+  }
+
+ private:
+  static __m512 multiplied(__m512 sums, __m512i x, int w) {
+    return _mm512_dpbf16_ps(sums, (__m512bh)x, (__m512bh)_mm512_set1_epi32(w));
+  }
+  static __m256 multiplied(__m256 sums, __m256i x, int w) {
+    return _mm256_dpbf16_ps(sums, (__m256bh)x, (__m256bh)_mm256_set1_epi32(w));
+  }
+};
+
+// The sums of a vector of windows: sixteen.
+struct Sixteen {
+  using Sums = __m512;
+  using Units = __m512i;
+  static constexpr int kWindows = 16;
+  static Sums zero() { return _mm512_setzero_ps(); }
+  static Units load(const uint32_t* units) { return _mm512_loadu_si512(units); }
+  static Units firsts(Units units) { return _mm512_and_si512(units, _mm512_set1_epi32(0xffff)); }
+  static Sums multiply_add(Sums sums, Units x, int w) {
+    return _mm512_fmadd_ps(_mm512_castsi512_ps(x), _mm512_castsi512_ps(_mm512_set1_epi32(w)), sums);
+  }
+  static Vec::F whole(Sums sums) { return sums; }
 };
 
 using LinearF32 = DotLinear<Vec, Fp32<Float::f32>>;
 using LinearF16 = DotLinear<Vec, Fp32<Float::f16>>;
 using LinearBf16 = Either<DotLinear<Vec, Bf16Codes>, DotLinear<Vec, Bf16>>;
 using LinearInt8 = DotLinear<Vec, Int8>;
-using ManyRowsF32 = OuterLinear<Vec, Fp32Unit<Float::f32>>;
-using ManyRowsF16 = OuterLinear<Vec, Fp32Unit<Float::f16>>;
-using ManyRowsBf16 = OuterLinear<Vec, Bf16Unit>;
-using ManyRowsInt8 = OuterLinear<Vec, Int8Unit>;
-
-// Few rows of x by one, many by the other, for which they are packed.
-template <class FewRows, class ManyRows>
-constexpr LinearKernels linear{
-    Either<ManyRows, FewRows>::scratch_bytes,
-    Either<ManyRows, FewRows>::run,
-    [](const Linear& layer) { return ManyRows::takes(layer) ? ManyRows::packed_bytes(layer) : 0; },
-    ManyRows::pack,
-};
-
-template <class Of>
-constexpr ConvolutionKernels convolution{Of::most_windows, Of::scratch_bytes, Of::run};
-
-template <class Of>
-constexpr NarrowConvolutionKernels narrow_convolution{Of::parts, Of::scratch_bytes, Of::run};
-
-template <class Of>
-constexpr AttentionKernels attention{Of::packed, Of::scratch, MaskRows<Vec>::look, Of::tokens, Of::rows};
+using ManyRowsF32 = OuterLinear<Fp32Unit<Float::f32>>;
+using ManyRowsF16 = OuterLinear<Fp32Unit<Float::f16>>;
+using ManyRowsBf16 = OuterLinear<Bf16Unit>;
+using ManyRowsInt8 = OuterLinear<Int8Unit>;
 
 }  // namespace
 
 extern constexpr Kernels avx512_kernels = [] {
   Kernels kernels = kernels_of<Vec>("avx512", linear<LinearF32, ManyRowsF32>, linear<LinearBf16, ManyRowsBf16>,
                                     linear<LinearF16, ManyRowsF16>, linear<LinearInt8, ManyRowsInt8>);
-  kernels.convolution_of[0] = &convolution<OuterConvolution<Vec, Fp32Unit<Float::f32>, Single<Float::f32>>>;
-  kernels.convolution_of[1] = &convolution<OuterConvolution<Vec, Bf16Unit, Pair>>;
-  kernels.convolution_of[2] = &convolution<OuterConvolution<Vec, Fp32Unit<Float::f16>, Single<Float::f16>>>;
-  kernels.narrow_convolution_of[0] = &narrow_convolution<NarrowKernel<Vec, Single<Float::f32>>>;
-  kernels.narrow_convolution_of[1] = &narrow_convolution<NarrowKernel<Vec, Pair>>;
-  kernels.narrow_convolution_of[2] = &narrow_convolution<NarrowKernel<Vec, Single<Float::f16>>>;
-  kernels.int8_attention = &attention<Int8Attention<Vec, Int8Unit, WeightedUnit>>;
-  kernels.float_attention_of[0] = &attention<FloatAttention<Vec, Fp32Unit<Float::f32>>>;
-  kernels.float_attention_of[1] = &attention<FloatAttention<Vec, Bf16Unit>>;
-  kernels.float_attention_of[2] = &attention<FloatAttention<Vec, Fp32Unit<Float::f16>>>;
-  kernels.float_linear_of[0] = {64, linear_kernels<DotLinear<Vec, WithFloats<Fp32<Float::f32>>>>};
-  kernels.float_linear_of[1] = {24, linear_kernels<DotLinear<Vec, WithFloats<Bf16>>>};
-  kernels.float_linear_of[2] = {kAnyNumber, linear_kernels<DotLinear<Vec, WithFloats<Fp32<Float::f16>>>>};
+  kernels.convolution_of[0] = &convolution<OuterConvolution<Fp32Unit<Float::f32>, Single<Float::f32>>>;
+  kernels.convolution_of[1] = &convolution<OuterConvolution<Bf16Unit, Pair>>;
+  kernels.convolution_of[2] = &convolution<OuterConvolution<Fp32Unit<Float::f16>, Single<Float::f16>>>;
+  kernels.narrow_convolution_of[0] = &narrow_convolution<NarrowKernel<Single<Float::f32>, Sixteen, Eight>>;
+  kernels.narrow_convolution_of[1] = &narrow_convolution<NarrowKernel<Pair, Sixteen, Eight>>;
+  kernels.narrow_convolution_of[2] = &narrow_convolution<NarrowKernel<Single<Float::f16>, Sixteen, Eight>>;
+  kernels.int8_attention = &attention<Int8Attention<Int8Unit, WeightedUnit>>;
+  kernels.float_attention_of[0] = &attention<FloatAttention<Fp32Unit<Float::f32>>>;
+  kernels.float_attention_of[1] = &attention<FloatAttention<Bf16Unit>>;
+  kernels.float_attention_of[2] = &attention<FloatAttention<Fp32Unit<Float::f16>>>;
+  kernels.float_linear_of[0] = {64, 64, linear_kernels<DotLinear<Vec, WithFloats<Fp32<Float::f32>>>>};
+  kernels.float_linear_of[1] = {24, 24, linear_kernels<DotLinear<Vec, WithFloats<Bf16>>>};
+  kernels.float_linear_of[2] = {kAnyNumber, kAnyNumber, linear_kernels<DotLinear<Vec, WithFloats<Fp32<Float::f16>>>>};
   return kernels;
 }();
 

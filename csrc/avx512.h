@@ -15,11 +15,89 @@ inline __mmask64 mask64(int count) { return (1ull << count) - 1; }
 
 struct Vec {
   static constexpr int kLanes = 16;
+  static constexpr int kRegisterRows = 12;  // 24 of 32 registers hold sums
   using F = __m512;
+  using I = __m512i;
+  using Bits = __mmask16;
 
   static F set1(float value) { return _mm512_set1_ps(value); }
   static F add(F a, F b) { return _mm512_add_ps(a, b); }
+  static F sub(F a, F b) { return _mm512_sub_ps(a, b); }
   static F mul(F a, F b) { return _mm512_mul_ps(a, b); }
+  static F div(F a, F b) { return _mm512_div_ps(a, b); }
+  static F fmadd(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
+  static F fnmadd(F a, F b, F c) { return _mm512_fnmadd_ps(a, b, c); }
+  static F min(F a, F b) { return _mm512_min_ps(a, b); }  // b, where either is NaN
+  static F max(F a, F b) { return _mm512_max_ps(a, b); }  // the same
+  static F magnitude(F v) { return _mm512_abs_ps(v); }
+  static F with_sign_of(F v, F magnitude) { return _mm512_or_ps(magnitude, _mm512_and_ps(v, _mm512_set1_ps(-0.0f))); }
+  static F whole(F v) { return _mm512_roundscale_ps(v, _MM_FROUND_TO_NEAREST_INT); }
+  static F times_two_to(F v, F n) { return _mm512_scalef_ps(v, n); }
+
+  // Of lanes: the first `count`, all, those that a comparison holds for; of a value where they are set, or another.
+  static Bits first(int count) { return mask16(count); }
+  static constexpr Bits kAll = 0xffff;
+  static Bits is_less(F a, F b) { return _mm512_cmp_ps_mask(a, b, _CMP_LT_OQ); }
+  static Bits is_equal(F a, F b) { return _mm512_cmp_ps_mask(a, b, _CMP_EQ_OQ); }
+  static Bits is_not_at_most(F a, F b) { return _mm512_cmp_ps_mask(a, b, _CMP_NLE_UQ); }  // or NaN
+  static Bits is_at_least(F a, F b) { return _mm512_cmp_ps_mask(a, b, _CMP_GE_OQ); }
+  static Bits nonzero_bytes(const void* p, int count) {
+    const __m128i bytes = _mm_maskz_loadu_epi8(mask16(count), p);
+    return _mm_test_epi8_mask(bytes, bytes);
+  }
+  static F select(Bits lanes, F there, F elsewhere) { return _mm512_mask_mov_ps(elsewhere, lanes, there); }
+
+  static F floats(I v) { return _mm512_castsi512_ps(v); }
+  static I units(F v) { return _mm512_castps_si512(v); }
+  static I zeros() { return _mm512_setzero_si512(); }
+  static I broadcast(int unit) { return _mm512_set1_epi32(unit); }
+  static I load_units(const void* p) { return _mm512_loadu_si512(p); }
+  static void store_units(void* p, I v) { _mm512_storeu_si512(p, v); }
+  template <int kCount>
+  static void store_first_units(void* p, I v) {
+    _mm512_mask_storeu_epi32(p, static_cast<__mmask16>((1 << kCount) - 1), v);
+  }
+
+  static I both(I a, I b) { return _mm512_or_si512(a, b); }
+
+  // Lanes [first, end), of elements and of elements between which another lies.
+  struct Range {
+    __mmask16 lanes;
+    uint32_t spread;
+    Range() = default;
+    Range(int64_t first, int64_t end)
+        : lanes(static_cast<__mmask16>((1u << end) - (1u << first))),
+          spread(static_cast<uint32_t>((1ull << 2 * end) - (1ull << 2 * first)) & 0x55555555) {}
+  };
+
+  // Elements 0, step, 2 step, ... of x, of which only those of a range are there; zeros for the others. Elements of two
+  // bytes are integers, those of four are as they are.
+  template <int64_t size>
+  OCTAVO_INLINE static I strided(const char* x, int64_t step, const Range& range) {
+    if (step == 1 && size == 4) return _mm512_maskz_loadu_epi32(range.lanes, x);
+    if (step == 1) return _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(range.lanes, x));
+    if (step == 2 && size == 2) return _mm512_maskz_loadu_epi16(range.spread, x);
+    if (step == 2) {
+      const __m512i even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+      const __m512i front = _mm512_maskz_loadu_epi32(static_cast<__mmask16>(range.spread), x);
+      const __m512i back = _mm512_maskz_loadu_epi32(static_cast<__mmask16>(range.spread >> 16), x + 64);
+      return _mm512_permutex2var_epi32(front, even, back);
+    }
+    alignas(64) char together[64] = {};
+    for (int i = 0; i < kLanes; i++)
+      if (range.lanes >> i & 1) memcpy(together + 4 * i, x + i * step * size, size);
+    return _mm512_load_si512(together);
+  }
+
+  // Elements of a type of two bytes, as `strided` loads them.
+  static F from_integers(I v, Float type) {
+    return type == Float::bf16 ? floats(_mm512_slli_epi32(v, 16)) : _mm512_cvtph_ps(_mm512_cvtepi32_epi16(v));
+  }
+
+  static F extended(__m256 v) { return _mm512_castps256_ps512(v); }
+
+  static F load(const float* p) { return _mm512_loadu_ps(p); }
+  static void store(float* p, F v) { _mm512_storeu_ps(p, v); }
 
   static F from_bf16(__m256i v) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(v), 16)); }
 
@@ -77,10 +155,11 @@ struct Vec {
   }
 
   static float total(F v) { return _mm512_reduce_add_ps(v); }
+  static float most(F v) { return _mm512_reduce_max_ps(v); }
 
   // With e = e^-|z|, of which nothing overflows.
   static F sigmoid(F z) {
-    const F e = exp_of_negative(_mm512_or_ps(z, _mm512_set1_ps(-0.0f)));
+    const F e = exp_of_negative<Vec>(_mm512_or_ps(z, _mm512_set1_ps(-0.0f)));
     const F above = _mm512_mask_mov_ps(_mm512_set1_ps(1.0f), _mm512_movepi32_mask(_mm512_castps_si512(z)), e);
     return _mm512_div_ps(above, _mm512_add_ps(_mm512_set1_ps(1.0f), e));
   }

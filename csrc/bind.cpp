@@ -59,7 +59,7 @@ extern "C" __attribute__((visibility("default"))) bool octavo_attends() {
 
 // Up to how many rows of x float linear layers have kernels that are faster than torch's own, for a type of `Float`.
 extern "C" __attribute__((visibility("default"))) int64_t octavo_multiplies_in(int type) {
-  return active.load() ? kernels().float_linear(static_cast<Float>(type)).most_rows : 0;
+  return active.load() ? most_rows(static_cast<Float>(type)) : 0;
 }
 
 // Whether float attention has, for a type of `Float`; else it is torch's.

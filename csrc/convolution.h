@@ -11,33 +11,22 @@
 namespace octavo {
 namespace {
 
-// Windows of a tile that begin at the same distance from each other: which lanes of a vector they are, where the window
-// of lane 0 would begin, and the lanes when elements between them are lanes too.
+constexpr int kPieces = (kTileRows + Vec::kLanes - 1) / Vec::kLanes;  // vectors of a lane for each row of a tile
+
+// Windows of a tile that begin at the same distance from each other: where the window of lane 0 would begin, and which
+// lanes they are of each piece.
 struct Run {
-  int64_t start;
-  __mmask16 lanes;
-  uint32_t spread;
+  int64_t start, first, end;
+  Vec::Range lanes(int piece) const {
+    const auto within = [&](int64_t lane) { return max64(0, min64(Vec::kLanes, lane - piece * Vec::kLanes)); };
+    return {within(first), within(end)};
+  }
 };
 
-// An element of windows that begin next to each other, or at every other one -> their lanes of v, as `strided` has
-// them.
-template <int kStep, int64_t kBytes>
-OCTAVO_INLINE __m512i with_run(__m512i v, const char* x, const Run& run) {
-  const char* const from = x + run.start * kBytes;
-  if constexpr (kStep == 1 && kBytes == 2)
-    return _mm512_mask_cvtepu16_epi32(v, run.lanes, _mm256_maskz_loadu_epi16(run.lanes, from));
-  else if constexpr (kStep == 2 && kBytes == 2)
-    return _mm512_mask_loadu_epi16(v, run.spread, from);
-  else if constexpr (kStep == 1)
-    return _mm512_mask_loadu_epi32(v, run.lanes, from);
-  else
-    return _mm512_mask_mov_epi32(v, run.lanes, every_other(from, run.spread));
-}
-
 // `Elements`: of the image, as a `Unit` multiplies them: see units.h.
-template <class V, class Unit, class Elements>
-class OuterConvolution : OuterLinear<V, Unit> {
-  using Outer = OuterLinear<V, Unit>;
+template <class Unit, class Elements>
+class OuterConvolution : OuterLinear<Unit> {
+  using Outer = OuterLinear<Unit>;
   using Scratch = typename Outer::Scratch;
   static_assert(Unit::kElements == Elements::kElements);
   static constexpr int64_t kBytes = Elements::kBytes;
@@ -98,64 +87,84 @@ class OuterConvolution : OuterLinear<V, Unit> {
     int many = 0;
     for (int64_t i = 0; i < count; i++) {
       const int64_t start = image * c.image_step + start_of(c, p + i) - i * step;
-      if (!many || runs[many - 1].start != start) runs[many++] = {start, 0, 0};
-      runs[many - 1].lanes |= static_cast<__mmask16>(1 << i);
-      runs[many - 1].spread |= 1u << 2 * i;
+      if (!many || runs[many - 1].start != start) runs[many++] = {start, i, i};
+      runs[many - 1].end = i + 1;
     }
-    step == 2 ? lay_runs<2>(c, runs, many, to) : lay_runs<1>(c, runs, many, to);
+    step == 2 ? lay_pieces<2>(c, runs, many, to) : lay_pieces<1>(c, runs, many, to);
   }
 
-  // As a rule they are one or two.
-  template <int kStep>
-  static void lay_runs(const Convolution& c, const Run* runs, int many, char* to) {
-    if (many == 1)
-      lay_windows(c, [&](const char* x) { return with_run<kStep, kBytes>(_mm512_setzero_si512(), x, runs[0]); }, to);
-    else
-      lay_windows(
+  template <int kStep, int kPiece = 0>
+  static void lay_pieces(const Convolution& c, const Run* runs, int many, char* to) {
+    lay_piece<kStep, kPiece>(c, runs, many, to + kPiece * Vec::kLanes * kUnitBytes);
+    if constexpr (kPiece + 1 < kPieces) lay_pieces<kStep, kPiece + 1>(c, runs, many, to);
+  }
+
+  // Where the lanes of a piece are, each from an element of the image on. As a rule they are one run or two.
+  struct Some {
+    const char* x;
+    Vec::Range lanes;
+  };
+
+  template <int kStep, int kPiece>
+  static void lay_piece(const Convolution& c, const Run* runs, int many, char* to) {
+    constexpr int64_t kFirst = kPiece * Vec::kLanes;
+    Some some[kTileRows];
+    int count = 0;
+    for (const Run* run = runs; run < runs + many; run++)
+      if (run->first < kFirst + Vec::kLanes && run->end > kFirst)
+        some[count++] = {static_cast<const char*>(c.x) + (run->start + kFirst * kStep) * kBytes, run->lanes(kPiece)};
+    const auto load = [&](int i, int64_t at) { return Vec::strided<kBytes>(some[i].x + at, kStep, some[i].lanes); };
+    if (count == 1) lay_windows<kPiece>(c, [&](int64_t at) { return load(0, at); }, to);
+    if (count == 2) lay_windows<kPiece>(c, [&](int64_t at) { return Vec::both(load(0, at), load(1, at)); }, to);
+    if (count > 2)
+      lay_windows<kPiece>(
           c,
-          [&](const char* x) {
-            __m512i v = with_run<kStep, kBytes>(_mm512_setzero_si512(), x, runs[0]);
-            for (int i = 1; i < many; i++) v = with_run<kStep, kBytes>(v, x, runs[i]);
+          [&](int64_t at) {
+            Vec::I v = load(0, at);
+            for (int i = 1; i < count; i++) v = Vec::both(v, load(i, at));
             return v;
           },
           to);
   }
 
-  // across(x): the element of all windows of the tile, that of one which begins at 0 being at x.
-  template <class Across>
+  // across(at): the element of all windows of the piece, `at` bytes behind the first of each.
+  template <int kPiece, class Across>
   OCTAVO_INLINE static void lay_windows(const Convolution& c, const Across& across, char* to) {
-    constexpr __mmask16 kRows = (1 << kTileRows) - 1;
-    const auto* const x = static_cast<const char*>(c.x);
+    constexpr int kLeft = kTileRows - kPiece * Vec::kLanes, kRows = kLeft < Vec::kLanes ? kLeft : Vec::kLanes;
     for (int64_t k = 0; k < c.K; k += Unit::kElements, to += kTileRows * kUnitBytes) {
-      __m512i second = _mm512_setzero_si512();
-      if (Unit::kElements == 2 && k + 1 < c.K) second = across(x + c.element[k + 1] * kBytes);
-      _mm512_mask_storeu_epi32(to, kRows, Elements::unit(across(x + c.element[k] * kBytes), second));
+      Vec::I second = Vec::zeros();
+      if (Unit::kElements == 2 && k + 1 < c.K) second = across(c.element[k + 1] * kBytes);
+      Vec::store_first_units<kRows>(to, Elements::unit(across(c.element[k] * kBytes), second));
     }
   }
 
   // Sums [m1 - m0, 32] -> y, in which the windows of a column lie next to each other.
   static void store(const Convolution& c, int64_t image, Block part, const float* sums) {
     const int64_t P = c.windows[0] * c.windows[1] * c.windows[2];
-    for (int64_t n = part.n0; n < part.n1; n += 16) {
-      const int columns = static_cast<int>(min64(16, part.n1 - n));
-      float scale[16], bias[16] = {};
-      V::store(scale, Float::f32, 16, V::load(c.w_scale + n, Float::f32, columns));
-      if (c.bias) V::store(bias, Float::f32, 16, V::load(element(c.bias, c.bias_type, n), c.bias_type, columns));
-      for (int64_t m = part.m0; m < part.m1; m += 16) {
-        const int rows = static_cast<int>(min64(16, part.m1 - m));
+    constexpr int kLanes = Vec::kLanes;
+    for (int64_t n = part.n0; n < part.n1; n += kLanes) {
+      const int columns = static_cast<int>(min64(kLanes, part.n1 - n));
+      float scale[kLanes], bias[kLanes] = {};
+      Vec::store(scale, Vec::load(c.w_scale + n, Float::f32, columns));
+      if (c.bias) Vec::store(bias, Vec::load(element(c.bias, c.bias_type, n), c.bias_type, columns));
+      for (int64_t m = part.m0; m < part.m1; m += kLanes) {
+        const int rows = static_cast<int>(min64(kLanes, part.m1 - m));
         const float* from = sums + (m - part.m0) * kBlockN + (n - part.n0);
-        __m512i r[16];
+        Vec::I r[kLanes];
 #pragma GCC unroll 16
-        for (int i = 0; i < 16; i++) r[i] = i < rows ? _mm512_loadu_si512(from + i * kBlockN) : _mm512_setzero_si512();
+        for (int i = 0; i < kLanes; i++) r[i] = i < rows ? Vec::load_units(from + i * kBlockN) : Vec::zeros();
         transpose(r);
         for (int j = 0; j < columns; j++) {
-          const auto y = V::add(V::mul(_mm512_castsi512_ps(r[j]), V::set1(scale[j])), V::set1(bias[j]));
-          V::store(element(c.y, c.type, image * c.y_step + (n + j) * P + m), c.type, rows, y);
+          const auto y = Vec::add(Vec::mul(Vec::floats(r[j]), Vec::set1(scale[j])), Vec::set1(bias[j]));
+          Vec::store(element(c.y, c.type, image * c.y_step + (n + j) * P + m), c.type, rows, y);
         }
       }
     }
   }
 };
+
+template <class Of>
+constexpr ConvolutionKernels convolution{Of::most_windows, Of::scratch_bytes, Of::run};
 
 }  // namespace
 }  // namespace octavo

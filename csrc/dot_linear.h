@@ -40,8 +40,6 @@ constexpr int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
 constexpr int64_t max64(int64_t a, int64_t b) { return a > b ? a : b; }
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-#define OCTAVO_INLINE inline __attribute__((always_inline))
-
 // The same products of a W that is float too, of x's type.
 template <class Dot>
 struct WithFloats : Dot {

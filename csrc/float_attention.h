@@ -1,4 +1,4 @@
-// Attention in float for AVX-512, by outer products, a few rows of the query at a time:
+// Attention in float, by outer products, a few rows of the query at a time:
 //
 //     y = softmax(scaling * q k^T) v             sums and the softmax in fp32
 //
@@ -22,12 +22,17 @@
 namespace octavo {
 namespace {
 
-template <class V, class Unit>
+// `Unit`, beyond what linear layers ask of it:
+//     beside       units of a column each: of kElements rows of x, their first `count` elements; null is a row of zeros
+//     rounded      kElements vectors of fp32 -> units
+template <class Unit>
 struct FloatAttention {
-  using F = typename V::F;
+  using V = Vec;
+  using F = Vec::F;
   using X = typename Unit::X;
   static constexpr int64_t kUnit = Unit::kElements;
-  static constexpr int64_t kVector = 16 * kUnit;
+  static constexpr int64_t kVector = V::kLanes * kUnit;
+  static constexpr int64_t kVectorBytes = V::kLanes * kUnitBytes;
 
   static int64_t units(int64_t elements) { return ceil_div(elements, kUnit); }
   static int64_t bytes_of(int64_t tokens) { return tokens / kUnit * kUnitBytes; }  // of a multiple of 32
@@ -49,7 +54,9 @@ struct FloatAttention {
     }
     char* keys_from(int64_t s) const { return keys + (s - begin) / kBlockN * panel; }
     char* values_from(int64_t s, int64_t column) const {
-      return values + (column / kBlockN * count + s - begin) / kUnit * (kBlockN * kUnitBytes);
+      const int64_t steps = count / kUnit;
+      return values + column / kBlockN * steps * kBlockN * kUnitBytes +
+             in_panel(steps, (s - begin) / kUnit, column % kBlockN);
     }
   };
 
@@ -61,7 +68,7 @@ struct FloatAttention {
     char *q, *p;       // [12][ldq], [12][ldp]: units
 
     Scratch(const Attention& a, int64_t tokens, char* memory)
-        : ldq(padded_row(ceil_div(a.D, kVector) * 64)),
+        : ldq(padded_row(ceil_div(a.D, kVector) * kVectorBytes)),
           ldp(padded_row(bytes_of(whole(tokens)))),
           scores(reinterpret_cast<float*>(memory)) {
       y = scores + kAttentionRows * whole(tokens);
@@ -143,27 +150,20 @@ struct FloatAttention {
         return Unit::load_x(static_cast<const X*>(head_row(a.k, batch, head, s + j)) + d, count...);
       };
       lay_across<Unit>(key, end - s, a.D, to.keys_from(s));
-      for (int64_t column = 0; column < whole(a.Dv); column += 16)
+      for (int64_t column = 0; column < whole(a.Dv); column += V::kLanes)
         for (int64_t token = s; token < s + kBlockN; token += kUnit)
-          _mm512_storeu_si512(to.values_from(token, column) + column % kBlockN * kUnitBytes,
-                              unit_of_values(a, batch, head, token, end, column));
+          V::store_units(to.values_from(token, column), unit_of_values(a, batch, head, token, end, column));
     }
   }
 
-  // 16 columns of v of the tokens of a unit, the first of them `token`. What is missing is zeros.
-  static __m512i unit_of_values(const Attention& a, int64_t batch, int64_t head, int64_t token, int64_t end,
-                                int64_t column) {
-    const auto value = [&](int64_t t) { return static_cast<const X*>(head_row(a.v, batch, head, t)) + column; };
-    const int count = static_cast<int>(max64(0, min64(16, a.Dv - column)));
-    if (token >= end || count == 0) return _mm512_setzero_si512();
-    if constexpr (kUnit == 2) {
-      const __m512i first = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask16(count), value(token)));
-      if (token + 1 >= end) return first;
-      const __m512i second = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask16(count), value(token + 1)));
-      return _mm512_or_si512(first, _mm512_slli_epi32(second, 16));
-    } else {
-      return Unit::load_x(value(token), count);
-    }
+  // Columns of v, from `column` on, of the tokens of a unit, the first of them `token`. What is missing is zeros.
+  static V::I unit_of_values(const Attention& a, int64_t batch, int64_t head, int64_t token, int64_t end,
+                             int64_t column) {
+    const X* rows[kUnit] = {};
+    for (int64_t i = 0; i < min64(kUnit, end - token); i++)
+      rows[i] = static_cast<const X*>(head_row(a.v, batch, head, token + i)) + column;
+    const int count = static_cast<int>(max64(0, min64(V::kLanes, a.Dv - column)));
+    return rows[0] && count ? Unit::beside(rows, count) : V::zeros();
   }
 
   // -- weigh -----------------------------------------------------------------------------------------------------
@@ -178,18 +178,16 @@ struct FloatAttention {
                      float* total) {
     const int64_t batch = tile.key_head / a.KV;
     for (int64_t i = 0; i < tile.count; i++) fetch(query_row(a, batch, tile.places[i]), size_of(a.q.type) * a.D);
-    for (int64_t i = 0; i < tile.count; i++) {
-      const X* q = static_cast<const X*>(query_row(a, batch, tile.places[i]));
-      char* to = scratch.q + i * scratch.ldq;
-      for (int64_t d = 0; d < a.D; d += kVector, to += 64)
-        _mm512_storeu_si512(to, Unit::load_x(q + d, static_cast<int>(min64(kVector, a.D - d))));
-    }
+    for (int64_t i = 0; i < tile.count; i++)
+      lay_row<Unit>(static_cast<const X*>(query_row(a, batch, tile.places[i])), a.D, scratch.q + i * scratch.ldq);
     Allowed allowed[kAttentionRows];
     for (int64_t i = 0; i < tile.count; i++) allowed[i] = allowed_of(a, tile.places[i], tokens);
     const Range range = range_of(allowed, tile.count, tokens);
+    const int64_t steps = units(a.D);
     for (int64_t s = range.first; s < range.last; s += kBlockN)
-      outer_tile_of<Unit>(tile.count, {scratch.q, scratch.ldq, kUnitBytes, tokens.keys_from(s), units(a.D), 0, nullptr},
-                          scratch.scores_of(0, s - tokens.begin), false);
+      outer_tile_of<Unit>(
+          tile.count, {scratch.q, scratch.ldq, kUnitBytes, tokens.keys_from(s), steps * kStripBytes, steps, nullptr},
+          scratch.scores_of(0, s - tokens.begin), false);
     for (int64_t i = 0; i < tile.count; i++)
       top[i] = largest_score(a, tile.places[i].of_mask, allowed[i], tokens, scratch, i);
     for (int64_t i = 0; i < tile.count; i++)
@@ -224,22 +222,22 @@ struct FloatAttention {
     for (int64_t s = row.first / kBlockN * kBlockN; s < row.last; s += kBlockN) {
       float* x = scratch.scores_of(i, s - tokens.begin);
       if (!row.plain || s < row.first || s + kBlockN > row.last)
-        for (int half = 0; half < kBlockN; half += 16)
-          _mm512_storeu_ps(x + half, _mm512_mask_mov_ps(V::set1(-INFINITY), lanes(a, of_mask, row, s + half),
-                                                        _mm512_loadu_ps(x + half)));
+        for (int j = 0; j < kBlockN; j += V::kLanes)
+          V::store(x + j, V::select(lanes(a, of_mask, row, s + j), V::load(x + j), V::set1(-INFINITY)));
       // In this order of operands NaN is passed over.
-      most = _mm512_max_ps(_mm512_loadu_ps(x + 16), _mm512_max_ps(_mm512_loadu_ps(x), most));
+#pragma GCC unroll 4
+      for (int j = 0; j < kBlockN; j += V::kLanes) most = V::max(V::load(x + j), most);
     }
-    return _mm512_reduce_max_ps(most);
+    return V::most(most);
   }
 
-  // Those of 16 tokens from s on that may be attended to.
-  static __mmask16 lanes(const Attention& a, int64_t of_mask, const Allowed& row, int64_t s) {
-    const __mmask16 there = lanes_within(row.first, row.last, s);
+  // Those of a vector of tokens, from s on, that may be attended to.
+  static V::Bits lanes(const Attention& a, int64_t of_mask, const Allowed& row, int64_t s) {
+    const V::Bits there = lanes_within(row.first, row.last, s);
     if (row.plain || !there) return there;
     constexpr auto kind = Mask::Kind::boolean;
-    const int count = static_cast<int>(min64(16, row.last - s));
-    return there & MaskRows<V>::template changes_nothing<kind>(MaskRows<V>::row(a.mask, of_mask), s, count);
+    const int count = static_cast<int>(min64(V::kLanes, row.last - s));
+    return there & MaskRows::changes_nothing<kind>(MaskRows::row(a.mask, of_mask), s, count);
   }
 
   // e^(scaling * (score - top)) of row i -> units, zeros for the other tokens of `range`. Returns: their sum.
@@ -253,17 +251,19 @@ struct FloatAttention {
     F total = V::set1(0);
     for (int64_t s = from; s < to; s += kBlockN) {
       const float* x = scratch.scores_of(i, s - tokens.begin);
-      const F low = exp_of_negative(V::mul(scaling, _mm512_sub_ps(_mm512_loadu_ps(x), shift)));
-      const F high = exp_of_negative(V::mul(scaling, _mm512_sub_ps(_mm512_loadu_ps(x + 16), shift)));
-      total = V::add(total, V::add(low, high));
-      char* const units = scratch.units_of(i, s - tokens.begin);
-      if constexpr (kUnit == 2) {
-        _mm512_storeu_si512(units, (__m512i)_mm512_cvtne2ps_pbh(high, low));
-      } else {
-        _mm512_storeu_ps(units, low), _mm512_storeu_ps(units + 64, high);
+      char* units = scratch.units_of(i, s - tokens.begin);
+#pragma GCC unroll 4
+      for (int j = 0; j < kBlockN; j += kVector, units += kVectorBytes) {
+        F e[kUnit];
+#pragma GCC unroll 2
+        for (int u = 0; u < kUnit; u++) {
+          e[u] = exp_of_negative<V>(V::mul(scaling, V::sub(V::load(x + j + u * V::kLanes), shift)));
+          total = V::add(total, e[u]);
+        }
+        V::store_units(units, Unit::rounded(e));
       }
     }
-    return _mm512_reduce_add_ps(total);
+    return V::total(total);
   }
 
   // -- sum -------------------------------------------------------------------------------------------------------
@@ -273,10 +273,11 @@ struct FloatAttention {
   static void sum(const Attention& a, const Tile& tile, const Tokens& tokens, const Scratch& scratch,
                   const Range& range, const Keep& keep) {
     for (int64_t n = 0; n < a.Dv; n += kBlockN) {
-      outer_tile_of<Unit>(tile.count,
-                          {scratch.units_of(0, range.first - tokens.begin), scratch.ldp, kUnitBytes,
-                           tokens.values_from(range.first, n), (whole(range.last) - range.first) / kUnit, 0, nullptr},
-                          scratch.y, false);
+      outer_tile_of<Unit>(
+          tile.count,
+          {scratch.units_of(0, range.first - tokens.begin), scratch.ldp, kUnitBytes, tokens.values_from(range.first, n),
+           tokens.count / kUnit * kStripBytes, (whole(range.last) - range.first) / kUnit, nullptr},
+          scratch.y, false);
       for (int64_t i = 0; i < tile.count; i++) keep(i, n);
     }
   }
@@ -291,7 +292,7 @@ struct FloatAttention {
       for (int64_t p = 0; p < parts; p++) {
         float& weight = part(p).top[i];
         const float below = a.scaling * (weight - (largest == -INFINITY ? 0 : largest));
-        weight = _mm512_cvtss_f32(exp_of_negative(V::set1(below)));
+        V::store(&weight, Float::f32, 1, exp_of_negative<V>(V::set1(below)));
         total += weight * part(p).total[i];
       }
       for (int64_t n = 0; n < a.Dv; n += kBlockN) {
@@ -312,7 +313,7 @@ struct FloatAttention {
     const int64_t row = result_row(a, tile.places[i]), end = min64(n + kBlockN, a.Dv);
     for (; n < end; n += V::kLanes, sums += V::kLanes)
       V::store(element(a.y, a.y_type, row + n), a.y_type, static_cast<int>(min64(V::kLanes, end - n)),
-               V::mul(_mm512_loadu_ps(sums), scale));
+               V::mul(V::load(sums), scale));
   }
 };
 

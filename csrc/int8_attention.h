@@ -1,7 +1,8 @@
-// Attention with both products in int8, for AVX-512: by outer products, a few rows of the query at a time.
+// Attention with both products in int8, by outer products, a few rows of the query at a time.
 //
-//     tokens   32 keys are quantized and laid across, [D / 4][32 keys][4], as a linear layer's rows of W are; 32 values
-//              too, [S / 4][32 columns][4] for each 32 columns of v, where four tokens are four rows as they lie
+//     tokens   32 keys are quantized and laid across, [D / u][32 keys][u], as a linear layer's rows of W are
+//              (outer_linear.h); 32 values too, [S / u][32 columns][u] for each 32 columns of v, where the u tokens of
+//              a unit are u rows as they lie
 //     rows     up to 12: their codes, their scores with all keys, the probabilities' codes, y. What is between the two
 //              products stays in scratch, which is in L1 for 500 tokens and in L2 for 10000
 //
@@ -17,28 +18,42 @@
 namespace octavo {
 namespace {
 
-// `Score` is the unit of q times k, `Weighted` of probabilities times v.
-template <class V, class Score, class Weighted>
+// `Score` is the unit of q times k, `Weighted` of probabilities times v, which beyond what linear layers ask of it has
+//     kCodeBytes     of a code in a unit
+//     store_codes    a vector of whole numbers, as such codes
+//     beside         units of a column each: of kElements rows of codes, `width` apart
+template <class Score, class Weighted>
 struct Int8Attention {
-  using F = typename V::F;
+  using V = Vec;
+  static constexpr int64_t kUnit = Score::kElements;
+  static constexpr int64_t kVector = V::kLanes * kUnit;
+  static constexpr int64_t kVectorBytes = V::kLanes * kUnitBytes;
+  static_assert(Weighted::kElements == kUnit && Weighted::kCodeBytes * kUnit == kUnitBytes);
+
+  static int64_t units(int64_t elements) { return ceil_div(elements, kUnit); }
 
   // What `packed` holds of one key head.
   struct Tokens {
     int64_t count;             // S, and tokens up to the next multiple of 32: their scale is 0
     int64_t panel;             // bytes of 32 keys
-    char *keys, *values;       // [count / 32][D / 4][32][4], [Dv / 32][count / 4][32][4]
+    char *keys, *values;       // [count / 32][D / u][32][u], [Dv / 32][count / u][32][u]
     float *k_scale, *v_scale;  // [count]
 
     Tokens(const Attention& a, int64_t key_head)
-        : count(whole(a.S)), panel(ceil_div(a.D, 4) * 4 * kBlockN), keys(a.packed + key_head * packed(a)) {
+        : count(whole(a.S)), panel(units(a.D) * kBlockN * kUnitBytes), keys(a.packed + key_head * packed(a)) {
       values = keys + count / kBlockN * panel;
-      k_scale = reinterpret_cast<float*>(values + count * whole(a.Dv));
+      k_scale = reinterpret_cast<float*>(values + steps() * whole(a.Dv) * kUnitBytes);
       v_scale = k_scale + count;
+    }
+    int64_t steps() const { return count / kUnit; }  // of values
+    char* values_from(int64_t s, int64_t column) const {
+      return values + column / kBlockN * steps() * kBlockN * kUnitBytes +
+             in_panel(steps(), s / kUnit, column % kBlockN);
     }
   };
 
   static size_t packed(const Attention& a) {
-    return whole(a.S) * (ceil_div(a.D, 4) * 4 + whole(a.Dv) + 2 * sizeof(float));
+    return whole(a.S) * (units(a.D) * kUnitBytes + whole(a.Dv) * Weighted::kCodeBytes + 2 * sizeof(float));
   }
 
   // -- tokens ----------------------------------------------------------------------------------------------------
@@ -58,7 +73,10 @@ struct Int8Attention {
       quantize(
           rows, [&](int64_t j) { return head_row(a.v, batch, head, s + j); }, a.v.type, a.Dv, codes, whole(a.Dv),
           to.v_scale + s, 0);
-      lay_by_fours(codes, whole(a.Dv), to.values + s * kBlockN, to.count * kBlockN);
+      for (int64_t column = 0; column < whole(a.Dv); column += V::kLanes)
+        for (int64_t j = 0; j < kBlockN; j += kUnit)
+          V::store_units(to.values_from(s + j, column),
+                         Weighted::beside(codes + j * whole(a.Dv) + column, whole(a.Dv)));
     }
   }
 
@@ -75,44 +93,31 @@ struct Int8Attention {
     }
   }
 
-  // 32 rows of `width` codes, each 32 columns -> [8][32 columns][4 rows], `step` bytes apart.
-  static void lay_by_fours(const int8_t* codes, int64_t width, char* panels, int64_t step) {
-    for (int64_t column = 0; column < width; column += 16) {
-      char* to = panels + column / kBlockN * step + column % kBlockN * 4;
-      for (int64_t row = 0; row < kBlockN; row += 4, to += 4 * kBlockN) {
-        const int8_t* from = codes + row * width + column;
-        const __m128i r0 = load16(from), r1 = load16(from + width), r2 = load16(from + 2 * width),
-                      r3 = load16(from + 3 * width);
-        const __m128i low01 = _mm_unpacklo_epi8(r0, r1), high01 = _mm_unpackhi_epi8(r0, r1);
-        const __m128i low23 = _mm_unpacklo_epi8(r2, r3), high23 = _mm_unpackhi_epi8(r2, r3);
-        store16(to, _mm_unpacklo_epi16(low01, low23)), store16(to + 16, _mm_unpackhi_epi16(low01, low23));
-        store16(to + 32, _mm_unpacklo_epi16(high01, high23)), store16(to + 48, _mm_unpackhi_epi16(high01, high23));
-      }
-    }
-  }
-
-  static __m128i load16(const int8_t* p) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(p)); }
-  static void store16(char* p, __m128i v) { _mm_storeu_si128(reinterpret_cast<__m128i*>(p), v); }
-
   // -- rows ------------------------------------------------------------------------------------------------------
 
   struct Scratch {
     int64_t ldq, ldp;  // odd multiples of a cache line, so that rows do not all fall into the same sets of the cache
     int32_t* scores;   // [tokens / 32][12][32]; after the softmax's first pass fp32
     int32_t* y;        // [12][32]
-    int8_t *q, *p;     // [12][ldq], [12][ldp]
+    char *q, *p;       // [12][ldq], [12][ldp]: units
+    int8_t* codes;     // [12][D]
     float scale[kAttentionRows];
     int32_t excess[kAttentionRows];
 
     Scratch(const Attention& a, void* memory)
-        : ldq(padded_row(a.D)), ldp(padded_row(a.S)), scores(static_cast<int32_t*>(memory)) {
+        : ldq(padded_row(ceil_div(a.D, kVector) * kVectorBytes)),
+          ldp(padded_row(whole(a.S) * Weighted::kCodeBytes)),
+          scores(static_cast<int32_t*>(memory)) {
       y = scores + kAttentionRows * whole(a.S);
-      q = reinterpret_cast<int8_t*>(y + kAttentionRows * kBlockN);
+      q = reinterpret_cast<char*>(y + kAttentionRows * kBlockN);
       p = q + kAttentionRows * ldq;
+      codes = reinterpret_cast<int8_t*>(p + kAttentionRows * ldp);
     }
     static size_t bytes(const Attention& a) {
-      return kAttentionRows * ((whole(a.S) + kBlockN) * sizeof(int32_t) + padded_row(a.D) + padded_row(a.S));
+      const Scratch at(a, nullptr);
+      return kAttentionRows * ((whole(a.S) + kBlockN) * sizeof(int32_t) + at.ldq + at.ldp + a.D);
     }
+    char* codes_from(int64_t i, int64_t s) const { return p + i * ldp + s * Weighted::kCodeBytes; }
   };
 
   static size_t scratch(const Attention& a) { return max64(Scratch::bytes(a), kBlockN * max64(a.D, whole(a.Dv))); }
@@ -125,26 +130,28 @@ struct Int8Attention {
     find_places(a, key_head, r0, r1, places);
     const auto q_row = [&](int64_t i) { return query_row(a, batch, places[i]); };
     for (int64_t i = 0; i < count; i++) fetch(q_row(i), size_of(a.q.type) * a.D);
-    quantize(count, q_row, a.q.type, a.D, scratch.q, scratch.ldq, scratch.scale, 1);
+    quantize(count, q_row, a.q.type, a.D, scratch.codes, a.D, scratch.scale, 1);
     for (int64_t i = 0; i < count; i++) {
+      const int8_t* const codes = scratch.codes + i * a.D;
+      lay_row<Score>(codes, a.D, scratch.q + i * scratch.ldq);
       scratch.scale[i] *= a.scaling;
-      scratch.excess[i] = excess_of<Score>(scratch.q + i * scratch.ldq, a.D);
+      scratch.excess[i] = excess_of<Score>(codes, a.D);
     }
     const Part part = part_of(a, tokens, scratch.scale, places, count);
     for (int64_t s = part.first; s < part.last; s += kBlockN)
       outer_tile_of<Score>(count,
-                           {reinterpret_cast<const char*>(scratch.q), scratch.ldq, kUnitBytes,
-                            tokens.keys + s / kBlockN * tokens.panel, a.D / 4, a.D % 4, nullptr},
+                           {scratch.q, scratch.ldq, kUnitBytes, tokens.keys + s / kBlockN * tokens.panel,
+                            units(a.D) * kStripBytes, units(a.D), nullptr},
                            scratch.scores + s * kAttentionRows, false);
     SoftmaxRow softmax[kAttentionRows];
     for (int64_t i = 0; i < count; i++) softmax[i] = softmax_row(a, tokens, part, scratch, i, places[i].of_mask);
-    Softmax<V>::run(softmax, count);
-    for (int64_t i = 0; i < count; i++) scratch.scale[i] = Softmax<V>::scale_of(softmax[i]);
+    Softmax<Weighted>::run(softmax, count);
+    for (int64_t i = 0; i < count; i++) scratch.scale[i] = Softmax<Weighted>::scale_of(softmax[i]);
     for (int64_t n = 0; n < a.Dv; n += kBlockN) {
       outer_tile_of<Weighted>(
           count,
-          {reinterpret_cast<const char*>(scratch.p + part.first), scratch.ldp, kUnitBytes,
-           tokens.values + (n * tokens.count + part.first * kBlockN), (part.last - part.first) / 4, 0, nullptr},
+          {scratch.codes_from(0, part.first), scratch.ldp, kUnitBytes, tokens.values_from(part.first, n),
+           tokens.steps() * kStripBytes, (part.last - part.first) / kUnit, nullptr},
           scratch.y, false);
       for (int64_t i = 0; i < count; i++)
         store_y(a, result_row(a, places[i]), n, scratch.y + i * kBlockN, scratch.scale[i]);
@@ -183,7 +190,7 @@ struct Int8Attention {
     if (m.kind != Mask::Kind::boolean) {
       const float largest = RowKernels<V>::amax_of(tokens.k_scale, Float::f32, a.S) *
                             RowKernels<V>::amax_of(q_scale, Float::f32, count) * 16384.0f * static_cast<float>(a.D);
-      if (!(largest < MaskRows<V>::reach(m.kind)) || (a.has_softcap && a.softcap == 0)) return all;
+      if (!(largest < MaskRows::reach(m.kind)) || (a.has_softcap && a.softcap == 0)) return all;
     }
     if (first >= last) return {0, 0, true};
     return {first / kBlockN * kBlockN, whole(last), true};
@@ -192,24 +199,23 @@ struct Int8Attention {
   // Row i, whose sums are in scratch. The codes of what its own mask forbids, and only others' allow, are zeros.
   static SoftmaxRow softmax_row(const Attention& a, const Tokens& tokens, const Part& part, Scratch& scratch, int64_t i,
                                 int64_t of_mask) {
-    int8_t* const codes = scratch.p + i * scratch.ldp;
     SoftmaxRow row{};
     row.x = reinterpret_cast<float*>(scratch.scores) + i * kBlockN, row.step = kAttentionRows * kBlockN;
     row.excess = scratch.excess[i], row.scale = scratch.scale[i];
     row.k_scale = tokens.k_scale, row.v_scale = tokens.v_scale;
     row.first = part.first, row.last = min64(part.last, a.S);
     row.has_softcap = a.has_softcap, row.softcap = a.softcap;
-    row.codes = codes;
+    row.codes = scratch.codes_from(i, 0);
     if (a.mask.kind != Mask::Kind::none) {
       const Allowed& allowed = a.mask.allowed[of_mask];
       if (part.trusted && allowed.plain) {
         row.first = allowed.first, row.last = allowed.last;
         const bool some = row.first < row.last;
         const int64_t from = some ? row.first / kBlockN * kBlockN : part.last, to = some ? whole(row.last) : part.last;
-        memset(codes + part.first, 0, from - part.first);
-        memset(codes + to, 0, part.last - to);
+        memset(scratch.codes_from(i, part.first), 0, (from - part.first) * Weighted::kCodeBytes);
+        memset(scratch.codes_from(i, to), 0, (part.last - to) * Weighted::kCodeBytes);
       } else {
-        row.kind = a.mask.kind, row.mask = MaskRows<V>::row(a.mask, of_mask);
+        row.kind = a.mask.kind, row.mask = MaskRows::row(a.mask, of_mask);
       }
     }
     return row;

@@ -1,7 +1,8 @@
 // What a kernel is: a function over raw pointers. It allocates nothing, starts no thread and knows nothing of torch.
 //
-// Every instruction set has one translation unit (scalar.cpp, avx2.cpp, avx512.cpp, amx.cpp) that fills one `Kernels`
-// table; `select.cpp` chooses the table, once; `bind.cpp` hands it tensors and splits the work over torch's threads.
+// Every instruction set has one translation unit (scalar.cpp, avx2.cpp, avxvnni.cpp, avx512.cpp, amx.cpp) that fills
+// one `Kernels` table; `select.cpp` chooses the table, once; `bind.cpp` hands it tensors and splits the work over
+// torch's threads.
 #pragma once
 
 #include <cstddef>
@@ -186,6 +187,7 @@ struct LinearKernels {
 // Of layers whose weights are float: `linear` is faster than torch's own up to so many rows of x. None at 0.
 struct FloatLinearKernels {
   int64_t most_rows;
+  int64_t most_rows_next_to_wider;  // where torch's have wider vectors than these
   LinearKernels linear;
 };
 
@@ -257,6 +259,6 @@ struct Kernels {
   const AttentionKernels* float_attention(Float x) const { return float_attention_of[static_cast<int>(x)]; }
 };
 
-extern const Kernels scalar_kernels, avx2_kernels, avx512_kernels, amx_kernels;
+extern const Kernels scalar_kernels, avx2_kernels, avxvnni_kernels, avx512_kernels, amx_kernels;
 
 }  // namespace octavo

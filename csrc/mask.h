@@ -7,21 +7,21 @@
 // 0: masks of transformers hold the lowest number of their type. Entries <= `never` do, next to one >= -`reach`, as
 // long as no score is as large as `reach`.
 //
-// Included by a translation unit after its target pragma, which must name AVX-512 F, BW and VL.
+// Included by a translation unit after its target pragma, like dot_linear.h.
 #pragma once
 
 namespace octavo {
 namespace {
 
-// Of 16 tokens from s on, those in [first, last).
-inline __mmask16 lanes_within(int64_t first, int64_t last, int64_t s) {
-  const auto before = [s](int64_t token) { return static_cast<int>(max64(0, min64(16, token - s))); };
-  return mask16(before(last)) & ~mask16(before(first));
+// Of the tokens of a vector, from s on, those in [first, last).
+inline Vec::Bits lanes_within(int64_t first, int64_t last, int64_t s) {
+  const auto before = [s](int64_t token) { return static_cast<int>(max64(0, min64(Vec::kLanes, token - s))); };
+  return Vec::first(before(last)) & ~Vec::first(before(first));
 }
 
-template <class V>
 struct MaskRows {
   using Kind = Mask::Kind;
+  static constexpr int kLanes = Vec::kLanes;
 
   static Float float_of(Kind kind) {
     return kind == Kind::f32 ? Float::f32 : kind == Kind::bf16 ? Float::bf16 : Float::f16;
@@ -60,12 +60,12 @@ struct MaskRows {
     while (s < S && !allows_some<kind>(entries, s, S)) s += kMany;
     // Else all are equally far from what is allowed, and share the attention.
     if (s >= S) return found;
-    while (!allows<kind>(entries, s, count(S - s))) s += 16;
+    while (!allows<kind>(entries, s, count(S - s))) s += kLanes;
     found.first = s + __builtin_ctz(allows<kind>(entries, s, count(S - s)));
     if constexpr (kind != Kind::boolean) found.certain = first_is_near<kind>(entries, found.first);
 
     for (s = (S - 1) / kMany * kMany; !allows_some<kind>(entries, s, S);) s -= kMany;
-    for (s = (min64(s + kMany, S) - 1) / 16 * 16; !allows<kind>(entries, s, count(S - s));) s -= 16;
+    for (s = (min64(s + kMany, S) - 1) / kLanes * kLanes; !allows<kind>(entries, s, count(S - s));) s -= kLanes;
     found.last = s + 32 - __builtin_clz(allows<kind>(entries, s, count(S - s)));
 
     for (s = found.first; s < found.last && found.plain; s += kMany)
@@ -79,7 +79,7 @@ struct MaskRows {
   static bool allows_some(const void* entries, int64_t s, int64_t S) {
     const int64_t end = min64(s + kMany, S);
     unsigned found = 0;
-    for (; s + 16 <= end; s += 16) found |= allows<kind>(entries, s, 16);
+    for (; s + kLanes <= end; s += kLanes) found |= allows<kind>(entries, s, kLanes);
     if (s < end) found |= allows<kind>(entries, s, count(end - s));
     return found;
   }
@@ -87,43 +87,42 @@ struct MaskRows {
   template <Kind kind>
   static bool all_change_nothing(const void* entries, int64_t s, int64_t last) {
     const int64_t end = min64(s + kMany, last);
-    unsigned found = 0xffff;
-    for (; s + 16 <= end; s += 16) found &= changes_nothing<kind>(entries, s, 16);
-    if (s < end) found &= changes_nothing<kind>(entries, s, count(end - s)) | ~mask16(count(end - s));
-    return found == 0xffff;
+    unsigned found = Vec::kAll;
+    for (; s + kLanes <= end; s += kLanes) found &= changes_nothing<kind>(entries, s, kLanes);
+    if (s < end) found &= changes_nothing<kind>(entries, s, count(end - s)) | ~Vec::first(count(end - s));
+    return found == Vec::kAll;
   }
 
-  static int count(int64_t left) { return static_cast<int>(min64(16, left)); }
+  static int count(int64_t left) { return static_cast<int>(min64(kLanes, left)); }
 
-  // Which of up to 16 entries allow something. NaN does, for it reaches the result.
+  // Which of up to kLanes entries allow something. NaN does, for it reaches the result.
   template <Kind kind>
-  static __mmask16 allows(const void* entries, int64_t s, int count) {
+  static Vec::Bits allows(const void* entries, int64_t s, int count) {
     if constexpr (kind == Kind::boolean) return changes_nothing<kind>(entries, s, count);
-    return _mm512_mask_cmp_ps_mask(mask16(count), load<kind>(entries, s, count), V::set1(never(kind)), _CMP_NLE_UQ);
+    return Vec::is_not_at_most(load<kind>(entries, s, count), Vec::set1(never(kind))) & Vec::first(count);
   }
 
   // Which are true, or add nothing.
   template <Kind kind>
-  static __mmask16 changes_nothing(const void* entries, int64_t s, int count) {
-    if constexpr (kind == Kind::boolean) {
-      const __m128i bytes = _mm_maskz_loadu_epi8(mask16(count), static_cast<const char*>(entries) + s);
-      return _mm_test_epi8_mask(bytes, bytes);
-    } else {
-      return _mm512_mask_cmp_ps_mask(mask16(count), load<kind>(entries, s, count), V::set1(0), _CMP_EQ_OQ);
-    }
+  static Vec::Bits changes_nothing(const void* entries, int64_t s, int count) {
+    if constexpr (kind == Kind::boolean) return Vec::nonzero_bytes(static_cast<const char*>(entries) + s, count);
+    return Vec::is_equal(load<kind>(entries, s, count), Vec::set1(0)) & Vec::first(count);
   }
 
   template <Kind kind>
-  static typename V::F load(const void* entries, int64_t s, int count) {
+  static Vec::F load(const void* entries, int64_t s, int count) {
     constexpr Float type = kind == Kind::f32 ? Float::f32 : kind == Kind::bf16 ? Float::bf16 : Float::f16;
-    return V::load(element(entries, type, s), type, count);
+    return Vec::load(element(entries, type, s), type, count);
   }
 
   template <Kind kind>
   static bool first_is_near(const void* entries, int64_t first) {
-    return _mm512_cmp_ps_mask(load<kind>(entries, first, 1), V::set1(-reach(kind)), _CMP_GE_OQ) & 1;
+    return Vec::is_at_least(load<kind>(entries, first, 1), Vec::set1(-reach(kind))) & 1;
   }
 };
+
+template <class Of>
+constexpr AttentionKernels attention{Of::packed, Of::scratch, MaskRows::look, Of::tokens, Of::rows};
 
 }  // namespace
 }  // namespace octavo

@@ -14,30 +14,16 @@
 namespace octavo {
 namespace {
 
-// The sums of a vector of windows: of 16, or of 8, where rows are no longer.
-struct Sixteen {
-  using Sums = __m512;
-  static constexpr int kWindows = 16;
-  static Sums zero() { return _mm512_setzero_ps(); }
-  static __m512i load(const uint32_t* units) { return _mm512_loadu_si512(units); }
-  static __m512i firsts(__m512i units) { return _mm512_and_si512(units, _mm512_set1_epi32(0xffff)); }
-  static __m512 whole(Sums sums) { return sums; }
-};
-struct Eight {
-  using Sums = __m256;
-  static constexpr int kWindows = 8;
-  static Sums zero() { return _mm256_setzero_ps(); }
-  static __m256i load(const uint32_t* units) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(units)); }
-  static __m256i firsts(__m256i units) { return _mm256_and_si256(units, _mm256_set1_epi32(0xffff)); }
-  static __m512 whole(Sums sums) { return _mm512_castps256_ps512(sums); }
-};
-
-template <class V, class Unit>
+// Of units as units.h has them, in vectors of `Wide` windows, or of `Short` ones where rows are no longer.
+template <class Unit, class Wide, class Short>
 class NarrowKernel {
-  static constexpr int kColumns = 8;            // that share a load
-  static constexpr int64_t kUnits = 1 << 17;    // of an image in scratch: they stay in a cache
-  static constexpr int64_t kLeastWindows = 64;  // of a row, at a time
-  static constexpr int64_t kLeastRows = 4;      // or most of what is laid out would be laid out for others too
+  using V = Vec;
+  static constexpr int64_t kLanes = Vec::kLanes;
+  static constexpr int kSums = kLanes == 16 ? 16 : 12;  // that stay in registers
+  static constexpr int kColumns = 8;                    // that share a load
+  static constexpr int64_t kUnits = 1 << 17;            // of an image in scratch: they stay in a cache
+  static constexpr int64_t kLeastWindows = 64;          // of a row, at a time
+  static constexpr int64_t kLeastRows = 4;              // or most of what is laid out would be laid out for others too
 
   // A product of all columns: where its unit is in scratch, and of which codes of a filter it is. The one behind the
   // last of them is 0.
@@ -62,9 +48,9 @@ class NarrowKernel {
       const int64_t sharers = ceil_div(c.threads, c.images * c.groups * c.windows[0]);  // of a plane
       const int64_t of_thread = c.windows[1] > 1 ? c.windows[2] : ceil_div(c.windows[2], sharers);
       const int64_t fitting = kUnits / 4 / (of_line * tall);
-      width = min64(c.windows[2], max64(kLeastWindows, ceil_div(min64(fitting, of_thread), 16) * 16));
-      pitch = ceil_div(width, 16) * 16 + reach;
-      chunks = ceil_div(pitch, 16) * c.stride[2];
+      width = min64(c.windows[2], max64(kLeastWindows, ceil_div(min64(fitting, of_thread), kLanes) * kLanes));
+      pitch = ceil_div(width, kLanes) * kLanes + reach;
+      chunks = ceil_div(pitch, kLanes) * c.stride[2];
       row = c.stride[2] * pitch;
       rows = max64(1, (kUnits / (of_line * pitch) - tall) / c.stride[1] + 1);
       const int64_t even = ceil_div(ceil_div(c.windows[1], rows), sharers) * sharers;
@@ -77,11 +63,12 @@ class NarrowKernel {
     }
   };
 
-  // 16 units of a row, and which elements make them: from where on in the rows that the first ones and the second ones
-  // are of, in bytes, and which are there.
+  // A vector of units of a row, and which elements make them: from where on in the rows that the first ones and the
+  // second ones are of, in bytes, and which are there.
   struct Chunk {
     int64_t to, first_at, second_at;
-    Lanes first, second;
+    Vec::Range first, second;
+    bool has_first, has_second;  // any
   };
 
   struct Scratch {
@@ -142,8 +129,8 @@ class NarrowKernel {
       if (part.from[2] != from) lay_chunks(c, plan, from = part.from[2], scratch.chunks);
       lay_image(c, plan, part, scratch);
       for (int64_t n = 0; n < c.N;)
-        n += part.width <= Eight::kWindows ? columns<Eight, kColumns>(c, plan, part, n, laid, scratch)
-                                           : columns<Sixteen, kColumns>(c, plan, part, n, laid, scratch);
+        n += part.width <= Short::kWindows ? columns<Short, kColumns>(c, plan, part, n, laid, scratch)
+                                           : columns<Wide, kColumns>(c, plan, part, n, laid, scratch);
     }
   }
 
@@ -172,16 +159,17 @@ class NarrowKernel {
   // Of rows that windows from `from` on begin in.
   static void lay_chunks(const NarrowConvolution& c, const Plan& plan, int64_t from, Chunk* chunk) {
     const int64_t step = c.stride[2];
-    const auto lanes_at = [&](int64_t start) {
-      const int64_t begin = ceil_div(max64(0, -start), step), end = ceil_div(max64(0, c.size[2] - start), step);
-      return Lanes{static_cast<int>(min64(16, begin)), static_cast<int>(min64(16, end))};
+    const auto before = [&](int64_t start, int64_t end) {  // lanes, in a row that starts there
+      return min64(kLanes, ceil_div(max64(0, end - start), step));
     };
     for (int64_t phase = 0; phase < step; phase++)
-      for (int64_t i = 0; i < plan.pitch; i += 16) {
+      for (int64_t i = 0; i < plan.pitch; i += kLanes) {
         const int64_t first = (from + i) * step - c.padding[2] + phase;
         const int64_t second = first + (pairs_neighbours(c) ? c.dilation[2] : 0);
-        *chunk++ = {phase * plan.pitch + i, first * Unit::kBytes, second * Unit::kBytes, lanes_at(first),
-                    lanes_at(second)};
+        const int64_t f0 = before(first, 0), f1 = before(first, c.size[2]);
+        const int64_t s0 = before(second, 0), s1 = before(second, c.size[2]);
+        *chunk++ = {
+            phase * plan.pitch + i, first * Unit::kBytes, second * Unit::kBytes, {f0, f1}, {s0, s1}, f0 < f1, s0 < s1};
       }
   }
 
@@ -210,14 +198,14 @@ class NarrowKernel {
   // The last chunk of a row may reach beyond it, where the next one will be.
   static void lay_row(const NarrowConvolution& c, const Plan& plan, const char* first, const char* second,
                       const Chunk* chunks, uint32_t* to) {
-    const auto elements = [&](const char* row, int64_t at, Lanes lanes) {
-      return row && lanes.first < lanes.end ? strided<Unit::kBytes>(row + at, c.stride[2], lanes)
-                                            : _mm512_setzero_si512();
+    const auto elements = [&](const char* row, bool has_some, int64_t at, const Vec::Range& lanes) {
+      return row && has_some ? Vec::strided<Unit::kBytes>(row + at, c.stride[2], lanes) : Vec::zeros();
     };
     for (const Chunk* chunk = chunks; chunk < chunks + plan.chunks; chunk++) {
-      const __m512i other =
-          Unit::kElements == 2 ? elements(second, chunk->second_at, chunk->second) : _mm512_setzero_si512();
-      _mm512_storeu_si512(to + chunk->to, Unit::unit(elements(first, chunk->first_at, chunk->first), other));
+      const Vec::I other =
+          Unit::kElements == 2 ? elements(second, chunk->has_second, chunk->second_at, chunk->second) : Vec::zeros();
+      const Vec::I one = elements(first, chunk->has_first, chunk->first_at, chunk->first);
+      Vec::store_units(to + chunk->to, Unit::unit(one, other));
     }
   }
 
@@ -226,9 +214,13 @@ class NarrowKernel {
   static void lay_codes(const NarrowConvolution& c, const Plan& plan, int64_t column, const Scratch& scratch) {
     const int64_t K = filter_size(c);
     for (int j = 0; j < N; j++) {
-      for (int64_t k = 0; k < K; k += 16)
-        V::store(scratch.filter + k, Float::f32, 16,
-                 V::load_codes(c.w + (column + j) * K + k, static_cast<int>(min64(16, K - k))));
+      for (int64_t k = 0; k < K; k += kLanes) {
+        const int count = static_cast<int>(min64(kLanes, K - k));
+        const int8_t* const codes = c.w + (column + j) * K + k;
+        // A whole vector is no first part of one.
+        V::store(reinterpret_cast<float*>(scratch.filter + k),
+                 count == kLanes ? V::load_codes(codes) : V::load_codes(codes, count));
+      }
       scratch.filter[K] = 0;
       for (int64_t k = 0; k < plan.steps; k++) {
         const Step& step = scratch.steps[k];
@@ -246,7 +238,7 @@ class NarrowKernel {
     }
     const int64_t column = part.plane % c.groups * c.N + n;
     if (column != laid) lay_codes<N>(c, plan, laid = column, scratch);
-    constexpr int kMost = N < 4 ? 8 : 16 / N;
+    constexpr int kMost = kSums / N < 8 ? kSums / N : 8;
     Vector vectors[kMost];
     int many = 0;
     const auto flush = [&] {
@@ -291,7 +283,7 @@ class NarrowKernel {
           auto v = Of::load(x[i] + at);
           if constexpr (is_left_over) v = Of::firsts(v);
 #pragma GCC unroll 8
-          for (int j = 0; j < N; j++) sums[i][j] = Unit::product(sums[i][j], v, codes[j]);
+          for (int j = 0; j < N; j++) sums[i][j] = Unit::template product<Of>(sums[i][j], v, codes[j]);
         }
       }
     };
@@ -310,6 +302,9 @@ class NarrowKernel {
     }
   }
 };
+
+template <class Of>
+constexpr NarrowConvolutionKernels narrow_convolution{Of::parts, Of::scratch_bytes, Of::run};
 
 }  // namespace
 }  // namespace octavo

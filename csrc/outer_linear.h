@@ -1,23 +1,29 @@
-// y = x W^T by outer products, for many rows of x: vectors of 16 columns of y.
+// y = x W^T by outer products, for many rows of x: vectors of columns of y.
 //
 // Dot products along K (dot_linear.h) read each vector of x and of W whole. With many rows of x it pays to lay both
 // across instead, in units of u elements, 4 bytes: 32 rows of W as [K / u][32][u], and 12 rows of x as [K / u][12][u].
 // A step then takes two vectors of W and one unit of each row of x, which fills a vector by broadcast: less than half
 // of the bytes from cache for the same products, and all in the order in which they lie.
 //
-//     x              packed before, once, by all threads (`pack`): tiles of 12 rows, which with 32 columns of y fill
-//                    24 accumulators
+//     x              packed before, once, by all threads (`pack`): tiles of 12 rows
 //     W              a panel of 32 rows at a time, laid across piece by piece of K into scratch, where it stays in L2
-//                    while all tiles pass by
+//                    while all tiles pass by. Where two vectors are not 32 columns, a panel is as many strips, one
+//                    behind the other, as they fit it
 //
 // Groups of columns with scales of their own are tiles of their own, whose sums are added under the group's scale.
+//
+// `Vec` is what the instruction set has for it (see avx512.h):
+//     kLanes, F, I            a vector of fp32, and of units
+//     kRegisterRows           rows of x, each with two vectors of sums, for which there are registers
+//     zeros, load_units, store_units, store_first_units, broadcast, transpose
+//     floats, units           a vector as the other kind
 //
 // A `Unit` is the product of one instruction (see avx512.cpp):
 //     X, Sum      element types of x and of the sums
 //     kOffset     what was added to every code of W, to be taken off again: offset * (sum of x's row)
 //     kElements   in a unit
 //     kManyRows   of x, from which outer products are faster than dot products
-//     load_x      16 units of a row of x: whole, or their first `count` elements with zeros behind
+//     load_x      kLanes units of a row of x: whole, or their first `count` elements with zeros behind
 //     load_w      the same of a row of W, as the product wants them
 //     product     sums + unit of x * unit of W
 //     sum_x       the sum of a row of x (only where there is an offset)
@@ -31,46 +37,57 @@ namespace {
 constexpr int kTileRows = kPackedRows;
 constexpr int64_t kUnitBytes = 4;
 
-// What a tile reads: rows of x, and 32 rows of W laid across, over `whole` units of K and one of `left` bytes if that
-// is not 0. `next`: codes that later panels need, fetched from memory meanwhile, 32 rows times a unit for each step; or
-// null.
+constexpr int64_t kStrip = 2 * Vec::kLanes;  // columns of a panel that a tile meets at once
+constexpr int64_t kStripBytes = kStrip * kUnitBytes;
+static_assert(kBlockN % kStrip == 0);
+
+// Where a panel of `steps` units of K has the unit of a column.
+constexpr int64_t in_panel(int64_t steps, int64_t step, int64_t column) {
+  return (column / kStrip * steps + step) * kStripBytes + column % kStrip * kUnitBytes;
+}
+
+// What a tile reads: rows of x, and 32 rows of W laid across, over `steps` units of K, which a panel may have more of.
+// `next`: codes that later panels need, fetched from memory meanwhile, 32 rows times a unit for each step; or null.
 struct OuterOperands {
   const char* x;
   int64_t row, unit;  // bytes from one row of x to the next, and from one of its units to the next
   const char* panel;
-  int64_t whole, left;
+  int64_t strip;  // bytes from one of its strips to the next
+  int64_t steps;
   const int8_t* next;
 };
 
-// acc += x[MR, a unit] panel[a unit]. p: every third row of x; `bytes`: of the unit that are there.
+// acc += x[MR, a unit] panel[a unit]. p: every third row of x.
 template <class Unit, int MR>
-OCTAVO_INLINE void outer_step(__m512i (&acc)[MR][2], const char* const (&p)[(MR + 2) / 3], int64_t row,
-                              const char* panel, size_t bytes) {
-  const __m512i w0 = _mm512_load_si512(panel), w1 = _mm512_load_si512(panel + 64);
+OCTAVO_INLINE void outer_step(Vec::I (&acc)[MR][2], const char* const (&p)[(MR + 2) / 3], int64_t row,
+                              const char* panel) {
+  const Vec::I w0 = Vec::load_units(panel), w1 = Vec::load_units(panel + kStripBytes / 2);
 #pragma GCC unroll 12
   for (int i = 0; i < MR; i++) {
-    int unit = 0;
-    memcpy(&unit, p[i / 3] + i % 3 * row, bytes);
-    const __m512i a = _mm512_set1_epi32(unit);
+    int unit;
+    memcpy(&unit, p[i / 3] + i % 3 * row, sizeof unit);
+    const Vec::I a = Vec::broadcast(unit);
     acc[i][0] = Unit::product(acc[i][0], a, w0);
     acc[i][1] = Unit::product(acc[i][1], a, w1);
   }
 }
 
-OCTAVO_INLINE void store_scaled(float* sums, __m512 partial, __m512 scale, bool add) {
-  const __m512 v = _mm512_mul_ps(partial, scale);
-  _mm512_storeu_ps(sums, add ? _mm512_add_ps(v, _mm512_loadu_ps(sums)) : v);
+OCTAVO_INLINE void store_scaled(float* sums, Vec::I partial, Vec::F scale, bool add) {
+  const Vec::F v = Vec::mul(Vec::floats(partial), scale);
+  Vec::store(sums, add ? Vec::add(v, Vec::load(sums)) : v);
 }
 
-// sums[MR][kBlockN] += x[MR, units] panel[units], or = if not `add`. `Scaled`: what is added is under scale[kBlockN].
+// sums[MR][kStrip] += x[MR, units] panel[units], or = if not `add`; rows of sums are kBlockN apart. `Scaled`: what is
+// added is under scale[kStrip].
 template <class Unit, int MR, bool Ahead, bool Scaled>
 __attribute__((noinline)) void outer_tile(const OuterOperands& in, typename Unit::Sum* sums, bool add,
                                           const float* scale) {
-  __m512i acc[MR][2];
+  constexpr int64_t kHalf = Vec::kLanes;
+  Vec::I acc[MR][2];
 #pragma GCC unroll 12
   for (int i = 0; i < MR; i++) {
-    acc[i][0] = add && !Scaled ? _mm512_loadu_si512(sums + i * kBlockN) : _mm512_setzero_si512();
-    acc[i][1] = add && !Scaled ? _mm512_loadu_si512(sums + i * kBlockN + 16) : _mm512_setzero_si512();
+    acc[i][0] = add && !Scaled ? Vec::load_units(sums + i * kBlockN) : Vec::zeros();
+    acc[i][1] = add && !Scaled ? Vec::load_units(sums + i * kBlockN + kHalf) : Vec::zeros();
   }
   const int64_t row = in.row, unit = in.unit;
   const char* p[(MR + 2) / 3];
@@ -79,42 +96,41 @@ __attribute__((noinline)) void outer_tile(const OuterOperands& in, typename Unit
   const char* panel = in.panel;
   const int8_t* next = in.next;
   constexpr int64_t kCodes = kBlockN * Unit::kElements;  // of W in a step
-  for (int64_t steps = in.whole; steps > 0; steps--, panel += 128) {
+  for (int64_t steps = in.steps; steps > 0; steps--, panel += kStripBytes) {
     if constexpr (Ahead) {
 #pragma GCC unroll 2
       for (int64_t line = 0; line < kCodes; line += 64) __builtin_prefetch(next + line, 0, kIntoL2);
       next += kCodes;
     }
-    outer_step<Unit, MR>(acc, p, row, panel, kUnitBytes);
+    outer_step<Unit, MR>(acc, p, row, panel);
 #pragma GCC unroll 4
     for (int j = 0; j < (MR + 2) / 3; j++) p[j] += unit;
   }
-  if (in.left) outer_step<Unit, MR>(acc, p, row, panel, in.left);
   if constexpr (Scaled) {
     // Else the compiler prefers registers for what follows, and copies or spills each at every step above.
 #pragma GCC unroll 12
     for (int i = 0; i < MR; i++) __asm__("" : "+v"(acc[i][0]), "+v"(acc[i][1]));
-    const __m512 scale0 = _mm512_loadu_ps(scale), scale1 = _mm512_loadu_ps(scale + 16);
+    const Vec::F scale0 = Vec::load(scale), scale1 = Vec::load(scale + kHalf);
 #pragma GCC unroll 12
     for (int i = 0; i < MR; i++) {
-      store_scaled(sums + i * kBlockN, _mm512_castsi512_ps(acc[i][0]), scale0, add);
-      store_scaled(sums + i * kBlockN + 16, _mm512_castsi512_ps(acc[i][1]), scale1, add);
+      store_scaled(sums + i * kBlockN, acc[i][0], scale0, add);
+      store_scaled(sums + i * kBlockN + kHalf, acc[i][1], scale1, add);
     }
   } else {
 #pragma GCC unroll 12
     for (int i = 0; i < MR; i++) {
-      _mm512_storeu_si512(sums + i * kBlockN, acc[i][0]);
-      _mm512_storeu_si512(sums + i * kBlockN + 16, acc[i][1]);
+      Vec::store_units(sums + i * kBlockN, acc[i][0]);
+      Vec::store_units(sums + i * kBlockN + kHalf, acc[i][1]);
     }
   }
 }
 
-// A tile of `rows` rows, 1 to MR.
-template <class Unit, bool Scaled = false, int MR = kTileRows>
-OCTAVO_INLINE void outer_tile_of(int64_t rows, const OuterOperands& in, typename Unit::Sum* sums, bool add,
-                                 const float* scale = nullptr) {
+// The same of `rows` rows, 1 to MR.
+template <class Unit, bool Scaled, int MR = Vec::kRegisterRows>
+OCTAVO_INLINE void outer_rows(int64_t rows, const OuterOperands& in, typename Unit::Sum* sums, bool add,
+                              const float* scale) {
   if constexpr (MR > 1) {
-    if (rows < MR) return outer_tile_of<Unit, Scaled, MR - 1>(rows, in, sums, add, scale);
+    if (rows < MR) return outer_rows<Unit, Scaled, MR - 1>(rows, in, sums, add, scale);
   }
   if (in.next)
     outer_tile<Unit, MR, true, Scaled>(in, sums, add, scale);
@@ -122,31 +138,50 @@ OCTAVO_INLINE void outer_tile_of(int64_t rows, const OuterOperands& in, typename
     outer_tile<Unit, MR, false, Scaled>(in, sums, add, scale);
 }
 
-// 16 rows of 16 units, `load(row)` -> `count` units of `kRows` rows, `unit` bytes from one to the next.
-template <int kRows, class Load>
-OCTAVO_INLINE void lay_units(const Load& load, int64_t count, char* to, int64_t unit) {
-  __m512i r[16];
-#pragma GCC unroll 16
-  for (int j = 0; j < 16; j++) r[j] = load(j);
-  transpose(r);
-#pragma GCC unroll 16
-  for (int j = 0; j < 16; j++)
-    if (j < count) _mm512_mask_storeu_epi32(to + unit * j, static_cast<__mmask16>((1 << kRows) - 1), r[j]);
+// A tile of `rows` rows, 1 to kTileRows, of all columns.
+template <class Unit, bool Scaled = false>
+OCTAVO_INLINE void outer_tile_of(int64_t rows, OuterOperands in, typename Unit::Sum* sums, bool add,
+                                 const float* scale = nullptr) {
+  constexpr int64_t kRows = Vec::kRegisterRows;
+  if constexpr (kStrip == kBlockN && kRows == kTileRows) {
+    outer_rows<Unit, Scaled>(rows, in, sums, add, scale);
+  } else {
+    const char* const x = in.x;
+    for (int64_t n = 0; n < kBlockN; n += kStrip, in.panel += in.strip) {
+      in.x = x;
+      for (int64_t i = 0; i < rows; i += kRows, in.x += kRows * in.row, in.next = nullptr)
+        outer_rows<Unit, Scaled>(min64(kRows, rows - i), in, sums + i * kBlockN + n, add, scale + n);
+    }
+  }
 }
 
-// Up to 32 rows over `length` elements -> panel. What the missing rows would be is zeros. `load(row, k)`: 16 units of
-// it from element k on; `load(row, k, count)` its first `count` elements.
+// kLanes rows of kLanes units, `load(row)` -> `count` units of `kRows` rows, `unit` bytes from one to the next.
+template <int kRows, class Load>
+OCTAVO_INLINE void lay_units(const Load& load, int64_t count, char* to, int64_t unit) {
+  Vec::I r[Vec::kLanes];
+#pragma GCC unroll 16
+  for (int j = 0; j < Vec::kLanes; j++) r[j] = load(j);
+  transpose(r);
+#pragma GCC unroll 16
+  for (int j = 0; j < Vec::kLanes; j++)
+    if (j < count) Vec::store_first_units<kRows>(to + unit * j, r[j]);
+}
+
+// Up to 32 rows over `length` elements -> panel. What the missing rows would be is zeros. `load(row, k)`: kLanes units
+// of it from element k on; `load(row, k, count)` its first `count` elements.
 template <class Unit, class Load>
 OCTAVO_INLINE void lay_across(const Load& load, int64_t rows, int64_t length, char* panel) {
-  constexpr int64_t kVector = 16 * Unit::kElements;
-  for (int64_t k = 0; k < length; k += kVector, panel += 16 * 128) {
+  constexpr int64_t kVector = Vec::kLanes * Unit::kElements;
+  const int64_t steps = ceil_div(length, Unit::kElements);
+  for (int64_t k = 0; k < length; k += kVector) {
     const int count = static_cast<int>(min64(kVector, length - k));
-    for (int half = 0; half < 2; half++) {
+    for (int64_t first = 0; first < kBlockN; first += Vec::kLanes) {
       const auto row = [&](int j) {
-        const int64_t n = 16 * half + j;
-        return n >= rows ? _mm512_setzero_si512() : count == kVector ? load(n, k) : load(n, k, count);
+        const int64_t n = first + j;
+        return n >= rows ? Vec::zeros() : count == kVector ? load(n, k) : load(n, k, count);
       };
-      lay_units<16>(row, ceil_div(count, Unit::kElements), panel + 64 * half, 128);
+      lay_units<Vec::kLanes>(row, ceil_div(count, Unit::kElements), panel + in_panel(steps, k / Unit::kElements, first),
+                             kStripBytes);
     }
   }
 }
@@ -158,7 +193,24 @@ void lay_codes_across(const int8_t* codes, int64_t step, int64_t rows, int64_t l
   lay_across<Unit>(load, rows, length, panel);
 }
 
-template <class V, class Unit>
+// The rows of a tile of x over kLanes units, `load(row)` -> `count` units of all 12.
+template <int kFirst = 0, class Load>
+OCTAVO_INLINE void lay_rows(const Load& load, int64_t count, char* to) {
+  constexpr int kRows = Vec::kLanes < kTileRows - kFirst ? Vec::kLanes : kTileRows - kFirst;
+  lay_units<kRows>([&](int j) { return load(kFirst + j); }, count, to + kFirst * kUnitBytes, kTileRows * kUnitBytes);
+  if constexpr (kFirst + kRows < kTileRows) lay_rows<kFirst + kRows>(load, count, to);
+}
+
+// A row of x -> its units, as they lie, zeros behind the last element; what follows up to a whole vector is
+// overwritten.
+template <class Unit>
+void lay_row(const typename Unit::X* x, int64_t K, char* to) {
+  constexpr int64_t kVector = Vec::kLanes * Unit::kElements;
+  for (int64_t k = 0; k < K; k += kVector, to += Vec::kLanes * kUnitBytes)
+    Vec::store_units(to, K - k < kVector ? Unit::load_x(x + k, static_cast<int>(K - k)) : Unit::load_x(x + k));
+}
+
+template <class Unit>
 struct OuterLinear {
   using X = typename Unit::X;
   static constexpr int64_t kPanelSteps = 512;  // units of K at a time: 64 KB of a panel
@@ -169,7 +221,7 @@ struct OuterLinear {
 
   struct Scratch {
     alignas(64) typename Unit::Sum sums[kTiles * kTileRows * kBlockN];
-    alignas(64) char panel[kPanelSteps * 128];
+    alignas(64) char panel[kPanelSteps * kBlockN * kUnitBytes];
     float scales[kGroups][kBlockN];
   };
 
@@ -192,15 +244,15 @@ struct OuterLinear {
       const int64_t rows = min64(kTileRows, m1 - m);
       char* to = tile_of(layer, m);
       for (int64_t i = 0; i < rows; i++) excess_at(layer, m)[i] = excess_of<Unit>(x_row(layer, m + i), layer.K);
-      constexpr int64_t kVector = 16 * Unit::kElements;
-      for (int64_t k = 0; k < layer.K; k += kVector, to += 16 * kTileRows * kUnitBytes) {
+      constexpr int64_t kVector = Vec::kLanes * Unit::kElements;
+      for (int64_t k = 0; k < layer.K; k += kVector, to += Vec::kLanes * kTileRows * kUnitBytes) {
         const int count = static_cast<int>(min64(kVector, layer.K - k));
-        const auto load = [&](int j) {
-          if (j >= rows) return _mm512_setzero_si512();
+        const auto load = [&](int64_t j) {
+          if (j >= rows) return Vec::zeros();
           const X* x = x_row(layer, m + j) + k;
           return count == kVector ? Unit::load_x(x) : Unit::load_x(x, count);
         };
-        lay_units<kTileRows>(load, ceil_div(count, Unit::kElements), to, kTileRows * kUnitBytes);
+        lay_rows(load, ceil_div(count, Unit::kElements), to);
       }
     }
   }
@@ -239,13 +291,14 @@ struct OuterLinear {
   static void products(const Linear& layer, Block part, int64_t k, int64_t length, Scratch& scratch, const Then& then) {
     lay_codes_across<Unit>(layer.codes() + part.n0 * layer.K + k, layer.K, part.n1 - part.n0, length, scratch.panel);
     if (layer.groups > 1) lay_scales_across(layer, part, k, length, scratch.scales);
+    const int64_t steps = ceil_div(length, Unit::kElements);
     for (int64_t m = part.m0; m < part.m1; m += kTileRows) {
       const OuterOperands in{tile_of(layer, m) + k / Unit::kElements * kTileRows * kUnitBytes,
                              kUnitBytes,
                              kTileRows * kUnitBytes,
                              scratch.panel,
-                             ceil_div(length, Unit::kElements),
-                             0,
+                             steps * kStripBytes,
+                             steps,
                              m == part.m0 ? layer.codes() + part.n1 * layer.K + kBlockN * k : nullptr};
       const int64_t rows = min64(kTileRows, layer.M - m);
       auto* const sums = scratch.sums + (m - part.m0) * kBlockN;
@@ -270,10 +323,10 @@ struct OuterLinear {
     const int64_t size = group_size(layer);
     for (int64_t begin = k, end; begin < k + length; begin = end, scale++) {
       end = min64((begin / size + 1) * size, k + length);
-      in.whole = (end - begin) / Unit::kElements;
+      in.steps = (end - begin) / Unit::kElements;
       outer_tile_of<Unit, true>(rows, in, sums, begin > 0, *scale);
-      in.x += in.whole * in.unit;
-      in.panel += in.whole * 128;
+      in.x += in.steps * in.unit;
+      in.panel += in.steps * kStripBytes;
       if (in.next) in.next += kBlockN * (end - begin);
     }
   }
@@ -281,9 +334,18 @@ struct OuterLinear {
   // The sums of a tile of `part` -> y, from row m0 on: a block may begin inside of a tile.
   static void store(const Linear& layer, Block part, int64_t m, int64_t m0, const Scratch& scratch) {
     const int64_t from = max64(m, m0);
-    finish<V>(layer, {from, min64(m + kTileRows, part.m1), part.n0, part.n1}, scratch.sums + (from - part.m0) * kBlockN,
-              excess_at(layer, m) + (from - m));
+    finish<Vec>(layer, {from, min64(m + kTileRows, part.m1), part.n0, part.n1},
+                scratch.sums + (from - part.m0) * kBlockN, excess_at(layer, m) + (from - m));
   }
+};
+
+// Few rows of x by one, many by the other, for which they are packed.
+template <class FewRows, class ManyRows>
+constexpr LinearKernels linear{
+    Either<ManyRows, FewRows>::scratch_bytes,
+    Either<ManyRows, FewRows>::run,
+    [](const Linear& layer) { return ManyRows::takes(layer) ? ManyRows::packed_bytes(layer) : 0; },
+    ManyRows::pack,
 };
 
 }  // namespace

@@ -19,6 +19,8 @@
 //     from_sums                   kLanes sums of a dot product, less an excess, as fp32
 #pragma once
 
+#define OCTAVO_INLINE inline __attribute__((always_inline))
+
 namespace octavo {
 namespace {
 

@@ -60,8 +60,10 @@ Machine this_machine() {
   const unsigned long long states = saves ? saved_states() : 0;
   const bool ymm = (states & 0x6) == 0x6, zmm = (states & 0xe6) == 0xe6, tiles = (states & 0x60000) == 0x60000;
   machine.avx2 = ymm && has(extended.b, 5) && has(basic.c, 12) && has(basic.c, 29);
+  machine.avxvnni = machine.avx2 && has(more.a, 4);
   machine.avx512 = machine.avx2 && zmm && has(extended.b, 16) && has(extended.b, 17) && has(extended.b, 30) &&
                    has(extended.b, 31) && has(extended.c, 1) && has(extended.c, 11) && has(more.a, 5);
+  machine.wider = zmm && has(extended.b, 16);
   machine.amx = machine.avx512 && tiles && has(extended.d, 22) && has(extended.d, 24) && has(extended.d, 25);
   machine.amx_permitted = machine.amx && request_tiles();
 #endif
@@ -75,6 +77,7 @@ Choice choose(const Machine& machine, const char* forced) {
        machine.amx ? "the operating system denied AMX tiles to this process (ARCH_REQ_XCOMP_PERM)"
                    : "this processor or operating system lacks AMX int8 and bf16 tiles"},
       {&avx512_kernels, machine.avx512, "this processor or operating system lacks AVX-512 with VBMI, VNNI and BF16"},
+      {&avxvnni_kernels, machine.avxvnni, "this processor or operating system lacks AVX-VNNI, and what AVX-512 takes"},
       {&avx2_kernels, machine.avx2, "this processor or operating system lacks AVX2 with FMA and F16C"},
 #endif
       {&scalar_kernels, true, ""},
@@ -101,7 +104,7 @@ Choice choose(const Machine& machine, const char* forced) {
                         : "the best there is");
       return choice;
     }
-    if (!missed) missed = candidate.lacks;
+    missed = candidate.lacks;
   }
   choice.error = force;
   if (force)

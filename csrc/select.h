@@ -8,7 +8,9 @@ namespace octavo {
 // What the processor and the operating system offer.
 struct Machine {
   bool avx2;           // AVX2, FMA, F16C
+  bool avxvnni;        // AVX-VNNI
   bool avx512;         // AVX-512 F, BW, VL, DQ, VNNI, BF16
+  bool wider;          // vectors of more than 256 bits, whatever may be done with them
   bool amx;            // AMX tiles, int8 and bf16
   bool amx_permitted;  // the kernel of the operating system lets this process use them
 };

@@ -7,7 +7,7 @@
 // The sum of the e^... divides at the end, with the step, what is multiplied with v: a factor of the whole row changes
 // no code. Each pass keeps its results where the sums were.
 //
-// Included by a translation unit after its target pragma, which must name AVX-512 F, BW, VL and DQ.
+// Included by a translation unit after its target pragma, like mask.h.
 #pragma once
 
 namespace octavo {
@@ -26,15 +26,17 @@ struct SoftmaxRow {
   const void* mask;
   bool has_softcap;
   float softcap;
-  int8_t* codes;
+  char* codes;  // as `Weighted` stores them
 
   float top, total;  // the largest score; the sum of e^(score - top)
   float largest;     // weight
 };
 
-template <class V>
+// `Weighted` is the unit of codes times values.
+template <class Weighted>
 struct Softmax {
-  using F = typename V::F;
+  using V = Vec;
+  using F = Vec::F;
   using Kind = Mask::Kind;
 
   // Codes of tokens [first, last), and up to the multiples of kChunk around them, of some rows: pass after pass, for
@@ -73,30 +75,32 @@ struct Softmax {
     F most = V::set1(-INFINITY);
     float* x = row.x + from(row) * row.step;
     for (int64_t s = from(row) * kChunk; s < row.last; s += kChunk, x += row.step) {
-      F a = score<kind, capped>(row, x, s, 0), b = score<kind, capped>(row, x, s, 16);
-      if (s < row.first || s + kChunk > row.last) {
-        a = _mm512_mask_mov_ps(V::set1(-INFINITY), lanes_within(row.first, row.last, s), a);
-        b = _mm512_mask_mov_ps(V::set1(-INFINITY), lanes_within(row.first, row.last, s + 16), b);
+      const bool is_whole = s >= row.first && s + kChunk <= row.last;
+#pragma GCC unroll 4
+      for (int i = 0; i < kChunk; i += V::kLanes) {
+        F one = score<kind, capped>(row, x, s, i);
+        if (!is_whole) one = V::select(lanes_within(row.first, row.last, s + i), one, V::set1(-INFINITY));
+        V::store(x + i, one);
+        most = V::max(one, most);  // in this order of operands NaN is passed over
       }
-      _mm512_storeu_ps(x, a), _mm512_storeu_ps(x + 16, b);
-      most = _mm512_max_ps(b, _mm512_max_ps(a, most));  // in this order of operands NaN is passed over
     }
-    given.top = _mm512_reduce_max_ps(most);
+    given.top = V::most(most);
   }
 
-  static int count(const SoftmaxRow& row, int64_t s) { return static_cast<int>(max64(0, min64(16, row.last - s))); }
+  static int count(const SoftmaxRow& row, int64_t s) {
+    return static_cast<int>(max64(0, min64(V::kLanes, row.last - s)));
+  }
 
   template <Kind kind, bool capped>
-  static F score(const SoftmaxRow& row, const float* x, int64_t s, int half) {
-    const F scale = V::mul(V::set1(row.scale), _mm512_loadu_ps(row.k_scale + s + half));
-    F score = V::mul(V::from_sums(reinterpret_cast<const int32_t*>(x + half), row.excess), scale);
-    if constexpr (capped) score = V::mul(tanh_of(_mm512_div_ps(score, V::set1(row.softcap))), V::set1(row.softcap));
+  static F score(const SoftmaxRow& row, const float* x, int64_t s, int i) {
+    const F scale = V::mul(V::set1(row.scale), V::load(row.k_scale + s + i));
+    F score = V::mul(V::from_sums(reinterpret_cast<const int32_t*>(x + i), row.excess), scale);
+    if constexpr (capped) score = V::mul(tanh_of<V>(V::div(score, V::set1(row.softcap))), V::set1(row.softcap));
     if constexpr (kind == Kind::none) return score;
-    const int there = count(row, s + half);
+    const int there = count(row, s + i);
     if constexpr (kind == Kind::boolean)
-      return _mm512_mask_mov_ps(V::set1(-INFINITY),
-                                MaskRows<V>::template changes_nothing<kind>(row.mask, s + half, there), score);
-    return V::add(score, MaskRows<V>::template load<kind>(row.mask, s + half, there));
+      return V::select(MaskRows::changes_nothing<kind>(row.mask, s + i, there), score, V::set1(-INFINITY));
+    return V::add(score, MaskRows::load<kind>(row.mask, s + i, there));
   }
 
   static void weights(SoftmaxRow& row) {
@@ -105,16 +109,16 @@ struct Softmax {
     F total = V::set1(0), most = V::set1(0);
     float* x = row.x + from(row) * row.step;
     for (int64_t left = to(row) - from(row); left > 0; left--, x += row.step, scale += kChunk) {
-#pragma GCC unroll 2
-      for (int half = 0; half < kChunk; half += 16) {
-        const F e = exp_of_negative(_mm512_sub_ps(_mm512_loadu_ps(x + half), shift));
-        const F weight = V::mul(e, _mm512_loadu_ps(scale + half));
+#pragma GCC unroll 4
+      for (int i = 0; i < kChunk; i += V::kLanes) {
+        const F e = exp_of_negative<V>(V::sub(V::load(x + i), shift));
+        const F weight = V::mul(e, V::load(scale + i));
         total = V::add(total, e);
         most = V::largest(most, weight);
-        _mm512_storeu_ps(x + half, weight);
+        V::store(x + i, weight);
       }
     }
-    row.total = _mm512_reduce_add_ps(total), row.largest = V::across(most);
+    row.total = V::total(total), row.largest = V::across(most);
   }
 
   // Weights -> codes: a product with 127 / largest, not a division by the step.
@@ -122,14 +126,11 @@ struct Softmax {
     const float lift = lift_of(row);
     const F up = V::set1(lift), inverse = V::set1(row.largest == 0 ? 0 : kQmax / (row.largest * lift));
     const float* x = row.x + from(row) * row.step;
-    int8_t* codes = row.codes + from(row) * kChunk;
-    for (int64_t left = to(row) - from(row); left > 0; left--, x += row.step, codes += kChunk) {
-#pragma GCC unroll 2
-      for (int half = 0; half < kChunk; half += 16) {
-        const __m512i rounded = _mm512_cvtps_epi32(V::mul(V::mul(_mm512_loadu_ps(x + half), up), inverse));
-        _mm_storeu_si128(reinterpret_cast<__m128i*>(codes + half), _mm512_cvtepi32_epi8(rounded));
-      }
-    }
+    char* codes = row.codes + from(row) * kChunk * Weighted::kCodeBytes;
+    for (int64_t left = to(row) - from(row); left > 0; left--, x += row.step)
+#pragma GCC unroll 4
+      for (int i = 0; i < kChunk; i += V::kLanes, codes += V::kLanes * Weighted::kCodeBytes)
+        Weighted::store_codes(codes, V::mul(V::mul(V::load(x + i), up), inverse));
   }
 };
 

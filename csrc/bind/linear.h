@@ -3,6 +3,7 @@
 
 #include <cstring>
 
+#include "../select.h"
 #include "rows.h"
 #include "tensors.h"
 #include "threads.h"
@@ -173,6 +174,13 @@ Tensor w8a8_linear_at_once(const Tensor& x, const std::optional<Tensor>& input_s
   return w8a8_linear(codes, x_scale, weight, weight_scale, bias, x.scalar_type());
 }
 
+// Of x, in float linear layers.
+int64_t most_rows(Float type) {
+  static const bool wider = octavo::this_machine().wider;
+  const octavo::FloatLinearKernels& of = kernels().float_linear(type);
+  return wider ? of.most_rows_next_to_wider : of.most_rows;
+}
+
 // Not of the table of ops: it is called where nobody differentiates. Where no kernel is faster it is torch's own.
 Tensor float_linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias) {
   STD_TORCH_CHECK(weight.scalar_type() == x.scalar_type() && weight.dim() == 2, "weight must be [N, K], of x's type");
@@ -181,8 +189,7 @@ Tensor float_linear(const Tensor& x, const Tensor& weight, const std::optional<T
       !bias || (bias->scalar_type() == x.scalar_type() && bias->dim() == 1 && bias->size(0) == weight.size(0)),
       "bias must be [", weight.size(0), "], of x's type");
   const auto type = float_type(x.scalar_type());
-  if (!type || rows_of(x) > kernels().float_linear(*type).most_rows)
-    return call<Tensor>("aten::linear", x, weight, bias);
+  if (!type || rows_of(x) > most_rows(*type)) return call<Tensor>("aten::linear", x, weight, bias);
   const Tensor values = dense(x), w = dense(weight);
   Tensor y = empty(x, with_last(x, weight.size(0)), x.scalar_type()), added;
   if (bias) added = dense(*bias);

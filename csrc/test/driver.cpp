@@ -916,20 +916,28 @@ void check_choices() {
   check_choice(none, "neon9", "none", "'neon9', expected one of: ");
   check_choice(none, std::string(1000, 'x').c_str(), "none", "OCTAVO_ISA is 'xxx");
 #if defined(__x86_64__)
-  const Machine avx2{true, false, false, false}, avx512{true, true, false, false}, denied{true, true, true, false},
-      amx{true, true, true, true};
+  Machine avx2{}, avxvnni{}, avx512{}, denied{}, amx{};
+  avx2.avx2 = true;
+  avxvnni = avx512 = avx2;
+  avxvnni.avxvnni = avx512.avx512 = true;
+  denied = avx512;
+  denied.amx = true;
+  amx = denied;
+  amx.amx_permitted = true;
   check_choice(none, "", "none", "is faster than the reference");
-  check_choice(avx2, "", "avx2", "lacks AMX");
+  check_choice(avx2, "", "avx2", "lacks AVX-VNNI");
+  check_choice(avxvnni, "", avxvnni_kernels.isa, "lacks AVX-512");
   check_choice(avx512, "", "avx512", "lacks AMX");
   check_choice(denied, "", "avx512", "the operating system denied AMX tiles");
   check_choice(amx, "", "amx", "the best there is");
   check_choice(amx, nullptr, "amx", "the best there is");
   for (const char* isa : {"scalar", "avx2", "avx512", "amx"}) check_choice(amx, isa, isa, "forced by OCTAVO_ISA");
+  check_choice(avxvnni, avxvnni_kernels.isa, avxvnni_kernels.isa, "forced by OCTAVO_ISA");
   check_choice(none, "avx2", "none", "'avx2', but this processor or operating system lacks AVX2");
   check_choice(avx2, "avx512", "none", "'avx512', but this processor or operating system lacks AVX-512");
   check_choice(avx512, "amx", "none", "'amx', but this processor or operating system lacks AMX");
   check_choice(denied, "amx", "none", "'amx', but the operating system denied AMX tiles");
-  check_choice(amx, "AVX2", "none", "expected one of: amx, avx512, avx2, scalar");
+  check_choice(amx, "AVX2", "none", "avx2, scalar");
 #endif
 }
 
@@ -938,18 +946,26 @@ void check_choices() {
 int main() {
   check_choices();
   std::vector<const Kernels*> all;
-  for (const char* isa : {"scalar", "avx2", "avx512", "amx"}) {
+  for (const char* isa : {"scalar", "avx2", "avxvnni", "avx512", "amx"}) {
     const Choice choice = choose(this_machine(), isa);
     if (choice.kernels && choice.kernels->w8a8.run)
       all.push_back(choice.kernels);
     else
       printf("%s: left out, %s\n", isa, choice.kernels ? "it has no kernels" : choice.why);
   }
-  for (const Kernels* kernels : all) {
-    check_rows_and_lookups(*kernels);
-    check_attentions(*kernels);
-    check_convolutions(*kernels);
-    check_narrow_convolutions(*kernels);
+#if defined(OCTAVO_EMULATED_VNNI)
+  if (this_machine().avx2) all.push_back(&avxvnni_kernels);
+#endif
+  for (size_t i = 0; i < all.size(); i++) {
+    const Kernels& kernels = *all[i];
+    // What a table has from one before it is right, or that one was not.
+    const auto is_new = [&](const auto& of) {
+      return std::none_of(all.begin(), all.begin() + i, [&](const Kernels* one) { return of(*one) == of(kernels); });
+    };
+    if (is_new([](const Kernels& k) { return k.quantize_token; })) check_rows_and_lookups(kernels);
+    if (is_new([](const Kernels& k) { return k.int8_attention; })) check_attentions(kernels);
+    if (is_new([](const Kernels& k) { return k.convolution(Float::f32); })) check_convolutions(kernels);
+    if (is_new([](const Kernels& k) { return k.narrow_convolution(Float::f32); })) check_narrow_convolutions(kernels);
   }
   check_linear_layers(all);
   for (const Kernels* kernels : all)

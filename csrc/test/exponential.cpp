@@ -1,6 +1,6 @@
 // Checks exp and tanh of csrc/exponential.h against those of double: a value in each 64 of all that there are, and the
-// ends of their ranges. tests/ops/test_exponential.py builds and runs this. Exit status 0: all is right; 77: this
-// processor has no AVX-512.
+// ends of their ranges. tests/ops/test_exponential.py builds and runs this, with OCTAVO_VECTORS for "avx2.h" or
+// "avx512.h", and the instructions that go with it. Exit status 0: all is right.
 
 #include <immintrin.h>
 
@@ -9,12 +9,16 @@
 #include <cstdio>
 #include <cstring>
 
-#pragma GCC push_options
-#pragma GCC target("avx512f,avx512dq")
-#include "../exponential.h"
-#pragma GCC pop_options
+#include "../kernels.h"
+
+#include "../rows.h"
+
+#include OCTAVO_VECTORS
 
 namespace {
+
+using octavo::Vec;
+constexpr int kLanes = Vec::kLanes;
 
 constexpr double kSmallest = 0x1p-149;  // fp32, between which and the next there is no number
 
@@ -31,27 +35,23 @@ double distance(float value, double expected) {
   return std::fabs(value - expected) / std::fmax(std::ldexp(1.0, exponent - 24), kSmallest);
 }
 
-using Function = __m512 (*)(__m512);
+using Function = Vec::F (*)(Vec::F);
 
-#pragma GCC push_options
-#pragma GCC target("avx512f,avx512dq")
-__m512 exp_of(__m512 x) { return octavo::exp_of_negative(x); }
-__m512 tanh_of(__m512 x) { return octavo::tanh_of(x); }
+Vec::F exp_of(Vec::F x) { return octavo::exp_of_negative<Vec>(x); }
+Vec::F tanh_of(Vec::F x) { return octavo::tanh_of<Vec>(x); }
 
-__attribute__((noinline)) void apply(Function function, const float* x, float* y) {
-  _mm512_storeu_ps(y, function(_mm512_loadu_ps(x)));
-}
-#pragma GCC pop_options
+void apply(Function function, const float* x, float* y) { Vec::store(y, function(Vec::load(x))); }
 
 // Of the numbers with these bits, 64 apart. Returns: whether each is right to `allowed` units of the last place.
 bool check(const char* name, Function function, double (*exact)(double), uint32_t first, uint32_t last,
            double allowed) {
   double worst = 0;
-  for (uint64_t bits = first; bits <= last; bits += 16 * 64) {
-    float x[16], y[16];
-    for (int i = 0; i < 16; i++) x[i] = value_of(static_cast<uint32_t>(bits + 64 * i < last ? bits + 64 * i : last));
+  for (uint64_t bits = first; bits <= last; bits += kLanes * 64) {
+    float x[kLanes], y[kLanes];
+    for (int i = 0; i < kLanes; i++)
+      x[i] = value_of(static_cast<uint32_t>(bits + 64 * i < last ? bits + 64 * i : last));
     apply(function, x, y);
-    for (int i = 0; i < 16; i++) {
+    for (int i = 0; i < kLanes; i++) {
       const double error = distance(y[i], exact(x[i]));
       if (!(error <= worst)) worst = error;
       if (!(error <= allowed)) {
@@ -68,14 +68,13 @@ bool check(const char* name, Function function, double (*exact)(double), uint32_
 }  // namespace
 
 int main() {
-  if (!__builtin_cpu_supports("avx512f") || !__builtin_cpu_supports("avx512dq")) return 77;
   constexpr uint32_t kZero = 0, kMinus = 0x80000000u, kInfinity = 0x7f800000u, kNan = 0x7fc00000u;
   bool right = check("exp", exp_of, std::exp, kMinus, kMinus | kInfinity, 2);  // from -0 to -inf
   right &= check("tanh", tanh_of, std::tanh, kZero, kInfinity, 3);
   right &= check("tanh", tanh_of, std::tanh, kMinus, kMinus | kInfinity, 3);
   const Function both[] = {exp_of, tanh_of};
   for (const Function function : both) {
-    float x[16], y[16];
+    float x[kLanes], y[kLanes];
     for (float& one : x) one = value_of(kNan);
     apply(function, x, y);
     for (const float one : y) right &= std::isnan(one);

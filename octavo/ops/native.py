@@ -1,7 +1,7 @@
 """The native CPU kernels (`csrc/`): one library, loaded once, that answers every op on CPUs in place of the reference.
 
 It holds kernels for every instruction set, and takes the best that the processor has, or none where the reference is
-faster. OCTAVO_ISA (scalar, avx2, avx512, amx) takes another one, OCTAVO_BACKEND=reference none.
+faster. OCTAVO_ISA (scalar, avx2, avxvnni, avx512, amx) takes another one, OCTAVO_BACKEND=reference none.
 """
 
 from __future__ import annotations

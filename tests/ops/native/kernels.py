@@ -25,7 +25,7 @@ def instruction_sets() -> list[str]:
     if all(row.backend == "reference" for row in ops.backends()):
         return []
     found = []
-    for name in ("scalar", "avx2", "avx512", "amx"):
+    for name in ("scalar", "avx2", "avxvnni", "avx512", "amx"):
         try:
             native.select(name)
         except QuantizeError:
