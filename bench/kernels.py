@@ -46,7 +46,7 @@ with a zero point of 128: it gets what it is quicker with on this processor. The
 """
 SHAPES = ((4096, 4096), (11008, 4096))
 SIZES = (1, 4, 16, 64, 512)
-ISAS, ISA_SHAPE, ISA_SIZES = ("scalar", "avx2", "avx512", "amx"), (4096, 4096), (1, 512)
+ISAS, ISA_SHAPE, ISA_SIZES = ("scalar", "avx2", "avxvnni", "avx512", "amx"), (4096, 4096), (1, 512)
 
 WEIGHT_ONLY, INT_MM, ONEDNN = "torch._weight_int8pack_mm", "torch._int_mm", "onednn.qlinear_pointwise"
 

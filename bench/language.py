@@ -6,7 +6,7 @@ import hashlib
 import os
 import tempfile
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -49,10 +49,12 @@ def measure() -> dict[str, Any]:
     }
 
 
-def judge(float_model: nn.Module, model: nn.Module, ids: Tensor, *, compared: int) -> dict[str, Any]:
+def judge(
+    float_model: nn.Module, model: nn.Module, ids: Tensor, *, compared: int, dtypes: Mapping[str, torch.dtype] = DTYPES
+) -> dict[str, Any]:
     """Quantize `model`, a copy of `float_model`, and hold the two against each other on `ids` int64 [T].
 
-    compared: how many of the tokens KL and top-1 are taken on; 0 for none.
+    compared: how many of the tokens KL and top-1 are taken on; 0 for none. dtypes: of the activations.
     """
     report = octavo.quantize(model, "w8a16")
     found: dict[str, Any] = {"int8_layers": sum(1 for row in report.rows if row.scheme), "perplexity": {}}
@@ -60,7 +62,7 @@ def judge(float_model: nn.Module, model: nn.Module, ids: Tensor, *, compared: in
         windows = [piece.unsqueeze(0) for piece in ids[:compared].split(WINDOW) if len(piece) > 1]
         comparison = octavo.compare(float_model, model, windows, layers=False)
         found |= {"compared": comparison.positions, "kl": comparison.kl, "top1": comparison.top1}
-    for name, dtype in DTYPES.items():
+    for name, dtype in dtypes.items():
         f, q = losses(float_model.to(dtype), ids), losses(model.to(dtype), ids)
         found["perplexity"][name] = {
             "float": f.mean().exp().item(),

@@ -8,8 +8,9 @@ A benchmark is a file of this folder with
                    times, all that it has so far, so that less is lost when it is stopped
     tables(found)  those figures for people
 
-bench/results/NAME.json holds the figures with the machine, the versions, the date and the command. bench/RESULTS.md is
-generated from those files alone, so that no figure on it was typed by hand.
+bench/results/NAME.json holds the figures with the machine, the versions, the date and the command, and
+bench/results/NAME@KIND.json those of another kind of machine, which stand beside them. bench/RESULTS.md is generated
+from those files alone, so that no figure on it was typed by hand.
 """
 
 from __future__ import annotations
@@ -23,11 +24,13 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import torch
+
 from octavo.cli.machine import describe_machine, machine_line
 from octavo.ops import backends
 from octavo.tables import markdown, to_json
 
-__all__ = ["Skipped", "kernels_of", "page", "record"]
+__all__ = ["Skipped", "kernels_of", "multiplies_bf16", "page", "record"]
 
 FOLDER = Path(__file__).parent
 PACKAGES = (
@@ -45,10 +48,15 @@ def kernels_of(op: str) -> str:
     return next(f"{row.backend} ({row.why})" for row in backends() if row.op == op)
 
 
-def record(name: str, benchmark: ModuleType, command: str) -> None:
-    """Run a benchmark and write bench/results/NAME.json."""
+def multiplies_bf16() -> bool:
+    """Whether torch has instructions for bf16 on this CPU. Without them it takes many times as long as in fp32."""
+    return torch.backends.cpu.get_cpu_capability() not in ("DEFAULT", "AVX2")
+
+
+def record(name: str, benchmark: ModuleType, command: str, kind: str | None) -> None:
+    """Run a benchmark and write bench/results/NAME.json, or NAME@KIND.json."""
     load_before = os.getloadavg()[0]
-    path = FOLDER / "results" / f"{name}.json"
+    path = FOLDER / "results" / f"{name}{f'@{kind}' if kind else ''}.json"
     path.parent.mkdir(exist_ok=True)
     measured = benchmark.measure()
     for results in measured if isinstance(measured, Iterator) else [measured]:
@@ -74,16 +82,17 @@ def page(benchmarks: Mapping[str, ModuleType]) -> str:
     for name, benchmark in benchmarks.items():
         path = FOLDER / "results" / f"{name}.json"
         if path.is_file():
-            parts.append(_section(json.loads(path.read_text(encoding="utf-8")), benchmark))
+            parts += [f"## {benchmark.TITLE}", " ".join(benchmark.HOW.split()), _found(path, benchmark)]
+        for beside in sorted(path.parent.glob(f"{name}@*.json")):
+            parts += [f"### {benchmark.TITLE}, on {beside.stem.partition('@')[2]}", _found(beside, benchmark)]
     return "\n\n".join(parts) + "\n"
 
 
-def _section(found: dict[str, Any], benchmark: ModuleType) -> str:
+def _found(path: Path, benchmark: ModuleType) -> str:
+    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     packages = ", ".join(f"{package} {version}" for package, version in found["packages"].items())
     return "\n\n".join(
         [
-            f"## {benchmark.TITLE}",
-            " ".join(benchmark.HOW.split()),
             *(markdown(table) for table in benchmark.tables(found["results"])),
             f"`{found['command']}` on {found['date']}. {machine_line(found['machine'])}, {packages}. "
             f"Load of the machine before the run: {found['load_before']}.",

@@ -18,11 +18,11 @@ from octavo.cli import bench_worker
 from octavo.integrations.language_model import cache_name, load_causal
 
 __all__ = [
-    "BF16", "QUANTO", "RUNTIMES", "TORCHAO", "TORCHAO_COMPILED", "TORCHAO_DYNAMIC", "W8A8", "W8A8_ATTENTION", "W8A16",
-    "W8A16_ATTENTION", "W8A16_COMPILED", "start",
+    "BF16", "FP32", "QUANTO", "RUNTIMES", "TORCHAO", "TORCHAO_COMPILED", "TORCHAO_DYNAMIC", "W8A8", "W8A8_ATTENTION",
+    "W8A16", "W8A16_ATTENTION", "W8A16_COMPILED", "start",
 ]  # fmt: skip
 
-BF16, W8A16, W8A8 = "transformers bf16", "octavo w8a16", "octavo w8a8"
+BF16, FP32, W8A16, W8A8 = "transformers bf16", "transformers fp32", "octavo w8a16", "octavo w8a8"
 W8A16_ATTENTION, W8A8_ATTENTION = "octavo w8a16, attention int8", "octavo w8a8, attention int8"
 W8A16_COMPILED = "octavo w8a16, compiled whole"
 TORCHAO, TORCHAO_COMPILED = "torchao Int8WeightOnly", "torchao Int8WeightOnly, compiled"
@@ -63,6 +63,7 @@ def _quanto(model: Any) -> None:
 
 RUNTIMES = {
     BF16: Runtime(lambda model: None, plain=True),
+    FP32: Runtime(lambda model: model.float(), plain=True),
     W8A16: Runtime(_octavo("w8a16"), plain=True),
     W8A16_ATTENTION: Runtime(_octavo("w8a16", attention="int8"), plain=True),
     W8A8: Runtime(_octavo("w8a8"), plain=True),

@@ -22,6 +22,7 @@ from bench.quantize import llama
 from bench.record import kernels_of
 from bench.runtimes import (
     BF16,
+    FP32,
     QUANTO,
     RUNTIMES,
     TORCHAO,
@@ -40,21 +41,24 @@ from octavo.tables import Table, human_bytes
 TITLE = "Running: prefill and decode"
 HOW = """
 Each runtime loads the same bf16 checkpoint in a process of its own, and they take turns, batch 1; medians of the
-rounds. In each turn a runtime runs twice, and the second run counts: the first wakes up what slept while others had
-theirs. Prefill is the time from the prompt to the first token, decode greedy, one token after the other, with
-transformers' own cache. Everything is eager, unless "compiled" (by `torch.compile` as it is called by default) or
-"compiled whole" (`octavo bench --compile`: static cache, prefill and decode in a graph each). All int8 includes the
-output head; in octavo w8a8 that is weight-only, for it is tied to the embedding. "Attention int8" is SmoothQuant's:
-both products of attention in int8 too, by octavo's own kernel; everywhere else attention is in bf16, torch's or, in
-octavo's models, that of `octavo.integrations.float_attention`, which takes the place of torch's as they are quantized.
-Error: of the logits after the prompt and after each of some tokens fed one by one, against the bf16 model's, as a share
-of their norm; a runtime with 0.3 or more computes something else, and its speed is no goal's rival.
+rounds, which are fewer for what has had a minute. In each turn a runtime runs twice, and the second run counts: the
+first wakes up what slept while others had theirs. Prefill is the time from the prompt to the first token, decode
+greedy, one token after the other, with transformers' own cache. Everything is eager, unless "compiled" (by
+`torch.compile` as it is called by default) or "compiled whole" (`octavo bench --compile`: static cache, prefill and
+decode in a graph each). All int8 includes the output head; in octavo w8a8 that is weight-only, for it is tied to the
+embedding. "Attention int8" is SmoothQuant's: both products of attention in int8 too, by octavo's own kernel; everywhere
+else attention is in bf16, torch's or, in octavo's models, that of `octavo.integrations.float_attention`, which takes
+the place of torch's as they are quantized. Error: of the logits after the prompt and after each of some tokens fed one
+by one, against the bf16 model's, as a share of their norm; a runtime with 0.3 or more computes something else, and its
+speed is no goal's rival.
 """
 PROMPT, NEW, REPEATS = 512, 16, 4
 VOCABULARY = 49152
 """Of both models."""
 FOLLOWING = 4
 """Tokens fed one by one before the first round: after the third, `torch.compile` meets no shape that is new to it."""
+ENOUGH = 60.0
+"""Seconds of rounds after which a runtime has no further ones."""
 PATIENCE = 600.0
 """Seconds that all the compiled runtimes together have until they are ready."""
 WRONG = 0.3
@@ -63,7 +67,7 @@ SMOLLM2, LLAMA = "SmolLM2-135M-Instruct", "Llama shape, 1.07 B, random"
 COMPARED = {
     LLAMA: tuple(RUNTIMES),
     # To compile others' once more would take minutes.
-    SMOLLM2: (BF16, W8A16, W8A16_ATTENTION, W8A8, W8A8_ATTENTION, W8A16_COMPILED, TORCHAO, QUANTO),
+    SMOLLM2: (BF16, FP32, W8A16, W8A16_ATTENTION, W8A8, W8A8_ATTENTION, W8A16_COMPILED, TORCHAO, QUANTO),
 }
 PREFILL_GOALS = {
     LLAMA: (
@@ -147,10 +151,15 @@ def _compare(model: str, path: str) -> dict[str, Any]:
 
 def take_turns(found: dict[str, dict[str, Any]], rounds: Mapping[str, Callable[[], Round]], repeats: int) -> None:
     """Run each of `rounds` twice in its turn, and add what the second took to `found`, in seconds (a token)."""
+    took = dict.fromkeys(rounds, 0.0)
     for _ in range(repeats):
         for name, run in rounds.items():
+            if took[name] > ENOUGH:
+                continue
+            begin = time.perf_counter()
             run()
             one = run()
+            took[name] += time.perf_counter() - begin
             found[name]["first_token_s"].append(one.first_token_s)
             found[name]["decode_s"].append(one.decode_s / (NEW - 1))
 
@@ -190,7 +199,7 @@ def _runtimes(model: str, one: dict[str, Any]) -> Table:
     found = one["runtimes"]
     rows = [(name, *_cells(run, found.get(BF16, run))) for name, run in found.items()]
     rows += [(name, why, "-", "-", "-") for name, why in one["missing"].items()]
-    title = f"{model}: {PROMPT} tokens in, {NEW} out; medians of {REPEATS} rounds; in brackets: times as fast as bf16"
+    title = f"{model}: {PROMPT} tokens in, {NEW} out; medians of up to {REPEATS}; in brackets: times as fast as bf16"
     columns = ("runtime", "prefill, tokens/s", "decode, tokens/s", "weights read in decode", "error of the logits")
     return Table(title, columns, tuple(rows), "lrrrr")
 
