@@ -52,8 +52,8 @@ test: lint $(SOUND_READY) $(KERNELS)
 test-quick: $(READY) $(KERNELS)
 	$(BIN)/python -m pytest
 
-# Without Python and torch: the kernels know neither. Tiles, and the instruction of AVX-VNNI, are emulated. -O1, since with -O2 the
-# compiler takes twice as long as what it compiles.
+# Without Python and torch: the kernels know neither. Tiles, and the instruction of AVX-VNNI, are emulated. -O1, since
+# with -O2 the compiler takes twice as long as what it compiles.
 SANITIZE := -std=c++17 -O1 -g1 -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer \
             -DOCTAVO_EMULATED_VNNI -Wall -Wno-ignored-attributes -Wno-uninitialized -Wno-maybe-uninitialized
 SANITIZED := $(patsubst csrc/%.cpp,build/sanitize/%.o,$(filter-out csrc/bind.cpp,$(wildcard csrc/*.cpp)) csrc/test/driver.cpp)

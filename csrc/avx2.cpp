@@ -21,6 +21,8 @@
 
 #include "dot_linear.h"
 
+#include "fp32.h"
+
 #include "outer_linear.h"
 
 #include "units.h"
@@ -42,75 +44,23 @@
 namespace octavo {
 namespace {
 
-template <Float type>
-struct Fp32Kept;
 struct Int8Kept;
-
-// fp32 products, of activations of any type. A tile's twelve accumulators leave four registers: the multiplications
-// read W from memory, which is L1 where it is kept.
-template <Float type>
-struct Fp32 {
-  using Kept = Fp32Kept<type>;
-  using Stored = int8_t;
-  using W = int8_t;
-  using X = std::conditional_t<type == Float::f32, float, uint16_t>;
-  using Sum = float;
-  using Acc = __m256;
-  using XV = __m256;
-  using WV = __m256;
-  static constexpr int kStep = 8;
-  static constexpr int kTileM = 3;
-  static constexpr int32_t kOffset = 0;
-  static constexpr bool kGroups = true;
-  static Acc zero() { return _mm256_setzero_ps(); }
-  static XV load_x(const X* x) { return Vec::load(x, type); }
-  static XV load_x(const X* x, int count) { return Vec::load(x, type, count); }
-  static WV load_w(const W* w) { return Vec::load_codes(w); }
-  static WV load_w(const W* w, int count) { return Vec::load_codes(w, count); }
-  static void keep(float* kept, WV w) { _mm256_storeu_ps(kept, w); }
-  static Acc dot(Acc acc, XV x, WV w) { return _mm256_fmadd_ps(x, w, acc); }
-  static Acc scaled_add(Acc total, Acc partial, float scale) {
-    return _mm256_fmadd_ps(partial, _mm256_set1_ps(scale), total);
-  }
-  static void store4(Acc a, Acc b, Acc c, Acc d, float* sums, bool add) {
-    const __m256 v = _mm256_hadd_ps(_mm256_hadd_ps(a, b), _mm256_hadd_ps(c, d));
-    const __m128 four = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
-    _mm_storeu_ps(sums, add ? _mm_add_ps(four, _mm_loadu_ps(sums)) : four);
-  }
-};
-
-template <Float type>
-struct Fp32Kept : Fp32<type> {
-  using W = float;
-  static __m256 load_w(const W* w) { return _mm256_loadu_ps(w); }
-  static __m256 load_w(const W* w, int) { return load_w(w); }
-};
 
 // Products of codes, summed in int32. The instruction for bytes (vpmaddubsw) saturates at 16 bits, so they are widened
 // to 16 bits, of which pairs of products are summed exactly.
-struct Int8 {
+struct Int8 : CodeSums {
   using Kept = Int8Kept;
-  using Stored = int8_t;
-  using X = int8_t;
-  using W = int8_t;
-  using Sum = int32_t;
-  using XV = __m256i;
-  using WV = __m256i;
-  using Acc = __m256i;
   static constexpr int kStep = 16;
   static constexpr int kTileM = 3;
   static constexpr int32_t kOffset = 0;
-  static constexpr bool kGroups = false;
   static __m256i widen(const int8_t* codes) { return _mm256_cvtepi8_epi16(load16(codes)); }
   static __m256i widen(const int8_t* codes, int count) { return _mm256_cvtepi8_epi16(load_first(codes, count)); }
-  static Acc zero() { return _mm256_setzero_si256(); }
   static XV load_x(const X* x) { return widen(x); }
   static XV load_x(const X* x, int count) { return widen(x, count); }
   static WV load_w(const W* w) { return widen(w); }
   static WV load_w(const W* w, int count) { return widen(w, count); }
   static void keep(int16_t* kept, WV w) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(kept), w); }
   static Acc dot(Acc acc, XV x, WV w) { return _mm256_add_epi32(acc, _mm256_madd_epi16(x, w)); }
-  static void store4(Acc a, Acc b, Acc c, Acc d, int32_t* sums, bool add) { store_across4(a, b, c, d, sums, add); }
 };
 
 struct Int8Kept : Int8 {
@@ -119,28 +69,7 @@ struct Int8Kept : Int8 {
   static WV load_w(const W* w, int) { return load_w(w); }
 };
 
-// The same one by one and in pairs, for outer products.
-template <Float type>
-struct Fp32Unit : Fp32<type> {
-  using typename Fp32<type>::X;
-  static constexpr int64_t kElements = 1;
-  static constexpr int64_t kManyRows = 81;
-  static constexpr int64_t kManyRowsOfGroups = 49;
-  template <class... Count>
-  static __m256i load_x(const X* x, Count... count) {
-    return Vec::units(Fp32<type>::load_x(x, count...));
-  }
-  template <class... Count>
-  static __m256i load_w(const int8_t* w, Count... count) {
-    return Vec::units(Fp32<type>::load_w(w, count...));
-  }
-  static __m256i product(__m256i sums, __m256i x, __m256i w) {
-    return Vec::units(Fp32<type>::dot(Vec::floats(sums), Vec::floats(x), Vec::floats(w)));
-  }
-  static __m256i beside(const X* const (&rows)[kElements], int count) { return load_x(rows[0], count); }
-  static __m256i rounded(const __m256 (&v)[kElements]) { return Vec::units(v[0]); }
-};
-
+// The same in pairs, for outer products.
 struct Int8Unit : Int8 {
   static constexpr int64_t kElements = 2;
   static constexpr int64_t kManyRows = 129;

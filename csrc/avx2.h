@@ -288,14 +288,6 @@ struct Vec {
   }
 };
 
-// Four accumulators, each added up across its lanes, stored or added to 4 sums.
-inline void store_across4(__m256i a, __m256i b, __m256i c, __m256i d, int32_t* sums, bool add) {
-  const __m256i v = _mm256_hadd_epi32(_mm256_hadd_epi32(a, b), _mm256_hadd_epi32(c, d));
-  const __m128i four = _mm_add_epi32(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1));
-  auto* const to = reinterpret_cast<__m128i*>(sums);
-  _mm_storeu_si128(to, add ? _mm_add_epi32(four, _mm_loadu_si128(to)) : four);
-}
-
 // 8 rows of 8 units of four bytes: in steps of 1, 2 and 4 units.
 inline __attribute__((always_inline)) void transpose(__m256i (&r)[8]) {
   __m256i t[8];
@@ -319,6 +311,47 @@ inline __attribute__((always_inline)) void transpose(__m256i (&r)[8]) {
 #pragma GCC unroll 8
   for (int i = 0; i < 8; i++) r[i] = t[i];
 }
+
+// What products in fp32 add up to. The twelve accumulators of a tile leave four registers: the multiplications read W
+// from memory, which is L1 where it is kept.
+struct FloatSums {
+  using Stored = int8_t;
+  using Sum = float;
+  using Acc = __m256;
+  static constexpr int kTileM = 3;
+  static constexpr int64_t kManyRows = 81;
+  static constexpr int64_t kManyRowsOfGroups = 49;
+  static constexpr int32_t kOffset = 0;
+  static constexpr bool kGroups = true;
+  static Acc zero() { return _mm256_setzero_ps(); }
+  static Acc scaled_add(Acc total, Acc partial, float scale) {
+    return _mm256_fmadd_ps(partial, _mm256_set1_ps(scale), total);
+  }
+  static void store4(Acc a, Acc b, Acc c, Acc d, float* sums, bool add) {
+    const __m256 v = _mm256_hadd_ps(_mm256_hadd_ps(a, b), _mm256_hadd_ps(c, d));
+    const __m128 four = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+    _mm_storeu_ps(sums, add ? _mm_add_ps(four, _mm_loadu_ps(sums)) : four);
+  }
+};
+
+// What products of codes, in int32, add up to.
+struct CodeSums {
+  using Stored = int8_t;
+  using X = int8_t;
+  using W = int8_t;
+  using Sum = int32_t;
+  using XV = __m256i;
+  using WV = __m256i;
+  using Acc = __m256i;
+  static constexpr bool kGroups = false;
+  static Acc zero() { return _mm256_setzero_si256(); }
+  static void store4(Acc a, Acc b, Acc c, Acc d, int32_t* sums, bool add) {
+    const __m256i v = _mm256_hadd_epi32(_mm256_hadd_epi32(a, b), _mm256_hadd_epi32(c, d));
+    const __m128i four = _mm_add_epi32(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1));
+    auto* const to = reinterpret_cast<__m128i*>(sums);
+    _mm_storeu_si128(to, add ? _mm_add_epi32(four, _mm_loadu_si128(to)) : four);
+  }
+};
 
 }  // namespace
 }  // namespace octavo

@@ -20,6 +20,8 @@
 
 #include "dot_linear.h"
 
+#include "fp32.h"
+
 #include "outer_linear.h"
 
 #include "units.h"
@@ -41,69 +43,7 @@
 namespace octavo {
 namespace {
 
-// Sums of the four accumulators across their lanes, as one vector of four.
-inline __m128 across4(__m512 a, __m512 b, __m512 c, __m512 d) {
-  const __m512 ab = _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
-  const __m512 cd = _mm512_add_ps(_mm512_unpacklo_ps(c, d), _mm512_unpackhi_ps(c, d));
-  const __m512d abcd0 = _mm512_unpacklo_pd(_mm512_castps_pd(ab), _mm512_castps_pd(cd));
-  const __m512d abcd1 = _mm512_unpackhi_pd(_mm512_castps_pd(ab), _mm512_castps_pd(cd));
-  const __m512 v = _mm512_add_ps(_mm512_castpd_ps(abcd0), _mm512_castpd_ps(abcd1));
-  const __m256 half = _mm256_add_ps(_mm512_castps512_ps256(v), _mm512_extractf32x8_ps(v, 1));
-  return _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
-}
-
-inline __m128i across4(__m512i a, __m512i b, __m512i c, __m512i d) {
-  const __m512i ab = _mm512_add_epi32(_mm512_unpacklo_epi32(a, b), _mm512_unpackhi_epi32(a, b));
-  const __m512i cd = _mm512_add_epi32(_mm512_unpacklo_epi32(c, d), _mm512_unpackhi_epi32(c, d));
-  const __m512i v = _mm512_add_epi32(_mm512_unpacklo_epi64(ab, cd), _mm512_unpackhi_epi64(ab, cd));
-  const __m256i half = _mm256_add_epi32(_mm512_castsi512_si256(v), _mm512_extracti32x8_epi32(v, 1));
-  return _mm_add_epi32(_mm256_castsi256_si128(half), _mm256_extracti128_si256(half, 1));
-}
-
-struct FloatSums {
-  using Stored = int8_t;
-  using Sum = float;
-  using Acc = __m512;
-  static constexpr int32_t kOffset = 0;
-  static constexpr bool kGroups = true;
-  static Acc zero() { return _mm512_setzero_ps(); }
-  static Acc scaled_add(Acc total, Acc partial, float scale) {
-    return _mm512_fmadd_ps(partial, _mm512_set1_ps(scale), total);
-  }
-  static void store4(Acc a, Acc b, Acc c, Acc d, float* sums, bool add) {
-    const __m128 v = across4(a, b, c, d);
-    _mm_storeu_ps(sums, add ? _mm_add_ps(v, _mm_loadu_ps(sums)) : v);
-  }
-};
-
-template <Float type>
-struct Fp32Kept;
 struct Bf16Kept;
-
-// fp32 products, of activations of any type.
-template <Float type>
-struct Fp32 : FloatSums {
-  using Kept = Fp32Kept<type>;
-  using X = std::conditional_t<type == Float::f32, float, uint16_t>;
-  using W = int8_t;
-  using XV = __m512;
-  using WV = __m512;
-  static constexpr int kStep = 16;
-  static constexpr int kTileM = 6;
-  static XV load_x(const X* x) { return Vec::load(x, type); }
-  static XV load_x(const X* x, int count) { return Vec::load(x, type, count); }
-  static WV load_w(const W* w) { return Vec::load_codes(w); }
-  static WV load_w(const W* w, int count) { return Vec::load_codes(w, count); }
-  static void keep(float* kept, WV w) { _mm512_storeu_ps(kept, w); }
-  static Acc dot(Acc acc, XV x, WV w) { return _mm512_fmadd_ps(x, w, acc); }
-};
-
-template <Float type>
-struct Fp32Kept : Fp32<type> {
-  using W = float;
-  static __m512 load_w(const W* w) { return _mm512_loadu_ps(w); }
-  static __m512 load_w(const W* w, int) { return load_w(w); }
-};
 
 // Products of bf16 pairs, summed in fp32. A code is exact in bf16.
 struct Bf16 : FloatSums {
@@ -113,7 +53,6 @@ struct Bf16 : FloatSums {
   using XV = __m512i;
   using WV = __m512i;
   static constexpr int kStep = 32;
-  static constexpr int kTileM = 6;
   static XV load_x(const X* x) { return _mm512_loadu_si512(x); }
   static XV load_x(const X* x, int count) { return _mm512_maskz_loadu_epi16(mask32(count), x); }
   static WV load_w(const W* w) { return widened_to_bf16(w); }
@@ -149,33 +88,19 @@ struct Bf16Codes : Bf16 {
 };
 
 // Products of codes, summed in int32. The instruction wants one operand without sign: W + 128.
-struct Int8 {
-  using Stored = int8_t;
+struct Int8 : CodeSums {
   using Kept = Int8;
-  using X = int8_t;
-  using W = int8_t;
-  using Sum = int32_t;
-  using XV = __m512i;
-  using WV = __m512i;
-  using Acc = __m512i;
   static constexpr int kStep = 64;
   static constexpr int kTileM = 6;
   static constexpr int32_t kOffset = 128;
-  static constexpr bool kGroups = false;
   static WV unsign(__m512i codes) { return _mm512_xor_si512(codes, _mm512_set1_epi8(-128)); }
   static XV load_x(const X* x) { return _mm512_loadu_si512(x); }
   static XV load_x(const X* x, int count) { return _mm512_maskz_loadu_epi8(mask64(count), x); }
   static WV load_w(const W* w) { return unsign(_mm512_loadu_si512(w)); }
   static WV load_w(const W* w, int count) { return unsign(_mm512_maskz_loadu_epi8(mask64(count), w)); }
-  static Acc zero() { return _mm512_setzero_si512(); }
   static Acc dot(Acc acc, XV x, WV w) {
     __asm__("vpdpbusd %2, %1, %0" : "+v"(acc) : "v"(w), "v"(x));
     return acc;
-  }
-  static void store4(Acc a, Acc b, Acc c, Acc d, int32_t* sums, bool add) {
-    const __m128i v = across4(a, b, c, d);
-    auto* to = reinterpret_cast<__m128i*>(sums);
-    _mm_storeu_si128(to, add ? _mm_add_epi32(v, _mm_loadu_si128(to)) : v);
   }
   static int32_t sum_x(const X* x, int64_t K) {
     const __m512i ones = _mm512_set1_epi8(1);
@@ -187,33 +112,9 @@ struct Int8 {
   }
 };
 
-// The same one by one, in pairs and in fours, for outer products.
-template <Float type>
-struct Fp32Unit : Fp32<type> {
-  using typename Fp32<type>::X;
-  static constexpr int64_t kElements = 1;
-  static constexpr int64_t kManyRows = 81;
-  static constexpr int64_t kManyRowsOfGroups = 13;
-  template <class... Count>
-  static __m512i load_x(const X* x, Count... count) {
-    return _mm512_castps_si512(Fp32<type>::load_x(x, count...));
-  }
-  template <class... Count>
-  static __m512i load_w(const int8_t* w, Count... count) {
-    return _mm512_castps_si512(Fp32<type>::load_w(w, count...));
-  }
-  static __m512i product(__m512i sums, __m512i x, __m512i w) {
-    return _mm512_castps_si512(
-        Fp32<type>::dot(_mm512_castsi512_ps(sums), _mm512_castsi512_ps(x), _mm512_castsi512_ps(w)));
-  }
-  static __m512i beside(const X* const (&rows)[kElements], int count) { return load_x(rows[0], count); }
-  static __m512i rounded(const __m512 (&v)[kElements]) { return _mm512_castps_si512(v[0]); }
-};
-
+// The same in pairs and in fours, for outer products.
 struct Bf16Unit : Bf16 {
   static constexpr int64_t kElements = 2;
-  static constexpr int64_t kManyRows = 81;
-  static constexpr int64_t kManyRowsOfGroups = 13;
   static __m512i product(__m512i sums, __m512i x, __m512i w) {
     return _mm512_castps_si512(dot(_mm512_castsi512_ps(sums), x, w));
   }

@@ -277,5 +277,62 @@ inline __attribute__((always_inline)) void transpose(__m512i (&r)[16]) {
   }
 }
 
+// Sums of the four accumulators across their lanes, as one vector of four.
+inline __m128 across4(__m512 a, __m512 b, __m512 c, __m512 d) {
+  const __m512 ab = _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
+  const __m512 cd = _mm512_add_ps(_mm512_unpacklo_ps(c, d), _mm512_unpackhi_ps(c, d));
+  const __m512d abcd0 = _mm512_unpacklo_pd(_mm512_castps_pd(ab), _mm512_castps_pd(cd));
+  const __m512d abcd1 = _mm512_unpackhi_pd(_mm512_castps_pd(ab), _mm512_castps_pd(cd));
+  const __m512 v = _mm512_add_ps(_mm512_castpd_ps(abcd0), _mm512_castpd_ps(abcd1));
+  const __m256 half = _mm256_add_ps(_mm512_castps512_ps256(v), _mm512_extractf32x8_ps(v, 1));
+  return _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
+}
+
+inline __m128i across4(__m512i a, __m512i b, __m512i c, __m512i d) {
+  const __m512i ab = _mm512_add_epi32(_mm512_unpacklo_epi32(a, b), _mm512_unpackhi_epi32(a, b));
+  const __m512i cd = _mm512_add_epi32(_mm512_unpacklo_epi32(c, d), _mm512_unpackhi_epi32(c, d));
+  const __m512i v = _mm512_add_epi32(_mm512_unpacklo_epi64(ab, cd), _mm512_unpackhi_epi64(ab, cd));
+  const __m256i half = _mm256_add_epi32(_mm512_castsi512_si256(v), _mm512_extracti32x8_epi32(v, 1));
+  return _mm_add_epi32(_mm256_castsi256_si128(half), _mm256_extracti128_si256(half, 1));
+}
+
+// What products in fp32 add up to.
+struct FloatSums {
+  using Stored = int8_t;
+  using Sum = float;
+  using Acc = __m512;
+  static constexpr int kTileM = 6;
+  static constexpr int64_t kManyRows = 81;
+  static constexpr int64_t kManyRowsOfGroups = 13;
+  static constexpr int32_t kOffset = 0;
+  static constexpr bool kGroups = true;
+  static Acc zero() { return _mm512_setzero_ps(); }
+  static Acc scaled_add(Acc total, Acc partial, float scale) {
+    return _mm512_fmadd_ps(partial, _mm512_set1_ps(scale), total);
+  }
+  static void store4(Acc a, Acc b, Acc c, Acc d, float* sums, bool add) {
+    const __m128 v = across4(a, b, c, d);
+    _mm_storeu_ps(sums, add ? _mm_add_ps(v, _mm_loadu_ps(sums)) : v);
+  }
+};
+
+// What products of codes, in int32, add up to.
+struct CodeSums {
+  using Stored = int8_t;
+  using X = int8_t;
+  using W = int8_t;
+  using Sum = int32_t;
+  using XV = __m512i;
+  using WV = __m512i;
+  using Acc = __m512i;
+  static constexpr bool kGroups = false;
+  static Acc zero() { return _mm512_setzero_si512(); }
+  static void store4(Acc a, Acc b, Acc c, Acc d, int32_t* sums, bool add) {
+    const __m128i v = across4(a, b, c, d);
+    auto* to = reinterpret_cast<__m128i*>(sums);
+    _mm_storeu_si128(to, add ? _mm_add_epi32(v, _mm_loadu_si128(to)) : v);
+  }
+};
+
 }  // namespace
 }  // namespace octavo

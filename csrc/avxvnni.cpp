@@ -38,7 +38,7 @@ namespace {
 
 // sums + products of four bytes each, of which those of `a` have no sign.
 #if defined(OCTAVO_EMULATED_VNNI)
-inline __m256i multiply_add(__m256i sums, __m256i a, __m256i b) {
+inline __m256i dot_bytes(__m256i sums, __m256i a, __m256i b) {
   const __m256i even =
       _mm256_madd_epi16(_mm256_and_si256(a, _mm256_set1_epi16(0xff)), _mm256_srai_epi16(_mm256_slli_epi16(b, 8), 8));
   const __m256i odd = _mm256_madd_epi16(_mm256_srli_epi16(a, 8), _mm256_srai_epi16(b, 8));
@@ -46,7 +46,7 @@ inline __m256i multiply_add(__m256i sums, __m256i a, __m256i b) {
 }
 constexpr const char* kName = "avxvnni, emulated";
 #else
-inline __m256i multiply_add(__m256i sums, __m256i a, __m256i b) {
+inline __m256i dot_bytes(__m256i sums, __m256i a, __m256i b) {
   __asm__("%{vex%} vpdpbusd %2, %1, %0" : "+x"(sums) : "x"(a), "xm"(b));
   return sums;
 }
@@ -60,35 +60,25 @@ inline __m256i load_first_of_32(const int8_t* p, int bytes) {
 }
 
 // Products of codes, summed in int32; W is the operand without sign: W + 128.
-struct Int8 {
+struct Int8 : CodeSums {
   using Kept = Int8;
-  using Stored = int8_t;
-  using X = int8_t;
-  using W = int8_t;
-  using Sum = int32_t;
-  using XV = __m256i;
-  using WV = __m256i;
-  using Acc = __m256i;
   static constexpr int kStep = 32;
   static constexpr int kTileM = 2;  // four registers hold W
   static constexpr int32_t kOffset = 128;
-  static constexpr bool kGroups = false;
   static WV unsign(__m256i codes) { return _mm256_xor_si256(codes, _mm256_set1_epi8(-128)); }
   static XV load_x(const X* x) { return Vec::load_units(x); }
   static XV load_x(const X* x, int count) { return load_first_of_32(x, count); }
   static WV load_w(const W* w) { return unsign(Vec::load_units(w)); }
   static WV load_w(const W* w, int count) { return unsign(load_first_of_32(w, count)); }
-  static Acc zero() { return _mm256_setzero_si256(); }
-  static Acc dot(Acc acc, XV x, WV w) { return multiply_add(acc, w, x); }
-  static void store4(Acc a, Acc b, Acc c, Acc d, int32_t* sums, bool add) { store_across4(a, b, c, d, sums, add); }
+  static Acc dot(Acc acc, XV x, WV w) { return dot_bytes(acc, w, x); }
   static int32_t sum_x(const X* x, int64_t K) {
     const __m256i ones = _mm256_set1_epi8(1);
     __m256i sum = _mm256_setzero_si256();
     int64_t k = 0;
-    for (; k + kStep <= K; k += kStep) sum = multiply_add(sum, ones, load_x(x + k));
-    if (k < K) sum = multiply_add(sum, ones, load_x(x + k, static_cast<int>(K - k)));
+    for (; k + kStep <= K; k += kStep) sum = dot_bytes(sum, ones, load_x(x + k));
+    if (k < K) sum = dot_bytes(sum, ones, load_x(x + k, static_cast<int>(K - k)));
     int32_t four[4];
-    store_across4(sum, zero(), zero(), zero(), four, false);
+    store4(sum, zero(), zero(), zero(), four, false);
     return four[0];
   }
 };
@@ -106,7 +96,7 @@ struct WeightedUnit {
   using Sum = int32_t;
   static constexpr int64_t kElements = 4;
   static constexpr int64_t kCodeBytes = 1;
-  static __m256i product(__m256i sums, __m256i x, __m256i w) { return multiply_add(sums, x, w); }
+  static __m256i product(__m256i sums, __m256i x, __m256i w) { return dot_bytes(sums, x, w); }
   static void store_codes(char* to, __m256 v) {
     const __m128i codes = Vec::narrowed(_mm256_cvtps_epi32(v));
     _mm_storel_epi64(reinterpret_cast<__m128i*>(to), _mm_packs_epi16(codes, codes));

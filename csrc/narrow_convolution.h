@@ -215,11 +215,8 @@ class NarrowKernel {
     const int64_t K = filter_size(c);
     for (int j = 0; j < N; j++) {
       for (int64_t k = 0; k < K; k += kLanes) {
-        const int count = static_cast<int>(min64(kLanes, K - k));
-        const int8_t* const codes = c.w + (column + j) * K + k;
-        // A whole vector is no first part of one.
-        V::store(reinterpret_cast<float*>(scratch.filter + k),
-                 count == kLanes ? V::load_codes(codes) : V::load_codes(codes, count));
+        const auto codes = V::load_codes(c.w + (column + j) * K + k, static_cast<int>(min64(kLanes, K - k)));
+        V::store(reinterpret_cast<float*>(scratch.filter + k), codes);
       }
       scratch.filter[K] = 0;
       for (int64_t k = 0; k < plan.steps; k++) {

@@ -77,7 +77,8 @@ Choice choose(const Machine& machine, const char* forced) {
        machine.amx ? "the operating system denied AMX tiles to this process (ARCH_REQ_XCOMP_PERM)"
                    : "this processor or operating system lacks AMX int8 and bf16 tiles"},
       {&avx512_kernels, machine.avx512, "this processor or operating system lacks AVX-512 with VBMI, VNNI and BF16"},
-      {&avxvnni_kernels, machine.avxvnni, "this processor or operating system lacks AVX-VNNI, and what AVX-512 takes"},
+      {&avxvnni_kernels, machine.avxvnni,
+       "this processor or operating system lacks AVX-VNNI, and AVX-512 with VBMI, VNNI and BF16"},
       {&avx2_kernels, machine.avx2, "this processor or operating system lacks AVX2 with FMA and F16C"},
 #endif
       {&scalar_kernels, true, ""},
