@@ -78,7 +78,8 @@ Choice choose(const Machine& machine, const char* forced) {
                    : "this processor or operating system lacks AMX int8 and bf16 tiles"},
       {&avx512_kernels, machine.avx512, "this processor or operating system lacks AVX-512 with VBMI, VNNI and BF16"},
       {&avxvnni_kernels, machine.avxvnni,
-       "this processor or operating system lacks AVX-VNNI, and AVX-512 with VBMI, VNNI and BF16"},
+       machine.avx512 ? "this processor or operating system lacks AVX-VNNI"
+                      : "this processor or operating system lacks AVX-VNNI, and AVX-512 with VBMI, VNNI and BF16"},
       {&avx2_kernels, machine.avx2, "this processor or operating system lacks AVX2 with FMA and F16C"},
 #endif
       {&scalar_kernels, true, ""},

@@ -26,6 +26,7 @@ from octavo.modules import (
 from octavo.norms import fused_norms
 from octavo.plan import Decision, selects
 from octavo.recipe import Pattern
+from octavo.weight_readers import refuse_training
 
 __all__ = ["CodesOf", "install", "quantized_codes", "settle"]
 
@@ -57,7 +58,7 @@ def install(
 ) -> None:
     """Swap the layers that `decisions` says for int8 ones, one at a time, then what is float for what computes the same
     faster: linear layers, and RMS norms and gated MLPs but for those that `ignore` names. On `meta` this makes the
-    empty skeleton."""
+    empty skeleton. What would read an int8 layer's codes for its weight while training refuses to be trained."""
     places = _Places(model)
     owners: dict[str, QuantModule] = {}
     shared = SharedInput()
@@ -72,6 +73,7 @@ def install(
         places.swap(layer, new)
         if progress:
             progress(done, len(ordered))
+    refuse_training(model, owners.keys())
     _fuse(model, float_linears(model), ())  # for "ignore" means of a layer that it stays float
     _fuse(model, fused_norms(model), tuple(ignore))
     _fuse(model, fused_gated_mlps(model), tuple(ignore))

@@ -10,6 +10,9 @@ an index) outside of constructors and the like. Spared are uses that are harmles
 mind int8 (transformers' `self.wo.weight.dtype != torch.int8`), or that stand under an `if` that is false as this
 model is configured (BLOOM reads its weights only if `self.pretraining_tp > 1 and self.slow_but_exact`).
 
+What is read under `if self.training` only (Mamba 2's mixers hand their output projection to a kernel there) is no
+obstacle to int8, but to training: `refuse_training`.
+
 What it cannot see: weights handed to or found by code outside the model's classes.
 """
 
@@ -23,15 +26,15 @@ import linecache
 import operator
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
 from torch import nn
 
-from octavo.errors import OctavoWarning
+from octavo.errors import OctavoError, OctavoWarning
 from octavo.layers import KINDS
 
-__all__ = ["weight_readers"]
+__all__ = ["refuse_training", "weight_readers"]
 
 _WEIGHTS = {param for kind in KINDS for param in kind.params}
 _NOT_RUNNING = re.compile(
@@ -51,16 +54,58 @@ class _Read:
 
 
 def weight_readers(model: nn.Module) -> dict[str, str]:
-    """Module name -> the method (Class.method) that reads its weight directly, for the modules of `model`."""
-    found: dict[str, str] = {}
-    _warn_of_unreadable({type(module) for module in model.modules() if not _is_known(type(module))})
+    """Module name -> the method (Class.method) that reads its weight directly, for the modules of `model`, in eval
+    mode."""
+    classes = {type(module) for module in model.modules() if not _is_known(type(module))}
+    _warn_of_unreadable(classes)
+    return {layer: method for _, layer, method in _found(model, classes, training=False)}
+
+
+@dataclasses.dataclass(frozen=True)
+class _Refusal:
+    """A hook before the forward of a module that reads the weight of an int8 layer while it is trained."""
+
+    layer: str
+    method: str
+
+    def __call__(self, module: nn.Module, inputs: Any) -> None:
+        if module.training:
+            raise OctavoError(
+                f"{self.layer}: {self.method} reads its weight directly while training, and would take int8 codes for "
+                f"it; run the model in eval mode, or to train it quantize with ignore=['{self.layer}', ...]"
+            )
+
+
+def refuse_training(model: nn.Module, int8: Collection[str]) -> None:
+    """Have the modules of `model` that read weights of the layers `int8` in training mode raise OctavoError in it.
+
+    model: with float layers or int8 ones in their places, whose names are the same.
+    """
+    classes = {cls for cls in {type(module) for module in model.modules()} if _mentions_training(cls)}
+    in_eval = set(_found(model, classes, training=False))
+    for reader, layer, method in dict.fromkeys(_found(model, classes, training=True)):
+        if layer in int8 and (reader, layer, method) not in in_eval:
+            reader.register_forward_pre_hook(_Refusal(layer, method))
+
+
+def _mentions_training(cls: type) -> bool:
+    """Whether one of its methods may read a weight under `if self.training`: asked of compiled code, for the source of
+    a class takes a while to read."""
+    functions = (inspect.unwrap(value) for base in cls.__mro__ if not _is_known(base) for value in vars(base).values())
+    uses = [set(function.__code__.co_names) for function in functions if inspect.isfunction(function)]
+    return any("training" in names and names & _WEIGHTS for names in uses)
+
+
+def _found(model: nn.Module, classes: Collection[type], *, training: bool) -> Iterator[tuple[nn.Module, str, str]]:
+    """(module of one of `classes`, name of a layer whose weight it reads directly, its method Class.method that does)
+    in train or eval mode."""
     names = {id(module): name for name, module in model.named_modules()}
     places = dict(model.named_modules(remove_duplicate=False))  # one layer may stand in several
     for name, module in model.named_modules():
-        if _is_known(type(module)):
+        if type(module) not in classes:
             continue
         for read in _reads_of_class(type(module)):  # type: ignore[arg-type]  # a class is hashable
-            if all(_truth(condition, module) is not False for condition in read.conditions):
+            if all(_truth(condition, module, training) is not False for condition in read.conditions):
                 method = f"{type(module).__name__}.{read.method}"
                 path = ".".join((name, *read.path) if name else read.path)
                 if "*" in read.path:
@@ -68,8 +113,7 @@ def weight_readers(model: nn.Module) -> dict[str, str]:
                     read_layers = [layer for place, layer in places.items() if pattern.fullmatch(place)]
                 else:
                     read_layers = [places[path]] if path in places else []
-                found.update((names[id(layer)], method) for layer in read_layers)
-    return found
+                yield from ((module, names[id(layer)], method) for layer in read_layers)
 
 
 def _is_known(cls: type) -> bool:
@@ -250,29 +294,31 @@ _COMPARE = {
 _UNKNOWN = object()
 
 
-def _truth(test: ast.expr, module: nn.Module) -> bool | None:
-    """Whether `test` holds for `module` as it is configured; None if it depends on more than its settings."""
+def _truth(test: ast.expr, module: nn.Module, training: bool) -> bool | None:
+    """Whether `test` holds for `module` as it is configured, in train or eval mode; None if it depends on more."""
     match test:
         case ast.BoolOp(op=op, values=values):
             decisive = isinstance(op, ast.Or)
-            truths = [_truth(value, module) for value in values]
+            truths = [_truth(value, module, training) for value in values]
             return decisive if decisive in truths else None if None in truths else not decisive
         case ast.UnaryOp(op=ast.Not(), operand=operand):
-            truth = _truth(operand, module)
+            truth = _truth(operand, module, training)
             return None if truth is None else not truth
         case ast.Compare(left=left, ops=[op], comparators=[right]) if type(op) in _COMPARE:
-            a, b = _setting(left, module), _setting(right, module)
+            a, b = _setting(left, module, training), _setting(right, module, training)
             comparable = type(a) is type(b) or isinstance(op, ast.Eq | ast.NotEq | ast.Is | ast.IsNot)
             return None if _UNKNOWN in (a, b) or not comparable else bool(_COMPARE[type(op)](a, b))
-    value = _setting(test, module)
+    value = _setting(test, module, training)
     return None if value is _UNKNOWN else bool(value)
 
 
-def _setting(node: ast.expr, module: nn.Module) -> Any:
+def _setting(node: ast.expr, module: nn.Module, training: bool) -> Any:
     """The value of a constant or of `self.a.b`, if it is a plain value that running the model does not change."""
     if isinstance(node, ast.Constant):
         return node.value
     paths = _paths(node, {"self": {()}})
+    if paths == {("training",)}:
+        return training
     if not isinstance(node, ast.Attribute) or len(paths) != 1 or node.attr == "training":
         return _UNKNOWN
     (path,) = paths

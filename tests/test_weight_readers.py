@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import linecache
+import pickle
 import sys
 import types
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -150,13 +153,6 @@ class Property(Base):
         return self.proj.weight.dtype
 
 
-class WhenTraining(Base):
-    def forward(self, x: Tensor) -> Tensor:
-        if self.training:
-            return x @ self.proj.weight
-        return self.proj(x)
-
-
 class Switched(Base):
     """Read in one configuration, called in the other."""
 
@@ -195,7 +191,6 @@ READS: list[tuple[nn.Module, dict[str, str]]] = [
     (PackedAttention(), {"attention": "PackedAttention.forward"}),
     (AttentionByHand(), {"attention.out_proj": "AttentionByHand.forward"}),
     (Property(), {"proj": "Property.dtype"}),
-    (WhenTraining(), {"proj": "WhenTraining.forward"}),
     (Switched(slices=2, exact=True), {"proj": "Switched.forward"}),
     (Inherits(), {"proj": "Inherits.forward"}),
 ]
@@ -253,10 +248,20 @@ class OwnWeight(nn.Module):
         return x * self.weight
 
 
+class WhenTraining(Base):
+    """As Mamba 2 does."""
+
+    def forward(self, x: Tensor, cache: Any = None) -> Tensor:
+        if self.training and cache is None:
+            return F.linear(x.to(self.proj.weight.dtype), self.proj.weight)
+        return self.proj(x)
+
+
 @pytest.mark.parametrize(
     "model",
     [
         OnlyCalls(),
+        WhenTraining(),
         AsksWhereItIs(),
         MindsInt8(),
         SetsUp(),
@@ -318,6 +323,44 @@ def test_a_setting_is_looked_up_in_a_configuration_too() -> None:
         for i in range(2)
         for layer, method in (("self_attention.dense", "BloomAttention"), ("mlp.dense_4h_to_h", "BloomMLP"))
     }
+
+
+def test_what_reads_weights_while_training_refuses_to_be_trained(tmp_path: Path) -> None:
+    """Of itself it would take codes for weights: no error, and nonsense."""
+    net, inputs = nn.ModuleDict({"inner": WhenTraining()}).eval(), torch.randn(3, 4)
+    expected = net.inner(inputs)
+    assert "inner.proj.weight" in {row.name for row in octavo.quantize(net, "w8a16").rows if row.scheme}
+    octavo.save(net, tmp_path / "out")
+    loaded = octavo.load(tmp_path / "out", model=nn.ModuleDict({"inner": WhenTraining()})).eval()
+    for int8 in (net, loaded, copy.deepcopy(net), pickle.loads(pickle.dumps(net))):
+        torch.testing.assert_close(int8.inner(inputs), expected, rtol=0.05, atol=0.05)
+        compiled = torch.compile(int8.inner, fullgraph=True, backend="eager")
+        torch.testing.assert_close(compiled(inputs), int8.inner(inputs))
+        int8.train()
+        message = r"inner\.proj: WhenTraining\.forward reads its weight directly while training.*ignore=\['inner\.proj'"
+        with pytest.raises(octavo.OctavoError, match=message):
+            int8.inner(inputs)
+        torch.testing.assert_close(int8.eval().inner(inputs), expected, rtol=0.05, atol=0.05)
+    spared = nn.ModuleDict({"inner": WhenTraining()})
+    octavo.quantize(spared, "w8a16", ignore=["inner.proj"])
+    assert spared.train().inner(inputs).shape == (3, 4)
+
+
+def test_mamba_2_hands_its_output_projection_to_a_kernel_while_training() -> None:
+    transformers = pytest.importorskip("transformers")
+    config = transformers.Mamba2Config(
+        vocab_size=16, hidden_size=32, num_hidden_layers=1, num_heads=4, head_dim=16, state_size=8, n_groups=1
+    )
+    model = transformers.Mamba2Model(config).eval()
+    ids = torch.randint(0, 16, (2, 5))
+    expected = model(ids).last_hidden_state
+    report = octavo.quantize(model, "w8a16")
+    assert {row.name for row in report.rows if row.scheme} == {
+        "layers.0.mixer.in_proj.weight", "layers.0.mixer.out_proj.weight",
+    }  # fmt: skip
+    torch.testing.assert_close(model(ids).last_hidden_state, expected, rtol=0.05, atol=0.05)
+    with pytest.raises(octavo.OctavoError, match=r"layers\.0\.mixer\.out_proj: Mamba2Mixer\.\w+ reads"):
+        model.train()(ids)
 
 
 def test_rwkv_rescales_its_blocks() -> None:

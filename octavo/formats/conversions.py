@@ -59,13 +59,13 @@ def _weight_of_norm(name: str, dim: int, tensors: dict[str, Tensor]) -> dict[str
 
 
 class AsInModel:
-    """A checkpoint of float tensors in which those of the layers that are to be int8 stand as they do in the model. It
-    reads as a CheckpointReader does.
+    """A checkpoint in which the float tensors of some layers stand as they do in the model. It reads as a
+    CheckpointReader does.
 
-    int8: names of these layers. made: name of a tensor that is converted -> its conversion.
+    layers: names of these layers. made: name of a tensor that is converted -> its conversion.
     """
 
-    def __init__(self, reader: CheckpointReader, conversions: Iterable[Conversion], int8: Collection[str]) -> None:
+    def __init__(self, reader: CheckpointReader, conversions: Iterable[Conversion], layers: Collection[str]) -> None:
         self._reader = reader
         self.path = reader.path
         self.made: dict[str, Conversion] = {}
@@ -74,7 +74,7 @@ class AsInModel:
             infos = [reader.info(name) for name in conversion.sources]
             empty = {info.name: torch.empty(info.shape, dtype=info.dtype, device="meta") for info in infos}
             made = conversion.convert(empty)
-            if any(name.rpartition(".")[0] in int8 for name in made):
+            if any(name.rpartition(".")[0] in layers for name in made):
                 for name, tensor in made.items():
                     self.made[name] = conversion
                     self._infos[name] = TensorInfo(

@@ -21,8 +21,9 @@ from octavo.experts import spec_of
 from octavo.feeding import Progress
 from octavo.formats import compressed_tensors as layout
 from octavo.formats.checkpoint import CheckpointReader, TensorInfo
+from octavo.formats.conversions import AsInModel, Conversion
 from octavo.formats.experts import Part, expert_parts
-from octavo.formats.saving import COVERAGE_FILE
+from octavo.formats.saving import COVERAGE_FILE, OnDisk
 from octavo.install import install
 from octavo.layers import EXPERTS, kind_of
 from octavo.modules import Codes, QuantModule
@@ -68,11 +69,21 @@ def int8_names(reader: CheckpointReader, rename: Rename = lambda name: name) -> 
     return {rename(name) or name: name for name in on_disk}
 
 
-def load_into(folder: str | Path, model: nn.Module, *, progress: Progress | None = None) -> nn.Module:
+def load_into(
+    folder: str | Path,
+    model: nn.Module,
+    *,
+    rename: Rename = lambda name: name,
+    on_disk: OnDisk | None = None,
+    conversions: Callable[[list[str]], list[Conversion]] = lambda names: [],
+    progress: Progress | None = None,
+) -> nn.Module:
     """Load a checkpoint written by `save` into a freshly built float model of the same structure, in place.
 
     model: as it was before it was quantized, with any weights, or on `meta` (then it takes the checkpoint's memory
         only). Its float tensors get the dtypes of the checkpoint.
+    rename: how names on disk become names of the model, where they differ. on_disk: the other way, as `save` took it.
+    conversions: of tensors on disk, by their names, those that are other tensors in the model.
     Returns: `model`, its layers int8 as in the checkpoint.
     Raises: CheckpointError, before the model is changed, for a folder that cannot be read or does not fit the model:
         missing or unexpected tensors, other shapes, int8 weights for layers that cannot have them, different weights
@@ -81,10 +92,16 @@ def load_into(folder: str | Path, model: nn.Module, *, progress: Progress | None
     report = stored_coverage(Path(folder))
     with CheckpointReader(folder) as reader:
         saved = model.state_dict().keys()
-        int8 = {name: stored for name, stored in int8_names(reader).items() if f"{stored}_packed" not in saved}
-        parts = expert_parts(model)
+        int8 = {name: stored for name, stored in int8_names(reader, rename).items() if f"{stored}_packed" not in saved}
+        parts = expert_parts(model, on_disk)
         decisions = stored_decisions(reader, model, int8, parts)
-        floats = _float_places(reader, model, int8, decisions)
+        codes = {part for name in int8.values() for part in stored_parts(reader, name)}
+        layers = dict(model.named_modules())
+        tensors = AsInModel(reader, conversions([name for name in reader.names if name not in codes]), layers)
+        stored = {
+            name if name in tensors.made else rename(name) or name: name for name in tensors.names if name not in codes
+        }
+        floats = _float_places(tensors, stored, model, int8, decisions)
         left = [name for name, buffer in model.named_buffers() if buffer.is_meta and name not in saved]
         if left:
             raise CheckpointError(
@@ -103,9 +120,9 @@ def load_into(folder: str | Path, model: nn.Module, *, progress: Progress | None
             return codes, dtype
 
         for name, places in floats.items():
-            _assign(places, reader.tensor(name))
+            _assign(places, tensors.tensor(stored[name]))
         install(model, decisions, codes_of=codes_of, progress=progress)
-    restore_reasons(model, report)
+    restore_reasons(model, report, rename)
     return model
 
 
@@ -283,7 +300,7 @@ def stored_decisions(
             continue  # computed by weight_norm: no other layer's
         first = owner_of.setdefault(id(weight), prefix)  # of a tied weight that is stored twice
         if first != prefix and not _are_one(reader, int8, decisions[first], decisions[prefix]):
-            raise _untied(reader, int8[f"{first}.{param}"], on_disk)
+            raise _untied(where, int8[f"{first}.{param}"], on_disk)
         owner_of.setdefault(_memory(weight), prefix)
     for name, layer in modules.items():
         kind, weight = kind_of(layer), layer._parameters.get("weight")
@@ -347,16 +364,17 @@ def _experts_decision(reader: CheckpointReader, prefix: str, layer: nn.Module, p
 
 
 def _float_places(
-    reader: CheckpointReader, model: nn.Module, int8: Mapping[str, str], decisions: list[Decision]
+    reader: AsInModel, stored: Mapping[str, str], model: nn.Module, int8: Mapping[str, str], decisions: list[Decision]
 ) -> dict[str, list[tuple[nn.Module, str]]]:
-    """Float tensor of the checkpoint -> every (module, attribute) of the model that it belongs to."""
+    """Float tensor of the checkpoint -> every (module, attribute) of the model that it belongs to.
+
+    stored: of the float tensors, name in the model -> in `reader`.
+    """
     where = str(reader.path)
     layers = [(decision, model.get_submodule(decision.name)) for decision in decisions]
     int8_ids = {id(getattr(layer, param)) for decision, layer in layers for param in decision.kind.params_of(layer)}
     state = model.state_dict(keep_vars=True)
     swapped = {name for name, tensor in state.items() if id(tensor) in int8_ids}  # one layer may have several names
-    codes = {part for name in int8.values() for part in stored_parts(reader, name)}
-    stored = [name for name in reader.names if name not in codes]
     unexpected = [name for name in stored if name not in state or name in swapped]
     tied = [name for name in unexpected if name in swapped and name not in int8]
     if tied:
@@ -375,21 +393,22 @@ def _float_places(
                 if names
             )
         )
-    for name in stored:
-        got, expected = list(reader.info(name).shape), list(state[name].shape)
+    for name, on_disk in stored.items():
+        got, expected = list(reader.info(on_disk).shape), list(state[name].shape)
         if got != expected:
-            raise CheckpointError(f"{where}: {name!r} has shape {got}, the model's has {expected}")
-        dtype, own = reader.info(name).dtype, state[name].dtype
+            raise CheckpointError(f"{where}: {on_disk!r} has shape {got}, the model's has {expected}")
+        dtype, own = reader.info(on_disk).dtype, state[name].dtype
         if own.is_floating_point and not dtype.is_floating_point:
-            raise CheckpointError(f"{where}: {name!r} is {dtype}, the model's is {own}; the file is corrupt")
-        if sources[name] != name and not torch.equal(reader.tensor(sources[name]), reader.tensor(name)):
-            raise _untied(reader, sources[name], name)
+            raise CheckpointError(f"{where}: {on_disk!r} is {dtype}, the model's is {own}; the file is corrupt")
+        source = stored[sources[name]]
+        if source != on_disk and not torch.equal(reader.tensor(source), reader.tensor(on_disk)):
+            raise _untied(where, source, on_disk)
     places: dict[str, list[tuple[nn.Module, str]]] = {}
     for name in state:
         if name not in swapped:
             prefix, _, short = name.rpartition(".")
             places.setdefault(sources[name], []).append((model.get_submodule(prefix), short))
-    return {name: places[name] for name in stored if name in places}
+    return places
 
 
 def _sources(state: Mapping[str, Tensor], stored: list[str]) -> dict[str, str]:
@@ -411,9 +430,9 @@ def _memory(tensor: Tensor) -> object:
     return tensor.untyped_storage()._cdata, tensor.storage_offset(), tensor.shape, tensor.stride(), tensor.dtype
 
 
-def _untied(reader: CheckpointReader, name: str, other: str) -> CheckpointError:
+def _untied(where: str, name: str, other: str) -> CheckpointError:
     return CheckpointError(
-        f"{reader.path}: {name!r} and {other!r} are weights of their own, and the model ties them; load the checkpoint "
+        f"{where}: {name!r} and {other!r} are weights of their own, and the model ties them; load the checkpoint "
         "into a model that does not"
     )
 

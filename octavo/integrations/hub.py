@@ -90,7 +90,7 @@ def load(
     path: a folder that `octavo.save` or `octavo.quantize_checkpoint` wrote, or another int8 compressed-tensors
         checkpoint that octavo can run; a folder, Hub id or .gguf file, with `model` one .safetensors file too. A float
         checkpoint loads as float.
-    model: for anything that is not a transformers model: the float model of the same structure, freshly built, on
+    model: for what transformers cannot build, or is not to: the float model of the same structure, freshly built, on
         `meta` or not; it is changed in place and returned.
     progress: with `model` only (transformers shows its own): called with (layers done, number of layers).
     options: without `model` only: for `from_pretrained` of transformers (`dtype`, `device_map`, `trust_remote_code`,
@@ -105,7 +105,7 @@ def load(
                 f"{', '.join(options)} would have no effect: options are for transformers, which does not load what is "
                 "given as model=; leave them out"
             )
-        loaded = formats.load_into(resolve(path), model, progress=progress)
+        loaded = formats.load_into(resolve(path), model, **_names_on_disk(model), progress=progress)
         _set_attention(loaded, _stored_attention(resolve(path)))
         return loaded
     if progress is not None:
@@ -138,6 +138,19 @@ def load(
     )
     _refuse_unfit(source, loaded, info)
     return loaded  # type: ignore[no-any-return]
+
+
+def _names_on_disk(model: nn.Module) -> dict[str, Any]:
+    """`rename`, `on_disk` and `conversions` of a model of transformers, for `formats`; none of another."""
+    if not _is_pretrained(model):
+        return {}
+    from octavo.integrations import transformers
+
+    return {
+        "rename": transformers.renaming(model),
+        "on_disk": partial(transformers.on_disk, model),
+        "conversions": partial(transformers.conversions, model),
+    }
 
 
 def _refuse_unfit(source: Path, loaded: nn.Module, info: Mapping[str, Any]) -> None:
@@ -255,25 +268,11 @@ def quantize_checkpoint(
         if model is not None:
             raise OctavoError(f"model would have no effect: transformers builds that of {source}; leave it out")
         return _quantize_gguf(source, dst, recipe, max_shard_size, progress)
-    if model is not None:
-        if recipe.attention == "int8":
-            _attention().check_int8_attention(model)
-        return quantize_files(source, dst, recipe, model, max_shard_size=max_shard_size, progress=progress)
-    from octavo.integrations.transformers import conversions, on_disk, renaming
-
-    built = skeleton(source, trust_remote_code=trust_remote_code)
+    built = model if model is not None else skeleton(source, trust_remote_code=trust_remote_code)
     if recipe.attention == "int8":
         _attention().check_int8_attention(built)
     return quantize_files(
-        source,
-        dst,
-        recipe,
-        built,
-        rename=renaming(built),
-        on_disk=partial(on_disk, built),
-        conversions=partial(conversions, built),
-        max_shard_size=max_shard_size,
-        progress=progress,
+        source, dst, recipe, built, **_names_on_disk(built), max_shard_size=max_shard_size, progress=progress
     )
 
 

@@ -11,6 +11,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from octavo.integrations import hub
 from octavo.modules import QuantModule
 from tests import tiny_models
 from tests.tiny_checkpoints import gguf_file
-from tests.tiny_models import build, llama, tokens
+from tests.tiny_models import build, llama, llava, mixtral, tokens
 
 pytest.importorskip("transformers")
 ROOT = Path(__file__).parents[2]
@@ -452,6 +453,43 @@ def test_a_module_of_ones_own_needs_no_config(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"config\.json.*pass model="):
         octavo.load(tmp_path / "out")
     assert isinstance(octavo.load(tmp_path / "out", model=tiny_models.Net()), nn.Module)
+
+
+@pytest.mark.filterwarnings("ignore:merged float tensors")
+@pytest.mark.parametrize(
+    ("make", "ignore"),
+    [
+        (mixtral, []),
+        (partial(mixtral, intermediate_size=48), ["re:.*experts"]),  # torch's grouped product wants 16 bytes
+        (llava, []),
+        (llava, ["re:.*vision_tower.*"]),
+    ],
+)
+def test_a_transformers_model_of_ones_own_is_filled_by_the_names_on_disk(
+    tmp_path: Path, make: Callable[[], Any], ignore: list[str]
+) -> None:
+    model = build(make)
+    octavo.quantize(model, "w8a16", ignore=ignore)
+    octavo.save(model, tmp_path / "out")
+    loaded = octavo.load(tmp_path / "out", model=build(make))
+    inputs = inputs_of(model)
+    assert torch.equal(output(loaded, inputs), output(model, inputs))
+    assert str(octavo.coverage(loaded)) == str(octavo.coverage(model))
+
+
+@pytest.mark.parametrize("float_names", ["of the model", "on disk"])
+def test_files_are_quantized_by_a_transformers_model_of_ones_own(tmp_path: Path, float_names: str) -> None:
+    model = build(mixtral)
+    if float_names == "on disk":
+        model.save_pretrained(tmp_path / "float")
+    else:
+        (tmp_path / "float").mkdir()
+        save_file(model.state_dict(), tmp_path / "float" / "model.safetensors")
+    octavo.quantize_checkpoint(tmp_path / "float", tmp_path / "out", "w8a16", model=build(mixtral))
+    loaded = octavo.load(tmp_path / "out", model=build(mixtral))
+    inputs = tokens()
+    octavo.quantize(model, "w8a16")
+    assert torch.equal(loaded(inputs).logits, model(inputs).logits)
 
 
 def test_models_that_were_loaded_can_be_pickled(tmp_path: Path) -> None:
