@@ -374,7 +374,10 @@ def _float_places(
     layers = [(decision, model.get_submodule(decision.name)) for decision in decisions]
     int8_ids = {id(getattr(layer, param)) for decision, layer in layers for param in decision.kind.params_of(layer)}
     state = model.state_dict(keep_vars=True)
-    swapped = {name for name, tensor in state.items() if id(tensor) in int8_ids}  # one layer may have several names
+    made_of = tuple(f"{decision.name}.parametrizations." for decision in decisions)
+    swapped = {  # one layer may have several names; a weight under weight_norm has those of what it is made of
+        name for name, tensor in state.items() if id(tensor) in int8_ids or name.startswith(made_of)
+    }
     unexpected = [name for name in stored if name not in state or name in swapped]
     tied = [name for name in unexpected if name in swapped and name not in int8]
     if tied:

@@ -213,6 +213,7 @@ class OctavoQuantizer(HfQuantizer):  # type: ignore[misc]
         self._parts: dict[str, Part] = {}
         self._rules: list[Any] = []
         self._put_aside: list[Any] = []
+        self._of_parts: dict[Any, list[Any]] = {}
 
     def _process_model_before_weight_loading(
         self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **kwargs: Any
@@ -328,6 +329,8 @@ class OctavoQuantizer(HfQuantizer):  # type: ignore[misc]
         stacks = {part.param for part in self._parts.values() if self._is_int8(part)}
         self._put_aside = [rule for rule in weight_conversions if _merges(rule, stacks)]
         kept = [rule for rule in weight_conversions if not _merges(rule, stacks)]
+        self._of_parts = {rule: _renamings_of_parts(rule) for rule in kept} if self.pre_quantized else {}
+        kept = [each for rule in kept for each in (rule, *self._of_parts.get(rule, ()))]
         return super().update_weight_conversions(kept, *model)
 
     def _leave_experts_to_us(self, model: PreTrainedModel) -> None:
@@ -375,6 +378,7 @@ class OctavoQuantizer(HfQuantizer):  # type: ignore[misc]
         self._targets = {}
         # Of the rules, transformers keeps those that it used, for what it writes; it does not know of ours.
         used = {id(rule) for rule in (*(model._weight_conversions or ()), *self._put_aside)}
+        used |= {id(rule) for rule, ours in self._of_parts.items() if used & set(map(id, ours))}
         model._weight_conversions = _for_saving([rule for rule in self._rules if id(rule) in used], model)
         if self._folder is not None:
             formats.restore_reasons(model, formats.stored_coverage(self._folder), renaming(model))
@@ -397,7 +401,7 @@ class OctavoQuantizer(HfQuantizer):  # type: ignore[misc]
             rules = get_model_conversion_mapping(model, add_legacy=False)
             rules = [rule for rule in rules if not isinstance(rule, PrefixChange)]
         for_saving = _for_saving(rules, model)
-        if len(for_saving) < len(rules):
+        if for_saving != rules:
             model._weight_conversions = for_saving
         return tensors, {}
 
@@ -424,13 +428,38 @@ def let_transformers_save(model: nn.Module) -> None:
 
 def _for_saving(rules: Iterable[Any], model: PreTrainedModel) -> list[Any]:
     """The rules that `save_pretrained` may undo: the codes are packed for it by `get_state_dict_and_metadata`. Nor can
-    codes be merged with others, as a rule that cuts a fused q, k and v would do the other way around."""
+    codes be merged with others, as a rule that cuts a fused q, k and v would do the other way around. Rules that rename
+    a weight are followed by those for its parts."""
     alone = [
         f"{name}.weight"
         for name, module in model.named_modules()
         if isinstance(module, QuantModule) and not isinstance(module, QuantExperts)
     ]
-    return [rule for rule in rules if not (_reads_int8(rule) or _merges_any(rule, alone))]
+    kept = [rule for rule in rules if not (_reads_int8(rule) or _merges_any(rule, alone) or _is_of_part(rule))]
+    return [each for rule in kept for each in (rule, *_renamings_of_parts(rule))]
+
+
+_PARTS = ("weight_packed", "weight_shape", "weight_scale", "input_scale")
+
+
+def _is_of_part(rule: Any) -> bool:
+    return isinstance(rule, WeightRenaming) and all(pattern.endswith(_PARTS) for pattern in rule.source_patterns)
+
+
+def _renamings_of_parts(rule: Any) -> list[Any]:
+    """What a rule that renames a "..weight" has to say of the tensors that its codes are on disk."""
+    if type(rule) is not WeightRenaming:
+        return []
+    sources, targets = rule._original_source_patterns, rule._original_target_patterns
+    if not all(pattern.endswith("weight") for pattern in (*sources, *targets)):
+        return []
+    made = []
+    for part in _PARTS:
+        of_part = ([pattern.removesuffix("weight") + part for pattern in patterns] for patterns in (sources, targets))
+        renaming = WeightRenaming(*of_part)
+        renaming.scope_prefix, renaming.base_model_prefix = rule.scope_prefix, rule.base_model_prefix
+        made.append(renaming)
+    return made
 
 
 def _merges(rule: Any, stacks: set[str]) -> bool:
@@ -438,7 +467,7 @@ def _merges(rule: Any, stacks: set[str]) -> bool:
     targets = getattr(rule, "target_patterns", ())
     targets = [targets] if isinstance(targets, str) else targets
     many = isinstance(rule, WeightConverter) and bool(rule.operations)
-    return many and any(param.endswith(target) for target in targets for param in stacks)
+    return many and any(f".{param}".endswith(f".{target}") for target in targets for param in stacks)
 
 
 def _merges_any(rule: Any, params: list[str]) -> bool:

@@ -14,6 +14,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.nn.utils.parametrizations import weight_norm
 
 import octavo
 from octavo import CheckpointError, OctavoWarning, QuantizeError
@@ -211,6 +212,25 @@ def test_of_shared_names_the_one_that_the_model_calls_its_source_is_kept() -> No
     octavo.quantize(model, "w8a16")
     assert "table.weight" in state_dict(model)
     assert "head.weight" not in state_dict(model)
+
+
+@pytest.mark.filterwarnings("ignore:.*read by octavo only:octavo.OctavoWarning")
+@pytest.mark.parametrize("ignore", [[], ["0"]])
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_convolutions_under_weight_norm_come_back(tmp_path: Path, ignore: list[str], device: str) -> None:
+    """On disk they are codes, or the two tensors of a float one; the model built anew has the two tensors."""
+
+    def build() -> nn.Sequential:
+        return nn.Sequential(weight_norm(nn.Conv1d(4, 8, 3)), weight_norm(nn.ConvTranspose1d(8, 6, 4), dim=1)).eval()
+
+    model, x = build(), torch.randn(2, 4, 9)
+    octavo.quantize(model, "w8a16", ignore=ignore)
+    octavo.save(model, tmp_path / "out")
+    with torch.device(device):
+        fresh = build()
+    loaded = octavo.load(tmp_path / "out", model=fresh)
+    assert torch.equal(loaded(x), model(x))
+    assert loaded.state_dict().keys() == model.state_dict().keys()
 
 
 def test_two_layers_that_are_one_module_and_equal_but_separate_weights(tmp_path: Path) -> None:

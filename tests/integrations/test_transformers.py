@@ -151,6 +151,44 @@ def names_in(folder: Path) -> set[str]:
     return set(load_file(folder / "model.safetensors"))
 
 
+@pytest.fixture
+def named_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Llama's layers lie on disk under other names, by a rule that ends with "weight", as some of transformers' do."""
+    from transformers import conversion_mapping
+    from transformers.core_model_loading import WeightRenaming
+
+    conversion_mapping.get_checkpoint_conversion_mapping("llama")  # makes the cache
+    rule = WeightRenaming(r"model\.out\.(\d+)\.weight", r"model.layers.\1.mlp.down_proj.weight")
+    monkeypatch.setitem(conversion_mapping._checkpoint_conversion_mapping_cache, "llama", [rule])
+
+
+@pytest.mark.parametrize("scheme", ["w8a16", "w8a8"])
+def test_codes_have_the_names_that_the_weight_has_on_disk(tmp_path: Path, named_otherwise: None, scheme: str) -> None:
+    model = build(tiny_models.llama)
+    octavo.quantize(model, scheme)
+    octavo.save(model, tmp_path / "a")
+    names = {name.rpartition(".")[0] for name in load_file(tmp_path / "a" / "model.safetensors")}
+    assert "model.out.1" in names and "model.layers.1.mlp.down_proj" not in names
+    loaded = octavo.load(tmp_path / "a")
+    loaded.save_pretrained(tmp_path / "b")
+    ids = tokens()
+    for again in (loaded, octavo.load(tmp_path / "b"), octavo.load(tmp_path / "a", model=build(tiny_models.llama))):
+        assert torch.equal(again(ids).logits, model(ids).logits)
+    a, b = (load_file(tmp_path / folder / "model.safetensors") for folder in "ab")
+    assert a.keys() == b.keys()
+
+
+def test_a_rule_makes_experts_only_if_it_names_them_whole() -> None:
+    """Inkling's for its shared experts ends as the name of its routed ones does."""
+    from transformers.core_model_loading import Chunk, WeightConverter
+
+    from octavo.integrations.transformers import _merges
+
+    rule = WeightConverter("shared_w13_weight", ["gate_proj", "up_proj"], [Chunk(1)])
+    assert not _merges(rule, {"layers.0.mlp.experts.gate_up_proj"})
+    assert _merges(rule, {"layers.0.mlp.experts.up_proj"}) and _merges(rule, {"up_proj"})
+
+
 def test_float_tensors_keep_their_names(tmp_path: Path) -> None:
     """Of the rules by which transformers renames old checkpoints' tensors, only those that it used are undone."""
     config = transformers.BertConfig(
