@@ -1,9 +1,12 @@
-"""What the source of a class says that its methods do with parts of self.
+"""What the source of a class says that its methods do with parts of self and with their arguments.
 
-    F.linear(x, self.a[0].b.weight)      a read of `weight` at the path ("a", "0", "b")
+    def forward(self, x, table):
+        x = F.linear(x, self.a[0].b.weight)     a read of `weight` at the path ("self", "a", "0", "b")
+        x = F.linear(x, table.weight)           one at the path ("table",)
+        return self.head(x, table)              a call of ("self", "head") with the path ("table",) as argument 1
 
-Paths are followed through local names, loops and indices. `if`s that a read stands under are kept: `holds` says whether
-one does for a module as it is configured.
+Paths are followed through local names, loops and indices. `if`s that a read or call stands under are kept: `holds` says
+whether one does for a module as it is configured.
 """
 
 from __future__ import annotations
@@ -14,6 +17,7 @@ import functools
 import inspect
 import linecache
 import operator
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -21,39 +25,92 @@ from torch import nn
 
 from octavo.layers import KINDS
 
-__all__ = ["WEIGHTS", "Read", "holds", "is_readable", "reads_of_class"]
+__all__ = ["SELF", "WEIGHTS", "Call", "Method", "Path", "Read", "holds", "is_readable", "methods_of"]
+
+SELF = "self"
+"""First element of the path of a part of self, whatever a method calls it; of another path it is a parameter's name."""
 
 WEIGHTS = {param for kind in KINDS for param in kind.params}
 """Names of the parameters that become int8."""
 
 _HARMLESS = {"device", "shape", "size", "data_ptr", "is_meta", "dim", "ndim", "numel", "requires_grad"}
 
+Path = tuple[str, ...]
+"""In a path "*" stands for an index that is not constant."""
+
+Conditions = tuple[ast.expr, ...]
+
 
 @dataclasses.dataclass(frozen=True)
 class Read:
-    """`self.path.weight` in `method`, under `conditions`. In the path, "*" stands for an index that is not constant."""
+    """`path.weight`, under `conditions`."""
 
-    path: tuple[str, ...]
-    method: str
-    conditions: tuple[ast.expr, ...]
+    path: Path
+    conditions: Conditions
+
+
+@dataclasses.dataclass(frozen=True)
+class Call:
+    """`function(...)` of a part of self, under `conditions`. arguments: those that are paths, with their positions or
+    keywords."""
+
+    function: Path
+    arguments: tuple[tuple[int | str, Path], ...]
+    conditions: Conditions
+
+
+class Method:
+    """A method, its parameters after self, and what it reads and calls, which is looked for when it is asked for."""
+
+    def __init__(self, definition: ast.FunctionDef, text: str) -> None:
+        own, *others = [each.arg for each in (*definition.args.posonlyargs, *definition.args.args)] or [""]
+        self.name = definition.name
+        self.parameters = (*others, *(each.arg for each in definition.args.kwonlyargs))
+        self._definition = definition
+        self._mentions_weights = _MENTION.search(text) is not None
+        self._names: _Names = {own: {(SELF,)}, **{name: {(name,)} for name in self.parameters}}
+
+    @functools.cached_property
+    def reads(self) -> tuple[Read, ...]:
+        """All but those of a layer whose int8 codes it minds, as T5 does."""
+        if not self._mentions_weights:
+            return ()
+        text = ast.unparse(self._definition)
+        found = (each for each in self._found if isinstance(each, Read))
+        return tuple(read for read in found if f"{'.'.join(read.path)}.weight.dtype != torch.int8" not in text)
+
+    @functools.cached_property
+    def calls(self) -> tuple[Call, ...]:
+        """Those that hand a part of self or an argument to a part of self."""
+        return tuple(each for each in self._found if isinstance(each, Call))
+
+    @functools.cached_property
+    def _found(self) -> list[Read | Call]:
+        for node in _in_order(self._definition):
+            _bind_in(node, self._names)
+        return list(_reads_and_calls(self._definition, (), self._names))
+
+
+_MENTION = re.compile(rf"\.({'|'.join(sorted(WEIGHTS))})\b")
+
+_Names = dict[str, set[Path]]
+"""The paths that a local name may stand for, somewhere in a method."""
 
 
 @functools.cache
-def reads_of_class(cls: Any) -> tuple[Read, ...]:
-    """The reads of all methods of `cls` and its bases, but for torch's."""
-    reads: list[Read] = []
-    for base in cls.__mro__:
-        if base.__module__.startswith(("torch.", "builtins")):
-            continue
-        for method in _methods_of_class(base):
-            reads.extend(_reads_of_method(method))
-    return tuple(reads)
+def methods_of(cls: Any) -> tuple[Method, ...]:
+    """The methods of `cls`, then those of its bases, but for torch's."""
+    bases = (base for base in cls.__mro__ if not base.__module__.startswith(("torch.", "builtins")))
+    return tuple(method for base in bases for method in _methods_of_class(base))
 
 
-def _methods_of_class(cls: type) -> Iterator[ast.FunctionDef]:
+def _methods_of_class(cls: type) -> Iterator[Method]:
     for file in _files_of_class(cls):
+        lines = linecache.getlines(file)
         for definition in _classes_of_file(file).get(cls.__qualname__, []):
-            yield from (part for part in definition.body if isinstance(part, ast.FunctionDef))
+            for part in definition.body:
+                if isinstance(part, ast.FunctionDef):
+                    yield Method(part, "".join(lines[part.lineno - 1 : part.end_lineno]))
 
 
 def _files_of_class(cls: type) -> set[str]:
@@ -94,29 +151,6 @@ def _classes_of_file(file: str) -> dict[str, list[ast.ClassDef]]:
     return classes
 
 
-_Path = tuple[str, ...]
-_Names = dict[str, set[_Path]]
-"""The parts of self that a local name may stand for, somewhere in a method."""
-
-
-def _reads_of_method(method: ast.FunctionDef) -> Iterator[Read]:
-    names: _Names = {name.arg: {()} for name in method.args.args[:1]}
-    for node in _in_order(method):
-        match node:
-            case ast.Assign(targets=targets, value=value):
-                for target in targets:
-                    _bind_value(target, value, names)
-            case ast.AnnAssign(target=target, value=ast.expr() as value) | ast.NamedExpr(target=target, value=value):
-                _bind_value(target, value, names)
-            case ast.For(target=target, iter=iterated) | ast.comprehension(target=target, iter=iterated):
-                _bind_loop(target, iterated, names)
-    reads = list(_reads(method, (), names))
-    text = ast.unparse(method) if reads else ""
-    for path, conditions in reads:
-        if f"self.{'.'.join(path)}.weight.dtype != torch.int8" not in text:
-            yield Read(path, method.name, conditions)
-
-
 def _in_order(node: ast.AST) -> Iterator[ast.AST]:
     """`node` and all below it, as they stand in the source."""
     yield node
@@ -124,8 +158,19 @@ def _in_order(node: ast.AST) -> Iterator[ast.AST]:
         yield from _in_order(child)
 
 
-def _bind(target: ast.expr, paths: set[_Path], names: _Names) -> None:
-    if isinstance(target, ast.Name) and paths - {()}:
+def _bind_in(node: ast.AST, names: _Names) -> None:
+    match node:
+        case ast.Assign(targets=targets, value=value):
+            for target in targets:
+                _bind_value(target, value, names)
+        case ast.AnnAssign(target=target, value=ast.expr() as value) | ast.NamedExpr(target=target, value=value):
+            _bind_value(target, value, names)
+        case ast.For(target=target, iter=iterated) | ast.comprehension(target=target, iter=iterated):
+            _bind_loop(target, iterated, names)
+
+
+def _bind(target: ast.expr, paths: set[Path], names: _Names) -> None:
+    if isinstance(target, ast.Name) and paths - {(SELF,)}:
         names.setdefault(target.id, set()).update(paths)
     elif isinstance(target, ast.Tuple):  # the parts of a ModuleList
         for part in target.elts:
@@ -154,9 +199,9 @@ def _bind_loop(target: ast.expr, iterated: ast.expr, names: _Names) -> None:
             _bind(target, {(*path, "*") for path in _paths(iterated, names)}, names)
 
 
-def _paths(node: ast.expr, names: _Names) -> set[_Path]:
-    """{('a', '0', 'b')} of the expression `self.a[0].b`; several where it may be one of several parts of self, and none
-    for what is not a part of self."""
+def _paths(node: ast.expr, names: _Names) -> set[Path]:
+    """{("self", "a", "0", "b")} of the expression `self.a[0].b`; several where it may be one of several parts, and none
+    for what is a part neither of self nor of an argument."""
     match node:
         case ast.Name(id=name):
             return names.get(name, set())
@@ -174,23 +219,31 @@ def _paths(node: ast.expr, names: _Names) -> set[_Path]:
     return set()
 
 
-def _reads(
-    node: ast.AST, conditions: tuple[ast.expr, ...], names: _Names
-) -> Iterator[tuple[_Path, tuple[ast.expr, ...]]]:
-    """Paths p of `self.p.weight` in and below `node`, each with the conditions that it stands under."""
+def _reads_and_calls(node: ast.AST, conditions: Conditions, names: _Names) -> Iterator[Read | Call]:
+    """What stands in and below `node`, each with the conditions that it stands under."""
     if isinstance(node, ast.If | ast.IfExp):
-        yield from _reads(node.test, conditions, names)
+        yield from _reads_and_calls(node.test, conditions, names)
         for branch, condition in ((node.body, node.test), (node.orelse, ast.UnaryOp(ast.Not(), node.test))):
             for statement in branch if isinstance(branch, list) else [branch]:
-                yield from _reads(statement, (*conditions, condition), names)
+                yield from _reads_and_calls(statement, (*conditions, condition), names)
         return
     if isinstance(node, ast.Attribute):
         if node.attr in WEIGHTS:
-            yield from ((path, conditions) for path in sorted(_paths(node.value, names)) if path)
+            paths = sorted(_paths(node.value, names))
+            yield from (Read(path, conditions) for path in paths if path != (SELF,))
         if node.attr in _HARMLESS and isinstance(node.value, ast.Attribute) and node.value.attr in WEIGHTS:
             return
+    if isinstance(node, ast.Call) and (arguments := _arguments(node, names)):
+        functions = sorted(path for path in _paths(node.func, names) if path[0] == SELF)
+        yield from (Call(path, arguments, conditions) for path in functions)
     for child in ast.iter_child_nodes(node):
-        yield from _reads(child, conditions, names)
+        yield from _reads_and_calls(child, conditions, names)
+
+
+def _arguments(call: ast.Call, names: _Names) -> tuple[tuple[int | str, Path], ...]:
+    given: list[tuple[int | str, ast.expr]] = list(enumerate(call.args))
+    given += [(keyword.arg, keyword.value) for keyword in call.keywords if keyword.arg]
+    return tuple((key, path) for key, value in given for path in sorted(_paths(value, names)) if path != (SELF,))
 
 
 _COMPARE = {
@@ -222,13 +275,13 @@ def _setting(node: ast.expr, module: nn.Module, training: bool) -> Any:
     """The value of a constant or of `self.a.b`, if it is a plain value that running the model does not change."""
     if isinstance(node, ast.Constant):
         return node.value
-    paths = _paths(node, {"self": {()}})
-    if paths == {("training",)}:
+    paths = _paths(node, {SELF: {(SELF,)}})
+    if paths == {(SELF, "training")}:
         return training
     if not isinstance(node, ast.Attribute) or len(paths) != 1 or node.attr == "training":
         return _UNKNOWN
-    (path,) = paths
-    value = vars(module).get(path[0], _UNKNOWN)
-    for attribute in path[1:]:
+    ((_, first, *others),) = paths
+    value = vars(module).get(first, _UNKNOWN)
+    for attribute in others:
         value = _UNKNOWN if isinstance(value, nn.Module) else getattr(value, attribute, _UNKNOWN)
     return value if value is None or isinstance(value, bool | int | float | str) else _UNKNOWN

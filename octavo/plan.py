@@ -195,13 +195,16 @@ def _keep_attention_whole(decisions: dict[str, Decision], obstacles: dict[str, s
 
 
 def _tie(model: nn.Module, decisions: dict[str, Decision], obstacles: dict[str, str]) -> None:
-    """Layers that share a weight get one fate: one table of codes, owned by the first of them, or all stay float.
+    """Layers that share a weight get one fate: one table of codes, or all stay float. The table belongs to the one that
+    the model calls the source of the others, if it says so, else to the first.
 
     A layer that is opt-in follows the one that it shares with, unless there is an obstacle to its being int8.
     """
-    for names in users_of_parameters(model).values():
-        if len(names) == 1:
+    targets = getattr(model, "all_tied_weights_keys", None) or {}
+    for users in users_of_parameters(model).values():
+        if len(users) == 1:
             continue
+        names = sorted(users, key=lambda name: name in targets)
         members = [decisions.get(name.rpartition(".")[0]) for name in names]
         known = [member for member in members if member is not None]
         wanted = [member for member in known if member.scheme]

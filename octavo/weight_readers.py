@@ -6,9 +6,10 @@
 
 An int8 layer in that place would give wrong numbers without an error, so such layers stay float with this reason.
 Found by reading the source of the model's own classes (`class_source.py`): every `self.a.b.weight` outside of
-constructors and the like. Spared are uses that are harmless (`.device`, `.shape`), that already mind int8 (transformers'
-`self.wo.weight.dtype != torch.int8`), or that stand under an `if` that is false as this model is configured (BLOOM
-reads its weights only if `self.pretraining_tp > 1 and self.slow_but_exact`).
+constructors and the like, also in a method that is handed the layer (LayoutLMv3 looks its biases up so). Spared are
+uses that are harmless (`.device`, `.shape`), that already mind int8 (transformers' `self.wo.weight.dtype !=
+torch.int8`), or that stand under an `if` that is false as this model is configured (BLOOM reads its weights only if
+`self.pretraining_tp > 1 and self.slow_but_exact`).
 
 What is read under `if self.training` only (Mamba 2's mixers hand their output projection to a kernel there) is no
 obstacle to int8, but to training: `refuse_training`.
@@ -22,20 +23,21 @@ import dataclasses
 import inspect
 import re
 import warnings
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 from torch import nn
 
-from octavo.class_source import WEIGHTS, holds, is_readable, reads_of_class
+from octavo.class_source import SELF, WEIGHTS, Call, Method, Path, Read, holds, is_readable, methods_of
 from octavo.errors import OctavoError, OctavoWarning
 
 __all__ = ["refuse_training", "weight_readers"]
 
 _NOT_RUNNING = re.compile(
-    r"^_*(init|initialize)(_*weights?|_*parameters|_+)?$|^__init_subclass__$|reset_parameters|resize|tie_weights|"
-    "extra_repr|^set_"
+    r"^_*(init|initialize)(_*weights?|_*parameters|_+)?$|^__init_subclass__$|^_init_added_|reset_parameters|resize|"
+    "tie_weights|extra_repr|^set_"
 )
+
 
 def weight_readers(model: nn.Module) -> dict[str, str]:
     """Module name -> the method (Class.method) that reads its weight directly, for the modules of `model`, in eval
@@ -81,25 +83,84 @@ def _mentions_training(cls: type) -> bool:
 
 
 def _found(model: nn.Module, classes: Collection[type], *, training: bool) -> Iterator[tuple[nn.Module, str, str]]:
-    """(module of one of `classes`, name of a layer whose weight it reads directly, its method Class.method that does)
-    in train or eval mode."""
+    """(module of one of `classes`, name of a layer whose weight it reads or has a method read that it hands the layer
+    to, that method as Class.method) in train or eval mode."""
     names = {id(module): name for name, module in model.named_modules()}
     places = dict(model.named_modules(remove_duplicate=False))  # one layer may stand in several
+    search = _Search(training, follow=any(map(_reads_arguments, classes)))
     for name, module in model.named_modules():
-        if type(module) not in classes:
-            continue
-        for read in reads_of_class(type(module)):  # type: ignore[arg-type]  # a class is hashable
-            if _NOT_RUNNING.search(read.method):
-                continue
-            if all(holds(condition, module, training) is not False for condition in read.conditions):
-                method = f"{type(module).__name__}.{read.method}"
-                path = ".".join((name, *read.path) if name else read.path)
-                if "*" in read.path:
-                    pattern = re.compile(re.escape(path).replace(r"\*", r"[^.]+"))
-                    read_layers = [layer for place, layer in places.items() if pattern.fullmatch(place)]
-                else:
-                    read_layers = [places[path]] if path in places else []
-                yield from ((module, names[id(layer)], method) for layer in read_layers)
+        if type(module) in classes:
+            for method in _running_methods(type(module)):
+                for path, reader in search.read_by(module, method):
+                    yield from ((module, names[id(layer)], reader) for layer in _at(name, path, places))
+
+
+def _running_methods(cls: Any) -> list[Method]:
+    return [method for method in methods_of(cls) if not _NOT_RUNNING.search(method.name)]
+
+
+def _reads_arguments(cls: type) -> bool:
+    return any(read.path[0] != SELF for method in _running_methods(cls) for read in method.reads)
+
+
+def _at(name: str, path: Path, places: Mapping[str, nn.Module]) -> list[nn.Module]:
+    """What lies at `path` of the module called `name`; several if there is a "*" in the path, none for an argument."""
+    if path[0] != SELF:
+        return []
+    place = ".".join((name, *path[1:]) if name else path[1:])
+    if "*" not in path:
+        return [places[place]] if place in places else []
+    pattern = re.compile(re.escape(place).replace(r"\*", r"[^.]+"))
+    return [layer for each, layer in places.items() if pattern.fullmatch(each)]
+
+
+class _Search:
+    """What methods read in train or eval mode. follow: also of what they hand to methods that they call."""
+
+    def __init__(self, training: bool, follow: bool) -> None:
+        self._training = training
+        self._follow = follow
+        self._of_arguments: dict[tuple[int, str], dict[int | str, str]] = {}
+
+    def read_by(self, module: nn.Module, method: Method) -> Iterator[tuple[Path, str]]:
+        """Of a method of `module`: paths of what it reads the weights of, and the Class.method that does it."""
+        for read in method.reads:
+            if self._may_run(read, module):
+                yield read.path, f"{type(module).__name__}.{method.name}"
+        for call in method.calls if self._follow else ():
+            if self._may_run(call, module):
+                readers = self._readers_of_arguments(module, call.function)
+                yield from ((path, readers[key]) for key, path in call.arguments if key in readers)
+
+    def _may_run(self, step: Read | Call, module: nn.Module) -> bool:
+        return all(holds(condition, module, self._training) is not False for condition in step.conditions)
+
+    def _readers_of_arguments(self, module: nn.Module, function: Path) -> dict[int | str, str]:
+        """Of a function that is a part of `module`: position, and name, of each argument whose weight is read -> by
+        which Class.method."""
+        called, name = self._method(module, function[1:])
+        if called is None or _is_known(type(called)):
+            return {}
+        known = self._of_arguments.get((id(called), name))
+        if known is not None:
+            return known
+        readers = self._of_arguments[id(called), name] = {}  # also where the method calls itself
+        for method in _running_methods(type(called)):
+            if method.name == name:
+                for path, reader in self.read_by(called, method):
+                    if len(path) == 1:
+                        readers |= {method.parameters.index(path[0]): reader, path[0]: reader}
+                break  # bases come later
+        return readers
+
+    def _method(self, module: nn.Module, path: Path) -> tuple[nn.Module | None, str]:
+        """What is called by `self.path(...)`: a layer's forward, or a method of `module` itself."""
+        if len(path) == 1 and path[0] not in module._modules:
+            return module, path[0]
+        try:
+            return module.get_submodule(".".join(path)), "forward"
+        except AttributeError:  # a method of something else, or one of several layers
+            return None, ""
 
 
 def _is_known(cls: type) -> bool:

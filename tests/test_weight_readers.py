@@ -153,6 +153,35 @@ class Property(Base):
         return self.proj.weight.dtype
 
 
+class HandsItToAMethod(Base):
+    """As LayoutLMv3 does."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.look_up(x, self.head, table=self.proj)
+
+    def look_up(self, x: Tensor, called: nn.Linear, *, table: nn.Linear) -> Tensor:
+        weight = table.weight
+        return called(F.embedding(x, weight)) if x.dim() else self.look_up(x, called, table=table)
+
+
+class ReadsAnArgument(Block):
+    def forward(self, x: Tensor, table: nn.Linear | None = None) -> Tensor:
+        return super().forward(x) if table is None else x @ table.weight
+
+
+class HandsItOn(Base):
+    """As DeBERTa does, whose head is handed the embedding by way of two modules."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Module()
+        self.inner.block = ReadsAnArgument()
+        self.other = ReadsAnArgument()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner.block(x, self.blocks[1].up) + self.other(x) + self.blocks[0](x, self.head)
+
+
 class Switched(Base):
     """Read in one configuration, called in the other."""
 
@@ -191,6 +220,8 @@ READS: list[tuple[nn.Module, dict[str, str]]] = [
     (PackedAttention(), {"attention": "PackedAttention.forward"}),
     (AttentionByHand(), {"attention.out_proj": "AttentionByHand.forward"}),
     (Property(), {"proj": "Property.dtype"}),
+    (HandsItToAMethod(), {"proj": "HandsItToAMethod.look_up"}),
+    (HandsItOn(), {"blocks.1.up": "ReadsAnArgument.forward"}),
     (Switched(slices=2, exact=True), {"proj": "Switched.forward"}),
     (Inherits(), {"proj": "Inherits.forward"}),
 ]
@@ -369,6 +400,16 @@ def test_rwkv_rescales_its_blocks() -> None:
     assert set(weight_readers(transformers.RwkvModel(config))) == {
         f"blocks.{i}.{layer}" for i in range(2) for layer in ("attention.output", "feed_forward.value")
     }
+
+
+def test_layers_that_are_handed_to_a_method_in_real_models() -> None:
+    transformers = pytest.importorskip("transformers")
+    small = {"vocab_size": 16, "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = transformers.LayoutLMv3Config(**small, coordinate_size=1, shape_size=2, visual_embed=False)
+    layout = weight_readers(transformers.LayoutLMv3Model(config))
+    assert {name.rpartition(".")[2] for name in layout} == {"rel_pos_bias", "rel_pos_x_bias", "rel_pos_y_bias"}
+    deberta = transformers.DebertaForMaskedLM(transformers.DebertaConfig(**small, legacy=False))
+    assert "deberta.embeddings.word_embeddings" in weight_readers(deberta)
 
 
 COMMON = ["Llama", "Qwen2", "Mistral", "GPT2", "Bert", "T5", "Phi3", "GPTNeoX", "Falcon", "Gemma3Text"]

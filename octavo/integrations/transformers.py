@@ -248,7 +248,10 @@ class OctavoQuantizer(HfQuantizer):  # type: ignore[misc]
         self._leave_experts_to_us(model)
         for decision in self._decisions:
             if decision.owner is not None:  # tied for good: transformers need not, and could not, tie it again
-                model.all_tied_weights_keys.pop(f"{decision.name}.weight", None)
+                own, table = f"{decision.name}.weight", f"{decision.owner}.weight"
+                model.all_tied_weights_keys.pop(own, None)
+                if model.all_tied_weights_keys.get(table) == own:  # a file that holds the table by its other name
+                    del model.all_tied_weights_keys[table]
         self._model = model
         for name, dtype in dtypes.items():
             self.target(name)[2].float_dtype = dtype
@@ -439,27 +442,33 @@ def _for_saving(rules: Iterable[Any], model: PreTrainedModel) -> list[Any]:
     return [each for rule in kept for each in (rule, *_renamings_of_parts(rule))]
 
 
-_PARTS = ("weight_packed", "weight_shape", "weight_scale", "input_scale")
+_PARTS = ("_packed", "_shape", "_scale")
 
 
 def _is_of_part(rule: Any) -> bool:
-    return isinstance(rule, WeightRenaming) and all(pattern.endswith(_PARTS) for pattern in rule.source_patterns)
+    ends = (*_PARTS, "input_scale")
+    return isinstance(rule, WeightRenaming) and all(pattern.endswith(ends) for pattern in rule.source_patterns)
 
 
 def _renamings_of_parts(rule: Any) -> list[Any]:
-    """What a rule that renames a "..weight" has to say of the tensors that its codes are on disk."""
+    """What a rule that renames a "..weight" has to say of the tensors that its codes are on disk, for in the rule's
+    patterns the name ends."""
     if type(rule) is not WeightRenaming:
         return []
     sources, targets = rule._original_source_patterns, rule._original_target_patterns
-    if not all(pattern.endswith("weight") for pattern in (*sources, *targets)):
+    if not all(each[-1].isalnum() for each in sources) or not all(each.endswith("weight") for each in targets):
         return []
-    made = []
-    for part in _PARTS:
-        of_part = ([pattern.removesuffix("weight") + part for pattern in patterns] for patterns in (sources, targets))
-        renaming = WeightRenaming(*of_part)
+    named = [([each + part for each in sources], [each + part for each in targets]) for part in _PARTS]
+    if all(each.endswith("weight") for each in sources):
+        named.append(([_of_input(each) for each in sources], [_of_input(each) for each in targets]))
+    made = [WeightRenaming(*names) for names in named]
+    for renaming in made:
         renaming.scope_prefix, renaming.base_model_prefix = rule.scope_prefix, rule.base_model_prefix
-        made.append(renaming)
     return made
+
+
+def _of_input(pattern: str) -> str:
+    return pattern.removesuffix("weight") + "input_scale"
 
 
 def _merges(rule: Any, stacks: set[str]) -> bool:
@@ -467,7 +476,7 @@ def _merges(rule: Any, stacks: set[str]) -> bool:
     targets = getattr(rule, "target_patterns", ())
     targets = [targets] if isinstance(targets, str) else targets
     many = isinstance(rule, WeightConverter) and bool(rule.operations)
-    return many and any(f".{param}".endswith(f".{target}") for target in targets for param in stacks)
+    return many and any(f".{param}".endswith(f".{target.lstrip('.')}") for target in targets for param in stacks)
 
 
 def _merges_any(rule: Any, params: list[str]) -> bool:
