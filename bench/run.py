@@ -19,6 +19,7 @@ import time
 from pathlib import Path
 
 from bench import (
+    architectures,
     attention,
     audio,
     convolutions,
@@ -40,6 +41,7 @@ from bench import (
 from bench.record import FOLDER, Skipped, page, record
 
 BENCHMARKS = {
+    "architectures": architectures,
     "language": language,
     "smoothquant": smoothquant,
     "mixtral": mixtral,

@@ -1,0 +1,297 @@
+"""Every model type of transformers, small and as int8: does it compute what its codes say, and does it come back?"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import multiprocessing
+import os
+import signal
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator
+from multiprocessing.pool import ThreadPool
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+import octavo
+from octavo.evaluate import sqnr
+from octavo.experts import spec_of
+from octavo.formats.checkpoint import CheckpointReader
+from octavo.layers import kind_of
+from octavo.modules import QuantModule
+from octavo.plan import output_heads
+from octavo.primitives import dequantize
+from octavo.tables import Table
+
+TITLE = "Every architecture of transformers"
+HOW = """
+Each model type that transformers knows, of language, vision, audio and what joins them, built small with random
+weights: sizes are reduced in the arguments of its configuration. Types whose sizes do not fit each other then, or
+that stay above 200 million parameters, are left out. `w8a16`, embeddings and output head included. "Computes what its
+codes say": on random inputs the int8 model agrees to 80 dB or more with the float one whose weights are codes times
+scales; not asked of types that random inputs do not fit, or that answer in two ways if they are asked twice. "Comes
+back": `octavo.save`, then `octavo.load` gives every tensor bit for bit, also into a model that was built by hand.
+"From file to file": `octavo.quantize_checkpoint` makes of the float model's files the same tensors as `octavo.save`
+writes.
+"""
+MAPPINGS = (
+    "CAUSAL_LM", "IMAGE_TEXT_TO_TEXT", "SEQ_TO_SEQ_CAUSAL_LM", "SPEECH_SEQ_2_SEQ", "MASKED_LM", "IMAGE_CLASSIFICATION",
+)  # fmt: skip
+LIMIT_S = 120
+LARGEST = 200e6
+DEPTH = {
+    **dict.fromkeys(("num_hidden_layers", "n_layer", "n_layers", "num_layers", "depth", "encoder_layers"), 2),
+    **dict.fromkeys(("decoder_layers", "num_decoder_layers", "num_encoder_layers"), 2),
+    **dict.fromkeys(("vocab_size", "vocab_size_per_layer_input", "unpadded_vocab_size"), 512),
+    **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"), 4),
+    **dict.fromkeys(("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "top_k_experts"), 2),
+    **dict.fromkeys(("experts_per_token", "num_selected_experts", "moe_num_active_primary_experts"), 2),
+    **dict.fromkeys(("n_group", "topk_group", "num_dense_layers", "first_k_dense_replace"), 1),
+}
+WIDTH = {
+    **dict.fromkeys(("hidden_size", "d_model", "n_embd", "dim", "embed_dim", "moe_intermediate_size"), 64),
+    **dict.fromkeys(("shared_expert_intermediate_size", "expert_ffn_hidden_size"), 64),
+    **dict.fromkeys(("intermediate_size", "ffn_dim", "n_inner", "d_ff", "decoder_ffn_dim", "encoder_ffn_dim"), 128),
+    **dict.fromkeys(("num_attention_heads", "n_head", "num_heads", "n_heads", "encoder_attention_heads"), 4),
+    **dict.fromkeys(("decoder_attention_heads",), 4),
+    **dict.fromkeys(("num_key_value_heads", "index_n_heads"), 2),
+    **dict.fromkeys(("max_position_embeddings", "n_positions"), 256),
+    **dict.fromkeys(("v_head_dim", "kv_lora_rank", "q_lora_rank", "rotary_dim", "index_head_dim"), 16),
+    **dict.fromkeys(("qk_rope_head_dim", "qk_nope_head_dim", "index_topk"), 8),
+}
+HEAD = dict.fromkeys(("head_dim", "kv_channels", "d_kv"), 16)
+
+
+def measure() -> dict[str, Any]:
+    types = list(_model_types())
+    with ThreadPool(os.cpu_count()) as pool:  # threads that wait, each for a process
+        return {"types": pool.starmap(_judge_in_a_process, types, chunksize=1)}
+
+
+def _judge_in_a_process(name: str, mapping: str) -> dict[str, Any]:
+    """`judge` in a fork of this process, for which transformers is imported once."""
+    context = multiprocessing.get_context("fork")
+    receive, send = context.Pipe(duplex=False)
+    process = context.Process(target=_judge_quietly, args=(name, mapping, send))
+    process.start()
+    send.close()
+    try:
+        return receive.recv()  # type: ignore[no-any-return]
+    except EOFError:
+        return {"type": name, "class": None, "errors": {"process": f"took more than {LIMIT_S} s, or broke down"}}
+    finally:
+        process.join()
+
+
+def _model_types() -> Iterator[tuple[str, str]]:
+    """Each model type once, with the first mapping that it is in."""
+    from transformers.models.auto import configuration_auto, modeling_auto
+
+    import octavo.integrations.transformers  # noqa: F401 -- before the processes are forked
+
+    seen = set()
+    for mapping in (*(f"MODEL_FOR_{task}_MAPPING" for task in MAPPINGS), "MODEL_MAPPING"):
+        for name in getattr(modeling_auto, f"{mapping}_NAMES"):
+            if name not in seen and name in configuration_auto.CONFIG_MAPPING_NAMES:
+                seen.add(name)
+                yield name, mapping
+
+
+def _judge_quietly(name: str, mapping: str, send: Any) -> None:
+    torch.set_num_threads(1)
+    signal.alarm(LIMIT_S)
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 1)
+    os.dup2(nowhere, 2)
+    warnings.simplefilter("ignore")
+    send.send(judge(name, mapping))
+
+
+def judge(name: str, mapping: str) -> dict[str, Any]:
+    """What became of one model type: the questions of `HOW`, True or False each where they could be asked."""
+    found: dict[str, Any] = {"type": name, "class": None, "errors": {}}
+    model, inputs = build(name, mapping)
+    if model is None:
+        return found
+    found |= {"class": type(model).__name__, "parameters": sum(each.numel() for each in model.parameters())}
+    int8 = copy.deepcopy(model)
+    include = ["Embedding"] if any(type(module) is nn.Embedding for module in int8.modules()) else []
+    include += ["OutputHead"] if output_heads(int8) else []
+    try:
+        report = octavo.quantize(int8, "w8a16", include=include)
+        found["quantized"], found["unasked"] = report.quantized_fraction, report.unasked_fraction
+    except Exception as error:
+        found["errors"]["quantize"] = repr(error)[:300]
+        return found
+    questions: dict[str, Callable[[], bool | None]] = {
+        "computes": lambda: _computes(model, int8, inputs),
+        **_of_files(model, int8, include),
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        os.chdir(folder)
+        for question, ask in questions.items():
+            try:
+                found[question] = ask()
+            except Exception as error:
+                found["errors"][question] = repr(error)[:300]
+    return found
+
+
+def build(name: str, mapping: str) -> tuple[Any, dict[str, Tensor] | None]:
+    """A small model of the type and inputs that it takes, None without; (None, None) if there is no small one."""
+    from transformers.models.auto import configuration_auto, modeling_auto
+
+    built = None
+    for sizes in ({**WIDTH, **DEPTH}, {**WIDTH, **DEPTH, **HEAD}, DEPTH, {}):
+        try:
+            config_class = configuration_auto.CONFIG_MAPPING[name]
+            config = config_class(**_reduced(config_class(), sizes))
+            classes = getattr(modeling_auto, mapping)[config_class]
+            model_class = classes[0] if isinstance(classes, tuple) else classes
+            with torch.device("meta"):
+                parameters = sum(each.numel() for each in model_class(config).parameters())
+            if parameters > LARGEST:
+                continue
+            torch.manual_seed(0)
+            model = model_class(config).eval()
+        except Exception:
+            continue  # its sizes do not fit each other
+        built = built or model
+        try:
+            inputs = _inputs(model)
+            _output(model, inputs)
+        except Exception:
+            continue
+        return model, inputs
+    return built, None
+
+
+def _reduced(config: Any, sizes: dict[str, int]) -> dict[str, Any]:
+    """Arguments for a config like `config` whose sizes are at most those given, in the configs within it too."""
+    parts = {name: part for name, part in vars(config).items() if hasattr(part, "to_dict")}
+    values = {name: getattr(config, name, None) for name in sizes}
+    small = {name: sizes[name] for name, value in values.items() if type(value) is int and value > sizes[name]}
+    return {**{name: _reduced(part, sizes) for name, part in parts.items()}, **small}
+
+
+def _inputs(model: Any) -> dict[str, Tensor]:
+    config = model.config
+    ids = torch.randint(3, min(getattr(config.get_text_config(), "vocab_size", None) or 500, 500) - 2, (2, 12))
+    takes = inspect.signature(model.forward).parameters
+    name = model.main_input_name
+    inputs = {"input_ids": ids} if name == "input_ids" or "input_ids" in takes else {}
+    if name == "pixel_values":
+        vision = getattr(config, "vision_config", config)
+        side = getattr(vision, "image_size", None) or 224
+        side = side[0] if isinstance(side, tuple | list) else side
+        inputs["pixel_values"] = torch.randn(2, getattr(vision, "num_channels", None) or 3, side, side)
+    if name == "input_values":
+        inputs["input_values"] = torch.randn(2, 16000)
+    if name == "input_features":
+        frames = 2 * getattr(config, "max_source_positions", 1500)
+        inputs["input_features"] = torch.randn(2, getattr(config, "num_mel_bins", 80), frames)
+    if getattr(config, "is_encoder_decoder", False):
+        inputs["decoder_input_ids"] = ids
+    return inputs
+
+
+@torch.no_grad()
+def _output(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
+    return next(each for each in model(**inputs).values() if isinstance(each, Tensor) and each.is_floating_point())
+
+
+def _computes(model: nn.Module, int8: nn.Module, inputs: dict[str, Tensor] | None) -> bool | None:
+    """None where the model cannot be run, or answers in two ways itself."""
+    if inputs is None or not torch.equal(_output(model, inputs), _output(model, inputs)):
+        return None
+    return sqnr(_output(widened(model, int8), inputs), _output(int8, inputs)) >= 80
+
+
+def widened(model: nn.Module, int8: nn.Module) -> nn.Module:
+    """A copy of the float model whose weights are those that the codes of `int8` stand for."""
+    wide = copy.deepcopy(model)
+    layers = dict(wide.named_modules())
+    for name, quantized in int8.named_modules():
+        for param, (codes, scale) in quantized.codes().items() if isinstance(quantized, QuantModule) else ():
+            layer = layers[name]
+            if parametrize.is_parametrized(layer, param):
+                parametrize.remove_parametrizations(layer, param)
+            _rows(layer, param).copy_(_weight(codes, scale))
+    return wide
+
+
+def _rows(layer: nn.Module, param: str) -> Tensor:
+    """A weight as its codes lie: output channels first."""
+    weight = getattr(layer, param).data
+    spec, kind = spec_of(layer), kind_of(layer)
+    assert kind is not None
+    return spec.rows(weight) if spec is not None else kind.rows(weight, layer)
+
+
+def _weight(codes: Tensor, scale: Tensor) -> Tensor:
+    if scale.dim() == 3:  # of experts
+        return dequantize(codes.flatten(0, 1), scale.flatten(0, 1)).view(codes.shape)
+    return dequantize(codes, scale)
+
+
+def _of_files(model: Any, int8: nn.Module, include: list[str]) -> dict[str, Callable[[], bool]]:
+    def loaded(**options: Any) -> bool:
+        return _same(octavo.load("int8", **options).state_dict(), int8.state_dict())
+
+    def saved() -> bool:
+        octavo.save(int8, "int8")
+        return True
+
+    def streamed() -> bool:
+        model.save_pretrained("float")
+        octavo.quantize_checkpoint("float", "streamed", "w8a16", include=include)
+        return _same(_tensors("streamed"), _tensors("int8"))
+
+    return {
+        "saved": saved,
+        "loaded": loaded,
+        "loaded_by_hand": lambda: loaded(model=type(model)(model.config).eval()),
+        "streamed": streamed,
+    }
+
+
+def _tensors(folder: str) -> dict[str, Tensor]:
+    with CheckpointReader(Path(folder)) as reader:
+        return {name: reader.tensor(name).clone() for name in reader.names}
+
+
+def _same(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> bool:
+    return ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+QUESTIONS = {
+    "computes": "computes what its codes say",
+    "loaded": "comes back, built by transformers",
+    "loaded_by_hand": "comes back, built by hand",
+    "streamed": "from file to file the same",
+}
+
+
+def tables(found: dict[str, Any]) -> list[Table]:
+    types = found["types"]
+    built = [one for one in types if one["class"]]
+    rows = [("model types", str(len(types)), "", ""), ("built small", str(len(built)), "", "")]
+    for question, said in QUESTIONS.items():
+        asked = [one for one in built if one.get(question) is not None or question in one["errors"]]
+        yes = [one for one in asked if one.get(question) is True]
+        rows.append((said, str(len(asked)), str(len(yes)), str(len(asked) - len(yes))))
+    wrong = [
+        (one["type"], QUESTIONS.get(question, question), one["errors"].get(question, "another answer"))
+        for one in types
+        for question in (*QUESTIONS, "quantize", "saved", "process")
+        if question in one["errors"] or one.get(question) is False
+    ]
+    return [
+        Table("", ("", "asked of", "yes", "no"), tuple(rows), "lrrr"),
+        Table("What did not hold", ("model type", "what", "why"), tuple(wrong), "lll"),
+    ]
