@@ -34,6 +34,7 @@ LAYERS = (
         "layers",
         "norms",
         "gated",
+        "class_source",
         "weight_readers",
         "pairs",
         "smoothed",

@@ -43,7 +43,7 @@ def use_int8_attention(model: PreTrainedModel) -> None:
     # Part by part, for before 5.23 transformers leaves out those that have a copy of the model's config (T5's stacks).
     for part in model.modules():
         if isinstance(part, PreTrainedModel):
-            part.set_attn_implementation(NAME)
+            part.set_attn_implementation({"": NAME})  # not of configs without a model, of which it would warn
 
 
 def attention_of(model: PreTrainedModel) -> str:

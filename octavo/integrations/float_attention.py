@@ -48,7 +48,7 @@ def use_float_attention(model: nn.Module) -> None:
     parts = [part for part in model.modules() if isinstance(part, PreTrainedModel)]
     if parts and all(map(_is_switchable, parts)):
         for part in parts:
-            part.set_attn_implementation(NAME)
+            part.set_attn_implementation({"": NAME})  # not of configs without a model, of which it would warn
 
 
 def _is_switchable(part: PreTrainedModel) -> bool:

@@ -293,6 +293,18 @@ def test_every_part_is_switched(make: Callable[..., Any]) -> None:
     assert {part.config._attn_implementation for part in parts} == {NAME}
 
 
+def test_of_configs_without_a_model_nothing_is_said(caplog: pytest.LogCaptureFixture) -> None:
+    """CLIP's classifier has the config of a text model, and no text model."""
+    small = {"hidden_size": 32, "intermediate_size": 40, "num_hidden_layers": 1, "num_attention_heads": 4}
+    vision = {**small, "image_size": 16, "patch_size": 8}
+    config = transformers.CLIPConfig(text_config={**small, "vocab_size": 96}, vision_config=vision, projection_dim=32)
+    model = transformers.CLIPForImageClassification(config)
+    transformers.logging.enable_propagation()
+    use_float_attention(model)
+    assert model.vision_model.config._attn_implementation == NAME
+    assert not [record for record in caplog.records if "attention implementation" in record.message]
+
+
 def test_files_do_not_know_of_it_and_loading_switches_anew(tmp_path: Path) -> None:
     model = build(llama)
     octavo.quantize(model, "w8a16")
