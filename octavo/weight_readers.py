@@ -154,13 +154,15 @@ class _Search:
         return readers
 
     def _method(self, module: nn.Module, path: Path) -> tuple[nn.Module | None, str]:
-        """What is called by `self.path(...)`: a layer's forward, or a method of `module` itself."""
+        """What is called by `self.path(...)`: a method of `module` itself or a layer's forward, of several layers the
+        first's; (None, "") for what is neither."""
         if len(path) == 1 and path[0] not in module._modules:
             return module, path[0]
-        try:
-            return module.get_submodule(".".join(path)), "forward"
-        except AttributeError:  # a method of something else, or one of several layers
-            return None, ""
+        called: nn.Module | None = module
+        for part in path:
+            layers = {} if called is None else called._modules
+            called = next(iter(layers.values()), None) if part == "*" else layers.get(part)
+        return called, "forward" if called is not None else ""
 
 
 def _is_known(cls: type) -> bool:

@@ -176,10 +176,12 @@ class HandsItOn(Base):
         super().__init__()
         self.inner = nn.Module()
         self.inner.block = ReadsAnArgument()
-        self.other = ReadsAnArgument()
+        self.others = nn.ModuleList([ReadsAnArgument(), ReadsAnArgument()])
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.inner.block(x, self.blocks[1].up) + self.other(x) + self.blocks[0](x, self.head)
+        for other in self.others:
+            x = other(x, table=self.proj)
+        return self.inner.block(x, self.blocks[1].up) + self.others[0](x) + self.blocks[0](x, self.head)
 
 
 class Switched(Base):
@@ -221,7 +223,7 @@ READS: list[tuple[nn.Module, dict[str, str]]] = [
     (AttentionByHand(), {"attention.out_proj": "AttentionByHand.forward"}),
     (Property(), {"proj": "Property.dtype"}),
     (HandsItToAMethod(), {"proj": "HandsItToAMethod.look_up"}),
-    (HandsItOn(), {"blocks.1.up": "ReadsAnArgument.forward"}),
+    (HandsItOn(), {"blocks.1.up": "ReadsAnArgument.forward", "proj": "ReadsAnArgument.forward"}),
     (Switched(slices=2, exact=True), {"proj": "Switched.forward"}),
     (Inherits(), {"proj": "Inherits.forward"}),
 ]
