@@ -269,19 +269,20 @@ def _every_product_in_sight(model: Any) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _plain_experts(model: Any) -> Iterator[None]:
-    """transformers' experts one after the other while this is open."""
-    config = getattr(model, "config", None)
-    before = getattr(config, "_experts_implementation", None)
-    switch = getattr(model, "set_experts_implementation", None)
-    if before in (None, "eager") or not callable(switch):
-        yield
-        return
-    switch("eager")
+def _plain_experts(model: nn.Module) -> Iterator[None]:
+    """transformers' experts one after the other while this is open, in all parts of a model that have a config."""
+    switched: list[tuple[Any, str]] = []
+    for part in model.modules():
+        used = getattr(getattr(part, "config", None), "_experts_implementation", None)
+        if used not in (None, "eager") and callable(getattr(part, "set_experts_implementation", None)):
+            switched.append((part, used))
+    for part, _ in switched:
+        part.set_experts_implementation("eager")
     try:
         yield
     finally:
-        switch(before)
+        for part, used in switched:
+            part.set_experts_implementation(used)
 
 
 _FOR_THE_MODEL_ITSELF = ("cache", "past_key_values", "encoder_last_hidden_state")

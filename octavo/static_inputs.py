@@ -59,6 +59,8 @@ def _fix_group(model: nn.Module, group: list[Decision], stats: Stats, observer: 
         why = "its inputs were all 0 in calibration" if seen else "no batch of the calibration reached it"
         return _give(group, Scheme.as_dynamic, f"{why}: a dynamic scale")
     scale = stats.input_scale(first.name, _weight(model, first).dtype, observer)
+    if not scale:
+        return _give(group, Scheme.as_dynamic, "its inputs were too small in calibration: a dynamic scale")
     if repair and len(seen.rows):
         static_db, dynamic_db = (
             min(_sqnr(model, decision, change, seen, scale * 127) for decision in group)

@@ -112,10 +112,10 @@ def test_what_is_not_finite_is_an_error_that_names_the_layer(bad: float, found: 
 class Branches(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.used, self.dead, self.zero = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4)
+        self.used, self.dead, self.zero, self.tiny = (nn.Linear(4, 4) for _ in range(4))
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.used(x) + self.zero(x * 0)
+        return self.used(x) + self.zero(x * 0) + self.tiny(x * 1e-44)
 
 
 def test_layers_that_no_batch_reached_are_listed_and_get_dynamic_inputs() -> None:
@@ -127,6 +127,7 @@ def test_layers_that_no_batch_reached_are_listed_and_get_dynamic_inputs() -> Non
     assert fates["used.weight"] == ("w8a8-static", None)
     assert fates["dead.weight"] == ("w8a8", "no batch of the calibration reached it: a dynamic scale")
     assert fates["zero.weight"] == ("w8a8", "its inputs were all 0 in calibration: a dynamic scale")
+    assert fates["tiny.weight"] == ("w8a8", "its inputs were too small in calibration: a dynamic scale")
     with pytest.raises(CalibrateError, match="dead: has no static scale, no batch reached it"):
         stats.input_scale("dead", torch.float32)
 

@@ -293,6 +293,29 @@ def test_experts_in_half_the_bits(dtype: torch.dtype) -> None:
         torch.testing.assert_close(outputs(model, other), wanted, rtol=1e-2, atol=1e-2)
 
 
+def test_experts_of_a_model_within_one_of_ones_own() -> None:
+    """They run one after the other while products are watched, whoever's config says how they run."""
+
+    class Around(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = tiny_models.build(tiny_models.mixtral, intermediate_size=48)
+
+        def forward(self, ids: Tensor) -> Tensor:
+            return self.inner(ids).logits
+
+    model, ids = Around(), tiny_models.tokens()
+    model.inner.set_experts_implementation("grouped_mm")
+    before = model(ids)
+    report = smooth(model, calibrate(model, [ids]), alpha=0.5)
+    reasons = {pair.source: pair.reason for pair in report.pairs}
+    assert reasons["inner.model.layers.0.mlp.experts.gate_up_proj"] is None
+    assert model.inner.config._experts_implementation == "grouped_mm"
+    torch.testing.assert_close(model(ids), before)
+    down, fresh = (each.inner.model.layers[0].mlp.experts.down_proj for each in (model, Around()))
+    assert not torch.equal(down, fresh)
+
+
 @pytest.mark.parametrize(("count", "top_k"), [(1, 1), (4, 4), (5, 1)])
 def test_any_number_of_experts(count: int, top_k: int) -> None:
     architecture = dataclasses.replace(
