@@ -35,10 +35,11 @@ weights: sizes are reduced in the arguments of its configuration. Types whose si
 that stay above 200 million parameters, are left out. `w8a16`, embeddings and output head included. "Computes what its
 codes say": on random inputs the int8 model agrees to 80 dB or more with the float one whose weights are codes times
 scales, or, where numbers are too small for that, is no further from it in float64 than it is itself in fp32; not
-asked of types that random inputs do not fit, or that answer in two ways if they are asked twice. "Comes back":
-`octavo.save`, then `octavo.load` gives every tensor bit for bit, also into a model that was built by hand; asked of
-types that transformers itself loads as it saved them. "From file to file": `octavo.quantize_checkpoint` makes of the
-float model's files the same tensors as `octavo.save` writes.
+asked of types that random inputs do not fit, or that answer in two ways if they are asked twice. "Smoothed": the
+float model, calibrated on those inputs and smoothed with an alpha of 0.5, gives the same bits as before, where
+anything was folded. "Comes back": `octavo.save`, then `octavo.load` gives every tensor bit for bit, also into a model
+that was built by hand; asked of types that transformers itself loads as it saved them. "From file to file":
+`octavo.quantize_checkpoint` makes of the float model's files the same tensors as `octavo.save` writes.
 """
 MAPPINGS = (
     "CAUSAL_LM", "IMAGE_TEXT_TO_TEXT", "SEQ_TO_SEQ_CAUSAL_LM", "SPEECH_SEQ_2_SEQ", "MASKED_LM", "IMAGE_CLASSIFICATION",
@@ -129,7 +130,10 @@ def judge(name: str, mapping: str) -> dict[str, Any]:
     except Exception as error:
         found["errors"]["quantize"] = repr(error)[:300]
         return found
-    questions: dict[str, Callable[[], bool | None]] = {"computes": lambda: _computes(model, int8, inputs)}
+    questions: dict[str, Callable[[], bool | None]] = {
+        "computes": lambda: _computes(model, int8, inputs),
+        "smoothed": lambda: _smoothed(model, inputs),
+    }
     with tempfile.TemporaryDirectory() as folder:
         os.chdir(folder)
         if _is_kept_by_transformers(model):
@@ -218,6 +222,17 @@ def _computes(model: nn.Module, int8: nn.Module, inputs: dict[str, Tensor] | Non
     return sqnr(exact, got) >= sqnr(exact, expected)
 
 
+def _smoothed(model: nn.Module, inputs: dict[str, Tensor] | None) -> bool | None:
+    """None where there is nothing to smooth, and as above."""
+    if inputs is None or not torch.equal(_output(model, inputs), _output(model, inputs)):
+        return None
+    smoothed = copy.deepcopy(model)
+    report = octavo.smooth(smoothed, octavo.calibrate(smoothed, [inputs]), alpha=0.5)
+    if not any(pair.reason is None for pair in report.pairs):
+        return None
+    return torch.equal(_output(smoothed, inputs), _output(model, inputs))
+
+
 def widened(model: nn.Module, int8: nn.Module) -> nn.Module:
     """A copy of the float model whose weights are those that the codes of `int8` stand for."""
     wide = copy.deepcopy(model)
@@ -286,6 +301,7 @@ def _same(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> bool:
 
 QUESTIONS = {
     "computes": "computes what its codes say",
+    "smoothed": "smoothed, answers with the same bits",
     "loaded": "comes back, built by transformers",
     "loaded_by_hand": "comes back, built by hand",
     "streamed": "from file to file the same",
