@@ -41,13 +41,13 @@ from bench import (
 from bench.record import FOLDER, Skipped, page, record
 
 BENCHMARKS = {
-    "architectures": architectures,
     "language": language,
     "smoothquant": smoothquant,
     "mixtral": mixtral,
     "embeddings": embeddings,
     "vision": vision,
     "audio": audio,
+    "architectures": architectures,
     "quantize": quantize,
     "kernels": kernels,
     "convolutions": convolutions,

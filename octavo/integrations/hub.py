@@ -248,8 +248,8 @@ def quantize_checkpoint(
         dequantized in memory, in bf16).
     dst: must not exist (an empty folder may).
     scheme, ignore, include, overrides, group_size, attention: as for `octavo.quantize`.
-    model: a skeleton that says what the tensors are, for a checkpoint that is not a transformers model (nor a .gguf
-        file); on `meta` or not, it is not modified.
+    model: a skeleton that says what the tensors are, for a checkpoint that transformers cannot build a model of, or is
+        not to (nor for a .gguf file); on `meta` or not, it is not modified.
     max_shard_size: bytes, or "5GB".
     progress: called with (tensors done, number of tensors); of a .gguf file (layers done, number of layers).
     Returns: what became int8, what stayed float and why, in bytes on disk. Peak memory is about twice the largest
