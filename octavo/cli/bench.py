@@ -233,7 +233,7 @@ def _worker(path: str, debug: bool) -> Iterator[Worker]:
                     future = pool.submit(function, *args)
                 return future.result()
             except BrokenProcessPool as error:
-                # An interrupt ends that process too, and may be told of here only when Python looks: it does in this call.
+                # An interrupt ends that process too, and is told of here when Python looks: in this call at the latest.
                 signal.pthread_sigmask(signal.SIG_BLOCK, ())
                 raise CommandError(
                     f"{path}: the process that ran this model was ended from outside, for lack of memory perhaps; "
