@@ -25,6 +25,7 @@ import statistics
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from multiprocessing.process import BaseProcess
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from octavo.cli import bench_ops
@@ -225,16 +226,18 @@ def _worker(path: str, debug: bool) -> Iterator[Worker]:
 
     # Not forked: a copy of this process would count as the model's memory.
     context = multiprocessing.get_context("spawn")
+    started: list[BaseProcess] = []
     with ProcessPoolExecutor(1, mp_context=context, initializer=bench_worker.prepare, initargs=(debug,)) as pool:
 
         def call(function: Callable[..., T], *args: Any) -> T:
             try:
                 with _interrupts_held_back():  # the first call starts the process, which minds them once it is prepared
                     future = pool.submit(function, *args)
+                    started[:] = multiprocessing.active_children()
                 return future.result()
             except BrokenProcessPool as error:
-                # An interrupt ends that process too, and is told of here when Python looks: in this call at the latest.
-                signal.pthread_sigmask(signal.SIG_BLOCK, ())
+                if any(process.exitcode == -signal.SIGINT for process in started):
+                    raise KeyboardInterrupt from error  # of all processes of the command; this one is told of it later
                 raise CommandError(
                     f"{path}: the process that ran this model was ended from outside, for lack of memory perhaps; "
                     "free some, or time the models one by one"

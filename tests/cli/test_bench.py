@@ -242,6 +242,11 @@ def test_a_process_that_dies_is_told_of(tmp_path: Path) -> None:
         call(os.kill, call(os.getpid), signal.SIGKILL)
 
 
+def test_an_interrupt_that_ends_the_model_s_process_is_one_here_too() -> None:
+    with bench._worker("some-model", debug=False) as call, pytest.raises(KeyboardInterrupt):
+        call(os.kill, call(os.getpid), signal.SIGINT)
+
+
 SLOW_START = """
 import pathlib, sys, time
 if "--multiprocessing-fork" in sys.orig_argv:
