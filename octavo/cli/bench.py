@@ -236,6 +236,7 @@ def _worker(path: str, debug: bool) -> Iterator[Worker]:
                     started[:] = multiprocessing.active_children()
                 return future.result()
             except BrokenProcessPool as error:
+                pool.shutdown()  # which asks the process how it ended
                 if any(process.exitcode == -signal.SIGINT for process in started):
                     raise KeyboardInterrupt from error  # of all processes of the command; this one is told of it later
                 raise CommandError(
