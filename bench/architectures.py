@@ -315,7 +315,8 @@ def tables(found: dict[str, Any]) -> list[Table]:
     for question, said in QUESTIONS.items():
         asked = [one for one in built if one.get(question) is not None or question in one["errors"]]
         yes = [one for one in asked if one.get(question) is True]
-        rows.append((said, str(len(asked)), str(len(yes)), str(len(asked) - len(yes))))
+        if asked:
+            rows.append((said, str(len(asked)), str(len(yes)), str(len(asked) - len(yes))))
     wrong = [
         (one["type"], QUESTIONS.get(question, question), one["errors"].get(question, "another answer"))
         for one in types
