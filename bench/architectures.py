@@ -130,10 +130,10 @@ def judge(name: str, mapping: str) -> dict[str, Any]:
     except Exception as error:
         found["errors"]["quantize"] = repr(error)[:300]
         return found
-    questions: dict[str, Callable[[], bool | None]] = {
-        "computes": lambda: _computes(model, int8, inputs),
-        "smoothed": lambda: _smoothed(model, inputs),
-    }
+    questions: dict[str, Callable[[], bool | None]] = {}
+    if inputs is not None and torch.equal(_output(model, inputs), _output(model, inputs)):
+        questions["computes"] = lambda: _computes(model, int8, inputs)
+        questions["smoothed"] = lambda: _smoothed(model, inputs)
     with tempfile.TemporaryDirectory() as folder:
         os.chdir(folder)
         if _is_kept_by_transformers(model):
@@ -209,10 +209,7 @@ def _output(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
     return next(each for each in model(**inputs).values() if isinstance(each, Tensor) and each.is_floating_point())
 
 
-def _computes(model: nn.Module, int8: nn.Module, inputs: dict[str, Tensor] | None) -> bool | None:
-    """None where the model cannot be run, or answers in two ways itself."""
-    if inputs is None or not torch.equal(_output(model, inputs), _output(model, inputs)):
-        return None
+def _computes(model: nn.Module, int8: nn.Module, inputs: dict[str, Tensor]) -> bool:
     wide = widened(model, int8)
     expected, got = _output(wide, inputs), _output(int8, inputs)
     if sqnr(expected, got) >= 80:
@@ -222,10 +219,8 @@ def _computes(model: nn.Module, int8: nn.Module, inputs: dict[str, Tensor] | Non
     return sqnr(exact, got) >= sqnr(exact, expected)
 
 
-def _smoothed(model: nn.Module, inputs: dict[str, Tensor] | None) -> bool | None:
-    """None where there is nothing to smooth, and as above."""
-    if inputs is None or not torch.equal(_output(model, inputs), _output(model, inputs)):
-        return None
+def _smoothed(model: nn.Module, inputs: dict[str, Tensor]) -> bool | None:
+    """None where there is nothing to smooth."""
     smoothed = copy.deepcopy(model)
     report = octavo.smooth(smoothed, octavo.calibrate(smoothed, [inputs]), alpha=0.5)
     if not any(pair.reason is None for pair in report.pairs):

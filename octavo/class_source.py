@@ -63,12 +63,11 @@ class Method:
     """A method, its parameters after self, and what it reads and calls, which is looked for when it is asked for."""
 
     def __init__(self, definition: ast.FunctionDef, text: str) -> None:
-        own, *others = [each.arg for each in (*definition.args.posonlyargs, *definition.args.args)] or [""]
+        self._own, *others = [each.arg for each in (*definition.args.posonlyargs, *definition.args.args)] or [""]
         self.name = definition.name
         self.parameters = (*others, *(each.arg for each in definition.args.kwonlyargs))
         self._definition = definition
         self._mentions_weights = _MENTION.search(text) is not None
-        self._names: _Names = {own: {(SELF,)}, **{name: {(name,)} for name in self.parameters}}
 
     @functools.cached_property
     def reads(self) -> tuple[Read, ...]:
@@ -86,9 +85,10 @@ class Method:
 
     @functools.cached_property
     def _found(self) -> list[Read | Call]:
+        names: _Names = {self._own: {(SELF,)}, **{name: {(name,)} for name in self.parameters}}
         for node in _in_order(self._definition):
-            _bind_in(node, self._names)
-        return list(_reads_and_calls(self._definition, (), self._names))
+            _bind_in(node, names)
+        return list(_reads_and_calls(self._definition, (), names))
 
 
 _MENTION = re.compile(rf"\.({'|'.join(sorted(WEIGHTS))})\b")

@@ -21,7 +21,10 @@ from transformers.masking_utils import AttentionMaskInterface, eager_mask
 from octavo import ops
 from octavo.errors import QuantizeError
 
-__all__ = ["NAME", "attention_of", "check_int8_attention", "int8_attention_forward", "use_int8_attention"]
+__all__ = [
+    "NAME", "attention_of", "check_int8_attention", "int8_attention_forward", "set_implementation",
+    "use_int8_attention",
+]  # fmt: skip
 
 NAME = "octavo_int8"
 """Of this attention, in `attn_implementation`."""
@@ -43,7 +46,13 @@ def use_int8_attention(model: PreTrainedModel) -> None:
     # Part by part, for before 5.23 transformers leaves out those that have a copy of the model's config (T5's stacks).
     for part in model.modules():
         if isinstance(part, PreTrainedModel):
-            part.set_attn_implementation({"": NAME})  # not of configs without a model, of which it would warn
+            set_implementation(part, NAME)
+
+
+def set_implementation(part: PreTrainedModel, name: str) -> None:
+    """Have a model compute its attention by the function `name`, but for those within it that have a config of their
+    own: of a config that no model goes by transformers would warn."""
+    part.set_attn_implementation({"": name})
 
 
 def attention_of(model: PreTrainedModel) -> str:

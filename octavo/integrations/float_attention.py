@@ -25,6 +25,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from octavo import ops
+from octavo.integrations.attention import set_implementation
 
 __all__ = ["NAME", "float_attention_forward", "use_float_attention"]
 
@@ -48,7 +49,7 @@ def use_float_attention(model: nn.Module) -> None:
     parts = [part for part in model.modules() if isinstance(part, PreTrainedModel)]
     if parts and all(map(_is_switchable, parts)):
         for part in parts:
-            part.set_attn_implementation({"": NAME})  # not of configs without a model, of which it would warn
+            set_implementation(part, NAME)
 
 
 def _is_switchable(part: PreTrainedModel) -> bool:
