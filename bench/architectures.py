@@ -134,10 +134,11 @@ def judge(name: str, mapping: str) -> dict[str, Any]:
     if inputs is not None and torch.equal(_output(model, inputs), _output(model, inputs)):
         questions["computes"] = lambda: _computes(model, int8, inputs)
         questions["smoothed"] = lambda: _smoothed(model, inputs)
+    config = copy.deepcopy(model.config)  # saving makes the dtype in it a word, which some classes do not understand
     with tempfile.TemporaryDirectory() as folder:
         os.chdir(folder)
         if _is_kept_by_transformers(model):
-            questions |= _of_files(model, int8, include)
+            questions |= _of_files(lambda: type(model)(config).eval(), int8, include)
         for question, ask in questions.items():
             try:
                 found[question] = ask()
@@ -235,15 +236,15 @@ def widened(model: nn.Module, int8: nn.Module) -> nn.Module:
     for name, quantized in int8.named_modules():
         for param, (codes, scale) in quantized.codes().items() if isinstance(quantized, QuantModule) else ():
             layer = layers[name]
-            if parametrize.is_parametrized(layer, param):
-                parametrize.remove_parametrizations(layer, param)
-            _rows(layer, param).copy_(_weight(codes, scale))
+            weight = getattr(layer, param).data
+            _rows(layer, weight).copy_(_weight(codes, scale))
+            if parametrize.is_parametrized(layer, param):  # it was computed
+                setattr(layer, param, weight)
     return wide
 
 
-def _rows(layer: nn.Module, param: str) -> Tensor:
+def _rows(layer: nn.Module, weight: Tensor) -> Tensor:
     """A weight as its codes lie: output channels first."""
-    weight = getattr(layer, param).data
     spec, kind = spec_of(layer), kind_of(layer)
     assert kind is not None
     return spec.rows(weight) if spec is not None else kind.rows(weight, layer)
@@ -265,7 +266,7 @@ def _is_kept_by_transformers(model: Any) -> bool:
     return not info["missing_keys"] and not info["mismatched_keys"]
 
 
-def _of_files(model: Any, int8: nn.Module, include: list[str]) -> dict[str, Callable[[], bool]]:
+def _of_files(build: Callable[[], nn.Module], int8: nn.Module, include: list[str]) -> dict[str, Callable[[], bool]]:
     def loaded(**options: Any) -> bool:
         return _same(octavo.load("int8", **options).state_dict(), int8.state_dict())
 
@@ -280,7 +281,7 @@ def _of_files(model: Any, int8: nn.Module, include: list[str]) -> dict[str, Call
     return {
         "saved": saved,
         "loaded": loaded,
-        "loaded_by_hand": lambda: loaded(model=type(model)(model.config).eval()),
+        "loaded_by_hand": lambda: loaded(model=build()),
         "streamed": streamed,
     }
 

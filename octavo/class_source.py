@@ -43,10 +43,11 @@ Conditions = tuple[ast.expr, ...]
 
 @dataclasses.dataclass(frozen=True)
 class Read:
-    """`path.weight`, under `conditions`."""
+    """`path.weight`, under `conditions`. dtype_only: `path.weight.dtype`."""
 
     path: Path
     conditions: Conditions
+    dtype_only: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,12 +84,39 @@ class Method:
         """Those that hand a part of self or an argument to a part of self."""
         return tuple(each for each in self._found if isinstance(each, Call))
 
+    @property
+    def calls_super(self) -> bool:
+        """Whether it asks `super()` for anything."""
+        return any(map(_is_plain_super, ast.walk(self._definition)))
+
+    @property
+    def goes_past_super(self) -> bool:
+        """Whether it calls a forward that is neither that of `super()` nor of a part of self:
+        `nn.Conv1d.forward(self, x)` or `super(Mine, self).forward(x)`, for two."""
+        return any(
+            isinstance(each, ast.Attribute)
+            and each.attr == "forward"
+            and not (_is_plain_super(each.value) or _paths(each.value, self._names))
+            for each in ast.walk(self._definition)
+        )
+
     @functools.cached_property
-    def _found(self) -> list[Read | Call]:
+    def _names(self) -> _Names:
         names: _Names = {self._own: {(SELF,)}, **{name: {(name,)} for name in self.parameters}}
         for node in _in_order(self._definition):
             _bind_in(node, names)
-        return list(_reads_and_calls(self._definition, (), names))
+        return names
+
+    @functools.cached_property
+    def _found(self) -> list[Read | Call]:
+        return list(_reads_and_calls(self._definition, (), self._names))
+
+
+def _is_plain_super(node: ast.AST) -> bool:
+    match node:
+        case ast.Call(func=ast.Name("super"), args=[], keywords=[]):
+            return True
+    return False
 
 
 _MENTION = re.compile(rf"\.({'|'.join(sorted(WEIGHTS))})\b")
@@ -228,11 +256,14 @@ def _reads_and_calls(node: ast.AST, conditions: Conditions, names: _Names) -> It
                 yield from _reads_and_calls(statement, (*conditions, condition), names)
         return
     if isinstance(node, ast.Attribute):
-        if node.attr in WEIGHTS:
-            paths = sorted(_paths(node.value, names))
-            yield from (Read(path, conditions) for path in paths if path != (SELF,))
-        if node.attr in _HARMLESS and isinstance(node.value, ast.Attribute) and node.value.attr in WEIGHTS:
+        asked = node.value if isinstance(node.value, ast.Attribute) and node.value.attr in WEIGHTS else None
+        if asked and node.attr in _HARMLESS:
             return
+        if asked and node.attr == "dtype":
+            yield from (Read(path, conditions, dtype_only=True) for path in sorted(_paths(asked.value, names)))
+            return
+        if node.attr in WEIGHTS:
+            yield from (Read(path, conditions) for path in sorted(_paths(node.value, names)))
     if isinstance(node, ast.Call) and (arguments := _arguments(node, names)):
         functions = sorted(path for path in _paths(node.func, names) if path[0] == SELF)
         yield from (Call(path, arguments, conditions) for path in functions)

@@ -173,11 +173,12 @@ def coverage(model: nn.Module) -> Coverage:
 
 def _int8_rows(prefix: str, module: QuantModule, owners: dict[int, str]) -> Iterator[Row]:
     if isinstance(module, (TiedQuantLinear, TiedQuantEmbedding)):
-        owner = owners.get(id(module.weight), "another layer")
+        table, _ = module.codes_and_scale()
+        owner = owners.get(id(table), "another layer")
         yield Row(
             f"{prefix}.weight",
             module.replaces,
-            _float_shape(module, module.weight),
+            _float_shape(module, table),
             0,
             0,
             str(module.scheme),

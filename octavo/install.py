@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from octavo.coverage import REASONS_ATTRIBUTE, Coverage, coverage
+from octavo.facade import facade, needs_facade
 from octavo.feeding import Progress
 from octavo.float_linear import float_linears
 from octavo.gated import fused_gated_mlps
@@ -26,7 +27,7 @@ from octavo.modules import (
 from octavo.norms import fused_norms
 from octavo.plan import Decision, selects
 from octavo.recipe import Pattern
-from octavo.weight_readers import refuse_training
+from octavo.weight_readers import asked_for_dtype, refuse_training
 
 __all__ = ["CodesOf", "install", "quantized_codes", "settle"]
 
@@ -62,6 +63,7 @@ def install(
     places = _Places(model)
     owners: dict[str, QuantModule] = {}
     shared = SharedInput()
+    asked = asked_for_dtype(model)
     todo = [decision for decision in decisions if decision.scheme]
     # Owners of shared tables first; then from the last to the first, which puts a child before its parent: an
     # attention block takes its out_proj over as it finds it.
@@ -69,7 +71,8 @@ def install(
     for done, decision in enumerate(ordered, 1):
         layer = model.get_submodule(decision.name)
         assert decision.scheme is not None
-        new = owners[decision.name] = _int8_layer(decision, layer, codes_of, owners, shared)
+        int8_class = _int8_class(decision, layer, decision.name in asked)
+        new = owners[decision.name] = _int8_layer(int8_class, decision, layer, codes_of, owners, shared)
         places.swap(layer, new)
         if progress:
             progress(done, len(ordered))
@@ -81,22 +84,35 @@ def install(
     keep_freed_memory()
 
 
-def _int8_layer(
-    decision: Decision, layer: nn.Module, codes_of: CodesOf, owners: Mapping[str, QuantModule], shared: SharedInput
-) -> QuantModule:
+def _int8_class(decision: Decision, layer: nn.Module, asked_for_dtype: bool) -> Any:
     assert decision.scheme is not None
+    if decision.owner is None:
+        plain = decision.kind.module_for(decision.scheme)
+    else:
+        plain = TiedQuantEmbedding if decision.kind.name == "Embedding" else TiedQuantLinear
+    if asked_for_dtype or needs_facade(layer, decision.kind):
+        return facade(plain, layer, decision.kind)
+    return plain
+
+
+def _int8_layer(
+    int8_class: Any,
+    decision: Decision,
+    layer: nn.Module,
+    codes_of: CodesOf,
+    owners: Mapping[str, QuantModule],
+    shared: SharedInput,
+) -> QuantModule:
     new: QuantModule
     if decision.owner is None:
         codes, float_dtype = codes_of(decision, layer)
-        new = decision.kind.module_for(decision.scheme)(layer, codes, decision.scheme, float_dtype)
+        new = int8_class(layer, codes, decision.scheme, float_dtype)
         if isinstance(new, DynamicQuantLinear):
             new.shared_input = shared
         if isinstance(new, StaticQuantLinear) and decision.input_scale is not None:
             new.set_input_scale(decision.input_scale)
-    elif decision.kind.name == "Embedding":
-        new = TiedQuantEmbedding(layer, owners[decision.owner])
     else:
-        new = TiedQuantLinear(layer, owners[decision.owner])
+        new = int8_class(layer, owners[decision.owner])
     new.replaces, new.note = decision.label, decision.note
     return new
 

@@ -29,7 +29,10 @@ from octavo.experts import spec_of, why_not_stacks
 from octavo.ops import quantize_weight
 from octavo.recipe import Scheme, WeightArgs
 
-__all__ = ["EXPERTS", "KINDS", "LayerKind", "has_weight_norm", "is_stack", "kind_of", "users_of_parameters", "why_not"]
+__all__ = [
+    "EXPERTS", "KINDS", "LayerKind", "float_class", "has_weight_norm", "is_stack", "kind_of", "users_of_parameters",
+    "why_not",
+]  # fmt: skip
 
 
 def _as_is(weight: Tensor, layer: nn.Module) -> Tensor:
@@ -55,7 +58,7 @@ class LayerKind:
     """One row of the table.
 
     name: the word for it in recipes and reports.
-    classes: names of the float classes; a subclass counts if it does not change `forward`.
+    classes: names of the float classes; of a subclass the methods are kept, see `facade.py`.
     params: parameters that become int8, those of them that the layer has.
     module: the int8 layer.
     rows: brings a parameter into the layout of its codes, output channels first.
@@ -164,10 +167,6 @@ _HOMES = ("torch.nn.", "transformers.pytorch_utils", "transformers.models.falcon
 """Where the float classes live: a class of the same name elsewhere is another class."""
 
 
-_KEPT = ("bias", "in_proj_bias", "bias_k", "bias_v")
-"""Float parameters that an int8 layer takes over as they are."""
-
-
 def kind_of(layer: nn.Module) -> LayerKind | None:
     """The row of the table that `layer` is an instance of, by its class or a base class; None if there is none."""
     for base in type(layer).__mro__:
@@ -176,6 +175,13 @@ def kind_of(layer: nn.Module) -> LayerKind | None:
                 if base.__name__ in kind.classes:
                     return kind
     return _EXPERTS_KIND if spec_of(layer) is not None else None
+
+
+def float_class(layer: nn.Module, kind: LayerKind) -> type[nn.Module]:
+    """The class of the row `kind` that `layer`, which is no stack of experts, is an instance of."""
+    return next(
+        base for base in type(layer).__mro__ if base.__module__.startswith(_HOMES) and base.__name__ in kind.classes
+    )
 
 
 def _why_not_experts(layer: nn.Module) -> str | None:
@@ -236,23 +242,12 @@ def why_not(layer: nn.Module, kind: LayerKind) -> str | None:
     merged = has_weight_norm(layer) and issubclass(kind.module, modules.QuantConv)
     if parametrize.is_parametrized(layer) and not merged:
         return "its weight is computed by a parametrization (weight_norm, ...); remove_parametrizations first"
-    known = next(
-        base for base in type(layer).__mro__ if base.__module__.startswith(_HOMES) and base.__name__ in kind.classes
-    )
-    for method in ("forward", "_conv_forward"):
-        if getattr(type(layer), method, None) is not getattr(known, method, None):
-            return f"{type(layer).__name__} has a {method} of its own, which a plain {kind.name} would not do"
     if "forward" in layer.__dict__:
         return "its forward was replaced on the instance (by accelerate's hooks, for one); quantize before dispatching"
     for param in (*kind.params_of(layer), "bias"):
         is_own = param in layer._parameters or (merged and param == "weight")
         if getattr(layer, param, None) is not None and not is_own:
             return f"its {param} is not a parameter but computed elsewhere (an old-style weight_norm or pruning?)"
-    own = layer._parameters.keys() - {*kind.params, *_KEPT}
-    if own:
-        return (
-            f"{type(layer).__name__} has parameters of its own ({', '.join(sorted(own))}), as no plain {kind.name} has"
-        )
     if kind.name == "Embedding" and layer.max_norm is not None:
         return "max_norm renormalizes the float table at every lookup"
     return _why_not_values(layer, kind.params_of(layer))

@@ -17,7 +17,7 @@ their dtypes under `.half()`, `.to(dtype)` and autocast. A bias stays the float 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -67,6 +67,7 @@ class QuantModule(nn.Module):
     note: str | None = None
     op_names: tuple[str, ...]
     bias: nn.Parameter | None
+    _float: Tensor
 
     def __init__(self, layer: nn.Module, codes: Codes, scheme: Scheme, float_dtype: torch.dtype) -> None:
         super().__init__()
@@ -78,10 +79,15 @@ class QuantModule(nn.Module):
                 raise QuantizeError(
                     f"{name}: codes are {weight.dtype} and the scale is {scale.dtype}, expected int8 and fp32"
                 )
-            self.register_buffer(name, weight)
-            self.register_buffer(f"{name}_scale", scale)
+            self._buffers[name] = weight  # not register_buffer: a facade has an attribute of that name
+            self._buffers[f"{name}_scale"] = scale
         self.register_parameter("bias", getattr(layer, "bias", None))
         self.train(layer.training)
+
+    def _follow_casts(self, device: torch.device) -> None:
+        """Have a `_float` that `.half()` and `.to(dtype)` cast along with the rest of the model."""
+        if "_float" not in self._buffers:
+            self.register_buffer("_float", torch.full((), torch.nan, dtype=self.float_dtype, device=device), False)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
         # `fn` moves and casts. An empty tensor of codes tells what it would do to them, before it does it.
@@ -99,6 +105,8 @@ class QuantModule(nn.Module):
             super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         finally:
             self._view_scales(torch.float32)
+        if "_float" in self._buffers:
+            self._float.fill_(torch.nan)  # `to_empty` leaves anything there
         return self
 
     def scale_names(self) -> tuple[str, ...]:
@@ -125,9 +133,30 @@ class QuantModule(nn.Module):
                 state_dict[prefix + name] = scale.float()
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
+    def _hold_rest(self, layer: nn.Module, params: Collection[str]) -> None:
+        """Hold what the float layer holds besides `params`, and this one does not: what its own code may ask for."""
+        for name, value in vars(layer).items():
+            if name not in vars(self):
+                setattr(self, name, value)
+        for name, parameter in layer._parameters.items():
+            if name not in params and name not in self._parameters:
+                self.register_parameter(name, parameter)
+        for name, buffer in layer._buffers.items():
+            self.register_buffer(name, buffer, persistent=name not in layer._non_persistent_buffers_set)
+        for name, child in layer._modules.items():
+            if name != "parametrizations":  # what the weight was computed of
+                self.add_module(name, child)
+
     def codes(self) -> dict[str, tuple[Tensor, Tensor]]:
         """Parameter name -> (codes int8, scale fp32): the tensors themselves, not copies."""
-        return {name: (getattr(self, name), getattr(self, f"{name}_scale")) for name in self.quantized_params}
+        return {name: self.codes_and_scale(name) for name in self.quantized_params}
+
+    def codes_and_scale(self, param: str = "weight") -> tuple[Tensor, Tensor]:
+        """Of one parameter. An attribute may show something else (`facade.py`), and to look it up by
+        `nn.Module.__getattr__` would be a tenth of a small layer's time."""
+        codes, scale = self._buffers[param], self._buffers[f"{param}_scale"]
+        assert codes is not None and scale is not None
+        return codes, scale
 
 
 class QuantLinear(QuantModule):
@@ -144,23 +173,17 @@ class QuantLinear(QuantModule):
 
     def __init__(self, layer: nn.Module, codes: Codes, scheme: Scheme, float_dtype: torch.dtype) -> None:
         super().__init__(layer, codes, scheme, float_dtype)
-        self.out_features, self.in_features = self.weight.shape
+        self.out_features, self.in_features = self.codes_and_scale()[0].shape
 
     def forward(self, input: Tensor) -> Tensor:
         """[..., K] float -> [..., N] of the same dtype."""
         if self.fake:
             return self._simulate(input, input.float())
-        return ops.w8a16_linear(input, *self._codes_and_scale(), self.bias)
-
-    def _codes_and_scale(self) -> tuple[Tensor, Tensor]:
-        """Weight and its scale. By `nn.Module.__getattr__` they would be a tenth of a small layer's time."""
-        weight, weight_scale = self._buffers["weight"], self._buffers["weight_scale"]
-        assert weight is not None and weight_scale is not None
-        return weight, weight_scale
+        return ops.w8a16_linear(input, *self.codes_and_scale(), self.bias)
 
     def _simulate(self, input: Tensor, as_quantized: Tensor) -> Tensor:
         bias = None if self.bias is None else self.bias.float()
-        return F.linear(as_quantized, dequantize(self.weight, self.weight_scale), bias).to(input.dtype)
+        return F.linear(as_quantized, dequantize(*self.codes_and_scale()), bias).to(input.dtype)
 
     def extra_repr(self) -> str:
         return (
@@ -199,7 +222,7 @@ class DynamicQuantLinear(QuantLinear):
             rounded = dequantize(codes, scale)
             return self._simulate(input, input.float() + (rounded - input.float()).detach())
         x = ops.autocast(input)
-        weight, weight_scale = self._codes_and_scale()
+        weight, weight_scale = self.codes_and_scale()
         if (at_once := self._at_once(x, weight, weight_scale)) is not None:
             return at_once
         codes, scale = self.shared_input.quantized(
@@ -227,7 +250,7 @@ class StaticQuantLinear(DynamicQuantLinear):
     def __init__(self, layer: nn.Module, codes: Codes, scheme: Scheme, float_dtype: torch.dtype) -> None:
         super().__init__(layer, codes, scheme, float_dtype)
         self.op_names = ("quantize_static", "w8a8_linear")
-        self.register_buffer("input_scale", torch.ones(1, device=self.weight.device))
+        self.register_buffer("input_scale", torch.ones(1, device=self.weight_scale.device))
         self._scale_value: float | None = None
 
     def scale_names(self) -> tuple[str, ...]:
@@ -252,7 +275,7 @@ class StaticQuantLinear(DynamicQuantLinear):
             raise QuantizeError(f"input_scale: is {scale.dtype} {list(scale.shape)}, expected fp32 [1]")
         if not 0 < scale.item() < float("inf"):
             raise QuantizeError(f"input_scale: is {scale.item()}, expected a positive, finite number")
-        self.input_scale = scale.to(self.weight.device)
+        self.input_scale = scale.to(self.weight_scale.device)
         self._scale_value = None
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
@@ -269,19 +292,16 @@ class QuantEmbedding(QuantModule):
     op_names: tuple[str, ...] = ("w8a16_embedding",)
     weight: Tensor
     weight_scale: Tensor
-    _output_dtype: Tensor
 
     def __init__(self, layer: nn.Module, codes: Codes, scheme: Scheme, float_dtype: torch.dtype) -> None:
         super().__init__(layer, codes, scheme, float_dtype)
-        self.num_embeddings, self.embedding_dim = self.weight.shape
+        self.num_embeddings, self.embedding_dim = self.codes_and_scale()[0].shape
         self.padding_idx = layer.padding_idx
-        # An empty tensor that `.half()` and `.to(dtype)` cast along with the rest of the model: the lookup's dtype.
-        empty = torch.empty(0, dtype=float_dtype, device=self.weight.device)
-        self.register_buffer("_output_dtype", empty, persistent=False)
+        self._follow_casts(self.codes_and_scale()[0].device)
 
     def forward(self, input: Tensor) -> Tensor:
         """[...] int -> [..., H] of the dtype that the model was cast to."""
-        return ops.w8a16_embedding(input, self.weight, self.weight_scale, self._output_dtype.dtype)
+        return ops.w8a16_embedding(input, *self.codes_and_scale(), self._float.dtype)
 
     def extra_repr(self) -> str:
         return f"{self.num_embeddings}, {self.embedding_dim}, {self.scheme}"
@@ -294,17 +314,21 @@ class _Tied:
 
     @property
     def weight(self) -> Tensor:
-        return self._owner[0].codes()["weight"][0]
+        return self.codes_and_scale()[0]
 
     @weight.setter
     def weight(self, value: Tensor) -> None:
         # transformers' tie_weights assigns the owner's table to those that share it; that is what is so already.
-        if value is not self._owner[0].weight:
+        shown: Any = self._owner[0].weight
+        if (value.shape, value.data_ptr()) != (shown.shape, shown.data_ptr()):
             raise QuantizeError(f"this {type(self).__name__} shares the table of another layer; assign to that one")
 
     @property
     def weight_scale(self) -> Tensor:
-        return self._owner[0].codes()["weight"][1]
+        return self.codes_and_scale()[1]
+
+    def codes_and_scale(self, param: str = "weight") -> tuple[Tensor, Tensor]:
+        return self._owner[0].codes_and_scale(param)
 
 
 class TiedQuantLinear(_Tied, QuantLinear):  # type: ignore[misc, override]  # read-only: they are the owner's
@@ -313,10 +337,7 @@ class TiedQuantLinear(_Tied, QuantLinear):  # type: ignore[misc, override]  # re
     def __init__(self, layer: nn.Module, owner: QuantModule) -> None:
         self._owner = (owner,)
         QuantModule.__init__(self, layer, {}, owner.scheme, owner.float_dtype)
-        self.out_features, self.in_features = self.weight.shape
-
-    def _codes_and_scale(self) -> tuple[Tensor, Tensor]:
-        return self.weight, self.weight_scale
+        self.out_features, self.in_features = self.codes_and_scale()[0].shape
 
 
 class TiedQuantEmbedding(_Tied, QuantEmbedding):  # type: ignore[misc, override]
@@ -365,9 +386,7 @@ class QuantConv(QuantModule):
             x = F.pad(x, self._explicit_padding)
         else:
             padding = self.padding
-        y = ops.w8a16_conv(
-            x, self.weight, self.weight_scale, self.bias, self.stride, padding, self.dilation, self.groups
-        )
+        y = ops.w8a16_conv(x, *self.codes_and_scale(), self.bias, self.stride, padding, self.dilation, self.groups)
         return y if batched else y.squeeze(0)
 
     def _batched(self, input: Tensor) -> tuple[bool, Tensor]:
@@ -407,7 +426,7 @@ class QuantConvTranspose(QuantConv):
             list(self.dilation),
         )  # fmt: skip
         y = ops.w8a16_conv_transpose(
-            x, self.weight, self.weight_scale, self.bias, self.stride, self.padding, self.dilation, output_padding,
+            x, *self.codes_and_scale(), self.bias, self.stride, self.padding, self.dilation, output_padding,
             self.groups,
         )  # fmt: skip
         return y if batched else y.squeeze(0)
@@ -429,22 +448,13 @@ class QuantExperts(QuantModule):
         )
         self.spec = spec
         self.source_class = type(layer)
-        for name, value in vars(layer).items():  # what its gate may ask for
-            if name not in vars(self):
-                setattr(self, name, value)
-        for name, parameter in layer._parameters.items():
-            if name not in codes and name not in self._parameters:
-                self.register_parameter(name, parameter)
-        for name, buffer in layer._buffers.items():
-            self.register_buffer(name, buffer, persistent=name not in layer._non_persistent_buffers_set)
-        for name, child in layer._modules.items():
-            self.add_module(name, child)
+        self._hold_rest(layer, codes)
         self._names = argument_names(type(layer))
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """As the float layer's: see `octavo.experts.Routing`. Raises: QuantizeError if the experts are no integers."""
         x, *routing = arguments(self._names, args, kwargs)
-        experts = getattr(self, self.spec.down).shape[0]
+        experts = self.codes_and_scale(self.spec.down)[0].shape[0]
         if self.spec.routing == "sorted":
             per_expert = x.shape[0] // experts
             ends = torch.arange(1, experts + 1, dtype=torch.int32, device=x.device) * per_expert
@@ -470,7 +480,7 @@ class QuantExperts(QuantModule):
         return y if self.spec.norm is None else getattr(self, self.spec.norm)(y)
 
     def _project(self, x: Tensor, name: str, bias_name: str | None, ends: Tensor, token: Tensor | None) -> Tensor:
-        weight, scale = getattr(self, name), getattr(self, f"{name}_scale")
+        weight, scale = self.codes_and_scale(name)
         bias = None if bias_name is None else getattr(self, bias_name)
         if self.scheme.input is None:
             return ops.w8a16_experts_linear(x if token is None else x[token], ends, weight, scale, bias)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from octavo.coverage import ROUTER_REASON
 from octavo.errors import QuantizeError, RecipeError
 from octavo.experts import routers
+from octavo.facade import has_own_forward, why_no_facade
 from octavo.layers import KINDS, LayerKind, kind_of, users_of_parameters, why_not
 from octavo.modules import QuantModule
 from octavo.ops.reference import LONGEST_EXACT
@@ -68,7 +69,7 @@ def plan(model: nn.Module, recipe: Recipe) -> list[Decision]:
         kind = kind_of(layer)
         assert kind is not None
         label = "OutputHead" if name in heads else kind.name
-        if obstacle := why_not(layer, kind):
+        if obstacle := why_not(layer, kind) or why_no_facade(layer, kind):
             obstacles[name] = obstacle
         elif name in readers:
             obstacles[name] = f"{readers[name]} reads its weight directly instead of calling it"
@@ -101,10 +102,13 @@ def _decide(name: str, layer: nn.Module, kind: LayerKind, label: str, recipe: Re
         chosen = (scheme for pattern, scheme in recipe.overrides if pattern_matches(pattern, name, layer))
         wanted = next(chosen, recipe.scheme)
         decision.scheme = kind.effective(wanted)
+        if decision.scheme.is_static and has_own_forward(layer, kind):  # calibration saw what that is given
+            decision.scheme = decision.scheme.as_dynamic()
         if wanted.input and not decision.scheme.input:
             decision.note = f"the inputs of a {label} stay float"
         elif wanted.is_static and not decision.scheme.is_static:
-            decision.note = f"the inputs of {label} have dynamic scales"
+            what = type(layer).__name__ if has_own_forward(layer, kind) else label
+            decision.note = f"the inputs of {what} have dynamic scales"
         if decision.scheme.input and (k := max(kind.row_lengths(layer).values())) > LONGEST_EXACT:
             decision.scheme = kind.effective(Scheme("w8a16", wanted.weight))
             decision.note = f"its inputs stay float: int32 may not hold the sum of {k} products of codes"

@@ -55,7 +55,7 @@ def _is_one_layer(was: nn.Module, now: nn.Module | None) -> bool:
     if weight is None or not (is_norm(was) or (kind is not None and kind.module is QuantLinear)):
         return False
     if isinstance(now, QuantLinear):
-        return kind is not None and kind.rows(weight, was).shape == now.weight.shape
+        return kind is not None and kind.rows(weight, was).shape == now.codes_and_scale()[0].shape
     if now is None or type(now) not in (type(was), FloatLinear, FusedRMSNorm):
         return False
     other = now._parameters.get("weight")
@@ -65,7 +65,7 @@ def _is_one_layer(was: nn.Module, now: nn.Module | None) -> bool:
 def _rows(layer: nn.Module) -> Tensor:
     """What each output channel of a linear layer is made with, [N, K], or of a norm, [N, 1]: fp32 on the CPU."""
     if isinstance(layer, QuantLinear):
-        return dequantize(layer.weight, layer.weight_scale).cpu()
+        return dequantize(*layer.codes_and_scale()).cpu()
     kind, weight = kind_of(layer), layer.get_parameter("weight")
     if kind is not None:
         return kind.rows(weight.detach(), layer).float().cpu()

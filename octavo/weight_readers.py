@@ -1,15 +1,19 @@
 """Find code that reads a layer's weight instead of calling the layer.
 
-    target_dtype = self.patch_embedding.weight.dtype        (CLIP, SigLIP, Qwen-VL: the input would be cast to int8)
     F.linear(x, self.embed_tokens.weight)                   (a head written by hand: codes used without their scale)
     for block in self.blocks: block.output.weight.div_(2)   (RWKV rescales its layers)
 
 An int8 layer in that place would give wrong numbers without an error, so such layers stay float with this reason.
 Found by reading the source of the model's own classes (`class_source.py`): every `self.a.b.weight` outside of
-constructors and the like, also in a method that is handed the layer (LayoutLMv3 looks its biases up so). Spared are
-uses that are harmless (`.device`, `.shape`), that already mind int8 (transformers' `self.wo.weight.dtype !=
-torch.int8`), or that stand under an `if` that is false as this model is configured (BLOOM reads its weights only if
-`self.pretraining_tp > 1 and self.slow_but_exact`).
+constructors and the like, also in a method that is handed the layer (LayoutLMv3 looks its biases up so), and what a
+layer's own class reads of it. Spared are uses that are harmless (`.device`, `.shape`), that already mind int8
+(transformers' `self.wo.weight.dtype != torch.int8`), or that stand under an `if` that is false as this model is
+configured (BLOOM reads its weights only if `self.pretraining_tp > 1 and self.slow_but_exact`).
+
+    target_dtype = self.patch_embedding.weight.dtype        (CLIP, SigLIP, Qwen-VL)
+
+is no obstacle either, but such a layer has to answer with the model's dtype (`facade.py`), or its input would be cast
+to int8.
 
 What is read under `if self.training` only (Mamba 2's mixers hand their output projection to a kernel there) is no
 obstacle to int8, but to training: `refuse_training`.
@@ -24,14 +28,15 @@ import inspect
 import re
 import warnings
 from collections.abc import Collection, Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import nn
 
 from octavo.class_source import SELF, WEIGHTS, Call, Method, Path, Read, holds, is_readable, methods_of
 from octavo.errors import OctavoError, OctavoWarning
+from octavo.layers import EXPERTS, float_class, kind_of
 
-__all__ = ["refuse_training", "weight_readers"]
+__all__ = ["asked_for_dtype", "refuse_training", "weight_readers"]
 
 _NOT_RUNNING = re.compile(
     r"^_*(init|initialize)(_*weights?|_*parameters|_+)?$|^__init_subclass__$|^_init_added_|reset_parameters|resize|"
@@ -40,11 +45,18 @@ _NOT_RUNNING = re.compile(
 
 
 def weight_readers(model: nn.Module) -> dict[str, str]:
-    """Module name -> the method (Class.method) that reads its weight directly, for the modules of `model`, in eval
-    mode."""
+    """Module name -> the method (Class.method) that reads its weight directly, and more than the dtype of it, for the
+    modules of `model`, in eval mode."""
     classes = {type(module) for module in model.modules() if not _is_known(type(module))}
     _warn_of_unreadable(classes)
-    return {layer: method for _, layer, method in _found(model, classes, training=False)}
+    return {each.layer: each.method for each in _found(model, classes, training=False) if not each.dtype_only}
+
+
+def asked_for_dtype(model: nn.Module) -> set[str]:
+    """Names of the modules of `model` whose weights are asked for their dtype, in train or eval mode."""
+    classes = {cls for cls in {type(module) for module in model.modules()} if _mentions(cls, "dtype")}
+    modes = (_found(model, classes, training=training) for training in (False, True))
+    return {each.layer for mode in modes for each in mode if each.dtype_only}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,32 +79,42 @@ def refuse_training(model: nn.Module, int8: Collection[str]) -> None:
 
     model: with float layers or int8 ones in their places, whose names are the same.
     """
-    classes = {cls for cls in {type(module) for module in model.modules()} if _mentions_training(cls)}
+    classes = {cls for cls in {type(module) for module in model.modules()} if _mentions(cls, "training")}
     in_eval = set(_found(model, classes, training=False))
-    for reader, layer, method in dict.fromkeys(_found(model, classes, training=True)):
-        if layer in int8 and (reader, layer, method) not in in_eval:
-            reader.register_forward_pre_hook(_Refusal(layer, method))
+    for found in dict.fromkeys(_found(model, classes, training=True)):
+        if found.layer in int8 and found not in in_eval and not found.dtype_only:
+            found.module.register_forward_pre_hook(_Refusal(found.layer, found.method))
 
 
-def _mentions_training(cls: type) -> bool:
-    """Whether one of its methods may read a weight under `if self.training`: asked of compiled code, for the source of
-    a class takes a while to read."""
+def _mentions(cls: type, word: str) -> bool:
+    """Whether one of its methods that may read a weight mentions the attribute `word`: asked of compiled code, for the
+    source of a class takes a while to read."""
     functions = (inspect.unwrap(value) for base in cls.__mro__ if not _is_known(base) for value in vars(base).values())
     uses = [set(function.__code__.co_names) for function in functions if inspect.isfunction(function)]
-    return any("training" in names and names & WEIGHTS for names in uses)
+    return any(word in names and names & WEIGHTS for names in uses)
 
 
-def _found(model: nn.Module, classes: Collection[type], *, training: bool) -> Iterator[tuple[nn.Module, str, str]]:
-    """(module of one of `classes`, name of a layer whose weight it reads or has a method read that it hands the layer
-    to, that method as Class.method) in train or eval mode."""
+class _Found(NamedTuple):
+    """module: that reads the weight, or the weight's dtype only, of the layer called `layer`, or has a method read it
+    that it hands the layer to. method: that method, as Class.method."""
+
+    module: nn.Module
+    layer: str
+    method: str
+    dtype_only: bool
+
+
+def _found(model: nn.Module, classes: Collection[type], *, training: bool) -> Iterator[_Found]:
+    """What modules of `classes` read in train or eval mode."""
     names = {id(module): name for name, module in model.named_modules()}
     places = dict(model.named_modules(remove_duplicate=False))  # one layer may stand in several
     search = _Search(training, follow=any(map(_reads_arguments, classes)))
     for name, module in model.named_modules():
         if type(module) in classes:
             for method in _running_methods(type(module)):
-                for path, reader in search.read_by(module, method):
-                    yield from ((module, names[id(layer)], reader) for layer in _at(name, path, places))
+                for path, reader, dtype_only in search.read_by(module, method):
+                    layers = _at(name, path, places)
+                    yield from (_Found(module, names[id(layer)], reader, dtype_only) for layer in layers)
 
 
 def _running_methods(cls: Any) -> list[Method]:
@@ -104,8 +126,9 @@ def _reads_arguments(cls: type) -> bool:
 
 
 def _at(name: str, path: Path, places: Mapping[str, nn.Module]) -> list[nn.Module]:
-    """What lies at `path` of the module called `name`; several if there is a "*" in the path, none for an argument."""
-    if path[0] != SELF:
+    """What lies at `path` of the module called `name`; several if there is a "*" in the path, none for an argument, nor
+    for a module itself that is no layer of a kind with int8 weights."""
+    if path[0] != SELF or (path == (SELF,) and not _has_own_class(places[name])):
         return []
     place = ".".join((name, *path[1:]) if name else path[1:])
     if "*" not in path:
@@ -120,24 +143,25 @@ class _Search:
     def __init__(self, training: bool, follow: bool) -> None:
         self._training = training
         self._follow = follow
-        self._of_arguments: dict[tuple[int, str], dict[int | str, str]] = {}
+        self._of_arguments: dict[tuple[int, str], dict[int | str, tuple[str, bool]]] = {}
 
-    def read_by(self, module: nn.Module, method: Method) -> Iterator[tuple[Path, str]]:
-        """Of a method of `module`: paths of what it reads the weights of, and the Class.method that does it."""
+    def read_by(self, module: nn.Module, method: Method) -> Iterator[tuple[Path, str, bool]]:
+        """Of a method of `module`: paths of what it reads the weights of, the Class.method that does it, and whether it
+        asks for their dtypes only."""
         for read in method.reads:
             if self._may_run(read, module):
-                yield read.path, f"{type(module).__name__}.{method.name}"
+                yield read.path, f"{type(module).__name__}.{method.name}", read.dtype_only
         for call in method.calls if self._follow else ():
             if self._may_run(call, module):
                 readers = self._readers_of_arguments(module, call.function)
-                yield from ((path, readers[key]) for key, path in call.arguments if key in readers)
+                yield from ((path, *readers[key]) for key, path in call.arguments if key in readers)
 
     def _may_run(self, step: Read | Call, module: nn.Module) -> bool:
         return all(holds(condition, module, self._training) is not False for condition in step.conditions)
 
-    def _readers_of_arguments(self, module: nn.Module, function: Path) -> dict[int | str, str]:
+    def _readers_of_arguments(self, module: nn.Module, function: Path) -> dict[int | str, tuple[str, bool]]:
         """Of a function that is a part of `module`: position, and name, of each argument whose weight is read -> by
-        which Class.method."""
+        which Class.method, and whether only for its dtype."""
         called, name = self._method(module, function[1:])
         if called is None or _is_known(type(called)):
             return {}
@@ -147,9 +171,11 @@ class _Search:
         readers = self._of_arguments[id(called), name] = {}  # also where the method calls itself
         for method in _running_methods(type(called)):
             if method.name == name:
-                for path, reader in self.read_by(called, method):
-                    if len(path) == 1:
-                        readers |= {method.parameters.index(path[0]): reader, path[0]: reader}
+                # Reads of values count more, and come last.
+                for (argument, *rest), reader, dtype_only in sorted(self.read_by(called, method), key=lambda x: -x[2]):
+                    if not rest and argument != SELF:
+                        by = reader, dtype_only
+                        readers |= {method.parameters.index(argument): by, argument: by}
                 break  # bases come later
         return readers
 
@@ -163,6 +189,12 @@ class _Search:
             layers = {} if called is None else called._modules
             called = next(iter(layers.values()), None) if part == "*" else layers.get(part)
         return called, "forward" if called is not None else ""
+
+
+def _has_own_class(module: nn.Module) -> bool:
+    """Whether it is a layer of a kind that can be int8, and its class derives from that of the kind."""
+    kind = kind_of(module)
+    return kind is not None and kind.name != EXPERTS and type(module) is not float_class(module, kind)
 
 
 def _is_known(cls: type) -> bool:

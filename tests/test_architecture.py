@@ -35,6 +35,7 @@ LAYERS = (
         "norms",
         "gated",
         "class_source",
+        "facade",
         "weight_readers",
         "pairs",
         "smoothed",

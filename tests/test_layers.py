@@ -31,19 +31,6 @@ class Doubling(nn.Linear):
         return 2 * super().forward(x)
 
 
-class Standardized(nn.Conv2d):
-    """Weight standardization, in the way that leaves `forward` as it was."""
-
-    def _conv_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        return super()._conv_forward(x, weight - weight.mean(), bias)
-
-
-class WithGate(nn.Linear):
-    def __init__(self, *args: Any) -> None:
-        super().__init__(*args)
-        self.gate = nn.Parameter(torch.ones(1))
-
-
 class Linear(nn.Module):
     """Of the same name, from another home."""
 
@@ -197,9 +184,6 @@ def test_distributed_weights_stay_as_they_are(mesh: Any) -> None:
 
 
 REASONS: list[tuple[Callable[[], nn.Module], str]] = [
-    (lambda: Doubling(3, 4), "Doubling has a forward of its own, which a plain Linear would not do"),
-    (lambda: Standardized(2, 4, 3), "Standardized has a _conv_forward of its own, which a plain Conv2d would not do"),
-    (lambda: WithGate(3, 4), r"WithGate has parameters of its own \(gate\), as no plain Linear has"),
     (instance_forward, "its forward was replaced on the instance"),
     (lambda: parametrizations.weight_norm(nn.Linear(3, 4)), "its weight is computed by a parametrization"),
     (lambda: parametrizations.spectral_norm(nn.Conv1d(3, 4, 1)), "its weight is computed by a parametrization"),

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 import octavo
 from octavo.errors import OctavoWarning
-from octavo.weight_readers import weight_readers
+from octavo.weight_readers import asked_for_dtype, weight_readers
 
 
 class Block(nn.Module):
@@ -41,11 +41,6 @@ class Base(nn.Module):
 # -- ways to read -----------------------------------------------------------------------------------------------------
 
 
-class AsksItsDtype(Base):
-    def forward(self, x: Tensor) -> Tensor:
-        return self.proj(x.to(self.proj.weight.dtype))
-
-
 class MultipliesByIt(Base):
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.head.weight)
@@ -66,7 +61,7 @@ class AnotherNameForSelf(Base):
 
 class Deep(Base):
     def helper(self) -> Any:
-        return self.blocks[1].up.weight.dtype
+        return self.blocks[1].up.weight.abs()
 
 
 class AnyIndex(Base):
@@ -100,7 +95,7 @@ class LocalName(Base):
 class NameOfTwo(Base):
     def forward(self, x: Tensor) -> Tensor:
         layer = self.proj if x.dim() > 2 else self.head
-        x = x.to(layer.weight.dtype)
+        x = x * layer.weight.mean()
         layer = self.blocks[0].up  # under the same name, but only called
         return layer(x)
 
@@ -108,14 +103,14 @@ class NameOfTwo(Base):
 class TwoNames(Base):
     def forward(self, x: Tensor) -> Tensor:
         first, second = self.proj, self.head
-        return second(x.to(first.weight.dtype))
+        return second(x * first.weight.mean())
 
 
 class Unpacked(Base):
     def forward(self, x: Tensor) -> Tensor:
         first, *_ = reversed_blocks = self.blocks
         for block in reversed(reversed_blocks):
-            x = x.to(block.down.weight.dtype)
+            x = x * block.down.weight.mean()
         return first(x)
 
 
@@ -123,7 +118,7 @@ class NamedInPassing(Base):
     def forward(self, x: Tensor) -> Tensor:
         head: nn.Linear = self.head
         if (layer := self.proj) is not None:
-            x = x.to(layer.weight.dtype)
+            x = x * layer.weight.mean()
         return x @ head.weight
 
 
@@ -149,8 +144,8 @@ class AttentionByHand(Base):
 
 class Property(Base):
     @property
-    def dtype(self) -> torch.dtype:
-        return self.proj.weight.dtype
+    def size(self) -> Tensor:
+        return self.proj.weight.norm()
 
 
 class HandsItToAMethod(Base):
@@ -198,12 +193,11 @@ class Switched(Base):
             return self.proj(x)
 
 
-class Inherits(AsksItsDtype):
+class Inherits(MultipliesByIt):
     pass
 
 
 READS: list[tuple[nn.Module, dict[str, str]]] = [
-    (AsksItsDtype(), {"proj": "AsksItsDtype.forward"}),
     (MultipliesByIt(), {"head": "MultipliesByIt.forward"}),
     (Deep(), {"blocks.1.up": "Deep.helper"}),
     (AnyIndex(), {f"blocks.{i}.up": "AnyIndex.forward" for i in range(3)}),
@@ -221,11 +215,11 @@ READS: list[tuple[nn.Module, dict[str, str]]] = [
     (ByKey(), {"experts.b": "ByKey.forward"}),
     (PackedAttention(), {"attention": "PackedAttention.forward"}),
     (AttentionByHand(), {"attention.out_proj": "AttentionByHand.forward"}),
-    (Property(), {"proj": "Property.dtype"}),
+    (Property(), {"proj": "Property.size"}),
     (HandsItToAMethod(), {"proj": "HandsItToAMethod.look_up"}),
     (HandsItOn(), {"blocks.1.up": "ReadsAnArgument.forward", "proj": "ReadsAnArgument.forward"}),
     (Switched(slices=2, exact=True), {"proj": "Switched.forward"}),
-    (Inherits(), {"proj": "Inherits.forward"}),
+    (Inherits(), {"head": "Inherits.forward"}),
 ]
 
 
@@ -234,6 +228,61 @@ def test_found(model: nn.Module, expected: dict[str, str]) -> None:
     assert weight_readers(model) == expected
     nested = nn.ModuleDict({"inner": model})
     assert weight_readers(nested) == {f"inner.{name}": method for name, method in expected.items()}
+
+
+# -- ways to ask for a dtype -------------------------------------------------------------------------------------------
+
+
+class AsksItsDtype(Base):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.proj(x.to(self.proj.weight.dtype))
+
+
+class AsksIfTraining(Base):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.proj(x.to(self.blocks[0].up.weight.dtype) if self.training else x)
+
+
+class HandsItToBoth(Base):
+    """To a method that asks for the dtype, and to one that also reads the weight."""
+
+    def cast(self, x: Tensor, layer: nn.Linear) -> Tensor:
+        return x.to(layer.weight.dtype)
+
+    def multiply(self, x: Tensor, layer: nn.Linear) -> Tensor:
+        return F.linear(x.to(layer.weight.dtype), layer.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.multiply(self.cast(x, self.proj), self.head)
+
+
+ASKS: list[tuple[nn.Module, set[str], dict[str, str]]] = [
+    (AsksItsDtype(), {"proj"}, {}),
+    (AsksIfTraining(), {"blocks.0.up"}, {}),
+    (HandsItToBoth(), {"proj", "head"}, {"head": "HandsItToBoth.multiply"}),
+    (MultipliesByIt(), set(), {"head": "MultipliesByIt.forward"}),
+]
+
+
+@pytest.mark.parametrize(("model", "asked", "read"), ASKS, ids=[type(model).__name__ for model, *_ in ASKS])
+def test_asked_for_dtype(model: nn.Module, asked: set[str], read: dict[str, str]) -> None:
+    assert weight_readers(model) == read
+    assert {name for name in asked_for_dtype(model) if name not in read} == asked - read.keys()
+
+
+class ReadsItself(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight)
+
+
+class AsksItself(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.to(self.weight.dtype))
+
+
+def test_a_layer_reads_itself() -> None:
+    model = nn.ModuleDict({"a": ReadsItself(4, 4), "b": AsksItself(4, 4), "c": nn.Linear(4, 4), "d": nn.LayerNorm(4)})
+    assert weight_readers(model) == {"a": "ReadsItself.forward"} and asked_for_dtype(model) == {"b"}
 
 
 # -- ways that do no harm ---------------------------------------------------------------------------------------------
@@ -312,9 +361,9 @@ def test_spared(model: nn.Module) -> None:
 
 def test_a_layer_in_two_places_is_found_by_its_first_name() -> None:
     """T5's decoder reads `self.embed_tokens`, which the model calls `shared`."""
-    inner = AsksItsDtype()
-    model = nn.ModuleDict({"shared": inner.proj, "decoder": inner})
-    assert weight_readers(model) == {"shared": "AsksItsDtype.forward"}
+    inner = MultipliesByIt()
+    model = nn.ModuleDict({"shared": inner.head, "decoder": inner})
+    assert weight_readers(model) == {"shared": "MultipliesByIt.forward"}
 
 
 CELL = "class Typed(Base):\n    def forward(self, x):\n        return x @ self.proj.weight\n"

@@ -162,7 +162,7 @@ def _weights(model: nn.Module) -> Iterator[Tensor]:
 def _own_weights(module: nn.Module) -> Iterator[Tensor]:
     yield from (parameter for parameter in module._parameters.values() if parameter is not None)
     if isinstance(module, TiedQuantEmbedding | TiedQuantLinear):
-        yield from (module.weight, module.weight_scale)
+        yield from module.codes_and_scale()
     elif isinstance(module, QuantModule):
         for codes, scale in module.codes().values():
             yield from (codes, scale)

@@ -50,15 +50,15 @@ def state_dict(model: nn.Module) -> dict[str, Tensor]:
         if _is_conditional_feed_forward(module):
             tensors |= _experts(module, name, tensors)
         elif isinstance(module, QuantModule):
-            if not isinstance(module, QuantLinear) or module.weight_scale.shape[1] != 1 or module.scheme.input:
+            if not isinstance(module, QuantLinear) or module.codes_and_scale()[1].shape[1] != 1 or module.scheme.input:
                 raise QuantizeError(
                     f"{name}: is an int8 {module.replaces} ({module.scheme}); gpt-fast has int8 linear layers with one "
                     "scale for each output channel and float inputs only: quantize again with ignore=, or as 'w8a16' "
                     "without group_size"
                 )
-            tensors[f"{name}.weight"] = module.weight
-            tensors[f"{name}.scales"] = tensors.pop(f"{name}.weight_scale", module.weight_scale)
-            tensors[f"{name}.scales"] = tensors[f"{name}.scales"].squeeze(1).to(module.float_dtype)
+            tensors[f"{name}.weight"], scale = module.codes_and_scale()
+            tensors.pop(f"{name}.weight_scale", None)
+            tensors[f"{name}.scales"] = scale.squeeze(1).to(module.float_dtype)
         elif isinstance(module, nn.Linear) and name.rpartition(".")[2] != _ROUTER:
             codes, scale = quantize_weight(module.weight.detach(), value_range="full", name=f"{name}.weight")
             tensors[f"{name}.weight"], tensors[f"{name}.scales"] = codes, scale.squeeze(1).to(module.weight.dtype)

@@ -183,7 +183,9 @@ class _ReadParameter(_SharedOp):
 
     def convert(self, input_dict: dict[str, Any], *, full_layer_name: str, model: Any, **_: Any) -> dict[str, Tensor]:
         tensors = {name: value[0] if isinstance(value, list) else value for name, value in input_dict.items()}
-        return {full_layer_name: self.read(full_layer_name, model.get_buffer(full_layer_name), tensors)}
+        layer, name = full_layer_name.rsplit(".", 1)
+        place = model.get_submodule(layer)._buffers[name]
+        return {full_layer_name: self.read(full_layer_name, place, tensors)}
 
 
 def _unpacked(name: str, place: Tensor, tensors: dict[str, Tensor]) -> Tensor:
@@ -207,6 +209,7 @@ class OctavoQuantizer(HfQuantizer):  # type: ignore[misc]
         super().__init__(quantization_config, **kwargs)
         self._decisions: list[Decision] = []
         self._targets: dict[str, tuple[Decision, nn.Module]] = {}
+        self._replaced: dict[str, nn.Module] = {}
         self._model: PreTrainedModel | None = None
         self._folder: Path | None = None
         self._error: OctavoError | None = None
@@ -239,11 +242,10 @@ class OctavoQuantizer(HfQuantizer):  # type: ignore[misc]
             dtypes = {}
             self._decisions = plan(model, self.quantization_config.recipe)
         for decision in self._decisions:
-            if decision.scheme and decision.owner is None:
-                layer = model.get_submodule(decision.name)
-                self._targets.update(
-                    {f"{decision.name}.{p}": (decision, layer) for p in decision.kind.params_of(layer)}
-                )
+            if decision.scheme:
+                layer = self._replaced[decision.name] = model.get_submodule(decision.name)
+                params = () if decision.owner else decision.kind.params_of(layer)
+                self._targets.update({f"{decision.name}.{param}": (decision, layer) for param in params})
         install(model, self._decisions, ignore=self.quantization_config.recipe.ignore)
         self._leave_experts_to_us(model)
         for decision in self._decisions:
@@ -265,7 +267,7 @@ class OctavoQuantizer(HfQuantizer):  # type: ignore[misc]
         for name in self._targets:
             _, layer, module = self.target(name)
             param = name.rpartition(".")[2]
-            module.register_buffer(param, module.get_buffer(param).to(getattr(layer, param).dtype))
+            module._buffers[param] = module.codes()[param][0].to(getattr(layer, param).dtype)
 
     def _float_parameter(self, name: str) -> Any:
         """The parameter of the float model, also where an int8 layer stands by now."""
@@ -366,19 +368,34 @@ class OctavoQuantizer(HfQuantizer):  # type: ignore[misc]
                 module = model.get_submodule(prefix)
                 assert isinstance(module, QuantModule)
                 codes, scale, module.float_dtype = formats.read_experts(reader, param, self._parts)
-                place = module.get_buffer(short).device
+                place = module.codes_and_scale(short)[0].device
                 device = "cpu" if place.type == "meta" else place
-                module.register_buffer(short, codes.to(device))
-                module.register_buffer(f"{short}_scale", scale.to(device))
+                module._buffers[short], module._buffers[f"{short}_scale"] = codes.to(device), scale.to(device)
+
+    def _make_own_buffers(self, model: PreTrainedModel) -> None:
+        """Fill the buffers of int8 layers that no file holds (the factor of Gemma's embedding): transformers knows how
+        to by the class of the float layer."""
+        for name, layer in self._replaced.items():
+            module = model.get_submodule(name)
+            own = layer._non_persistent_buffers_set & module._non_persistent_buffers_set
+            for buffer in own:
+                layer._buffers[buffer] = torch.empty_like(module.get_buffer(buffer))
+            for parameter in layer.parameters():
+                parameter._is_hf_initialized = True  # type: ignore[attr-defined]
+            if own:
+                _innermost_model(model, name)._init_weights(layer)
+            for buffer in own:
+                module._buffers[buffer] = layer._buffers[buffer]
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         if self._error is not None:
             raise self._error
         vars(model).pop("get_parameter", None)
+        self._make_own_buffers(model)
         if self._folder is not None:
             self._read_experts(model)
         self._model = None
-        self._targets = {}
+        self._targets, self._replaced = {}, {}
         # Of the rules, transformers keeps those that it used, for what it writes; it does not know of ours.
         used = {id(rule) for rule in (*(model._weight_conversions or ()), *self._put_aside)}
         used |= {id(rule) for rule, ours in self._of_parts.items() if used & set(map(id, ours))}
@@ -419,6 +436,13 @@ class OctavoQuantizer(HfQuantizer):  # type: ignore[misc]
     @property
     def is_compileable(self) -> bool:
         return True
+
+
+def _innermost_model(model: PreTrainedModel, name: str) -> PreTrainedModel:
+    """The innermost model of transformers that the module `name` is a part of: `model` or one within it."""
+    parts = name.split(".")
+    around = (model.get_submodule(".".join(parts[:length])) for length in reversed(range(len(parts))))
+    return next(part for part in around if isinstance(part, PreTrainedModel))
 
 
 def let_transformers_save(model: nn.Module) -> None:
