@@ -246,6 +246,8 @@ struct Vec {
     return _mm256_div_ps(_mm256_blendv_ps(one, e, z), _mm256_add_ps(one, e));
   }
 
+  static F tanh(F x) { return tanh_of<Vec>(x); }
+
   struct Divisor {
     F scale, inverse;
     explicit Divisor(float s) : scale(_mm256_set1_ps(s)), inverse(_mm256_set1_ps(1.0f / s)) {}

@@ -164,6 +164,8 @@ struct Vec {
     return _mm512_div_ps(above, _mm512_add_ps(_mm512_set1_ps(1.0f), e));
   }
 
+  static F tanh(F x) { return tanh_of<Vec>(x); }
+
   struct Divisor {
     F scale, inverse;
     explicit Divisor(float s) : scale(_mm512_set1_ps(s)), inverse(_mm512_set1_ps(1.0f / s)) {}

@@ -6,6 +6,7 @@
 #include "bind/attention.h"
 #include "bind/convolution.h"
 #include "bind/linear.h"
+#include "bind/recurrent.h"
 #include "bind/rows.h"
 #include "select.h"
 
@@ -27,6 +28,7 @@ STABLE_TORCH_LIBRARY_IMPL(octavo, CPU, m) {
   m.impl("float_linear", TORCH_BOX(&float_linear));
   m.impl("rms_norm", TORCH_BOX(&rms_norm));
   m.impl("gated", TORCH_BOX(&gated));
+  m.impl("recurrent", TORCH_BOX(&recurrent));
   m.impl("int8_attention", TORCH_BOX(&int8_attention));
   m.impl("float_attention", TORCH_BOX(&float_attention));
 }

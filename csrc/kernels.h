@@ -113,6 +113,26 @@ struct Gated {
   float a, b;
 };
 
+// A step of a recurrent layer: p = W_ih x + b_ih and q = W_hh h + b_hh -> h, and c of an LSTM, in fp32. Gates lie side
+// by side, in torch's order:
+//
+//     lstm   i, f, g, o of p + q        c = sigmoid(f) c + sigmoid(i) tanh(g)    h = sigmoid(o) tanh(c)
+//     gru    r, z, n of p and of q      n = tanh(p_n + sigmoid(r) q_n)           h = n + sigmoid(z) (h - n)
+//     tanh                                                                       h = tanh(p + q)
+struct Recurrence {
+  enum class Kind : int { lstm, gru, tanh };
+  Kind kind;
+  int64_t rows, H;
+  const void* p;   // [rows, gates() * H] of `type`
+  const float* q;  // the same in fp32
+  const void* h;   // [rows, H]: before
+  float* c;        // [rows, H]: before, then after; of an LSTM
+  void* y;         // [rows, H]: h after
+  Float type;      // of p, h and y
+
+  constexpr int64_t gates() const { return kind == Kind::lstm ? 4 : kind == Kind::gru ? 3 : 1; }
+};
+
 // Rows of an int8 table -> float values: code * scale, rounded once.
 struct Lookup {
   int64_t count, H;
@@ -240,6 +260,8 @@ struct Kernels {
   void (*rms_norm)(const Norm&, int64_t r0, int64_t r1);
 
   void (*gated)(const Gated&, int64_t r0, int64_t r1);
+
+  void (*recur)(const Recurrence&, int64_t r0, int64_t r1);
 
   // Null where the instruction set has none: convolutions are then the reference's, and attention is
   // composed of the other ops, or torch's.

@@ -13,6 +13,7 @@
 //     across                      the largest of all lanes
 //     total                       the sum of all lanes
 //     sigmoid                     1 / (1 + e^-z)
+//     tanh
 //     Divisor                     a scale to divide by; see kNearHalf
 //     store_codes                 `count` codes of x under a Divisor
 //     load_codes                  `count` codes as fp32
@@ -166,6 +167,39 @@ struct RowKernels {
     V::store(element(y, type, k), type, count, V::mul(acted, V::load(element(up, type, k), type, count)));
   }
 
+  static void recur(const Recurrence& in, int64_t r0, int64_t r1) {
+    for (int64_t i = r0 * in.H; i < r1 * in.H;) {
+      const int64_t r = i / in.H, k = i % in.H;
+      const int count = static_cast<int>(in.H - k < V::kLanes ? in.H - k : V::kLanes);
+      recur(in, r, k, count);
+      i += count;
+    }
+  }
+
+  // `count` values of row r, from value k on.
+  OCTAVO_INLINE static void recur(const Recurrence& in, int64_t r, int64_t k, int count) {
+    const int64_t i = r * in.H + k;
+    const auto p = [&](int gate) {
+      return V::load(element(in.p, in.type, (r * in.gates() + gate) * in.H + k), in.type, count);
+    };
+    const auto q = [&](int gate) { return V::load(in.q + (r * in.gates() + gate) * in.H + k, Float::f32, count); };
+    const auto sum = [&](int gate) { return V::add(p(gate), q(gate)); };
+    typename V::F h;
+    if (in.kind == Recurrence::Kind::lstm) {
+      const typename V::F kept = V::mul(V::sigmoid(sum(1)), V::load(in.c + i, Float::f32, count));
+      const typename V::F c = V::add(kept, V::mul(V::sigmoid(sum(0)), V::tanh(sum(2))));
+      V::store(in.c + i, Float::f32, count, c);
+      h = V::mul(V::sigmoid(sum(3)), V::tanh(c));
+    } else if (in.kind == Recurrence::Kind::gru) {
+      const typename V::F n = V::tanh(V::add(p(2), V::mul(V::sigmoid(sum(0)), q(2))));
+      const typename V::F before = V::load(element(in.h, in.type, i), in.type, count);
+      h = V::add(n, V::mul(V::sigmoid(sum(1)), V::add(before, V::mul(n, V::set1(-1)))));
+    } else {
+      h = V::tanh(sum(0));
+    }
+    V::store(element(in.y, in.type, i), in.type, count, h);
+  }
+
   static void lookup(const Lookup& in, int64_t i0, int64_t i1) {
     for (int64_t i = i0; i < i1; i++) {
       const int8_t* codes = in.table + in.indices[i] * in.H;
@@ -184,8 +218,8 @@ template <class V>
 constexpr Kernels kernels_of(const char* isa, LinearKernels f32, LinearKernels bf16, LinearKernels f16,
                              LinearKernels int8) {
   using Of = RowKernels<V>;
-  return {isa,        {f32, bf16, f16}, int8,     Of::quantize_weight, Of::quantize_token, Of::quantize_given, Of::amax,
-          Of::lookup, Of::rms_norm,     Of::gated};
+  return {isa,      {f32, bf16, f16}, int8,         Of::quantize_weight, Of::quantize_token, Of::quantize_given,
+          Of::amax, Of::lookup,       Of::rms_norm, Of::gated,           Of::recur};
 }
 
 }  // namespace

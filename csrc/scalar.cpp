@@ -111,6 +111,8 @@ struct Vec {
     return (z >= 0 ? 1.0f : e) / (1.0f + e);
   }
 
+  static F tanh(F x) { return std::tanh(x); }
+
   struct Divisor {
     float scale;
     explicit Divisor(float s) : scale(s) {}

@@ -30,8 +30,8 @@ __all__ = ["SELF", "WEIGHTS", "Call", "Method", "Path", "Read", "holds", "is_rea
 SELF = "self"
 """First element of the path of a part of self, whatever a method calls it; of another path it is a parameter's name."""
 
-WEIGHTS = {param for kind in KINDS for param in kind.params}
-"""Names of the parameters that become int8."""
+WEIGHTS = {param for kind in KINDS for param in kind.params} | {"all_weights", "_flat_weights"}
+"""Names of the parameters that become int8, and of lists of them."""
 
 _HARMLESS = {"device", "shape", "size", "data_ptr", "is_meta", "dim", "ndim", "numel", "requires_grad"}
 

@@ -206,8 +206,6 @@ def _float_shape(module: QuantModule, codes: Tensor) -> tuple[int, ...]:
 
 def why_float(module: nn.Module, parameter: Tensor, *, router: bool = False) -> tuple[str, bool]:
     """Why `parameter` of `module` is float if no recipe says it; and whether that is what one would ask for."""
-    if isinstance(module, (nn.RNNBase, nn.RNNCellBase)):
-        return f"recurrent weights ({type(module).__name__}) have no int8 layer", False
     if sum(size > 1 for size in parameter.shape) <= 1:
         return "1-D: biases and norms stay float", True
     if router:

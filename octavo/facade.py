@@ -30,11 +30,9 @@ def needs_facade(layer: nn.Module, kind: LayerKind) -> bool:
     """Whether it is more than a plain layer of its kind: of a class of its own, or with parameters of its own."""
     if kind.name == EXPERTS:
         return False
-    return bool(_own_classes(layer, kind) or layer._parameters.keys() - {*kind.params, *_KEPT})
-
-
-_KEPT = ("bias", "in_proj_bias", "bias_k", "bias_v")
-"""Float parameters that every int8 layer takes over."""
+    weights = kind.params_of(layer)
+    own = [name for name in layer._parameters if name not in weights and "bias" not in name]  # all take biases over
+    return bool(_own_classes(layer, kind) or own)
 
 
 def has_own_forward(layer: nn.Module, kind: LayerKind) -> bool:

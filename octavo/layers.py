@@ -9,6 +9,9 @@
     Embedding           weight [V, H] (opt-in)                      QuantEmbedding            [V, H]
     Experts             3-D weights, see octavo.experts             QuantExperts              [E, N, K]
     MultiheadAttention  in_proj_weight [3E, E] or q/k/v_proj_weight QuantMultiheadAttention   as the parameter
+    LSTM, GRU, RNN      weight_ih, _hh, _hr [N, K] of each layer    QuantRecurrent            as the parameter
+    LSTMCell, GRUCell,  weight_ih, weight_hh [N, K]                 QuantRecurrentCell        as the parameter
+    RNNCell
 
 Codes have the output channels first, so that a scale always belongs to a row. A convolution under weight_norm becomes
 int8 as the weight that is computed. To add a kind: one row here, one module in `modules.py`, one op in `ops/`, its name
@@ -28,6 +31,7 @@ from octavo import modules
 from octavo.experts import spec_of, why_not_stacks
 from octavo.ops import quantize_weight
 from octavo.recipe import Scheme, WeightArgs
+from octavo.recurrent import QuantRecurrent, QuantRecurrentCell, recurrent_weights
 
 __all__ = [
     "EXPERTS", "KINDS", "LayerKind", "float_class", "has_weight_norm", "is_stack", "kind_of", "users_of_parameters",
@@ -135,6 +139,13 @@ class _ExpertsKind(LayerKind):
         return codes, scale
 
 
+class _RecurrentKind(LayerKind):
+    """Recurrent layers: how many weights there are is for each of them to say."""
+
+    def params_of(self, layer: nn.Module) -> tuple[str, ...]:
+        return recurrent_weights(layer)
+
+
 _EXPERTS_KIND = _ExpertsKind(EXPERTS, (), modules.QuantExperts, params=(), int8_input=True)
 
 KINDS: tuple[LayerKind, ...] = (
@@ -160,6 +171,11 @@ KINDS: tuple[LayerKind, ...] = (
         modules.QuantMultiheadAttention,
         params=("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight"),
         per_group=True,
+    ),
+    *(_RecurrentKind(name, (name,), QuantRecurrent, params=(), per_group=True) for name in ("LSTM", "GRU", "RNN")),
+    *(
+        _RecurrentKind(name, (name,), QuantRecurrentCell, params=("weight_ih", "weight_hh"), per_group=True)
+        for name in ("LSTMCell", "GRUCell", "RNNCell")
     ),
 )
 
@@ -246,7 +262,7 @@ def why_not(layer: nn.Module, kind: LayerKind) -> str | None:
         return "its forward was replaced on the instance (by accelerate's hooks, for one); quantize before dispatching"
     for param in (*kind.params_of(layer), "bias"):
         is_own = param in layer._parameters or (merged and param == "weight")
-        if getattr(layer, param, None) is not None and not is_own:
+        if isinstance(getattr(layer, param, None), Tensor) and not is_own:
             return f"its {param} is not a parameter but computed elsewhere (an old-style weight_norm or pruning?)"
     if kind.name == "Embedding" and layer.max_norm is not None:
         return "max_norm renormalizes the float table at every lookup"

@@ -81,7 +81,7 @@ class QuantModule(nn.Module):
                 )
             self._buffers[name] = weight  # not register_buffer: a facade has an attribute of that name
             self._buffers[f"{name}_scale"] = scale
-        self.register_parameter("bias", getattr(layer, "bias", None))
+        self.register_parameter("bias", layer._parameters.get("bias"))
         self.train(layer.training)
 
     def _follow_casts(self, device: torch.device) -> None:

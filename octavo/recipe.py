@@ -52,6 +52,12 @@ DEFAULT_TARGETS = (
     "ConvTranspose2d",
     "ConvTranspose3d",
     "MultiheadAttention",
+    "LSTM",
+    "GRU",
+    "RNN",
+    "LSTMCell",
+    "GRUCell",
+    "RNNCell",
     "Experts",
 )
 """Layer kinds that a preset quantizes. `Conv1D` is transformers' transposed linear layer (GPT-2), `Experts` a stack of

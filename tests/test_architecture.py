@@ -31,6 +31,7 @@ LAYERS = (
         "experts",
         "expert_inputs",
         "modules",
+        "recurrent",
         "layers",
         "norms",
         "gated",

@@ -48,7 +48,8 @@ def test_the_table_at_the_head_of_the_file_has_every_kind() -> None:
     lines = (layers.__doc__ or "").splitlines()
     for kind in KINDS:
         family = re.sub(r"[123]d$", "1d", kind.name)
-        assert any(line.split()[:1] and line.split()[0].startswith(family) for line in lines), kind.name
+        names = [name for line in lines for name in line[:24].replace(",", " ").split()]
+        assert any(name.startswith(family) for name in names), kind.name
 
 
 @pytest.mark.parametrize(
@@ -69,7 +70,9 @@ def test_the_table_at_the_head_of_the_file_has_every_kind() -> None:
         (Linear(), None),
         (nn.Bilinear(2, 2, 2), None),
         (nn.EmbeddingBag(4, 2), None),
-        (nn.LSTM(2, 2), None),
+        (nn.LSTM(2, 2), "LSTM"),
+        (nn.RNN(2, 2, nonlinearity="relu"), "RNN"),
+        (nn.GRUCell(2, 2), "GRUCell"),
         (nn.LayerNorm(4), None),
         (nn.Identity(), None),
     ],
@@ -121,6 +124,12 @@ def test_kinds_without_a_k_axis_stay_per_channel() -> None:
         "Linear",
         "Conv1D",
         "MultiheadAttention",
+        "LSTM",
+        "GRU",
+        "RNN",
+        "LSTMCell",
+        "GRUCell",
+        "RNNCell",
     ]
     assert all(kind.effective(grouped) in (grouped, Scheme()) for kind in KINDS)
 
@@ -130,6 +139,14 @@ def test_the_parameters_of_attention() -> None:
     assert kind is not None
     assert kind.params_of(nn.MultiheadAttention(8, 2)) == ("in_proj_weight",)
     assert kind.params_of(nn.MultiheadAttention(8, 2, kdim=4)) == ("q_proj_weight", "k_proj_weight", "v_proj_weight")
+
+
+def test_the_parameters_of_recurrent_layers() -> None:
+    layer = nn.LSTM(4, 6, 2, bidirectional=True, proj_size=3)
+    kind = kind_of(layer)
+    assert kind is not None
+    assert set(kind.params_of(layer)) == {name for name, _ in layer.named_parameters() if name.startswith("weight")}
+    assert len(kind.params_of(layer)) == 2 * 2 * 3
 
 
 # -- what keeps a layer float -----------------------------------------------------------------------------------------

@@ -644,6 +644,37 @@ void check_gated(const Kernels& kernels, int64_t rows, int64_t K, Float type, bo
   }
 }
 
+void check_recurrence(const Kernels& kernels, int64_t rows, int64_t H, Float type, Recurrence::Kind kind) {
+  Recurrence in{kind, rows, H};
+  const int64_t N = in.gates() * H;
+  Floats p(rows * N, type), q(rows * N, Float::f32), h(rows * H, type), c(rows * H, Float::f32), y(rows * H, type);
+  p.fill(-6, 5), q.fill(-6, 5), h.fill(-4, 0), c.fill(-4, 2);
+  std::vector<double> cells;
+  for (int64_t i = 0; i < rows * H; i++) cells.push_back(c[i]);
+  in.p = p.data(), in.h = h.data(), in.y = y.data(), in.type = type;
+  in.q = static_cast<const float*>(q.data()), in.c = static_cast<float*>(c.data());
+  kernels.recur(in, 0, rows / 2);
+  kernels.recur(in, rows / 2, rows);
+  const auto sigmoid = [](double z) { return 1 / (1 + std::exp(-z)); };
+  for (int64_t i = 0; i < rows * H; i++) {
+    const int64_t at = i / H * N + i % H;
+    const auto sum = [&](int64_t gate) { return p[at + gate * H] + q[at + gate * H]; };
+    double cell = cells[i], expected;
+    if (kind == Recurrence::Kind::lstm) {
+      cell = sigmoid(sum(1)) * cell + sigmoid(sum(0)) * std::tanh(sum(2));
+      expected = sigmoid(sum(3)) * std::tanh(cell);
+    } else if (kind == Recurrence::Kind::gru) {
+      const double n = std::tanh(p[at + 2 * H] + sigmoid(sum(0)) * q[at + 2 * H]);
+      expected = n + sigmoid(sum(1)) * (h[i] - n);
+    } else {
+      expected = std::tanh(sum(0));
+    }
+    if (!is_near(y[i], expected, 2e-5, type) || !is_near(c[i], cell, 2e-5, Float::f32))
+      fail("%s: recurrence %d of %s, H %ld: %.9g, expected %.9g", kernels.isa, static_cast<int>(kind), name_of(type), H,
+           y[i], expected);
+  }
+}
+
 void check_rows_and_lookups(const Kernels& kernels) {
   constexpr int64_t kK[] = {0, 1, 2, 3, 7, 8, 9, 15, 16, 17, 31, 32, 33, 47, 63, 64, 65, 100, 255, 1000};
   for (int64_t K : kK) {
@@ -657,6 +688,8 @@ void check_rows_and_lookups(const Kernels& kernels) {
           check_norm(kernels, rows, K, type, variant);
           check_gated(kernels, rows, K, type, variant);
         }
+        for (auto kind : {Recurrence::Kind::lstm, Recurrence::Kind::gru, Recurrence::Kind::tanh})
+          check_recurrence(kernels, rows, K, type, kind);
       }
     }
   }

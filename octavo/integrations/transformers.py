@@ -319,9 +319,12 @@ class OctavoQuantizer(HfQuantizer):  # type: ignore[misc]
         if not self.pre_quantized:
             return []
         scale, unpacked = _ReadParameter(self, _scale), _ReadParameter(self, _unpacked)
+        # A recurrent layer has several weights, and names of its own for them.
+        named = {name.rpartition(".")[2] for name in self._targets}
+        params = {"weight"} | {name for name in named if not name.endswith("weight")}
         return [
-            WeightConverter(["weight_packed", "weight_shape"], "weight", [unpacked]),
-            WeightConverter("weight_scale", "weight_scale", [scale]),
+            *(WeightConverter([f"{name}_packed", f"{name}_shape"], name, [unpacked]) for name in sorted(params)),
+            *(WeightConverter(f"{name}_scale", f"{name}_scale", [scale]) for name in sorted(params)),
             WeightConverter("input_scale", "input_scale", [scale]),
         ]
 

@@ -52,6 +52,7 @@ from octavo.primitives import Granularity
 
 __all__ = [
     "OPS",
+    "RECURRENCES",
     "Serving",
     "attends_in_float",
     "autocast",
@@ -65,6 +66,7 @@ __all__ = [
     "quantize_per_token",
     "quantize_static",
     "quantize_weight",
+    "recurrent",
     "rms_norm",
     "straight_through",
     "w8a8_experts_linear",
@@ -97,6 +99,7 @@ _w8a8_linear_at_once = torch.ops.octavo.w8a8_linear_at_once.default
 _float_linear = torch.ops.octavo.float_linear.default
 _rms_norm = torch.ops.octavo.rms_norm.default
 _gated = torch.ops.octavo.gated.default
+_recurrent = torch.ops.octavo.recurrent.default
 _float_attention = torch.ops.octavo.float_attention.default
 
 
@@ -489,6 +492,39 @@ def gated(gate: Tensor, up: Tensor, activation: str) -> Tensor:
     else:
         y = None
     return act.formula(gate) * up if y is None else y  # type: ignore[no-any-return]
+
+
+RECURRENCES = ("LSTM", "GRU", "RNN_TANH")
+"""Modes of recurrent layers that `recurrent` has a kernel for, in the order of `Recurrence::Kind` in csrc/kernels.h."""
+
+
+def recurrent(
+    mode: str,
+    p: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+    state: tuple[Tensor, ...],
+    *,
+    backwards: bool,
+) -> tuple[Tensor, tuple[Tensor, ...]] | None:
+    """All steps of a recurrent layer in one direction by one call, while a model runs eagerly, without gradients.
+
+    mode: torch's word for what the layer does. p: [T, B, G * H] float, W_ih x + b_ih of all steps; T is not 0.
+    weight, weight_scale, bias: of W_hh, int8 [G * H, H], as of `w8a16_linear`. state: (h,), of an LSTM (h, c), before:
+    [B, H] of p's dtype. backwards: from the last step to the first.
+    Returns: (h of all steps [T, B, H], the state after) of p's dtype, gates and c in fp32, as octavo/recurrent.py has
+    the formulas; None wherever its own ops are to compute them.
+    """
+    alike = all(part.dtype == p.dtype and part.device == p.device for part in state)
+    if mode not in RECURRENCES or not alike or not p.numel() or not _takes_natively(p):
+        return None
+    h, *cells = state
+    c = cells[0].to(torch.float32, copy=True).contiguous() if cells else None
+    with torch._C._AutoDispatchBelowAutograd():
+        y = _recurrent(p, weight, weight_scale, bias, h, c, RECURRENCES.index(mode), backwards)
+    after = y[0] if backwards else y[-1]
+    return y, (after,) if c is None else (after, c.to(p.dtype))
 
 
 def straight_through(y: Tensor, x: Tensor, weight: Tensor, weight_scale: Tensor, ends: Tensor | None = None) -> Tensor:

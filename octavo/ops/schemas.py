@@ -66,7 +66,7 @@ library.define("experts_input_gradient(Tensor grad, Tensor ends, Tensor weight, 
 library.impl("experts_input_gradient", reference.experts_input_gradient, "CompositeExplicitAutograd")
 
 # What layers, norms and gated MLPs call where nobody differentiates, nor compiles (but for float_linear). The reference
-# is the ops that one does the work of, or the modules that float ones were.
+# is the ops that one does the work of, or the modules that float ones were; of `recurrent` octavo/recurrent.py.
 library.define(
     "w8a8_linear_at_once(Tensor x, Tensor? input_scale, Tensor weight, Tensor weight_scale, Tensor? bias) -> Tensor"
 )
@@ -74,6 +74,10 @@ library.define("float_linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
 library.impl("float_linear", torch.nn.functional.linear, "CompositeExplicitAutograd")
 library.define("rms_norm(Tensor x, Tensor weight, float eps, bool round_first) -> Tensor")
 library.define("gated(Tensor gate, Tensor up, float a, float b) -> Tensor")
+library.define(
+    "recurrent(Tensor p, Tensor weight, Tensor weight_scale, Tensor? bias, Tensor h, Tensor(a!)? c, int kind, "
+    "bool backwards) -> Tensor"
+)
 
 # What a compiler joins (`integrations/side_by_side.py`): layers of one input, [..., N] of each next to each other.
 library.define("w8a16_linears(Tensor x, Tensor[] weight, Tensor[] weight_scale, Tensor?[] bias) -> Tensor")
