@@ -39,7 +39,8 @@ asked of types that random inputs do not fit, or that answer in two ways if they
 float model, calibrated on those inputs and smoothed with an alpha of 0.5, gives the same bits as before, where
 anything was folded. "Comes back": `octavo.save`, then `octavo.load` gives every tensor bit for bit, also into a model
 that was built by hand; asked of types that transformers itself loads as it saved them. "From file to file":
-`octavo.quantize_checkpoint` makes of the float model's files the same tensors as `octavo.save` writes.
+`octavo.quantize_checkpoint` makes of the float model's files the same tensors as `octavo.save` writes. "While it is
+loaded": `from_pretrained` of transformers with an `OctavoConfig` gives every tensor bit for bit, too.
 """
 MAPPINGS = (
     "CAUSAL_LM", "IMAGE_TEXT_TO_TEXT", "SEQ_TO_SEQ_CAUSAL_LM", "SPEECH_SEQ_2_SEQ", "MASKED_LM", "IMAGE_CLASSIFICATION",
@@ -138,7 +139,7 @@ def judge(name: str, mapping: str) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         os.chdir(folder)
         if _is_kept_by_transformers(model):
-            questions |= _of_files(lambda: type(model)(config).eval(), int8, include)
+            questions |= _of_files(type(model), config, int8, include)
         for question, ask in questions.items():
             try:
                 found[question] = ask()
@@ -266,7 +267,7 @@ def _is_kept_by_transformers(model: Any) -> bool:
     return not info["missing_keys"] and not info["mismatched_keys"]
 
 
-def _of_files(build: Callable[[], nn.Module], int8: nn.Module, include: list[str]) -> dict[str, Callable[[], bool]]:
+def _of_files(cls: Any, config: Any, int8: nn.Module, include: list[str]) -> dict[str, Callable[[], bool]]:
     def loaded(**options: Any) -> bool:
         return _same(octavo.load("int8", **options).state_dict(), int8.state_dict())
 
@@ -278,11 +279,18 @@ def _of_files(build: Callable[[], nn.Module], int8: nn.Module, include: list[str
         octavo.quantize_checkpoint("float", "streamed", "w8a16", include=include)
         return _same(_tensors("streamed"), _tensors("int8"))
 
+    def while_loading() -> bool:
+        from octavo.integrations.transformers import OctavoConfig
+
+        quantizing = OctavoConfig("w8a16", include=include)
+        return _same(cls.from_pretrained("float", quantization_config=quantizing).state_dict(), int8.state_dict())
+
     return {
         "saved": saved,
         "loaded": loaded,
-        "loaded_by_hand": lambda: loaded(model=build()),
+        "loaded_by_hand": lambda: loaded(model=cls(config).eval()),
         "streamed": streamed,
+        "while_loading": while_loading,
     }
 
 
@@ -301,6 +309,7 @@ QUESTIONS = {
     "loaded": "comes back, built by transformers",
     "loaded_by_hand": "comes back, built by hand",
     "streamed": "from file to file the same",
+    "while_loading": "quantized while it is loaded, the same",
 }
 
 

@@ -17,6 +17,7 @@ import functools
 from types import CellType, FunctionType
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from octavo.class_source import is_readable, methods_of
@@ -119,7 +120,10 @@ def _shown(param: str, inherited: object) -> property:
     """A parameter as it looks from outside: shape and dtype of the float one. `inherited`: of the int8 class."""
 
     def get(self: _Facade) -> Tensor:
-        return self._float.expand(self._shapes[param])
+        shown = self._float.expand(self._shapes[param])
+        if not torch.compiler.is_compiling():
+            vars(shown).update(vars(self.codes_and_scale(param)[0]))  # what is noted on it, for one that it is loaded
+        return shown
 
     return property(get, inherited.fset if isinstance(inherited, property) else None)
 

@@ -140,10 +140,16 @@ class _ExpertsKind(LayerKind):
 
 
 class _RecurrentKind(LayerKind):
-    """Recurrent layers: how many weights there are is for each of them to say."""
+    """Recurrent layers: how many weights there are is for each of them to say; int8 inputs are dynamic."""
 
     def params_of(self, layer: nn.Module) -> tuple[str, ...]:
         return recurrent_weights(layer)
+
+    def effective(self, scheme: Scheme) -> Scheme:
+        return Scheme("w8a16", scheme.weight) if scheme.input is None else Scheme("w8a8")
+
+    def module_for(self, scheme: Scheme) -> type[modules.QuantModule]:
+        return self.module
 
 
 _EXPERTS_KIND = _ExpertsKind(EXPERTS, (), modules.QuantExperts, params=(), int8_input=True)
@@ -172,9 +178,14 @@ KINDS: tuple[LayerKind, ...] = (
         params=("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight"),
         per_group=True,
     ),
-    *(_RecurrentKind(name, (name,), QuantRecurrent, params=(), per_group=True) for name in ("LSTM", "GRU", "RNN")),
     *(
-        _RecurrentKind(name, (name,), QuantRecurrentCell, params=("weight_ih", "weight_hh"), per_group=True)
+        _RecurrentKind(name, (name,), QuantRecurrent, params=(), per_group=True, int8_input=True)
+        for name in ("LSTM", "GRU", "RNN")
+    ),
+    *(
+        _RecurrentKind(
+            name, (name,), QuantRecurrentCell, params=("weight_ih", "weight_hh"), per_group=True, int8_input=True
+        )
         for name in ("LSTMCell", "GRUCell", "RNNCell")
     ),
 )

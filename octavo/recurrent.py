@@ -8,7 +8,8 @@
     GRU      r, z, n                n = tanh(p_n + sigmoid(r) * q_n)             h = (1 - z) * n + z * h
     RNN                             h = tanh(p + q) or relu(p + q)
 
-The formulas are those of torch.nn's documentation. Weights are int8, all else is computed in the input's dtype.
+The formulas are those of torch.nn's documentation. Weights are int8, and with int8 inputs so are x and h, by scales of
+their rows, where a weight meets them; all else is computed in the input's dtype.
 """
 
 from __future__ import annotations
@@ -74,11 +75,11 @@ class _Recurrent(QuantModule):
     """weight_ih..., weight_hh..., weight_hr...: int8 [N, K], each with `*_scale` fp32 [N, 1] or [N, K/g].
     bias_ih..., bias_hh...: [N] float, if it has them."""
 
-    op_names: tuple[str, ...] = ("w8a16_linear",)
     mode: str
 
     def __init__(self, layer: Any, codes: Codes, scheme: Scheme, float_dtype: torch.dtype) -> None:
         super().__init__(layer, codes, scheme, float_dtype)
+        self.op_names = ("w8a16_linear",) if scheme.input is None else ("quantize_per_token", "w8a8_linear")
         self.input_size, self.hidden_size = layer.input_size, layer.hidden_size
         for name, parameter in layer._parameters.items():
             if name.startswith("bias"):
@@ -86,7 +87,12 @@ class _Recurrent(QuantModule):
 
     def _linear(self, part: str, x: Tensor) -> Tensor:
         """x [..., K] times the weight of `part`, "ih_l0" for one, plus its bias."""
-        return ops.w8a16_linear(x, *self.codes_and_scale(f"weight_{part}"), self._parameters.get(f"bias_{part}"))
+        (weight, scale), bias = self.codes_and_scale(f"weight_{part}"), self._parameters.get(f"bias_{part}")
+        if self.scheme.input is None:
+            return ops.w8a16_linear(x, weight, scale, bias)
+        x = ops.autocast(x)
+        y = ops.w8a8_linear(*ops.quantize_per_token(x), weight, scale, bias, x.dtype)
+        return ops.straight_through(y, x, weight, scale)
 
     def _zeros(self, x: Tensor, *shape: int) -> Tensor:
         return torch.zeros(shape, dtype=x.dtype, device=x.device)
@@ -178,7 +184,10 @@ class QuantRecurrent(_Recurrent):
         """One layer in one direction: its outputs, and the state after it."""
         if p.dim() == 3 and not self.proj_size:
             hidden, bias = self.codes_and_scale(f"weight_hh_{suffix}"), self._parameters.get(f"bias_hh_{suffix}")
-            at_once = ops.recurrent(self.mode, p, *hidden, bias, state, backwards=suffix.endswith("_reverse"))
+            at_once = ops.recurrent(
+                self.mode, p, *hidden, bias, state,
+                int8_inputs=self.scheme.input is not None, backwards=suffix.endswith("_reverse"),
+            )  # fmt: skip
             if at_once is not None:
                 return at_once
         outputs, state = self._steps(steps_of(p), suffix, state)

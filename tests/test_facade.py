@@ -421,29 +421,14 @@ def test_a_class_typed_at_a_prompt_stays_float() -> None:
 # -- real classes -----------------------------------------------------------------------------------------------------
 
 
-def gemma() -> Any:
-    from transformers import Gemma3ForCausalLM, Gemma3TextConfig
-
-    config = Gemma3TextConfig(**tiny_models.TEXT, num_key_value_heads=2, head_dim=8, tie_word_embeddings=True)
-    return Gemma3ForCausalLM(config)
-
-
-def bart() -> Any:
-    from transformers import BartConfig, BartForConditionalGeneration
-
-    layers = {"encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 4, "decoder_attention_heads": 4}
-    sizes = {"vocab_size": tiny_models.VOCABULARY, "d_model": 32, "encoder_ffn_dim": 42, "decoder_ffn_dim": 42}
-    return BartForConditionalGeneration(BartConfig(**sizes, **layers, max_position_embeddings=32, scale_embedding=True))
-
-
-@pytest.mark.parametrize("make", [gemma, bart])
+@pytest.mark.parametrize("make", [tiny_models.gemma3, tiny_models.bart])
 def test_language_models_whose_table_scales_itself(make: Callable[[], Any], tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
     from octavo.integrations.transformers import OctavoConfig
 
     tiny_models.build(make).save_pretrained(tmp_path / "float")
-    auto = AutoModelForSeq2SeqLM if make is bart else AutoModelForCausalLM
+    auto = AutoModelForSeq2SeqLM if make is tiny_models.bart else AutoModelForCausalLM
     include = ["Embedding", "OutputHead"]
     model = auto.from_pretrained(tmp_path / "float").eval()
     tokens = tiny_models.tokens()
@@ -474,9 +459,7 @@ def test_language_models_whose_table_scales_itself(make: Callable[[], Any], tmp_
 
 
 def test_a_clip_vision_tower_is_int8_to_its_patches() -> None:
-    transformers = pytest.importorskip("transformers")
-    config = transformers.CLIPVisionConfig(**{**tiny_models.VISION, "image_size": 32})
-    model = transformers.CLIPVisionModel(config).eval()
+    model = tiny_models.build(tiny_models.clip_vision)
     pixels = torch.randn(2, 3, 32, 32)
     with torch.no_grad():
         expected = model(pixels).last_hidden_state

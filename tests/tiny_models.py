@@ -204,6 +204,29 @@ def gpt_oss() -> Any:
     return GptOssForCausalLM(config)
 
 
+def gemma3() -> Any:
+    """Its embedding, which the head shares, scales what it looks up."""
+    from transformers import Gemma3ForCausalLM, Gemma3TextConfig
+
+    return Gemma3ForCausalLM(Gemma3TextConfig(**TEXT, num_key_value_heads=2, head_dim=8, tie_word_embeddings=True))
+
+
+def bart() -> Any:
+    """So do its embeddings, of which there are three with one table; its learned positions are asked by a shape."""
+    from transformers import BartConfig, BartForConditionalGeneration
+
+    layers = {"encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 4, "decoder_attention_heads": 4}
+    sizes = {"vocab_size": VOCABULARY, "d_model": 32, "encoder_ffn_dim": 42, "decoder_ffn_dim": 42}
+    return BartForConditionalGeneration(BartConfig(**sizes, **layers, max_position_embeddings=32, scale_embedding=True))
+
+
+def clip_vision() -> Any:
+    """It casts its input to the dtype of a weight."""
+    from transformers import CLIPVisionConfig, CLIPVisionModel
+
+    return CLIPVisionModel(CLIPVisionConfig(**{**VISION, "image_size": 32}))
+
+
 def encodec(**changes: Any) -> Any:
     """All of its convolutions are under weight_norm."""
     from transformers import EncodecConfig, EncodecModel

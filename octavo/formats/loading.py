@@ -58,8 +58,9 @@ def int8_names(reader: CheckpointReader, rename: Rename = lambda name: name) -> 
         layout.check_readable(config, str(reader.path / "config.json"))
 
     def is_plain(name: str) -> bool:
-        known = config is not None or f"{name}_scale" in reader
-        return known and name.rpartition(".")[2] == "weight" and reader.info(name).dtype == torch.int8
+        param = name.rpartition(".")[2]  # "weight", or one of a recurrent layer's
+        known = f"{name}_scale" in reader or (config is not None and param == "weight")
+        return known and param.startswith("weight") and reader.info(name).dtype == torch.int8
 
     def is_packed(name: str) -> bool:  # and no buffer of the model that has such a name
         weight = name.removesuffix("_packed")

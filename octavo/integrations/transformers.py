@@ -43,6 +43,7 @@ from octavo.formats.experts import Part
 from octavo.install import install, settle
 from octavo.integrations.attention import attention_of, check_int8_attention, use_int8_attention
 from octavo.integrations.float_attention import use_float_attention
+from octavo.layers import has_weight_norm
 from octavo.modules import QuantExperts, QuantModule
 from octavo.plan import Decision, plan
 from octavo.quantize import warn_unasked
@@ -210,6 +211,7 @@ class OctavoQuantizer(HfQuantizer):  # type: ignore[misc]
         self._decisions: list[Decision] = []
         self._targets: dict[str, tuple[Decision, nn.Module]] = {}
         self._replaced: dict[str, nn.Module] = {}
+        self._later: list[Decision] = []
         self._model: PreTrainedModel | None = None
         self._folder: Path | None = None
         self._error: OctavoError | None = None
@@ -241,12 +243,16 @@ class OctavoQuantizer(HfQuantizer):  # type: ignore[misc]
         else:
             dtypes = {}
             self._decisions = plan(model, self.quantization_config.recipe)
+        now: list[Decision] = []
         for decision in self._decisions:
+            computed = not self.pre_quantized and has_weight_norm(model.get_submodule(decision.name))
+            (self._later if computed else now).append(decision)  # its weight is there when those are that it is made of
+        for decision in now:
             if decision.scheme:
                 layer = self._replaced[decision.name] = model.get_submodule(decision.name)
                 params = () if decision.owner else decision.kind.params_of(layer)
                 self._targets.update({f"{decision.name}.{param}": (decision, layer) for param in params})
-        install(model, self._decisions, ignore=self.quantization_config.recipe.ignore)
+        install(model, now, ignore=self.quantization_config.recipe.ignore)
         self._leave_experts_to_us(model)
         for decision in self._decisions:
             if decision.owner is not None:  # tied for good: transformers need not, and could not, tie it again
@@ -395,10 +401,11 @@ class OctavoQuantizer(HfQuantizer):  # type: ignore[misc]
             raise self._error
         vars(model).pop("get_parameter", None)
         self._make_own_buffers(model)
+        install(model, self._later, ignore=self.quantization_config.recipe.ignore)
         if self._folder is not None:
             self._read_experts(model)
         self._model = None
-        self._targets, self._replaced = {}, {}
+        self._targets, self._replaced, self._later = {}, {}, []
         # Of the rules, transformers keeps those that it used, for what it writes; it does not know of ours.
         used = {id(rule) for rule in (*(model._weight_conversions or ()), *self._put_aside)}
         used |= {id(rule) for rule, ours in self._of_parts.items() if used & set(map(id, ours))}

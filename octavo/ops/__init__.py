@@ -506,13 +506,15 @@ def recurrent(
     bias: Tensor | None,
     state: tuple[Tensor, ...],
     *,
+    int8_inputs: bool,
     backwards: bool,
 ) -> tuple[Tensor, tuple[Tensor, ...]] | None:
     """All steps of a recurrent layer in one direction by one call, while a model runs eagerly, without gradients.
 
     mode: torch's word for what the layer does. p: [T, B, G * H] float, W_ih x + b_ih of all steps; T is not 0.
     weight, weight_scale, bias: of W_hh, int8 [G * H, H], as of `w8a16_linear`. state: (h,), of an LSTM (h, c), before:
-    [B, H] of p's dtype. backwards: from the last step to the first.
+    [B, H] of p's dtype. int8_inputs: h is quantized before each step, per token. backwards: from the last step to the
+    first.
     Returns: (h of all steps [T, B, H], the state after) of p's dtype, gates and c in fp32, as octavo/recurrent.py has
     the formulas; None wherever its own ops are to compute them.
     """
@@ -522,7 +524,7 @@ def recurrent(
     h, *cells = state
     c = cells[0].to(torch.float32, copy=True).contiguous() if cells else None
     with torch._C._AutoDispatchBelowAutograd():
-        y = _recurrent(p, weight, weight_scale, bias, h, c, RECURRENCES.index(mode), backwards)
+        y = _recurrent(p, weight, weight_scale, bias, h, c, RECURRENCES.index(mode), int8_inputs, backwards)
     after = y[0] if backwards else y[-1]
     return y, (after,) if c is None else (after, c.to(p.dtype))
 

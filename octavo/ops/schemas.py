@@ -76,7 +76,7 @@ library.define("rms_norm(Tensor x, Tensor weight, float eps, bool round_first) -
 library.define("gated(Tensor gate, Tensor up, float a, float b) -> Tensor")
 library.define(
     "recurrent(Tensor p, Tensor weight, Tensor weight_scale, Tensor? bias, Tensor h, Tensor(a!)? c, int kind, "
-    "bool backwards) -> Tensor"
+    "bool int8_inputs, bool backwards) -> Tensor"
 )
 
 # What a compiler joins (`integrations/side_by_side.py`): layers of one input, [..., N] of each next to each other.

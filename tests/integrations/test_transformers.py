@@ -95,6 +95,11 @@ CASES = [
     (tiny_models.gpt2, {"scheme": "w8a8"}),
     (tiny_models.whisper, {"scheme": "w8a8"}),
     (tiny_models.llava, {"scheme": "w8a8"}),
+    (tiny_models.gemma3, {"include": ["Embedding", "OutputHead"]}),
+    (tiny_models.bart, {"include": ["Embedding", "OutputHead"]}),
+    (tiny_models.clip_vision, {}),
+    (tiny_models.encodec, {}),
+    (tiny_models.encodec, {"scheme": "w8a8"}),
 ]
 
 

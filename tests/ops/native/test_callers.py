@@ -46,14 +46,15 @@ def every_op(seed: int = 0, m: int = 40) -> list[Tensor]:
         ops.float_attention(*_attention_operands(2, random), 0.1),
         torch.ops.octavo.rms_norm(x, weight[0, 0].bfloat16(), 1e-6, True),
         torch.ops.octavo.gated(x, x, 1.0, 0.0),
-        _recurrent(m, random),
+        *_recurrent(m, random),
     ]
 
 
-def _recurrent(batch: int, random: torch.Generator) -> Tensor:
+def _recurrent(batch: int, random: torch.Generator) -> list[Tensor]:
     p, h = torch.randn(2, batch, 3 * 500, generator=random), torch.randn(batch, 500, generator=random)
     weight = torch.randint(-128, 128, (3 * 500, 500), dtype=torch.int8, generator=random)
-    return torch.ops.octavo.recurrent(p, weight, torch.full((3 * 500, 1), 1e-4), None, h, None, 1, False)  # type: ignore[no-any-return]
+    operands = p, weight, torch.full((3 * 500, 1), 1e-4), None, h, None, 1
+    return [torch.ops.octavo.recurrent(*operands, int8_inputs, False) for int8_inputs in (False, True)]
 
 
 def _convolved(random: torch.Generator) -> list[Tensor]:
