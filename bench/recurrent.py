@@ -20,10 +20,10 @@ from octavo.tables import Table
 
 TITLE = "Recurrent layers"
 HOW = """
-`nn.LSTM` and `nn.GRU` with random weights, in fp32 and in bf16; the same from `octavo.quantize(model, "w8a16")`; and by
-torch's `quantize_dynamic`, which takes the inputs of each step as int8 too. All from the same input, in turns in one
-process, medians of the rounds. A step reads weights that the step before has read: they lie in whatever cache they fit.
-Each result was held to float64 before, octavo's to that of the weights which its codes stand for.
+`nn.LSTM` and `nn.GRU` with random weights, in fp32 and in bf16; the same from `octavo.quantize(model, "w8a16")`; from
+`octavo.quantize(model, "w8a8")`, in fp32 but for the products, as torch's `quantize_dynamic` does it. All from the same
+input, in turns in one process, medians of the rounds. A step reads weights that the step before has read: they lie in
+whatever cache they fit. Each result was held to float64 before, that of w8a16 to the weights which its codes stand for.
 """
 CASES = {
     "LSTM of 512, 2 layers (EnCodec's), 150 steps": (nn.LSTM, 512, 2, 150, 1),
@@ -35,7 +35,7 @@ CASES = {
     "GRU of 1024, 100 steps": (nn.GRU, 1024, 1, 100, 1),
 }
 TORCH_FP32, TORCH_BF16, TORCH_INT8 = "torch, fp32", "torch, bf16", "torch, dynamic int8"
-OCTAVO_FP32, OCTAVO_BF16 = "octavo, fp32", "octavo, bf16"
+OCTAVO_FP32, OCTAVO_BF16, OCTAVO_INT8 = "w8a16, fp32", "w8a16, bf16", "w8a8"
 
 
 def measure() -> dict[str, Any]:
@@ -52,11 +52,17 @@ def _layer(cls: Callable[..., nn.Module], hidden: int, layers: int, steps: int, 
     half = copy.deepcopy(model).bfloat16()
     ways = [_way(TORCH_FP32, model, x, model, 1e-4), _way(TORCH_BF16, half, x.bfloat16(), half, 0.03)]
     ways.append(_way(TORCH_INT8, _dynamic(model), x, model, 0.1))
+    ways.append(_way(OCTAVO_INT8, _quantized(model, "w8a8"), x, model, 0.1))
     for name, source, tolerance in ((OCTAVO_FP32, model, 1e-4), (OCTAVO_BF16, half, 0.03)):
-        int8 = copy.deepcopy(source)
-        octavo.quantize(int8, "w8a16")
+        int8 = _quantized(source, "w8a16")
         ways.append(_way(name, int8, x.to(next(source.parameters()).dtype), _rounded(source, int8), tolerance))
     return race(ways)
+
+
+def _quantized(model: nn.Module, scheme: str) -> nn.Module:
+    int8 = copy.deepcopy(model)
+    octavo.quantize(int8, scheme)
+    return int8
 
 
 def _way(name: str, model: nn.Module, x: Tensor, truth: nn.Module, tolerance: float) -> Way:
@@ -92,16 +98,15 @@ def _dynamic(model: nn.Module) -> nn.Module:
 
 
 def tables(found: dict[str, Any]) -> list[Table]:
-    ours = ((OCTAVO_FP32, (TORCH_FP32, TORCH_INT8)), (OCTAVO_BF16, (TORCH_BF16,)))
+    pairs = ((OCTAVO_FP32, TORCH_FP32), (OCTAVO_BF16, TORCH_BF16), (OCTAVO_INT8, TORCH_INT8))
     rows = [
         (
             name,
-            *(human_time(of[way]) for way in (TORCH_FP32, TORCH_INT8, OCTAVO_FP32, TORCH_BF16, OCTAVO_BF16)),
-            *(f"{of[rival] / of[way]:.2f}" for way, rivals in ours for rival in rivals),
+            *(human_time(of[rival]) for _, rival in pairs),
+            *(f"{human_time(of[way])} ({of[rival] / of[way]:.2f}x)" for way, rival in pairs),
         )
         for name, of in found["layers"].items()
     ]
-    head = (TORCH_FP32, TORCH_INT8, OCTAVO_FP32, TORCH_BF16, OCTAVO_BF16)
-    ratios = ("in fp32: torch / octavo", "torch int8 / octavo", "in bf16: torch / octavo")
-    title = f"Times, and how many times as fast octavo is; kernels: {found['kernels']}"
-    return [Table(title, ("", *head, *ratios), tuple(rows), "l" + "r" * (len(head) + len(ratios)))]
+    head = ("", *(rival for _, rival in pairs), *(way for way, _ in pairs))
+    title = f"In brackets: times as fast as torch's in the same order; kernels: {found['kernels']}"
+    return [Table(title, head, tuple(rows), "l" + "r" * (len(head) - 1))]

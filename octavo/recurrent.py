@@ -127,6 +127,8 @@ class QuantRecurrent(_Recurrent):
         batched = input.dim() == 3
         x = input if batched else input.unsqueeze(1)
         x = x.transpose(0, 1) if batched and self.batch_first else x
+        if not len(x):
+            raise QuantizeError(f"input: shape is {list(input.shape)}, expected at least one step")
         if not batched and hx is not None:
             hx = tuple(part.unsqueeze(1) for part in hx) if self.mode == "LSTM" else hx.unsqueeze(1)
         y, after = self._layers(x, self._state(x, hx, x.shape[1]), torch.unbind, torch.stack)

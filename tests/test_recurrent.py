@@ -228,7 +228,7 @@ def test_drops_out_between_layers_in_training_only() -> None:
     assert_close(int8.eval()(x), exact.eval()(x.double()))
 
 
-def test_no_steps_and_no_sequences() -> None:
+def test_no_sequences() -> None:
     int8, exact = quantized(nn.GRU(K, H))
     with torch.no_grad():
         assert_close(int8(torch.zeros(3, 0, K)), exact(torch.zeros(3, 0, K).double()))
@@ -260,6 +260,7 @@ def test_a_layer_whose_weights_are_made_elsewhere_stays_float() -> None:
     ("call", "message"),
     [
         (lambda lstm, _: lstm(torch.zeros(3, 2, 5)), r"input: shape is \[3, 2, 5\], expected \[T, B, K\] .*K=6"),
+        (lambda lstm, _: lstm(torch.zeros(0, 2, K)), r"input: shape is \[0, 2, 6\], expected at least one step"),
         (lambda lstm, _: lstm(torch.zeros(1, 3, 2, K)), r"input: shape is \[1, 3, 2, 6\], expected"),
         (
             lambda lstm, _: lstm(torch.zeros(3, 2, K), (torch.zeros(1, 2, H), torch.zeros(1, 1, H))),

@@ -401,7 +401,8 @@ class OctavoQuantizer(HfQuantizer):  # type: ignore[misc]
             raise self._error
         vars(model).pop("get_parameter", None)
         self._make_own_buffers(model)
-        install(model, self._later, ignore=self.quantization_config.recipe.ignore)
+        if self._later:
+            install(model, self._later, ignore=self.quantization_config.recipe.ignore)
         if self._folder is not None:
             self._read_experts(model)
         self._model = None
