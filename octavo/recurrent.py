@@ -119,8 +119,7 @@ class QuantRecurrent(_Recurrent):
         """
         if isinstance(input, PackedSequence):
             before = self._state(input.data, hx, int(input.batch_sizes[0]), input.sorted_indices)
-            sizes = input.batch_sizes.tolist()
-            y, after = self._layers(input.data, before, lambda x: x.split(sizes), torch.cat)
+            y, after = self._layers(input.data, before, input.batch_sizes.tolist())
             packed = PackedSequence(y, input.batch_sizes, input.sorted_indices, input.unsorted_indices)
             return packed, self._as_given(after, input.unsorted_indices)
         self._check(input, (2, 3), "[B, T, K] or [T, K]" if self.batch_first else "[T, B, K] or [T, K]")
@@ -131,7 +130,7 @@ class QuantRecurrent(_Recurrent):
             raise QuantizeError(f"input: shape is {list(input.shape)}, expected at least one step")
         if not batched and hx is not None:
             hx = tuple(part.unsqueeze(1) for part in hx) if self.mode == "LSTM" else hx.unsqueeze(1)
-        y, after = self._layers(x, self._state(x, hx, x.shape[1]), torch.unbind, torch.stack)
+        y, after = self._layers(x, self._state(x, hx, x.shape[1]), None)
         if not batched:
             return y.squeeze(1), self._as_given(tuple(part.squeeze(1) for part in after))
         return y.transpose(0, 1) if self.batch_first else y, self._as_given(after)
@@ -153,21 +152,14 @@ class QuantRecurrent(_Recurrent):
         state = state if order is None else tuple(part.index_select(1, order) for part in state)
         return state if self.mode == "LSTM" else state[0]
 
-    def _layers(
-        self,
-        x: Tensor,
-        before: State,
-        steps_of: Callable[[Tensor], Sequence[Tensor]],
-        joined: Callable[[list[Tensor]], Tensor],
-    ) -> tuple[Tensor, State]:
-        """All layers, one after the other. steps_of: cuts a tensor into what belongs to each step; joined: the reverse
-        of it."""
+    def _layers(self, x: Tensor, before: State, sizes: list[int] | None) -> tuple[Tensor, State]:
+        """All layers, one after the other. sizes: of packed sequences, how many have each of the steps."""
         after: list[State] = []
         for layer in range(self.num_layers):
             directions = []
             for suffix in [f"l{layer}", f"l{layer}_reverse"][: 1 + self.bidirectional]:
                 p = self._linear(f"ih_{suffix}", x)
-                y, state = self._direction(p, suffix, tuple(part[len(after)] for part in before), steps_of, joined)
+                y, state = self._direction(p, suffix, tuple(part[len(after)] for part in before), sizes)
                 directions.append(y)
                 after.append(state)
             x = torch.cat(directions, -1) if self.bidirectional else directions[0]
@@ -175,16 +167,9 @@ class QuantRecurrent(_Recurrent):
                 x = F.dropout(x, self.dropout)
         return x, tuple(map(torch.stack, zip(*after, strict=True)))
 
-    def _direction(
-        self,
-        p: Tensor,
-        suffix: str,
-        state: State,
-        steps_of: Callable[[Tensor], Sequence[Tensor]],
-        joined: Callable[[list[Tensor]], Tensor],
-    ) -> tuple[Tensor, State]:
+    def _direction(self, p: Tensor, suffix: str, state: State, sizes: list[int] | None) -> tuple[Tensor, State]:
         """One layer in one direction: its outputs, and the state after it."""
-        if p.dim() == 3 and not self.proj_size:
+        if sizes is None and not self.proj_size:
             hidden, bias = self.codes_and_scale(f"weight_hh_{suffix}"), self._parameters.get(f"bias_hh_{suffix}")
             at_once = ops.recurrent(
                 self.mode, p, *hidden, bias, state,
@@ -192,8 +177,8 @@ class QuantRecurrent(_Recurrent):
             )  # fmt: skip
             if at_once is not None:
                 return at_once
-        outputs, state = self._steps(steps_of(p), suffix, state)
-        return joined(outputs), state
+        outputs, state = self._steps(p.split(sizes) if sizes else p.unbind(), suffix, state)
+        return torch.cat(outputs) if sizes else torch.stack(outputs), state
 
     def _steps(self, steps: Sequence[Tensor], suffix: str, state: State) -> tuple[list[Tensor], State]:
         """One layer in one direction. steps: p [b, G * H] of each step; of packed sequences those that have as many
