@@ -14,6 +14,7 @@ layer with a facade for its dtype is told the model's, and its shape; its values
 from __future__ import annotations
 
 import functools
+import re
 from types import CellType, FunctionType
 from typing import Any
 
@@ -53,10 +54,11 @@ def why_no_facade(layer: nn.Module, kind: LayerKind) -> str | None:
     if kind.name == EXPERTS:
         return None
     plain = f"which a plain {kind.name} would not do"
+    base = float_class(layer, kind)
     for cls in _own_classes(layer, kind):
-        own = _own_names(cls, float_class(layer, kind))
-        if "_conv_forward" in vars(cls):
-            return f"{cls.__name__} has a _conv_forward of its own, {plain}"
+        own = _own_names(cls, base)
+        if changed := {name for name in vars(cls) if _is_of_the_kind(name, base)} - own:
+            return f"{cls.__name__} has a {min(changed)} of its own, {plain}"
         if "forward" in own and not is_readable(cls):
             return f"{cls.__name__} has a forward of its own, {plain}, and its source cannot be read"
         if taken := own & {name for name in dir(kind.module) if not hasattr(nn.Module, name)}:
@@ -66,6 +68,14 @@ def why_no_facade(layer: nn.Module, kind: LayerKind) -> str | None:
             if methods[name].goes_past_super or (methods[name].calls_super and not _knows_its_class(vars(cls)[name])):
                 return f"{cls.__name__}.{name} calls what it derives from otherwise than by a plain super()"
     return None
+
+
+def _is_of_the_kind(name: str, base: type[nn.Module]) -> bool:
+    """Whether it is something that `base` has and not every module, but how it is made."""
+    return hasattr(base, name) and not hasattr(nn.Module, name) and not _IS_MADE.search(name)
+
+
+_IS_MADE = re.compile(r"^__|reset_parameters$|^from_pretrained$|^_fill_padding_idx_with_zero$")
 
 
 def _knows_its_class(function: object) -> bool:

@@ -381,6 +381,26 @@ class Standardized(nn.Conv1d):
         return super()._conv_forward(x, weight / weight.std(), bias)
 
 
+class OwnPadding(nn.ConvTranspose1d):
+    def _output_padding(self, *args: Any, **kwargs: Any) -> list[int]:
+        return [0]
+
+
+class MadeOtherwise(nn.Linear):
+    """How it is made and described is no matter of the int8 layer's."""
+
+    def reset_parameters(self) -> None:
+        nn.init.normal_(self.weight)
+
+    def extra_repr(self) -> str:
+        return "made otherwise"
+
+
+def test_how_a_layer_was_made_is_no_obstacle() -> None:
+    model = Around(MadeOtherwise(8, 8, bias=False))
+    assert octavo.quantize(model, "w8a16").quantized_fraction == 1
+
+
 class Taken(nn.Linear):
     def codes(self) -> int:
         return 1
@@ -395,6 +415,7 @@ REFUSED: list[tuple[Callable[[], nn.Module], str]] = [
     (lambda: OldSuper(8, 8), rf"OldSuper\.forward {PAST}"),
     (lambda: Decorated(8, 8), rf"Decorated\.forward {PAST}"),
     (lambda: Standardized(8, 8, 1), "Standardized has a _conv_forward of its own, which a plain Conv1d would not do"),
+    (lambda: OwnPadding(8, 8, 1), "OwnPadding has a _output_padding of its own, which a plain ConvTranspose1d would "),
     (lambda: Taken(8, 8), "Taken has a codes, which is something else of an int8 layer"),
 ]
 

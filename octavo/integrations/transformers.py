@@ -387,14 +387,13 @@ class OctavoQuantizer(HfQuantizer):  # type: ignore[misc]
         for name, layer in self._replaced.items():
             module = model.get_submodule(name)
             own = layer._non_persistent_buffers_set & module._non_persistent_buffers_set
-            for buffer in own:
-                layer._buffers[buffer] = torch.empty_like(module.get_buffer(buffer))
+            if not own:
+                continue
+            layer._buffers |= {buffer: torch.empty_like(module.get_buffer(buffer)) for buffer in own}
             for parameter in layer.parameters():
                 parameter._is_hf_initialized = True  # type: ignore[attr-defined]
-            if own:
-                _innermost_model(model, name)._init_weights(layer)
-            for buffer in own:
-                module._buffers[buffer] = layer._buffers[buffer]
+            _innermost_model(model, name)._init_weights(layer)
+            module._buffers |= {buffer: layer._buffers[buffer] for buffer in own}
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         if self._error is not None:
