@@ -32,7 +32,8 @@ TITLE = "Every architecture of transformers"
 HOW = """
 Each model type that transformers knows, of language, vision, audio and what joins them, built small with random
 weights: sizes are reduced in the arguments of its configuration. Types whose sizes do not fit each other then, or
-that stay above 200 million parameters, are left out. `w8a16`, embeddings and output head included. "Computes what its
+that stay above 200 million parameters, are left out. `w8a16`, embeddings, output head and all convolutions
+included. "Computes what its
 codes say": on random inputs the int8 model agrees to 80 dB or more with the float one whose weights are codes times
 scales, or, where numbers are too small for that, is no further from it in float64 than it is itself in fp32; not
 asked of types that random inputs do not fit, or that answer in two ways if they are asked twice. "Smoothed": the
@@ -125,6 +126,7 @@ def judge(name: str, mapping: str) -> dict[str, Any]:
     int8 = copy.deepcopy(model)
     include = ["Embedding"] if any(type(module) is nn.Embedding for module in int8.modules()) else []
     include += ["OutputHead"] if output_heads(int8) else []
+    include += [name for name, module in int8.named_modules() if isinstance(module, nn.modules.conv._ConvNd)]
     try:
         report = octavo.quantize(int8, "w8a16", include=include)
         found["quantized"], found["unasked"] = report.quantized_fraction, report.unasked_fraction

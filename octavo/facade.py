@@ -33,7 +33,8 @@ def needs_facade(layer: nn.Module, kind: LayerKind) -> bool:
     if kind.name == EXPERTS:
         return False
     weights = kind.params_of(layer)
-    own = [name for name in layer._parameters if name not in weights and "bias" not in name]  # all take biases over
+    held = (name for name, parameter in layer._parameters.items() if parameter is not None)
+    own = [name for name in held if name not in weights and "bias" not in name]  # all int8 layers take biases over
     return bool(_own_classes(layer, kind) or own)
 
 

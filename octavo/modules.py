@@ -139,7 +139,7 @@ class QuantModule(nn.Module):
             if name not in vars(self):
                 setattr(self, name, value)
         for name, parameter in layer._parameters.items():
-            if name not in params and name not in self._parameters:
+            if name not in params and not hasattr(self, name):
                 self.register_parameter(name, parameter)
         for name, buffer in layer._buffers.items():
             self.register_buffer(name, buffer, persistent=name not in layer._non_persistent_buffers_set)

@@ -13,14 +13,26 @@ from torch import Tensor, nn
 from octavo.coverage import ROUTER_REASON
 from octavo.errors import QuantizeError, RecipeError
 from octavo.experts import routers
-from octavo.facade import has_own_forward, why_no_facade
+from octavo.facade import has_own_forward, needs_facade, why_no_facade
 from octavo.layers import KINDS, LayerKind, kind_of, users_of_parameters, why_not
 from octavo.modules import QuantModule
 from octavo.ops.reference import LONGEST_EXACT
-from octavo.recipe import DEFAULT_TARGETS, OPT_IN_TARGETS, Pattern, Recipe, Scheme, pattern_matches
-from octavo.weight_readers import weight_readers
+from octavo.recipe import (
+    DEFAULT_TARGETS,
+    OPT_IN_TARGETS,
+    READ_BY_OTHERS,
+    Pattern,
+    Recipe,
+    Scheme,
+    pattern_matches,
+)
+from octavo.weight_readers import asked_for_dtype, weight_readers
 
 __all__ = ["Decision", "output_heads", "plan", "selects"]
+
+_WITH_FACADE = {*READ_BY_OTHERS, *OPT_IN_TARGETS}
+"""Kinds of layers that become int8 behind a facade, too. Others are opt-in there: a few small ones (the patches of a
+vision tower) would keep all readers but octavo from a checkpoint that they could read."""
 
 _KIND_NAMES = {kind.name for kind in KINDS} | {*OPT_IN_TARGETS}
 
@@ -61,7 +73,7 @@ def plan(model: nn.Module, recipe: Recipe) -> list[Decision]:
     layers = {name: layer for name, layer in model.named_modules() if kind_of(layer) is not None}
     _check_patterns(model, recipe, layers)
     heads = output_heads(model)
-    readers = weight_readers(model)
+    readers, asked = weight_readers(model), asked_for_dtype(model)
     deciding = routers(model)
     decisions: dict[str, Decision] = {}
     obstacles: dict[str, str] = {}
@@ -74,6 +86,10 @@ def plan(model: nn.Module, recipe: Recipe) -> list[Decision]:
         elif name in readers:
             obstacles[name] = f"{readers[name]} reads its weight directly instead of calling it"
         decision = decisions[name] = _decide(name, layer, kind, label, recipe, obstacles.get(name))
+        opt_in = label not in _WITH_FACADE and (name in asked or needs_facade(layer, kind))
+        if decision.scheme and opt_in and not _names(recipe, name, layer):
+            decision.scheme, decision.asked = None, True
+            decision.reason = f"opt-in: include {name!r} to quantize it; only octavo will read the checkpoint then"
         if name in deciding and not (decision.asked or _names(recipe, name, layer)):
             decision.scheme, decision.reason, decision.asked = None, ROUTER_REASON, True
     # Each may leave a layer float that the other has to know of; neither does anything more the third time.

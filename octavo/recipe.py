@@ -31,6 +31,7 @@ __all__ = [
     "DEFAULT_TARGETS",
     "OPT_IN_TARGETS",
     "PRESETS",
+    "READ_BY_OTHERS",
     "InputArgs",
     "Pattern",
     "Preset",
@@ -65,6 +66,9 @@ experts with 3-D weights."""
 
 OPT_IN_TARGETS = ("Embedding", "OutputHead")
 """Layer kinds quantized only when `include` (or `targets`) names them, or a module of theirs."""
+
+READ_BY_OTHERS = ("Linear", "OutputHead")
+"""Layer kinds that other readers of compressed-tensors (transformers, vLLM) load."""
 
 ATTENTION = ("float", "int8")
 """How the two products of attention, Q K^T and P V, are computed."""

@@ -149,7 +149,7 @@ class Around(nn.Module):
 def quantized(make: Callable[[], nn.Module], **options: Any) -> tuple[Around, Around]:
     """A model as int8, and the float model whose weights are what the codes stand for."""
     model = Around(make()).eval()
-    include = ["Embedding"] if isinstance(model.layer, nn.Embedding) else []
+    include = ["layer"]
     exact = copy.deepcopy(model)
     octavo.quantize(model, "w8a16", include=include, **options)
     for name, module in model.named_modules():
@@ -200,6 +200,16 @@ def test_can_be_compiled_and_exported(name: str) -> None:
     torch.testing.assert_close(compiled(x), expected)
     if isinstance(x, Tensor):
         torch.testing.assert_close(torch.export.export(model, (x,)).module()(x), expected)
+
+
+@pytest.mark.parametrize("name", ["causal", "attention", "transposed"])
+def test_what_others_could_not_read_is_opt_in(name: str) -> None:
+    """A vision tower's patches are not worth that vLLM cannot read the checkpoint."""
+    model = Around(CASES[name][0]())
+    report = octavo.quantize(model, "w8a16")
+    (reason,) = {row.reason for row in report.rows if len(row.shape) > 1 and "out_proj" not in row.name}
+    assert reason == "opt-in: include 'layer' to quantize it; only octavo will read the checkpoint then"
+    assert report.quantized_fraction == report.unasked_fraction == 0
 
 
 def test_what_its_class_has_is_there() -> None:
@@ -316,7 +326,7 @@ def test_who_asks_for_the_dtype_of_a_weight_is_told_the_models(dtype: torch.dtyp
     model = Patches().eval()
     pixels = torch.randn(2, 3, 8, 8)
     expected = model(pixels)
-    report = octavo.quantize(model, "w8a16")
+    report = octavo.quantize(model, "w8a16", include=["patch"])
     assert report.unasked_fraction == 0
     model = model.to(dtype)
     assert type(model.patch).__name__ == "QuantConv" and model.patch.weight.dtype == dtype
@@ -426,7 +436,7 @@ def test_what_cannot_stand_on_an_int8_layer_stays_float(make: Callable[[], nn.Mo
     x = ids(2, 5) % 8 if isinstance(model.layer, nn.Embedding) else torch.randn(3, 8, 8)
     before = model(x)
     with pytest.warns(OctavoWarning, match=reason):
-        octavo.quantize(model, "w8a16", include=["Embedding"] if isinstance(model.layer, nn.Embedding) else [])
+        octavo.quantize(model, "w8a16", include=["layer"])
     assert torch.equal(model(x), before)
 
 
@@ -484,7 +494,7 @@ def test_a_clip_vision_tower_is_int8_to_its_patches() -> None:
     pixels = torch.randn(2, 3, 32, 32)
     with torch.no_grad():
         expected = model(pixels).last_hidden_state
-        octavo.quantize(model, "w8a16")
+        octavo.quantize(model, "w8a16", include=["re:.*patch_embedding"])
         actual = model(pixels).last_hidden_state
         assert isinstance(model.get_submodule("embeddings.patch_embedding"), QuantConv)
         assert 0 < (actual - expected).norm() / expected.norm() < 0.03

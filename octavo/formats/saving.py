@@ -30,7 +30,7 @@ from octavo.formats.companions import copy_companions
 from octavo.formats.experts import expert_parts
 from octavo.formats.outputs import new_folder
 from octavo.modules import QuantExperts, QuantModule, StaticQuantLinear
-from octavo.recipe import OPT_IN_TARGETS, Scheme
+from octavo.recipe import OPT_IN_TARGETS, READ_BY_OTHERS, Scheme
 
 __all__ = [
     "COVERAGE_FILE",
@@ -44,11 +44,6 @@ __all__ = [
 
 COVERAGE_FILE = "octavo_coverage.json"
 """Beside the weights: what is float, and why (`Coverage.to_json`)."""
-
-ECOSYSTEM_KINDS = frozenset({"Linear", "OutputHead"})
-"""Layer kinds that compressed-tensors' readers (transformers, vLLM) load. A checkpoint with others is marked with
-octavo's own quant_method, so that no other reader takes it for what it is not."""
-
 
 OnDisk = Callable[[dict[str, Tensor]], Mapping[str, Tensor]]
 """Tensors under their names in the model -> the same tensors under their names on disk. A float tensor may come back
@@ -139,7 +134,7 @@ def quantization_config(
     """
     if not layers:
         raise QuantizeError("no layer of the model is int8, so there is no int8 checkpoint to write; widen the recipe")
-    foreign = sorted({kind for kind, _ in layers.values()} - ECOSYSTEM_KINDS)
+    foreign = sorted({kind for kind, _ in layers.values()} - set(READ_BY_OTHERS))
     if ecosystem and (foreign or parts):
         found = f"int8 layers of kind {', '.join(foreign)}" if foreign else f"merged float tensors ({min(parts)}, ...)"
         warnings.warn(
