@@ -147,9 +147,8 @@ class _Facade(QuantModule):
     def __init__(self, layer: nn.Module, *args: Any) -> None:
         super().__init__(layer, *args)
         *_, params = self.made_of
-        floats = {param: value for param in params if isinstance(value := getattr(layer, param, None), Tensor)}
-        self._shapes = {param: value.shape for param, value in floats.items()}
-        self._follow_casts(next(iter(floats.values())).device)
+        self._shapes = {param: getattr(layer, param).shape for param in params}
+        self._follow_casts(self.codes_and_scale(params[0])[0].device)  # where its values are, if the layer was empty
         self._hold_rest(layer, params)
 
     def __reduce_ex__(self, protocol: Any) -> Any:

@@ -105,8 +105,7 @@ class QuantModule(nn.Module):
             super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         finally:
             self._view_scales(torch.float32)
-        if "_float" in self._buffers:
-            self._float.fill_(torch.nan)  # `to_empty` leaves anything there
+        self.void_float()
         return self
 
     def scale_names(self) -> tuple[str, ...]:
@@ -132,6 +131,11 @@ class QuantModule(nn.Module):
             if scale is not None:  # files hold it in the model's dtype, and `assign=True` would take that over
                 state_dict[prefix + name] = scale.float()
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+    def void_float(self) -> None:
+        """Fill `_float` with NaN, for what makes buffers anew, as `to_empty` does, leaves anything in it."""
+        if "_float" in self._buffers:
+            self._float.fill_(torch.nan)
 
     def _hold_rest(self, layer: nn.Module, params: Collection[str]) -> None:
         """Hold what the float layer holds besides `params`, and this one does not: what its own code may ask for."""

@@ -261,6 +261,19 @@ def test_a_cast_is_followed() -> None:
     assert skeleton.to_empty(device="cpu").layer.weight.isnan().all()
 
 
+def test_an_empty_model_that_is_loaded_says_where_it_is(tmp_path: Path) -> None:
+    for name in ("positions", "logits"):
+        make, inputs, _ = CASES[name]
+        model, _ = quantized(make)
+        octavo.save(model, tmp_path / name)
+        with torch.device("meta"):
+            empty = Around(make()).eval()
+        loaded = octavo.load(tmp_path / name, model=empty)
+        assert loaded.layer.weight.device.type == "cpu" and loaded.layer.weight.isnan().all()
+        x = inputs()
+        assert torch.equal(loaded(x), model(x))
+
+
 def test_int8_inputs_are_those_that_the_layer_is_given_in_the_end() -> None:
     """A static scale would be that of what its forward is given, which is all that calibration sees."""
 
@@ -483,6 +496,7 @@ def test_language_models_whose_table_scales_itself(make: Callable[[], Any], tmp_
         }
         for how, other in others.items():
             assert torch.equal(other.eval()(input_ids=tokens).logits, actual), how
+            assert other.get_input_embeddings().weight.isnan().all(), how
         model.tie_weights()
         assert torch.equal(model(input_ids=tokens).logits, actual)
         longer = model.generate(tokens, max_new_tokens=4, do_sample=False)

@@ -386,6 +386,8 @@ class OctavoQuantizer(HfQuantizer):  # type: ignore[misc]
         to by the class of the float layer."""
         for name, layer in self._replaced.items():
             module = model.get_submodule(name)
+            assert isinstance(module, QuantModule)
+            module.void_float()
             own = layer._non_persistent_buffers_set & module._non_persistent_buffers_set
             if not own:
                 continue
