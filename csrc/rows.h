@@ -168,12 +168,9 @@ struct RowKernels {
   }
 
   static void recur(const Recurrence& in, int64_t r0, int64_t r1) {
-    for (int64_t i = r0 * in.H; i < r1 * in.H;) {
-      const int64_t r = i / in.H, k = i % in.H;
-      const int count = static_cast<int>(in.H - k < V::kLanes ? in.H - k : V::kLanes);
-      recur(in, r, k, count);
-      i += count;
-    }
+    for (int64_t r = r0; r < r1; r++)
+      for (int64_t k = 0; k < in.H; k += V::kLanes)
+        recur(in, r, k, static_cast<int>(in.H - k < V::kLanes ? in.H - k : V::kLanes));
   }
 
   // `count` values of row r, from value k on.

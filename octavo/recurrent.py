@@ -67,7 +67,7 @@ def _relu(p: Tensor, q: Tensor, state: State) -> State:
     return ((p + q).relu(),)
 
 
-GATES: dict[str, Gates] = {"LSTM": _lstm, "GRU": _gru, "RNN_TANH": _tanh, "RNN_RELU": _relu}
+FORMULAS: dict[str, Gates] = {"LSTM": _lstm, "GRU": _gru, "RNN_TANH": _tanh, "RNN_RELU": _relu}
 """By what torch calls the mode of a layer."""
 
 
@@ -183,7 +183,7 @@ class QuantRecurrent(_Recurrent):
     def _steps(self, steps: Sequence[Tensor], suffix: str, state: State) -> tuple[list[Tensor], State]:
         """One layer in one direction. steps: p [b, G * H] of each step; of packed sequences those that have as many
         steps, the longest first: the others' state waits until they begin (backwards) or stays as it is (forwards)."""
-        gates = GATES[self.mode]
+        gates = FORMULAS[self.mode]
         outputs: list[Tensor] = []
         for p in reversed(steps) if suffix.endswith("_reverse") else steps:
             waiting = [part[len(p) :] for part in state] if len(p) < len(state[0]) else []
@@ -209,17 +209,15 @@ class QuantRecurrent(_Recurrent):
         yield str(self.scheme)
 
 
-_MODES = {"LSTMCell": "LSTM", "GRUCell": "GRU"}
-
-
 class QuantRecurrentCell(_Recurrent):
     """nn.LSTMCell, nn.GRUCell or nn.RNNCell with int8 weights: one step."""
 
     def __init__(self, layer: Any, codes: Codes, scheme: Scheme, float_dtype: torch.dtype) -> None:
         super().__init__(layer, codes, scheme, float_dtype)
-        classes = (cls.__name__ for cls in type(layer).__mro__)
-        by_class = next((_MODES[name] for name in classes if name in _MODES), None)
-        self.mode = by_class or f"RNN_{layer.nonlinearity.upper()}"
+        if isinstance(layer, nn.RNNCell):
+            self.mode = f"RNN_{layer.nonlinearity.upper()}"
+        else:
+            self.mode = "LSTM" if isinstance(layer, nn.LSTMCell) else "GRU"
 
     def forward(self, input: Tensor, hx: Any = None) -> Any:
         """As the float cell: input [B, K] or [K]; hx the state before it, h [B, H], of an LSTM (h, c); zeros without.
@@ -232,7 +230,7 @@ class QuantRecurrentCell(_Recurrent):
             zeros = self._zeros(input, *input.shape[:-1], self.hidden_size)
             hx = (zeros, zeros) if is_lstm else zeros
         state = tuple(hx) if is_lstm else (hx,)
-        after = GATES[self.mode](self._linear("ih", input), self._linear("hh", state[0]), state)
+        after = FORMULAS[self.mode](self._linear("ih", input), self._linear("hh", state[0]), state)
         return after if is_lstm else after[0]
 
     def extra_repr(self) -> str:

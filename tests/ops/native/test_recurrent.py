@@ -14,7 +14,7 @@ from tests.ops.native.kernels import FLOATS, WITH_KERNELS, codes, strided
 
 pytestmark = WITH_KERNELS
 
-GATES = {"LSTM": 4, "GRU": 3, "RNN_TANH": 1}
+GATES_OF = {"LSTM": 4, "GRU": 3, "RNN_TANH": 1}
 
 
 def quantized(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -53,7 +53,7 @@ def in_double(
 
 
 @given(
-    mode=st.sampled_from(sorted(GATES)),
+    mode=st.sampled_from(sorted(GATES_OF)),
     steps=st.integers(1, 6),
     batch=st.sampled_from([1, 2, 7, 40]),
     hidden=st.sampled_from([1, 3, 8, 15, 16, 33, 100, 260]),
@@ -69,7 +69,7 @@ def test_steps(
     isa: str, mode: str, steps: int, batch: int, hidden: int, groups: int, dtype: torch.dtype, how: str, size: float,
     has_bias: bool, backwards: bool, int8_inputs: bool,
 ) -> None:  # fmt: skip
-    n, groups = GATES[mode] * hidden, groups if hidden % groups == 0 and not int8_inputs else 1
+    n, groups = GATES_OF[mode] * hidden, groups if hidden % groups == 0 and not int8_inputs else 1
     weight, scale = codes(n, hidden), torch.rand(n, groups) / (127 * hidden**0.5)
     p = (torch.randn(steps, batch, n) * size).to(dtype)
     bias = torch.randn(n).to(dtype) if has_bias else None
@@ -89,12 +89,12 @@ def test_steps(
     assert all(map(torch.equal, state, before))
 
 
-@pytest.mark.parametrize("mode", GATES)
+@pytest.mark.parametrize("mode", GATES_OF)
 def test_gates_at_the_ends(isa: str, mode: str) -> None:
     """Infinite gates are open or closed, and NaN is that of its own number alone."""
     ends = torch.tensor([torch.inf, 3e38, 100.0, -100.0, -3e38, -torch.inf])
     hidden = len(ends) + 1
-    p = torch.cat([ends, torch.tensor([torch.nan])]).repeat(GATES[mode]).view(1, 1, -1)
+    p = torch.cat([ends, torch.tensor([torch.nan])]).repeat(GATES_OF[mode]).view(1, 1, -1)
     state = tuple(torch.full((1, hidden), 0.5) for _ in range(2 if mode == "LSTM" else 1))
     nothing = torch.zeros(p.shape[-1], hidden, dtype=torch.int8), torch.ones(p.shape[-1], 1)
     with torch.no_grad():
