@@ -364,8 +364,8 @@ constexpr LinearKernels tiles_or{
 
 extern const Kernels amx_kernels = [] {
   Kernels kernels = avx512_kernels;
-  kernels.float_attention_of[static_cast<int>(Float::bf16)] = nullptr;  // torch's has tiles too
-  for (FloatLinearKernels& none : kernels.float_linear_of) none = {};   // torch's have too; not measured
+  kernels.float_attention_of[static_cast<int>(Float::bf16)].most_rows = kAttentionRows;  // torch's has tiles for many
+  for (FloatLinearKernels& none : kernels.float_linear_of) none = {};  // torch's have too; not measured
   kernels.isa = "amx";
   kernels.w8a16_of[static_cast<int>(Float::bf16)] = tiles_or<LinearBf16, Avx512<avx512_bf16>>;
   kernels.w8a8 = tiles_or<LinearInt8, Avx512<avx512_int8>>;

@@ -39,6 +39,10 @@
 
 #include "int8_attention.h"
 
+#include "attention_rows.h"
+
+#include "few_queries.h"
+
 #include "float_attention.h"
 
 namespace octavo {
@@ -110,9 +114,12 @@ extern constexpr Kernels avx2_kernels = [] {
   kernels.narrow_convolution_of[1] = &narrow_convolution<NarrowKernel<Single<Float::bf16>, Eight, Eight>>;
   kernels.narrow_convolution_of[2] = &narrow_convolution<NarrowKernel<Single<Float::f16>, Eight, Eight>>;
   kernels.int8_attention = &attention<Int8Attention<Int8Unit, WeightedUnit>>;
-  kernels.float_attention_of[0] = &attention<FloatAttention<Fp32Unit<Float::f32>>>;
-  kernels.float_attention_of[1] = &attention<FloatAttention<Fp32Unit<Float::bf16>>>;
-  kernels.float_attention_of[2] = &attention<FloatAttention<Fp32Unit<Float::f16>>>;
+  kernels.float_attention_of[0] = {kAnyNumber,
+                                   &attention<FloatAttention<Fp32Unit<Float::f32>, WithFloats<Fp32<Float::f32>>>>};
+  kernels.float_attention_of[1] = {kAnyNumber,
+                                   &attention<FloatAttention<Fp32Unit<Float::bf16>, WithFloats<Fp32<Float::bf16>>>>};
+  kernels.float_attention_of[2] = {kAnyNumber,
+                                   &attention<FloatAttention<Fp32Unit<Float::f16>, WithFloats<Fp32<Float::f16>>>>};
   return kernels;
 }();
 

@@ -38,6 +38,10 @@
 
 #include "int8_attention.h"
 
+#include "attention_rows.h"
+
+#include "few_queries.h"
+
 #include "float_attention.h"
 
 namespace octavo {
@@ -118,11 +122,16 @@ struct Bf16Unit : Bf16 {
   static __m512i product(__m512i sums, __m512i x, __m512i w) {
     return _mm512_castps_si512(dot(_mm512_castsi512_ps(sums), x, w));
   }
-  static __m512i beside(const X* const (&rows)[kElements], int count) {
-    const __m512i first = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask16(count), rows[0]));
-    if (!rows[1]) return first;
-    const __m512i second = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask16(count), rows[1]));
-    return _mm512_or_si512(first, _mm512_slli_epi32(second, 16));
+  // In each 128 bits, four columns of the first vector and the four behind them in the second.
+  OCTAVO_INLINE static void strip(const X* const (&rows)[kElements], int count, __m512i (&w)[2]) {
+    const __m512i first = load_x(rows[0], count), second = rows[1] ? load_x(rows[1], count) : Vec::zeros();
+    w[0] = _mm512_unpacklo_epi16(first, second), w[1] = _mm512_unpackhi_epi16(first, second);
+  }
+  static void in_order(__m512i (&w)[2]) {
+    const __m512i front = _mm512_setr_epi64(0, 1, 8, 9, 2, 3, 10, 11),
+                  back = _mm512_setr_epi64(4, 5, 12, 13, 6, 7, 14, 15);
+    const __m512i first = _mm512_permutex2var_epi64(w[0], front, w[1]);
+    w[1] = _mm512_permutex2var_epi64(w[0], back, w[1]), w[0] = first;
   }
   static __m512i rounded(const __m512 (&v)[kElements]) { return (__m512i)_mm512_cvtne2ps_pbh(v[1], v[0]); }
 };
@@ -209,9 +218,11 @@ extern constexpr Kernels avx512_kernels = [] {
   kernels.narrow_convolution_of[1] = &narrow_convolution<NarrowKernel<Pair, Sixteen, Eight>>;
   kernels.narrow_convolution_of[2] = &narrow_convolution<NarrowKernel<Single<Float::f16>, Sixteen, Eight>>;
   kernels.int8_attention = &attention<Int8Attention<Int8Unit, WeightedUnit>>;
-  kernels.float_attention_of[0] = &attention<FloatAttention<Fp32Unit<Float::f32>>>;
-  kernels.float_attention_of[1] = &attention<FloatAttention<Bf16Unit>>;
-  kernels.float_attention_of[2] = &attention<FloatAttention<Fp32Unit<Float::f16>>>;
+  kernels.float_attention_of[0] = {kAnyNumber,
+                                   &attention<FloatAttention<Fp32Unit<Float::f32>, WithFloats<Fp32<Float::f32>>>>};
+  kernels.float_attention_of[1] = {kAnyNumber, &attention<FloatAttention<Bf16Unit, WithFloats<Bf16>>>};
+  kernels.float_attention_of[2] = {kAnyNumber,
+                                   &attention<FloatAttention<Fp32Unit<Float::f16>, WithFloats<Fp32<Float::f16>>>>};
   kernels.float_linear_of[0] = {64, 64, linear_kernels<DotLinear<Vec, WithFloats<Fp32<Float::f32>>>>};
   kernels.float_linear_of[1] = {24, 24, linear_kernels<DotLinear<Vec, WithFloats<Bf16>>>};
   kernels.float_linear_of[2] = {kAnyNumber, kAnyNumber, linear_kernels<DotLinear<Vec, WithFloats<Fp32<Float::f16>>>>};

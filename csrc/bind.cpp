@@ -64,7 +64,8 @@ extern "C" __attribute__((visibility("default"))) int64_t octavo_multiplies_in(i
   return active.load() ? most_rows(static_cast<Float>(type)) : 0;
 }
 
-// Whether float attention has, for a type of `Float`; else it is torch's.
-extern "C" __attribute__((visibility("default"))) bool octavo_attends_in(int type) {
-  return active.load() && kernels().float_attention(static_cast<Float>(type));
+// Up to how many rows of a key head float attention has kernels that are faster than torch's own, for a type of
+// `Float`.
+extern "C" __attribute__((visibility("default"))) int64_t octavo_attends_in(int type) {
+  return active.load() ? kernels().float_attention(static_cast<Float>(type)).most_rows : 0;
 }

@@ -16,6 +16,12 @@ inline const void* head_row(const Heads& x, int64_t batch, int64_t head, int64_t
   return element(x.x, x.type, batch * x.batch_step + head * x.head_step + token * x.token_step);
 }
 
+// The same where it is known what the elements are.
+template <class T>
+inline const T* row_of(const Heads& x, int64_t batch, int64_t head, int64_t token) {
+  return static_cast<const T*>(x.x) + batch * x.batch_step + head * x.head_step + token * x.token_step;
+}
+
 inline void fetch(const void* row, int64_t bytes) {
   for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(static_cast<const char*>(row) + i, 0, kIntoL2);
 }

@@ -240,6 +240,12 @@ struct AttentionKernels {
   void (*rows)(const Attention&, int64_t key_head, int64_t r0, int64_t r1, void* scratch);
 };
 
+// Of float attention: faster than torch's own up to so many rows of a key head. None at 0.
+struct FloatAttentionKernels {
+  int64_t most_rows;
+  const AttentionKernels* attention;
+};
+
 struct Kernels {
   const char* isa;
 
@@ -268,7 +274,7 @@ struct Kernels {
   const ConvolutionKernels* convolution_of[3];               // f32, bf16, f16
   const NarrowConvolutionKernels* narrow_convolution_of[3];  // f32, bf16, f16
   const AttentionKernels* int8_attention;
-  const AttentionKernels* float_attention_of[3];  // f32, bf16, f16
+  FloatAttentionKernels float_attention_of[3];  // f32, bf16, f16
 
   FloatLinearKernels float_linear_of[3];  // f32, bf16, f16
 
@@ -278,7 +284,7 @@ struct Kernels {
   const NarrowConvolutionKernels* narrow_convolution(Float x) const {
     return narrow_convolution_of[static_cast<int>(x)];
   }
-  const AttentionKernels* float_attention(Float x) const { return float_attention_of[static_cast<int>(x)]; }
+  const FloatAttentionKernels& float_attention(Float x) const { return float_attention_of[static_cast<int>(x)]; }
 };
 
 extern const Kernels scalar_kernels, avx2_kernels, avxvnni_kernels, avx512_kernels, amx_kernels;

@@ -128,12 +128,13 @@ Tensor float_attention(const Tensor& query, const Tensor& key, const Tensor& val
   const auto type = float_type(query.scalar_type());
   const bool alike = key.scalar_type() == query.scalar_type() && value.scalar_type() == query.scalar_type();
   const bool understood = (!mask || (mask->scalar_type() == ScalarType::Bool && !is_causal)) && scaling > 0;
-  const AttentionKernels* const served = type ? kernels().float_attention(*type) : nullptr;
-  if (!alike || !understood || !served)
+  const int64_t rows = key.dim() == 4 && key.size(1) > 0 ? query.size(1) / key.size(1) * query.size(2) : 0;
+  const bool served = type && query.dim() == 4 && rows <= kernels().float_attention(*type).most_rows;
+  if (!alike || !understood || !served || !kernels().float_attention(*type).attention)
     return reference<Tensor>("float_attention", query, key, value, mask, scaling, is_causal);
   Attention a{};
   if (is_causal) a.mask = {Mask::Kind::causal, nullptr, 1, 1, query.size(2), 0, 0, 0, nullptr};
-  return attend(a, *served, query, key, value, mask, scaling);
+  return attend(a, *kernels().float_attention(*type).attention, query, key, value, mask, scaling);
 }
 
 }  // namespace

@@ -884,7 +884,7 @@ void check_int8_attention(const Kernels& kernels, AttentionCase c) {
 
 void check_float_attention(const Kernels& kernels, AttentionCase c) {
   const Attention a = c.as_attention();
-  attend(*kernels.float_attention(c.y.type()), a);
+  attend(*kernels.float_attention(c.y.type()).attention, a);
   // To which e^... are rounded, and what is lost of a score and of the sums.
   const double rounding = c.y.type() == Float::bf16 ? 0x1p-8 : 1e-4;
   std::vector<double> weight(c.S);
@@ -925,7 +925,7 @@ void check_attentions(const Kernels& kernels) {
         for (const Kind kind : {Kind::none, Kind::boolean, Kind::f32, Kind::bf16, Kind::f16})
           check_int8_attention(kernels, random_case(kind, nullptr));
       for (const Float type : kTypes)
-        if (kernels.float_attention(type))
+        if (kernels.float_attention(type).attention)
           for (const Kind kind : {Kind::none, Kind::causal, Kind::boolean})
             check_float_attention(kernels, random_case(kind, &type));
     }

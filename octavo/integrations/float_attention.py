@@ -5,7 +5,7 @@
 It takes head by head and multiplies without the instructions that the processor has for bf16. Where this package has a
 kernel (`ops.float_attention`), that answers prompts, masks and single queries. Elsewhere single queries, as decode asks
 them, are two products in fp32 for all heads that share a key (grouped-query attention), rounded once. Everything else
-(biases, fp32 queries one by one, gradients, GPUs, exported graphs) is passed on to transformers' "sdpa", in whose place
+(biases, gradients, GPUs, exported graphs) is passed on to transformers' "sdpa", in whose place
 this is.
 
 Importing this module registers the name "octavo_sdpa" with transformers, with the masks of "sdpa".
@@ -79,7 +79,7 @@ def float_attention_forward(
     """
     if not dropout and _is_plain(query, key, value, kwargs):
         by = query.shape[-1] ** -0.5 if scaling is None else scaling
-        if _has_kernel(query, attention_mask, by):
+        if _has_kernel(query, key, attention_mask, by):
             is_causal = attention_mask is None and query.shape[2] > 1 and _is_causal(module, kwargs)
             if is_causal:
                 key, value = (x[:, :, : query.shape[2]] for x in (key, value))
@@ -110,12 +110,11 @@ def _is_plain(query: Tensor, key: Tensor, value: Tensor, kwargs: dict[str, Any])
     )
 
 
-def _has_kernel(query: Tensor, mask: Tensor | None, scaling: float) -> bool:
-    """Whether a kernel of this package answers, faster than torch's, which is as fast at single queries in fp32."""
+def _has_kernel(query: Tensor, key: Tensor, mask: Tensor | None, scaling: float) -> bool:
+    """Whether a kernel of this package answers, faster than torch's."""
     return (
-        ops.attends_in_float(query)
+        ops.attends_in_float(query, key)
         and scaling > 0
-        and not (query.dtype == torch.float32 and query.shape[2] == 1)
         and (mask is None or (mask.dtype == torch.bool and mask.dim() == 4))
     )
 

@@ -411,9 +411,11 @@ def float_attention(
     return _run(_float_attention, lambda: attention.check_heads(query, key, value, mask), *args)  # type: ignore[no-any-return]
 
 
-def attends_in_float(query: Tensor) -> bool:
-    """Whether `float_attention` has a kernel of its own for the device and dtype of `query`."""
-    return query.device.type == "cpu" and query.dtype in _native.attends_in
+def attends_in_float(query: Tensor, key: Tensor) -> bool:
+    """Whether `float_attention` has a kernel of its own, faster than torch's, for this query [B, H, T, D] and key
+    [B, KV, S, D]."""
+    most = _native.attends_in.get(query.dtype, 0) if query.device.type == "cpu" else 0
+    return most > 0 and query.shape[1] // key.shape[1] * query.shape[2] <= most
 
 
 def float_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
@@ -584,10 +586,15 @@ def backends() -> list[Serving]:
 
 def _on_cpu_in_float(kernels: native.Native) -> Serving:
     """Of float attention, which is torch's in the dtypes that have no kernel."""
-    if not kernels.attends_in or kernels.isa is None:
+    if not any(kernels.attends_in.values()) or kernels.isa is None:
         return Serving("float_attention", "cpu", "reference", "torch's own")
-    lacks = [str(dtype).removeprefix("torch.") for dtype in _KERNELS_TAKE if dtype not in kernels.attends_in]
-    why = f"{kernels.why}; torch's own in {', '.join(lacks)}" if lacks else kernels.why
+    why = kernels.why
+    for dtype, most in kernels.attends_in.items():
+        name = str(dtype).removeprefix("torch.")
+        if not most:
+            why += f"; torch's own in {name}"
+        elif most < native.ANY_NUMBER:
+            why += f"; torch's own in {name} from {most + 1} rows of a key head on"
     return Serving("float_attention", "cpu", kernels.isa, why)
 
 

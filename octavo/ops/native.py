@@ -17,9 +17,12 @@ import torch
 
 from octavo.errors import OctavoError, QuantizeError
 
-__all__ = ["LIBRARY", "Native", "load", "reference_is_forced", "select"]
+__all__ = ["ANY_NUMBER", "LIBRARY", "Native", "load", "reference_is_forced", "select"]
 
 LIBRARY = Path(__file__).with_name("liboctavo.so")
+
+ANY_NUMBER = 2**63 - 1
+"""Of rows: `kAnyNumber` in `csrc/kernels.h`."""
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 """As `Float` in `csrc/kernels.h` counts them."""
@@ -30,7 +33,8 @@ class Native:
     """What serves on CPUs. isa: the instruction set, or None where the reference does. why: in either case.
     convolves: whether convolutions have kernels for that instruction set, and are not the reference's.
     attends: whether int8 attention has kernels of its own there, and is not composed of other ops.
-    attends_in: the dtypes in which float attention has some, and is not torch's.
+    attends_in: for each dtype the number of rows of a key head up to which kernels of float attention are faster than
+        torch's; 0 where there are none.
     multiplies_in: for each dtype the number of rows up to which those of float linear layers are faster than torch's;
         0 where there are none."""
 
@@ -38,7 +42,7 @@ class Native:
     why: str
     convolves: bool = False
     attends: bool = False
-    attends_in: tuple[torch.dtype, ...] = ()
+    attends_in: Mapping[torch.dtype, int] = dataclasses.field(default_factory=dict)
     multiplies_in: Mapping[torch.dtype, int] = dataclasses.field(default_factory=dict)
 
 
@@ -85,15 +89,14 @@ def select(isa: str) -> Native:
     library = ctypes.CDLL(str(LIBRARY))
     library.octavo_select.restype = ctypes.c_char_p
     library.octavo_isa.restype = ctypes.c_char_p
-    for asked in (library.octavo_convolves, library.octavo_attends, library.octavo_attends_in):
-        asked.restype = ctypes.c_bool
-    library.octavo_multiplies_in.restype = ctypes.c_int64
+    library.octavo_convolves.restype = library.octavo_attends.restype = ctypes.c_bool
+    library.octavo_attends_in.restype = library.octavo_multiplies_in.restype = ctypes.c_int64
     error = ctypes.c_int()
     why = library.octavo_select(isa.encode(), ctypes.byref(error)).decode()
     if error:
         raise QuantizeError(why)
     name = library.octavo_isa()
-    attends_in = tuple(dtype for i, dtype in enumerate(_FLOATS) if library.octavo_attends_in(i))
+    attends_in = {dtype: library.octavo_attends_in(i) for i, dtype in enumerate(_FLOATS)}
     multiplies_in = {dtype: library.octavo_multiplies_in(i) for i, dtype in enumerate(_FLOATS)}
     isa_name = None if name is None else name.decode()
     return Native(isa_name, why, library.octavo_convolves(), library.octavo_attends(), attends_in, multiplies_in)

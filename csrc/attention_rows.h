@@ -1,0 +1,167 @@
+// Attention in float: what is done with the rows of a tile, whichever way their keys and values are multiplied.
+//
+//     weigh    scores -> e^(score - largest) as units, and their sum
+//     store    sums of those with values, over that sum -> y
+//
+// In bf16 the e^... are rounded to it, as torch's kernel rounds them; their sum is of what they were before. Tokens
+// that the mask forbids to all of the rows, at either end, are not looked at.
+//
+// Included by a translation unit after its target pragma, like outer_linear.h, whose units these are, heads.h, mask.h
+// and exponential.h.
+#pragma once
+
+namespace octavo {
+namespace {
+
+// Tokens [begin, begin + count), the last block of 32 as a whole.
+struct Tokens {
+  int64_t begin, count;
+};
+
+// `Unit`, beyond what linear layers ask of it:
+//     rounded      kElements vectors of fp32 -> units
+template <class Unit>
+struct AttentionTile {
+  using V = Vec;
+  using F = Vec::F;
+  static constexpr int64_t kUnit = Unit::kElements;
+  static constexpr int64_t kVector = V::kLanes * kUnit;
+  static constexpr int64_t kVectorBytes = V::kLanes * kUnitBytes;
+
+  static int64_t bytes_of(int64_t tokens) { return tokens / kUnit * kUnitBytes; }  // of a multiple of 32
+
+  // What is between the two products of a tile, and the second.
+  struct Scratch {
+    int64_t ldq, ldp;  // bytes
+    float* scores;     // [tokens / 32][12][32]
+    float* y;          // [12][32]
+    char *q, *p;       // [12][ldq], [12][ldp]: units
+
+    Scratch(const Attention& a, int64_t tokens, char* memory)
+        : ldq(padded_row(ceil_div(a.D, kVector) * kVectorBytes)),
+          ldp(padded_row(bytes_of(whole(tokens)))),
+          scores(reinterpret_cast<float*>(memory)) {
+      y = scores + kAttentionRows * whole(tokens);
+      q = reinterpret_cast<char*>(y + kAttentionRows * kBlockN);
+      p = q + kAttentionRows * ldq;
+    }
+    static int64_t bytes(const Attention& a, int64_t tokens) {
+      const Scratch at(a, tokens, nullptr);
+      return kAttentionRows * ((whole(tokens) + kBlockN) * static_cast<int64_t>(sizeof(float)) + at.ldq + at.ldp);
+    }
+    float* scores_of(int64_t i, int64_t token) const { return scores + token * kAttentionRows + i * kBlockN; }
+    char* units_of(int64_t i, int64_t token) const { return p + i * ldp + bytes_of(token); }
+  };
+
+  // Rows [r0, r1) of a key head.
+  int64_t key_head, count;
+  Place places[kAttentionRows];
+  AttentionTile(const Attention& a, int64_t of, int64_t r0, int64_t r1) : key_head(of), count(r1 - r0) {
+    find_places(a, key_head, r0, r1, places);
+  }
+
+  // Tokens from `first`, a multiple of 32, up to `last`.
+  struct Range {
+    int64_t first, last;
+  };
+
+  // multiply(range): the products of the tile's rows with keys -> scratch.scores. top, total: [12], of the tile's rows.
+  // Returns: the tokens outside of which all e^... are 0.
+  template <class Multiply>
+  Range weigh(const Attention& a, const Tokens& tokens, const Scratch& scratch, float* top, float* total,
+              const Multiply& multiply) const {
+    Allowed allowed[kAttentionRows];
+    for (int64_t i = 0; i < count; i++) allowed[i] = allowed_of(a, places[i], tokens);
+    const Range range = range_of(allowed, count, tokens);
+    multiply(range);
+    for (int64_t i = 0; i < count; i++) top[i] = largest_score(a, places[i].of_mask, allowed[i], tokens, scratch, i);
+    for (int64_t i = 0; i < count; i++)
+      total[i] = exponentials(a.scaling, allowed[i], range, tokens, scratch, i, top[i]);
+    return range;
+  }
+
+  // Sums over `total` -> columns [n, n + 32) of row i; zeros where nothing may be attended to.
+  void store(const Attention& a, int64_t i, int64_t n, const float* sums, float total) const {
+    const Allowed allowed = allowed_of(a, places[i]);
+    const F scale = V::set1(allowed.first < allowed.last ? 1 / total : 0);
+    const int64_t row = result_row(a, places[i]), end = min64(n + kBlockN, a.Dv);
+    for (; n < end; n += V::kLanes, sums += V::kLanes)
+      V::store(element(a.y, a.y_type, row + n), a.y_type, static_cast<int>(min64(V::kLanes, end - n)),
+               V::mul(V::load(sums), scale));
+  }
+
+ private:
+  // Which tokens a row may attend to.
+  static Allowed allowed_of(const Attention& a, const Place& place) {
+    return a.mask.kind == Mask::Kind::none ? Allowed{0, a.S, true, true} : a.mask.allowed[place.of_mask];
+  }
+
+  // ... and which of these.
+  static Allowed allowed_of(const Attention& a, const Place& place, const Tokens& tokens) {
+    Allowed row = allowed_of(a, place);
+    row.first = max64(row.first, tokens.begin), row.last = min64(row.last, tokens.begin + tokens.count);
+    if (row.first >= row.last) row.first = row.last = tokens.begin;
+    return row;
+  }
+
+  static Range range_of(const Allowed* rows, int64_t count, const Tokens& tokens) {
+    Range all{tokens.begin + tokens.count, tokens.begin};
+    for (int64_t i = 0; i < count; i++)
+      if (rows[i].first < rows[i].last) all = {min64(all.first, rows[i].first), max64(all.last, rows[i].last)};
+    return all.first < all.last ? Range{all.first / kBlockN * kBlockN, all.last} : Range{tokens.begin, tokens.begin};
+  }
+
+  // Of row i. Scores that the mask forbids, next to others, become -inf.
+  static float largest_score(const Attention& a, int64_t of_mask, const Allowed& row, const Tokens& tokens,
+                             const Scratch& scratch, int64_t i) {
+    F most = V::set1(-INFINITY);
+    for (int64_t s = row.first / kBlockN * kBlockN; s < row.last; s += kBlockN) {
+      float* x = scratch.scores_of(i, s - tokens.begin);
+      if (!row.plain || s < row.first || s + kBlockN > row.last)
+        for (int j = 0; j < kBlockN; j += V::kLanes)
+          V::store(x + j, V::select(lanes(a, of_mask, row, s + j), V::load(x + j), V::set1(-INFINITY)));
+      // In this order of operands NaN is passed over.
+#pragma GCC unroll 4
+      for (int j = 0; j < kBlockN; j += V::kLanes) most = V::max(V::load(x + j), most);
+    }
+    return V::most(most);
+  }
+
+  // Those of a vector of tokens, from s on, that may be attended to.
+  static V::Bits lanes(const Attention& a, int64_t of_mask, const Allowed& row, int64_t s) {
+    const V::Bits there = lanes_within(row.first, row.last, s);
+    if (row.plain || !there) return there;
+    constexpr auto kind = Mask::Kind::boolean;
+    const int count = static_cast<int>(min64(V::kLanes, row.last - s));
+    return there & MaskRows::changes_nothing<kind>(MaskRows::row(a.mask, of_mask), s, count);
+  }
+
+  // e^(scaling * (score - top)) of row i -> units, zeros for the other tokens of `range`. Returns: their sum.
+  static float exponentials(float by, const Allowed& row, const Range& range, const Tokens& tokens,
+                            const Scratch& scratch, int64_t i, float top) {
+    const int64_t end = whole(range.last);  // of the tokens, and of the zeros behind the last
+    const int64_t from = row.first < row.last ? row.first / kBlockN * kBlockN : end, to = max64(from, whole(row.last));
+    memset(scratch.units_of(i, range.first - tokens.begin), 0, bytes_of(from - range.first));
+    memset(scratch.units_of(i, to - tokens.begin), 0, bytes_of(end - to));
+    const F scaling = V::set1(by), shift = V::set1(top == -INFINITY ? 0 : top);
+    F total = V::set1(0);
+    for (int64_t s = from; s < to; s += kBlockN) {
+      const float* x = scratch.scores_of(i, s - tokens.begin);
+      char* units = scratch.units_of(i, s - tokens.begin);
+#pragma GCC unroll 4
+      for (int j = 0; j < kBlockN; j += kVector, units += kVectorBytes) {
+        F e[kUnit];
+#pragma GCC unroll 2
+        for (int u = 0; u < kUnit; u++) {
+          e[u] = exp_of_negative<V>(V::mul(scaling, V::sub(V::load(x + j + u * V::kLanes), shift)));
+          total = V::add(total, e[u]);
+        }
+        V::store_units(units, Unit::rounded(e));
+      }
+    }
+    return V::total(total);
+  }
+};
+
+}  // namespace
+}  // namespace octavo

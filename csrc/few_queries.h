@@ -1,0 +1,228 @@
+// Attention in float of so few rows that one tile has all that share a key head: decode, a few tokens of a draft.
+//
+// Each key and each value is met once, so nothing is laid out: scores are dot products with keys as they lie
+// (dot_linear.h), and values, rows of columns of y, are multiplied by units of e^... that are broadcast:
+//
+//     tokens   128 at a time: what the rows make of them, sums that are not yet divided (`packed`)
+//     rows     those of all tokens, joined by their largest scores -> y
+//
+// While keys are multiplied the values behind them are fetched, and then the next keys: memory is never idle. Which
+// tokens form a part depends on nothing but their number, so threads change no bit.
+//
+// Included by a translation unit after its target pragma, like dot_linear.h and attention_rows.h.
+#pragma once
+
+namespace octavo {
+namespace {
+
+// `Dot` is the dot product of a row of q and a key, `Unit` of e^... and values; what it has for that is
+//     strip       rows of values, kElements of them, over kStrip columns, of which the first `count` are there ->
+//     units,
+//                 in two vectors. A null row is of zeros
+//     in_order    two vectors of such columns, or of their sums, in the order of the columns
+template <class Unit, class Dot>
+struct FewQueries {
+  using V = Vec;
+  using X = typename Unit::X;
+  using Tile = AttentionTile<Unit>;
+  using Scratch = typename Tile::Scratch;
+  static constexpr int64_t kUnit = Unit::kElements;
+
+  // What is made of one part of the tokens: sums of e^... times v, the largest score, the sum of the e^...
+  struct Part {
+    float *y, *top, *total;  // [12][Dv, up to a multiple of 32], [12 of 16], [12 of 16]
+
+    Part(const Attention& a, int64_t key_head, int64_t part) {
+      y = reinterpret_cast<float*>(a.packed + key_head * packed(a) + part * bytes(a));
+      top = y + kAttentionRows * whole(a.Dv), total = top + 16;
+    }
+    static int64_t bytes(const Attention& a) {
+      return (kAttentionRows * whole(a.Dv) + 32) * static_cast<int64_t>(sizeof(float));
+    }
+  };
+
+  static int64_t rows_of(const Attention& a) { return a.H / a.KV * a.T; }  // of a key head
+  static bool take(const Attention& a) { return rows_of(a) <= kAttentionRows; }
+
+  static size_t packed(const Attention& a) { return ceil_div(a.S, kAttentionTokens) * Part::bytes(a); }
+  static size_t scratch(const Attention& a) { return Scratch::bytes(a, kAttentionTokens); }
+
+  static void tokens(const Attention& a, int64_t key_head, int64_t s0, int64_t s1, void* memory) {
+    const Tile tile(a, key_head, 0, rows_of(a));
+    const Scratch scratch(a, kAttentionTokens, static_cast<char*>(memory));
+    const Part to(a, key_head, s0 / kAttentionTokens);
+    const Tokens part{s0, whole(s1 - s0)};
+    const auto range =
+        tile.weigh(a, part, scratch, to.top, to.total, [&](const auto& range) { keys(a, tile, range, s0, scratch); });
+    values(a, tile, range, s0, scratch, to.y);
+  }
+
+  // All parts -> y: each under e^(scaling * (its top - the largest)), which takes the top's place.
+  static void rows(const Attention& a, int64_t key_head, int64_t r0, int64_t r1, void*) {
+    const Tile tile(a, key_head, r0, r1);
+    const int64_t parts = ceil_div(a.S, kAttentionTokens);
+    const auto part = [&](int64_t p) { return Part(a, key_head, p); };
+    for (int64_t i = 0; i < tile.count; i++) {
+      float largest = -INFINITY, total = 0;
+      for (int64_t p = 0; p < parts; p++) largest = std::max(largest, part(p).top[i]);
+      for (int64_t p = 0; p < parts; p++) {
+        float& weight = part(p).top[i];
+        const float below = a.scaling * (weight - (largest == -INFINITY ? 0 : largest));
+        V::store(&weight, Float::f32, 1, exp_of_negative<V>(V::set1(below)));
+        total += weight * part(p).total[i];
+      }
+      for (int64_t n = 0; n < a.Dv; n += kBlockN) {
+        float sums[kBlockN] = {};
+        for (int64_t p = 0; p < parts; p++) {
+          const float* const y = part(p).y + i * whole(a.Dv) + n;
+          for (int64_t j = 0; j < kBlockN; j++) sums[j] += part(p).top[i] * y[j];
+        }
+        tile.store(a, i, n, sums, total);
+      }
+    }
+  }
+
+ private:
+  // Rows in memory, that will be needed: `step` elements from one to the next.
+  struct Next {
+    const X* row;
+    int64_t step;
+  };
+
+  // -- keys ------------------------------------------------------------------------------------------------------
+
+  // Rows of q, `ldq` elements apart, and up to 32 keys, `ldk` apart. `next`: their values, `Dv` elements each; or null.
+  struct Keys {
+    const X* q;
+    int64_t ldq;
+    const X* k;
+    int64_t ldk, tokens, D;
+    Next next;
+    int64_t Dv;
+  };
+
+  // Products of the rows with keys of `range`, of tokens from `begin` on -> scores.
+  static void keys(const Attention& a, const Tile& tile, const typename Tile::Range& range, int64_t begin,
+                   const Scratch& scratch) {
+    const int64_t batch = tile.key_head / a.KV, head = tile.key_head % a.KV;
+    const int64_t ldq = scratch.ldq / static_cast<int64_t>(sizeof(X));
+    auto* const q = reinterpret_cast<X*>(scratch.q);
+    for (int64_t i = 0; i < tile.count; i++) memcpy(q + i * ldq, query_row(a, batch, tile.places[i]), a.D * sizeof(X));
+    const int64_t height = ceil_div(tile.count, ceil_div(tile.count, Dot::kTileM));
+    for (int64_t s = range.first; s < range.last; s += kBlockN) {
+      const int64_t count = min64(kBlockN, range.last - s);
+      Keys in{q, ldq, row_of<X>(a.k, batch, head, s), a.k.token_step, count, a.D, {}, a.Dv};
+      in.next = {row_of<X>(a.v, batch, head, s), a.v.token_step};
+      for (int64_t i = 0; i < tile.count; i += height, in.q += height * ldq, in.next.row = nullptr)
+        scores_of(min64(height, tile.count - i), in, scratch.scores_of(i, s - begin));
+    }
+  }
+
+  template <int MR = Dot::kTileM>
+  OCTAVO_INLINE static void scores_of(int64_t rows, const Keys& in, float* scores) {
+    if constexpr (MR > 1) {
+      if (rows < MR) return scores_of<MR - 1>(rows, in, scores);
+    }
+    some_scores<MR>(in, scores);
+  }
+
+  // scores[MR][32]. Past the last key the last is met again; its sums are not used.
+  template <int MR>
+  __attribute__((noinline)) static void some_scores(const Keys& in, float* scores) {
+    const X *k = in.k, *next = in.next.row;
+    for (int64_t left = in.tokens; left > 0; left -= kTileN, k += kTileN * in.ldk, scores += kTileN) {
+      const int64_t last = min64(kTileN, left) - 1;
+      const auto key = [&](int64_t j) { return k + min64(j, last) * in.ldk; };
+      const Operands<Dot> tile{in.q, in.ldq, {key(0), key(1), key(2), key(3)}, in.D, {}, nullptr};
+      for (int64_t j = 0; next && j <= last; j++, next += in.next.step) octavo::fetch(next, in.Dv * sizeof(X));
+      typename Dot::Acc acc[MR][kTileN];
+      zero<Dot, MR>(acc);
+      int64_t d = 0;
+      for (; d + Dot::kStep <= in.D; d += Dot::kStep) step<Dot, MR, false>(acc, tile, d);
+      if (d < in.D) step<Dot, MR, false>(acc, tile, d, static_cast<int>(in.D - d));
+      octavo::store<Dot, MR>(acc, scores, false);
+    }
+  }
+
+  // -- values ----------------------------------------------------------------------------------------------------
+
+  // Units of rows, `ldp` bytes apart, and values of `tokens`, `ldv` elements apart, of which `columns` are there.
+  // `next`: rows of keys, of which as many columns are fetched.
+  struct Values {
+    const char* p;
+    int64_t ldp;
+    const X* v;
+    int64_t ldv, tokens, columns;
+    Next next;
+  };
+
+  // e^... of the tokens of `range` times their values -> y [12][Dv, up to a multiple of 32].
+  static void values(const Attention& a, const Tile& tile, const typename Tile::Range& range, int64_t begin,
+                     const Scratch& scratch, float* y) {
+    const int64_t batch = tile.key_head / a.KV, head = tile.key_head % a.KV, ldy = whole(a.Dv);
+    const X* const v = row_of<X>(a.v, batch, head, range.first);
+    const X* const next = row_of<X>(a.k, batch, head, range.first + kAttentionTokens);
+    for (int64_t n = 0; n < a.Dv; n += kStrip)
+      for (int64_t i = 0; i < tile.count; i += V::kRegisterRows)
+        strip_of(min64(V::kRegisterRows, tile.count - i),
+                 {scratch.units_of(i, range.first - begin),
+                  scratch.ldp,
+                  v + n,
+                  a.v.token_step,
+                  range.last - range.first,
+                  a.Dv - n,
+                  {next + n, a.k.token_step}},
+                 y + i * ldy + n, ldy);
+  }
+
+  template <int MR = V::kRegisterRows>
+  OCTAVO_INLINE static void strip_of(int64_t rows, const Values& in, float* y, int64_t ldy) {
+    if constexpr (MR > 1) {
+      if (rows < MR) return strip_of<MR - 1>(rows, in, y, ldy);
+    }
+    in.columns < kStrip ? some_columns<MR, false>(in, y, ldy) : some_columns<MR, true>(in, y, ldy);
+  }
+
+  // y[MR][kStrip]
+  template <int MR, bool Whole>
+  __attribute__((noinline)) static void some_columns(const Values& in, float* y, int64_t ldy) {
+    Vec::I acc[MR][2];
+#pragma GCC unroll 12
+    for (int i = 0; i < MR; i++) acc[i][0] = acc[i][1] = V::zeros();
+    const int count = Whole ? kStrip : static_cast<int>(in.columns);
+    const int64_t ldp = in.ldp;
+    const char* p[(MR + 2) / 3];
+#pragma GCC unroll 4
+    for (int j = 0; j < (MR + 2) / 3; j++) p[j] = in.p + 3 * j * ldp;
+    const X *v = in.v, *next = in.next.row;
+    for (int64_t left = in.tokens; left > 0; left -= kUnit) {
+      const X* rows[kUnit];
+#pragma GCC unroll 2
+      for (int u = 0; u < kUnit; u++, v += in.ldv, next += in.next.step) {
+        rows[u] = u < left ? v : nullptr;
+        octavo::fetch(next, kStrip * sizeof(X));
+      }
+      Vec::I w[2];
+      Unit::strip(rows, count, w);
+#pragma GCC unroll 12
+      for (int i = 0; i < MR; i++) {
+        int unit;
+        memcpy(&unit, p[i / 3] + i % 3 * ldp, sizeof unit);
+        const Vec::I e = V::broadcast(unit);
+        acc[i][0] = Unit::product(acc[i][0], e, w[0]);
+        acc[i][1] = Unit::product(acc[i][1], e, w[1]);
+      }
+#pragma GCC unroll 4
+      for (int j = 0; j < (MR + 2) / 3; j++) p[j] += kUnitBytes;
+    }
+#pragma GCC unroll 12
+    for (int i = 0; i < MR; i++) {
+      Unit::in_order(acc[i]);
+      V::store_units(y + i * ldy, acc[i][0]);
+      V::store_units(y + i * ldy + V::kLanes, acc[i][1]);
+    }
+  }
+};
+
+}  // namespace
+}  // namespace octavo
