@@ -1,10 +1,12 @@
 // Attention in float: what is done with the rows of a tile, whichever way their keys and values are multiplied.
 //
-//     weigh    scores -> e^(score - largest) as units, and their sum
+//     scale    sums of codes -> scores, under the scales of keys
+//     weigh    scores -> e^(score - largest) as units, and their sum. Of values that are codes, units have their scales
 //     store    sums of those with values, over that sum -> y
 //
-// In bf16 the e^... are rounded to it, as torch's kernel rounds them; their sum is of what they were before. Tokens
-// that the mask forbids to all of the rows, at either end, are not looked at.
+// In bf16 the e^... are rounded to it, as torch's kernel rounds them; their sum is of what they were before. Where
+// units are fixed-point, of 16 bits, they are whole numbers up to 32767 times a scale that is the row's. Tokens that
+// the mask forbids to all of the rows, at either end, are not looked at.
 //
 // Included by a translation unit after its target pragma, like outer_linear.h, whose units these are, heads.h, mask.h
 // and exponential.h.
@@ -13,13 +15,34 @@
 namespace octavo {
 namespace {
 
-// Tokens [begin, begin + count), the last block of 32 as a whole.
+// Tokens [begin, begin + count), the last block of 32 as a whole. Scales of codes: [count]; else null.
 struct Tokens {
   int64_t begin, count;
+  const float *k_scale, *v_scale;
+};
+
+// Scales of tokens [s0, s1) of a key head -> to, zeros behind them up to a multiple of 32.
+inline void copy_scales(const Heads& scale, int64_t batch, int64_t head, int64_t s0, int64_t s1, float* to) {
+  for (int64_t s = s0; s < s1; s++) *to++ = *row_of<float>(scale, batch, head, s);
+  for (int64_t s = s1; s < s0 + whole(s1 - s0); s++) *to++ = 0;
+}
+
+// Numbers of magnitudes up to `largest` as fixed-point ones: whole ones, up to 32767, times `scale`, which is NaN if
+// what is there is not finite.
+struct FixedPoint {
+  static constexpr float kMost = 32767;
+  float lift, inverse, scale;  // `lift` is out of the numbers that are too small to divide by
+
+  explicit FixedPoint(float largest)
+      : lift(largest < 0x1p-60f ? 0x1p60f : 1),
+        inverse(largest == 0 ? 0 : kMost / (largest * lift)),
+        scale(std::isfinite(largest) ? largest * lift / kMost / lift : NAN) {}
+  Vec::F of(Vec::F x) const { return Vec::mul(Vec::mul(x, Vec::set1(lift)), Vec::set1(inverse)); }
 };
 
 // `Unit`, beyond what linear layers ask of it:
 //     rounded      kElements vectors of fp32 -> units
+//     kFixed       whether they are fixed-point
 template <class Unit>
 struct AttentionTile {
   using V = Vec;
@@ -36,6 +59,7 @@ struct AttentionTile {
     float* scores;     // [tokens / 32][12][32]
     float* y;          // [12][32]
     char *q, *p;       // [12][ldq], [12][ldp]: units
+    float* p_scale;    // [12], of fixed-point ones
 
     Scratch(const Attention& a, int64_t tokens, char* memory)
         : ldq(padded_row(ceil_div(a.D, kVector) * kVectorBytes)),
@@ -44,10 +68,11 @@ struct AttentionTile {
       y = scores + kAttentionRows * whole(tokens);
       q = reinterpret_cast<char*>(y + kAttentionRows * kBlockN);
       p = q + kAttentionRows * ldq;
+      p_scale = reinterpret_cast<float*>(p + kAttentionRows * ldp);
     }
     static int64_t bytes(const Attention& a, int64_t tokens) {
       const Scratch at(a, tokens, nullptr);
-      return kAttentionRows * ((whole(tokens) + kBlockN) * static_cast<int64_t>(sizeof(float)) + at.ldq + at.ldp);
+      return kAttentionRows * ((whole(tokens) + kBlockN + 1) * static_cast<int64_t>(sizeof(float)) + at.ldq + at.ldp);
     }
     float* scores_of(int64_t i, int64_t token) const { return scores + token * kAttentionRows + i * kBlockN; }
     char* units_of(int64_t i, int64_t token) const { return p + i * ldp + bytes_of(token); }
@@ -64,6 +89,18 @@ struct AttentionTile {
   struct Range {
     int64_t first, last;
   };
+
+  // Sums of row i, int32 or float, -> scores: times the scales of keys and `by`.
+  template <class Sum>
+  static void scale(const Tokens& tokens, const Range& range, const Scratch& scratch, int64_t i, float by) {
+    for (int64_t s = range.first; s < range.last; s += kBlockN) {
+      float* const x = scratch.scores_of(i, s - tokens.begin);
+#pragma GCC unroll 4
+      for (int j = 0; j < kBlockN; j += V::kLanes)
+        V::store(x + j, V::mul(V::from_sums(reinterpret_cast<const Sum*>(x + j), 0),
+                               V::mul(V::set1(by), V::load(tokens.k_scale + s - tokens.begin + j))));
+    }
+  }
 
   // multiply(range): the products of the tile's rows with keys -> scratch.scores. top, total: [12], of the tile's rows.
   // Returns: the tokens outside of which all e^... are 0.
@@ -144,19 +181,37 @@ struct AttentionTile {
     memset(scratch.units_of(i, range.first - tokens.begin), 0, bytes_of(from - range.first));
     memset(scratch.units_of(i, to - tokens.begin), 0, bytes_of(end - to));
     const F scaling = V::set1(by), shift = V::set1(top == -INFINITY ? 0 : top);
-    F total = V::set1(0);
+    F total = V::set1(0), largest = V::set1(0);
     for (int64_t s = from; s < to; s += kBlockN) {
-      const float* x = scratch.scores_of(i, s - tokens.begin);
+      float* const x = scratch.scores_of(i, s - tokens.begin);
+      const float* const v_scale = tokens.v_scale ? tokens.v_scale + s - tokens.begin : nullptr;
       char* units = scratch.units_of(i, s - tokens.begin);
 #pragma GCC unroll 4
       for (int j = 0; j < kBlockN; j += kVector, units += kVectorBytes) {
         F e[kUnit];
 #pragma GCC unroll 2
         for (int u = 0; u < kUnit; u++) {
-          e[u] = exp_of_negative<V>(V::mul(scaling, V::sub(V::load(x + j + u * V::kLanes), shift)));
+          const int at = j + u * V::kLanes;
+          e[u] = exp_of_negative<V>(V::mul(scaling, V::sub(V::load(x + at), shift)));
           total = V::add(total, e[u]);
+          if (v_scale) e[u] = V::mul(e[u], V::load(v_scale + at));
+          if constexpr (Unit::kFixed) largest = V::largest(largest, e[u]), V::store(x + at, e[u]);
         }
-        V::store_units(units, Unit::rounded(e));
+        if constexpr (!Unit::kFixed) V::store_units(units, Unit::rounded(e));
+      }
+    }
+    if constexpr (Unit::kFixed) {
+      const FixedPoint fixed(V::across(largest));
+      scratch.p_scale[i] = fixed.scale;
+      for (int64_t s = from; s < to; s += kBlockN) {
+        const float* const x = scratch.scores_of(i, s - tokens.begin);
+        char* units = scratch.units_of(i, s - tokens.begin);
+        for (int j = 0; j < kBlockN; j += kVector, units += kVectorBytes) {
+          F e[kUnit];
+#pragma GCC unroll 2
+          for (int u = 0; u < kUnit; u++) e[u] = fixed.of(V::load(x + j + u * V::kLanes));
+          V::store_units(units, Unit::rounded(e));
+        }
       }
     }
     return V::total(total);

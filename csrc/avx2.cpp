@@ -92,9 +92,44 @@ struct WeightedUnit : Int8Unit {
   }
 };
 
+// Products of fixed-point numbers of 16 bits and of codes, summed in int32.
+struct Fixed : Int8 {
+  using Kept = Fixed;
+  using X = int16_t;
+  static XV load_x(const X* x) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x)); }
+  static XV load_x(const X* x, int count) {
+    alignas(32) X first[kStep] = {};
+    memcpy(first, x, count * sizeof(X));
+    return load_x(first);
+  }
+};
+
+struct FixedUnit : Fixed {
+  static constexpr int64_t kElements = 2;
+  static constexpr bool kFixed = true;
+  static __m256i product(__m256i sums, __m256i x, __m256i w) { return dot(sums, x, w); }
+  // In each 128 bits, four columns of the first vector and the four behind them in the second.
+  OCTAVO_INLINE static void strip(const int8_t* const (&rows)[kElements], int count, __m256i (&w)[2]) {
+    const __m256i first = row(rows[0], count), second = rows[1] ? row(rows[1], count) : Vec::zeros();
+    w[0] = _mm256_unpacklo_epi16(first, second), w[1] = _mm256_unpackhi_epi16(first, second);
+  }
+  static __m256i row(const int8_t* codes, int count) { return count == kStep ? load_w(codes) : load_w(codes, count); }
+  static void in_order(__m256i (&w)[2]) {
+    const __m256i first = _mm256_permute2x128_si256(w[0], w[1], 0x20);
+    w[1] = _mm256_permute2x128_si256(w[0], w[1], 0x31), w[0] = first;
+  }
+  static __m256i rounded(const __m256 (&v)[kElements]) {
+    const __m256i packed = _mm256_packs_epi32(_mm256_cvtps_epi32(v[0]), _mm256_cvtps_epi32(v[1]));
+    return _mm256_permute4x64_epi64(packed, _MM_SHUFFLE(3, 1, 2, 0));
+  }
+};
+
 template <Float type>
 using LinearFloat = DotLinear<Vec, Fp32<type>>;
 using LinearInt8 = DotLinear<Vec, Int8>;
+
+template <class Unit, class Dot>
+using AttentionOf = FloatAttention<Unit, FewQueries<Unit, Dot>>;
 
 }  // namespace
 
@@ -115,11 +150,14 @@ extern constexpr Kernels avx2_kernels = [] {
   kernels.narrow_convolution_of[2] = &narrow_convolution<NarrowKernel<Single<Float::f16>, Eight, Eight>>;
   kernels.int8_attention = &attention<Int8Attention<Int8Unit, WeightedUnit>>;
   kernels.float_attention_of[0] = {kAnyNumber,
-                                   &attention<FloatAttention<Fp32Unit<Float::f32>, WithFloats<Fp32<Float::f32>>>>};
+                                   &attention<AttentionOf<Fp32Unit<Float::f32>, WithFloats<Fp32<Float::f32>>>>};
   kernels.float_attention_of[1] = {kAnyNumber,
-                                   &attention<FloatAttention<Fp32Unit<Float::bf16>, WithFloats<Fp32<Float::bf16>>>>};
+                                   &attention<AttentionOf<Fp32Unit<Float::bf16>, WithFloats<Fp32<Float::bf16>>>>};
   kernels.float_attention_of[2] = {kAnyNumber,
-                                   &attention<FloatAttention<Fp32Unit<Float::f16>, WithFloats<Fp32<Float::f16>>>>};
+                                   &attention<AttentionOf<Fp32Unit<Float::f16>, WithFloats<Fp32<Float::f16>>>>};
+  kernels.attention_of_codes_of[0] = &attention<AttentionOf<Fp32Unit<Float::f32>, Fp32<Float::f32>>>;
+  kernels.attention_of_codes_of[1] = &attention<FloatAttention<Fp32Unit<Float::bf16>, FewQueries<FixedUnit, Fixed>>>;
+  kernels.attention_of_codes_of[2] = &attention<FloatAttention<Fp32Unit<Float::f16>, FewQueries<FixedUnit, Fixed>>>;
   return kernels;
 }();
 

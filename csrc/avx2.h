@@ -325,6 +325,7 @@ struct FloatSums {
   static constexpr int64_t kManyRowsOfGroups = 49;
   static constexpr int32_t kOffset = 0;
   static constexpr bool kGroups = true;
+  static constexpr bool kFixed = false;
   static Acc zero() { return _mm256_setzero_ps(); }
   static Acc scaled_add(Acc total, Acc partial, float scale) {
     return _mm256_fmadd_ps(partial, _mm256_set1_ps(scale), total);

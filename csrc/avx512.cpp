@@ -116,23 +116,32 @@ struct Int8 : CodeSums {
   }
 };
 
+// Pairs of 16 bits, of 32 columns: in each 128 bits, four of them in the first vector and the four behind in the
+// second.
+OCTAVO_INLINE void interleave(__m512i first, __m512i second, __m512i (&w)[2]) {
+  w[0] = _mm512_unpacklo_epi16(first, second), w[1] = _mm512_unpackhi_epi16(first, second);
+}
+OCTAVO_INLINE void pairs_in_order(__m512i (&w)[2]) {
+  const __m512i front = _mm512_setr_epi64(0, 1, 8, 9, 2, 3, 10, 11),
+                back = _mm512_setr_epi64(4, 5, 12, 13, 6, 7, 14, 15);
+  const __m512i first = _mm512_permutex2var_epi64(w[0], front, w[1]);
+  w[1] = _mm512_permutex2var_epi64(w[0], back, w[1]), w[0] = first;
+}
+
 // The same in pairs and in fours, for outer products.
 struct Bf16Unit : Bf16 {
   static constexpr int64_t kElements = 2;
   static __m512i product(__m512i sums, __m512i x, __m512i w) {
     return _mm512_castps_si512(dot(_mm512_castsi512_ps(sums), x, w));
   }
-  // In each 128 bits, four columns of the first vector and the four behind them in the second.
-  OCTAVO_INLINE static void strip(const X* const (&rows)[kElements], int count, __m512i (&w)[2]) {
-    const __m512i first = load_x(rows[0], count), second = rows[1] ? load_x(rows[1], count) : Vec::zeros();
-    w[0] = _mm512_unpacklo_epi16(first, second), w[1] = _mm512_unpackhi_epi16(first, second);
+  template <class T>
+  OCTAVO_INLINE static void strip(const T* const (&rows)[kElements], int count, __m512i (&w)[2]) {
+    const __m512i first = load(rows[0], count), second = rows[1] ? load(rows[1], count) : Vec::zeros();
+    interleave(first, second, w);
   }
-  static void in_order(__m512i (&w)[2]) {
-    const __m512i front = _mm512_setr_epi64(0, 1, 8, 9, 2, 3, 10, 11),
-                  back = _mm512_setr_epi64(4, 5, 12, 13, 6, 7, 14, 15);
-    const __m512i first = _mm512_permutex2var_epi64(w[0], front, w[1]);
-    w[1] = _mm512_permutex2var_epi64(w[0], back, w[1]), w[0] = first;
-  }
+  static void in_order(__m512i (&w)[2]) { pairs_in_order(w); }
+  static __m512i load(const X* x, int count) { return load_x(x, count); }
+  static __m512i load(const int8_t* codes, int count) { return load_w(codes, count); }
   static __m512i rounded(const __m512 (&v)[kElements]) { return (__m512i)_mm512_cvtne2ps_pbh(v[1], v[0]); }
 };
 
@@ -140,6 +149,36 @@ struct Int8Unit : Int8 {
   static constexpr int64_t kElements = 4;
   static constexpr int64_t kManyRows = 193;
   static __m512i product(__m512i sums, __m512i x, __m512i w) { return dot(sums, x, w); }
+};
+
+// Products of fixed-point numbers of 16 bits and of codes, summed in int32.
+struct Fixed : CodeSums {
+  using Kept = Fixed;
+  using X = int16_t;
+  static constexpr int kStep = 32;
+  static constexpr int kTileM = 6;
+  static XV load_x(const X* x) { return _mm512_loadu_si512(x); }
+  static XV load_x(const X* x, int count) { return _mm512_maskz_loadu_epi16(mask32(count), x); }
+  static WV load_w(const W* w) { return _mm512_cvtepi8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(w))); }
+  static WV load_w(const W* w, int count) { return _mm512_cvtepi8_epi16(_mm256_maskz_loadu_epi8(mask32(count), w)); }
+  static Acc dot(Acc acc, XV x, WV w) {
+    __asm__("vpdpwssd %2, %1, %0" : "+v"(acc) : "v"(x), "v"(w));
+    return acc;
+  }
+};
+
+struct FixedUnit : Fixed {
+  static constexpr int64_t kElements = 2;
+  static constexpr bool kFixed = true;
+  static __m512i product(__m512i sums, __m512i x, __m512i w) { return dot(sums, x, w); }
+  OCTAVO_INLINE static void strip(const int8_t* const (&rows)[kElements], int count, __m512i (&w)[2]) {
+    interleave(load_w(rows[0], count), rows[1] ? load_w(rows[1], count) : Vec::zeros(), w);
+  }
+  static void in_order(__m512i (&w)[2]) { pairs_in_order(w); }
+  static __m512i rounded(const __m512 (&v)[kElements]) {
+    const __m256i first = _mm512_cvtsepi32_epi16(_mm512_cvtps_epi32(v[0]));
+    return _mm512_inserti64x4(_mm512_castsi256_si512(first), _mm512_cvtsepi32_epi16(_mm512_cvtps_epi32(v[1])), 1);
+  }
 };
 
 // Codes of probabilities, which are not negative, times codes of values.
@@ -201,6 +240,9 @@ using LinearF32 = DotLinear<Vec, Fp32<Float::f32>>;
 using LinearF16 = DotLinear<Vec, Fp32<Float::f16>>;
 using LinearBf16 = Either<DotLinear<Vec, Bf16Codes>, DotLinear<Vec, Bf16>>;
 using LinearInt8 = DotLinear<Vec, Int8>;
+
+template <class Unit, class Dot>
+using AttentionOf = FloatAttention<Unit, FewQueries<Unit, Dot>>;
 using ManyRowsF32 = OuterLinear<Fp32Unit<Float::f32>>;
 using ManyRowsF16 = OuterLinear<Fp32Unit<Float::f16>>;
 using ManyRowsBf16 = OuterLinear<Bf16Unit>;
@@ -219,10 +261,13 @@ extern constexpr Kernels avx512_kernels = [] {
   kernels.narrow_convolution_of[2] = &narrow_convolution<NarrowKernel<Single<Float::f16>, Sixteen, Eight>>;
   kernels.int8_attention = &attention<Int8Attention<Int8Unit, WeightedUnit>>;
   kernels.float_attention_of[0] = {kAnyNumber,
-                                   &attention<FloatAttention<Fp32Unit<Float::f32>, WithFloats<Fp32<Float::f32>>>>};
-  kernels.float_attention_of[1] = {kAnyNumber, &attention<FloatAttention<Bf16Unit, WithFloats<Bf16>>>};
+                                   &attention<AttentionOf<Fp32Unit<Float::f32>, WithFloats<Fp32<Float::f32>>>>};
+  kernels.float_attention_of[1] = {kAnyNumber, &attention<AttentionOf<Bf16Unit, WithFloats<Bf16>>>};
   kernels.float_attention_of[2] = {kAnyNumber,
-                                   &attention<FloatAttention<Fp32Unit<Float::f16>, WithFloats<Fp32<Float::f16>>>>};
+                                   &attention<AttentionOf<Fp32Unit<Float::f16>, WithFloats<Fp32<Float::f16>>>>};
+  kernels.attention_of_codes_of[0] = &attention<AttentionOf<Fp32Unit<Float::f32>, Fp32<Float::f32>>>;
+  kernels.attention_of_codes_of[1] = &attention<FloatAttention<Bf16Unit, FewQueries<FixedUnit, Fixed>>>;
+  kernels.attention_of_codes_of[2] = &attention<FloatAttention<Fp32Unit<Float::f16>, FewQueries<FixedUnit, Fixed>>>;
   kernels.float_linear_of[0] = {64, 64, linear_kernels<DotLinear<Vec, WithFloats<Fp32<Float::f32>>>>};
   kernels.float_linear_of[1] = {24, 24, linear_kernels<DotLinear<Vec, WithFloats<Bf16>>>};
   kernels.float_linear_of[2] = {kAnyNumber, kAnyNumber, linear_kernels<DotLinear<Vec, WithFloats<Fp32<Float::f16>>>>};

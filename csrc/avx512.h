@@ -308,6 +308,7 @@ struct FloatSums {
   static constexpr int64_t kManyRowsOfGroups = 13;
   static constexpr int32_t kOffset = 0;
   static constexpr bool kGroups = true;
+  static constexpr bool kFixed = false;
   static Acc zero() { return _mm512_setzero_ps(); }
   static Acc scaled_add(Acc total, Acc partial, float scale) {
     return _mm512_fmadd_ps(partial, _mm512_set1_ps(scale), total);

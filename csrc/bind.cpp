@@ -31,6 +31,9 @@ STABLE_TORCH_LIBRARY_IMPL(octavo, CPU, m) {
   m.impl("recurrent", TORCH_BOX(&recurrent));
   m.impl("int8_attention", TORCH_BOX(&int8_attention));
   m.impl("float_attention", TORCH_BOX(&float_attention));
+  m.impl("int8_attention_of_codes", TORCH_BOX(&int8_attention_of_codes));
+  m.impl("float_attention_of_codes", TORCH_BOX(&float_attention_of_codes));
+  m.impl("quantize_states", TORCH_BOX(&quantize_states));
 }
 
 }  // namespace

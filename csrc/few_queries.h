@@ -15,15 +15,20 @@
 namespace octavo {
 namespace {
 
+// Of keys and values that are codes, both products are of whole numbers, in int32: q and e^... are fixed-point numbers
+// of 16 bits, and codes are widened to as many, which takes a third of the instructions that make bf16 of them.
+//
 // `Dot` is the dot product of a row of q and a key, `Unit` of e^... and values; what it has for that is
-//     strip       rows of values, kElements of them, over kStrip columns, of which the first `count` are there ->
-//     units,
+//     strip       rows of values, codes or not, kElements of them, over kStrip columns, of which the first `count` are
+//     there -> units,
 //                 in two vectors. A null row is of zeros
 //     in_order    two vectors of such columns, or of their sums, in the order of the columns
 template <class Unit, class Dot>
 struct FewQueries {
   using V = Vec;
-  using X = typename Unit::X;
+  using X = typename Dot::X;       // of q, as products read it
+  using Stored = typename Dot::W;  // of keys and values: X, or codes
+  static constexpr bool kCodes = std::is_same_v<Stored, int8_t>;
   using Tile = AttentionTile<Unit>;
   using Scratch = typename Tile::Scratch;
   static constexpr int64_t kUnit = Unit::kElements;
@@ -42,18 +47,29 @@ struct FewQueries {
   };
 
   static int64_t rows_of(const Attention& a) { return a.H / a.KV * a.T; }  // of a key head
-  static bool take(const Attention& a) { return rows_of(a) <= kAttentionRows; }
+  static constexpr int64_t kLongestFixed = 512;  // products of fixed-point numbers and codes, whose sum fits int32
+  static bool take(const Attention& a) {
+    return rows_of(a) <= kAttentionRows && (!Unit::kFixed || a.D <= kLongestFixed);
+  }
 
   static size_t packed(const Attention& a) { return ceil_div(a.S, kAttentionTokens) * Part::bytes(a); }
-  static size_t scratch(const Attention& a) { return Scratch::bytes(a, kAttentionTokens); }
+  static size_t scratch(const Attention& a) {
+    return Scratch::bytes(a, kAttentionTokens) + (kCodes ? 2 * kAttentionTokens * sizeof(float) : 0);
+  }
 
   static void tokens(const Attention& a, int64_t key_head, int64_t s0, int64_t s1, void* memory) {
     const Tile tile(a, key_head, 0, rows_of(a));
     const Scratch scratch(a, kAttentionTokens, static_cast<char*>(memory));
     const Part to(a, key_head, s0 / kAttentionTokens);
-    const Tokens part{s0, whole(s1 - s0)};
+    Tokens part{s0, whole(s1 - s0), nullptr, nullptr};
+    if constexpr (kCodes) {
+      auto* const scales = reinterpret_cast<float*>(static_cast<char*>(memory) + Scratch::bytes(a, kAttentionTokens));
+      copy_scales(a.k_scale, key_head / a.KV, key_head % a.KV, s0, s1, scales);
+      copy_scales(a.v_scale, key_head / a.KV, key_head % a.KV, s0, s1, scales + kAttentionTokens);
+      part.k_scale = scales, part.v_scale = scales + kAttentionTokens;
+    }
     const auto range =
-        tile.weigh(a, part, scratch, to.top, to.total, [&](const auto& range) { keys(a, tile, range, s0, scratch); });
+        tile.weigh(a, part, scratch, to.top, to.total, [&](const auto& range) { keys(a, tile, range, part, scratch); });
     values(a, tile, range, s0, scratch, to.y);
   }
 
@@ -85,7 +101,7 @@ struct FewQueries {
  private:
   // Rows in memory, that will be needed: `step` elements from one to the next.
   struct Next {
-    const X* row;
+    const Stored* row;
     int64_t step;
   };
 
@@ -95,26 +111,50 @@ struct FewQueries {
   struct Keys {
     const X* q;
     int64_t ldq;
-    const X* k;
+    const Stored* k;
     int64_t ldk, tokens, D;
     Next next;
     int64_t Dv;
   };
 
-  // Products of the rows with keys of `range`, of tokens from `begin` on -> scores.
-  static void keys(const Attention& a, const Tile& tile, const typename Tile::Range& range, int64_t begin,
+  // Products of the rows with keys of `range` -> scores.
+  static void keys(const Attention& a, const Tile& tile, const typename Tile::Range& range, const Tokens& tokens,
                    const Scratch& scratch) {
     const int64_t batch = tile.key_head / a.KV, head = tile.key_head % a.KV;
     const int64_t ldq = scratch.ldq / static_cast<int64_t>(sizeof(X));
     auto* const q = reinterpret_cast<X*>(scratch.q);
-    for (int64_t i = 0; i < tile.count; i++) memcpy(q + i * ldq, query_row(a, batch, tile.places[i]), a.D * sizeof(X));
+    float q_scale[kAttentionRows];
+    for (int64_t i = 0; i < tile.count; i++)
+      q_scale[i] = lay_query(query_row(a, batch, tile.places[i]), a.q.type, a.D, q + i * ldq);
     const int64_t height = ceil_div(tile.count, ceil_div(tile.count, Dot::kTileM));
     for (int64_t s = range.first; s < range.last; s += kBlockN) {
       const int64_t count = min64(kBlockN, range.last - s);
-      Keys in{q, ldq, row_of<X>(a.k, batch, head, s), a.k.token_step, count, a.D, {}, a.Dv};
-      in.next = {row_of<X>(a.v, batch, head, s), a.v.token_step};
+      Keys in{q, ldq, row_of<Stored>(a.k, batch, head, s), a.k.token_step, count, a.D, {}, a.Dv};
+      in.next = {row_of<Stored>(a.v, batch, head, s), a.v.token_step};
       for (int64_t i = 0; i < tile.count; i += height, in.q += height * ldq, in.next.row = nullptr)
-        scores_of(min64(height, tile.count - i), in, scratch.scores_of(i, s - begin));
+        scores_of(min64(height, tile.count - i), in, scratch.scores_of(i, s - tokens.begin));
+    }
+    if constexpr (kCodes)
+      for (int64_t i = 0; i < tile.count; i++)
+        Tile::template scale<typename Dot::Sum>(tokens, range, scratch, i, q_scale[i]);
+  }
+
+  // A row of q -> as products read it. Returns: its scale.
+  static float lay_query(const void* row, Float type, int64_t D, X* to) {
+    if constexpr (Unit::kFixed) {
+      const FixedPoint fixed(RowKernels<V>::amax_of(row, type, D));
+      for (int64_t d = 0; d < D; d += kUnit * V::kLanes) {
+        typename V::F x[kUnit];
+        for (int64_t u = 0; u < kUnit; u++) {
+          const int64_t at = min64(D, d + u * V::kLanes), count = min64(V::kLanes, D - at);
+          x[u] = fixed.of(V::load(element(row, type, at), type, static_cast<int>(count)));
+        }
+        V::store_units(to + d, Unit::rounded(x));
+      }
+      return fixed.scale;
+    } else {
+      memcpy(to, row, D * sizeof(X));
+      return 1;
     }
   }
 
@@ -123,18 +163,18 @@ struct FewQueries {
     if constexpr (MR > 1) {
       if (rows < MR) return scores_of<MR - 1>(rows, in, scores);
     }
-    some_scores<MR>(in, scores);
+    some_scores<MR>(in, reinterpret_cast<typename Dot::Sum*>(scores));
   }
 
   // scores[MR][32]. Past the last key the last is met again; its sums are not used.
   template <int MR>
-  __attribute__((noinline)) static void some_scores(const Keys& in, float* scores) {
-    const X *k = in.k, *next = in.next.row;
+  __attribute__((noinline)) static void some_scores(const Keys& in, typename Dot::Sum* scores) {
+    const Stored *k = in.k, *next = in.next.row;
     for (int64_t left = in.tokens; left > 0; left -= kTileN, k += kTileN * in.ldk, scores += kTileN) {
       const int64_t last = min64(kTileN, left) - 1;
       const auto key = [&](int64_t j) { return k + min64(j, last) * in.ldk; };
       const Operands<Dot> tile{in.q, in.ldq, {key(0), key(1), key(2), key(3)}, in.D, {}, nullptr};
-      for (int64_t j = 0; next && j <= last; j++, next += in.next.step) octavo::fetch(next, in.Dv * sizeof(X));
+      for (int64_t j = 0; next && j <= last; j++, next += in.next.step) octavo::fetch(next, in.Dv * sizeof(Stored));
       typename Dot::Acc acc[MR][kTileN];
       zero<Dot, MR>(acc);
       int64_t d = 0;
@@ -151,7 +191,7 @@ struct FewQueries {
   struct Values {
     const char* p;
     int64_t ldp;
-    const X* v;
+    const Stored* v;
     int64_t ldv, tokens, columns;
     Next next;
   };
@@ -160,8 +200,8 @@ struct FewQueries {
   static void values(const Attention& a, const Tile& tile, const typename Tile::Range& range, int64_t begin,
                      const Scratch& scratch, float* y) {
     const int64_t batch = tile.key_head / a.KV, head = tile.key_head % a.KV, ldy = whole(a.Dv);
-    const X* const v = row_of<X>(a.v, batch, head, range.first);
-    const X* const next = row_of<X>(a.k, batch, head, range.first + kAttentionTokens);
+    const Stored* const v = row_of<Stored>(a.v, batch, head, range.first);
+    const Stored* const next = row_of<Stored>(a.k, batch, head, range.first + kAttentionTokens);
     for (int64_t n = 0; n < a.Dv; n += kStrip)
       for (int64_t i = 0; i < tile.count; i += V::kRegisterRows)
         strip_of(min64(V::kRegisterRows, tile.count - i),
@@ -173,6 +213,11 @@ struct FewQueries {
                   a.Dv - n,
                   {next + n, a.k.token_step}},
                  y + i * ldy + n, ldy);
+    if constexpr (Unit::kFixed)
+      for (int64_t i = 0; i < tile.count; i++, y += ldy)
+        for (int64_t n = 0; n < ldy; n += V::kLanes)
+          V::store(y + n,
+                   V::mul(V::from_sums(reinterpret_cast<const int32_t*>(y + n), 0), V::set1(scratch.p_scale[i])));
   }
 
   template <int MR = V::kRegisterRows>
@@ -194,13 +239,13 @@ struct FewQueries {
     const char* p[(MR + 2) / 3];
 #pragma GCC unroll 4
     for (int j = 0; j < (MR + 2) / 3; j++) p[j] = in.p + 3 * j * ldp;
-    const X *v = in.v, *next = in.next.row;
+    const Stored *v = in.v, *next = in.next.row;
     for (int64_t left = in.tokens; left > 0; left -= kUnit) {
-      const X* rows[kUnit];
+      const Stored* rows[kUnit];
 #pragma GCC unroll 2
       for (int u = 0; u < kUnit; u++, v += in.ldv, next += in.next.step) {
         rows[u] = u < left ? v : nullptr;
-        octavo::fetch(next, kStrip * sizeof(X));
+        octavo::fetch(next, kStrip * sizeof(Stored));
       }
       Vec::I w[2];
       Unit::strip(rows, count, w);

@@ -16,28 +16,31 @@
 namespace octavo {
 namespace {
 
-// What `Unit` and `Dot` have is at the head of attention_rows.h and few_queries.h.
-template <class Unit, class Dot>
+// What `Unit` has is at the head of attention_rows.h and few_queries.h.
+template <class Unit, class Few>
 struct FloatAttention {
   using V = Vec;
   using X = typename Unit::X;
+  using Stored = typename Few::Stored;  // of keys and values: X, or codes
   using Tile = AttentionTile<Unit>;
   using Scratch = typename Tile::Scratch;
-  using Few = FewQueries<Unit, Dot>;
   static constexpr int64_t kUnit = Unit::kElements;
 
   static int64_t units(int64_t elements) { return ceil_div(elements, kUnit); }
 
   // Of one key head.
   struct Laid {
-    int64_t count;        // S, and zeros up to a multiple of 32
-    int64_t panel;        // bytes of 32 keys
-    char *keys, *values;  // [count / 32][D / u][32][u], [Dv / 32][count / u][32][u]
+    int64_t count;             // S, and zeros up to a multiple of 32
+    int64_t panel;             // bytes of 32 keys
+    char *keys, *values;       // [count / 32][D / u][32][u], [Dv / 32][count / u][32][u]
+    float *k_scale, *v_scale;  // [count] of codes
 
     Laid(const Attention& a, int64_t key_head)
         : count(whole(a.S)), panel(units(a.D) * kBlockN * kUnitBytes), keys(a.packed + key_head * packed(a)) {
       values = keys + count / kBlockN * panel;
+      k_scale = reinterpret_cast<float*>(values + Tile::bytes_of(count) * whole(a.Dv)), v_scale = k_scale + count;
     }
+    Tokens tokens() const { return {0, count, Few::kCodes ? k_scale : nullptr, Few::kCodes ? v_scale : nullptr}; }
     int64_t steps() const { return count / kUnit; }  // of values
     char* keys_from(int64_t s) const { return keys + s / kBlockN * panel; }
     char* values_from(int64_t s, int64_t column) const {
@@ -48,7 +51,8 @@ struct FloatAttention {
 
   static size_t packed(const Attention& a) {
     if (Few::take(a)) return Few::packed(a);
-    return whole(a.S) * units(a.D) * kUnitBytes + Tile::bytes_of(whole(a.S)) * whole(a.Dv);
+    const size_t scales = Few::kCodes ? 2 * sizeof(float) : 0;
+    return whole(a.S) * (units(a.D) * kUnitBytes + scales) + Tile::bytes_of(whole(a.S)) * whole(a.Dv);
   }
   static size_t scratch(const Attention& a) { return Few::take(a) ? Few::scratch(a) : Scratch::bytes(a, a.S); }
 
@@ -58,11 +62,20 @@ struct FloatAttention {
     if (Few::take(a)) return Few::tokens(a, key_head, s0, s1, memory);
     const Laid to(a, key_head);
     const int64_t batch = key_head / a.KV, head = key_head % a.KV;
+    if constexpr (Few::kCodes) {
+      copy_scales(a.k_scale, batch, head, s0, s1, to.k_scale + s0);
+      copy_scales(a.v_scale, batch, head, s0, s1, to.v_scale + s0);
+    }
     for (int64_t s = s0; s < s1; s += kBlockN) {
       const int64_t end = min64(s + kBlockN, s1);
-      fetch_next_tokens(a, batch, head, s);
+      fetch_next_tokens(a.k, sizeof(Stored), a.D, batch, head, s, a.S);
+      fetch_next_tokens(a.v, sizeof(Stored), a.Dv, batch, head, s, a.S);
       const auto key = [&](int64_t j, int64_t d, auto... count) {
-        return Unit::load_x(row_of<X>(a.k, batch, head, s + j) + d, count...);
+        const Stored* const x = row_of<Stored>(a.k, batch, head, s + j) + d;
+        if constexpr (Few::kCodes)
+          return Unit::load_w(x, count...);
+        else
+          return Unit::load_x(x, count...);
       };
       lay_across<Unit>(key, end - s, a.D, to.keys_from(s));
       for (int64_t column = 0; column < whole(a.Dv); column += kStrip)
@@ -80,8 +93,9 @@ struct FloatAttention {
                      V::I (&w)[2]) {
     const int count = static_cast<int>(min64(kStrip, a.Dv - column));
     if (token >= end || count <= 0) return void(w[0] = w[1] = V::zeros());
-    const X* rows[kUnit] = {};
-    for (int64_t i = 0; i < min64(kUnit, end - token); i++) rows[i] = row_of<X>(a.v, batch, head, token + i) + column;
+    const Stored* rows[kUnit] = {};
+    for (int64_t i = 0; i < min64(kUnit, end - token); i++)
+      rows[i] = row_of<Stored>(a.v, batch, head, token + i) + column;
     Unit::strip(rows, count, w);
     Unit::in_order(w);
   }
@@ -96,11 +110,13 @@ struct FloatAttention {
     lay_rows(a, tile, scratch);
     float top[kAttentionRows], total[kAttentionRows];
     const int64_t steps = units(a.D);
-    const auto range = tile.weigh(a, {0, laid.count}, scratch, top, total, [&](const auto& range) {
+    const auto range = tile.weigh(a, laid.tokens(), scratch, top, total, [&](const auto& range) {
       for (int64_t s = range.first; s < range.last; s += kBlockN)
         outer_tile_of<Unit>(
             tile.count, {scratch.q, scratch.ldq, kUnitBytes, laid.keys_from(s), steps * kStripBytes, steps, nullptr},
             scratch.scores_of(0, s), false);
+      if constexpr (Few::kCodes)
+        for (int64_t i = 0; i < tile.count; i++) Tile::template scale<float>(laid.tokens(), range, scratch, i, 1);
     });
     for (int64_t n = 0; n < a.Dv; n += kBlockN) {
       outer_tile_of<Unit>(tile.count,

@@ -53,10 +53,15 @@ struct Fp32Unit : Fp32<type> {
   static Vec::I product(Vec::I sums, Vec::I x, Vec::I w) {
     return Vec::units(Fp32<type>::dot(Vec::floats(sums), Vec::floats(x), Vec::floats(w)));
   }
-  OCTAVO_INLINE static void strip(const X* const (&rows)[kElements], int count, Vec::I (&w)[2]) {
+  template <class T>
+  OCTAVO_INLINE static void strip(const T* const (&rows)[kElements], int count, Vec::I (&w)[2]) {
     const int front = count < Vec::kLanes ? count : Vec::kLanes;
-    w[0] = load_x(rows[0], front);
-    w[1] = count > front ? load_x(rows[0] + Vec::kLanes, count - front) : Vec::zeros();
+    w[0] = load(rows[0], front);
+    w[1] = count > front ? load(rows[0] + Vec::kLanes, count - front) : Vec::zeros();
+  }
+  static Vec::I load(const X* x, int count) { return count == Vec::kLanes ? load_x(x) : load_x(x, count); }
+  static Vec::I load(const int8_t* codes, int count) {
+    return count == Vec::kLanes ? load_w(codes) : load_w(codes, count);
   }
   static void in_order(Vec::I (&)[2]) {}
   static Vec::I rounded(const Vec::F (&v)[kElements]) { return Vec::units(v[0]); }

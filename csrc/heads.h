@@ -26,12 +26,12 @@ inline void fetch(const void* row, int64_t bytes) {
   for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(static_cast<const char*>(row) + i, 0, kIntoL2);
 }
 
-// The block of tokens behind the one from s on.
-inline void fetch_next_tokens(const Attention& a, int64_t batch, int64_t key_head, int64_t s) {
-  for (int64_t j = s + kBlockN; j < min64(s + 2 * kBlockN, a.S); j++) {
-    fetch(head_row(a.k, batch, key_head, j), size_of(a.k.type) * a.D);
-    fetch(head_row(a.v, batch, key_head, j), size_of(a.v.type) * a.Dv);
-  }
+// The block of tokens behind the one from s on, rows of `size` elements of `bytes` bytes.
+inline void fetch_next_tokens(const Heads& x, int64_t bytes, int64_t size, int64_t batch, int64_t key_head, int64_t s,
+                              int64_t S) {
+  const int64_t at = batch * x.batch_step + key_head * x.head_step;
+  for (int64_t j = s + kBlockN; j < min64(s + 2 * kBlockN, S); j++)
+    fetch(static_cast<const char*>(x.x) + (at + j * x.token_step) * bytes, bytes * size);
 }
 
 // Row r of a key head, the heads that share it taking turns: whose it is, and which of the mask's rows it has.

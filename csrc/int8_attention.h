@@ -1,6 +1,7 @@
 // Attention with both products in int8, by outer products, a few rows of the query at a time.
 //
-//     tokens   32 keys are quantized and laid across, [D / u][32 keys][u], as a linear layer's rows of W are
+//     tokens   32 keys are quantized, if they are not codes already, and laid across, [D / u][32 keys][u], as a linear
+//     layer's rows of W are
 //              (outer_linear.h); 32 values too, [S / u][32 columns][u] for each 32 columns of v, where the u tokens of
 //              a unit are u rows as they lie
 //     rows     up to 12: their codes, their scores with all keys, the probabilities' codes, y. What is between the two
@@ -64,19 +65,31 @@ struct Int8Attention {
     const int64_t batch = key_head / a.KV, head = key_head % a.KV;
     for (int64_t s = s0; s < s1; s += kBlockN) {
       const int64_t rows = min64(kBlockN, s1 - s);
-      fetch_next_tokens(a, batch, head, s);
+      fetch_next_tokens(a.k, bytes_of(a.k, a.k_scale), a.D, batch, head, s, a.S);
+      fetch_next_tokens(a.v, bytes_of(a.v, a.v_scale), a.Dv, batch, head, s, a.S);
       for (int64_t j = 0; j < kBlockN; j++) to.k_scale[s + j] = to.v_scale[s + j] = 0;
-      quantize(
-          rows, [&](int64_t j) { return head_row(a.k, batch, head, s + j); }, a.k.type, a.D, codes, a.D, to.k_scale + s,
-          1);
+      codes_of(a.k, a.k_scale, a.D, batch, head, s, rows, codes, a.D, to.k_scale + s, 1);
       lay_codes_across<Score>(codes, a.D, rows, a.D, to.keys + s / kBlockN * to.panel);
-      quantize(
-          rows, [&](int64_t j) { return head_row(a.v, batch, head, s + j); }, a.v.type, a.Dv, codes, whole(a.Dv),
-          to.v_scale + s, 0);
+      codes_of(a.v, a.v_scale, a.Dv, batch, head, s, rows, codes, whole(a.Dv), to.v_scale + s, 0);
       for (int64_t column = 0; column < whole(a.Dv); column += V::kLanes)
         for (int64_t j = 0; j < kBlockN; j += kUnit)
           V::store_units(to.values_from(s + j, column),
                          Weighted::beside(codes + j * whole(a.Dv) + column, whole(a.Dv)));
+    }
+  }
+
+  static int64_t bytes_of(const Heads& x, const Heads& x_scale) { return x_scale.x ? 1 : size_of(x.type); }
+
+  // Tokens of x from s on, rows of `size` -> codes, `step` apart, and scales: quantized, unless x has scales.
+  static void codes_of(const Heads& x, const Heads& x_scale, int64_t size, int64_t batch, int64_t head, int64_t s,
+                       int64_t rows, int8_t* codes, int64_t step, float* scale, float of_zeros) {
+    if (!x_scale.x) {
+      const auto row = [&](int64_t j) { return head_row(x, batch, head, s + j); };
+      return quantize(rows, row, x.type, size, codes, step, scale, of_zeros);
+    }
+    for (int64_t j = 0; j < rows; j++) {
+      memcpy(codes + j * step, row_of<int8_t>(x, batch, head, s + j), size);
+      scale[j] = *row_of<float>(x_scale, batch, head, s + j);
     }
   }
 

@@ -143,7 +143,8 @@ struct Lookup {
   Float y_type;
 };
 
-// One operand of attention, [batch, heads, tokens, values]: a token's values are contiguous, tokens lie anywhere.
+// One operand of attention, [batch, heads, tokens, values]: a token's values are contiguous, tokens lie anywhere. Keys
+// and values may be codes, and `type` then means nothing, with a scale for each token.
 struct Heads {
   const void* x;
   Float type;
@@ -176,6 +177,7 @@ struct Mask {
 struct Attention {
   int64_t B, H, KV, T, S, D, Dv;  // KV divides H
   Heads q, k, v;                  // [B, H, T, D], [B, KV, S, D], [B, KV, S, Dv]
+  Heads k_scale, v_scale;         // [B, KV, S, 1] fp32 where k and v are int8 codes; else null
   Mask mask;
   float scaling;
   bool has_softcap;
@@ -274,7 +276,8 @@ struct Kernels {
   const ConvolutionKernels* convolution_of[3];               // f32, bf16, f16
   const NarrowConvolutionKernels* narrow_convolution_of[3];  // f32, bf16, f16
   const AttentionKernels* int8_attention;
-  FloatAttentionKernels float_attention_of[3];  // f32, bf16, f16
+  FloatAttentionKernels float_attention_of[3];       // f32, bf16, f16
+  const AttentionKernels* attention_of_codes_of[3];  // f32, bf16, f16 of q and y; k and v are codes
 
   FloatLinearKernels float_linear_of[3];  // f32, bf16, f16
 
@@ -285,6 +288,7 @@ struct Kernels {
     return narrow_convolution_of[static_cast<int>(x)];
   }
   const FloatAttentionKernels& float_attention(Float x) const { return float_attention_of[static_cast<int>(x)]; }
+  const AttentionKernels* attention_of_codes(Float x) const { return attention_of_codes_of[static_cast<int>(x)]; }
 };
 
 extern const Kernels scalar_kernels, avx2_kernels, avxvnni_kernels, avx512_kernels, amx_kernels;

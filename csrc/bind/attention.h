@@ -14,7 +14,7 @@ using octavo::Mask;
 
 // [batch, heads, tokens, values], a token's values next to each other.
 Heads heads_of(const Tensor& x) {
-  return {x.const_data_ptr(), *float_type(x.scalar_type()), x.stride(0), x.stride(1), x.stride(2)};
+  return {x.const_data_ptr(), float_type(x.scalar_type()).value_or(Float::f32), x.stride(0), x.stride(1), x.stride(2)};
 }
 
 Tensor with_dense_rows(const Tensor& x) { return x.size(3) == 1 || x.stride(3) == 1 ? x : dense(x); }
@@ -109,19 +109,36 @@ Tensor attend(Attention a, const AttentionKernels& kernels, const Tensor& query,
   return y;
 }
 
+bool is_mask(const std::optional<Tensor>& mask) { return !mask || mask_kind(mask->scalar_type()); }
+
+// int32 holds sums over tokens, and over channels, up to a length.
+void check_lengths(const Tensor& key) {
+  for (const int64_t summed : {key.size(2), key.size(3)})
+    STD_TORCH_CHECK(summed <= octavo::kLongestExact, "int32 holds sums of up to ", octavo::kLongestExact,
+                    " products of codes");
+}
+
+// Whether these are codes with a scale for each token.
+bool are_codes(const Tensor& x, const Tensor& scale) {
+  if (x.dim() != 4 || scale.dim() != 4 || x.scalar_type() != ScalarType::Char ||
+      scale.scalar_type() != ScalarType::Float)
+    return false;
+  return scale.size(0) == x.size(0) && scale.size(1) == x.size(1) && scale.size(2) == x.size(2) && scale.size(3) == 1;
+}
+
 Tensor int8_attention(const Tensor& query, const Tensor& key, const Tensor& value, const std::optional<Tensor>& mask,
                       double scaling, std::optional<double> softcap) {
   const bool floats =
       float_type(query.scalar_type()) && float_type(key.scalar_type()) && float_type(value.scalar_type());
-  if (!floats || (mask && !mask_kind(mask->scalar_type())) || !kernels().int8_attention)
+  if (!floats || !is_mask(mask) || !kernels().int8_attention)
     return reference<Tensor>("int8_attention", query, key, value, mask, scaling, softcap);
-  for (const int64_t summed : {key.size(2), key.size(3)})
-    STD_TORCH_CHECK(summed <= octavo::kLongestExact, "int32 holds sums of up to ", octavo::kLongestExact,
-                    " products of codes");
+  check_lengths(key);
   Attention a{};
   a.has_softcap = softcap.has_value(), a.softcap = static_cast<float>(softcap.value_or(0));
   return attend(a, *kernels().int8_attention, query, key, value, mask, scaling);
 }
+
+Mask causal(const Tensor& query) { return {Mask::Kind::causal, nullptr, 1, 1, query.size(2), 0, 0, 0, nullptr}; }
 
 Tensor float_attention(const Tensor& query, const Tensor& key, const Tensor& value, const std::optional<Tensor>& mask,
                        double scaling, bool is_causal) {
@@ -133,8 +150,37 @@ Tensor float_attention(const Tensor& query, const Tensor& key, const Tensor& val
   if (!alike || !understood || !served || !kernels().float_attention(*type).attention)
     return reference<Tensor>("float_attention", query, key, value, mask, scaling, is_causal);
   Attention a{};
-  if (is_causal) a.mask = {Mask::Kind::causal, nullptr, 1, 1, query.size(2), 0, 0, 0, nullptr};
+  if (is_causal) a.mask = causal(query);
   return attend(a, *kernels().float_attention(*type).attention, query, key, value, mask, scaling);
+}
+
+Tensor int8_attention_of_codes(const Tensor& query, const Tensor& key, const Tensor& key_scale, const Tensor& value,
+                               const Tensor& value_scale, const std::optional<Tensor>& mask, double scaling,
+                               std::optional<double> softcap) {
+  const bool codes = are_codes(key, key_scale) && are_codes(value, value_scale);
+  if (!codes || !float_type(query.scalar_type()) || !is_mask(mask) || !kernels().int8_attention)
+    return reference<Tensor>("int8_attention_of_codes", query, key, key_scale, value, value_scale, mask, scaling,
+                             softcap);
+  check_lengths(key);
+  Attention a{};
+  a.k_scale = heads_of(key_scale), a.v_scale = heads_of(value_scale);
+  a.has_softcap = softcap.has_value(), a.softcap = static_cast<float>(softcap.value_or(0));
+  return attend(a, *kernels().int8_attention, query, key, value, mask, scaling);
+}
+
+Tensor float_attention_of_codes(const Tensor& query, const Tensor& key, const Tensor& key_scale, const Tensor& value,
+                                const Tensor& value_scale, const std::optional<Tensor>& mask, double scaling,
+                                bool is_causal) {
+  const auto type = float_type(query.scalar_type());
+  const bool codes = are_codes(key, key_scale) && are_codes(value, value_scale);
+  const bool understood = (!mask || (mask->scalar_type() == ScalarType::Bool && !is_causal)) && scaling > 0;
+  if (!codes || !understood || !type || query.dim() != 4 || !kernels().attention_of_codes(*type))
+    return reference<Tensor>("float_attention_of_codes", query, key, key_scale, value, value_scale, mask, scaling,
+                             is_causal);
+  Attention a{};
+  a.k_scale = heads_of(key_scale), a.v_scale = heads_of(value_scale);
+  if (is_causal) a.mask = causal(query);
+  return attend(a, *kernels().attention_of_codes(*type), query, key, value, mask, scaling);
 }
 
 }  // namespace

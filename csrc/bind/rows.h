@@ -38,6 +38,33 @@ std::tuple<Tensor, Tensor> quantize_per_token(const Tensor& x) {
   return quantize_rows(x, *type, kernels().quantize_token);
 }
 
+// Keys or values [B, KV, T, D] -> codes and scales that lie anywhere, a token's codes next to each other. The scale of
+// a row of zeros is 0 where they are values.
+void quantize_states(const Tensor& x, Tensor codes, Tensor scale, bool are_values) {
+  const auto type = float_type(x.scalar_type());
+  const bool dense_rows = x.dim() == 4 && codes.dim() == 4 && scale.dim() == 4 && codes.stride(3) == 1;
+  if (!type || !dense_rows || codes.scalar_type() != ScalarType::Char || scale.scalar_type() != ScalarType::Float)
+    return call<void>("octavo_reference::quantize_states", x, codes, scale, are_values);
+  for (int d = 0; d < 4; d++)
+    STD_TORCH_CHECK(codes.size(d) == x.size(d) && scale.size(d) == (d < 3 ? x.size(d) : 1),
+                    "codes and scale must be of x's shape");
+  const Tensor values = x.size(3) == 1 || x.stride(3) == 1 ? x : dense(x);
+  const int64_t heads = x.size(1), tokens = x.size(2), D = x.size(3);
+  auto* const to = static_cast<int8_t*>(codes.mutable_data_ptr());
+  auto* const scales = static_cast<float*>(scale.mutable_data_ptr());
+  over_rows(x.size(0) * heads * tokens, D, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; i++) {
+      const int64_t b = i / (heads * tokens), h = i / tokens % heads, t = i % tokens;
+      const auto place = [&](const Tensor& at) { return b * at.stride(0) + h * at.stride(1) + t * at.stride(2); };
+      int8_t* const row = to + place(codes);
+      float* const of_row = scales + place(scale);
+      kernels().quantize_token(
+          {1, D, at(values.const_data_ptr(), place(values) * octavo::size_of(*type)), *type, row, of_row}, 0, 1);
+      if (are_values && *of_row == 1 && std::all_of(row, row + D, [](int8_t code) { return code == 0; })) *of_row = 0;
+    }
+  });
+}
+
 std::tuple<Tensor, Tensor> quantize_weight(const Tensor& weight) {
   const auto type = float_type(weight.scalar_type());
   if (!type || weight.dim() != 2) return reference<std::tuple<Tensor, Tensor>>("quantize_weight", weight);

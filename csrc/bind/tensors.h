@@ -11,6 +11,7 @@
 #include <optional>
 #include <string>
 #include <tuple>
+#include <type_traits>
 #include <vector>
 
 #include "../kernels.h"
@@ -67,7 +68,7 @@ Result call(const std::string& op, const Args&... args) {
   TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(op.c_str(), "", stack.data(), TORCH_ABI_VERSION));
   if constexpr (std::is_same_v<Result, std::tuple<Tensor, Tensor>>)
     return {torch::stable::detail::to<Tensor>(stack[0]), torch::stable::detail::to<Tensor>(stack[1])};
-  else
+  else if constexpr (!std::is_void_v<Result>)
     return torch::stable::detail::to<Result>(stack[0]);
 }
 

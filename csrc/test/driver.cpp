@@ -725,15 +725,31 @@ struct Operand {
   int64_t row(int64_t b, int64_t h, int64_t t) const {
     return tokens_first ? (b * tokens + t) * heads + h : (b * heads + h) * tokens + t;
   }
-  Heads as_heads() {
-    return {values.data(), values.type(), heads * tokens * size, (tokens_first ? 1 : tokens) * size,
-            (tokens_first ? heads : 1) * size};
+  Heads as_heads() { return heads_of(values.data(), values.type(), size); }
+  // Rows of `width` elements.
+  Heads heads_of(const void* x, Float type, int64_t width) const {
+    return {x, type, heads * tokens * width, (tokens_first ? 1 : tokens) * width, (tokens_first ? heads : 1) * width};
   }
   double product(int64_t row, const Operand& other, int64_t other_row) const {
     int64_t sum = 0;
     for (int64_t i = 0; i < size; i++)
       sum += static_cast<int64_t>(codes[row * size + i]) * other.codes[other_row * size + i];
     return static_cast<double>(sum) * scale[row] * other.scale[other_row];
+  }
+};
+
+// The codes of an operand, and their scales.
+struct Stored {
+  const Operand& of;
+  Array<int8_t> codes;
+  Array<float> scale;
+
+  explicit Stored(const Operand& of) : of(of), codes(of.codes.size()), scale(of.scale.size()) {
+    for (int64_t i = 0; i < codes.size(); i++) codes[i] = static_cast<int8_t>(of.codes[i]);
+    for (int64_t i = 0; i < scale.size(); i++) scale[i] = static_cast<float>(of.scale[i]);
+  }
+  void put(Heads& x, Heads& x_scale) {
+    x = of.heads_of(codes.data(), Float::f32, of.size), x_scale = of.heads_of(scale.data(), Float::f32, 1);
   }
 };
 
@@ -848,10 +864,12 @@ void attend(const AttentionKernels& kernels, Attention a) {
     for (int64_t r = 0; r < rows; r += height) kernels.rows(a, head, r, std::min(r + height, rows), scratch.data());
 }
 
-void check_int8_attention(const Kernels& kernels, AttentionCase c) {
+void check_int8_attention(const Kernels& kernels, AttentionCase c, bool of_codes) {
   const int64_t S = c.S, Dv = c.Dv;
   const Operand &q = c.q, &k = c.k, &v = c.v;
   Attention a = c.as_attention();
+  Stored keys(k), values(v);
+  if (of_codes) keys.put(a.k, a.k_scale), values.put(a.v, a.v_scale);
   a.has_softcap = random_below(3) == 0, a.softcap = 2;
   attend(*kernels.int8_attention, a);
 
@@ -882,30 +900,45 @@ void check_int8_attention(const Kernels& kernels, AttentionCase c) {
   }
 }
 
-void check_float_attention(const Kernels& kernels, AttentionCase c) {
-  const Attention a = c.as_attention();
-  attend(*kernels.float_attention(c.y.type()).attention, a);
-  // To which e^... are rounded, and what is lost of a score and of the sums.
+void check_float_attention(const Kernels& kernels, AttentionCase c, bool of_codes) {
+  Attention a = c.as_attention();
+  Stored keys(c.k), values(c.v);
+  if (of_codes) keys.put(a.k, a.k_scale), values.put(a.v, a.v_scale);
+  attend(of_codes ? *kernels.attention_of_codes(c.y.type()) : *kernels.float_attention(c.y.type()).attention, a);
+  const auto element_of = [&](Operand& x, int64_t row, int64_t i) {
+    const int64_t at = row * x.size + i;
+    return of_codes ? x.codes[at] * static_cast<double>(static_cast<float>(x.scale[row])) : x.values[at];
+  };
+  // To which e^... are rounded, and what is lost of a score and of the sums; and half a step of fixed-point numbers, of
+  // the largest of them.
   const double rounding = c.y.type() == Float::bf16 ? 0x1p-8 : 1e-4;
+  const double half_step = of_codes && c.y.type() != Float::f32 ? 0.51 / 32767 : 0;
   std::vector<double> weight(c.S);
   for (int64_t i = 0; i < a.B * a.H * a.T; i++) {
     const int64_t b = i / (a.H * a.T), h = i / a.T % a.H, t = i % a.T, own = c.q.row(b, h, t);
-    double top = -std::numeric_limits<double>::infinity(), total = 0;
+    double top = -std::numeric_limits<double>::infinity(), total = 0, lost = 0, heaviest = 0;
     for (int64_t s = 0; s < c.S; s++) {
       const int64_t key = c.k.row(b, h / c.shared, s);
-      double score = 0;
-      for (int64_t d = 0; d < c.D; d++) score += c.q.values[own * c.D + d] * c.k.values[key * c.D + d];
+      double score = 0, keys = 0;
+      for (int64_t d = 0; d < c.D; d++) {
+        score += c.q.values[own * c.D + d] * element_of(c.k, key, d), keys += std::fabs(element_of(c.k, key, d));
+      }
+      lost = std::max(lost, half_step * largest_of(c.q.values, own * c.D, (own + 1) * c.D) * keys * a.scaling);
       weight[s] = score * a.scaling + c.mask.at(b, h, t, s);
       top = std::max(top, weight[s]);
     }
     for (double& one : weight) total += one = std::isinf(top) ? 0 : std::exp(one - top);
+    for (int64_t s = 0; s < c.S && total > 0; s++)
+      heaviest = std::max(heaviest, weight[s] / total * c.v.scale[c.v.row(b, h / c.shared, s)]);
     for (int64_t d = 0; d < c.Dv; d++) {
-      double sum = 0, size = 0;
+      double sum = 0, size = 0, codes = 0;
       for (int64_t s = 0; s < c.S && total > 0; s++) {
-        const double part = weight[s] / total * c.v.values[c.v.row(b, h / c.shared, s) * c.Dv + d];
+        codes += std::abs(c.v.codes[c.v.row(b, h / c.shared, s) * c.Dv + d]);
+        const double part = weight[s] / total * element_of(c.v, c.v.row(b, h / c.shared, s), d);
         sum += part, size += std::fabs(part);
       }
-      if (!(std::fabs(c.y[i * c.Dv + d] - sum) <= rounding * size + ulp(sum, c.y.type())))
+      const double allowed = (rounding + 2 * lost) * size + half_step * heaviest * codes + ulp(sum, c.y.type());
+      if (!(std::fabs(c.y[i * c.Dv + d] - sum) <= allowed))
         c.fail_at(kernels.isa, "float attention", i * c.Dv + d, sum);
     }
   }
@@ -923,11 +956,12 @@ void check_attentions(const Kernels& kernels) {
       };
       if (kernels.int8_attention)
         for (const Kind kind : {Kind::none, Kind::boolean, Kind::f32, Kind::bf16, Kind::f16})
-          check_int8_attention(kernels, random_case(kind, nullptr));
+          for (const bool of_codes : {false, true}) check_int8_attention(kernels, random_case(kind, nullptr), of_codes);
       for (const Float type : kTypes)
         if (kernels.float_attention(type).attention)
           for (const Kind kind : {Kind::none, Kind::causal, Kind::boolean})
-            check_float_attention(kernels, random_case(kind, &type));
+            for (const bool of_codes : {false, true})
+              check_float_attention(kernels, random_case(kind, &type), of_codes);
     }
   }
 }

@@ -32,7 +32,7 @@ from octavo.cli import bench_ops
 from octavo.cli.bench_ops import SHAPES, SIZES
 from octavo.cli.machine import machine_line
 from octavo.cli.terminal import Answer, Terminal
-from octavo.cli.verb import CommandError, Verbs, add_device, device_of, new_verb, positive
+from octavo.cli.verb import CACHES, CommandError, Verbs, add_cache, add_device, device_of, new_verb, positive
 from octavo.tables import Table, human_bytes, human_percent
 
 if TYPE_CHECKING:
@@ -63,6 +63,7 @@ def add_parser(verbs: Verbs) -> None:
     models.add_argument(
         "--compile", action="store_true", default=None, help="by torch.compile, the baseline too; it takes minutes"
     )
+    add_cache(models, default=None)
     ops = parser.add_argument_group("the ops on this machine; takes 4 GB of memory")
     ops.add_argument("--ops", action="store_true", help="time int8 linear layers next to bf16 ones; no PATH")
     ops.add_argument(
@@ -75,6 +76,7 @@ def add_parser(verbs: Verbs) -> None:
 
 MODEL_OPTIONS = {
     "path": None, "baseline": None, "prompt_tokens": 512, "new_tokens": 64, "repeats": 5, "compile": False,
+    "cache": CACHES[0],
 }  # fmt: skip
 OPS_OPTIONS = {"shapes": list(SHAPES), "rows": list(SIZES)}
 """Options of the one and of the other, and their defaults."""
@@ -178,11 +180,14 @@ def run(args: argparse.Namespace, terminal: Terminal) -> Answer:
     args = settled(args)
     if args.ops:
         return bench_ops.run(args, terminal)
+    if args.compile and args.cache == "int8":
+        raise CommandError("--compile keeps a static float cache, and --cache is int8; leave out one of the two")
     device = device_of(args)
     paths = [args.path] if args.baseline is None else [args.path, args.baseline]
     with contextlib.ExitStack() as stack:
         workers = [stack.enter_context(_worker(path, args.debug)) for path in paths]
-        loaded = [_load(terminal, worker, path, device, args) for worker, path in zip(workers, paths, strict=True)]
+        caches = (args.cache, CACHES[0])  # the baseline's is what it was
+        loaded = [_load(terminal, *each, device, args) for each in zip(workers, paths, caches, strict=False)]
         ids = _prompt(args, loaded)
         compile_s = [_compile(terminal, worker, path, ids, args) for worker, path in zip(workers, paths, strict=True)]
         from octavo.cli import bench_worker
@@ -205,6 +210,7 @@ def run(args: argparse.Namespace, terminal: Terminal) -> Answer:
             "new_tokens": args.new_tokens,
             "repeats": args.repeats,
             "compiled": args.compile,
+            "cache": args.cache,
             "memory_bytes_per_s": memory,
             "models": [one.to_dict() for one in measured],
             "top1_agreement": agreement,
@@ -257,11 +263,11 @@ def _interrupts_held_back() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _load(terminal: Terminal, worker: Worker, path: str, device: str, args: argparse.Namespace) -> Loaded:
+def _load(terminal: Terminal, worker: Worker, path: str, cache: str, device: str, args: argparse.Namespace) -> Loaded:
     from octavo.cli import bench_worker
 
     with terminal.progress(f"loading {path}"):
-        loaded: Loaded = worker(bench_worker.load, path, device, args.threads)
+        loaded: Loaded = worker(bench_worker.load, path, device, args.threads, cache)
     needed = args.prompt_tokens + args.new_tokens
     if loaded.positions is not None and needed > loaded.positions:
         raise CommandError(

@@ -67,8 +67,8 @@ def prepare(debug: bool) -> None:
     _open_until_exit.enter_context(Terminal(debug=debug).quiet())
 
 
-def load(path: str, device: str, threads: int | None) -> Loaded:
-    """Load the model of this process, and describe it."""
+def load(path: str, device: str, threads: int | None, cache: str = "float") -> Loaded:
+    """Load the model of this process, and describe it. cache: what it keeps of earlier tokens, float or int8."""
     # Here, and not above: transformers is imported once `prepare` keeps it quiet.
     from octavo.integrations.language_model import load_causal
 
@@ -79,6 +79,10 @@ def load(path: str, device: str, threads: int | None) -> Loaded:
     _synchronize(device)
     seconds = time.perf_counter() - start
     hold(model)
+    if cache == "int8":
+        from octavo.integrations.int8_cache import use_int8_cache
+
+        use_int8_cache(model)
     text_config = model.config.get_text_config()
     return Loaded(
         seconds,
@@ -87,17 +91,20 @@ def load(path: str, device: str, threads: int | None) -> Loaded:
         vocabulary=text_config.vocab_size,
         positions=getattr(text_config, "max_position_embeddings", None),
         device=device,
-        served_by=served_by(model, device),
+        served_by=served_by(model, device, cache),
         machine=describe_machine(),
     )
 
 
-def served_by(model: Any, device: str) -> tuple[str, ...]:
-    """The backends that answer, on `device`, the ops of octavo that `model` calls."""
+def served_by(model: Any, device: str, cache: str = "float") -> tuple[str, ...]:
+    """The backends that answer, on `device`, the ops of octavo that `model` calls with a cache of that kind."""
     from octavo.integrations.attention import attention_of
 
     called = {op for module in model.modules() if isinstance(module, QuantModule) for op in module.op_names}
-    if attention_of(model) == "int8":
+    kind = attention_of(model)
+    if cache == "int8":
+        called.add(f"{kind}_attention_of_codes")
+    elif kind == "int8":
         called.add("int8_attention")
     return tuple(sorted({row.backend for row in backends() if row.device == device and row.op in called}))
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from octavo.cli.terminal import Answer, Terminal
 from octavo.cli.text import read_text
-from octavo.cli.verb import CommandError, Verbs, add_device, device_of, new_verb, positive
+from octavo.cli.verb import CommandError, Verbs, add_cache, add_device, device_of, new_verb, positive
 from octavo.tables import Table
 
 if TYPE_CHECKING:
@@ -40,6 +40,7 @@ def add_parser(verbs: Verbs) -> None:
     parser.add_argument(
         "--tokens", metavar="N", type=positive, default=8192, help="judge on the text's first N tokens (default 8192)"
     )
+    add_cache(parser)
     add_device(parser)
 
 
@@ -56,6 +57,10 @@ def run(args: argparse.Namespace, terminal: Terminal) -> Answer:
         window = _window(args.window, language_model.positions_of(model))
         ids = language_model.token_ids(tokenizer, text, limit=args.tokens, window=window)
         language_model.refuse_unknown_tokens(model, ids)
+        if args.cache == "int8":
+            from octavo.integrations.int8_cache import use_int8_cache
+
+            use_int8_cache(model)
     if len(ids) < 2:
         raise CommandError(f"{text_name} has {len(ids)} tokens, expected at least 2")
     baseline = comparison = None
@@ -106,7 +111,8 @@ def _data(
     comparison: Comparison | None,
 ) -> dict[str, Any]:
     data: dict[str, Any] = {
-        "path": args.path, "text": text_name, "tokens": tokens, "window": window, "perplexity": perplexities[0],
+        "path": args.path, "cache": args.cache, "text": text_name, "tokens": tokens, "window": window,
+        "perplexity": perplexities[0],
     }  # fmt: skip
     if comparison is None:
         return data

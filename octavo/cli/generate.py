@@ -8,7 +8,7 @@ import statistics
 from typing import TYPE_CHECKING, Any
 
 from octavo.cli.terminal import Answer, Terminal
-from octavo.cli.verb import Verbs, add_device, device_of, new_verb, positive
+from octavo.cli.verb import CommandError, Verbs, add_cache, add_device, device_of, new_verb, positive
 from octavo.tables import human_bytes, human_percent
 
 if TYPE_CHECKING:
@@ -37,17 +37,24 @@ def add_parser(verbs: Verbs) -> None:
     parser.add_argument(
         "--compile", action="store_true", help="by torch.compile first, which takes a minute or more; meant for GPUs"
     )
+    add_cache(parser)
     add_device(parser)
 
 
 def run(args: argparse.Namespace, terminal: Terminal) -> Answer:
     """Stream the text to stdout; with --json it is in the answer."""
+    if args.compile and args.cache == "int8":
+        raise CommandError("--compile keeps a static float cache, and --cache is int8; leave out one of the two")
     device = device_of(args)
     with terminal.progress(f"loading {args.path}"):
         from octavo.integrations.generation import generate
         from octavo.integrations.language_model import load_language_model
 
         model, tokenizer = load_language_model(args.path, device=device)
+        if args.cache == "int8":
+            from octavo.integrations.int8_cache import use_int8_cache
+
+            use_int8_cache(model)
     written = generate(
         model,
         tokenizer,
@@ -74,6 +81,7 @@ def _data(args: argparse.Namespace, written: Generated) -> dict[str, Any]:
     return {
         "path": args.path,
         "prompt": args.prompt,
+        "cache": args.cache,
         **dataclasses.asdict(written),
         "tokens_per_s": written.tokens_per_s,
     }

@@ -15,7 +15,7 @@ from typing import Any
 from octavo.cli.terminal import Answer, Terminal
 from octavo.errors import OctavoError
 
-__all__ = ["CommandError", "Run", "Verbs", "add_device", "device_of", "new_verb", "positive"]
+__all__ = ["CACHES", "CommandError", "Run", "Verbs", "add_cache", "add_device", "device_of", "new_verb", "positive"]
 
 Verbs = Any
 """What `argparse.ArgumentParser.add_subparsers` returns; its class is private."""
@@ -58,6 +58,18 @@ positive.__name__ = "positive whole number"  # argparse says: invalid positive w
 def add_device(parser: argparse._ActionsContainer) -> None:
     """The option --device of the verbs that run a model."""
     parser.add_argument("--device", choices=("cpu", "cuda"), help="where to run (default: cuda if there is one)")
+
+
+CACHES = ("float", "int8")
+"""What the keys and values of earlier tokens are kept as."""
+
+
+def add_cache(parser: argparse._ActionsContainer, *, default: str | None = CACHES[0]) -> None:
+    """The option --cache of the verbs that feed a language model."""
+    parser.add_argument(
+        "--cache", choices=CACHES, default=default,
+        help="what keys and values of earlier tokens are kept as, for PATH alone (default float: as it computes them)",
+    )  # fmt: skip
 
 
 def device_of(args: argparse.Namespace) -> str:

@@ -20,6 +20,7 @@ from transformers.masking_utils import AttentionMaskInterface, eager_mask
 
 from octavo import ops
 from octavo.errors import QuantizeError
+from octavo.integrations.int8_states import Int8States
 
 __all__ = [
     "NAME", "attention_of", "check_int8_attention", "int8_attention_forward", "set_implementation",
@@ -106,14 +107,14 @@ def int8_attention_forward(
         raise QuantizeError(f"int8 attention in {type(module).__name__}: {problem}; {_INSTEAD}")
     if position_bias is not None:
         attention_mask = position_bias if attention_mask is None else position_bias + attention_mask
-    y = ops.int8_attention(
-        query.expand(key.shape[0], -1, -1, -1),  # learned queries are of batch 1
-        key,
-        value,
-        attention_mask,
-        query.shape[-1] ** -0.5 if scaling is None else scaling,
-        softcap,
-    )
+    query = query.expand(key.shape[0], -1, -1, -1)  # learned queries are of batch 1
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    if isinstance(key, Int8States) and isinstance(value, Int8States):
+        y = ops.int8_attention_of_codes(
+            query, key.codes, key.scale, value.codes, value.scale, attention_mask, scaling, softcap
+        )
+    else:
+        y = ops.int8_attention(query, key, value, attention_mask, scaling, softcap)
     return y.transpose(1, 2).contiguous(), None
 
 

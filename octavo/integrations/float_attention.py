@@ -26,6 +26,7 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from octavo import ops
 from octavo.integrations.attention import set_implementation
+from octavo.integrations.int8_states import Int8States
 
 __all__ = ["NAME", "float_attention_forward", "use_float_attention"]
 
@@ -79,6 +80,8 @@ def float_attention_forward(
     """
     if not dropout and _is_plain(query, key, value, kwargs):
         by = query.shape[-1] ** -0.5 if scaling is None else scaling
+        if isinstance(key, Int8States) and isinstance(value, Int8States) and _is_allowed(attention_mask, by):
+            return _of_codes(module, query, key, value, attention_mask, by, kwargs), None
         if _has_kernel(query, key, attention_mask, by):
             is_causal = attention_mask is None and query.shape[2] > 1 and _is_causal(module, kwargs)
             if is_causal:
@@ -112,11 +115,26 @@ def _is_plain(query: Tensor, key: Tensor, value: Tensor, kwargs: dict[str, Any])
 
 def _has_kernel(query: Tensor, key: Tensor, mask: Tensor | None, scaling: float) -> bool:
     """Whether a kernel of this package answers, faster than torch's."""
-    return (
-        ops.attends_in_float(query, key)
-        and scaling > 0
-        and (mask is None or (mask.dtype == torch.bool and mask.dim() == 4))
+    return ops.attends_in_float(query, key) and _is_allowed(mask, scaling)
+
+
+def _is_allowed(mask: Tensor | None, scaling: float) -> bool:
+    """Whether ops of float attention take them."""
+    return scaling > 0 and (mask is None or (mask.dtype == torch.bool and mask.dim() == 4))
+
+
+def _of_codes(
+    module: nn.Module, query: Tensor, key: Int8States, value: Int8States, mask: Tensor | None, scaling: float,
+    kwargs: dict[str, Any],
+) -> Tensor:  # fmt: skip
+    """Of what an `Int8Cache` holds: [B, T, H, D]."""
+    is_causal = mask is None and query.shape[2] > 1 and _is_causal(module, kwargs)
+    if is_causal:
+        key, value = (x.first(query.shape[2]) for x in (key, value))
+    y = ops.float_attention_of_codes(
+        query, key.codes, key.scale, value.codes, value.scale, mask, scaling, is_causal=is_causal
     )
+    return y.transpose(1, 2).contiguous()
 
 
 def _is_causal(module: nn.Module, kwargs: dict[str, Any]) -> bool:

@@ -20,6 +20,8 @@
     op                      query                 key, value                  mask                         result
     int8_attention          [B, H, T, D] float    [B, KV, S, D] float         bool or float [B, H, T, S]   [B, H, T, D]
     float_attention         [B, H, T, D] float    [B, KV, S, D] float         bool [B, H, T, S]            [B, H, T, D]
+    int8_attention_of_codes   likewise            int8 [B, KV, S, D], scales fp32 [B, KV, S, 1]   likewise   likewise
+    float_attention_of_codes  likewise            int8 [B, KV, S, D], scales fp32 [B, KV, S, 1]   likewise   likewise
 
 Each w8a16 op computes sum(code * x), accumulated in fp32 (fp64 for an fp64 x), *then* multiplies by the scale, adds the
 bias and rounds once to the output dtype: where the float model does not overflow fp16, neither does this, inside
@@ -27,7 +29,7 @@ autocast too. (K/g is 1 for per_channel. With per_group each group's sum is mult
 reference forms code * scale in fp32 first.)
 w8a8_linear sums in int32, exactly, then multiplies by both scales. Its input is quantized by an op of its own, so that
 layers which read the same tensor can share the codes (`octavo.inputs`); a row or a few are quantized and multiplied by
-one call on CPUs (`w8a8_linear_at_once`). int8_attention quantizes its operands itself.
+one call on CPUs (`w8a8_linear_at_once`). int8_attention quantizes its operands itself, and of codes its query.
 Results are contiguous, whatever the strides.
 
 Of each op, `schemas.py` has the schema, `fakes.py` the result's shape, `gradients.py` the gradient; here are the
@@ -58,12 +60,15 @@ __all__ = [
     "autocast",
     "backends",
     "float_attention",
+    "float_attention_of_codes",
     "float_linear",
     "fuses_gates",
     "gated",
     "int8_attention",
+    "int8_attention_of_codes",
     "quantize_per_tensor",
     "quantize_per_token",
+    "quantize_states",
     "quantize_static",
     "quantize_weight",
     "recurrent",
@@ -101,6 +106,9 @@ _rms_norm = torch.ops.octavo.rms_norm.default
 _gated = torch.ops.octavo.gated.default
 _recurrent = torch.ops.octavo.recurrent.default
 _float_attention = torch.ops.octavo.float_attention.default
+_int8_attention_of_codes = torch.ops.octavo.int8_attention_of_codes.default
+_float_attention_of_codes = torch.ops.octavo.float_attention_of_codes.default
+_quantize_states = torch.ops.octavo.quantize_states.default
 
 
 _KERNELS_TAKE = (torch.float32, torch.bfloat16, torch.float16)
@@ -409,6 +417,67 @@ def float_attention(
     """
     args = (query, key, value, mask, scaling, is_causal)
     return _run(_float_attention, lambda: attention.check_heads(query, key, value, mask), *args)  # type: ignore[no-any-return]
+
+
+def int8_attention_of_codes(
+    query: Tensor,
+    key: Tensor,
+    key_scale: Tensor,
+    value: Tensor,
+    value_scale: Tensor,
+    mask: Tensor | None,
+    scaling: float,
+    softcap: float | None = None,
+) -> Tensor:
+    """`int8_attention` of keys and values that were quantized before: the bits that it gives of what they were.
+
+    query, mask, scaling, softcap: as there. key: int8 [B, KV, S, D], key_scale: fp32 [B, KV, S, 1], as
+        `quantize_per_token` makes them. value: int8 [B, KV, S, Dv], value_scale: fp32 [B, KV, S, 1]: likewise, but 0
+        for a row of zeros (`attention.value_codes`).
+    Returns: [B, H, T, Dv] of query's dtype; zeros for a row whose mask is False or -inf everywhere.
+    Raises: QuantizeError and OctavoError as there.
+    """
+    query = autocast(query)
+
+    def check() -> None:
+        attention.check_codes(query, key, key_scale, value, value_scale, mask)
+        attention.check_longest(key)
+
+    return _run(_int8_attention_of_codes, check, query, key, key_scale, value, value_scale, mask, scaling, softcap)
+
+
+def float_attention_of_codes(
+    query: Tensor,
+    key: Tensor,
+    key_scale: Tensor,
+    value: Tensor,
+    value_scale: Tensor,
+    mask: Tensor | None,
+    scaling: float,
+    *,
+    is_causal: bool = False,
+) -> Tensor:
+    """softmax(query @ (key * key_scale).T * scaling) @ (value * value_scale), with int8 keys and values: half of the
+    bytes that attention in bf16 reads.
+
+    query, mask, scaling, is_causal: as of `float_attention`. key: int8 [B, KV, S, D], key_scale: fp32 [B, KV, S, 1].
+    value: int8 [B, KV, S, Dv], value_scale: fp32 [B, KV, S, 1].
+    Returns: [B, H, T, Dv] of query's dtype; zeros for a row whose mask is False everywhere. Sums are fp32; e^(score -
+        largest) times the scale of the value is rounded to bf16 where that is the dtype.
+    Raises: QuantizeError for shapes that do not go together; OctavoError when a gradient is computed through it.
+    """
+    args = (query, key, key_scale, value, value_scale, mask, scaling, is_causal)
+    return _run(_float_attention_of_codes, lambda: attention.check_codes(*args[:6]), *args)  # type: ignore[no-any-return]
+
+
+def quantize_states(x: Tensor, codes: Tensor, scale: Tensor, *, are_values: bool) -> None:
+    """`quantize_per_token` of keys, or of values, to where a cache keeps them. The scale of values that are zeros is 0.
+
+    x: [B, KV, T, D] float. codes: int8 of its shape, scale: fp32 [B, KV, T, 1], written; they may lie anywhere.
+    Raises: QuantizeError for another x.
+    """
+    with torch._C._AutoDispatchBelowAutograd():
+        _run(_quantize_states, lambda: reference.check_rows(x), x, codes, scale, are_values)
 
 
 def attends_in_float(query: Tensor, key: Tensor) -> bool:

@@ -8,6 +8,12 @@ SmoothQuant's BMM (Xiao et al., arXiv:2211.10438, section 4), with scales found 
     p, sp [T, 1]    codes of probabilities * sv.T, a scale a row   so that sv, which varies along the sum, is inside it
     result          (p @ v) * sp                                   an exact int32 sum over S, then fp32
 
+Of keys and values that are codes already, as `Int8Cache` keeps them, `int8_attention_of_codes` is the same from the
+second line on. `float_attention_of_codes` does with such keys and values what float attention does with code * scale:
+
+    scores          (q @ k.T) * sk.T * scaling                     in fp32
+    result          (softmax(scores) * sv.T) @ v                   in fp32
+
 With a scale a token no token changes how another one is rounded: what padding holds and what comes later has no effect,
 and a key-value cache gives what computing everything anew gives. Folding sv into the probabilities before they are
 rounded spends their 127 steps on what reaches the result: a first token that draws most of the attention has a small
@@ -24,9 +30,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from octavo.errors import QuantizeError
-from octavo.ops.reference import LONGEST_EXACT, check_rows, in_full_precision
+from octavo.ops.reference import LONGEST_EXACT, accumulator, check_rows, in_full_precision
 
-__all__ = ["check_heads", "check_longest", "float_attention", "int8_attention", "value_codes"]
+__all__ = [
+    "check_codes", "check_heads", "check_longest", "float_attention", "float_attention_of_codes", "int8_attention",
+    "int8_attention_of_codes", "quantize_states", "value_codes",
+]  # fmt: skip
 
 _BLOCK_SCORES = 1 << 22
 """Rows of the query are taken in blocks of this many scores (16 MiB in fp32, a few of which live at a time)."""
@@ -37,12 +46,26 @@ def int8_attention(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float, softcap: float | None = None
 ) -> Tensor:
     check_heads(query, key, value, mask)
+    return int8_attention_of_codes(query, *_codes(key), *value_codes(value), mask, scaling, softcap)
+
+
+@in_full_precision
+def int8_attention_of_codes(
+    query: Tensor,
+    key: Tensor,
+    key_scale: Tensor,
+    value: Tensor,
+    value_scale: Tensor,
+    mask: Tensor | None,
+    scaling: float,
+    softcap: float | None = None,
+) -> Tensor:
+    check_codes(query, key, key_scale, value, value_scale, mask)
     check_longest(key)
     (batch, heads, rows, _), (kv_heads, tokens) = query.shape, key.shape[1:3]
     # Heads that share a key stand below each other: [batch * kv_heads, heads / kv_heads * rows, ...].
     q, q_scale = (_by_key(part, kv_heads) for part in _codes(query))
-    k, k_scale = (part.flatten(0, 1) for part in _codes(key))
-    v, v_scale = (part.flatten(0, 1) for part in value_codes(value))
+    k, k_scale, v, v_scale = (part.flatten(0, 1) for part in (key, key_scale, value, value_scale))
     v_rows = v.mT.contiguous()
     no_scale = v_scale.new_ones((*v_rows.shape[:2], 1))
     y = query.new_empty((batch, heads, rows, value.shape[3]))
@@ -67,10 +90,49 @@ def float_attention(
     return y.contiguous()
 
 
+@in_full_precision
+def float_attention_of_codes(
+    query: Tensor,
+    key: Tensor,
+    key_scale: Tensor,
+    value: Tensor,
+    value_scale: Tensor,
+    mask: Tensor | None,
+    scaling: float,
+    is_causal: bool,
+) -> Tensor:
+    check_codes(query, key, key_scale, value, value_scale, mask)
+    wide = accumulator(query)
+    keys, values = (codes.to(wide) * scale for codes, scale in ((key, key_scale), (value, value_scale)))
+    return float_attention(query.to(wide), keys, values, mask, scaling, is_causal).to(query.dtype)
+
+
+def check_codes(
+    query: Tensor, key: Tensor, key_scale: Tensor, value: Tensor, value_scale: Tensor, mask: Tensor | None
+) -> None:
+    """Raise QuantizeError unless these are a query and the codes of keys and values, with a scale a token: see
+    `octavo.ops.float_attention_of_codes`."""
+    check_rows(query)
+    _check_shapes(query, key, value, mask)
+    for name, codes, scale in (("key", key, key_scale), ("value", value, value_scale)):
+        if codes.dtype != torch.int8:
+            raise QuantizeError(f"{name}: dtype is {codes.dtype}, expected int8")
+        if scale.dtype != torch.float32 or scale.shape != (*codes.shape[:3], 1):
+            raise QuantizeError(
+                f"{name}_scale: is {scale.dtype} {list(scale.shape)}, expected fp32 {[*codes.shape[:3], 1]}, one for "
+                "each token"
+            )
+
+
 def check_heads(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> None:
     """Raise QuantizeError unless the shapes are those of one attention: see `octavo.ops.int8_attention`."""
-    for name, x in (("query", query), ("key", key), ("value", value)):
+    for x in (query, key, value):
         check_rows(x)
+    _check_shapes(query, key, value, mask)
+
+
+def _check_shapes(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> None:
+    for name, x in (("query", query), ("key", key), ("value", value)):
         if x.dim() != 4:
             raise QuantizeError(f"{name}: shape is {list(x.shape)}, expected [batch, heads, tokens, head size]")
     batch, heads, rows, size = query.shape
@@ -124,6 +186,11 @@ def value_codes(value: Tensor) -> tuple[Tensor, Tensor]:
     codes, scale = _codes(value)
     zeros = (scale == 1) & (codes == 0).all(-1, keepdim=True)
     return codes, scale.masked_fill(zeros, 0)
+
+
+def quantize_states(x: Tensor, codes: Tensor, scale: Tensor, are_values: bool) -> None:
+    for to, made in zip((codes, scale), value_codes(x) if are_values else _codes(x), strict=True):
+        to.copy_(made)
 
 
 def _products(x: Tensor, x_scale: Tensor, weight: Tensor, weight_scale: Tensor) -> Tensor:

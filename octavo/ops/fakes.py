@@ -146,6 +146,36 @@ def _int8_attention_fake(
     return query.new_empty((*query.shape[:3], value.shape[3]))
 
 
+@torch.library.register_fake("octavo::int8_attention_of_codes", lib=library)
+def _int8_attention_of_codes_fake(
+    query: Tensor,
+    key: Tensor,
+    key_scale: Tensor,
+    value: Tensor,
+    value_scale: Tensor,
+    mask: Tensor | None,
+    scaling: float,
+    softcap: float | None = None,
+) -> Tensor:
+    attention.check_codes(query, key, key_scale, value, value_scale, mask)
+    return query.new_empty((*query.shape[:3], value.shape[3]))
+
+
+@torch.library.register_fake("octavo::float_attention_of_codes", lib=library)
+def _float_attention_of_codes_fake(
+    query: Tensor,
+    key: Tensor,
+    key_scale: Tensor,
+    value: Tensor,
+    value_scale: Tensor,
+    mask: Tensor | None,
+    scaling: float,
+    is_causal: bool,
+) -> Tensor:
+    attention.check_codes(query, key, key_scale, value, value_scale, mask)
+    return query.new_empty((*query.shape[:3], value.shape[3]))
+
+
 @torch.library.register_fake("octavo::float_attention", lib=library)
 def _float_attention_fake(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float, is_causal: bool

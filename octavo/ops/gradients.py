@@ -137,7 +137,8 @@ def _int8_attention_backward(ctx, grad):  # type: ignore[no-untyped-def]
     )
 
 
-torch.library.register_autograd("octavo::int8_attention", _int8_attention_backward, lib=library)
+for _op in ("int8_attention", "int8_attention_of_codes"):
+    torch.library.register_autograd(f"octavo::{_op}", _int8_attention_backward, lib=library)
 
 
 def _float_attention_backward(ctx, grad):  # type: ignore[no-untyped-def]
@@ -147,7 +148,8 @@ def _float_attention_backward(ctx, grad):  # type: ignore[no-untyped-def]
     )
 
 
-torch.library.register_autograd("octavo::float_attention", _float_attention_backward, lib=library)
+for _op in ("float_attention", "float_attention_of_codes"):
+    torch.library.register_autograd(f"octavo::{_op}", _float_attention_backward, lib=library)
 
 
 def _save_experts_linear(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]

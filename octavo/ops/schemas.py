@@ -42,13 +42,21 @@ OPS: dict[str, str] = {
     "float_attention": (
         "(Tensor query, Tensor key, Tensor value, Tensor? mask, float scaling, bool is_causal) -> Tensor"
     ),
+    "int8_attention_of_codes": (
+        "(Tensor query, Tensor key, Tensor key_scale, Tensor value, Tensor value_scale, Tensor? mask, float scaling, "
+        "float? softcap=None) -> Tensor"
+    ),
+    "float_attention_of_codes": (
+        "(Tensor query, Tensor key, Tensor key_scale, Tensor value, Tensor value_scale, Tensor? mask, float scaling, "
+        "bool is_causal) -> Tensor"
+    ),
 }
 """Name -> schema of every op, in the namespace `torch.ops.octavo`."""
 
 
 def reference_of(op: str) -> Callable[..., Any]:
     """What answers the op in plain torch, on every device."""
-    return getattr(attention if op.endswith("_attention") else reference, op)
+    return getattr(attention if "_attention" in op else reference, op)
 
 
 library = torch.library.Library("octavo", "DEF")
@@ -78,6 +86,11 @@ library.define(
     "recurrent(Tensor p, Tensor weight, Tensor weight_scale, Tensor? bias, Tensor h, Tensor(a!)? c, int kind, "
     "bool int8_inputs, bool backwards) -> Tensor"
 )
+
+# What `Int8Cache` calls: `quantize_per_token` of keys, and of values (`value_codes`), to where they are kept.
+for _one in (library, _reference_library):
+    _one.define("quantize_states(Tensor x, Tensor(a!) codes, Tensor(b!) scale, bool are_values) -> ()")
+    _one.impl("quantize_states", attention.quantize_states, "CompositeExplicitAutograd")
 
 # What a compiler joins (`integrations/side_by_side.py`): layers of one input, [..., N] of each next to each other.
 library.define("w8a16_linears(Tensor x, Tensor[] weight, Tensor[] weight_scale, Tensor?[] bias) -> Tensor")

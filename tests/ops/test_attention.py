@@ -319,6 +319,52 @@ def test_shapes_that_do_not_go_together_are_refused(change: dict[str, Tensor], m
         call(**on_device, scaling=0.25)
 
 
+def codes_of_heads() -> dict[str, Tensor]:
+    query, key, value = heads()
+    (k, k_scale), (v, v_scale) = ops.quantize_per_token(key), attention.value_codes(value)
+    return {"query": query, "key": k, "key_scale": k_scale, "value": v, "value_scale": v_scale}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_float_attention_of_codes_is_that_of_what_they_stand_for(dtype: torch.dtype) -> None:
+    operands = codes_of_heads()
+    query = operands.pop("query").to(dtype)
+    key, value = (operands[name].double() * operands[f"{name}_scale"] for name in ("key", "value"))
+    for mask, is_causal in ((None, False), (causal(7, 11), False), (None, True)):
+        allowed = torch.ones(7, 11, dtype=torch.bool).tril() if is_causal else mask
+        y = torch.ops.octavo_reference.float_attention_of_codes(query, *operands.values(), mask, 0.25, is_causal)
+        expected = exact(query, key, value, allowed, 0.25)
+        assert y.dtype == dtype and y.is_contiguous()
+        unit = {torch.float32: 1e-6, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11, torch.float64: 1e-6}[dtype]
+        torch.testing.assert_close(y.double(), expected, rtol=unit, atol=1e-6)
+
+
+def test_a_gradient_through_codes_is_refused() -> None:
+    operands = codes_of_heads()
+    operands["query"].requires_grad_()
+    y = ops.float_attention_of_codes(**operands, mask=None, scaling=0.25)
+    with pytest.raises(OctavoError, match="gradient through octavo's float attention was asked for"):
+        y.sum().backward()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"query": torch.zeros(2, 3, 7, 16)}, r"key and value: .* with 3 a multiple of KV"),
+        ({"key": torch.zeros(2, 2, 11, 16)}, "key: dtype is torch.float32, expected int8"),
+        ({"value": torch.zeros(2, 2, 10, 16, dtype=torch.int8)}, r"key and value: .*\[2, 2, 10, 16\], expected"),
+        ({"key_scale": torch.ones(2, 2, 11)}, r"key_scale: is torch.float32 \[2, 2, 11\], expected fp32 \[2, 2, 11"),
+        ({"value_scale": torch.ones(2, 2, 11, 1).half()}, r"value_scale: is torch.float16 .*one for each token"),
+        ({"mask": torch.zeros(7, 11)}, r"mask: shape is \[7, 11\], expected \[2, 4, 7, 11\] or 1 in place"),
+    ],
+)
+@pytest.mark.parametrize("kind", ["float", "int8"])
+def test_codes_that_do_not_go_together_are_refused(change: dict[str, Tensor], message: str, kind: str) -> None:
+    operands = {**codes_of_heads(), "mask": None, **change}
+    with pytest.raises(QuantizeError, match=message):
+        getattr(ops, f"{kind}_attention_of_codes")(**operands, scaling=0.25)
+
+
 def test_more_tokens_than_int32_can_sum_are_refused() -> None:
     query, many = torch.zeros(1, 1, 1, 8), torch.zeros(1, 1, 1, 8).expand(1, 1, 131072, 8)
     for call in (ops.int8_attention, attention.int8_attention):

@@ -151,6 +151,17 @@ def float_attention(dtype: torch.dtype, grad: bool) -> list[tuple[Any, ...]]:
     ]
 
 
+def of_codes(
+    samples: Callable[[torch.dtype, bool], list[tuple[Any, ...]]],
+) -> Callable[[torch.dtype, bool], list[tuple[Any, ...]]]:
+    def quantized(dtype: torch.dtype, grad: bool) -> list[tuple[Any, ...]]:
+        return [
+            (q, *ops.quantize_per_token(k), *attention.value_codes(v), *rest) for q, k, v, *rest in samples(dtype, grad)
+        ]
+
+    return quantized
+
+
 SAMPLES: dict[str, Callable[[torch.dtype, bool], list[tuple[Any, ...]]]] = {
     "w8a16_linear": linear,
     "w8a16_conv": conv,
@@ -165,6 +176,8 @@ SAMPLES: dict[str, Callable[[torch.dtype, bool], list[tuple[Any, ...]]]] = {
     "w8a8_experts_linear": int8_experts_linear,
     "int8_attention": int8_attention,
     "float_attention": float_attention,
+    "int8_attention_of_codes": of_codes(int8_attention),
+    "float_attention_of_codes": of_codes(float_attention),
 }
 
 WITHOUT_GRADIENT = {"quantize_per_token", "quantize_per_tensor", "quantize_static", "quantize_weight"}
@@ -199,7 +212,7 @@ def test_every_op_has_reference_and_fake_for_every_device(name: str) -> None:
     assert torch._C._dispatch_has_kernel_for_dispatch_key(full, "Meta")
     assert torch._C._dispatch_has_kernel_for_dispatch_key(full, "Autograd") == (name not in WITHOUT_GRADIENT)
     assert torch._C._dispatch_has_computed_kernel_for_dispatch_key(full, "CUDA")
-    assert callable(getattr(attention if name.endswith("_attention") else reference, name))
+    assert callable(getattr(attention if "_attention" in name else reference, name))
 
 
 @pytest.mark.parametrize("name", OPS)

@@ -24,7 +24,7 @@ from torch import Tensor
 from octavo.ops import attention
 from octavo.ops.triton.launch import ceil_div, launch, power_of_two
 
-__all__ = ["int8_attention"]
+__all__ = ["int8_attention", "int8_attention_of_codes"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,18 +56,35 @@ def int8_attention(
 ) -> Tensor:
     """As `octavo.ops.int8_attention`; float64, of the query or the mask, goes to the composition in `attention.py`."""
     attention.check_heads(query, key, value, mask)
+    k, k_scale = torch.ops.octavo.quantize_per_token(key)
+    v, v_scale = attention.value_codes(value)
+    return int8_attention_of_codes(query, k, k_scale, v, v_scale, mask, scaling, softcap)
+
+
+def int8_attention_of_codes(
+    query: Tensor,
+    key: Tensor,
+    key_scale: Tensor,
+    value: Tensor,
+    value_scale: Tensor,
+    mask: Tensor | None,
+    scaling: float,
+    softcap: float | None = None,
+) -> Tensor:
+    """As `octavo.ops.int8_attention_of_codes`; float64 as above."""
+    attention.check_codes(query, key, key_scale, value, value_scale, mask)
     if torch.float64 in (query.dtype, None if mask is None else mask.dtype):
-        return attention.int8_attention(query, key, value, mask, scaling, softcap)
+        return attention.int8_attention_of_codes(query, key, key_scale, value, value_scale, mask, scaling, softcap)
     (batch, heads, rows, size), (kv_heads, keys), width = query.shape, key.shape[1:3], value.shape[3]
     y = torch.empty((batch, heads, rows, width), dtype=query.dtype, device=query.device)
     if not keys or not y.numel():
         return y.zero_()
-    (q, q_scale), (k, k_scale) = (torch.ops.octavo.quantize_per_token(x) for x in (query, key))
-    v, v_scale = attention.value_codes(value)
+    q, q_scale = torch.ops.octavo.quantize_per_token(query)
+    k, k_scale, v_scale = (x.contiguous() for x in (key, key_scale, value_scale))
     # The int8 products of tensor cores take rows of what they sum over: v stands transposed, its rows at multiples of
     # 16 bytes. What fills them up is multiplied by codes that are 0.
     v_rows = torch.empty((batch, kv_heads, width, ceil_div(keys, 16) * 16), dtype=torch.int8, device=query.device)
-    v_rows[..., :keys] = v.mT
+    v_rows[..., :keys] = value.mT
 
     shared, groups = heads // kv_heads * rows, batch * kv_heads
     tile = _tile_of(shared, max(size, width), mask)

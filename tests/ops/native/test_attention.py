@@ -12,6 +12,7 @@ from torch import Tensor
 
 from octavo import ops
 from octavo.ops import native
+from octavo.ops.attention import value_codes
 from tests.ops.native.kernels import FLOATS, WITH_KERNELS, assert_rounds_to
 from tests.ops.native.run_python import run_python
 from tests.ops.test_attention import exact
@@ -163,6 +164,143 @@ def test_a_row_of_attention_does_not_depend_on_the_others(isa: str) -> None:
     everything[:, :, 3] = torch.finfo(everything.dtype).min  # a row that shares its attention among all
     others = [i for i in range(40) if i != 3]
     assert torch.equal(ops.int8_attention(query, key, value, everything, 0.2)[:, :, others], whole[:, :, others])
+
+
+def packed(codes: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """The same, a token's scale behind its codes, as a cache keeps them."""
+    size = codes.shape[-1]
+    width = (size + 3) // 4 * 4
+    both = torch.empty(*codes.shape[:3], width + 4, dtype=torch.int8)
+    both[..., :size], both[..., width:] = codes, scale.view(torch.int8)
+    return both[..., :size], both[..., width:].view(torch.float32)
+
+
+@settings(max_examples=200)
+@given(
+    **SIZES_OF_ATTENTION,
+    dtypes=st.tuples(*[st.sampled_from(FLOATS)] * 3),
+    kind=st.sampled_from(MASKS),
+    softcap=st.sampled_from([None, None, 30.0, 1.0]),
+    seed=st.integers(0, 99),
+)
+def test_int8_attention_of_codes_has_the_bits_of_what_they_were(
+    isa: str, batch: int, kv: int, shared: int, rows: int, tokens: int, size: int, value: int,
+    dtypes: tuple[torch.dtype, ...], kind: str, softcap: float | None, seed: int,
+) -> None:  # fmt: skip
+    torch.manual_seed(seed)
+    shapes = ((batch, kv * shared, rows, size), (batch, kv, tokens, size), (batch, kv, tokens, value))
+    query, key, values = (torch.randn(shape).to(dtype) for shape, dtype in zip(shapes, dtypes, strict=True))
+    values[:, :, : seed % 3] = 0
+    mask = a_mask(kind, batch, kv * shared, rows, tokens, seed)
+    keys, values_ = packed(*ops.quantize_per_token(key)), packed(*value_codes(values))
+    y = ops.int8_attention_of_codes(query, *keys, *values_, mask, size**-0.5, softcap)
+    assert torch.equal(y, ops.int8_attention(query, key, values, mask, size**-0.5, softcap))
+
+
+@settings(max_examples=300)
+@given(
+    **SIZES_OF_ATTENTION,
+    dtype=st.sampled_from(FLOATS),
+    kind=st.sampled_from(["none", "is_causal", *(kind for kind in MASKS if "boolean" in kind)]),
+    seed=st.integers(0, 99),
+)
+def test_float_attention_of_codes(
+    isa: str, batch: int, kv: int, shared: int, rows: int, tokens: int, size: int, value: int, dtype: torch.dtype,
+    kind: str, seed: int,
+) -> None:  # fmt: skip
+    torch.manual_seed(seed)
+    query = torch.randn(batch, kv * shared, rows, size).to(dtype)
+    keys = ops.quantize_per_token(torch.randn(batch, kv, tokens, size))
+    values = value_codes(torch.randn(batch, kv, tokens, value) * torch.rand(batch, kv, tokens, 1) ** 4)
+    is_causal = kind == "is_causal"
+    mask = None if is_causal else a_mask(kind, batch, kv * shared, rows, tokens, seed)
+    operands = (*packed(*keys), *packed(*values), mask, size**-0.5)
+    y = ops.float_attention_of_codes(as_transformers_hands_it(query), *operands, is_causal=is_causal)
+    allowed = torch.ones(rows, tokens, dtype=torch.bool).tril() if is_causal else mask
+    key, (codes, scale) = keys[0].double() * keys[1], values
+    expected, parts = (exact(query, key, v.double() * scale, allowed, size**-0.5) for v in (codes, codes.abs()))
+    error = parts * (2.0**-8 if dtype == torch.bfloat16 else 2.0**-18)
+    if dtype != torch.float32 and expected.numel() and tokens:
+        # Half a step of fixed-point numbers of 16 bits: of the query, and of probabilities times scales.
+        step = 2.0**-16 * query.double().abs().amax(-1, keepdim=True) * key.abs().sum(-1).max() * size**-0.5
+        error = error + parts * 2 * step + 2.0**-16 * scale.max() * codes.double().abs().sum(2).amax()
+    assert y.dtype == dtype and y.shape == expected.shape and y.is_contiguous()
+    assert_rounds_to(y, expected, error)
+    if native.select(isa).attends:  # else torch's kernels choose by strides
+        assert torch.equal(ops.float_attention_of_codes(query, *operands, is_causal=is_causal), y)
+
+
+@pytest.mark.parametrize(("rows", "size"), [(1, 64), (1, 600), (40, 64)])
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_the_error_of_attention_of_codes_is_that_of_its_dtype(
+    isa: str, dtype: torch.dtype, rows: int, size: int
+) -> None:
+    """On average; where keys are all at the ends of their codes, sums are the largest that there are."""
+    query, key, value = (torch.randn(2, heads, tokens, size) for heads, tokens in ((6, rows), (2, 700), (2, 700)))
+    for keys in (ops.quantize_per_token(key), (key.sign().mul(127).to(torch.int8), torch.full((2, 2, 700, 1), 1e-2))):
+        values = value_codes(value)
+        y = ops.float_attention_of_codes(query.to(dtype), *keys, *values, None, size**-0.5)
+        numbers = (codes.double() * scale for codes, scale in (keys, values))
+        expected = exact(query.to(dtype), *numbers, None, size**-0.5)
+        error = (y.double() - expected).norm() / expected.norm()
+        assert error < {torch.float32: 1e-5, torch.bfloat16: 4e-3, torch.float16: 1e-3}[dtype]
+
+
+def test_an_attention_sink_leaves_steps_for_the_rest(isa: str) -> None:
+    """0.9 of the probability and next to no value: fixed-point numbers are of what reaches the result."""
+    query, key, value = torch.randn(1, 2, 1, 32), torch.randn(1, 1, 400, 32), torch.randn(1, 1, 400, 32)
+    query[..., 0], key[..., 0], key[:, :, 0, 0] = 10, 0, 5
+    value[:, :, 0] *= 1e-3
+    keys, values = ops.quantize_per_token(key), value_codes(value)
+    expected = exact(query.bfloat16(), keys[0].double() * keys[1], values[0].double() * values[1], None, 32**-0.5)
+    y = ops.float_attention_of_codes(query.bfloat16(), *keys, *values, None, 32**-0.5)
+    assert (y.double() - expected).norm() < 4e-3 * expected.norm()
+
+
+@pytest.mark.parametrize("scales", [(1e-28, 1e25), (1e20, 1e-36), (1e-28, 1.0)])
+def test_attention_of_codes_of_extreme_scales(isa: str, scales: tuple[float, float]) -> None:
+    of_key, of_value = scales
+    query = torch.randn(1, 4, 2, 40) / of_key
+    keys, values = ops.quantize_per_token(torch.randn(1, 2, 70, 40)), value_codes(torch.randn(1, 2, 70, 30))
+    keys, values = (keys[0], keys[1] * of_key), (values[0], values[1] * of_value)
+    for dtype in (torch.float32, torch.bfloat16):
+        y = ops.float_attention_of_codes(query.to(dtype), *keys, *values, None, 0.2)
+        expected = exact(query.to(dtype), *(codes.double() * scale for codes, scale in (keys, values)), None, 0.2)
+        assert (y.double() - expected).norm() < 5e-3 * expected.norm()
+
+
+def test_what_is_not_finite_reaches_attention_of_codes(isa: str) -> None:
+    for dtype in FLOATS:
+        query = torch.randn(1, 4, 2, 16).to(dtype)
+        keys, values = ops.quantize_per_token(torch.randn(1, 2, 200, 16)), value_codes(torch.randn(1, 2, 200, 16))
+        clean = ops.float_attention_of_codes(query, *keys, *values, None, 0.25)
+        for bad in (float("nan"), float("inf")):
+            spoilt = query.clone()
+            spoilt[0, 1, 1, 3] = bad
+            y = ops.float_attention_of_codes(spoilt, *keys, *values, None, 0.25)
+            assert y[0, 1, 1].isnan().all()
+            y[0, 1, 1] = clean[0, 1, 1]
+            assert torch.equal(y, clean)
+            for of_key in (True, False):
+                scale = (keys if of_key else values)[1].clone()
+                scale[0, 1, 150] = float("nan") if of_key else bad  # a score of -inf says that there is no weight
+                changed = ((keys[0], scale), values) if of_key else (keys, (values[0], scale))
+                y = ops.float_attention_of_codes(query, *changed[0], *changed[1], None, 0.25)
+                assert not y[:, 2:].isfinite().any() and torch.equal(y[:, :2], clean[:, :2])
+
+
+@pytest.mark.parametrize("are_values", [False, True])
+@pytest.mark.parametrize("dtype", [*FLOATS, torch.float64])
+@pytest.mark.parametrize("size", [1, 6, 64, 130])
+def test_states_are_quantized_to_where_they_are_kept(isa: str, size: int, dtype: torch.dtype, are_values: bool) -> None:
+    x = torch.randn(2, 9, 3, size).to(dtype).transpose(1, 2)
+    x[0, 1, 4] = 0
+    codes, scale = packed(torch.zeros(2, 3, 20, size, dtype=torch.int8), torch.zeros(2, 3, 20, 1))
+    ops.quantize_states(x, codes[:, :, 5:14], scale[:, :, 5:14], are_values=are_values)
+    expected = value_codes(x) if are_values else ops.quantize_per_token(x)
+    assert torch.equal(codes[:, :, 5:14], expected[0]) and torch.equal(scale[:, :, 5:14], expected[1])
+    assert scale[0, 1, 9] == (0 if are_values else 1)
+    assert not any(part.any() for kept in (codes, scale) for part in (kept[:, :, :5], kept[:, :, 14:]))
 
 
 def test_backends_tells_where_attention_has_no_kernel_of_its_own(isa: str) -> None:

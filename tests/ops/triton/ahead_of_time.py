@@ -28,6 +28,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
+from octavo.ops import attention
 from octavo.ops import triton as kernels
 from octavo.ops.gates import GATES
 from octavo.ops.triton import launch
@@ -173,6 +174,11 @@ def heads(
     return query, key, value, mask, size**-0.5
 
 
+def of_codes(call: tuple[Any, ...]) -> tuple[Any, ...]:
+    query, key, value, *rest = call
+    return query, *attention.value_codes(key), *attention.value_codes(value), *rest
+
+
 CALLS: dict[str, Callable[[], Iterator[tuple[Any, ...]]]] = {
     "quantize_per_token": rows_calls,
     "quantize_per_tensor": rows_calls,
@@ -186,6 +192,7 @@ CALLS: dict[str, Callable[[], Iterator[tuple[Any, ...]]]] = {
     "w8a16_experts_linear": experts_linear_calls,
     "w8a8_experts_linear": int8_experts_linear_calls,
     "int8_attention": int8_attention_calls,
+    "int8_attention_of_codes": lambda: map(of_codes, int8_attention_calls()),
     "rms_norm": norm_calls,
     "gated": gate_calls,
 }

@@ -37,6 +37,14 @@ def test_the_sums_are_those_of_integers(
     assert_same_codes(y, torch.from_numpy(in_integers(query, key, value, mask, 0.2, softcap)))
 
 
+def test_codes_have_the_bits_of_what_they_were(device: str) -> None:
+    query, key, value = (x.to(device) for x in heads(rows=3, tokens=70, size=24, value=20))
+    keys, values = torch.ops.octavo.quantize_per_token(key), composition.value_codes(value)
+    rows = torch.cat([keys[0], keys[0]], -1)[..., :24]  # as they lie in a cache, further apart
+    y = attention.int8_attention_of_codes(query, rows, keys[1], *values, None, 0.2, None)
+    assert torch.equal(y, int8_attention(query, key, value, None, 0.2))
+
+
 @given(
     batch=st.integers(0, 2),
     kv=st.integers(1, 2),

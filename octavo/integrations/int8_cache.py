@@ -1,0 +1,210 @@
+"""A key-value cache in int8 for transformers' models: half the memory of bf16, and half of what each token reads.
+
+    output = model.generate(**inputs, past_key_values=Int8Cache(model.config))      `cache=` from transformers 5.24 on
+    handle = use_int8_cache(model)                                                  wherever the model makes a cache
+
+Each token of a head has a scale of its own, as in int8 attention (`octavo/ops/attention.py`): no token changes another,
+and a text gives the same answers whether it is fed at once or in pieces. With attention in int8 the cache holds the
+codes that it would find anyway: the same bits come out. With attention in float, codes are multiplied as they are
+(`octavo.ops.float_attention_of_codes`).
+
+A layer holds keys, and values, as one int8 tensor [B, KV, S, D + 4]: the codes of a token, up to a multiple of four,
+and the four bytes of its scale. What transformers does to caches (to crop them, to pick beams) leaves tokens whole.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.hooks import RemovableHandle
+from transformers import Cache, DynamicCache, PreTrainedConfig, PreTrainedModel
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
+from octavo import ops
+from octavo.errors import OctavoError
+from octavo.integrations import attention, float_attention
+from octavo.integrations.int8_states import Int8States
+from octavo.integrations.language_model import cache_name
+
+__all__ = ["Handle", "Int8Cache", "use_int8_cache"]
+
+_SCALE_BYTES = 4
+_MORE = 8
+"""A layer has room for an eighth more tokens than it holds: to copy what is there for each token that comes, as
+transformers' cache does, would take longer than attention."""
+
+
+class Int8Cache(Cache):
+    """Keys and values as int8 codes with a scale for each token of a head, of a decoder's full and sliding-window
+    attention. What a layer keeps that are no keys (states of linear attention) stays as it is.
+
+    config: the model's. Warns: where the model computes its attention by a function that is not octavo's, for then
+        keys and values are dequantized, all of them for each token.
+    Raises: OctavoError for an encoder-decoder, and for layers that keep more than keys and values.
+    """
+
+    def __init__(self, config: PreTrainedConfig) -> None:
+        config = config.get_text_config(decoder=True)
+        if config.is_encoder_decoder:
+            raise OctavoError(
+                f"an Int8Cache is for decoders, and {type(config).__name__} is an encoder-decoder's; leave its cache "
+                "to the model"
+            )
+        name = config._attn_implementation
+        if name not in (attention.NAME, float_attention.NAME):
+            warnings.warn(
+                f"attention is computed by {name!r}, for which an Int8Cache dequantizes all keys and values at each "
+                "token; octavo.integrations.float_attention.use_float_attention(model), or "
+                "octavo.integrations.attention.use_int8_attention(model), reads the codes",
+                stacklevel=2,
+            )
+        super().__init__(layers=[_int8_layer(layer) for layer in DynamicCache(config=config).layers])
+
+
+def _int8_layer(layer: Any) -> Any:
+    if type(layer) is DynamicLayer:
+        return Int8Layer()
+    if type(layer) is DynamicSlidingWindowLayer:
+        return Int8SlidingWindowLayer(layer.sliding_window)
+    if isinstance(layer, DynamicLayer):
+        raise OctavoError(
+            f"an Int8Cache has no {type(layer).__name__}, which this model's attention keeps; leave its cache to the "
+            "model"
+        )
+    return layer
+
+
+class Int8Layer(DynamicLayer):
+    """The keys and values of a layer of full attention, with room behind them."""
+
+    keys: Tensor
+    values: Tensor
+    _rooms: tuple[_Room | None, _Room | None] = (None, None)
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Keep these, of tokens that follow; all keys and values so far, [B, KV, S, D] each."""
+        _refuse_gradients(key_states, value_states)
+        if not self.is_initialized:
+            self.lazy_initialization(*(x.new_empty(0, dtype=torch.int8) for x in (key_states, value_states)))
+        keys = _with_room(self._rooms[0], self.keys, key_states)
+        values = _with_room(self._rooms[1], self.values, value_states)
+        self._rooms = keys, values
+        before = self.get_seq_length()
+        total = before + key_states.shape[2]
+        keys.put(key_states, before, are_values=False)
+        values.put(value_states, before, are_values=True)
+        self.keys, self.values = keys.packed.narrow(2, 0, total), values.packed.narrow(2, 0, total)
+        return keys.first(total, key_states.dtype), values.first(total, value_states.dtype)
+
+
+class Int8SlidingWindowLayer(DynamicSlidingWindowLayer):
+    """The keys and values that a window may look at."""
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Keep these, of tokens that follow; the keys and values that they look at, [B, KV, S, D] each."""
+        _refuse_gradients(key_states, value_states)
+        states = key_states, value_states
+        new = [_Room.of(x, x.shape[2]) for x in states]
+        for room, x in zip(new, states, strict=True):
+            room.put(x, 0, are_values=x is value_states)
+        seen = super().update(*(room.packed for room in new))
+        keys, values = (
+            _Room(packed, x.shape[3]).first(packed.shape[2], x.dtype) for packed, x in zip(seen, states, strict=True)
+        )
+        return keys, values
+
+
+class _Room:
+    """Where tokens lie. packed: int8 [B, KV, S, width of a token], of which codes and scale are views."""
+
+    def __init__(self, packed: Tensor, size: int) -> None:
+        self.packed = packed
+        self.codes = packed[..., :size]
+        self.scale = packed[..., -_SCALE_BYTES:].view(torch.float32)
+
+    @staticmethod
+    def of(states: Tensor, tokens: int) -> _Room:
+        """For so many tokens of such keys or values."""
+        batch, heads, _, size = states.shape
+        width = -(-size // _SCALE_BYTES) * _SCALE_BYTES + _SCALE_BYTES  # a scale lies where four bytes may
+        return _Room(states.new_empty((batch, heads, tokens, width), dtype=torch.int8), size)
+
+    def put(self, states: Tensor, at: int, *, are_values: bool) -> None:
+        count = states.shape[2]
+        ops.quantize_states(
+            states, self.codes.narrow(2, at, count), self.scale.narrow(2, at, count), are_values=are_values
+        )
+
+    def first(self, count: int, dtype: torch.dtype) -> Int8States:
+        return Int8States(self.codes.narrow(2, 0, count), self.scale.narrow(2, 0, count), dtype)
+
+    def begins_with(self, held: Tensor) -> bool:
+        packed = self.packed
+        return (
+            packed.data_ptr() == held.data_ptr()
+            and packed.stride() == held.stride()
+            and packed.shape[:2] == held.shape[:2]
+        )
+
+
+def _with_room(room: _Room | None, held: Tensor, states: Tensor) -> _Room:
+    """A room that begins with what is held and has places for `states`: this one, if it does."""
+    count = held.shape[-2] if held.numel() else 0
+    total = count + states.shape[2]
+    if room is None or room.packed.shape[2] < total or not room.begins_with(held):
+        room = _Room.of(states, total + total // _MORE)
+        if count:
+            room.packed[:, :, :count] = held
+    return room
+
+
+def _refuse_gradients(key: Tensor, value: Tensor) -> None:
+    if torch.is_grad_enabled() and (key.requires_grad or value.requires_grad):
+        raise OctavoError(
+            "a gradient was asked for through an Int8Cache, which is for inference; train with use_cache=False"
+        )
+
+
+def use_int8_cache(model: PreTrainedModel) -> Handle:
+    """From now on the model keeps an `Int8Cache` wherever it would make a cache of its own: in `generate`, and in a
+    forward that is given none, unless with `use_cache=False`. A cache that it is given stays what it is. Attention in
+    float ("sdpa") is switched to that of this package, which reads the codes.
+
+    Returns: a handle whose `remove()` ends that. Raises: OctavoError for a model that has no such cache.
+    """
+    argument = cache_name(model)
+    if argument is None:
+        raise OctavoError(f"{type(model).__name__} keeps no key-value cache, so that it cannot be int8")
+    float_attention.use_float_attention(model)
+    Int8Cache(model.config)  # raises, or warns, now
+
+    def with_cache(kwargs: dict[str, Any]) -> dict[str, Any]:
+        if kwargs.get(argument) is not None or kwargs.get("use_cache") is False:
+            return kwargs
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # it was said
+            return {**kwargs, "use_cache": True, argument: Int8Cache(model.config)}
+
+    def generate(*args: Any, **kwargs: Any) -> Any:
+        return type(model).generate(model, *args, **with_cache(kwargs))
+
+    hook = model.register_forward_pre_hook(lambda _, args, kwargs: (args, with_cache(kwargs)), with_kwargs=True)
+    vars(model)["generate"] = generate
+    return Handle(model, hook)
+
+
+@dataclasses.dataclass(frozen=True)
+class Handle:
+    """Of a model whose cache is int8."""
+
+    model: PreTrainedModel
+    hook: RemovableHandle
+
+    def remove(self) -> None:
+        """The model's caches are again what they were."""
+        self.hook.remove()
+        vars(self.model).pop("generate", None)

@@ -1,0 +1,44 @@
+"""Keys, or values, that are held as int8 codes: numbers to whoever computes with them.
+
+Attention functions of this package take the codes. To any other operation they are a tensor of code * scale, which is
+computed then: whatever a model does with what a cache gives it, it does it with those.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map_only
+
+__all__ = ["Int8States"]
+
+
+class Int8States(Tensor):
+    """codes: int8 [B, KV, S, D]. scale: fp32 [B, KV, S, 1]. dtype: of the numbers, each of which is rounded once."""
+
+    codes: Tensor
+    scale: Tensor
+
+    @staticmethod
+    def __new__(cls, codes: Tensor, scale: Tensor, dtype: torch.dtype) -> Int8States:
+        self: Int8States = Tensor._make_wrapper_subclass(cls, codes.shape, dtype=dtype, device=codes.device)  # type: ignore[attr-defined]
+        self.codes, self.scale = codes, scale
+        return self
+
+    def first(self, tokens: int) -> Int8States:
+        """Those of the first so many tokens."""
+        return Int8States(self.codes[:, :, :tokens], self.scale[:, :, :tokens], self.dtype)
+
+    def dequantized(self) -> Tensor:
+        """[B, KV, S, D] of the dtype: code * scale, in fp32, rounded."""
+        return (self.codes * self.scale).to(self.dtype)
+
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Iterable[type], args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
+        args, kwargs = tree_map_only(Int8States, Int8States.dequantized, (args, kwargs or {}))
+        return func(*args, **kwargs)
