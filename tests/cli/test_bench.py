@@ -136,6 +136,28 @@ def test_who_serves_a_model_is_who_serves_the_ops_that_it_calls(scheme: str, att
     assert bench_worker.served_by(model, "cpu") == tuple(sorted({backend_of(op) for op in called}))
 
 
+@pytest.mark.parametrize("attention", ["float", "int8"])
+def test_who_serves_an_int8_cache(attention: str) -> None:
+    model = build(llama)
+    octavo.quantize(model, "w8a16", attention=attention)
+    called = {"w8a16_linear", f"{attention}_attention_of_codes"}
+    assert bench_worker.served_by(model, "cpu", "int8") == tuple(sorted({backend_of(op) for op in called}))
+
+
+@pytest.mark.usefixtures("in_this_process")
+def test_the_cache_of_a_model_that_is_timed_is_int8(tiny_int8: Path) -> None:
+    from octavo.integrations.int8_cache import Int8Cache
+    from octavo.integrations.language_model import cache_name
+
+    bench_worker.load(str(tiny_int8), "cpu", 1, "int8")
+    kept = []
+    model = bench_worker.held()
+    model.register_forward_hook(lambda _, __, output: kept.append(getattr(output, str(cache_name(model)))))
+    one = bench_worker.time_round([5, 6, 7, 8], 6)
+    assert one.decode_s > 0 and len(kept) == 6 and isinstance(kept[0], Int8Cache) and len({*map(id, kept)}) == 1
+    assert kept[0].get_seq_length() == 9
+
+
 @pytest.mark.usefixtures("in_this_process")
 def test_compiled_rounds_are_timed_like_others(tiny_int8: Path, compiled_eagerly: None) -> None:
     bench_worker.load(str(tiny_int8), "cpu", 1)
@@ -178,7 +200,7 @@ def test_both_models_in_one_run(tiny: Path, tiny_int8: Path) -> None:
         assert model["weight_bytes_per_s"] == pytest.approx(model["token_bytes"] * model["decode_tokens_per_s"])
         share = model["of_memory_speed"] * data["memory_bytes_per_s"]
         assert share == pytest.approx(model["weight_bytes_per_s"]) and model["compile_s"] is None
-    assert data["memory_bytes_per_s"] > 1e8 and data["compiled"] is False
+    assert data["memory_bytes_per_s"] > 1e8 and data["compiled"] is False and data["cache"] == "float"
     assert 0.5 < data["top1_agreement"] <= 1
     assert data["machine"]["threads"] == 1 and data["machine"]["torch"] == torch.__version__
 
@@ -222,6 +244,8 @@ def test_what_is_not_given_has_its_default() -> None:
         (["--ops", "--compile"], "--compile is of a model, and --ops was given"),
         (["model", "--rows", "4"], "--rows is of the ops, and PATH model was given"),
         (["model", "--shapes", "8x8"], "--shapes is of the ops"),
+        (["--ops", "--cache", "int8"], "--cache is of a model, and --ops was given"),
+        (["model", "--compile", "--cache", "int8"], "--compile keeps a static float cache, and --cache is int8"),
     ],
     ids=str,
 )
@@ -234,7 +258,7 @@ def test_a_prompt_that_does_not_fit_is_refused() -> None:
     short = dataclasses.replace(measured((1.0, 1.0)).loaded, positions=256)
     args = arguments("--prompt-tokens", "250", "--new-tokens", "10")
     with pytest.raises(CommandError, match="make 260, and model holds 256 tokens"):
-        bench._load(Terminal(json=True), lambda *_: short, "model", "cpu", args)
+        bench._load(Terminal(json=True), lambda *_: short, "model", "float", "cpu", args)
 
 
 def test_a_process_that_dies_is_told_of(tmp_path: Path) -> None:

@@ -53,6 +53,14 @@ def test_int8_against_float(run: Run, tiny: Path, tiny_int8: Path) -> None:
     assert len(data["comparison"]["layers"]) == 14
 
 
+def test_what_an_int8_cache_costs(run: Run, tiny: Path) -> None:
+    """Next to the same model with a cache of its own."""
+    options = ("--baseline", tiny, "--tokens", 128, "--window", 64, "--json")
+    data = run("eval", tiny, *options, "--cache", "int8").data
+    assert data["cache"] == "int8" and run("eval", tiny, *options).data["perplexity"] == data["baseline_perplexity"]
+    assert 0 < data["comparison"]["kl"] < 0.01 and data["perplexity"] != data["baseline_perplexity"]
+
+
 def test_people_see_the_change_and_the_worst_five(run: Run, tiny: Path, tiny_int8: Path) -> None:
     shown = run("eval", tiny_int8, "--baseline", tiny, "--tokens", 64, "--window", 32)
     assert shown.code == 0 and shown.err == ""

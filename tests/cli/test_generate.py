@@ -85,6 +85,22 @@ def test_compiled_text_is_the_same(run: Run, tiny: Path, continuation: str, comp
     assert data["of_memory_speed"] == pytest.approx(data["weight_bytes_per_s"] / data["memory_bytes_per_s"])
 
 
+def test_an_int8_cache_writes_what_it_writes_in_python(run: Run, tiny_int8: Path) -> None:
+    from octavo.integrations.int8_cache import Int8Cache
+    from octavo.integrations.language_model import cache_name, load_language_model
+
+    model, tokenizer = load_language_model(tiny_int8)
+    inputs = tokenizer(PROMPT, return_tensors="pt")
+    cache = {str(cache_name(model)): Int8Cache(model.config)}
+    ids = model.generate(**inputs, **cache, max_new_tokens=12, do_sample=False, pad_token_id=1)
+    expected = tokenizer.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    argv = ("generate", tiny_int8, "--prompt", PROMPT, "--max-new-tokens", 12, "--cache", "int8")
+    data = run(*argv, "--json").data
+    assert data["text"] == expected and data["cache"] == "int8"
+    shown = run(*argv, "--compile")
+    assert shown.code == 1 and "--compile keeps a static float cache, and --cache is int8" in shown.err
+
+
 def test_more_tokens_than_the_model_holds(run: Run, tiny: Path) -> None:
     written = run("generate", tiny, "--raw", "--prompt", "word " * 60, "--json").data
     assert written["prompt_tokens"] + written["new_tokens"] <= 256

@@ -1,0 +1,165 @@
+"""Long contexts: what a key-value cache in int8 costs, what it takes, and how fast a token is behind many."""
+
+from __future__ import annotations
+
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import Cache, DynamicCache, QuantizedCache
+
+import octavo
+from bench import language
+from bench.record import kernels_of
+from bench.speed import LLAMA, SMOLLM2, llama
+from octavo.integrations.float_attention import use_float_attention
+from octavo.integrations.hub import load_tokenizer
+from octavo.integrations.int8_cache import Int8Cache
+from octavo.integrations.language_model import cache_name, load_causal, token_ids
+from octavo.tables import Table, human_bytes
+
+TITLE = "Long contexts, and a cache in int8"
+HOW = """
+One token behind many: caches are filled with random keys and values for the tokens before (what they say changes no
+time), then tokens are decoded greedily by each way in turns, in one process, batch 1; medians. "transformers bf16" is
+the float model as it is loaded, the others the same model from `octavo.quantize(model, "w8a16")`: with the cache that
+transformers makes, with transformers' `QuantizedCache` in fp8, and with `Int8Cache`. Error: of the logits of the first
+such token against those of the same weights with keys and values in bf16. Quality: perplexity of SmolLM2 in bf16, whose
+attention sees every key and value but as int8, next to the same without a cache.
+"""
+TOKENS = (512, 2048, 8000)
+ROUNDS, NEW = 7, 4
+JUDGED, WINDOW = 16384, 2048
+
+BF16, OWN, FP8, INT8 = "transformers bf16", "w8a16", "w8a16, cache in fp8", "w8a16, Int8Cache"
+CACHES: dict[str, Callable[[Any], Cache]] = {
+    BF16: lambda config: DynamicCache(config=config),
+    OWN: lambda config: DynamicCache(config=config),
+    FP8: lambda config: QuantizedCache("fp8", config),
+    INT8: Int8Cache,
+}
+
+
+def measure() -> dict[str, Any]:
+    checkpoint = str(language.checkpoint())
+    with tempfile.TemporaryDirectory() as folder:
+        llama().save_pretrained(folder)
+        models = {SMOLLM2: _speeds(checkpoint), LLAMA: _speeds(folder)}
+    return {"kernels": kernels_of("float_attention_of_codes"), "models": models, "quality": _quality(checkpoint)}
+
+
+def _speeds(path: str) -> dict[str, dict[str, dict[str, Any]]]:
+    original, int8 = load_causal(path), load_causal(path)
+    octavo.quantize(int8, "w8a16", include=["Embedding", "OutputHead"])
+    return {str(tokens): _behind(tokens, original, int8) for tokens in TOKENS}
+
+
+def _behind(tokens: int, original: Any, int8: Any) -> dict[str, dict[str, Any]]:
+    found: dict[str, dict[str, Any]] = {}
+    steps = {}
+    expected = None
+    for name, make in CACHES.items():
+        model = original if name == BF16 else int8
+        cache = make(model.config)
+        _fill(cache, model, tokens)
+        steps[name] = _Step(model, cache)
+        logits = steps[name].take()
+        if name == OWN:
+            expected = logits
+        error = None if expected is None else _error(logits, expected)
+        found[name] = {"seconds": [], "bytes": _bytes_of(cache), "error": error}
+    for _ in range(ROUNDS):
+        for name, step in steps.items():
+            begin = time.perf_counter()
+            for _ in range(NEW):
+                step.take()
+            found[name]["seconds"].append((time.perf_counter() - begin) / NEW)
+    return found
+
+
+class _Step:
+    """The next token of a model with a cache, and so on."""
+
+    def __init__(self, model: Any, cache: Cache) -> None:
+        self.model, self.options = model, {str(cache_name(model)): cache}
+        self.token = torch.tensor([[17]])
+
+    @torch.no_grad()
+    def take(self) -> Tensor:
+        logits: Tensor = self.model(input_ids=self.token, use_cache=True, **self.options).logits[:, -1]
+        self.token = logits.argmax(-1, keepdim=True)
+        return logits
+
+
+def _fill(cache: Cache, model: Any, tokens: int) -> None:
+    config, chance = model.config, torch.Generator().manual_seed(0)
+    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    shape = (1, config.num_key_value_heads, tokens, size)
+    for layer in range(config.num_hidden_layers):
+        key, value = (torch.randn(shape, generator=chance).to(model.dtype) for _ in range(2))
+        cache.update(key, value, layer)
+
+
+def _bytes_of(cache: Any) -> int:
+    return sum(
+        tensor.nbytes
+        for layer in cache.layers
+        for tensor in (
+            (layer._quantized_keys[0], layer._quantized_values[0])
+            if hasattr(layer, "_quantized_keys")
+            else (layer.keys, layer.values)
+        )
+    )
+
+
+def _error(logits: Tensor, expected: Tensor) -> float:
+    return float((logits - expected).double().norm() / expected.double().norm())
+
+
+def _quality(path: str) -> dict[str, float]:
+    text, _ = language.known_text()
+    model, tokenizer = load_causal(path), load_tokenizer(path)
+    use_float_attention(model)
+    ids = token_ids(tokenizer, text, limit=JUDGED, window=WINDOW)
+    name = str(cache_name(model))
+
+    def with_int8(ids: Tensor) -> Any:
+        return model(input_ids=ids, use_cache=True, **{name: Int8Cache(model.config)})
+
+    return {
+        "float": octavo.perplexity(model, ids, window=WINDOW),
+        "int8": octavo.perplexity(with_int8, ids, window=WINDOW),
+    }
+
+
+# -- the page -------------------------------------------------------------------------------------------------------
+
+
+def tables(found: dict[str, Any]) -> list[Table]:
+    quality = found["quality"]
+    change = quality["int8"] / quality["float"] - 1
+    rows = (("in bf16", f"{quality['float']:.4f}", ""), ("int8", f"{quality['int8']:.4f}", f"{change:+.3%}"))
+    judged = f"{SMOLLM2}, {JUDGED} tokens in windows of {WINDOW}"
+    return [
+        *(_table(name, one, found["kernels"]) for name, one in found["models"].items()),
+        Table(judged, ("keys and values", "perplexity", "change"), rows, "lrr"),
+    ]
+
+
+def _table(model: str, found: dict[str, dict[str, dict[str, Any]]], kernels: str) -> Table:
+    def cell(tokens: str, name: str) -> str:
+        own, rival = (statistics.median(found[tokens][each]["seconds"]) for each in (name, BF16))
+        return f"{1 / own:.1f} ({rival / own:.2f}x)"
+
+    rows = []
+    for name in CACHES:
+        longest = found[str(TOKENS[-1])][name]
+        error = "" if longest["error"] is None else f"{longest['error']:.4f}"
+        rows.append((name, *(cell(tokens, name) for tokens in found), human_bytes(longest["bytes"]), error))
+    columns = ("", *(f"behind {tokens}, tokens/s" for tokens in found), f"cache of {TOKENS[-1]}", "error")
+    title = f"{model}; kernels: {kernels}; in brackets: times as fast as bf16"
+    return Table(title, columns, tuple(rows), "l" + "r" * (len(columns) - 1))
