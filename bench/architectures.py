@@ -3,14 +3,9 @@
 from __future__ import annotations
 
 import copy
-import inspect
-import multiprocessing
 import os
-import signal
 import tempfile
-import warnings
-from collections.abc import Callable, Iterator
-from multiprocessing.pool import ThreadPool
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 import octavo
+from bench.each_type import build, in_processes, model_types, output
 from octavo.evaluate import sqnr
 from octavo.experts import spec_of
 from octavo.formats.checkpoint import CheckpointReader
@@ -43,77 +39,10 @@ that was built by hand; asked of types that transformers itself loads as it save
 `octavo.quantize_checkpoint` makes of the float model's files the same tensors as `octavo.save` writes. "While it is
 loaded": `from_pretrained` of transformers with an `OctavoConfig` gives every tensor bit for bit, too.
 """
-MAPPINGS = (
-    "CAUSAL_LM", "IMAGE_TEXT_TO_TEXT", "SEQ_TO_SEQ_CAUSAL_LM", "SPEECH_SEQ_2_SEQ", "MASKED_LM", "IMAGE_CLASSIFICATION",
-)  # fmt: skip
-LIMIT_S = 120
-LARGEST = 200e6
-DEPTH = {
-    **dict.fromkeys(("num_hidden_layers", "n_layer", "n_layers", "num_layers", "depth", "encoder_layers"), 2),
-    **dict.fromkeys(("decoder_layers", "num_decoder_layers", "num_encoder_layers"), 2),
-    **dict.fromkeys(("vocab_size", "vocab_size_per_layer_input", "unpadded_vocab_size"), 512),
-    **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"), 4),
-    **dict.fromkeys(("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "top_k_experts"), 2),
-    **dict.fromkeys(("experts_per_token", "num_selected_experts", "moe_num_active_primary_experts"), 2),
-    **dict.fromkeys(("n_group", "topk_group", "num_dense_layers", "first_k_dense_replace"), 1),
-}
-WIDTH = {
-    **dict.fromkeys(("hidden_size", "d_model", "n_embd", "dim", "embed_dim", "moe_intermediate_size"), 64),
-    **dict.fromkeys(("shared_expert_intermediate_size", "expert_ffn_hidden_size"), 64),
-    **dict.fromkeys(("intermediate_size", "ffn_dim", "n_inner", "d_ff", "decoder_ffn_dim", "encoder_ffn_dim"), 128),
-    **dict.fromkeys(("num_attention_heads", "n_head", "num_heads", "n_heads", "encoder_attention_heads"), 4),
-    **dict.fromkeys(("decoder_attention_heads",), 4),
-    **dict.fromkeys(("num_key_value_heads", "index_n_heads"), 2),
-    **dict.fromkeys(("max_position_embeddings", "n_positions"), 256),
-    **dict.fromkeys(("v_head_dim", "kv_lora_rank", "q_lora_rank", "rotary_dim", "index_head_dim"), 16),
-    **dict.fromkeys(("qk_rope_head_dim", "qk_nope_head_dim", "index_topk"), 8),
-}
-HEAD = dict.fromkeys(("head_dim", "kv_channels", "d_kv"), 16)
 
 
 def measure() -> dict[str, Any]:
-    types = list(_model_types())
-    with ThreadPool(os.cpu_count()) as pool:  # threads that wait, each for a process
-        return {"types": pool.starmap(_judge_in_a_process, types, chunksize=1)}
-
-
-def _judge_in_a_process(name: str, mapping: str) -> dict[str, Any]:
-    """`judge` in a fork of this process, for which transformers is imported once."""
-    context = multiprocessing.get_context("fork")
-    receive, send = context.Pipe(duplex=False)
-    process = context.Process(target=_judge_quietly, args=(name, mapping, send))
-    process.start()
-    send.close()
-    try:
-        return receive.recv()  # type: ignore[no-any-return]
-    except EOFError:
-        return {"type": name, "class": None, "errors": {"process": f"took more than {LIMIT_S} s, or broke down"}}
-    finally:
-        process.join()
-
-
-def _model_types() -> Iterator[tuple[str, str]]:
-    """Each model type once, with the first mapping that it is in."""
-    from transformers.models.auto import configuration_auto, modeling_auto
-
-    import octavo.integrations.transformers  # noqa: F401 -- before the processes are forked
-
-    seen = set()
-    for mapping in (*(f"MODEL_FOR_{task}_MAPPING" for task in MAPPINGS), "MODEL_MAPPING"):
-        for name in getattr(modeling_auto, f"{mapping}_NAMES"):
-            if name not in seen and name in configuration_auto.CONFIG_MAPPING_NAMES:
-                seen.add(name)
-                yield name, mapping
-
-
-def _judge_quietly(name: str, mapping: str, send: Any) -> None:
-    torch.set_num_threads(1)
-    signal.alarm(LIMIT_S)
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, 1)
-    os.dup2(nowhere, 2)
-    warnings.simplefilter("ignore")
-    send.send(judge(name, mapping))
+    return {"types": in_processes(judge, model_types())}
 
 
 def judge(name: str, mapping: str) -> dict[str, Any]:
@@ -134,7 +63,7 @@ def judge(name: str, mapping: str) -> dict[str, Any]:
         found["errors"]["quantize"] = repr(error)[:300]
         return found
     questions: dict[str, Callable[[], bool | None]] = {}
-    if inputs is not None and torch.equal(_output(model, inputs), _output(model, inputs)):
+    if inputs is not None and torch.equal(output(model, inputs), output(model, inputs)):
         questions["computes"] = lambda: _computes(model, int8, inputs)
         questions["smoothed"] = lambda: _smoothed(model, inputs)
     config = copy.deepcopy(model.config)  # saving makes the dtype in it a word, which some classes do not understand
@@ -150,76 +79,13 @@ def judge(name: str, mapping: str) -> dict[str, Any]:
     return found
 
 
-def build(name: str, mapping: str) -> tuple[Any, dict[str, Tensor] | None]:
-    """A small model of the type and inputs that it takes, None without; (None, None) if there is no small one."""
-    from transformers.models.auto import configuration_auto, modeling_auto
-
-    built = None
-    for sizes in ({**WIDTH, **DEPTH}, {**WIDTH, **DEPTH, **HEAD}, DEPTH, {}):
-        try:
-            config_class = configuration_auto.CONFIG_MAPPING[name]
-            config = config_class(**_reduced(config_class(), sizes))
-            classes = getattr(modeling_auto, mapping)[config_class]
-            model_class = classes[0] if isinstance(classes, tuple) else classes
-            with torch.device("meta"):
-                parameters = sum(each.numel() for each in model_class(config).parameters())
-            if parameters > LARGEST:
-                continue
-            torch.manual_seed(0)
-            model = model_class(config).eval()
-        except Exception:
-            continue  # its sizes do not fit each other
-        built = built or model
-        try:
-            inputs = _inputs(model)
-            _output(model, inputs)
-        except Exception:
-            continue
-        return model, inputs
-    return built, None
-
-
-def _reduced(config: Any, sizes: dict[str, int]) -> dict[str, Any]:
-    """Arguments for a config like `config` whose sizes are at most those given, in the configs within it too."""
-    parts = {name: part for name, part in vars(config).items() if hasattr(part, "to_dict")}
-    values = {name: getattr(config, name, None) for name in sizes}
-    small = {name: sizes[name] for name, value in values.items() if type(value) is int and value > sizes[name]}
-    return {**{name: _reduced(part, sizes) for name, part in parts.items()}, **small}
-
-
-def _inputs(model: Any) -> dict[str, Tensor]:
-    config = model.config
-    ids = torch.randint(3, min(getattr(config.get_text_config(), "vocab_size", None) or 500, 500) - 2, (2, 12))
-    takes = inspect.signature(model.forward).parameters
-    name = model.main_input_name
-    inputs = {"input_ids": ids} if name == "input_ids" or "input_ids" in takes else {}
-    if name == "pixel_values":
-        vision = getattr(config, "vision_config", config)
-        side = getattr(vision, "image_size", None) or 224
-        side = side[0] if isinstance(side, tuple | list) else side
-        inputs["pixel_values"] = torch.randn(2, getattr(vision, "num_channels", None) or 3, side, side)
-    if name == "input_values":
-        inputs["input_values"] = torch.randn(2, 16000)
-    if name == "input_features":
-        frames = 2 * getattr(config, "max_source_positions", 1500)
-        inputs["input_features"] = torch.randn(2, getattr(config, "num_mel_bins", 80), frames)
-    if getattr(config, "is_encoder_decoder", False):
-        inputs["decoder_input_ids"] = ids
-    return inputs
-
-
-@torch.no_grad()
-def _output(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
-    return next(each for each in model(**inputs).values() if isinstance(each, Tensor) and each.is_floating_point())
-
-
 def _computes(model: nn.Module, int8: nn.Module, inputs: dict[str, Tensor]) -> bool:
     wide = widened(model, int8)
-    expected, got = _output(wide, inputs), _output(int8, inputs)
+    expected, got = output(wide, inputs), output(int8, inputs)
     if sqnr(expected, got) >= 80:
         return True
     floats = {name: value.double() if value.is_floating_point() else value for name, value in inputs.items()}
-    exact = _output(wide.double(), floats)
+    exact = output(wide.double(), floats)
     return sqnr(exact, got) >= sqnr(exact, expected)
 
 
@@ -229,7 +95,7 @@ def _smoothed(model: nn.Module, inputs: dict[str, Tensor]) -> bool | None:
     report = octavo.smooth(smoothed, octavo.calibrate(smoothed, [inputs]), alpha=0.5)
     if not any(pair.reason is None for pair in report.pairs):
         return None
-    return torch.equal(_output(smoothed, inputs), _output(model, inputs))
+    return torch.equal(output(smoothed, inputs), output(model, inputs))
 
 
 def widened(model: nn.Module, int8: nn.Module) -> nn.Module:

@@ -6,6 +6,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,12 +15,15 @@ from transformers import Cache, DynamicCache, QuantizedCache
 
 import octavo
 from bench import language
+from bench.each_type import build, in_processes, model_types
 from bench.record import kernels_of
 from bench.speed import LLAMA, SMOLLM2, llama
+from octavo import ops
 from octavo.integrations.float_attention import use_float_attention
 from octavo.integrations.hub import load_tokenizer
 from octavo.integrations.int8_cache import Int8Cache
 from octavo.integrations.language_model import cache_name, load_causal, token_ids
+from octavo.ops.attention import value_codes
 from octavo.tables import Table, human_bytes
 
 TITLE = "Long contexts, and a cache in int8"
@@ -29,7 +33,10 @@ time), then tokens are decoded greedily by each way in turns, in one process, ba
 the float model as it is loaded, the others the same model from `octavo.quantize(model, "w8a16")`: with the cache that
 transformers makes, with transformers' `QuantizedCache` in fp8, and with `Int8Cache`. Error: of the logits of the first
 such token against those of the same weights with keys and values in bf16. Quality: perplexity of SmolLM2 in bf16, whose
-attention sees every key and value but as int8, next to the same without a cache.
+attention sees every key and value but as int8, next to the same without a cache. Every causal language model of
+transformers, small, with random weights, in fp32: 14 tokens of two texts, eight at once and then one by one; with an
+`Int8Cache` the logits must be those with transformers' own cache of keys and values that were quantized and
+dequantized.
 """
 TOKENS = (512, 2048, 8000)
 ROUNDS, NEW = 7, 4
@@ -49,7 +56,13 @@ def measure() -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         llama().save_pretrained(folder)
         models = {SMOLLM2: _speeds(checkpoint), LLAMA: _speeds(folder)}
-    return {"kernels": kernels_of("float_attention_of_codes"), "models": models, "quality": _quality(checkpoint)}
+    causal = [each for each in model_types() if each[1] == "MODEL_FOR_CAUSAL_LM_MAPPING"]
+    return {
+        "kernels": kernels_of("float_attention_of_codes"),
+        "models": models,
+        "quality": _quality(checkpoint),
+        "types": in_processes(judge, causal),
+    }
 
 
 def _speeds(path: str) -> dict[str, dict[str, dict[str, Any]]]:
@@ -136,6 +149,57 @@ def _quality(path: str) -> dict[str, float]:
     }
 
 
+# -- every type -----------------------------------------------------------------------------------------------------
+
+
+def judge(name: str, mapping: str) -> dict[str, Any]:
+    """Of a model type: "right" where it could be asked, or "refused", the reason why it has no such cache."""
+    found: dict[str, Any] = {"type": name, "class": None, "errors": {}}
+    model, inputs = build(name, mapping)
+    if model is None or inputs is None or cache_name(model) is None:
+        return found
+    found["class"] = type(model).__name__
+    use_float_attention(model)
+    ids = torch.randint(5, 500, (2, 14))
+    try:
+        rounded = _in_pieces(model, ids, _rounding_cache(model.config))
+    except Exception as error:
+        found["errors"]["transformers"] = repr(error)[:300]  # it has a cache of its own, or none in pieces
+        return found
+    try:
+        int8 = _in_pieces(model, ids, Int8Cache(model.config))
+    except octavo.OctavoError as error:
+        found["refused"] = str(error)
+        return found
+    except Exception as error:
+        found["errors"]["int8"] = repr(error)[:300]
+        return found
+    exact = _in_pieces(model, ids, DynamicCache(config=model.config))
+    # Sums in another order may take a number that lies half way between two codes to the other.
+    found["lost"] = _error(rounded, exact)
+    found["right"] = bool((int8 - rounded).norm() <= 0.1 * (rounded - exact).norm() + 1e-6 * exact.norm())
+    return found
+
+
+@torch.no_grad()
+def _in_pieces(model: Any, ids: Tensor, cache: Any) -> Tensor:
+    options = {"use_cache": True, str(cache_name(model)): cache}
+    return torch.cat([model(input_ids=piece, **options).logits for piece in ids.split([8, *[1] * 6], 1)], 1)
+
+
+def _rounding_cache(config: Any) -> Cache:
+    """Of keys and values that were quantized and dequantized."""
+    cache = DynamicCache(config=config)
+    for layer in cache.layers:
+        layer.update = partial(_update_rounded, layer.update)
+    return cache
+
+
+def _update_rounded(update: Callable[..., Any], key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Any:
+    pairs = ops.quantize_per_token(key), value_codes(value)
+    return update(*((codes * scale).to(key.dtype) for codes, scale in pairs), *args, **kwargs)
+
+
 # -- the page -------------------------------------------------------------------------------------------------------
 
 
@@ -147,7 +211,26 @@ def tables(found: dict[str, Any]) -> list[Table]:
     return [
         *(_table(name, one, found["kernels"]) for name, one in found["models"].items()),
         Table(judged, ("keys and values", "perplexity", "change"), rows, "lrr"),
+        *_of_types(found["types"]),
     ]
+
+
+def _of_types(types: list[dict[str, Any]]) -> list[Table]:
+    asked = [one for one in types if "right" in one]
+    wrong = [(one["type"], "other logits") for one in asked if not one["right"]]
+    wrong += [(one["type"], one["errors"]["int8"]) for one in types if "int8" in one["errors"]]
+    refused = [one["type"] for one in types if "refused" in one]
+    rows = (
+        ("model types", str(len(types))),
+        (
+            "that keep transformers' cache and could be run",
+            str(len(asked) + len(refused) + sum("int8" in one["errors"] for one in types)),
+        ),
+        ("with an Int8Cache, logits of the same keys and values", str(sum(one["right"] for one in asked))),
+        ("refused, with the reason", f"{len(refused)}: {', '.join(refused)}"),
+    )
+    tables = [Table("Every causal language model", ("", ""), rows, "ll")]
+    return [*tables, Table("Where something went wrong", ("type", "what"), tuple(wrong), "ll")] if wrong else tables
 
 
 def _table(model: str, found: dict[str, dict[str, dict[str, Any]]], kernels: str) -> Table:

@@ -111,3 +111,25 @@ def test_quantizing_on_the_gpu_gives_the_codes_that_the_cpu_gives() -> None:
     octavo.quantize(there, "w8a16")
     for (name, here), value in zip(model.state_dict().items(), there.state_dict().values(), strict=True):
         assert value.is_cuda and torch.equal(value.cpu(), here), name
+
+
+@pytest.mark.parametrize("attention", ["float", "int8"])
+def test_an_int8_cache_holds_and_gives_what_it_does_on_the_cpu(attention: str) -> None:
+    from octavo.integrations.int8_cache import Int8Cache
+    from octavo.integrations.language_model import cache_name
+
+    model, ids = tiny.build(tiny.llama), tiny.tokens(2, 12)
+    octavo.quantize(model, "w8a16", attention=attention)
+
+    def decoded(device: str) -> tuple[Tensor, Any]:
+        cache = Int8Cache(model.config)
+        options = {"use_cache": True, str(cache_name(model)): cache}
+        with torch.no_grad():
+            pieces = [
+                model.to(device)(ids.to(device)[:, piece], **options).logits for piece in (slice(9), slice(9, 12))
+            ]
+        return torch.cat(pieces, 1).cpu(), cache
+
+    (expected, _), (found, cache) = decoded("cpu"), decoded("cuda")
+    assert cache.layers[0].keys.is_cuda and cache.layers[0].keys.dtype == torch.int8
+    assert octavo.sqnr(expected, found) > 35

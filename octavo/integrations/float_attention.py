@@ -97,13 +97,11 @@ def float_attention_forward(
 
 
 def _is_plain(query: Tensor, key: Tensor, value: Tensor, kwargs: dict[str, Any]) -> bool:
-    """Whether what is asked for, on a CPU and without a gradient, is the formula and nothing else. What is exported is
-    torch's own."""
+    """Whether what is asked for, without a gradient, is the formula and nothing else. What is exported is torch's."""
     return (
         torch._C._get_tracing_state() is None
         and not torch.compiler.is_exporting()
-        and not torch.is_autocast_enabled("cpu")
-        and query.device.type == "cpu"
+        and not torch._C._is_any_autocast_enabled()
         and query.dtype == key.dtype == value.dtype
         and len(query) == len(key) == len(value)
         and query.shape[1] % key.shape[1] == 0
@@ -146,6 +144,7 @@ def _is_causal(module: nn.Module, kwargs: dict[str, Any]) -> bool:
 def _is_one_query(query: Tensor, key: Tensor, value: Tensor) -> bool:
     return (
         not torch.compiler.is_compiling()
+        and query.device.type == "cpu"
         and query.shape[2] == 1
         and query.dtype in (torch.bfloat16, torch.float16)
         and len(key) * key.shape[2] * max(key.shape[3], value.shape[3]) <= MOST

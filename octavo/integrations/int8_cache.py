@@ -15,6 +15,8 @@ and the four bytes of its scale. What transformers does to caches (to crop them,
 from __future__ import annotations
 
 import dataclasses
+import functools
+import types
 import warnings
 from typing import Any
 
@@ -182,19 +184,25 @@ def use_int8_cache(model: PreTrainedModel) -> Handle:
     float_attention.use_float_attention(model)
     Int8Cache(model.config)  # raises, or warns, now
 
-    def with_cache(kwargs: dict[str, Any]) -> dict[str, Any]:
-        if kwargs.get(argument) is not None or kwargs.get("use_cache") is False:
-            return kwargs
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # it was said
-            return {**kwargs, "use_cache": True, argument: Int8Cache(model.config)}
-
-    def generate(*args: Any, **kwargs: Any) -> Any:
-        return type(model).generate(model, *args, **with_cache(kwargs))
-
-    hook = model.register_forward_pre_hook(lambda _, args, kwargs: (args, with_cache(kwargs)), with_kwargs=True)
-    vars(model)["generate"] = generate
+    hook = model.register_forward_pre_hook(functools.partial(_forward_with_cache, argument), with_kwargs=True)
+    vars(model)["generate"] = types.MethodType(_generate_with_cache, model)  # of a copy of the model the copy's
     return Handle(model, hook)
+
+
+def _generate_with_cache(self: Any, *args: Any, **kwargs: Any) -> Any:
+    return type(self).generate(self, *args, **_with_cache(self, str(cache_name(self)), kwargs))
+
+
+def _forward_with_cache(argument: str, model: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    return args, _with_cache(model, argument, kwargs)
+
+
+def _with_cache(model: Any, argument: str, kwargs: dict[str, Any]) -> dict[str, Any]:
+    if kwargs.get(argument) is not None or kwargs.get("use_cache") is False:
+        return kwargs
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it was said when the model was told to
+        return {**kwargs, "use_cache": True, argument: Int8Cache(model.config)}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -202,6 +202,10 @@ def test_a_model_makes_it_by_itself() -> None:
         in_pieces(model, ids, own, 9)
         assert getattr(model(ids[:, :1], **{name: own}), name) is own
     assert torch.equal(model.generate(ids, **options), written)
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        other.lm_head.weight.neg_()
+    assert not torch.equal(other.generate(ids, **options), written), "a copy is its own model"
     handle.remove()
     after = model.generate(ids, return_dict_in_generate=True, **options)
     assert torch.equal(after.sequences, before.sequences) and type(getattr(after, name)) is transformers.DynamicCache

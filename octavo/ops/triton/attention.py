@@ -24,7 +24,7 @@ from torch import Tensor
 from octavo.ops import attention
 from octavo.ops.triton.launch import ceil_div, launch, power_of_two
 
-__all__ = ["int8_attention", "int8_attention_of_codes"]
+__all__ = ["broadcast_strides", "int8_attention", "int8_attention_of_codes"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,7 +93,7 @@ def int8_attention_of_codes(
     parts = ceil_div(keys, steps * tile.keys)
     # Of each row of each part: m, l and g.
     statistics = torch.empty((3, parts, groups * shared), dtype=torch.float32, device=query.device)
-    strides = (0, 0, 0, 0) if mask is None else _broadcast_strides(mask)
+    strides = (0, 0, 0, 0) if mask is None else broadcast_strides(mask)
     operands = (
         q, q_scale, k, k_scale, v_scale, mask, scaling, softcap, *strides, rows, shared, groups, heads // kv_heads,
         kv_heads, size, keys, steps,
@@ -129,7 +129,8 @@ def _steps_of_part(programs: int, keys: int, step: int) -> int:
     return min(ceil_div(keys, wanted * step), _MOST_KEYS // step)
 
 
-def _broadcast_strides(mask: Tensor) -> tuple[int, ...]:
+def broadcast_strides(mask: Tensor) -> tuple[int, ...]:
+    """The strides of a mask, 0 where one entry is for all."""
     return tuple(0 if size == 1 else stride for size, stride in zip(mask.shape, mask.stride(), strict=True))
 
 
