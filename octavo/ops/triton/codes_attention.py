@@ -13,6 +13,8 @@ More rows (a prompt) are torch's, over dequantized keys and values: it is produc
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
 import triton
 import triton.language as tl
@@ -24,6 +26,20 @@ from octavo.ops.triton.attention import broadcast_strides
 from octavo.ops.triton.launch import ceil_div, launch, power_of_two
 
 __all__ = ["float_attention_of_codes"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Tile:
+    """Tokens that a program takes at a time, and how it is compiled."""
+
+    tokens: int
+    warps: int
+    stages: int
+
+
+_NARROW, _USUAL, _WIDE = Tile(64, 4, 2), Tile(32, 4, 2), Tile(16, 8, 3)
+"""Heads of up to 64 channels, of up to 128 (and all in fp32), and of up to 256: what leaves registers for the sums, for
+with twice as many tokens some are spilled. None of it is measured."""
 
 _ROWS = 16
 """Of a tile: the least that tensor cores take, and the most that are not left to torch."""
@@ -60,10 +76,10 @@ def float_attention_of_codes(
     if not tokens or not y.numel():
         return y.zero_()
     groups = batch * kv_heads
-    block_s = 64 if max(size, width) <= 128 else 32
+    tile = _tile_of(max(size, width), query.dtype)
     wanted = max(1, min(_PROGRAMS // groups, tokens // _LEAST_TOKENS))
-    steps = ceil_div(tokens, wanted * block_s)
-    parts = ceil_div(tokens, steps * block_s)
+    steps = ceil_div(tokens, wanted * tile.tokens)
+    parts = ceil_div(tokens, steps * tile.tokens)
     sums = torch.empty((parts, groups * shared, width), dtype=torch.float32, device=query.device)
     statistics = torch.empty((2, parts, groups * shared), dtype=torch.float32, device=query.device)
     key, value = (x if x.stride(3) == 1 else x.contiguous() for x in (key, value))
@@ -73,11 +89,17 @@ def float_attention_of_codes(
     launch(
         _parts, (groups * parts,), sums, statistics, query.contiguous(), key, key_scale, value, value_scale, mask,
         scaling, *strides, *of_mask, rows, shared, groups, heads // kv_heads, kv_heads, size, width, tokens, steps,
-        parts, CAUSAL=is_causal, BLOCK_M=_ROWS, BLOCK_S=block_s, BLOCK_D=max(16, power_of_two(size)), BLOCK_N=block_n,
-        num_warps=4, num_stages=2,
+        parts, CAUSAL=is_causal, BLOCK_M=_ROWS, BLOCK_S=tile.tokens, BLOCK_D=max(16, power_of_two(size)), BLOCK_N=block_n,
+        num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     launch(_join, (groups * shared,), y, sums, statistics, parts, width, BLOCK_N=block_n, num_warps=1)
     return y
+
+
+def _tile_of(width: int, dtype: torch.dtype) -> Tile:
+    if width > 128:
+        return _WIDE
+    return _NARROW if width <= 64 and dtype != torch.float32 else _USUAL
 
 
 # Not specialized: what changes from one decoded token to the next, or each kind of number would be compiled anew.
