@@ -89,8 +89,8 @@ def float_attention_of_codes(
     launch(
         _parts, (groups * parts,), sums, statistics, query.contiguous(), key, key_scale, value, value_scale, mask,
         scaling, *strides, *of_mask, rows, shared, groups, heads // kv_heads, kv_heads, size, width, tokens, steps,
-        parts, CAUSAL=is_causal, BLOCK_M=_ROWS, BLOCK_S=tile.tokens, BLOCK_D=max(16, power_of_two(size)), BLOCK_N=block_n,
-        num_warps=tile.warps, num_stages=tile.stages,
+        parts, CAUSAL=is_causal, BLOCK_M=_ROWS, BLOCK_S=tile.tokens, BLOCK_D=max(16, power_of_two(size)),
+        BLOCK_N=block_n, num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     launch(_join, (groups * shared,), y, sums, statistics, parts, width, BLOCK_N=block_n, num_warps=1)
     return y
