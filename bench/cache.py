@@ -31,24 +31,27 @@ HOW = """
 One token behind many: caches are filled with random keys and values for the tokens before (what they say changes no
 time), then tokens are decoded greedily by each way in turns, in one process, batch 1; medians. "transformers bf16" is
 the float model as it is loaded, the others the same model from `octavo.quantize(model, "w8a16")`: with the cache that
-transformers makes, with transformers' `QuantizedCache` in fp8, and with `Int8Cache`. Error: of the logits of the first
-such token against those of the same weights with keys and values in bf16. Quality: perplexity of SmolLM2 in bf16, whose
-attention sees every key and value but as int8, next to the same without a cache. Every causal language model of
-transformers, small, with random weights, in fp32: 14 tokens of two texts, eight at once and then one by one; with an
-`Int8Cache` the logits must be those with transformers' own cache of keys and values that were quantized and
-dequantized.
+transformers makes, with transformers' `QuantizedCache` in fp8, and with `Int8Cache`; the first and the last of these
+with attention in int8, too. Error: of the logits of the first such token against those of the same weights with keys
+and values in bf16. Quality: perplexity of SmolLM2 in bf16, whose attention sees every key and value but as int8, next
+to the same without a cache. Every causal language model of transformers, small, with random weights, in fp32: 14
+tokens of two texts, eight at once and then one by one; with an `Int8Cache` the logits must be those with transformers'
+own cache of keys and values that were quantized and dequantized.
 """
 TOKENS = (512, 2048, 8000)
 ROUNDS, NEW = 7, 4
 JUDGED, WINDOW = 16384, 2048
 
-BF16, OWN, FP8, INT8 = "transformers bf16", "w8a16", "w8a16, cache in fp8", "w8a16, Int8Cache"
-CACHES: dict[str, Callable[[Any], Cache]] = {
-    BF16: lambda config: DynamicCache(config=config),
-    OWN: lambda config: DynamicCache(config=config),
-    FP8: lambda config: QuantizedCache("fp8", config),
-    INT8: Int8Cache,
+BF16, OWN = "transformers bf16", "w8a16"
+WAYS: dict[str, tuple[str | None, Callable[[Any], Cache]]] = {
+    BF16: (None, lambda config: DynamicCache(config=config)),
+    OWN: ("float", lambda config: DynamicCache(config=config)),
+    "w8a16, cache in fp8": ("float", lambda config: QuantizedCache("fp8", config)),
+    "w8a16, Int8Cache": ("float", Int8Cache),
+    "w8a16, attention int8": ("int8", lambda config: DynamicCache(config=config)),
+    "w8a16, attention int8, Int8Cache": ("int8", Int8Cache),
 }
+"""Attention of the quantized model, or None for the float one; and its cache."""
 
 
 def measure() -> dict[str, Any]:
@@ -66,17 +69,18 @@ def measure() -> dict[str, Any]:
 
 
 def _speeds(path: str) -> dict[str, dict[str, dict[str, Any]]]:
-    original, int8 = load_causal(path), load_causal(path)
-    octavo.quantize(int8, "w8a16", include=["Embedding", "OutputHead"])
-    return {str(tokens): _behind(tokens, original, int8) for tokens in TOKENS}
+    models: dict[str | None, Any] = {attention: load_causal(path) for attention in (None, "float", "int8")}
+    for attention in ("float", "int8"):
+        octavo.quantize(models[attention], "w8a16", include=["Embedding", "OutputHead"], attention=attention)
+    return {str(tokens): _behind(tokens, models) for tokens in TOKENS}
 
 
-def _behind(tokens: int, original: Any, int8: Any) -> dict[str, dict[str, Any]]:
+def _behind(tokens: int, models: dict[str | None, Any]) -> dict[str, dict[str, Any]]:
     found: dict[str, dict[str, Any]] = {}
     steps = {}
     expected = None
-    for name, make in CACHES.items():
-        model = original if name == BF16 else int8
+    for name, (attention, make) in WAYS.items():
+        model = models[attention]
         cache = make(model.config)
         _fill(cache, model, tokens)
         steps[name] = _Step(model, cache)
@@ -239,7 +243,7 @@ def _table(model: str, found: dict[str, dict[str, dict[str, Any]]], kernels: str
         return f"{1 / own:.1f} ({rival / own:.2f}x)"
 
     rows = []
-    for name in CACHES:
+    for name in WAYS:
         longest = found[str(TOKENS[-1])][name]
         error = "" if longest["error"] is None else f"{longest['error']:.4f}"
         rows.append((name, *(cell(tokens, name) for tokens in found), human_bytes(longest["bytes"]), error))

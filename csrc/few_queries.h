@@ -9,19 +9,19 @@
 // While keys are multiplied the values behind them are fetched, and then the next keys: memory is never idle. Which
 // tokens form a part depends on nothing but their number, so threads change no bit.
 //
+// Of keys and values that are codes, both products are of whole numbers, in int32: q and e^... are fixed-point numbers
+// of 16 bits, and codes are widened to as many, which takes a third of the instructions that make bf16 of them. (In
+// fp32 they become fp32.)
+//
 // Included by a translation unit after its target pragma, like dot_linear.h and attention_rows.h.
 #pragma once
 
 namespace octavo {
 namespace {
 
-// Of keys and values that are codes, both products are of whole numbers, in int32: q and e^... are fixed-point numbers
-// of 16 bits, and codes are widened to as many, which takes a third of the instructions that make bf16 of them.
-//
 // `Dot` is the dot product of a row of q and a key, `Unit` of e^... and values; what it has for that is
-//     strip       rows of values, codes or not, kElements of them, over kStrip columns, of which the first `count` are
-//     there -> units,
-//                 in two vectors. A null row is of zeros
+//     strip       kElements rows of values, or of codes, over kStrip columns, of which the first `count` are there ->
+//                 units, in two vectors. A null row is of zeros
 //     in_order    two vectors of such columns, or of their sums, in the order of the columns
 template <class Unit, class Dot>
 struct FewQueries {

@@ -1,9 +1,8 @@
 // Attention with both products in int8, by outer products, a few rows of the query at a time.
 //
-//     tokens   32 keys are quantized, if they are not codes already, and laid across, [D / u][32 keys][u], as a linear
-//     layer's rows of W are
-//              (outer_linear.h); 32 values too, [S / u][32 columns][u] for each 32 columns of v, where the u tokens of
-//              a unit are u rows as they lie
+//     tokens   32 keys are quantized, unless they are codes, and laid across, [D / u][32 keys][u], as a linear layer's
+//              rows of W are (outer_linear.h); 32 values too, [S / u][32 columns][u] for each 32 columns of v, where
+//              the u tokens of a unit are u rows as they lie
 //     rows     up to 12: their codes, their scores with all keys, the probabilities' codes, y. What is between the two
 //              products stays in scratch, which is in L1 for 500 tokens and in L2 for 10000
 //

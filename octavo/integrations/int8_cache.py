@@ -42,11 +42,11 @@ transformers' cache does, would take longer than attention."""
 
 class Int8Cache(Cache):
     """Keys and values as int8 codes with a scale for each token of a head, of a decoder's full and sliding-window
-    attention. What a layer keeps that are no keys (states of linear attention) stays as it is.
+    attention. What a layer keeps beside them, or instead (states of linear attention), stays as it is.
 
     config: the model's. Warns: where the model computes its attention by a function that is not octavo's, for then
         keys and values are dequantized, all of them for each token.
-    Raises: OctavoError for an encoder-decoder, and for layers that keep more than keys and values.
+    Raises: OctavoError for an encoder-decoder, and for layers that keep keys and values in a way of their own.
     """
 
     def __init__(self, config: PreTrainedConfig) -> None:
@@ -68,16 +68,24 @@ class Int8Cache(Cache):
 
 
 def _int8_layer(layer: Any) -> Any:
-    if type(layer) is DynamicLayer:
-        return Int8Layer()
-    if type(layer) is DynamicSlidingWindowLayer:
-        return Int8SlidingWindowLayer(layer.sliding_window)
-    if isinstance(layer, DynamicLayer):
+    """An empty layer that keeps keys and values as int8, and what else it keeps as `layer` does."""
+    if not isinstance(layer, DynamicLayer):
+        return layer  # no keys
+    keeps = {DynamicLayer.update: Int8Layer, DynamicSlidingWindowLayer.update: Int8SlidingWindowLayer}
+    if (int8 := keeps.get(type(layer).update)) is None:
         raise OctavoError(
             f"an Int8Cache has no {type(layer).__name__}, which this model's attention keeps; leave its cache to the "
             "model"
         )
-    return layer
+    new: Any = object.__new__(_class_of(int8, type(layer)))  # type: ignore[arg-type]  # mypy takes a class for no key
+    vars(new).update(vars(layer))
+    return new
+
+
+@functools.cache
+def _class_of(int8: type, cls: type) -> type:
+    # Else transformers would take it, from now on, for what caches of this type of layer are made of.
+    return type(f"Int8{cls.__name__}", (int8, cls), {"_layer_type": None})
 
 
 class Int8Layer(DynamicLayer):

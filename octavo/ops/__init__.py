@@ -476,8 +476,7 @@ def quantize_states(x: Tensor, codes: Tensor, scale: Tensor, *, are_values: bool
     x: [B, KV, T, D] float. codes: int8 of its shape, scale: fp32 [B, KV, T, 1], written; they may lie anywhere.
     Raises: QuantizeError for another x.
     """
-    with torch._C._AutoDispatchBelowAutograd():
-        _run(_quantize_states, lambda: reference.check_rows(x), x, codes, scale, are_values)
+    _run(_quantize_states, lambda: reference.check_rows(x), x, codes, scale, are_values)
 
 
 def attends_in_float(query: Tensor, key: Tensor) -> bool:

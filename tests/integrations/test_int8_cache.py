@@ -18,6 +18,9 @@ from tests.tiny_models import TEXT, bart, build, gemma3, gpt2, llama, mixtral, q
 
 transformers = pytest.importorskip("transformers")
 
+from transformers.cache_utils import DynamicLayer  # noqa: E402
+
+from octavo.integrations import int8_cache  # noqa: E402
 from octavo.integrations.attention import use_int8_attention  # noqa: E402
 from octavo.integrations.float_attention import use_float_attention  # noqa: E402
 from octavo.integrations.int8_cache import Int8Cache, use_int8_cache  # noqa: E402
@@ -35,6 +38,14 @@ def odd_heads() -> Any:
 
 def experts() -> Any:
     return mixtral(intermediate_size=40)  # torch's grouped product wants rows of 16 bytes
+
+
+def falcon_h1() -> Any:
+    config = transformers.FalconH1Config(
+        **TEXT, num_key_value_heads=2, mamba_d_ssm=32, mamba_n_heads=4, mamba_d_head=8, mamba_d_state=8,
+        mamba_n_groups=1, mamba_chunk_size=8,
+    )  # fmt: skip
+    return transformers.FalconH1ForCausalLM(config)
 
 
 MODELS = [llama, odd_heads, qwen2, gpt2, mistral, experts, gemma3]
@@ -232,7 +243,27 @@ def test_models_that_keep_something_else_are_refused() -> None:
         Int8Cache(build(bart).config)
     with pytest.raises(OctavoError, match="ViTForImageClassification keeps no key-value cache"):
         use_int8_cache(build(vit))
-    if hasattr(transformers, "FalconH1Config"):
-        config = transformers.FalconH1Config(num_hidden_layers=2, attn_implementation="octavo_sdpa")
-        with pytest.raises(OctavoError, match="an Int8Cache has no LinearAttentionAndFullAttentionLayer"):
-            Int8Cache(config)
+
+
+def test_layers_that_keep_keys_in_a_way_of_their_own_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Own(DynamicLayer):
+        def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+            return super().update(key_states, value_states * 2)
+
+    model = built(llama)
+    cache = transformers.DynamicCache(config=model.config)
+    cache.layers[1] = Own()
+    monkeypatch.setattr(int8_cache, "DynamicCache", lambda config: cache)
+    with pytest.raises(OctavoError, match="an Int8Cache has no Own, which this model's attention keeps"):
+        Int8Cache(model.config)
+
+
+def test_a_state_beside_keys_and_values_stays_as_it_is() -> None:
+    """Falcon-H1's layers have attention and a mixer each."""
+    if not hasattr(transformers, "FalconH1Config"):
+        pytest.skip("this version of transformers has no Falcon-H1")
+    model = built(falcon_h1)
+    ids, cache = tokens(2, 14), Int8Cache(model.config)
+    logits, expected = in_pieces(model, ids, cache, 9), in_pieces(model, ids, rounded_cache(model), 9)
+    assert cache.layers[0].keys.dtype == torch.int8
+    torch.testing.assert_close(logits, expected, rtol=1e-3, atol=1e-4)

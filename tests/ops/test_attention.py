@@ -50,6 +50,15 @@ def sqnr_db(y: Tensor, expected: Tensor) -> float:
     return float(20 * torch.log10(expected.norm() / (y.double() - expected).norm()))
 
 
+def as_cached(codes: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """The same, a token's scale behind its codes, as a cache keeps them."""
+    size = codes.shape[-1]
+    width = (size + 3) // 4 * 4
+    both = torch.empty(*codes.shape[:3], width + 4, dtype=torch.int8)
+    both[..., :size], both[..., width:] = codes, scale.view(torch.int8)
+    return both[..., :size], both[..., width:].view(torch.float32)
+
+
 def in_integers(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float, softcap: float | None = None
 ) -> np.ndarray[Any, Any]:

@@ -15,7 +15,7 @@ from octavo.ops import native
 from octavo.ops.attention import value_codes
 from tests.ops.native.kernels import FLOATS, WITH_KERNELS, assert_rounds_to
 from tests.ops.native.run_python import run_python
-from tests.ops.test_attention import exact
+from tests.ops.test_attention import as_cached, exact
 
 pytestmark = WITH_KERNELS
 
@@ -166,15 +166,6 @@ def test_a_row_of_attention_does_not_depend_on_the_others(isa: str) -> None:
     assert torch.equal(ops.int8_attention(query, key, value, everything, 0.2)[:, :, others], whole[:, :, others])
 
 
-def packed(codes: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
-    """The same, a token's scale behind its codes, as a cache keeps them."""
-    size = codes.shape[-1]
-    width = (size + 3) // 4 * 4
-    both = torch.empty(*codes.shape[:3], width + 4, dtype=torch.int8)
-    both[..., :size], both[..., width:] = codes, scale.view(torch.int8)
-    return both[..., :size], both[..., width:].view(torch.float32)
-
-
 @settings(max_examples=200)
 @given(
     **SIZES_OF_ATTENTION,
@@ -192,7 +183,7 @@ def test_int8_attention_of_codes_has_the_bits_of_what_they_were(
     query, key, values = (torch.randn(shape).to(dtype) for shape, dtype in zip(shapes, dtypes, strict=True))
     values[:, :, : seed % 3] = 0
     mask = a_mask(kind, batch, kv * shared, rows, tokens, seed)
-    keys, values_ = packed(*ops.quantize_per_token(key)), packed(*value_codes(values))
+    keys, values_ = as_cached(*ops.quantize_per_token(key)), as_cached(*value_codes(values))
     y = ops.int8_attention_of_codes(query, *keys, *values_, mask, size**-0.5, softcap)
     assert torch.equal(y, ops.int8_attention(query, key, values, mask, size**-0.5, softcap))
 
@@ -214,7 +205,7 @@ def test_float_attention_of_codes(
     values = value_codes(torch.randn(batch, kv, tokens, value) * torch.rand(batch, kv, tokens, 1) ** 4)
     is_causal = kind == "is_causal"
     mask = None if is_causal else a_mask(kind, batch, kv * shared, rows, tokens, seed)
-    operands = (*packed(*keys), *packed(*values), mask, size**-0.5)
+    operands = (*as_cached(*keys), *as_cached(*values), mask, size**-0.5)
     y = ops.float_attention_of_codes(as_transformers_hands_it(query), *operands, is_causal=is_causal)
     allowed = torch.ones(rows, tokens, dtype=torch.bool).tril() if is_causal else mask
     key, (codes, scale) = keys[0].double() * keys[1], values
@@ -295,7 +286,7 @@ def test_what_is_not_finite_reaches_attention_of_codes(isa: str) -> None:
 def test_states_are_quantized_to_where_they_are_kept(isa: str, size: int, dtype: torch.dtype, are_values: bool) -> None:
     x = torch.randn(2, 9, 3, size).to(dtype).transpose(1, 2)
     x[0, 1, 4] = 0
-    codes, scale = packed(torch.zeros(2, 3, 20, size, dtype=torch.int8), torch.zeros(2, 3, 20, 1))
+    codes, scale = as_cached(torch.zeros(2, 3, 20, size, dtype=torch.int8), torch.zeros(2, 3, 20, 1))
     ops.quantize_states(x, codes[:, :, 5:14], scale[:, :, 5:14], are_values=are_values)
     expected = value_codes(x) if are_values else ops.quantize_per_token(x)
     assert torch.equal(codes[:, :, 5:14], expected[0]) and torch.equal(scale[:, :, 5:14], expected[1])

@@ -13,21 +13,13 @@ from octavo.errors import QuantizeError
 from octavo.ops.attention import value_codes
 from octavo.ops.triton import codes_attention
 from octavo.ops.triton.codes_attention import float_attention_of_codes
-from tests.ops.test_attention import causal, exact, heads
+from tests.ops.test_attention import as_cached, causal, exact, heads
 
 UNIT = {torch.float32: 1e-5, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-10}
 
 
-def quantized(key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """As a cache keeps them: a token's scale lies behind its codes."""
-    parts = []
-    for codes, scale in (ops.quantize_per_token(key), value_codes(value)):
-        size = codes.shape[-1]
-        width = -(-size // 4) * 4
-        packed = torch.zeros((*codes.shape[:3], width + 4), dtype=torch.int8)
-        packed[..., :size], packed[..., width:] = codes, scale.view(torch.int8)
-        parts += [packed[..., :size], packed[..., width:].view(torch.float32)]
-    return tuple(parts)  # type: ignore[return-value]
+def quantized(key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
+    return *as_cached(*ops.quantize_per_token(key)), *as_cached(*value_codes(value))
 
 
 def check(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, is_causal: bool, device: str) -> None:
