@@ -32,7 +32,7 @@ from octavo.cli import bench_ops
 from octavo.cli.bench_ops import SHAPES, SIZES
 from octavo.cli.machine import machine_line
 from octavo.cli.terminal import Answer, Terminal
-from octavo.cli.verb import CACHES, CommandError, Verbs, add_cache, add_device, device_of, new_verb, positive
+from octavo.cli.verb import CACHES, CommandError, Verbs, add_cache, add_device, cache_of, device_of, new_verb, positive
 from octavo.tables import Table, human_bytes, human_percent
 
 if TYPE_CHECKING:
@@ -180,13 +180,11 @@ def run(args: argparse.Namespace, terminal: Terminal) -> Answer:
     args = settled(args)
     if args.ops:
         return bench_ops.run(args, terminal)
-    if args.compile and args.cache == "int8":
-        raise CommandError("--compile keeps a static float cache, and --cache is int8; leave out one of the two")
-    device = device_of(args)
+    cache, device = cache_of(args), device_of(args)
     paths = [args.path] if args.baseline is None else [args.path, args.baseline]
     with contextlib.ExitStack() as stack:
         workers = [stack.enter_context(_worker(path, args.debug)) for path in paths]
-        caches = (args.cache, CACHES[0])  # the baseline's is what it was
+        caches = (cache, CACHES[0])  # the baseline's is what it was
         loaded = [_load(terminal, *each, device, args) for each in zip(workers, paths, caches, strict=False)]
         ids = _prompt(args, loaded)
         compile_s = [_compile(terminal, worker, path, ids, args) for worker, path in zip(workers, paths, strict=True)]

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from octavo.cli import memory
 from octavo.cli.machine import describe_machine
 from octavo.cli.terminal import Terminal
+from octavo.cli.verb import keep_cache
 from octavo.modules import QuantEmbedding, QuantModule, TiedQuantEmbedding, TiedQuantLinear
 from octavo.ops import backends
 
@@ -79,10 +80,7 @@ def load(path: str, device: str, threads: int | None, cache: str = "float") -> L
     _synchronize(device)
     seconds = time.perf_counter() - start
     hold(model)
-    if cache == "int8":
-        from octavo.integrations.int8_cache import use_int8_cache
-
-        use_int8_cache(model)
+    keep_cache(model, cache)
     text_config = model.config.get_text_config()
     return Loaded(
         seconds,

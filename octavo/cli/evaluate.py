@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from octavo.cli.terminal import Answer, Terminal
 from octavo.cli.text import read_text
-from octavo.cli.verb import CommandError, Verbs, add_cache, add_device, device_of, new_verb, positive
+from octavo.cli.verb import CommandError, Verbs, add_cache, add_device, device_of, keep_cache, new_verb, positive
 from octavo.tables import Table
 
 if TYPE_CHECKING:
@@ -57,10 +57,7 @@ def run(args: argparse.Namespace, terminal: Terminal) -> Answer:
         window = _window(args.window, language_model.positions_of(model))
         ids = language_model.token_ids(tokenizer, text, limit=args.tokens, window=window)
         language_model.refuse_unknown_tokens(model, ids)
-        if args.cache == "int8":
-            from octavo.integrations.int8_cache import use_int8_cache
-
-            use_int8_cache(model)
+        keep_cache(model, args.cache)
     if len(ids) < 2:
         raise CommandError(f"{text_name} has {len(ids)} tokens, expected at least 2")
     baseline = comparison = None

@@ -8,7 +8,7 @@ import statistics
 from typing import TYPE_CHECKING, Any
 
 from octavo.cli.terminal import Answer, Terminal
-from octavo.cli.verb import CommandError, Verbs, add_cache, add_device, device_of, new_verb, positive
+from octavo.cli.verb import Verbs, add_cache, add_device, cache_of, device_of, keep_cache, new_verb, positive
 from octavo.tables import human_bytes, human_percent
 
 if TYPE_CHECKING:
@@ -43,18 +43,13 @@ def add_parser(verbs: Verbs) -> None:
 
 def run(args: argparse.Namespace, terminal: Terminal) -> Answer:
     """Stream the text to stdout; with --json it is in the answer."""
-    if args.compile and args.cache == "int8":
-        raise CommandError("--compile keeps a static float cache, and --cache is int8; leave out one of the two")
-    device = device_of(args)
+    cache, device = cache_of(args), device_of(args)
     with terminal.progress(f"loading {args.path}"):
         from octavo.integrations.generation import generate
         from octavo.integrations.language_model import load_language_model
 
         model, tokenizer = load_language_model(args.path, device=device)
-        if args.cache == "int8":
-            from octavo.integrations.int8_cache import use_int8_cache
-
-            use_int8_cache(model)
+        keep_cache(model, cache)
     written = generate(
         model,
         tokenizer,

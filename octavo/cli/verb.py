@@ -15,7 +15,10 @@ from typing import Any
 from octavo.cli.terminal import Answer, Terminal
 from octavo.errors import OctavoError
 
-__all__ = ["CACHES", "CommandError", "Run", "Verbs", "add_cache", "add_device", "device_of", "new_verb", "positive"]
+__all__ = [
+    "CACHES", "CommandError", "Run", "Verbs", "add_cache", "add_device", "cache_of", "device_of", "keep_cache",
+    "new_verb", "positive",
+]  # fmt: skip
 
 Verbs = Any
 """What `argparse.ArgumentParser.add_subparsers` returns; its class is private."""
@@ -70,6 +73,21 @@ def add_cache(parser: argparse._ActionsContainer, *, default: str | None = CACHE
         "--cache", choices=CACHES, default=default,
         help="what keys and values of earlier tokens are kept as, for PATH alone (default float: as it computes them)",
     )  # fmt: skip
+
+
+def cache_of(args: argparse.Namespace) -> str:
+    """What --cache asks for. Raises CommandError for int8 where --compile was given."""
+    if args.cache == "int8" and args.compile:
+        raise CommandError("--compile keeps a static float cache, and --cache is int8; leave out one of the two")
+    return str(args.cache)
+
+
+def keep_cache(model: Any, cache: str) -> None:
+    """Have a language model keep keys and values as that: one of CACHES."""
+    if cache == "int8":
+        from octavo.integrations.int8_cache import use_int8_cache
+
+        use_int8_cache(model)
 
 
 def device_of(args: argparse.Namespace) -> str:

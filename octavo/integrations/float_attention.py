@@ -4,9 +4,9 @@
 
 It takes head by head and multiplies without the instructions that the processor has for bf16. Where this package has a
 kernel (`ops.float_attention`), that answers prompts, masks and single queries. Elsewhere single queries, as decode asks
-them, are two products in fp32 for all heads that share a key (grouped-query attention), rounded once. Everything else
-(biases, gradients, GPUs, exported graphs) is passed on to transformers' "sdpa", in whose place
-this is.
+them, are two products in fp32 for all heads that share a key (grouped-query attention), rounded once. Keys and values
+that an `Int8Cache` keeps are multiplied as codes, on GPUs too. Everything else (biases, gradients, GPUs, exported
+graphs) is passed on to transformers' "sdpa", in whose place this is.
 
 Importing this module registers the name "octavo_sdpa" with transformers, with the masks of "sdpa".
 """
