@@ -138,16 +138,20 @@ Tensor int8_attention(const Tensor& query, const Tensor& key, const Tensor& valu
   return attend(a, *kernels().int8_attention, query, key, value, mask, scaling);
 }
 
+// Whether kernels of float attention have this mask and scaling.
+bool is_float_attention(const std::optional<Tensor>& mask, double scaling, bool is_causal) {
+  return (!mask || (mask->scalar_type() == ScalarType::Bool && !is_causal)) && scaling > 0;
+}
+
 Mask causal(const Tensor& query) { return {Mask::Kind::causal, nullptr, 1, 1, query.size(2), 0, 0, 0, nullptr}; }
 
 Tensor float_attention(const Tensor& query, const Tensor& key, const Tensor& value, const std::optional<Tensor>& mask,
                        double scaling, bool is_causal) {
   const auto type = float_type(query.scalar_type());
   const bool alike = key.scalar_type() == query.scalar_type() && value.scalar_type() == query.scalar_type();
-  const bool understood = (!mask || (mask->scalar_type() == ScalarType::Bool && !is_causal)) && scaling > 0;
   const int64_t rows = key.dim() == 4 && key.size(1) > 0 ? query.size(1) / key.size(1) * query.size(2) : 0;
   const bool served = type && query.dim() == 4 && rows <= kernels().float_attention(*type).most_rows;
-  if (!alike || !understood || !served || !kernels().float_attention(*type).attention)
+  if (!alike || !is_float_attention(mask, scaling, is_causal) || !served || !kernels().float_attention(*type).attention)
     return reference<Tensor>("float_attention", query, key, value, mask, scaling, is_causal);
   Attention a{};
   if (is_causal) a.mask = causal(query);
@@ -173,8 +177,8 @@ Tensor float_attention_of_codes(const Tensor& query, const Tensor& key, const Te
                                 bool is_causal) {
   const auto type = float_type(query.scalar_type());
   const bool codes = are_codes(key, key_scale) && are_codes(value, value_scale);
-  const bool understood = (!mask || (mask->scalar_type() == ScalarType::Bool && !is_causal)) && scaling > 0;
-  if (!codes || !understood || !type || query.dim() != 4 || !kernels().attention_of_codes(*type))
+  if (!codes || !is_float_attention(mask, scaling, is_causal) || !type || query.dim() != 4 ||
+      !kernels().attention_of_codes(*type))
     return reference<Tensor>("float_attention_of_codes", query, key, key_scale, value, value_scale, mask, scaling,
                              is_causal);
   Attention a{};

@@ -117,15 +117,14 @@ class Int8SlidingWindowLayer(DynamicSlidingWindowLayer):
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Keep these, of tokens that follow; the keys and values that they look at, [B, KV, S, D] each."""
         _refuse_gradients(key_states, value_states)
-        states = key_states, value_states
-        new = [_Room.of(x, x.shape[2]) for x in states]
-        for room, x in zip(new, states, strict=True):
-            room.put(x, 0, are_values=x is value_states)
-        seen = super().update(*(room.packed for room in new))
-        keys, values = (
-            _Room(packed, x.shape[3]).first(packed.shape[2], x.dtype) for packed, x in zip(seen, states, strict=True)
+        new_keys, new_values = (_Room.of(x, x.shape[2]) for x in (key_states, value_states))
+        new_keys.put(key_states, 0, are_values=False)
+        new_values.put(value_states, 0, are_values=True)
+        keys, values = super().update(new_keys.packed, new_values.packed)
+        return (
+            _Room(keys, key_states.shape[3]).first(keys.shape[2], key_states.dtype),
+            _Room(values, value_states.shape[3]).first(values.shape[2], value_states.dtype),
         )
-        return keys, values
 
 
 class _Room:
