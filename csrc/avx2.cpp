@@ -37,7 +37,13 @@
 
 #include "heads.h"
 
+#include "value_strips.h"
+
+#include "int8_rows.h"
+
 #include "int8_attention.h"
+
+#include "few_int8_queries.h"
 
 #include "attention_rows.h"
 
@@ -80,15 +86,27 @@ struct Int8Unit : Int8 {
   static __m256i product(__m256i sums, __m256i x, __m256i w) { return dot(sums, x, w); }
 };
 
+// Rows of codes, as pairs of 16 bits.
+struct PairedCodes {
+  // In each 128 bits, four columns of the first vector and the four behind them in the second.
+  OCTAVO_INLINE static void strip(const int8_t* const (&rows)[2], int count, __m256i (&w)[2]) {
+    const __m256i first = row(rows[0], count), second = rows[1] ? row(rows[1], count) : Vec::zeros();
+    w[0] = _mm256_unpacklo_epi16(first, second), w[1] = _mm256_unpackhi_epi16(first, second);
+  }
+  static __m256i row(const int8_t* codes, int count) {
+    return count == Int8::kStep ? Int8::widen(codes) : Int8::widen(codes, count);
+  }
+  static void in_order(__m256i (&w)[2]) {
+    const __m256i first = _mm256_permute2x128_si256(w[0], w[1], 0x20);
+    w[1] = _mm256_permute2x128_si256(w[0], w[1], 0x31), w[0] = first;
+  }
+};
+
 // Codes of probabilities times codes of values.
-struct WeightedUnit : Int8Unit {
+struct WeightedUnit : Int8Unit, PairedCodes {
   static constexpr int64_t kCodeBytes = 2;
   static void store_codes(char* to, __m256 v) {
     _mm_storeu_si128(reinterpret_cast<__m128i*>(to), Vec::narrowed(_mm256_cvtps_epi32(v)));
-  }
-  static __m256i beside(const int8_t* codes, int64_t width) {
-    const auto row = [&](int i) { return _mm_loadl_epi64(reinterpret_cast<const __m128i*>(codes + i * width)); };
-    return _mm256_cvtepi8_epi16(_mm_unpacklo_epi8(row(0), row(1)));
   }
 };
 
@@ -104,20 +122,10 @@ struct Fixed : Int8 {
   }
 };
 
-struct FixedUnit : Fixed {
+struct FixedUnit : Fixed, PairedCodes {
   static constexpr int64_t kElements = 2;
   static constexpr bool kFixed = true;
   static __m256i product(__m256i sums, __m256i x, __m256i w) { return dot(sums, x, w); }
-  // In each 128 bits, four columns of the first vector and the four behind them in the second.
-  OCTAVO_INLINE static void strip(const int8_t* const (&rows)[kElements], int count, __m256i (&w)[2]) {
-    const __m256i first = row(rows[0], count), second = rows[1] ? row(rows[1], count) : Vec::zeros();
-    w[0] = _mm256_unpacklo_epi16(first, second), w[1] = _mm256_unpackhi_epi16(first, second);
-  }
-  static __m256i row(const int8_t* codes, int count) { return count == kStep ? load_w(codes) : load_w(codes, count); }
-  static void in_order(__m256i (&w)[2]) {
-    const __m256i first = _mm256_permute2x128_si256(w[0], w[1], 0x20);
-    w[1] = _mm256_permute2x128_si256(w[0], w[1], 0x31), w[0] = first;
-  }
   static __m256i rounded(const __m256 (&v)[kElements]) {
     const __m256i packed = _mm256_packs_epi32(_mm256_cvtps_epi32(v[0]), _mm256_cvtps_epi32(v[1]));
     return _mm256_permute4x64_epi64(packed, _MM_SHUFFLE(3, 1, 2, 0));
@@ -149,6 +157,7 @@ extern constexpr Kernels avx2_kernels = [] {
   kernels.narrow_convolution_of[1] = &narrow_convolution<NarrowKernel<Single<Float::bf16>, Eight, Eight>>;
   kernels.narrow_convolution_of[2] = &narrow_convolution<NarrowKernel<Single<Float::f16>, Eight, Eight>>;
   kernels.int8_attention = &attention<Int8Attention<Int8Unit, WeightedUnit>>;
+  kernels.int8_attention_of_few = &attention_in_parts<FewInt8Queries<Int8Unit, WeightedUnit>>;
   kernels.float_attention_of[0] = {kAnyNumber,
                                    &attention<AttentionOf<Fp32Unit<Float::f32>, WithFloats<Fp32<Float::f32>>>>};
   kernels.float_attention_of[1] = {kAnyNumber,

@@ -36,7 +36,13 @@
 
 #include "heads.h"
 
+#include "value_strips.h"
+
+#include "int8_rows.h"
+
 #include "int8_attention.h"
+
+#include "few_int8_queries.h"
 
 #include "attention_rows.h"
 
@@ -191,15 +197,19 @@ struct WeightedUnit {
   static void store_codes(char* to, __m512 v) {
     _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(v)));
   }
-  static __m512i beside(const int8_t* codes, int64_t width) {
-    const auto row = [&](int i) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(codes + i * width)); };
-    const __m128i low01 = _mm_unpacklo_epi8(row(0), row(1)), high01 = _mm_unpackhi_epi8(row(0), row(1));
-    const __m128i low23 = _mm_unpacklo_epi8(row(2), row(3)), high23 = _mm_unpackhi_epi8(row(2), row(3));
-    __m512i v = _mm512_castsi128_si512(_mm_unpacklo_epi16(low01, low23));
-    v = _mm512_inserti32x4(v, _mm_unpackhi_epi16(low01, low23), 1);
-    v = _mm512_inserti32x4(v, _mm_unpacklo_epi16(high01, high23), 2);
-    return _mm512_inserti32x4(v, _mm_unpackhi_epi16(high01, high23), 3);
+  OCTAVO_INLINE static void strip(const int8_t* const (&rows)[kElements], int count, __m512i (&w)[2]) {
+    const __mmask32 there = mask32(count);
+    const auto row = [&](int i) { return rows[i] ? _mm256_maskz_loadu_epi8(there, rows[i]) : _mm256_setzero_si256(); };
+    const __m512i front = _mm512_inserti64x4(_mm512_castsi256_si512(row(0)), row(1), 1);
+    const __m512i back = _mm512_inserti64x4(_mm512_castsi256_si512(row(2)), row(3), 1);
+    // Column c of all four: bytes c and 32 + c of `front`, then of `back`, whose bytes count from 64 on.
+    const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    const __m512i first =
+        _mm512_add_epi32(_mm512_set1_epi32(0x60402000), _mm512_mullo_epi32(lane, _mm512_set1_epi32(0x01010101)));
+    w[0] = _mm512_permutex2var_epi8(front, first, back);
+    w[1] = _mm512_permutex2var_epi8(front, _mm512_add_epi8(first, _mm512_set1_epi8(16)), back);
   }
+  static void in_order(__m512i (&)[2]) {}
 };
 
 // Two elements of an image in bf16; of codes in fp32, whose other halves are zero.
@@ -260,6 +270,7 @@ extern constexpr Kernels avx512_kernels = [] {
   kernels.narrow_convolution_of[1] = &narrow_convolution<NarrowKernel<Pair, Sixteen, Eight>>;
   kernels.narrow_convolution_of[2] = &narrow_convolution<NarrowKernel<Single<Float::f16>, Sixteen, Eight>>;
   kernels.int8_attention = &attention<Int8Attention<Int8Unit, WeightedUnit>>;
+  kernels.int8_attention_of_few = &attention_in_parts<FewInt8Queries<Int8Unit, WeightedUnit>>;
   kernels.float_attention_of[0] = {kAnyNumber,
                                    &attention<AttentionOf<Fp32Unit<Float::f32>, WithFloats<Fp32<Float::f32>>>>};
   kernels.float_attention_of[1] = {kAnyNumber, &attention<AttentionOf<Bf16Unit, WithFloats<Bf16>>>};

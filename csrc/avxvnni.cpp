@@ -31,7 +31,13 @@
 
 #include "heads.h"
 
+#include "value_strips.h"
+
+#include "int8_rows.h"
+
 #include "int8_attention.h"
+
+#include "few_int8_queries.h"
 
 namespace octavo {
 namespace {
@@ -101,11 +107,17 @@ struct WeightedUnit {
     const __m128i codes = Vec::narrowed(_mm256_cvtps_epi32(v));
     _mm_storel_epi64(reinterpret_cast<__m128i*>(to), _mm_packs_epi16(codes, codes));
   }
-  static __m256i beside(const int8_t* codes, int64_t width) {
-    const auto row = [&](int i) { return _mm_loadl_epi64(reinterpret_cast<const __m128i*>(codes + i * width)); };
-    const __m128i front = _mm_unpacklo_epi8(row(0), row(1)), back = _mm_unpacklo_epi8(row(2), row(3));
-    return _mm256_setr_m128i(_mm_unpacklo_epi16(front, back), _mm_unpackhi_epi16(front, back));
+  OCTAVO_INLINE static void strip(const int8_t* const (&rows)[kElements], int count, __m256i (&w)[2]) {
+    const auto row = [&](int i) {
+      return !rows[i] ? _mm_setzero_si128() : count < 16 ? load_first(rows[i], count) : load16(rows[i]);
+    };
+    const __m128i r0 = row(0), r1 = row(1), r2 = row(2), r3 = row(3);
+    const __m128i front01 = _mm_unpacklo_epi8(r0, r1), front23 = _mm_unpacklo_epi8(r2, r3);
+    const __m128i back01 = _mm_unpackhi_epi8(r0, r1), back23 = _mm_unpackhi_epi8(r2, r3);
+    w[0] = _mm256_setr_m128i(_mm_unpacklo_epi16(front01, front23), _mm_unpackhi_epi16(front01, front23));
+    w[1] = _mm256_setr_m128i(_mm_unpacklo_epi16(back01, back23), _mm_unpackhi_epi16(back01, back23));
   }
+  static void in_order(__m256i (&)[2]) {}
 };
 
 }  // namespace
@@ -115,6 +127,7 @@ extern const Kernels avxvnni_kernels = [] {
   kernels.isa = kName;
   kernels.w8a8 = linear<DotLinear<Vec, Int8>, OuterLinear<Int8Unit>>;
   kernels.int8_attention = &attention<Int8Attention<Int8Unit, WeightedUnit>>;
+  kernels.int8_attention_of_few = &attention_in_parts<FewInt8Queries<Int8Unit, WeightedUnit>>;
   return kernels;
 }();
 

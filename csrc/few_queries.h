@@ -13,16 +13,13 @@
 // of 16 bits, and codes are widened to as many, which takes a third of the instructions that make bf16 of them. (In
 // fp32 they become fp32.)
 //
-// Included by a translation unit after its target pragma, like dot_linear.h and attention_rows.h.
+// Included by a translation unit after its target pragma, like dot_linear.h, attention_rows.h and value_strips.h.
 #pragma once
 
 namespace octavo {
 namespace {
 
-// `Dot` is the dot product of a row of q and a key, `Unit` of e^... and values; what it has for that is
-//     strip       kElements rows of values, or of codes, over kStrip columns, of which the first `count` are there ->
-//                 units, in two vectors. A null row is of zeros
-//     in_order    two vectors of such columns, or of their sums, in the order of the columns
+// `Dot` is the dot product of a row of q and a key, `Unit` of e^... and values.
 template <class Unit, class Dot>
 struct FewQueries {
   using V = Vec;
@@ -31,6 +28,7 @@ struct FewQueries {
   static constexpr bool kCodes = std::is_same_v<Stored, int8_t>;
   using Tile = AttentionTile<Unit>;
   using Scratch = typename Tile::Scratch;
+  using Strips = ValueStrips<Unit, Stored>;
   static constexpr int64_t kUnit = Unit::kElements;
 
   // What is made of one part of the tokens: sums of e^... times v, the largest score, the sum of the e^...
@@ -60,17 +58,22 @@ struct FewQueries {
   static void tokens(const Attention& a, int64_t key_head, int64_t s0, int64_t s1, void* memory) {
     const Tile tile(a, key_head, 0, rows_of(a));
     const Scratch scratch(a, kAttentionTokens, static_cast<char*>(memory));
-    const Part to(a, key_head, s0 / kAttentionTokens);
-    Tokens part{s0, whole(s1 - s0), nullptr, nullptr};
-    if constexpr (kCodes) {
-      auto* const scales = reinterpret_cast<float*>(static_cast<char*>(memory) + Scratch::bytes(a, kAttentionTokens));
-      copy_scales(a.k_scale, key_head / a.KV, key_head % a.KV, s0, s1, scales);
-      copy_scales(a.v_scale, key_head / a.KV, key_head % a.KV, s0, s1, scales + kAttentionTokens);
-      part.k_scale = scales, part.v_scale = scales + kAttentionTokens;
+    auto* const scales = reinterpret_cast<float*>(static_cast<char*>(memory) + Scratch::bytes(a, kAttentionTokens));
+    float q_scale[kAttentionRows];
+    for (int64_t i = 0; i < tile.count; i++) q_scale[i] = lay_query(a, tile, i, scratch);
+    for (int64_t s = s0; s < s1; s += kAttentionTokens) {
+      const Part to(a, key_head, s / kAttentionTokens);
+      const int64_t end = min64(s + kAttentionTokens, s1);
+      Tokens part{s, whole(end - s), nullptr, nullptr};
+      if constexpr (kCodes) {
+        copy_scales(a.k_scale, key_head / a.KV, key_head % a.KV, s, end, scales);
+        copy_scales(a.v_scale, key_head / a.KV, key_head % a.KV, s, end, scales + kAttentionTokens);
+        part.k_scale = scales, part.v_scale = scales + kAttentionTokens;
+      }
+      const auto range = tile.weigh(a, part, scratch, to.top, to.total,
+                                    [&](const auto& range) { keys(a, tile, range, part, q_scale, scratch); });
+      values(a, tile, range, s, scratch, to.y);
     }
-    const auto range =
-        tile.weigh(a, part, scratch, to.top, to.total, [&](const auto& range) { keys(a, tile, range, part, scratch); });
-    values(a, tile, range, s0, scratch, to.y);
   }
 
   // All parts -> y: each under e^(scaling * (its top - the largest)), which takes the top's place.
@@ -99,12 +102,6 @@ struct FewQueries {
   }
 
  private:
-  // Rows in memory, that will be needed: `step` elements from one to the next.
-  struct Next {
-    const Stored* row;
-    int64_t step;
-  };
-
   // -- keys ------------------------------------------------------------------------------------------------------
 
   // Rows of q, `ldq` elements apart, and up to 32 keys, `ldk` apart. `next`: their values, `Dv` elements each; or null.
@@ -113,19 +110,16 @@ struct FewQueries {
     int64_t ldq;
     const Stored* k;
     int64_t ldk, tokens, D;
-    Next next;
+    Ahead<Stored> next;
     int64_t Dv;
   };
 
   // Products of the rows with keys of `range` -> scores.
   static void keys(const Attention& a, const Tile& tile, const typename Tile::Range& range, const Tokens& tokens,
-                   const Scratch& scratch) {
+                   const float* q_scale, const Scratch& scratch) {
     const int64_t batch = tile.key_head / a.KV, head = tile.key_head % a.KV;
     const int64_t ldq = scratch.ldq / static_cast<int64_t>(sizeof(X));
     auto* const q = reinterpret_cast<X*>(scratch.q);
-    float q_scale[kAttentionRows];
-    for (int64_t i = 0; i < tile.count; i++)
-      q_scale[i] = lay_query(query_row(a, batch, tile.places[i]), a.q.type, a.D, q + i * ldq);
     const int64_t height = ceil_div(tile.count, ceil_div(tile.count, Dot::kTileM));
     for (int64_t s = range.first; s < range.last; s += kBlockN) {
       const int64_t count = min64(kBlockN, range.last - s);
@@ -139,8 +133,12 @@ struct FewQueries {
         Tile::template scale<typename Dot::Sum>(tokens, range, scratch, i, q_scale[i]);
   }
 
-  // A row of q -> as products read it. Returns: its scale.
-  static float lay_query(const void* row, Float type, int64_t D, X* to) {
+  // Row i of q -> scratch, as products read it. Returns: its scale.
+  static float lay_query(const Attention& a, const Tile& tile, int64_t i, const Scratch& scratch) {
+    const void* const row = query_row(a, tile.key_head / a.KV, tile.places[i]);
+    auto* const to = reinterpret_cast<X*>(scratch.q + i * scratch.ldq);
+    const int64_t D = a.D;
+    const Float type = a.q.type;
     if constexpr (Unit::kFixed) {
       const FixedPoint fixed(RowKernels<V>::amax_of(row, type, D));
       for (int64_t d = 0; d < D; d += kUnit * V::kLanes) {
@@ -186,16 +184,6 @@ struct FewQueries {
 
   // -- values ----------------------------------------------------------------------------------------------------
 
-  // Units of rows, `ldp` bytes apart, and values of `tokens`, `ldv` elements apart, of which `columns` are there.
-  // `next`: rows of keys, of which as many columns are fetched.
-  struct Values {
-    const char* p;
-    int64_t ldp;
-    const Stored* v;
-    int64_t ldv, tokens, columns;
-    Next next;
-  };
-
   // e^... of the tokens of `range` times their values -> y [12][Dv, up to a multiple of 32].
   static void values(const Attention& a, const Tile& tile, const typename Tile::Range& range, int64_t begin,
                      const Scratch& scratch, float* y) {
@@ -204,68 +192,20 @@ struct FewQueries {
     const Stored* const next = row_of<Stored>(a.k, batch, head, range.first + kAttentionTokens);
     for (int64_t n = 0; n < a.Dv; n += kStrip)
       for (int64_t i = 0; i < tile.count; i += V::kRegisterRows)
-        strip_of(min64(V::kRegisterRows, tile.count - i),
-                 {scratch.units_of(i, range.first - begin),
-                  scratch.ldp,
-                  v + n,
-                  a.v.token_step,
-                  range.last - range.first,
-                  a.Dv - n,
-                  {next + n, a.k.token_step}},
-                 y + i * ldy + n, ldy);
+        Strips::sums(min64(V::kRegisterRows, tile.count - i),
+                     {scratch.units_of(i, range.first - begin),
+                      scratch.ldp,
+                      v + n,
+                      a.v.token_step,
+                      range.last - range.first,
+                      a.Dv - n,
+                      {next + n, a.k.token_step}},
+                     y + i * ldy + n, ldy);
     if constexpr (Unit::kFixed)
       for (int64_t i = 0; i < tile.count; i++, y += ldy)
         for (int64_t n = 0; n < ldy; n += V::kLanes)
           V::store(y + n,
                    V::mul(V::from_sums(reinterpret_cast<const int32_t*>(y + n), 0), V::set1(scratch.p_scale[i])));
-  }
-
-  template <int MR = V::kRegisterRows>
-  OCTAVO_INLINE static void strip_of(int64_t rows, const Values& in, float* y, int64_t ldy) {
-    if constexpr (MR > 1) {
-      if (rows < MR) return strip_of<MR - 1>(rows, in, y, ldy);
-    }
-    in.columns < kStrip ? some_columns<MR, false>(in, y, ldy) : some_columns<MR, true>(in, y, ldy);
-  }
-
-  // y[MR][kStrip]
-  template <int MR, bool Whole>
-  __attribute__((noinline)) static void some_columns(const Values& in, float* y, int64_t ldy) {
-    Vec::I acc[MR][2];
-#pragma GCC unroll 12
-    for (int i = 0; i < MR; i++) acc[i][0] = acc[i][1] = V::zeros();
-    const int count = Whole ? kStrip : static_cast<int>(in.columns);
-    const int64_t ldp = in.ldp;
-    const char* p[(MR + 2) / 3];
-#pragma GCC unroll 4
-    for (int j = 0; j < (MR + 2) / 3; j++) p[j] = in.p + 3 * j * ldp;
-    const Stored *v = in.v, *next = in.next.row;
-    for (int64_t left = in.tokens; left > 0; left -= kUnit) {
-      const Stored* rows[kUnit];
-#pragma GCC unroll 2
-      for (int u = 0; u < kUnit; u++, v += in.ldv, next += in.next.step) {
-        rows[u] = u < left ? v : nullptr;
-        octavo::fetch(next, kStrip * sizeof(Stored));
-      }
-      Vec::I w[2];
-      Unit::strip(rows, count, w);
-#pragma GCC unroll 12
-      for (int i = 0; i < MR; i++) {
-        int unit;
-        memcpy(&unit, p[i / 3] + i % 3 * ldp, sizeof unit);
-        const Vec::I e = V::broadcast(unit);
-        acc[i][0] = Unit::product(acc[i][0], e, w[0]);
-        acc[i][1] = Unit::product(acc[i][1], e, w[1]);
-      }
-#pragma GCC unroll 4
-      for (int j = 0; j < (MR + 2) / 3; j++) p[j] += kUnitBytes;
-    }
-#pragma GCC unroll 12
-    for (int i = 0; i < MR; i++) {
-      Unit::in_order(acc[i]);
-      V::store_units(y + i * ldy, acc[i][0]);
-      V::store_units(y + i * ldy + V::kLanes, acc[i][1]);
-    }
   }
 };
 

@@ -170,7 +170,7 @@ struct Mask {
 };
 
 // softmax(softcap(q k^T) + mask) v, with both products in int8 as octavo/ops/attention.py defines it, or in float (one
-// type for q, k, v and y; masks that are added, and softcap, are not served), in three steps: see `AttentionKernels`.
+// type for q, k, v and y; masks that are added, and softcap, are not served), step by step: see `AttentionKernels`.
 //
 // A key head is batch * KV + (its number there). Its rows are those of the H / KV query heads that share it: row r is
 // of head r % (H / KV) among them, and query r / (H / KV).
@@ -233,13 +233,18 @@ struct NarrowConvolutionKernels {
 
 struct AttentionKernels {
   size_t (*packed_bytes)(const Attention&);   // of `Attention::packed`, for each key head: a multiple of 64
-  size_t (*scratch_bytes)(const Attention&);  // of the last two steps, 64-byte aligned
+  size_t (*scratch_bytes)(const Attention&);  // of the steps behind the mask's, 64-byte aligned
   // The mask -> `mask.allowed`, for rows [i0, i1) of its B * H * T; if there is one.
   void (*mask)(const Attention&, int64_t i0, int64_t i1);
-  // Tokens [s0, s1) of k and v -> `packed`: laid out as the products read them, or what few rows of q make of them.
+  // Tokens [s0, s1) of k and v -> `packed`: laid out as the products read them, or what few rows of q make of them. s0
+  // is a multiple of kAttentionTokens.
   void (*tokens)(const Attention&, int64_t key_head, int64_t s0, int64_t s1, void* scratch);
-  // Rows [r0, r1) of q -> y.
+  // Rows [r0, r1) of q -> y; or -> `packed`, where there are two steps more.
   void (*rows)(const Attention&, int64_t key_head, int64_t r0, int64_t r1, void* scratch);
+  // Tokens [s0, s1) of v -> `packed`: parts of y, of kAttentionTokens each.
+  void (*values)(const Attention&, int64_t key_head, int64_t s0, int64_t s1, void* scratch) = nullptr;
+  // Rows [r0, r1) of all parts -> y.
+  void (*join)(const Attention&, int64_t key_head, int64_t r0, int64_t r1, void* scratch) = nullptr;
 };
 
 // Of float attention: faster than torch's own up to so many rows of a key head. None at 0.
@@ -276,6 +281,7 @@ struct Kernels {
   const ConvolutionKernels* convolution_of[3];               // f32, bf16, f16
   const NarrowConvolutionKernels* narrow_convolution_of[3];  // f32, bf16, f16
   const AttentionKernels* int8_attention;
+  const AttentionKernels* int8_attention_of_few;     // of up to kAttentionRows rows of a key head
   FloatAttentionKernels float_attention_of[3];       // f32, bf16, f16
   const AttentionKernels* attention_of_codes_of[3];  // f32, bf16, f16 of q and y; k and v are codes
 

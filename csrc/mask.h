@@ -124,5 +124,10 @@ struct MaskRows {
 template <class Of>
 constexpr AttentionKernels attention{Of::packed, Of::scratch, MaskRows::look, Of::tokens, Of::rows};
 
+// With the steps that follow where rows need all tokens before values are multiplied.
+template <class Of>
+constexpr AttentionKernels attention_in_parts{Of::packed, Of::scratch, MaskRows::look, Of::tokens,
+                                              Of::rows,   Of::values,  Of::join};
+
 }  // namespace
 }  // namespace octavo

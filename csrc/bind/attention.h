@@ -63,22 +63,32 @@ void run(Attention& a, const AttentionKernels& k) {
   in_parallel(static_cast<int64_t>(allowed.size()), a.S, [&](int64_t begin, int64_t end) { k.mask(a, begin, end); });
   const size_t bytes = k.scratch_bytes(a);
   const int64_t parts = (a.S + octavo::kAttentionTokens - 1) / octavo::kAttentionTokens;
-  in_parallel(key_heads * parts, octavo::kAttentionTokens * (a.D + a.Dv), [&](int64_t begin, int64_t end) {
-    void* const memory = scratch_of(bytes);
-    for (int64_t i = begin; i < end; i++) {
-      const int64_t s = i % parts * octavo::kAttentionTokens;
-      k.tokens(a, i / parts, s, std::min(s + octavo::kAttentionTokens, a.S), memory);
-    }
-  });
+  const auto over_tokens = [&](auto step, int64_t cost) {
+    in_parallel(key_heads * parts, octavo::kAttentionTokens * cost, [&](int64_t begin, int64_t end) {
+      void* const memory = scratch_of(bytes);
+      for (int64_t i = begin, next; i < end; i = next) {
+        next = std::min(end, (i / parts + 1) * parts);  // of the same key head
+        const int64_t s0 = i % parts * octavo::kAttentionTokens, s1 = s0 + (next - i) * octavo::kAttentionTokens;
+        step(a, i / parts, s0, std::min(s1, a.S), memory);
+      }
+    });
+  };
   const int64_t tiles = (rows + octavo::kAttentionRows - 1) / octavo::kAttentionRows,
                 height = (rows + tiles - 1) / tiles;
-  in_parallel(key_heads * tiles, height * a.S * (a.D + a.Dv), [&](int64_t begin, int64_t end) {
-    void* const memory = scratch_of(bytes);
-    for (int64_t i = begin; i < end; i++) {
-      const int64_t r = from_both_ends(i % tiles, tiles) * height;
-      k.rows(a, i / tiles, r, std::min(r + height, rows), memory);
-    }
-  });
+  const auto over_rows = [&](auto step, int64_t cost) {
+    in_parallel(key_heads * tiles, height * cost, [&](int64_t begin, int64_t end) {
+      void* const memory = scratch_of(bytes);
+      for (int64_t i = begin; i < end; i++) {
+        const int64_t r = from_both_ends(i % tiles, tiles) * height;
+        step(a, i / tiles, r, std::min(r + height, rows), memory);
+      }
+    });
+  };
+  over_tokens(k.tokens, a.D + a.Dv);
+  if (!k.values) return over_rows(k.rows, a.S * (a.D + a.Dv));
+  over_rows(k.rows, a.S * kElement);
+  over_tokens(k.values, a.Dv);
+  over_rows(k.join, parts * a.Dv);
 }
 
 // The operands of an attention, its scaling, and who computes it.
@@ -118,6 +128,13 @@ void check_lengths(const Tensor& key) {
                     " products of codes");
 }
 
+// Those for the rows of a key head.
+const AttentionKernels& int8_attention_kernels(const Tensor& query, const Tensor& key) {
+  const bool few = query.dim() == 4 && key.dim() == 4 && key.size(1) > 0 &&
+                   query.size(1) / key.size(1) * query.size(2) <= octavo::kAttentionRows;
+  return few ? *kernels().int8_attention_of_few : *kernels().int8_attention;
+}
+
 // Whether these are codes with a scale for each token.
 bool are_codes(const Tensor& x, const Tensor& scale) {
   if (x.dim() != 4 || scale.dim() != 4 || x.scalar_type() != ScalarType::Char ||
@@ -135,7 +152,7 @@ Tensor int8_attention(const Tensor& query, const Tensor& key, const Tensor& valu
   check_lengths(key);
   Attention a{};
   a.has_softcap = softcap.has_value(), a.softcap = static_cast<float>(softcap.value_or(0));
-  return attend(a, *kernels().int8_attention, query, key, value, mask, scaling);
+  return attend(a, int8_attention_kernels(query, key), query, key, value, mask, scaling);
 }
 
 // Whether kernels of float attention have this mask and scaling.
@@ -169,7 +186,7 @@ Tensor int8_attention_of_codes(const Tensor& query, const Tensor& key, const Ten
   Attention a{};
   a.k_scale = heads_of(key_scale), a.v_scale = heads_of(value_scale);
   a.has_softcap = softcap.has_value(), a.softcap = static_cast<float>(softcap.value_or(0));
-  return attend(a, *kernels().int8_attention, query, key, value, mask, scaling);
+  return attend(a, int8_attention_kernels(query, key), query, key, value, mask, scaling);
 }
 
 Tensor float_attention_of_codes(const Tensor& query, const Tensor& key, const Tensor& key_scale, const Tensor& value,

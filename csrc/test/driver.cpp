@@ -857,11 +857,23 @@ void attend(const AttentionKernels& kernels, Attention a) {
   kernels.mask(a, 0, of_mask / 2);
   kernels.mask(a, of_mask / 2, of_mask);
   const int64_t rows = a.H / a.KV * a.T, height = rows <= kAttentionRows ? rows : 1 + random_below(kAttentionRows);
-  for (int64_t head = 0; head < a.B * a.KV; head++)
-    for (int64_t s = (a.S - 1) / kAttentionTokens * kAttentionTokens; s >= 0; s -= kAttentionTokens)
-      kernels.tokens(a, head, s, std::min(s + kAttentionTokens, a.S), scratch.data());
-  for (int64_t head = 0; head < a.B * a.KV; head++)
-    for (int64_t r = 0; r < rows; r += height) kernels.rows(a, head, r, std::min(r + height, rows), scratch.data());
+  const auto over_tokens = [&](auto step) {
+    for (int64_t head = 0; head < a.B * a.KV; head++)
+      for (int64_t s0, s1 = a.S; s1 > 0; s1 = s0) {
+        s0 = (s1 - 1) / kAttentionTokens * kAttentionTokens;
+        s0 -= random_below(s0 / kAttentionTokens + 1) * kAttentionTokens;
+        step(a, head, s0, s1, scratch.data());
+      }
+  };
+  const auto over_rows = [&](auto step) {
+    for (int64_t head = 0; head < a.B * a.KV; head++)
+      for (int64_t r = 0; r < rows; r += height) step(a, head, r, std::min(r + height, rows), scratch.data());
+  };
+  over_tokens(kernels.tokens);
+  over_rows(kernels.rows);
+  if (!kernels.values) return;
+  over_tokens(kernels.values);
+  over_rows(kernels.join);
 }
 
 void check_int8_attention(const Kernels& kernels, AttentionCase c, bool of_codes) {
@@ -871,7 +883,8 @@ void check_int8_attention(const Kernels& kernels, AttentionCase c, bool of_codes
   Stored keys(k), values(v);
   if (of_codes) keys.put(a.k, a.k_scale), values.put(a.v, a.v_scale);
   a.has_softcap = random_below(3) == 0, a.softcap = 2;
-  attend(*kernels.int8_attention, a);
+  const bool few = c.shared * c.T <= kAttentionRows && random_below(4);  // else as many are
+  attend(few ? *kernels.int8_attention_of_few : *kernels.int8_attention, a);
 
   std::vector<double> weight(S);
   for (int64_t i = 0; i < a.B * a.H * a.T; i++) {

@@ -130,14 +130,17 @@ def test_attention_of_extreme_scales(isa: str, of_key: float, of_value: float) -
 @pytest.mark.parametrize("kind", ["boolean causal", "lowest-finite causal", "infinite window", "infinite padding"])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 @pytest.mark.parametrize("where", ["query", "key", "value", "mask"])
-def test_what_is_not_finite_reaches_attention_as_in_the_reference(isa: str, where: str, bad: float, kind: str) -> None:
+@pytest.mark.parametrize("rows", [4, 40])
+def test_what_is_not_finite_reaches_attention_as_in_the_reference(
+    isa: str, rows: int, where: str, bad: float, kind: str
+) -> None:
     """In particular from tokens that the mask forbids, which may else be passed over."""
     operands = {
-        "query": torch.randn(1, 4, 40, 16),
+        "query": torch.randn(1, 4, rows, 16),
         "key": torch.randn(1, 2, 100, 16),
         "value": torch.randn(1, 2, 100, 16),
     }
-    mask = a_mask(kind, 1, 4, 40, 100, 0)
+    mask = a_mask(kind, 1, 4, rows, 100, 0)
     assert mask is not None
     if where == "mask" and mask.dtype == torch.bool:
         return
@@ -160,7 +163,16 @@ def test_a_row_of_attention_does_not_depend_on_the_others(isa: str) -> None:
     for first, last in ((0, 1), (5, 18), (39, 40)):
         part = ops.int8_attention(query[:, :, first:last], key, value, mask[:, :, first:last], 0.2)
         assert torch.equal(part, whole[:, :, first:last])
-    everything = mask.clone()
+    for kind in MASKS:  # of few rows and of many
+        mask = a_mask(kind, 1, 6, 40, 200, 6)
+        whole = ops.int8_attention(query, key, value, mask, 0.2)
+        for row in (0, 7, 39):
+            one = None if mask is None else mask[:, :, row % mask.shape[2]].unsqueeze(2)
+            y = ops.int8_attention(query[:, :, row : row + 1], key, value, one, 0.2)
+            assert torch.equal(y, whole[:, :, row : row + 1]), kind
+    everything = a_mask("lowest-finite causal", 1, 6, 40, 200, 0)
+    assert everything is not None
+    whole, everything = ops.int8_attention(query, key, value, everything, 0.2), everything.clone()
     everything[:, :, 3] = torch.finfo(everything.dtype).min  # a row that shares its attention among all
     others = [i for i in range(40) if i != 3]
     assert torch.equal(ops.int8_attention(query, key, value, everything, 0.2)[:, :, others], whole[:, :, others])

@@ -1,0 +1,166 @@
+// Attention with both products in int8: what is done with rows of a tile, whichever way keys and values are multiplied.
+//
+//     codes_of    tokens of k or v -> codes, and their scales
+//     Queries     rows of q: units, what scales their sums, by how much these are too large
+//     softmax     sums with keys -> codes of the probabilities (softmax.h). What the mask forbids to all of the rows at
+//                 either end of the tokens is passed over where that changes no bit (mask.h)
+//     store       sums with values -> y
+//
+// Each value of e^(score - largest) * (scale of v) is computed once and kept. Its sum over the row divides y at the
+// end, not the probabilities: a factor of the whole row changes no code.
+//
+// Included by a translation unit after its target pragma, like outer_linear.h, whose units these are, softmax.h and
+// heads.h.
+#pragma once
+
+namespace octavo {
+namespace {
+
+// `Score` is the unit of q times k, `Weighted` of probabilities times v, which beyond what linear layers ask of it has
+//     kCodeBytes     of a code in a unit
+//     store_codes    a vector of whole numbers, as such codes
+//     strip          kElements rows of codes over kStrip columns, of which the first `count` are there -> units, in two
+//                    vectors. A null row is of zeros
+//     in_order       two vectors of such columns, or of their sums, in the order of the columns
+template <class Score, class Weighted>
+struct Int8Rows {
+  using V = Vec;
+  static constexpr int64_t kUnit = Score::kElements;
+  static constexpr int64_t kVector = V::kLanes * kUnit;
+  static constexpr int64_t kVectorBytes = V::kLanes * kUnitBytes;
+  static_assert(Weighted::kElements == kUnit && Weighted::kCodeBytes * kUnit == kUnitBytes);
+
+  static int64_t units(int64_t elements) { return ceil_div(elements, kUnit); }
+  static int64_t bytes_of_units(const Attention& a) { return padded_row(ceil_div(a.D, kVector) * kVectorBytes); }
+  static int64_t bytes_of_codes(const Attention& a) { return padded_row(whole(a.S) * Weighted::kCodeBytes); }
+
+  // -- tokens ----------------------------------------------------------------------------------------------------
+
+  static int64_t bytes_of(const Heads& x, const Heads& x_scale) { return x_scale.x ? 1 : size_of(x.type); }
+
+  // Tokens of x from s on, rows of `size` -> codes, `step` apart, and scales: quantized, unless x has scales.
+  static void codes_of(const Heads& x, const Heads& x_scale, int64_t size, int64_t batch, int64_t head, int64_t s,
+                       int64_t rows, int8_t* codes, int64_t step, float* scale, float of_zeros) {
+    if (!x_scale.x) {
+      const auto row = [&](int64_t j) { return head_row(x, batch, head, s + j); };
+      return quantize(rows, row, x.type, size, codes, step, scale, of_zeros);
+    }
+    for (int64_t j = 0; j < rows; j++) memcpy(codes + j * step, row_of<int8_t>(x, batch, head, s + j), size);
+    copy_scales(x_scale, batch, head, s, rows, scale);
+  }
+
+  static void copy_scales(const Heads& x_scale, int64_t batch, int64_t head, int64_t s, int64_t rows, float* scale) {
+    for (int64_t j = 0; j < rows; j++) scale[j] = *row_of<float>(x_scale, batch, head, s + j);
+  }
+
+  // Rows that lie anywhere -> codes, `step` apart, and scales, `of_zeros` for a row of zeros. In two passes, for what
+  // is found across the lanes of a vector takes long, and the next row need not wait for it.
+  template <class RowOf>
+  static void quantize(int64_t rows, const RowOf& row_of, Float type, int64_t K, int8_t* codes, int64_t step,
+                       float* scale, float of_zeros) {
+    for (int64_t i = 0; i < rows; i++) scale[i] = RowKernels<V>::amax_of(row_of(i), type, K) / kQmax;
+    for (int64_t i = 0; i < rows; i++) {
+      const bool zeros = scale[i] == 0;
+      RowKernels<V>::codes_of(row_of(i), type, K, zeros ? 1 : scale[i], codes + i * step);
+      if (zeros) scale[i] = of_zeros;
+    }
+  }
+
+  // -- rows ------------------------------------------------------------------------------------------------------
+
+  // Rows [r0, r1) of q. units: [12][ldq], what they are laid to; codes: [12][D], of use to nobody afterwards.
+  struct Queries {
+    int64_t count, ldq;
+    char* units;
+    Place places[kAttentionRows];
+    float scale[kAttentionRows];  // times scaling
+    int32_t excess[kAttentionRows];
+
+    Queries(const Attention& a, int64_t key_head, int64_t r0, int64_t r1, char* units, int8_t* codes)
+        : count(r1 - r0), ldq(bytes_of_units(a)), units(units) {
+      const int64_t batch = key_head / a.KV;
+      find_places(a, key_head, r0, r1, places);
+      const auto row = [&](int64_t i) { return query_row(a, batch, places[i]); };
+      for (int64_t i = 0; i < count; i++) fetch(row(i), size_of(a.q.type) * a.D);
+      quantize(count, row, a.q.type, a.D, codes, a.D, scale, 1);
+      for (int64_t i = 0; i < count; i++, codes += a.D) {
+        lay_row<Score>(codes, a.D, units + i * ldq);
+        scale[i] *= a.scaling;
+        excess[i] = excess_of<Score>(codes, a.D);
+      }
+    }
+  };
+
+  // Tokens [first, last), multiples of 32, outside of which each probability is 0.
+  struct Part {
+    int64_t first, last;
+    bool trusted;  // so is each of a row outside of what its mask allows
+  };
+
+  // k_scale, v_scale: of all tokens, and zeros behind them up to a multiple of 32.
+  static Part part_of(const Attention& a, const float* k_scale, const float* v_scale, const Queries& queries) {
+    const Part all{0, whole(a.S), false};
+    const Mask& m = a.mask;
+    if (m.kind == Mask::Kind::none) return all;
+    int64_t first = a.S, last = 0;
+    for (int64_t i = 0; i < queries.count; i++) {
+      const Allowed& row = m.allowed[queries.places[i].of_mask];
+      if (!row.certain) return all;
+      if (row.first < row.last) first = min64(first, row.first), last = max64(last, row.last);
+    }
+    // What is not finite is NaN in the result, times 0 too.
+    if (!std::isfinite(RowKernels<V>::amax_of(v_scale, Float::f32, a.S))) return all;
+    if (m.kind != Mask::Kind::boolean) {
+      const float largest = RowKernels<V>::amax_of(k_scale, Float::f32, a.S) *
+                            RowKernels<V>::amax_of(queries.scale, Float::f32, queries.count) * 16384.0f *
+                            static_cast<float>(a.D);
+      if (!(largest < MaskRows::reach(m.kind)) || (a.has_softcap && a.softcap == 0)) return all;
+    }
+    if (first >= last) return {0, 0, true};
+    return {first / kBlockN * kBlockN, whole(last), true};
+  }
+
+  // Sums of all rows, [tokens / 32][`rows`][32] -> codes, [rows][`ldp`] bytes, and what multiplies their sums with v:
+  // scale[count]. The codes of what a row's own mask forbids, and only others' allow, are zeros.
+  static void softmax(const Attention& a, const float* k_scale, const float* v_scale, const Queries& queries,
+                      const Part& part, int32_t* sums, int64_t rows, char* codes, int64_t ldp, float* scale) {
+    SoftmaxRow row[kAttentionRows];
+    for (int64_t i = 0; i < queries.count; i++) {
+      row[i] = SoftmaxRow{};
+      row[i].x = reinterpret_cast<float*>(sums) + i * kBlockN, row[i].step = rows * kBlockN;
+      row[i].excess = queries.excess[i], row[i].scale = queries.scale[i];
+      row[i].k_scale = k_scale, row[i].v_scale = v_scale;
+      row[i].first = part.first, row[i].last = min64(part.last, a.S);
+      row[i].has_softcap = a.has_softcap, row[i].softcap = a.softcap;
+      row[i].codes = codes + i * ldp;
+      if (a.mask.kind != Mask::Kind::none) put_mask(a, part, queries.places[i].of_mask, row[i]);
+    }
+    Softmax<Weighted>::run(row, queries.count);
+    for (int64_t i = 0; i < queries.count; i++) scale[i] = Softmax<Weighted>::scale_of(row[i]);
+  }
+
+  // Sums -> y[n : n + 32] of a row that begins at element `row`.
+  static void store(const Attention& a, int64_t row, int64_t n, const int32_t* sums, float scale) {
+    const int64_t end = min64(n + kBlockN, a.Dv);
+    for (; n < end; n += V::kLanes, sums += V::kLanes)
+      V::store(element(a.y, a.y_type, row + n), a.y_type, static_cast<int>(min64(V::kLanes, end - n)),
+               V::mul(V::from_sums(sums, 0), V::set1(scale)));
+  }
+
+ private:
+  static void put_mask(const Attention& a, const Part& part, int64_t of_mask, SoftmaxRow& row) {
+    const Allowed& allowed = a.mask.allowed[of_mask];
+    if (!part.trusted || !allowed.plain) {
+      row.kind = a.mask.kind, row.mask = MaskRows::row(a.mask, of_mask);
+      return;
+    }
+    row.first = allowed.first, row.last = allowed.last;
+    const bool some = row.first < row.last;
+    const int64_t from = some ? row.first / kBlockN * kBlockN : part.last, to = some ? whole(row.last) : part.last;
+    memset(row.codes + part.first * Weighted::kCodeBytes, 0, (from - part.first) * Weighted::kCodeBytes);
+    memset(row.codes + to * Weighted::kCodeBytes, 0, (part.last - to) * Weighted::kCodeBytes);
+  }
+};
+
+}  // namespace
+}  // namespace octavo
