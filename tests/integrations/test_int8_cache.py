@@ -194,7 +194,8 @@ def test_tokens_that_come_one_by_one_are_not_copied_each_time() -> None:
         places.add(cache.layers[0].keys.data_ptr())
     assert len(places) < 10
     layer = cache.layers[0]
-    assert layer.keys.shape == (1, 2, 170, 20), "codes, and four bytes of their scale"
+    assert layer.keys.shape == (1, 2, 170, 24), "codes, and four bytes each of their scale and their value's"
+    assert layer.values.shape == (1, 2, 170, 16)
 
 
 def test_a_model_makes_it_by_itself() -> None:

@@ -50,13 +50,14 @@ def sqnr_db(y: Tensor, expected: Tensor) -> float:
     return float(20 * torch.log10(expected.norm() / (y.double() - expected).norm()))
 
 
-def as_cached(codes: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
-    """The same, a token's scale behind its codes, as a cache keeps them."""
-    size = codes.shape[-1]
+def as_cached(key: Tensor, key_scale: Tensor, value: Tensor, value_scale: Tensor) -> tuple[Tensor, ...]:
+    """The same, both scales of a token behind the codes of its key, as a cache keeps them."""
+    size = key.shape[-1]
     width = (size + 3) // 4 * 4
-    both = torch.empty(*codes.shape[:3], width + 4, dtype=torch.int8)
-    both[..., :size], both[..., width:] = codes, scale.view(torch.int8)
-    return both[..., :size], both[..., width:].view(torch.float32)
+    packed = torch.empty(*key.shape[:3], width + 8, dtype=torch.int8)
+    packed[..., :size], packed[..., width:] = key, torch.cat((key_scale, value_scale), -1).view(torch.int8)
+    scales = packed[..., width:].view(torch.float32)
+    return packed[..., :size], scales[..., :1], value, scales[..., 1:]
 
 
 def in_integers(

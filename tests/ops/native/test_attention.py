@@ -195,8 +195,8 @@ def test_int8_attention_of_codes_has_the_bits_of_what_they_were(
     query, key, values = (torch.randn(shape).to(dtype) for shape, dtype in zip(shapes, dtypes, strict=True))
     values[:, :, : seed % 3] = 0
     mask = a_mask(kind, batch, kv * shared, rows, tokens, seed)
-    keys, values_ = as_cached(*ops.quantize_per_token(key)), as_cached(*value_codes(values))
-    y = ops.int8_attention_of_codes(query, *keys, *values_, mask, size**-0.5, softcap)
+    cached = as_cached(*ops.quantize_per_token(key), *value_codes(values))
+    y = ops.int8_attention_of_codes(query, *cached, mask, size**-0.5, softcap)
     assert torch.equal(y, ops.int8_attention(query, key, values, mask, size**-0.5, softcap))
 
 
@@ -217,7 +217,7 @@ def test_float_attention_of_codes(
     values = value_codes(torch.randn(batch, kv, tokens, value) * torch.rand(batch, kv, tokens, 1) ** 4)
     is_causal = kind == "is_causal"
     mask = None if is_causal else a_mask(kind, batch, kv * shared, rows, tokens, seed)
-    operands = (*as_cached(*keys), *as_cached(*values), mask, size**-0.5)
+    operands = (*as_cached(*keys, *values), mask, size**-0.5)
     y = ops.float_attention_of_codes(as_transformers_hands_it(query), *operands, is_causal=is_causal)
     allowed = torch.ones(rows, tokens, dtype=torch.bool).tril() if is_causal else mask
     key, (codes, scale) = keys[0].double() * keys[1], values
@@ -298,7 +298,9 @@ def test_what_is_not_finite_reaches_attention_of_codes(isa: str) -> None:
 def test_states_are_quantized_to_where_they_are_kept(isa: str, size: int, dtype: torch.dtype, are_values: bool) -> None:
     x = torch.randn(2, 9, 3, size).to(dtype).transpose(1, 2)
     x[0, 1, 4] = 0
-    codes, scale = as_cached(torch.zeros(2, 3, 20, size, dtype=torch.int8), torch.zeros(2, 3, 20, 1))
+    nothing = torch.zeros(2, 3, 20, size, dtype=torch.int8), torch.zeros(2, 3, 20, 1)
+    cached = as_cached(*nothing, *nothing)
+    codes, scale = cached[2:] if are_values else cached[:2]
     ops.quantize_states(x, codes[:, :, 5:14], scale[:, :, 5:14], are_values=are_values)
     expected = value_codes(x) if are_values else ops.quantize_per_token(x)
     assert torch.equal(codes[:, :, 5:14], expected[0]) and torch.equal(scale[:, :, 5:14], expected[1])

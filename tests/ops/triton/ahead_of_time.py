@@ -176,22 +176,23 @@ def heads(
 def int8_attention_of_codes_calls() -> Iterator[tuple[Any, ...]]:
     """The kernels of `int8_attention`: one call shows that they are started."""
     query, key, value, *rest = heads(1, 4096, 128, 128, BF16, None)
-    yield query, *in_a_cache(key), *in_a_cache(value), *rest
+    yield query, *in_a_cache(key, value), *rest
 
 
 def float_attention_of_codes_calls() -> Iterator[tuple[Any, ...]]:
-    """Decode, and drafts of a few tokens; behind a cache a token's scale lies behind its codes."""
+    """Decode, and drafts of a few tokens; in a cache the scales of a token lie behind the codes of its key."""
     for dtype, size in itertools.product((BF16, FP16, FP32), (64, 128, 256)):
         for rows, mask in ((1, None), (3, torch.empty((1, 1, 3, 4096), dtype=torch.bool))):
             query, key, value, *rest = heads(rows, 4096, size, size, dtype, mask)
-            yield query, *in_a_cache(key), *in_a_cache(value), *rest, False
+            yield query, *in_a_cache(key, value), *rest, False
     query, key, value, *rest = heads(4, 4001, 64, 128, BF16, None)
-    yield query, *in_a_cache(key), *in_a_cache(value), *rest, True
+    yield query, *in_a_cache(key, value), *rest, True
 
 
-def in_a_cache(x: Tensor) -> tuple[Tensor, Tensor]:
-    packed = torch.zeros((*x.shape[:3], x.shape[3] + 4), dtype=torch.int8)
-    return packed[..., :-4], packed[..., -4:].view(torch.float32)
+def in_a_cache(key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
+    packed = torch.zeros((*key.shape[:3], key.shape[3] + 8), dtype=torch.int8)
+    scales = packed[..., -8:].view(torch.float32)
+    return packed[..., :-8], scales[..., :1], torch.zeros_like(value, dtype=torch.int8), scales[..., 1:]
 
 
 CALLS: dict[str, Callable[[], Iterator[tuple[Any, ...]]]] = {

@@ -19,7 +19,7 @@ UNIT = {torch.float32: 1e-5, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-10}
 
 
 def quantized(key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
-    return *as_cached(*ops.quantize_per_token(key)), *as_cached(*value_codes(value))
+    return as_cached(*ops.quantize_per_token(key), *value_codes(value))
 
 
 def check(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, is_causal: bool, device: str) -> None:
