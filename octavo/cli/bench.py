@@ -32,7 +32,7 @@ from octavo.cli import bench_ops
 from octavo.cli.bench_ops import SHAPES, SIZES
 from octavo.cli.machine import machine_line
 from octavo.cli.terminal import Answer, Terminal
-from octavo.cli.verb import CACHES, CommandError, Verbs, add_cache, add_device, cache_of, device_of, new_verb, positive
+from octavo.cli.verb import CommandError, Verbs, add_cache, add_device, cache_of, device_of, new_verb, positive
 from octavo.tables import Table, human_bytes, human_percent
 
 if TYPE_CHECKING:
@@ -63,7 +63,7 @@ def add_parser(verbs: Verbs) -> None:
     models.add_argument(
         "--compile", action="store_true", default=None, help="by torch.compile, the baseline too; it takes minutes"
     )
-    add_cache(models, default=None)
+    add_cache(models)
     ops = parser.add_argument_group("the ops on this machine; takes 4 GB of memory")
     ops.add_argument("--ops", action="store_true", help="time int8 linear layers next to bf16 ones; no PATH")
     ops.add_argument(
@@ -76,7 +76,7 @@ def add_parser(verbs: Verbs) -> None:
 
 MODEL_OPTIONS = {
     "path": None, "baseline": None, "prompt_tokens": 512, "new_tokens": 64, "repeats": 5, "compile": False,
-    "cache": CACHES[0],
+    "cache": None,
 }  # fmt: skip
 OPS_OPTIONS = {"shapes": list(SHAPES), "rows": list(SIZES)}
 """Options of the one and of the other, and their defaults."""
@@ -184,7 +184,7 @@ def run(args: argparse.Namespace, terminal: Terminal) -> Answer:
     paths = [args.path] if args.baseline is None else [args.path, args.baseline]
     with contextlib.ExitStack() as stack:
         workers = [stack.enter_context(_worker(path, args.debug)) for path in paths]
-        caches = (cache, CACHES[0])  # the baseline's is what it was
+        caches = (cache, "float" if args.compile else None)
         loaded = [_load(terminal, *each, device, args) for each in zip(workers, paths, caches, strict=False)]
         ids = _prompt(args, loaded)
         compile_s = [_compile(terminal, worker, path, ids, args) for worker, path in zip(workers, paths, strict=True)]
@@ -208,7 +208,6 @@ def run(args: argparse.Namespace, terminal: Terminal) -> Answer:
             "new_tokens": args.new_tokens,
             "repeats": args.repeats,
             "compiled": args.compile,
-            "cache": args.cache,
             "memory_bytes_per_s": memory,
             "models": [one.to_dict() for one in measured],
             "top1_agreement": agreement,
@@ -261,7 +260,9 @@ def _interrupts_held_back() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _load(terminal: Terminal, worker: Worker, path: str, cache: str, device: str, args: argparse.Namespace) -> Loaded:
+def _load(
+    terminal: Terminal, worker: Worker, path: str, cache: str | None, device: str, args: argparse.Namespace
+) -> Loaded:
     from octavo.cli import bench_worker
 
     with terminal.progress(f"loading {path}"):
@@ -363,6 +364,7 @@ def _notes(measured: list[Measured], agreement: float | None, machine: dict[str,
         "Weights read: bytes that a token needs (of an embedding table, one row) x decode's tokens/s"
         + ("." if all(one.loaded.token_bytes for one in measured) else "; not known for a mixture of experts.")
     )
+    lines += [f"{one.path} keeps keys and values in int8." for one in measured if one.loaded.cache == "int8"]
     device, speed = measured[0].loaded.device, human_bytes(int(measured[0].memory_bytes_per_s))
     way = "a copy on the GPU, read and written" if device == "cuda" else "torch.sum over a GiB"
     lines.append(f"The memory's speed, measured in the same rounds: {speed}/s ({way}).")

@@ -39,8 +39,8 @@ class Loaded:
 
     seconds: from the files to a model that can run. weight_bytes: all that it holds in memory. token_bytes: of weights
     read for one token of decode, or None if that depends on the token (a mixture of experts). positions: how many
-    tokens it can hold, None if it does not say. served_by: backends of the ops of octavo that it calls; empty for a
-    float model.
+    tokens it can hold, None if it does not say. cache: what keys and values of earlier tokens are kept as. served_by:
+    backends of the ops of octavo that it calls; empty for a float model.
     """
 
     seconds: float
@@ -49,6 +49,7 @@ class Loaded:
     vocabulary: int
     positions: int | None
     device: str
+    cache: str
     served_by: tuple[str, ...]
     machine: dict[str, Any]
 
@@ -68,8 +69,8 @@ def prepare(debug: bool) -> None:
     _open_until_exit.enter_context(Terminal(debug=debug).quiet())
 
 
-def load(path: str, device: str, threads: int | None, cache: str = "float") -> Loaded:
-    """Load the model of this process, and describe it. cache: what it keeps of earlier tokens, float or int8."""
+def load(path: str, device: str, threads: int | None, cache: str | None = None) -> Loaded:
+    """Load the model of this process, and describe it. cache: as `keep_cache` takes it."""
     # Here, and not above: transformers is imported once `prepare` keeps it quiet.
     from octavo.integrations.language_model import load_causal
 
@@ -80,7 +81,7 @@ def load(path: str, device: str, threads: int | None, cache: str = "float") -> L
     _synchronize(device)
     seconds = time.perf_counter() - start
     hold(model)
-    keep_cache(model, cache)
+    kept = keep_cache(model, cache)
     text_config = model.config.get_text_config()
     return Loaded(
         seconds,
@@ -89,7 +90,8 @@ def load(path: str, device: str, threads: int | None, cache: str = "float") -> L
         vocabulary=text_config.vocab_size,
         positions=getattr(text_config, "max_position_embeddings", None),
         device=device,
-        served_by=served_by(model, device, cache),
+        cache=kept,
+        served_by=served_by(model, device, kept),
         machine=describe_machine(),
     )
 

@@ -57,7 +57,7 @@ def run(args: argparse.Namespace, terminal: Terminal) -> Answer:
         window = _window(args.window, language_model.positions_of(model))
         ids = language_model.token_ids(tokenizer, text, limit=args.tokens, window=window)
         language_model.refuse_unknown_tokens(model, ids)
-        keep_cache(model, args.cache)
+        cache = keep_cache(model, args.cache)
     if len(ids) < 2:
         raise CommandError(f"{text_name} has {len(ids)} tokens, expected at least 2")
     baseline = comparison = None
@@ -70,7 +70,7 @@ def run(args: argparse.Namespace, terminal: Terminal) -> Answer:
         comparison = _compare(terminal, baseline, model, ids, window)
     where = f"{len(ids)} tokens of {text_name}, in windows of {window}"
     return Answer(
-        _data(args, window, len(ids), text_name, perplexities, comparison),
+        _data(args, cache, window, len(ids), text_name, perplexities, comparison),
         tuple(_shown(args, where, perplexities, comparison)),
     )
 
@@ -101,6 +101,7 @@ def _compare(terminal: Terminal, baseline: Any, model: Any, ids: Tensor, window:
 
 def _data(
     args: argparse.Namespace,
+    cache: str,
     window: int,
     tokens: int,
     text_name: str,
@@ -108,7 +109,7 @@ def _data(
     comparison: Comparison | None,
 ) -> dict[str, Any]:
     data: dict[str, Any] = {
-        "path": args.path, "cache": args.cache, "text": text_name, "tokens": tokens, "window": window,
+        "path": args.path, "cache": cache, "text": text_name, "tokens": tokens, "window": window,
         "perplexity": perplexities[0],
     }  # fmt: skip
     if comparison is None:

@@ -49,7 +49,7 @@ def run(args: argparse.Namespace, terminal: Terminal) -> Answer:
         from octavo.integrations.language_model import load_language_model
 
         model, tokenizer = load_language_model(args.path, device=device)
-        keep_cache(model, cache)
+        cache = keep_cache(model, cache)
     written = generate(
         model,
         tokenizer,
@@ -65,18 +65,18 @@ def run(args: argparse.Namespace, terminal: Terminal) -> Answer:
         terminal.write("\n")
     terminal.remark(_statistics(written))
     if not args.compile:
-        return Answer(_data(args, written), ())
+        return Answer(_data(args, cache, written), ())
     with terminal.progress("measuring the speed of memory"):
         use = _memory_use(model, written, device)
     terminal.remark(_memory_line(use))
-    return Answer({**_data(args, written), **use}, ())
+    return Answer({**_data(args, cache, written), **use}, ())
 
 
-def _data(args: argparse.Namespace, written: Generated) -> dict[str, Any]:
+def _data(args: argparse.Namespace, cache: str, written: Generated) -> dict[str, Any]:
     return {
         "path": args.path,
         "prompt": args.prompt,
-        "cache": args.cache,
+        "cache": cache,
         **dataclasses.asdict(written),
         "tokens_per_s": written.tokens_per_s,
     }

@@ -16,8 +16,8 @@ from octavo.cli.terminal import Answer, Terminal
 from octavo.errors import OctavoError
 
 __all__ = [
-    "CACHES", "CommandError", "Run", "Verbs", "add_cache", "add_device", "cache_of", "device_of", "keep_cache",
-    "new_verb", "positive",
+    "CommandError", "Run", "Verbs", "add_cache", "add_device", "cache_of", "device_of", "keep_cache", "new_verb",
+    "positive",
 ]  # fmt: skip
 
 Verbs = Any
@@ -63,31 +63,39 @@ def add_device(parser: argparse._ActionsContainer) -> None:
     parser.add_argument("--device", choices=("cpu", "cuda"), help="where to run (default: cuda if there is one)")
 
 
-CACHES = ("float", "int8")
-"""What the keys and values of earlier tokens are kept as."""
-
-
-def add_cache(parser: argparse._ActionsContainer, *, default: str | None = CACHES[0]) -> None:
+def add_cache(parser: argparse._ActionsContainer) -> None:
     """The option --cache of the verbs that feed a language model."""
     parser.add_argument(
-        "--cache", choices=CACHES, default=default,
-        help="what keys and values of earlier tokens are kept as, for PATH alone (default float: as it computes them)",
+        "--cache", choices=("float", "int8"),
+        help="what keys and values of earlier tokens are kept as, for PATH alone (default float: as it computes them; "
+        "int8 where its attention is in int8, for then that gives the same)",
     )  # fmt: skip
 
 
-def cache_of(args: argparse.Namespace) -> str:
-    """What --cache asks for. Raises CommandError for int8 where --compile was given."""
-    if args.cache == "int8" and args.compile:
+def cache_of(args: argparse.Namespace) -> str | None:
+    """What --cache asks for, if anything. Raises CommandError for int8 where --compile was given."""
+    if not args.compile:
+        return args.cache  # type: ignore[no-any-return]
+    if args.cache == "int8":
         raise CommandError("--compile keeps a static float cache, and --cache is int8; leave out one of the two")
-    return str(args.cache)
+    return "float"
 
 
-def keep_cache(model: Any, cache: str) -> None:
-    """Have a language model keep keys and values as that: one of CACHES."""
-    if cache == "int8":
-        from octavo.integrations.int8_cache import use_int8_cache
+def keep_cache(model: Any, asked: str | None) -> str:
+    """Have a language model keep keys and values as that, "float" or "int8"; if nothing is asked for, int8 where its
+    attention would find these codes anyway. Returns: which it is."""
+    from octavo.integrations.attention import attention_of
+    from octavo.integrations.int8_cache import use_int8_cache
 
+    if (asked or attention_of(model)) == "float":
+        return "float"
+    try:
         use_int8_cache(model)
+    except OctavoError:
+        if asked:
+            raise
+        return "float"  # an encoder-decoder's, and what else is not a decoder's
+    return "int8"
 
 
 def device_of(args: argparse.Namespace) -> str:

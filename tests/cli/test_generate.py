@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import transformers
 
+import octavo
 from octavo.integrations.hub import load_tokenizer
 
 Run = Callable[..., Any]
@@ -97,8 +98,18 @@ def test_an_int8_cache_writes_what_it_writes_in_python(run: Run, tiny_int8: Path
     argv = ("generate", tiny_int8, "--prompt", PROMPT, "--max-new-tokens", 12, "--cache", "int8")
     data = run(*argv, "--json").data
     assert data["text"] == expected and data["cache"] == "int8"
+    assert run(*argv[:-2], "--json").data["cache"] == "float"
     shown = run(*argv, "--compile")
     assert shown.code == 1 and "--compile keeps a static float cache, and --cache is int8" in shown.err
+
+
+@pytest.mark.usefixtures("compiled_eagerly")
+def test_the_cache_of_attention_in_int8_is_int8_unless_asked_otherwise(run: Run, tiny: Path, tmp_path: Path) -> None:
+    octavo.quantize_checkpoint(tiny, tmp_path / "int8", "w8a16", attention="int8")
+    argv = ("generate", tmp_path / "int8", "--prompt", PROMPT, "--max-new-tokens", 12, "--json")
+    data, asked = run(*argv).data, run(*argv, "--cache", "float").data
+    assert (data["cache"], asked["cache"]) == ("int8", "float") and data["text"] == asked["text"]
+    assert run(*argv, "--compile").data["cache"] == "float"
 
 
 def test_more_tokens_than_the_model_holds(run: Run, tiny: Path) -> None:
