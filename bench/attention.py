@@ -20,20 +20,24 @@ from bench.record import kernels_of
 from bench.speed import FOLLOWING, NEW, PROMPT, SMOLLM2, VOCABULARY
 from octavo import ops
 from octavo.cli import bench_worker
-from octavo.cli.op_speed import Way, Weights, race, rotation
+from octavo.cli.op_speed import ROTATION_BYTES, Way, Weights, race, rotation
+from octavo.cli.verb import keep_cache
+from octavo.integrations.int8_cache import Int8Layer
+from octavo.integrations.int8_states import Int8States
 from octavo.integrations.language_model import load_causal
 from octavo.tables import Table
 
 TITLE = "Attention"
 HOW = """
 `scaled_dot_product_attention` of torch in bf16 (causal, with the heads that share a key as they are) next to
-`int8_attention` with the mask that transformers hands to it (bf16, its lowest number where a query may not attend), and
-to `float_attention` in bf16 (causal), in turns in one process, medians of the rounds, batch 1. int8_attention starts
-from bf16 too: finding all scales and codes, those of the whole cache for each token of decode, is within its time.
-Prefill has its operands as projections leave them, heads after tokens; decode has a cache of keys and values as
-transformers keeps it, another one for each call, so that it comes from memory. Results are held to float64 before they
-are timed. The model: prefill is the time from the prompt to the first token, decode greedy, rounds in turns; error: of
-the logits against bf16's, as in the section on running.
+`int8_attention` with the mask that transformers hands to it (bf16, its lowest number where a query may not
+attend), and to `float_attention` in bf16 (causal), in turns in one process, medians of the rounds, batch 1.
+int8_attention starts from bf16 too: finding all scales and codes, those of the whole cache for each token of
+decode, is within its time. Prefill has its operands as projections leave them, heads after tokens; decode has a
+cache of keys and values as transformers keeps it, or (`..._of_codes`) as an `Int8Cache` does, another one for each
+call, so that it comes from memory. Results are held to float64 before they are timed. The model: prefill is the
+time from the prompt to the first token, decode greedy, rounds in turns; error: of the logits against bf16's, as in
+the section on running.
 """
 SHAPES = {"SmolLM2, 9 heads of 64, 3 of keys": (9, 3, 64), "32 of 64, 8": (32, 8, 64), "32 of 128, 8": (32, 8, 128)}
 SIZES = ((512, 512), (2048, 2048), (1, 512), (1, 4096))
@@ -42,12 +46,15 @@ ROUNDS = 7
 WARM_UP_CALLS = 5
 
 SDPA, INT8, FLOAT = "torch, bf16", "int8_attention", "float_attention"
+INT8_OF_CODES, FLOAT_OF_CODES = "int8_attention_of_codes", "float_attention_of_codes"
+OURS = {"prefill": (INT8, FLOAT), "decode": (INT8, FLOAT, INT8_OF_CODES, FLOAT_OF_CODES)}
 
 MODELS = {
     "bf16": lambda model: None,
     "w8a8, attention in float": functools.partial(octavo.quantize, scheme="w8a8"),
     "w8a8, attention in int8": functools.partial(octavo.quantize, scheme="w8a8", attention="int8"),
 }
+"""Those with attention in int8 keep an `Int8Cache`."""
 
 
 def measure() -> dict[str, Any]:
@@ -81,16 +88,34 @@ def _race(heads: int, kv: int, size: int, rows: int, tokens: int) -> dict[str, f
     def in_float(key: Tensor, value: Tensor) -> Tensor:
         return ops.float_attention(query, key, value, None, scaling, is_causal=rows > 1)
 
+    def int8_of_codes(key: Int8States, value: Int8States) -> Tensor:
+        return ops.int8_attention_of_codes(query, key.codes, key.scale, value.codes, value.scale, mask, scaling)
+
+    def float_of_codes(key: Int8States, value: Int8States) -> Tensor:
+        return ops.float_attention_of_codes(query, key.codes, key.scale, value.codes, value.scale, None, scaling)
+
     expected = _in_double(query, key, value, mask, scaling)
 
     def operands() -> Weights:
         return rotation(key, value) if rows == 1 else itertools.repeat((key, value))
 
-    return race([
+    ways = [
         Way(SDPA, _warm(sdpa), operands(), _near(expected, 0.01)),
         Way(INT8, _warm(int8), operands(), _near(expected, 0.05)),
         Way(FLOAT, _warm(in_float), operands(), _near(expected, 0.01)),
-    ])  # fmt: skip
+    ]
+    if rows == 1:
+        ways += [
+            Way(INT8_OF_CODES, _warm(int8_of_codes), _caches(key, value), _near(expected, 0.05)),
+            Way(FLOAT_OF_CODES, _warm(float_of_codes), _caches(key, value), _near(expected, 0.02)),
+        ]
+    return race(ways)
+
+
+def _caches(key: Tensor, value: Tensor) -> Weights:
+    """Int8 caches of these, in turn, as many as fill `ROTATION_BYTES`."""
+    count = ROTATION_BYTES // (key.numel() + value.numel()) + 1
+    return itertools.cycle([Int8Layer().update(key, value) for _ in range(count)])
 
 
 def _warm(call: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -129,6 +154,7 @@ def _models(path: str) -> dict[str, dict[str, Any]]:
     for name, change in MODELS.items():
         models[name] = load_causal(path)
         change(models[name])
+        keep_cache(models[name], None)
         logits = runtimes.logits(models[name], prompt, following)
         expected = logits if expected is None else expected
         error = float((logits - expected).double().norm() / expected.double().norm())
@@ -151,7 +177,7 @@ def tables(found: dict[str, Any]) -> list[Table]:
         for name, one in found["ops"].items()
         for size, seconds in _by_size(one)
         for phase in ("decode" if size[0] == 1 else "prefill",)
-        for ours in (INT8, FLOAT)
+        for ours in OURS[phase]
     ]
     return [
         Table(f"Attention alone; kernels: {found['kernels']}", ("heads", *goals.COLUMNS), tuple(rows), "llllrrrrl"),

@@ -15,6 +15,7 @@ from torch import Tensor
 
 import octavo
 from octavo.cli import bench_worker
+from octavo.cli.verb import keep_cache
 from octavo.integrations.language_model import cache_name, load_causal
 
 __all__ = [
@@ -42,7 +43,11 @@ class Runtime:
 
 
 def _octavo(scheme: str, attention: str = "float") -> Callable[[Any], object]:
-    return lambda model: octavo.quantize(model, scheme, include=["Embedding", "OutputHead"], attention=attention)
+    def run(model: Any) -> None:
+        octavo.quantize(model, scheme, include=["Embedding", "OutputHead"], attention=attention)
+        keep_cache(model, None)  # as the command line does
+
+    return run
 
 
 def _torchao(config: str) -> Callable[[Any], object]:

@@ -34,7 +34,7 @@ from octavo.integrations import attention, float_attention
 from octavo.integrations.int8_states import Int8States
 from octavo.integrations.language_model import cache_name
 
-__all__ = ["Handle", "Int8Cache", "use_int8_cache"]
+__all__ = ["Handle", "Int8Cache", "Int8Layer", "use_int8_cache"]
 
 _SCALE_BYTES = 4
 _MORE = 8
