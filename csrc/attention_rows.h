@@ -21,12 +21,6 @@ struct Tokens {
   const float *k_scale, *v_scale;
 };
 
-// Scales of tokens [s0, s1) of a key head -> to, zeros behind them up to a multiple of 32.
-inline void copy_scales(const Heads& scale, int64_t batch, int64_t head, int64_t s0, int64_t s1, float* to) {
-  for (int64_t s = s0; s < s1; s++) *to++ = *row_of<float>(scale, batch, head, s);
-  for (int64_t s = s1; s < s0 + whole(s1 - s0); s++) *to++ = 0;
-}
-
 // Numbers of magnitudes up to `largest` as fixed-point ones: whole ones, up to 32767, times `scale`, which is NaN if
 // what is there is not finite.
 struct FixedPoint {

@@ -2,10 +2,10 @@
 // of a draft. Each key and each value is met once, so what is laid across of keys stays in L1, and values are
 // multiplied as they lie (value_strips.h):
 //
-//     tokens   128 at a time: keys -> their sums with the rows. What are no codes yet is quantized
-//     rows     sums with all keys -> codes of the probabilities, whose scale is that of the largest of all
-//     (int8_rows.h) values   128 at a time: codes times values -> sums of a part of the tokens join     those of all
-//     parts -> y
+//     tokens   keys -> their sums with the rows; what are no codes yet is quantized
+//     rows     sums with all keys -> codes of the probabilities (int8_rows.h), under the scale of the largest
+//     values   128 at a time: codes times values -> a part of y's sums
+//     join     all parts -> y
 //
 // Sums are of integers, so that it says nothing how they are cut: y has the bits that int8_attention.h gives.
 //
@@ -86,7 +86,6 @@ struct FewInt8Queries {
     const typename Rows::Queries q(a, key_head, 0, to.rows, scratch.q, scratch.codes);
     for (int64_t s = s0; s < s1; s += kBlockN) {
       const int64_t count = min64(kBlockN, s1 - s);
-      for (int64_t j = 0; j < kBlockN; j++) to.k_scale[s + j] = to.v_scale[s + j] = 0;
       lay_keys(a, key_head, s, count, scratch, to.k_scale + s);
       outer_tile_of<Score>(
           q.count,
@@ -154,7 +153,7 @@ struct FewInt8Queries {
       Rows::codes_of(a.k, a.k_scale, a.D, batch, head, s, count, scratch.codes, a.D, scale, 1);
       return lay_codes_across<Score>(scratch.codes, a.D, count, a.D, scratch.panel);
     }
-    Rows::copy_scales(a.k_scale, batch, head, s, count, scale);
+    copy_scales(a.k_scale, batch, head, s, s + count, scale);
     const int64_t step = a.k.token_step;
     const int8_t* const codes = row_of<int8_t>(a.k, batch, head, s);
     const auto load = [&](int64_t n, int64_t d, auto... there) {
@@ -168,11 +167,7 @@ struct FewInt8Queries {
   // `count` values from s on -> codes, if they are none, and their scales.
   static void keep_values(const Attention& a, int64_t key_head, int64_t s, int64_t count, const Packed& to) {
     const int64_t batch = key_head / a.KV, head = key_head % a.KV;
-    if (a.v_scale.x) {
-      for (int64_t j = 0; j < count; j++)
-        __builtin_prefetch(row_of<float>(a.v_scale, batch, head, s + j + kFetchedAhead), 0, kIntoL2);
-      return Rows::copy_scales(a.v_scale, batch, head, s, count, to.v_scale + s);
-    }
+    if (a.v_scale.x) return copy_scales(a.v_scale, batch, head, s, s + count, to.v_scale + s);
     fetch_next_tokens(a.v, size_of(a.v.type), a.Dv, batch, head, s, a.S);
     Rows::codes_of(a.v, a.v_scale, a.Dv, batch, head, s, count, to.values + s * to.ldy, to.ldy, to.v_scale + s, 0);
   }

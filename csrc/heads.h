@@ -22,6 +22,12 @@ inline const T* row_of(const Heads& x, int64_t batch, int64_t head, int64_t toke
   return static_cast<const T*>(x.x) + batch * x.batch_step + head * x.head_step + token * x.token_step;
 }
 
+// Scales of tokens [s0, s1) of a key head -> to, zeros behind them up to a multiple of 32.
+inline void copy_scales(const Heads& scale, int64_t batch, int64_t head, int64_t s0, int64_t s1, float* to) {
+  for (int64_t s = s0; s < s1; s++) *to++ = *row_of<float>(scale, batch, head, s);
+  for (int64_t s = s1; s < s0 + whole(s1 - s0); s++) *to++ = 0;
+}
+
 inline void fetch(const void* row, int64_t bytes) {
   for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(static_cast<const char*>(row) + i, 0, kIntoL2);
 }

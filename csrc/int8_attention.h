@@ -52,7 +52,6 @@ struct Int8Attention {
       const int64_t rows = min64(kBlockN, s1 - s);
       fetch_next_tokens(a.k, Rows::bytes_of(a.k, a.k_scale), a.D, batch, head, s, a.S);
       fetch_next_tokens(a.v, Rows::bytes_of(a.v, a.v_scale), a.Dv, batch, head, s, a.S);
-      for (int64_t j = 0; j < kBlockN; j++) to.k_scale[s + j] = to.v_scale[s + j] = 0;
       Rows::codes_of(a.k, a.k_scale, a.D, batch, head, s, rows, codes, a.D, to.k_scale + s, 1);
       lay_codes_across<Score>(codes, a.D, rows, a.D, to.keys + s / kBlockN * to.panel);
       Rows::codes_of(a.v, a.v_scale, a.Dv, batch, head, s, rows, codes, width, to.v_scale + s, 0);

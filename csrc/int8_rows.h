@@ -38,19 +38,17 @@ struct Int8Rows {
 
   static int64_t bytes_of(const Heads& x, const Heads& x_scale) { return x_scale.x ? 1 : size_of(x.type); }
 
-  // Tokens of x from s on, rows of `size` -> codes, `step` apart, and scales: quantized, unless x has scales.
+  // Up to 32 tokens of x from s on, rows of `size` -> codes, `step` apart, and scales, zeros behind them: quantized,
+  // unless x has scales.
   static void codes_of(const Heads& x, const Heads& x_scale, int64_t size, int64_t batch, int64_t head, int64_t s,
                        int64_t rows, int8_t* codes, int64_t step, float* scale, float of_zeros) {
-    if (!x_scale.x) {
-      const auto row = [&](int64_t j) { return head_row(x, batch, head, s + j); };
-      return quantize(rows, row, x.type, size, codes, step, scale, of_zeros);
+    if (x_scale.x) {
+      for (int64_t j = 0; j < rows; j++) memcpy(codes + j * step, row_of<int8_t>(x, batch, head, s + j), size);
+      return copy_scales(x_scale, batch, head, s, s + rows, scale);
     }
-    for (int64_t j = 0; j < rows; j++) memcpy(codes + j * step, row_of<int8_t>(x, batch, head, s + j), size);
-    copy_scales(x_scale, batch, head, s, rows, scale);
-  }
-
-  static void copy_scales(const Heads& x_scale, int64_t batch, int64_t head, int64_t s, int64_t rows, float* scale) {
-    for (int64_t j = 0; j < rows; j++) scale[j] = *row_of<float>(x_scale, batch, head, s + j);
+    const auto row = [&](int64_t j) { return head_row(x, batch, head, s + j); };
+    quantize(rows, row, x.type, size, codes, step, scale, of_zeros);
+    for (int64_t j = rows; j < kBlockN; j++) scale[j] = 0;
   }
 
   // Rows that lie anywhere -> codes, `step` apart, and scales, `of_zeros` for a row of zeros. In two passes, for what

@@ -54,6 +54,8 @@ def quantize(
     scheme: a preset's name ("w8a16"), a Scheme or a Recipe; see octavo.recipe for `ignore`, `include`, `overrides`
         and `group_size`, which are added to it.
     attention: "int8" for Q K^T and P V as int8 products in every attention of a transformers model, "float" for none.
+        `octavo.integrations.int8_cache.use_int8_cache(model)` then keeps the codes of earlier keys and values, which
+        are else found anew for each token.
     stats: from `octavo.calibrate`; a scheme with static inputs needs them. A layer that no batch reached, or whose
         inputs were all 0, gets dynamic inputs, and its row of the coverage says so.
     observer: what a static scale is taken from, "absmax", "percentile" or "mse"; see octavo.observers.

@@ -164,14 +164,36 @@ Tensor w8a8_linear(const Tensor& x, const Tensor& x_scale, const Tensor& weight,
   return y;
 }
 
-// Not of the table of ops: the two that it calls, where nobody differentiates or compiles. Without an input_scale each
-// row of x finds its own.
+constexpr int64_t kMostAtOnce = 8192;  // values of x
+
+// Not of the table of ops: two of them, where nobody differentiates or compiles. Without an input_scale each row of x
+// finds its own. The codes of a row or a few are no tensors: to make those takes longer than to find codes.
 Tensor w8a8_linear_at_once(const Tensor& x, const std::optional<Tensor>& input_scale, const Tensor& weight,
                            const Tensor& weight_scale, const std::optional<Tensor>& bias) {
-  if (input_scale)
-    return w8a8_linear(quantize_static(x, *input_scale), *input_scale, weight, weight_scale, bias, x.scalar_type());
-  const auto [codes, x_scale] = quantize_per_token(x);
-  return w8a8_linear(codes, x_scale, weight, weight_scale, bias, x.scalar_type());
+  const auto type = float_type(x.scalar_type());
+  if (!type || !served(x.scalar_type(), bias) || x.numel() == 0 || x.numel() > kMostAtOnce) {
+    if (input_scale)
+      return w8a8_linear(quantize_static(x, *input_scale), *input_scale, weight, weight_scale, bias, x.scalar_type());
+    const auto [codes, x_scale] = quantize_per_token(x);
+    return w8a8_linear(codes, x_scale, weight, weight_scale, bias, x.scalar_type());
+  }
+  const Operands in(2, x, std::nullopt, weight, weight_scale, bias);
+  STD_TORCH_CHECK(weight_scale.size(1) == 1, "weight_scale must be one for each row");
+  const int64_t rows = rows_of(x), K = x.size(-1);
+  int8_t codes[kMostAtOnce];
+  float scale[kMostAtOnce];
+  if (input_scale) {
+    scale[0] = one_scale(*input_scale);
+    kernels().quantize_given({1, rows * K, in.x.const_data_ptr(), *type, codes, scale}, 0, 1);
+  } else {
+    kernels().quantize_token({rows, K, in.x.const_data_ptr(), *type, codes, scale}, 0, rows);
+  }
+  Tensor y = empty(x, with_last(x, weight.size(0)), x.scalar_type());
+  Linear layer = in.layer(0, rows, 0, y, *type);
+  layer.x = codes, layer.x_type = Float::f32;
+  layer.x_scale = scale, layer.x_scale_step = !input_scale;
+  run({layer}, kernels().w8a8, x);
+  return y;
 }
 
 // Of x, in float linear layers.

@@ -91,14 +91,19 @@ Rows piece_of(const Rows& all, int64_t start, int64_t length) {
           all.scale};
 }
 
+float one_scale(const Tensor& input_scale) {
+  STD_TORCH_CHECK(input_scale.scalar_type() == ScalarType::Float && input_scale.numel() == 1,
+                  "input_scale must be fp32 [1]");
+  return *static_cast<const float*>(input_scale.const_data_ptr());
+}
+
 Tensor quantize_static(const Tensor& x, const Tensor& input_scale) {
   const auto type = float_type(x.scalar_type());
   if (!type || x.dim() == 0) return reference<Tensor>("quantize_static", x, input_scale);
-  STD_TORCH_CHECK(input_scale.scalar_type() == ScalarType::Float && input_scale.numel() == 1,
-                  "input_scale must be fp32 [1]");
+  float one = one_scale(input_scale);
   const Tensor values = dense(x);
-  Tensor codes = empty(x, with_last(x, x.size(-1)), ScalarType::Char), scale = input_scale;
-  const Rows in = rows(values, *type, codes, scale);
+  Tensor codes = empty(x, with_last(x, x.size(-1)), ScalarType::Char);
+  const Rows in{1, x.numel(), values.const_data_ptr(), *type, static_cast<int8_t*>(codes.mutable_data_ptr()), &one};
   in_pieces(x.numel(), [&](int64_t, int64_t start, int64_t length) {
     kernels().quantize_given(piece_of(in, start, length), 0, 1);
   });
