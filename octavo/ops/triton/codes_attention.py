@@ -37,9 +37,9 @@ class Tile:
     stages: int
 
 
-_NARROW, _USUAL, _WIDE = Tile(64, 4, 2), Tile(32, 4, 2), Tile(16, 8, 3)
-"""Heads of up to 64 channels, of up to 128 (and all in fp32), and of up to 256: what leaves registers for the sums, for
-with twice as many tokens some are spilled. None of it is measured."""
+_NARROW, _USUAL, _WIDE, _FP32 = Tile(64, 4, 2), Tile(32, 4, 2), Tile(16, 8, 3), Tile(32, 8, 2)
+"""Heads of up to 64 channels, of up to 128 and of up to 256, and all in fp32: what leaves registers for the sums, for
+with twice as many tokens, in fp32 with half as many warps, some are spilled. None of it is measured."""
 
 _ROWS = 16
 """Of a tile: the least that tensor cores take, and the most that are not left to torch."""
@@ -97,9 +97,9 @@ def float_attention_of_codes(
 
 
 def _tile_of(width: int, dtype: torch.dtype) -> Tile:
-    if width > 128:
-        return _WIDE
-    return _NARROW if width <= 64 and dtype != torch.float32 else _USUAL
+    if dtype == torch.float32:
+        return _FP32
+    return _NARROW if width <= 64 else _USUAL if width <= 128 else _WIDE
 
 
 # Not specialized: what changes from one decoded token to the next, or each kind of number would be compiled anew.
