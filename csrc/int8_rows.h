@@ -19,9 +19,7 @@ namespace {
 // `Score` is the unit of q times k, `Weighted` of probabilities times v, which beyond what linear layers ask of it has
 //     kCodeBytes     of a code in a unit
 //     store_codes    a vector of whole numbers, as such codes
-//     strip          kElements rows of codes over kStrip columns, of which the first `count` are there -> units, in two
-//                    vectors. A null row is of zeros
-//     in_order       two vectors of such columns, or of their sums, in the order of the columns
+// and what value_strips.h asks of it.
 template <class Score, class Weighted>
 struct Int8Rows {
   using V = Vec;
