@@ -21,7 +21,6 @@ struct FewInt8Queries {
   using Rows = Int8Rows<Score, Weighted>;
   using Strips = ValueStrips<Weighted, int8_t>;
 
-  static int64_t rows_of(const Attention& a) { return a.H / a.KV * a.T; }  // of a key head
   static int64_t parts_of(const Attention& a) { return ceil_div(a.S, kAttentionTokens); }
 
   // What `packed` holds of one key head.
@@ -50,7 +49,7 @@ struct FewInt8Queries {
 
    private:
     Packed(const Attention& a, char* memory)
-        : rows(rows_of(a)),
+        : rows(a.rows()),
           ldp(Rows::bytes_of_codes(a)),
           ldy(whole(a.Dv)),
           weights(reinterpret_cast<Weights*>(memory)),

@@ -44,11 +44,8 @@ struct FewQueries {
     }
   };
 
-  static int64_t rows_of(const Attention& a) { return a.H / a.KV * a.T; }  // of a key head
   static constexpr int64_t kLongestFixed = 512;  // products of fixed-point numbers and codes, whose sum fits int32
-  static bool take(const Attention& a) {
-    return rows_of(a) <= kAttentionRows && (!Unit::kFixed || a.D <= kLongestFixed);
-  }
+  static bool take(const Attention& a) { return a.rows() <= kAttentionRows && (!Unit::kFixed || a.D <= kLongestFixed); }
 
   static size_t packed(const Attention& a) { return ceil_div(a.S, kAttentionTokens) * Part::bytes(a); }
   static size_t scratch(const Attention& a) {
@@ -56,7 +53,7 @@ struct FewQueries {
   }
 
   static void tokens(const Attention& a, int64_t key_head, int64_t s0, int64_t s1, void* memory) {
-    const Tile tile(a, key_head, 0, rows_of(a));
+    const Tile tile(a, key_head, 0, a.rows());
     const Scratch scratch(a, kAttentionTokens, static_cast<char*>(memory));
     auto* const scales = reinterpret_cast<float*>(static_cast<char*>(memory) + Scratch::bytes(a, kAttentionTokens));
     float q_scale[kAttentionRows];

@@ -185,6 +185,8 @@ struct Attention {
   char* packed;  // 64-byte aligned, `AttentionKernels::packed_bytes` for each key head
   void* y;       // [B, H, T, Dv] of `y_type`
   Float y_type;
+
+  int64_t rows() const { return KV ? H / KV * T : 0; }  // of a key head
 };
 
 constexpr int64_t kAttentionTokens = 128;  // the unit in which `AttentionKernels::tokens` is dealt out

@@ -56,7 +56,7 @@ Mask mask_of(const Tensor& mask, const Attention& a) {
 int64_t from_both_ends(int64_t i, int64_t count) { return i % 2 == 0 ? i / 2 : count - 1 - i / 2; }
 
 void run(Attention& a, const AttentionKernels& k) {
-  const int64_t key_heads = a.B * a.KV, rows = a.KV ? a.H / a.KV * a.T : 0;
+  const int64_t key_heads = a.B * a.KV, rows = a.rows();
   if (key_heads * rows * a.Dv == 0) return;
   std::vector<Allowed> allowed(a.mask.kind == Mask::Kind::none ? 0 : a.mask.B * a.mask.H * a.mask.T);
   a.mask.allowed = allowed.data();
@@ -128,10 +128,14 @@ void check_lengths(const Tensor& key) {
                     " products of codes");
 }
 
-// Those for the rows of a key head.
+// `Attention::rows`, of operands that may not go together yet.
+int64_t rows_of_key_head(const Tensor& query, const Tensor& key) {
+  const bool some = query.dim() == 4 && key.dim() == 4 && key.size(1) > 0;
+  return some ? query.size(1) / key.size(1) * query.size(2) : 0;
+}
+
 const AttentionKernels& int8_attention_kernels(const Tensor& query, const Tensor& key) {
-  const bool few = query.dim() == 4 && key.dim() == 4 && key.size(1) > 0 &&
-                   query.size(1) / key.size(1) * query.size(2) <= octavo::kAttentionRows;
+  const bool few = rows_of_key_head(query, key) <= octavo::kAttentionRows;
   return few ? *kernels().int8_attention_of_few : *kernels().int8_attention;
 }
 
@@ -166,8 +170,8 @@ Tensor float_attention(const Tensor& query, const Tensor& key, const Tensor& val
                        double scaling, bool is_causal) {
   const auto type = float_type(query.scalar_type());
   const bool alike = key.scalar_type() == query.scalar_type() && value.scalar_type() == query.scalar_type();
-  const int64_t rows = key.dim() == 4 && key.size(1) > 0 ? query.size(1) / key.size(1) * query.size(2) : 0;
-  const bool served = type && query.dim() == 4 && rows <= kernels().float_attention(*type).most_rows;
+  const bool served =
+      type && query.dim() == 4 && rows_of_key_head(query, key) <= kernels().float_attention(*type).most_rows;
   if (!alike || !is_float_attention(mask, scaling, is_causal) || !served || !kernels().float_attention(*type).attention)
     return reference<Tensor>("float_attention", query, key, value, mask, scaling, is_causal);
   Attention a{};

@@ -170,8 +170,7 @@ constexpr int64_t kMostAtOnce = 8192;  // values of x
 // finds its own. The codes of a row or a few are no tensors: to make those takes longer than to find codes.
 Tensor w8a8_linear_at_once(const Tensor& x, const std::optional<Tensor>& input_scale, const Tensor& weight,
                            const Tensor& weight_scale, const std::optional<Tensor>& bias) {
-  const auto type = float_type(x.scalar_type());
-  if (!type || !served(x.scalar_type(), bias) || x.numel() == 0 || x.numel() > kMostAtOnce) {
+  if (!served(x.scalar_type(), bias) || x.numel() == 0 || x.numel() > kMostAtOnce) {
     if (input_scale)
       return w8a8_linear(quantize_static(x, *input_scale), *input_scale, weight, weight_scale, bias, x.scalar_type());
     const auto [codes, x_scale] = quantize_per_token(x);
@@ -179,17 +178,18 @@ Tensor w8a8_linear_at_once(const Tensor& x, const std::optional<Tensor>& input_s
   }
   const Operands in(2, x, std::nullopt, weight, weight_scale, bias);
   STD_TORCH_CHECK(weight_scale.size(1) == 1, "weight_scale must be one for each row");
+  const Float type = *float_type(x.scalar_type());
   const int64_t rows = rows_of(x), K = x.size(-1);
   int8_t codes[kMostAtOnce];
   float scale[kMostAtOnce];
   if (input_scale) {
     scale[0] = one_scale(*input_scale);
-    kernels().quantize_given({1, rows * K, in.x.const_data_ptr(), *type, codes, scale}, 0, 1);
+    kernels().quantize_given({1, rows * K, in.x.const_data_ptr(), type, codes, scale}, 0, 1);
   } else {
-    kernels().quantize_token({rows, K, in.x.const_data_ptr(), *type, codes, scale}, 0, rows);
+    kernels().quantize_token({rows, K, in.x.const_data_ptr(), type, codes, scale}, 0, rows);
   }
   Tensor y = empty(x, with_last(x, weight.size(0)), x.scalar_type());
-  Linear layer = in.layer(0, rows, 0, y, *type);
+  Linear layer = in.layer(0, rows, 0, y, type);
   layer.x = codes, layer.x_type = Float::f32;
   layer.x_scale = scale, layer.x_scale_step = !input_scale;
   run({layer}, kernels().w8a8, x);

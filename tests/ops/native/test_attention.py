@@ -178,6 +178,16 @@ def test_a_row_of_attention_does_not_depend_on_the_others(isa: str) -> None:
     assert torch.equal(ops.int8_attention(query, key, value, everything, 0.2)[:, :, others], whole[:, :, others])
 
 
+def test_attention_without_heads(isa: str) -> None:
+    query, key = torch.randn(2, 0, 1, 8), torch.randn(2, 0, 5, 8)
+    cached = as_cached(*ops.quantize_per_token(key), *value_codes(key))
+    assert ops.int8_attention(query, key, key, None, 0.25).shape == query.shape
+    assert ops.int8_attention_of_codes(query, *cached, None, 0.25).shape == query.shape
+    with torch.no_grad():
+        assert ops.float_attention(query, key, key, None, 0.25).shape == query.shape
+        assert ops.float_attention_of_codes(query, *cached, None, 0.25).shape == query.shape
+
+
 @settings(max_examples=200)
 @given(
     **SIZES_OF_ATTENTION,
