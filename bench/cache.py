@@ -20,6 +20,7 @@ from bench.record import kernels_of
 from bench.speed import LLAMA, SMOLLM2, llama
 from octavo import ops
 from octavo.integrations.float_attention import use_float_attention
+from octavo.integrations.float_cache import FloatCache
 from octavo.integrations.hub import load_tokenizer
 from octavo.integrations.int8_cache import Int8Cache
 from octavo.integrations.language_model import cache_name, load_causal, token_ids
@@ -31,12 +32,12 @@ HOW = """
 One token behind many: caches are filled with random keys and values for the tokens before (what they say changes no
 time), then tokens are decoded greedily by each way in turns, in one process, batch 1; medians. "transformers bf16" is
 the float model as it is loaded, the others the same model from `octavo.quantize(model, "w8a16")`: with the cache that
-transformers makes, with transformers' `QuantizedCache` in fp8, and with `Int8Cache`; the first and the last of these
-with attention in int8, too. Error: of the logits of the first such token against those of the same weights with keys
-and values in bf16. Quality: perplexity of SmolLM2 in bf16, whose attention sees every key and value but as int8, next
+transformers makes, with `FloatCache`, with transformers' `QuantizedCache` in fp8, and with `Int8Cache`; the first and
+the last of these with attention in int8, too. Error: of the logits of the first such token against those of the same
+weights with keys and values in bf16. Quality: perplexity of SmolLM2 in bf16, whose attention sees every key and value but as int8, next
 to the same without a cache. Every causal language model of transformers, small, with random weights, in fp32: 14
-tokens of two texts, eight at once and then one by one; with an `Int8Cache` the logits must be those with transformers'
-own cache of keys and values that were quantized and dequantized.
+tokens of two texts, eight at once and then one by one; with a `FloatCache` the logits must be the bits of those with
+transformers' own cache, with an `Int8Cache` those with its own of keys and values that were quantized and dequantized.
 """
 TOKENS = (512, 2048, 8000)
 ROUNDS, NEW = 7, 4
@@ -46,6 +47,7 @@ BF16, OWN = "transformers bf16", "w8a16"
 WAYS: dict[str, tuple[str | None, Callable[[Any], Cache]]] = {
     BF16: (None, lambda config: DynamicCache(config=config)),
     OWN: ("float", lambda config: DynamicCache(config=config)),
+    "w8a16, FloatCache": ("float", FloatCache),
     "w8a16, cache in fp8": ("float", lambda config: QuantizedCache("fp8", config)),
     "w8a16, Int8Cache": ("float", Int8Cache),
     "w8a16, attention int8": ("int8", lambda config: DynamicCache(config=config)),
@@ -166,10 +168,18 @@ def judge(name: str, mapping: str) -> dict[str, Any]:
     use_float_attention(model)
     ids = torch.randint(5, 500, (2, 14))
     try:
+        exact = _in_pieces(model, ids, DynamicCache(config=model.config))
         rounded = _in_pieces(model, ids, _rounding_cache(model.config))
     except Exception as error:
         found["errors"]["transformers"] = repr(error)[:300]  # it has a cache of its own, or none in pieces
         return found
+    try:
+        found["float"] = torch.equal(_in_pieces(model, ids, FloatCache(model.config)), exact)
+    except octavo.OctavoError as error:
+        found["refused"] = str(error)
+        return found
+    except Exception as error:
+        found["errors"]["float"] = repr(error)[:300]
     try:
         int8 = _in_pieces(model, ids, Int8Cache(model.config))
     except octavo.OctavoError as error:
@@ -178,7 +188,6 @@ def judge(name: str, mapping: str) -> dict[str, Any]:
     except Exception as error:
         found["errors"]["int8"] = repr(error)[:300]
         return found
-    exact = _in_pieces(model, ids, DynamicCache(config=model.config))
     # Sums in another order may take a number that lies half way between two codes to the other.
     found["lost"] = _error(rounded, exact)
     found["right"] = bool((int8 - rounded).norm() <= 0.1 * (rounded - exact).norm() + 1e-6 * exact.norm())
@@ -222,7 +231,9 @@ def tables(found: dict[str, Any]) -> list[Table]:
 def _of_types(types: list[dict[str, Any]]) -> list[Table]:
     asked = [one for one in types if "right" in one]
     wrong = [(one["type"], "other logits") for one in asked if not one["right"]]
-    wrong += [(one["type"], one["errors"]["int8"]) for one in types if "int8" in one["errors"]]
+    wrong += [(one["type"], "other bits with a FloatCache") for one in types if one.get("float") is False]
+    for kind in ("float", "int8"):
+        wrong += [(one["type"], one["errors"][kind]) for one in types if kind in one["errors"]]
     refused = [one["type"] for one in types if "refused" in one]
     rows = (
         ("model types", str(len(types))),
@@ -230,6 +241,7 @@ def _of_types(types: list[dict[str, Any]]) -> list[Table]:
             "that keep transformers' cache and could be run",
             str(len(asked) + len(refused) + sum("int8" in one["errors"] for one in types)),
         ),
+        ("with a FloatCache, the same bits", str(sum(bool(one.get("float")) for one in types))),
         ("with an Int8Cache, logits of the same keys and values", str(sum(one["right"] for one in asked))),
         ("refused, with the reason", f"{len(refused)}: {', '.join(refused)}"),
     )

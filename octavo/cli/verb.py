@@ -83,19 +83,23 @@ def cache_of(args: argparse.Namespace) -> str | None:
 
 def keep_cache(model: Any, asked: str | None) -> str:
     """Have a language model keep keys and values as that, "float" or "int8"; if nothing is asked for, int8 where its
-    attention would find these codes anyway. Returns: which it is."""
-    from octavo.integrations.attention import attention_of
+    attention would find these codes anyway. In float, a model whose attention is octavo's keeps a cache with room for
+    more; others are left as transformers runs them. Returns: which it is."""
+    from octavo.integrations import attention, float_attention
+    from octavo.integrations.float_cache import use_float_cache
     from octavo.integrations.int8_cache import use_int8_cache
 
-    if (asked or attention_of(model)) == "float":
-        return "float"
+    kind = asked or attention.attention_of(model)
     try:
-        use_int8_cache(model)
+        if kind == "int8":
+            use_int8_cache(model)
+        elif model.config._attn_implementation in (float_attention.NAME, attention.NAME):
+            use_float_cache(model)
     except OctavoError:
-        if asked:
+        if asked == "int8":
             raise
         return "float"  # an encoder-decoder's, and what else is not a decoder's
-    return "int8"
+    return kind
 
 
 def device_of(args: argparse.Namespace) -> str:

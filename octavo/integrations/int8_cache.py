@@ -16,30 +16,23 @@ took 1.3 x as long). What transformers does to caches (to crop them, to pick bea
 
 from __future__ import annotations
 
-import dataclasses
-import functools
-import types
 import warnings
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.hooks import RemovableHandle
-from transformers import Cache, DynamicCache, PreTrainedConfig, PreTrainedModel
+from transformers import Cache, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from octavo import ops
 from octavo.errors import OctavoError
 from octavo.integrations import attention, float_attention
+from octavo.integrations.caches import Handle, argument_of, empty_layers, has_room, instead, keep, room_for
 from octavo.integrations.int8_states import Int8States
-from octavo.integrations.language_model import cache_name
 
-__all__ = ["Handle", "Int8Cache", "Int8Layer", "use_int8_cache"]
+__all__ = ["Int8Cache", "Int8Layer", "use_int8_cache"]
 
 _SCALE_BYTES = 4
-_MORE = 8
-"""A layer has room for an eighth more tokens than it holds: to copy what is there for each token that comes, as
-transformers' cache does, would take longer than attention."""
 
 
 class Int8Cache(Cache):
@@ -52,13 +45,8 @@ class Int8Cache(Cache):
     """
 
     def __init__(self, config: PreTrainedConfig) -> None:
-        config = config.get_text_config(decoder=True)
-        if config.is_encoder_decoder:
-            raise OctavoError(
-                f"an Int8Cache is for decoders, and {type(config).__name__} is an encoder-decoder's; leave its cache "
-                "to the model"
-            )
-        name = config._attn_implementation
+        layers = [_int8_layer(layer) for layer in empty_layers(config, Int8Cache)]
+        name = config.get_text_config(decoder=True)._attn_implementation
         if name not in (attention.NAME, float_attention.NAME):
             warnings.warn(
                 f"attention is computed by {name!r}, for which an Int8Cache dequantizes all keys and values at each "
@@ -66,28 +54,19 @@ class Int8Cache(Cache):
                 "octavo.integrations.attention.use_int8_attention(model), reads the codes",
                 stacklevel=2,
             )
-        super().__init__(layers=[_int8_layer(layer) for layer in DynamicCache(config=config).layers])
+        super().__init__(layers=layers)
 
 
 def _int8_layer(layer: Any) -> Any:
-    """An empty layer that keeps keys and values as int8, and what else it keeps as `layer` does."""
     if not isinstance(layer, DynamicLayer):
         return layer  # no keys
-    keeps = {DynamicLayer.update: Int8Layer, DynamicSlidingWindowLayer.update: Int8SlidingWindowLayer}
-    if (int8 := keeps.get(type(layer).update)) is None:
+    of_update = {DynamicLayer.update: Int8Layer, DynamicSlidingWindowLayer.update: Int8SlidingWindowLayer}
+    if (int8 := instead(layer, of_update)) is None:
         raise OctavoError(
             f"an Int8Cache has no {type(layer).__name__}, which this model's attention keeps; leave its cache to the "
             "model"
         )
-    new: Any = object.__new__(_class_of(int8, type(layer)))  # type: ignore[arg-type]  # mypy takes a class for no key
-    vars(new).update(vars(layer))
-    return new
-
-
-@functools.cache
-def _class_of(int8: type, cls: type) -> type:
-    # Else transformers would take it, from now on, for what caches of this type of layer are made of.
-    return type(f"Int8{cls.__name__}", (int8, cls), {"_layer_type": None})
+    return int8
 
 
 class Int8Layer(DynamicLayer):
@@ -105,8 +84,8 @@ class Int8Layer(DynamicLayer):
         before = self.get_seq_length()
         total = before + key_states.shape[2]
         room = self._room
-        if room is None or not room.begins_with(self.keys, self.values) or room.tokens < total:
-            self._room = room = _Room.of(key_states, value_states, total + total // _MORE)
+        if room is None or not room.is_for(self.keys, self.values, total):
+            self._room = room = _Room.of(key_states, value_states, room_for(total))
             if before:
                 room.keys[:, :, :before], room.values[:, :, :before] = self.keys, self.values
         room.put(key_states, value_states, before)
@@ -146,10 +125,6 @@ class _Room:
         packed = keys.new_empty((batch, heads, tokens, width), dtype=torch.int8)
         return _Room(packed, values.new_empty((batch, heads, tokens, values.shape[3]), dtype=torch.int8), size)
 
-    @property
-    def tokens(self) -> int:
-        return self.keys.shape[2]
-
     def put(self, keys: Tensor, values: Tensor, at: int) -> None:
         to = (x.narrow(2, at, keys.shape[2]) for x in (self.codes, self.key_scale, self.values, self.value_scale))
         ops.quantize_states(keys, next(to), next(to), are_values=False)
@@ -161,12 +136,9 @@ class _Room:
             Int8States(self.values.narrow(2, 0, count), self.value_scale.narrow(2, 0, count), value_dtype),
         )
 
-    def begins_with(self, keys: Tensor, values: Tensor) -> bool:
-        return _begins_with(self.keys, keys) and _begins_with(self.values, values)
-
-
-def _begins_with(room: Tensor, held: Tensor) -> bool:
-    return room.data_ptr() == held.data_ptr() and room.stride() == held.stride() and room.shape[:2] == held.shape[:2]
+    def is_for(self, keys: Tensor, values: Tensor, tokens: int) -> bool:
+        """Whether it begins with what a layer holds, and so many tokens fit in."""
+        return has_room(self.keys, keys, tokens) and has_room(self.values, values, tokens)
 
 
 def _refuse_gradients(key: Tensor, value: Tensor) -> None:
@@ -183,41 +155,6 @@ def use_int8_cache(model: PreTrainedModel) -> Handle:
 
     Returns: a handle whose `remove()` ends that. Raises: OctavoError for a model that has no such cache.
     """
-    argument = cache_name(model)
-    if argument is None:
-        raise OctavoError(f"{type(model).__name__} keeps no key-value cache, so that it cannot be int8")
+    argument_of(model)
     float_attention.use_float_attention(model)
-    Int8Cache(model.config)  # raises, or warns, now
-
-    hook = model.register_forward_pre_hook(functools.partial(_forward_with_cache, argument), with_kwargs=True)
-    vars(model)["generate"] = types.MethodType(_generate_with_cache, model)  # of a copy of the model the copy's
-    return Handle(model, hook)
-
-
-def _generate_with_cache(self: Any, *args: Any, **kwargs: Any) -> Any:
-    return type(self).generate(self, *args, **_with_cache(self, str(cache_name(self)), kwargs))
-
-
-def _forward_with_cache(argument: str, model: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-    return args, _with_cache(model, argument, kwargs)
-
-
-def _with_cache(model: Any, argument: str, kwargs: dict[str, Any]) -> dict[str, Any]:
-    if kwargs.get(argument) is not None or kwargs.get("use_cache") is False:
-        return kwargs
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # it was said when the model was told to
-        return {**kwargs, "use_cache": True, argument: Int8Cache(model.config)}
-
-
-@dataclasses.dataclass(frozen=True)
-class Handle:
-    """Of a model whose cache is int8."""
-
-    model: PreTrainedModel
-    hook: RemovableHandle
-
-    def remove(self) -> None:
-        """The model's caches are again what they were."""
-        self.hook.remove()
-        vars(self.model).pop("generate", None)
+    return keep(model, Int8Cache)

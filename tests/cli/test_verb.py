@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 import octavo
 from octavo.cli.verb import keep_cache
 from octavo.errors import OctavoError
-from tests.tiny_models import bart, build, llama
+from octavo.integrations.language_model import cache_name
+from tests.tiny_models import bart, build, llama, tokens
 
 
 def test_what_is_kept_where_nothing_is_asked_for() -> None:
@@ -15,6 +17,21 @@ def test_what_is_kept_where_nothing_is_asked_for() -> None:
     assert keep_cache(model, None) == "float"
     octavo.quantize(model, "w8a16", attention="int8")
     assert keep_cache(model, "float") == "float" and keep_cache(model, None) == "int8"
+
+
+def test_a_model_with_octavo_s_attention_keeps_a_float_cache_with_room_and_others_what_they_kept() -> None:
+    from octavo.integrations.float_cache import FloatCache
+
+    model, ids = build(llama), tokens(2, 9)
+    name = str(cache_name(model))
+    keep_cache(model, None)
+    with torch.no_grad():
+        assert not isinstance(getattr(model(ids), name), FloatCache)
+        octavo.quantize(model, "w8a16")
+        assert keep_cache(model, None) == "float" and isinstance(getattr(model(ids), name), FloatCache)
+        other = build(llama)
+        octavo.quantize(other, "w8a16", attention="int8")
+        assert keep_cache(other, "float") == "float" and isinstance(getattr(other(ids), name), FloatCache)
 
 
 def test_an_encoder_decoder_keeps_its_own_and_an_int8_cache_is_refused() -> None:

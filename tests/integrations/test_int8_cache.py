@@ -20,7 +20,7 @@ transformers = pytest.importorskip("transformers")
 
 from transformers.cache_utils import DynamicLayer  # noqa: E402
 
-from octavo.integrations import int8_cache  # noqa: E402
+from octavo.integrations import caches  # noqa: E402
 from octavo.integrations.attention import use_int8_attention  # noqa: E402
 from octavo.integrations.float_attention import use_float_attention  # noqa: E402
 from octavo.integrations.int8_cache import Int8Cache, use_int8_cache  # noqa: E402
@@ -240,7 +240,7 @@ def test_a_gradient_is_refused() -> None:
 
 
 def test_models_that_keep_something_else_are_refused() -> None:
-    with pytest.raises(OctavoError, match="an Int8Cache is for decoders, and BartConfig is an encoder-decoder's"):
+    with pytest.raises(OctavoError, match="Int8Cache is for decoders, and BartConfig is an encoder-decoder's"):
         Int8Cache(build(bart).config)
     with pytest.raises(OctavoError, match="ViTForImageClassification keeps no key-value cache"):
         use_int8_cache(build(vit))
@@ -254,7 +254,7 @@ def test_layers_that_keep_keys_in_a_way_of_their_own_are_refused(monkeypatch: py
     model = built(llama)
     cache = transformers.DynamicCache(config=model.config)
     cache.layers[1] = Own()
-    monkeypatch.setattr(int8_cache, "DynamicCache", lambda config: cache)
+    monkeypatch.setattr(caches, "DynamicCache", lambda config: cache)
     with pytest.raises(OctavoError, match="an Int8Cache has no Own, which this model's attention keeps"):
         Int8Cache(model.config)
 

@@ -1,0 +1,134 @@
+"""What caches of this package share: they take the place of the one that transformers' models make for themselves.
+
+transformers' `DynamicCache` copies all keys and values for each token that comes. A layer of these has room for more
+behind those that it holds: what comes is written there. What else a model's cache keeps, and how it is cropped or
+reordered, is transformers' code.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import types
+import warnings
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.hooks import RemovableHandle
+from transformers import Cache, DynamicCache, PreTrainedConfig, PreTrainedModel
+
+from octavo.errors import OctavoError
+from octavo.integrations.language_model import cache_name
+
+__all__ = ["Handle", "argument_of", "empty_layers", "has_room", "instead", "keep", "room_for"]
+
+Make = Callable[[PreTrainedConfig], Cache]
+"""An empty cache for a model of this config."""
+
+
+# -- layers ---------------------------------------------------------------------------------------------------------
+
+
+def empty_layers(config: PreTrainedConfig, cache: type[Cache]) -> list[Any]:
+    """The layers of the cache that a decoder makes for itself. cache: what they are for.
+
+    Raises: OctavoError for an encoder-decoder.
+    """
+    config = config.get_text_config(decoder=True)
+    if config.is_encoder_decoder:
+        raise OctavoError(
+            f"{cache.__name__} is for decoders, and {type(config).__name__} is an encoder-decoder's; leave its cache "
+            "to the model"
+        )
+    return DynamicCache(config=config).layers  # type: ignore[no-any-return]
+
+
+def instead(layer: Any, of_update: Mapping[Any, type]) -> Any:
+    """An empty layer that keeps keys and values as the class says that `of_update` has for the layer's `update`, and
+    what else it keeps as `layer` does; None if there is no such class."""
+    if (own := of_update.get(type(layer).update)) is None:
+        return None
+    new: Any = object.__new__(_both(own, type(layer)))  # type: ignore[arg-type]  # mypy takes a class for no key
+    vars(new).update(vars(layer))
+    return new
+
+
+@functools.cache
+def _both(own: type, cls: type) -> type:
+    # Else transformers would take it, from now on, for what caches of this type of layer are made of.
+    return type(f"{own.__name__.removesuffix('Layer')}{cls.__name__}", (own, cls), {"_layer_type": None})
+
+
+def room_for(tokens: int) -> int:
+    """How many tokens there is to be room for, so that room is seldom made: an eighth more, and at least 64."""
+    return tokens + max(tokens // 8, 64)
+
+
+def has_room(room: Tensor, held: Tensor, tokens: int) -> bool:
+    """Whether so many tokens fit into `room` [B, KV, more, D], which begins with `held` [B, KV, S, D] and may be
+    written to. It does not begin with what transformers puts in the place of what is held, as it does for beams."""
+    return (
+        tokens <= room.shape[2]
+        and room.data_ptr() == held.data_ptr()
+        and room.stride() == held.stride()
+        and room.shape[:2] == held.shape[:2]
+        and (torch.is_inference_mode_enabled() or not room.is_inference())
+    )
+
+
+# -- models ---------------------------------------------------------------------------------------------------------
+
+
+def argument_of(model: PreTrainedModel) -> str:
+    """The argument of the model's forward that takes a cache. Raises: OctavoError for a model without one."""
+    argument = cache_name(model)
+    if argument is None:
+        raise OctavoError(f"{type(model).__name__} keeps no key-value cache, for which another could stand in")
+    return argument
+
+
+def keep(model: PreTrainedModel, make: Make) -> Handle:
+    """From now on the model keeps what `make` gives wherever it would make a cache of its own: in `generate`, and in a
+    forward that is given none, unless with `use_cache=False`. A cache that it is given stays what it is.
+
+    Raises: OctavoError for a model without a key-value cache, and what `make` raises.
+    """
+    argument = argument_of(model)
+    make(model.config)  # raises, or warns, now
+    hook = model.register_forward_pre_hook(functools.partial(_forward_with_cache, make, argument), with_kwargs=True)
+    generate = functools.partial(_generate_with_cache, make, argument)
+    vars(model)["generate"] = types.MethodType(generate, model)  # of a copy of the model the copy's
+    return Handle(model, hook)
+
+
+def _generate_with_cache(make: Make, argument: str, model: Any, *args: Any, **kwargs: Any) -> Any:
+    return type(model).generate(model, *args, **_with_cache(make, argument, model, kwargs))
+
+
+def _forward_with_cache(
+    make: Make, argument: str, model: Any, args: Any, kwargs: dict[str, Any]
+) -> tuple[Any, dict[str, Any]]:
+    return args, _with_cache(make, argument, model, kwargs)
+
+
+def _with_cache(make: Make, argument: str, model: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
+    if kwargs.get(argument) is not None or kwargs.get("use_cache") is False:
+        return kwargs
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it was said when the model was told to
+        return {**kwargs, "use_cache": True, argument: make(model.config)}
+
+
+@dataclasses.dataclass(frozen=True)
+class Handle:
+    """Of a model that keeps a cache of this package."""
+
+    model: PreTrainedModel
+    hook: RemovableHandle
+
+    def remove(self) -> None:
+        """The model's caches are again what they were."""
+        self.hook.remove()
+        vars(self.model).pop("generate", None)

@@ -1,0 +1,47 @@
+"""What both caches of this package have in common."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from tests.integrations.test_int8_cache import built, in_pieces
+from tests.tiny_models import llama, tokens
+
+transformers = pytest.importorskip("transformers")
+
+from octavo.integrations.caches import has_room, room_for  # noqa: E402
+from octavo.integrations.float_cache import FloatCache  # noqa: E402
+from octavo.integrations.int8_cache import Int8Cache  # noqa: E402
+from octavo.integrations.language_model import cache_name  # noqa: E402
+
+
+@pytest.mark.parametrize("make", [FloatCache, Int8Cache])
+def test_what_was_begun_in_inference_mode_goes_on_outside(make: Any) -> None:
+    """There, what was made in inference mode may not be written to."""
+    model, ids = built(llama), tokens(2, 14)
+    cache = make(model.config)
+    with torch.inference_mode():
+        model(ids[:, :9], use_cache=True, **{str(cache_name(model)): cache})
+    expected = in_pieces(model, ids, make(model.config), 9)[:, 9:]
+    assert torch.equal(in_pieces(model, ids[:, 9:], cache), expected)
+
+
+@pytest.mark.parametrize("make", [FloatCache, Int8Cache])
+def test_a_cache_is_used_again_after_a_reset(make: Any) -> None:
+    model, ids, others = built(llama), tokens(2, 9), tokens(3, 6)
+    cache = make(model.config)
+    in_pieces(model, ids, cache, 9)
+    cache.reset()
+    assert cache.get_seq_length() == 0
+    assert torch.equal(in_pieces(model, others, cache, 3), in_pieces(model, others, make(model.config), 3))
+
+
+def test_room() -> None:
+    room = torch.zeros(2, 3, 10, 4)
+    assert has_room(room, room[:, :, :7], 10) and not has_room(room, room[:, :, :7], 11)
+    assert not has_room(room, room[:, :, 1:7], 10) and not has_room(room, room[:, :, :7].contiguous(), 10)
+    assert not has_room(room, room[:1, :, :7], 10), "of the first sequence alone"
+    assert room_for(1) == 65 and room_for(8000) == 9000
