@@ -34,10 +34,11 @@ time), then tokens are decoded greedily by each way in turns, in one process, ba
 the float model as it is loaded, the others the same model from `octavo.quantize(model, "w8a16")`: with the cache that
 transformers makes, with `FloatCache`, with transformers' `QuantizedCache` in fp8, and with `Int8Cache`; the first and
 the last of these with attention in int8, too. Error: of the logits of the first such token against those of the same
-weights with keys and values in bf16. Quality: perplexity of SmolLM2 in bf16, whose attention sees every key and value but as int8, next
-to the same without a cache. Every causal language model of transformers, small, with random weights, in fp32: 14
-tokens of two texts, eight at once and then one by one; with a `FloatCache` the logits must be the bits of those with
-transformers' own cache, with an `Int8Cache` those with its own of keys and values that were quantized and dequantized.
+weights with keys and values in bf16. Quality: perplexity of SmolLM2 in bf16, whose attention sees every key and value
+but as int8, next to the same without a cache. Every causal language model of transformers, small, with random weights,
+in fp32: 14 tokens of two texts, eight at once and then one by one; with a `FloatCache` the logits must be the bits of
+those with transformers' own cache, with an `Int8Cache` those with its own of keys and values that were quantized and
+dequantized.
 """
 TOKENS = (512, 2048, 8000)
 ROUNDS, NEW = 7, 4
