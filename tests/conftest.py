@@ -85,8 +85,11 @@ def compiled_eagerly(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """torch.compile makes its graphs, and runs them as they are: quick, and all that fullgraph asks for is asked."""
     compile = torch.compile
 
-    def without_inductor(function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
-        return compile(function, fullgraph=options["fullgraph"], dynamic=options["dynamic"], backend="eager")
+    def without_inductor(
+        function: Callable[..., Any], *, fullgraph: bool, dynamic: bool, options: dict[str, Any]
+    ) -> Callable[..., Any]:
+        of_dynamo = {"guard_filter_fn": options["guard_filter_fn"]}
+        return compile(function, fullgraph=fullgraph, dynamic=dynamic, backend="eager", options=of_dynamo)
 
     monkeypatch.setattr(torch, "compile", without_inductor)
     yield

@@ -121,10 +121,20 @@ class CompiledModel:
             return choose(output.logits[:, -1])
 
         self._on_cuda = self._device.type == "cuda"
-        once: dict[str, Any] = {"post_grad_custom_pre_pass": EqualCalls()}
-        a_row: dict[str, Any] = {"post_grad_custom_post_pass": SideBySide(), "triton.cudagraphs": self._on_cuda}
-        self._prefill = torch.compile(_with_own_code(step), fullgraph=True, dynamic=False, options=once)
-        self._decode = torch.compile(_with_own_code(step), fullgraph=True, dynamic=False, options=once | a_row)
+        for_all: dict[str, Any] = {
+            "post_grad_custom_pre_pass": EqualCalls(),
+            "guard_filter_fn": _guards_but_of_buffers(model),
+        }
+        for_decode: dict[str, Any] = {
+            "post_grad_custom_post_pass": SideBySide(),
+            "triton.cudagraphs": self._on_cuda,
+            "size_asserts": False,  # hundreds of comparisons for each token, of sizes that never change
+        }
+
+        def compiled(**options: Any) -> Callable[[Tensor], Tensor]:  # torch keeps the dict, and takes from it
+            return torch.compile(_with_own_code(step), fullgraph=True, dynamic=False, options=options)
+
+        self._prefill, self._decode = compiled(**for_all), compiled(**for_all, **for_decode)
         self._length = length
         self._guarded = True
 
@@ -161,7 +171,8 @@ class CompiledModel:
         """Feed one token, int64 [1, 1]. Returns: the one after it, [1, 1]."""
         if self._on_cuda:
             torch.compiler.cudagraph_mark_step_begin()
-        # Guards compare hundreds of attributes of the model at each token, to find out whether it changed.
+        # Guards compare hundreds of attributes of the model at each token, to find out whether it changed. This passes
+        # over them, but for those of tensors: of these `_guards_but_of_buffers` leaves out most.
         with contextlib.nullcontext() if self._guarded else _unguarded():
             token = self._decode(token)
         # A CUDA graph writes the next token to the same place.
@@ -179,6 +190,13 @@ class CompiledModel:
             raise OctavoError(
                 f"{self._name} cannot be compiled once: its step is another program at each token; {_WITHOUT}"
             ) from error
+
+
+def _guards_but_of_buffers(model: Any) -> Callable[[Sequence[Any]], list[bool]]:
+    """Which of a compiler's guards are to be: not those that compare the model's buffers, as codes and scales are, with
+    what they were. (Of float weights, which are parameters, `_unguarded` knows that they stay.)"""
+    own = set(map(id, model.buffers()))
+    return lambda guards: [not (g.guard_type == "TENSOR_MATCH" and g.has_value and id(g.value) in own) for g in guards]
 
 
 def _unguarded() -> contextlib.AbstractContextManager[Any]:

@@ -11,6 +11,7 @@ import pytest
 import torch
 import transformers
 from torch import Tensor
+from torch._C._dynamo.eval_frame import _debug_get_cache_entry_list
 from torch._dynamo.utils import counters
 
 import octavo
@@ -126,6 +127,20 @@ def test_a_step_that_is_never_the_same_is_refused(compiled_eagerly: None) -> Non
     compiled = CompiledModel(build(llama), LENGTH, Restless())
     with pytest.raises(OctavoError, match="another program at each token"):
         compiled.compile(tokens(1, 9))
+
+
+@pytest.mark.parametrize("make", [llama, mixtral])
+def test_codes_are_not_compared_at_each_token(make: Callable[..., Any], compiled_eagerly: None) -> None:
+    """That took longer than a small layer's product. By dynamo's own account of what it compares at a call."""
+    model = build(make)
+    octavo.quantize(model, "w8a16", include=["Embedding", "OutputHead"])
+    compiled = CompiledModel(model, LENGTH)
+    compiled.compile(tokens(1, 9))
+    for step in (compiled._prefill, compiled._decode):
+        (entry,) = _debug_get_cache_entry_list(step._torchdynamo_orig_callable.__code__)
+        of_tensors = [line for line in str(entry.guard_manager).splitlines() if "TENSOR_MATCH" in line]
+        assert any("cache" in line for line in of_tensors), "dynamo's account is another one by now"
+        assert not any("_buffers" in line for line in of_tensors)
 
 
 # -- how tokens are chosen --------------------------------------------------------------------------------------------
