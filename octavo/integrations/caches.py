@@ -91,7 +91,8 @@ def argument_of(model: PreTrainedModel) -> str:
 
 def keep(model: PreTrainedModel, make: Make) -> Handle:
     """From now on the model keeps what `make` gives wherever it would make a cache of its own: in `generate`, and in a
-    forward that is given none, unless with `use_cache=False`. A cache that it is given stays what it is.
+    forward that is given none, unless `use_cache` is False. A cache that it is given, or told to make by
+    `cache_implementation`, stays what it is.
 
     Raises: OctavoError for a model without a key-value cache, and what `make` raises.
     """
@@ -104,17 +105,25 @@ def keep(model: PreTrainedModel, make: Make) -> Handle:
 
 
 def _generate_with_cache(make: Make, argument: str, model: Any, *args: Any, **kwargs: Any) -> Any:
-    return type(model).generate(model, *args, **_with_cache(make, argument, model, kwargs))
+    config = (args[1] if len(args) > 1 else kwargs.get("generation_config")) or model.generation_config
+    given = kwargs.get(argument), kwargs.get("cache_implementation", config.cache_implementation)
+    if given == (None, None):
+        kwargs = _with_cache(make, argument, model, config, kwargs)
+    return type(model).generate(model, *args, **kwargs)
 
 
 def _forward_with_cache(
     make: Make, argument: str, model: Any, args: Any, kwargs: dict[str, Any]
-) -> tuple[Any, dict[str, Any]]:
-    return args, _with_cache(make, argument, model, kwargs)
+) -> tuple[Any, dict[str, Any]] | None:
+    if kwargs.get(argument) is not None:
+        return None
+    return args, _with_cache(make, argument, model, model.config.get_text_config(decoder=True), kwargs)
 
 
-def _with_cache(make: Make, argument: str, model: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
-    if kwargs.get(argument) is not None or kwargs.get("use_cache") is False:
+def _with_cache(make: Make, argument: str, model: Any, config: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """config: it says whether a cache is used, where `kwargs` do not."""
+    asked = kwargs.get("use_cache")
+    if (getattr(config, "use_cache", None) if asked is None else asked) is False:
         return kwargs
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # it was said when the model was told to

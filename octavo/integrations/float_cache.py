@@ -47,6 +47,7 @@ class FloatLayer(DynamicLayer):
         new, before = (key_states, value_states), self.get_seq_length()
         held = (self.keys, self.values) if before else new
         if not _can_be_written(held, new):
+            self._room = None
             kept: tuple[Tensor, Tensor] = super().update(key_states, value_states, *args, **kwargs)
             return kept
         total = before + key_states.shape[2]
@@ -67,7 +68,7 @@ def _can_be_written(held: tuple[Tensor, Tensor], new: tuple[Tensor, Tensor]) -> 
         not torch.compiler.is_compiling()
         and not (torch.is_grad_enabled() and any(one.requires_grad for one in (*held, *new)))
         and all(
-            a.dtype == b.dtype and a.shape[:2] == b.shape[:2] and a.shape[3:] == b.shape[3:]
+            (a.dtype, a.device, a.shape[:2], a.shape[3:]) == (b.dtype, b.device, b.shape[:2], b.shape[3:])
             for a, b in zip(held, new, strict=True)
         )
     )
@@ -85,7 +86,7 @@ def _write(room: tuple[Tensor, Tensor], states: tuple[Tensor, Tensor], at: int) 
 
 def use_float_cache(model: PreTrainedModel) -> Handle:
     """From now on the model keeps a `FloatCache` wherever it would make a cache of its own: in `generate`, and in a
-    forward that is given none, unless with `use_cache=False`. A cache that it is given stays what it is.
+    forward that is given none, unless `use_cache` is False; see `caches.keep`.
 
     Returns: a handle whose `remove()` ends that. Raises: OctavoError for a model that has no such cache.
     """

@@ -13,8 +13,8 @@ from tests.tiny_models import llama, tokens
 transformers = pytest.importorskip("transformers")
 
 from octavo.integrations.caches import has_room, room_for  # noqa: E402
-from octavo.integrations.float_cache import FloatCache  # noqa: E402
-from octavo.integrations.int8_cache import Int8Cache  # noqa: E402
+from octavo.integrations.float_cache import FloatCache, use_float_cache  # noqa: E402
+from octavo.integrations.int8_cache import Int8Cache, use_int8_cache  # noqa: E402
 from octavo.integrations.language_model import cache_name  # noqa: E402
 
 
@@ -37,6 +37,28 @@ def test_a_cache_is_used_again_after_a_reset(make: Any) -> None:
     cache.reset()
     assert cache.get_seq_length() == 0
     assert torch.equal(in_pieces(model, others, cache, 3), in_pieces(model, others, make(model.config), 3))
+
+
+@pytest.mark.parametrize("use", [use_float_cache, use_int8_cache])
+def test_what_a_model_is_told_of_caches_is_heeded(use: Any) -> None:
+    model, ids = built(llama), tokens(2, 9)
+    name = str(cache_name(model))
+    options = {"max_new_tokens": 3, "do_sample": False, "pad_token_id": 0, "return_dict_in_generate": True}
+    use(model)
+
+    def kept(*args: Any, **more: Any) -> Any:
+        return getattr(model.generate(ids, *args, **options, **more), name)
+
+    assert isinstance(kept(), FloatCache | Int8Cache)
+    assert type(kept(cache_implementation="static")) is transformers.StaticCache
+    own = transformers.DynamicCache(config=model.config)
+    assert kept(**{name: own}) is own
+    without = transformers.GenerationConfig(use_cache=False)
+    assert kept(use_cache=False) is None and kept(without) is None and kept(generation_config=without) is None
+    model.config.use_cache = False
+    with torch.no_grad():
+        assert getattr(model(ids), name) is None
+        assert isinstance(getattr(model(ids, use_cache=True), name), FloatCache | Int8Cache)
 
 
 def test_room() -> None:
