@@ -150,8 +150,8 @@ def _refuse_gradients(key: Tensor, value: Tensor) -> None:
 
 def use_int8_cache(model: PreTrainedModel) -> Handle:
     """From now on the model keeps an `Int8Cache` wherever it would make a cache of its own: in `generate`, and in a
-    forward that is given none, unless `use_cache` is False; see `caches.keep`. Attention in
-    float ("sdpa") is switched to that of this package, which reads the codes.
+    forward that is given none, unless `use_cache` is False; see `caches.keep`. Attention in float ("sdpa") is switched
+    to that of this package, which reads the codes.
 
     Returns: a handle whose `remove()` ends that. Raises: OctavoError for a model that has no such cache.
     """

@@ -16,6 +16,7 @@ from tests.tiny_models import bart, build, llama, tokens, vit
 
 transformers = pytest.importorskip("transformers")
 
+from octavo.integrations.attention import use_int8_attention  # noqa: E402
 from octavo.integrations.float_cache import FloatCache, FloatLayer, use_float_cache  # noqa: E402
 from octavo.integrations.language_model import cache_name  # noqa: E402
 
@@ -34,6 +35,13 @@ def test_answers_are_those_of_transformers_cache(
     cache = FloatCache(model.config)
     assert torch.equal(in_pieces(model, ids, cache, *pieces), in_pieces(model, ids, own_cache(model), *pieces))
     assert cache.get_seq_length() == 14
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_int8_attention_of_it(dtype: torch.dtype) -> None:
+    model, ids = build(llama, dtype), tokens(2, 14)
+    use_int8_attention(model)
+    assert torch.equal(in_pieces(model, ids, FloatCache(model.config), 5), in_pieces(model, ids, own_cache(model), 5))
 
 
 def test_a_state_beside_keys_and_values_stays_as_it_is() -> None:
