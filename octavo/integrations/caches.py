@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import inspect
 import types
 import warnings
 from collections.abc import Callable, Mapping
@@ -20,7 +21,7 @@ from torch.utils.hooks import RemovableHandle
 from transformers import Cache, DynamicCache, PreTrainedConfig, PreTrainedModel
 
 from octavo.errors import OctavoError
-from octavo.integrations.language_model import cache_name
+from octavo.integrations.language_model import CACHE_NAMES, cache_name
 
 __all__ = ["Handle", "argument_of", "empty_layers", "has_room", "instead", "keep", "room_for"]
 
@@ -98,7 +99,9 @@ def keep(model: PreTrainedModel, make: Make) -> Handle:
     """
     argument = argument_of(model)
     make(model.config)  # raises, or warns, now
-    hook = model.register_forward_pre_hook(functools.partial(_forward_with_cache, make, argument), with_kwargs=True)
+    place = list(inspect.signature(model.forward).parameters).index(argument)
+    forward = functools.partial(_forward_with_cache, make, argument, place)
+    hook = model.register_forward_pre_hook(forward, with_kwargs=True)
     generate = functools.partial(_generate_with_cache, make, argument)
     vars(model)["generate"] = types.MethodType(generate, model)  # of a copy of the model the copy's
     return Handle(model, hook)
@@ -106,18 +109,21 @@ def keep(model: PreTrainedModel, make: Make) -> Handle:
 
 def _generate_with_cache(make: Make, argument: str, model: Any, *args: Any, **kwargs: Any) -> Any:
     config = (args[1] if len(args) > 1 else kwargs.get("generation_config")) or model.generation_config
-    given = kwargs.get(argument), kwargs.get("cache_implementation", config.cache_implementation)
-    if given == (None, None):
+    if not _is_given(kwargs) and kwargs.get("cache_implementation", config.cache_implementation) is None:
         kwargs = _with_cache(make, argument, model, config, kwargs)
     return type(model).generate(model, *args, **kwargs)
 
 
 def _forward_with_cache(
-    make: Make, argument: str, model: Any, args: Any, kwargs: dict[str, Any]
+    make: Make, argument: str, place: int, model: Any, args: Any, kwargs: dict[str, Any]
 ) -> tuple[Any, dict[str, Any]] | None:
-    if kwargs.get(argument) is not None:
+    if _is_given(kwargs) or len(args) > place:
         return None
     return args, _with_cache(make, argument, model, model.config.get_text_config(decoder=True), kwargs)
+
+
+def _is_given(kwargs: Mapping[str, Any]) -> bool:
+    return any(kwargs.get(name) is not None for name in CACHE_NAMES)
 
 
 def _with_cache(make: Make, argument: str, model: Any, config: Any, kwargs: dict[str, Any]) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from octavo.formats.checkpoint import CheckpointReader
 from octavo.integrations.hub import is_gguf, load, load_tokenizer, no_progress_bar, resolve
 
 __all__ = [
-    "cache_name", "last_logits_only", "load_causal", "load_language_model", "other_kind", "positions_of",
+    "CACHE_NAMES", "cache_name", "last_logits_only", "load_causal", "load_language_model", "other_kind", "positions_of",
     "refuse_unknown_tokens", "token_ids",
 ]  # fmt: skip
 
@@ -71,11 +71,14 @@ def last_logits_only(model: Any) -> dict[str, int]:
     return {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
 
 
+CACHE_NAMES = ("cache", "past_key_values")
+"""Of the argument that is a key-value cache; transformers before 5.24 has the second, and later ones still take it."""
+
+
 def cache_name(model: Any) -> str | None:
-    """What the model's forward and its outputs call the key-value cache: transformers before 5.24 said
-    `past_key_values`. None if it has none."""
+    """What the model's forward and its outputs call the key-value cache. None if it has none."""
     parameters = inspect.signature(model.forward).parameters
-    return next((name for name in ("cache", "past_key_values") if name in parameters), None)
+    return next((name for name in CACHE_NAMES if name in parameters), None)
 
 
 def positions_of(model: Any) -> int | None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import warnings
 from typing import Any
 
 import pytest
@@ -53,6 +55,12 @@ def test_what_a_model_is_told_of_caches_is_heeded(use: Any) -> None:
     assert type(kept(cache_implementation="static")) is transformers.StaticCache
     own = transformers.DynamicCache(config=model.config)
     assert kept(**{name: own}) is own
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # later versions of transformers deprecate the name
+        assert getattr(model(ids[:, :1], past_key_values=own), name) is own
+        assert kept(past_key_values=own) is own
+        place = list(inspect.signature(model.forward).parameters).index(name)
+        assert getattr(model(ids[:, :1], *[None] * (place - 1), own), name) is own
     without = transformers.GenerationConfig(use_cache=False)
     assert kept(use_cache=False) is None and kept(without) is None and kept(generation_config=without) is None
     model.config.use_cache = False
