@@ -12,7 +12,7 @@ import functools
 import inspect
 import types
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -108,9 +108,11 @@ def keep(model: PreTrainedModel, make: Make) -> Handle:
 
 
 def _generate_with_cache(make: Make, argument: str, model: Any, *args: Any, **kwargs: Any) -> Any:
-    config = (args[1] if len(args) > 1 else kwargs.get("generation_config")) or model.generation_config
-    if not _is_given(kwargs) and kwargs.get("cache_implementation", config.cache_implementation) is None:
-        kwargs = _with_cache(make, argument, model, config, kwargs)
+    given = args[1] if len(args) > 1 else kwargs.get("generation_config")
+    configs = (given, model.generation_config)  # what the first does not say, the second does
+    implementation = _told("cache_implementation", kwargs, configs)
+    if not _is_given(kwargs) and implementation in (None, "hybrid"):  # older checkpoints' word for what is made anyway
+        kwargs = _with_cache(make, argument, model, configs, kwargs)
     return type(model).generate(model, *args, **kwargs)
 
 
@@ -119,17 +121,23 @@ def _forward_with_cache(
 ) -> tuple[Any, dict[str, Any]] | None:
     if _is_given(kwargs) or len(args) > place:
         return None
-    return args, _with_cache(make, argument, model, model.config.get_text_config(decoder=True), kwargs)
+    return args, _with_cache(make, argument, model, (model.config.get_text_config(decoder=True),), kwargs)
 
 
 def _is_given(kwargs: Mapping[str, Any]) -> bool:
     return any(kwargs.get(name) is not None for name in CACHE_NAMES)
 
 
-def _with_cache(make: Make, argument: str, model: Any, config: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
-    """config: it says whether a cache is used, where `kwargs` do not."""
-    asked = kwargs.get("use_cache")
-    if (getattr(config, "use_cache", None) if asked is None else asked) is False:
+def _told(name: str, kwargs: Mapping[str, Any], configs: Iterable[Any]) -> Any:
+    """What arguments say of `name`, or the first of the configs that says anything; None if nothing does."""
+    values = (kwargs.get(name), *(getattr(config, name, None) for config in configs))
+    return next((value for value in values if value is not None), None)
+
+
+def _with_cache(
+    make: Make, argument: str, model: Any, configs: Iterable[Any], kwargs: dict[str, Any]
+) -> dict[str, Any]:
+    if _told("use_cache", kwargs, configs) is False:
         return kwargs
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # it was said when the model was told to

@@ -63,6 +63,11 @@ def test_what_a_model_is_told_of_caches_is_heeded(use: Any) -> None:
         assert getattr(model(ids[:, :1], *[None] * (place - 1), own), name) is own
     without = transformers.GenerationConfig(use_cache=False)
     assert kept(use_cache=False) is None and kept(without) is None and kept(generation_config=without) is None
+    of_other_things = transformers.GenerationConfig(max_new_tokens=3)
+    for told, expected in (("static", transformers.StaticCache), ("hybrid", FloatCache | Int8Cache)):
+        model.generation_config.cache_implementation = told
+        assert isinstance(kept(), expected) and isinstance(kept(of_other_things), expected)
+    model.generation_config.cache_implementation = None
     model.config.use_cache = False
     with torch.no_grad():
         assert getattr(model(ids), name) is None
