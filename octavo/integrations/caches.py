@@ -93,35 +93,37 @@ def argument_of(model: PreTrainedModel) -> str:
 def keep(model: PreTrainedModel, make: Make) -> Handle:
     """From now on the model keeps what `make` gives wherever it would make a cache of its own: in `generate`, and in a
     forward that is given none, unless `use_cache` is False. A cache that it is given, or told to make by
-    `cache_implementation`, stays what it is.
+    `cache_implementation`, stays what it is. Of two such calls the later one holds.
 
     Raises: OctavoError for a model without a key-value cache, and what `make` raises.
     """
     argument = argument_of(model)
     make(model.config)  # raises, or warns, now
     place = list(inspect.signature(model.forward).parameters).index(argument)
-    forward = functools.partial(_forward_with_cache, make, argument, place)
-    hook = model.register_forward_pre_hook(forward, with_kwargs=True)
-    generate = functools.partial(_generate_with_cache, make, argument)
+    give = functools.partial(_with_cache, make, argument)
+    forward = functools.partial(_forward_with_cache, give, place)
+    hook = model.register_forward_pre_hook(forward, with_kwargs=True, prepend=True)  # of several the last gives one
+    before = vars(model).get("generate")
+    generate = functools.partial(_generate_with_cache, give)
     vars(model)["generate"] = types.MethodType(generate, model)  # of a copy of the model the copy's
-    return Handle(model, hook)
+    return Handle(model, hook, before)
 
 
-def _generate_with_cache(make: Make, argument: str, model: Any, *args: Any, **kwargs: Any) -> Any:
+def _generate_with_cache(give: Callable[..., Any], model: Any, *args: Any, **kwargs: Any) -> Any:
     given = args[1] if len(args) > 1 else kwargs.get("generation_config")
     configs = (given, model.generation_config)  # what the first does not say, the second does
     implementation = _told("cache_implementation", kwargs, configs)
     if not _is_given(kwargs) and implementation in (None, "hybrid"):  # older checkpoints' word for what is made anyway
-        kwargs = _with_cache(make, argument, model, configs, kwargs)
+        kwargs = give(model, configs, kwargs)
     return type(model).generate(model, *args, **kwargs)
 
 
 def _forward_with_cache(
-    make: Make, argument: str, place: int, model: Any, args: Any, kwargs: dict[str, Any]
+    give: Callable[..., Any], place: int, model: Any, args: Any, kwargs: dict[str, Any]
 ) -> tuple[Any, dict[str, Any]] | None:
     if _is_given(kwargs) or len(args) > place:
         return None
-    return args, _with_cache(make, argument, model, (model.config.get_text_config(decoder=True),), kwargs)
+    return args, give(model, (model.config.get_text_config(decoder=True),), kwargs)
 
 
 def _is_given(kwargs: Mapping[str, Any]) -> bool:
@@ -150,8 +152,11 @@ class Handle:
 
     model: PreTrainedModel
     hook: RemovableHandle
+    generate_before: Callable[..., Any] | None
 
     def remove(self) -> None:
         """The model's caches are again what they were."""
         self.hook.remove()
         vars(self.model).pop("generate", None)
+        if self.generate_before is not None:
+            vars(self.model)["generate"] = self.generate_before

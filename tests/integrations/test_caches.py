@@ -74,6 +74,23 @@ def test_what_a_model_is_told_of_caches_is_heeded(use: Any) -> None:
         assert isinstance(getattr(model(ids, use_cache=True), name), FloatCache | Int8Cache)
 
 
+def test_of_two_caches_the_one_that_was_asked_for_last_is_kept() -> None:
+    model, ids = built(llama), tokens(2, 9)
+    name = str(cache_name(model))
+    options = {"max_new_tokens": 3, "do_sample": False, "pad_token_id": 0, "return_dict_in_generate": True}
+
+    def kept() -> set[type]:
+        with torch.no_grad():
+            return {type(getattr(output, name)) for output in (model(ids), model.generate(ids, **options))}
+
+    first, second = use_float_cache(model), use_int8_cache(model)
+    assert kept() == {Int8Cache}
+    second.remove()
+    assert kept() == {FloatCache}
+    first.remove()
+    assert kept() == {transformers.DynamicCache}
+
+
 def test_room() -> None:
     room = torch.zeros(2, 3, 10, 4)
     assert has_room(room, room[:, :, :7], 10) and not has_room(room, room[:, :, :7], 11)
