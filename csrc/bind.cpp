@@ -28,6 +28,7 @@ STABLE_TORCH_LIBRARY_IMPL(octavo, CPU, m) {
   m.impl("float_linear", TORCH_BOX(&float_linear));
   m.impl("rms_norm", TORCH_BOX(&rms_norm));
   m.impl("gated", TORCH_BOX(&gated));
+  m.impl("rotary", TORCH_BOX(&rotary));
   m.impl("recurrent", TORCH_BOX(&recurrent));
   m.impl("int8_attention", TORCH_BOX(&int8_attention));
   m.impl("float_attention", TORCH_BOX(&float_attention));

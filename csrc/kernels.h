@@ -113,6 +113,18 @@ struct Gated {
   float a, b;
 };
 
+// Heads of a token -> y = x * cos + (-second, first) * sin, of x = (first, second), two halves: rotary position
+// embeddings. Each product, and the sum, is rounded to the type.
+struct Rotary {
+  int64_t heads, D;
+  const void* x;    // [heads, D]: heads are `x_step` elements apart
+  const void* cos;  // [D]
+  const void* sin;  // [D]
+  void* y;          // [heads, D]: heads are `y_step` elements apart
+  int64_t x_step, y_step;
+  Float type;  // of all four
+};
+
 // A step of a recurrent layer: p = W_ih x + b_ih and q = W_hh h + b_hh -> h, and c of an LSTM, in fp32. Gates lie side
 // by side, in torch's order:
 //
@@ -275,6 +287,8 @@ struct Kernels {
   void (*rms_norm)(const Norm&, int64_t r0, int64_t r1);
 
   void (*gated)(const Gated&, int64_t r0, int64_t r1);
+
+  void (*rotary)(const Rotary&);
 
   void (*recur)(const Recurrence&, int64_t r0, int64_t r1);
 

@@ -167,6 +167,38 @@ struct RowKernels {
     V::store(element(y, type, k), type, count, V::mul(acted, V::load(element(up, type, k), type, count)));
   }
 
+  static void rotary(const Rotary& in) {
+    if (in.type == Float::f32) return rotary_of<Float::f32>(in);
+    if (in.type == Float::bf16) return rotary_of<Float::bf16>(in);
+    rotary_of<Float::f16>(in);
+  }
+
+  template <Float type>
+  static void rotary_of(const Rotary& in) {
+    const int64_t half = in.D / 2;
+    for (int64_t k = 0; k < half; k += V::kLanes) {
+      const int count = static_cast<int>(half - k < V::kLanes ? half - k : V::kLanes);
+      const auto load = [&](const void* row, int64_t from) { return V::load(element(row, type, from), type, count); };
+      const typename V::F cos[] = {load(in.cos, k), load(in.cos, half + k)};
+      const typename V::F sin[] = {V::mul(load(in.sin, k), V::set1(-1)), load(in.sin, half + k)};
+      for (int64_t h = 0; h < in.heads; h++) {
+        const int64_t from = h * in.x_step + k, to = h * in.y_step + k;
+        const typename V::F first = load(in.x, from), second = load(in.x, from + half);
+        const auto turned = [&](typename V::F own, typename V::F other, int i) {
+          return V::add(apart(V::rounded(V::mul(own, cos[i]), type)), apart(V::rounded(V::mul(other, sin[i]), type)));
+        };
+        V::store(element(in.y, type, to), type, count, turned(first, second, 0));
+        V::store(element(in.y, type, to + half), type, count, turned(second, first, 1));
+      }
+    }
+  }
+
+  // A product that no compiler joins with the sum it goes into: torch rounds both.
+  OCTAVO_INLINE static typename V::F apart(typename V::F product) {
+    asm("" : "+x"(product));
+    return product;
+  }
+
   static void recur(const Recurrence& in, int64_t r0, int64_t r1) {
     for (int64_t r = r0; r < r1; r++)
       for (int64_t k = 0; k < in.H; k += V::kLanes)
@@ -216,7 +248,7 @@ constexpr Kernels kernels_of(const char* isa, LinearKernels f32, LinearKernels b
                              LinearKernels int8) {
   using Of = RowKernels<V>;
   return {isa,      {f32, bf16, f16}, int8,         Of::quantize_weight, Of::quantize_token, Of::quantize_given,
-          Of::amax, Of::lookup,       Of::rms_norm, Of::gated,           Of::recur};
+          Of::amax, Of::lookup,       Of::rms_norm, Of::gated,           Of::rotary,         Of::recur};
 }
 
 }  // namespace

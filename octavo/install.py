@@ -27,6 +27,7 @@ from octavo.modules import (
 from octavo.norms import fused_norms
 from octavo.plan import Decision, selects
 from octavo.recipe import Pattern
+from octavo.rotary import fused_rotaries
 from octavo.weight_readers import asked_for_dtype, refuse_training
 
 __all__ = ["CodesOf", "install", "quantized_codes", "settle"]
@@ -80,6 +81,7 @@ def install(
     _fuse(model, float_linears(model), ())  # for "ignore" means of a layer that it stays float
     _fuse(model, fused_norms(model), tuple(ignore))
     _fuse(model, fused_gated_mlps(model), tuple(ignore))
+    _fuse(model, fused_rotaries(model), tuple(ignore))
     _switch_off_fused_encoder(model)
     keep_freed_memory()
 

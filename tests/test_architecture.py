@@ -35,6 +35,7 @@ LAYERS = (
         "layers",
         "norms",
         "gated",
+        "rotary",
         "class_source",
         "facade",
         "weight_readers",

@@ -11,6 +11,7 @@ namespace {
 using octavo::Gated;
 using octavo::Lookup;
 using octavo::Norm;
+using octavo::Rotary;
 using octavo::Rows;
 
 Rows rows(const Tensor& values, Float type, Tensor& codes, Tensor& scale) {
@@ -198,6 +199,46 @@ Tensor gated(const Tensor& gate, const Tensor& up, double a, double b) {
                  static_cast<float>(a), static_cast<float>(b)};
   over_rows(in.rows, in.K, [&](int64_t begin, int64_t end) { kernels().gated(in, begin, end); });
   return y;
+}
+
+// Where token t of sequence b lies in [B, H, T, D], or in [B, T, D].
+int64_t token_at(const Tensor& x, int64_t b, int64_t t) {
+  return (x.size(0) == 1 ? 0 : b * x.stride(0)) + t * x.stride(x.dim() - 2);
+}
+
+// Nor this one: queries [B, H, T, D] and keys [B, KV, T, D] by one cos and sin, [B or 1, T, D].
+std::tuple<Tensor, Tensor> rotary(const Tensor& q, const Tensor& k, const Tensor& cos, const Tensor& sin) {
+  const auto type = float_type(q.scalar_type());
+  STD_TORCH_CHECK(type && q.dim() == 4 && q.size(3) % 2 == 0, "q must be floats [B, H, T, D], D even");
+  for (const Tensor* one : {&k, &cos, &sin}) {
+    const bool is_key = one == &k, is_alike = one->scalar_type() == q.scalar_type() && one->dim() == (is_key ? 4 : 3);
+    STD_TORCH_CHECK(is_alike && one->size(-1) == q.size(3) && one->size(-2) == q.size(2) &&
+                        (one->size(0) == q.size(0) || (one->size(0) == 1 && !is_key)),
+                    "k, cos and sin must have q's type, tokens and D");
+  }
+  const auto in_line = [](const Tensor& x) { return x.stride(-1) == 1 ? x : dense(x); };
+  // As torch's ops lay them out: heads of a token side by side, where they are so in x.
+  const auto laid_out_like = [](const Tensor& x) {
+    const Tensor y = torch::stable::empty_like(x);
+    return y.stride(-1) == 1 ? y : empty(x, {x.sizes().begin(), x.sizes().end()}, x.scalar_type());
+  };
+  const Tensor c = in_line(cos), s = in_line(sin);
+  const Tensor from[] = {in_line(q), in_line(k)};
+  Tensor to[] = {laid_out_like(from[0]), laid_out_like(from[1])};
+  const int64_t T = q.size(2), D = q.size(3), bytes = octavo::size_of(*type);
+  over_rows(q.size(0) * T, (q.size(1) + k.size(1)) * D, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; i++) {
+      const auto place = [&](const Tensor& x) { return token_at(x, i / T, i % T) * bytes; };
+      for (int each = 0; each < 2; each++) {
+        const Tensor& x = from[each];
+        Tensor& y = to[each];
+        kernels().rotary({x.size(1), D, at(x.const_data_ptr(), place(x)), at(c.const_data_ptr(), place(c)),
+                          at(s.const_data_ptr(), place(s)), at(y.mutable_data_ptr(), place(y)), x.stride(1),
+                          y.stride(1), *type});
+      }
+    }
+  });
+  return {to[0], to[1]};
 }
 
 }  // namespace

@@ -626,6 +626,20 @@ void check_norm(const Kernels& kernels, int64_t rows, int64_t K, Float type, boo
   }
 }
 
+void check_rotary(const Kernels& kernels, int64_t heads, int64_t half, Float type) {
+  const int64_t D = 2 * half, gap = random_below(3);  // heads have so much between them, but not behind the last
+  Floats x(heads > 0 ? heads * (D + gap) - gap : 0, type), cos(D, type), sin(D, type), y(heads * D, type);
+  x.fill(-4, 3), cos.fill(-3, 0), sin.fill(-3, 0);
+  kernels.rotary({heads, D, x.data(), cos.data(), sin.data(), y.data(), D + gap, D, type});
+  for (int64_t i = 0; i < heads * D; i++) {
+    const int64_t h = i / D, d = i % D;
+    const double own = x[h * (D + gap) + d] * cos[d];
+    const double other = (d < half ? -1 : 1) * x[h * (D + gap) + (d + half) % D] * sin[d];
+    if (!is_near(y[i], own + other, ulp(own, type) + ulp(other, type), type))
+      fail("%s: rotary of %s, D %ld: %.9g, expected %.9g", kernels.isa, name_of(type), D, y[i], own + other);
+  }
+}
+
 void check_gated(const Kernels& kernels, int64_t rows, int64_t K, Float type, bool cubic) {
   const int64_t gap = random_below(3);  // rows of gate have so much between them, but not behind the last
   Floats gate(rows > 0 ? rows * (K + gap) - gap : 0, type), up(rows * K, type), y(rows * K, type);
@@ -687,6 +701,7 @@ void check_rows_and_lookups(const Kernels& kernels) {
         for (bool variant : {false, true}) {
           check_norm(kernels, rows, K, type, variant);
           check_gated(kernels, rows, K, type, variant);
+          check_rotary(kernels, rows, K, type);
         }
         for (auto kind : {Recurrence::Kind::lstm, Recurrence::Kind::gru, Recurrence::Kind::tanh})
           check_recurrence(kernels, rows, K, type, kind);

@@ -73,6 +73,7 @@ __all__ = [
     "quantize_weight",
     "recurrent",
     "rms_norm",
+    "rotary",
     "straight_through",
     "w8a8_experts_linear",
     "w8a8_linear",
@@ -104,6 +105,7 @@ _w8a8_linear_at_once = torch.ops.octavo.w8a8_linear_at_once.default
 _float_linear = torch.ops.octavo.float_linear.default
 _rms_norm = torch.ops.octavo.rms_norm.default
 _gated = torch.ops.octavo.gated.default
+_rotary = torch.ops.octavo.rotary.default
 _recurrent = torch.ops.octavo.recurrent.default
 _float_attention = torch.ops.octavo.float_attention.default
 _int8_attention_of_codes = torch.ops.octavo.int8_attention_of_codes.default
@@ -176,6 +178,11 @@ def _is_compiled_natively(x: Tensor) -> bool:
 def _takes_natively(x: Tensor) -> bool:
     """Whether a native kernel that is no op of the table may be started for x."""
     return _is_native(x) and _nothing_intercepts(x)  # asked before sizes are: a trace would take those for operands
+
+
+def _is_served_between(x: Tensor) -> bool:
+    """Whether there are kernels for what modules compute of x between their layers."""
+    return _why_not_triton is None and _nothing_listens(x) if x.is_cuda else _takes_natively(x)
 
 
 def w8a16_linear(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -542,9 +549,7 @@ _LEAST_TO_GATE = 8192
 def fuses_gates(x: Tensor) -> bool:
     """Whether `gated` has a kernel for what linear layers make of x: a model runs eagerly, no gradient is wanted, and
     on a CPU there is more than a row or two."""
-    if x.is_cuda:
-        return _why_not_triton is None and _nothing_listens(x)
-    return _takes_natively(x) and x.numel() >= _LEAST_TO_GATE
+    return _is_served_between(x) and (x.is_cuda or x.numel() >= _LEAST_TO_GATE)
 
 
 def gated(gate: Tensor, up: Tensor, activation: str) -> Tensor:
@@ -562,6 +567,35 @@ def gated(gate: Tensor, up: Tensor, activation: str) -> Tensor:
     else:
         y = None
     return act.formula(gate) * up if y is None else y  # type: ignore[no-any-return]
+
+
+def rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor] | None:
+    """x * cos + (-second, first) * sin of queries and keys x = (first, second), two halves, in one kernel, while a
+    model runs eagerly and no gradient is wanted: rotary position embeddings (Su et al., arXiv:2104.09864).
+
+    q: [B, H, T, D] and k: [B, KV, T, D], D even; cos, sin: [B or 1, T, D]; all bf16, fp16 or fp32.
+    Returns: both of their dtype, to which each product is rounded, and the sum; None wherever torch's ops are to
+    compute it.
+    """
+    if not _is_served_between(q) or not _are_rotary(q, k, cos, sin):
+        return None
+    if q.is_cuda:
+        return triton.DIRECT["rotary"](q, k, cos, sin)  # type: ignore[no-any-return]
+    with torch._C._AutoDispatchBelowAutograd():
+        return _rotary(q, k, cos, sin)  # type: ignore[no-any-return]
+
+
+def _are_rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> bool:
+    """Whether they are operands of `rotary`, alike."""
+    return (
+        q.dim() == k.dim() == 4
+        and cos.dim() == sin.dim() == 3
+        and not q.shape[3] % 2
+        and all(one.dtype == q.dtype and one.device == q.device for one in (k, cos, sin))
+        and len(k) == len(q)
+        and all(one.shape[-2:] == q.shape[2:] for one in (k, cos, sin))
+        and all(len(one) in (1, len(q)) for one in (cos, sin))
+    )
 
 
 RECURRENCES = ("LSTM", "GRU", "RNN_TANH")

@@ -82,6 +82,7 @@ library.define("float_linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
 library.impl("float_linear", torch.nn.functional.linear, "CompositeExplicitAutograd")
 library.define("rms_norm(Tensor x, Tensor weight, float eps, bool round_first) -> Tensor")
 library.define("gated(Tensor gate, Tensor up, float a, float b) -> Tensor")
+library.define("rotary(Tensor q, Tensor k, Tensor cos, Tensor sin) -> (Tensor, Tensor)")
 library.define(
     "recurrent(Tensor p, Tensor weight, Tensor weight_scale, Tensor? bias, Tensor h, Tensor(a!)? c, int kind, "
     "bool int8_inputs, bool backwards) -> Tensor"

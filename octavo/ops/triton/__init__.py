@@ -69,9 +69,10 @@ DIRECT: dict[str, Callable[..., Any]] = {
     "quantize_per_token": _when_called(lambda: import_module("octavo.ops.triton.direct").quantize_per_token, _declined),
     "rms_norm": _when_called(lambda: import_module("octavo.ops.triton.direct").rms_norm, _declined),
     "gated": _when_called(lambda: import_module("octavo.ops.triton.direct").gated, _declined),
+    "rotary": _when_called(lambda: import_module("octavo.ops.triton.direct").rotary, _declined),
 }
-"""Those that can be called without the dispatcher, too, and RMS norms and gates, which are no ops of the table: they
-return None where they are not for what they are given."""
+"""Those that can be called without the dispatcher, too, and RMS norms, gates and rotary embeddings, which are no ops of
+the table: they return None where they are not for what they are given."""
 
 
 def load() -> str | None:

@@ -5,7 +5,7 @@ times as long. Of that time the dispatcher, which finds this package's Python in
 rest Triton, which asks at each call what every argument means for the kernel that it compiled. Here that is asked once
 for all layers of a shape.
 
-The functions have the names and arguments of the ops that models spend their time in, and two more, for what eager
+The functions have the names and arguments of the ops that models spend their time in, and three more, for what eager
 models compute between them. They return None for what is not as usual, and there the op is called.
 """
 
@@ -25,8 +25,9 @@ from octavo.ops.triton import int8_linear, linear, quantize, vector
 from octavo.ops.triton.gate import start_gated
 from octavo.ops.triton.launch import Started, copied_on_hopper, is_current
 from octavo.ops.triton.norm import LONGEST_ROW, start_rms_norm
+from octavo.ops.triton.rotary import start_rotary
 
-__all__ = ["gated", "quantize_per_token", "rms_norm", "w8a8_linear", "w8a16_linear"]
+__all__ = ["gated", "quantize_per_token", "rms_norm", "rotary", "w8a8_linear", "w8a16_linear"]
 
 _FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 _PLAIN = (Tensor, nn.Parameter)  # and nothing that is derived from them, which may have no memory of its own
@@ -114,6 +115,22 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, round_first: bool) -> Tensor
 def gated(gate: Tensor, up: Tensor, a: float, b: float) -> Tensor | None:
     """act(gate) * up, of one shape and dtype: `gate.py`."""
     return _like_first(start_gated, _are_of_one_shape, gate, up, a, b)
+
+
+def rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor] | None:
+    """Of heads that lie side by side, those of a token after those of the one before: `rotary.py`."""
+    queries, keys = q.transpose(1, 2), k.transpose(1, 2)
+    places = _places(queries, keys, cos, sin) if q.numel() and k.numel() else None
+    if places is None:
+        return None
+    key = ("rotary", q.dtype, q.get_device(), q.shape, k.shape[1], len(cos), len(sin))
+    kept = _kept.get(key)
+    if kept is None and not (q.dtype in _FLOATS and len(cos) == len(sin)):
+        return None
+    turned = queries.new_empty(queries.shape), keys.new_empty(keys.shape)
+    operands = (queries, keys, cos, sin, *turned)
+    _start(key, kept, start_rotary, operands, (*places, *(one.data_ptr() for one in turned)))
+    return turned[0].transpose(1, 2), turned[1].transpose(1, 2)
 
 
 def _is_weight_of_norm(x: Tensor, weight: Tensor) -> bool:

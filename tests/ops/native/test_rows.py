@@ -136,6 +136,55 @@ def test_rms_norm_is_left_to_the_formula_where_somebody_listens(isa: str) -> Non
         assert ops.rms_norm(x, weight, 1e-6, round_first=True) is not None
 
 
+# -- rotary embeddings ------------------------------------------------------------------------------------------------
+
+
+@given(
+    batch=st.integers(0, 3),
+    tokens=st.sampled_from([0, 1, 2, 5]),
+    heads=st.sampled_from([(1, 1), (4, 2), (9, 3)]),
+    half=st.sampled_from([0, 1, 7, 8, 15, 16, 17, 32, 64]),
+    one=st.booleans(),
+    dtype=st.sampled_from(FLOATS),
+    how=st.sampled_from(["heads side by side", "tokens side by side", "parts of more", "gaps"]),
+)
+def test_rotary(
+    isa: str, batch: int, tokens: int, heads: tuple[int, int], half: int, one: bool, dtype: torch.dtype, how: str
+) -> None:
+    q, k = (lying(torch.randn(batch, count, tokens, 2 * half).to(dtype), how) for count in heads)
+    cos, sin = (torch.randn(1 if one else batch, tokens, 2 * half).to(dtype) for _ in range(2))
+    with torch.no_grad():
+        turned = ops.rotary(q, k, strided(cos, how), sin)
+    assert turned is not None
+    for x, y in zip((q, k), turned, strict=True):
+        first, second = x.chunk(2, -1)
+        expected = x * cos[:, None] + torch.cat((-second, first), -1) * sin[:, None]
+        assert y.dtype == dtype and torch.equal(y, expected)
+        if how == "heads side by side" and min(batch, tokens) > 1:
+            assert y.stride() == expected.stride()
+
+
+def lying(x: Tensor, how: str) -> Tensor:
+    """The same values [B, H, T, D], laid out as models, and others, do."""
+    if how == "heads side by side":
+        return x.transpose(1, 2).contiguous().transpose(1, 2)
+    return torch.cat([x, x], -1)[..., : x.shape[3]] if how == "parts of more" else strided(x, how)
+
+
+def test_rotary_is_left_to_the_formula_where_somebody_listens_or_operands_differ(isa: str) -> None:
+    q, k, cos = torch.randn(2, 4, 3, 8), torch.randn(2, 2, 3, 8), torch.randn(2, 3, 8)
+    assert ops.rotary(q, k, cos, cos) is None, "a gradient may be wanted"
+    with torch.no_grad():
+        assert ops.rotary(q, k, cos, cos) is not None
+        for operands in (
+            (q.double(), k.double(), cos.double(), cos.double()),
+            (q, k.half(), cos, cos), (q, k, cos.half(), cos), (q, k[:1], cos, cos), (q, k[:, :, :2], cos, cos),
+            (q, k, cos[:, :2], cos[:, :2]), (q, k, cos[..., :4], cos[..., :4]), (q, k, cos.expand(2, 2, 3, 8), cos),
+            (q[0], k[0], cos, cos), (q[..., :7], k[..., :7], cos[..., :7], cos[..., :7]),
+        ):  # fmt: skip
+            assert ops.rotary(*operands) is None
+
+
 # -- gates -----------------------------------------------------------------------------------------------------------
 
 

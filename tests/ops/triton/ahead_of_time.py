@@ -33,6 +33,7 @@ from octavo.ops.gates import GATES
 from octavo.ops.triton import launch
 from octavo.ops.triton.gate import start_gated
 from octavo.ops.triton.norm import start_rms_norm
+from octavo.ops.triton.rotary import start_rotary
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 
@@ -110,6 +111,17 @@ def gate_calls() -> Iterator[tuple[Any, ...]]:
     for dtype in (BF16, FP16, FP32):
         for shape, gate in itertools.product(((1, 11008), (2048, 11008), (3, 1001)), GATES.values()):
             yield floats(dtype, *shape), floats(dtype, *shape), floats(dtype, *shape), gate.a, gate.b
+
+
+LLAMA = (32, 8, 128)
+
+
+def rotary_calls() -> Iterator[tuple[Any, ...]]:
+    """A token and a prompt of Llama, heads that no vector divides, and one row of angles for each sequence."""
+    for dtype in (BF16, FP16, FP32):
+        for batch, tokens, (heads, key_heads, size) in ((1, 1, LLAMA), (1, 2048, LLAMA), (2, 3, (5, 1, 34))):
+            q, k = (floats(dtype, batch, tokens, count, size) for count in (heads, key_heads))
+            yield q, k, floats(dtype, batch, tokens, size), floats(dtype, batch, tokens, size), q.clone(), k.clone()
 
 
 def static_calls() -> Iterator[tuple[Any, ...]]:
@@ -212,10 +224,11 @@ CALLS: dict[str, Callable[[], Iterator[tuple[Any, ...]]]] = {
     "float_attention_of_codes": float_attention_of_codes_calls,
     "rms_norm": norm_calls,
     "gated": gate_calls,
+    "rotary": rotary_calls,
 }
 """Op -> arguments of the calls that are compiled: every tile of its table, and every dtype."""
 
-BETWEEN: dict[str, Callable[..., Any]] = {"rms_norm": start_rms_norm, "gated": start_gated}
+BETWEEN: dict[str, Callable[..., Any]] = {"rms_norm": start_rms_norm, "gated": start_gated, "rotary": start_rotary}
 """What starts the kernels that are none of an op of the table."""
 
 

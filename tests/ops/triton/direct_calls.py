@@ -110,6 +110,9 @@ def calls() -> Iterator[tuple[Any, tuple[Any, ...]]]:
         yield direct.rms_norm, (x, floats(x.dtype, x.shape[-1]), 1e-6, x.dtype == BF16)
     for x in (floats(BF16, 1, 11008), floats(FP16, 1, 2048, 11008), floats(FP32, 3, 7, 33)):
         yield direct.gated, (x, x.clone(), 1.0, 0.0)
+    for dtype, batch, tokens in ((BF16, 1, 1), (BF16, 1, 2048), (FP16, 3, 7)):
+        q, k = (floats(dtype, batch, tokens, heads, 128).transpose(1, 2) for heads in (32, 8))
+        yield direct.rotary, (q, k, floats(dtype, batch, tokens, 128), floats(dtype, batch, tokens, 128))
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ SHARED = {"sm_80": 163 * 1024, "sm_90": 227 * 1024}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("op", [*kernels.OPS, "rms_norm", "gated"])
+@pytest.mark.parametrize("op", [*kernels.OPS, "rms_norm", "gated", "rotary"])
 def test_every_launch_compiles_ahead_of_time(op: str) -> None:
     compilers = {target: ahead_of_time(op, target) for target in SHARED}  # side by side
     for target, compiler in compilers.items():

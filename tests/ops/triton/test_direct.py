@@ -166,6 +166,14 @@ def test_what_is_not_as_usual_is_left_to_the_op(device: str, monkeypatch: pytest
         (bias[:0], bias[:0]), (bias, misplaced(bias)),
     ):  # fmt: skip
         assert direct.gated(gate, up, 1.0, 0.0) is None
+    heads = rows(1, 64, device).view(1, 2, 2, 16)
+    angles = rows(1, 32, device).view(1, 2, 16)
+    assert direct.rotary(heads.transpose(1, 2), heads.transpose(1, 2), angles, angles) is not None
+    for q, k, cos in (
+        (heads, heads, angles), (heads.double().transpose(1, 2), heads.double().transpose(1, 2), angles.double()),
+        (heads[:0].transpose(1, 2), heads[:0].transpose(1, 2), angles), (heads, heads, misplaced(angles)),
+    ):  # fmt: skip
+        assert direct.rotary(q, k, cos, cos) is None
     for x in (torch.tensor(1.0, device=device), bias.double(), bias[::2], bias[:0], misplaced(bias)):
         assert direct.quantize_per_token(x) is None
 
@@ -234,7 +242,7 @@ def test_kept_kernels_are_run_as_triton_runs_them() -> None:
         capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert done.stdout.split() == ["23", "alike"]
+    assert done.stdout.split() == ["26", "alike"]
 
 
 class Watching(TorchDispatchMode):

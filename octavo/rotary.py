@@ -1,0 +1,171 @@
+"""Rotary position embeddings of queries and keys in one kernel instead of ten.
+
+    y = x * cos + rotate_half(x) * sin      rotate_half((first, second)) = (-second, first)     https://arxiv.org/abs/2104.09864
+
+A model's attention calls a function for this, `apply_rotary_pos_emb(q, k, cos, sin)` of its own file: halves are
+copied, negated, joined, multiplied and added, each a pass over memory, and a launch on GPUs. Where this package has a
+kernel and nobody wants a gradient (`ops.rotary`), that does all, with torch's rounding: the same bits.
+
+Which function that is is asked of the function itself, whatever it is called: of those that an attention's `forward`
+names, one that takes a cos and a sin behind two tensors is run on random inputs, and has to give the bits of the
+formula. The attention then is of a class that derives from its own, whose `forward` is the same code with another
+function under that name. Nobody else's `forward` changes.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import itertools
+from collections.abc import Callable, Iterator
+from types import CellType, FunctionType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from octavo import ops
+from octavo.stand_ins import FLOATS, hold_the_same, random, same_bits
+
+__all__ = ["FusedRotary", "fused_rotaries"]
+
+
+class FusedRotary(nn.Module):
+    """An attention whose queries and keys are turned by one kernel of this package where it can.
+
+    Each is of a class that derives from this one and from the other module's, whose layers, attributes and methods it
+    has: what asks for that class finds it.
+    """
+
+    source_class: type[nn.Module]
+
+    @staticmethod
+    def of(attention: nn.Module) -> FusedRotary:
+        """The stand-in for `attention`, which `rotations` has something for. It holds what that holds, no copies."""
+        new = _blank(type(attention))
+        nn.Module.__init__(new)
+        hold_the_same(new, attention)
+        return new
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        return _blank, (self.source_class,), vars(self)
+
+
+def _blank(source: type[nn.Module]) -> FusedRotary:
+    cls = _class_of(source)  # type: ignore[arg-type]  # mypy takes a class for no key
+    return cls.__new__(cls)
+
+
+@functools.cache
+def _class_of(source: Any) -> type[FusedRotary]:
+    own = {"source_class": source, "forward": _calling_fused(source.forward)}
+    return type(f"Fused{source.__name__}", (FusedRotary, source), own)
+
+
+def _calling_fused(function: FunctionType) -> FunctionType:
+    """The same code, or what wraps it, calling a fused one of each function that a kernel can stand for."""
+    wrapped = _wrapped(function)
+    if wrapped is None:
+        names = _named(function)
+        return _again(function, {name: _fused(function.__globals__[name]) for name in names}, function.__closure__)
+    within = _calling_fused(wrapped)
+    cells = tuple(CellType(within) if _holds(cell, wrapped) else cell for cell in function.__closure__ or ())
+    again = _again(function, {}, cells)
+    again.__wrapped__ = within  # type: ignore[attr-defined]
+    return again
+
+
+def _again(function: FunctionType, other: dict[str, Any], closure: tuple[CellType, ...] | None) -> FunctionType:
+    """The same code with `other` globals, and another closure."""
+    known = {**function.__globals__, **other} if other else function.__globals__
+    if other:
+        known.pop("__name__", None)  # by which a compiler would look names up in the module instead
+    again = FunctionType(function.__code__, known, function.__name__, function.__defaults__, closure)
+    again.__kwdefaults__, again.__annotations__ = function.__kwdefaults__, function.__annotations__
+    again.__module__, again.__doc__, again.__qualname__ = function.__module__, function.__doc__, function.__qualname__
+    vars(again).update(vars(function))
+    return again
+
+
+def _wrapped(function: FunctionType) -> FunctionType | None:
+    """What a decorated function calls."""
+    within = vars(function).get("__wrapped__")
+    held = isinstance(within, FunctionType) and any(_holds(cell, within) for cell in function.__closure__ or ())
+    return within if held else None
+
+
+def _holds(cell: CellType, value: object) -> bool:
+    try:
+        return cell.cell_contents is value
+    except ValueError:  # it is empty
+        return False
+
+
+def _fused(function: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(function)
+    def rotary(*args: Any, **kwargs: Any) -> Any:
+        turned = ops.rotary(*args) if len(args) == 4 and not kwargs else None
+        return function(*args, **kwargs) if turned is None else turned
+
+    return rotary
+
+
+def fused_rotaries(model: nn.Module) -> dict[str, FusedRotary]:
+    """What can stand for attentions of `model`, which is not modified and may be on `meta`: module name -> stand-in.
+
+    One is recognized if its class's `forward` names a function that does what this file's head says.
+    """
+    found: dict[str, FusedRotary] = {}
+    for name, module in model.named_modules():
+        is_own = "forward" in vars(module) or isinstance(module, FusedRotary)
+        if not is_own and _rotations(type(module)):  # type: ignore[arg-type]  # mypy takes a class for no key
+            found[name] = FusedRotary.of(module)
+    return found
+
+
+@functools.cache
+def _rotations(source: Any) -> tuple[str, ...]:
+    """Under which names the `forward` of a class of modules calls functions that a kernel can stand for."""
+    function = source.forward
+    while isinstance(function, FunctionType) and (wrapped := _wrapped(function)) is not None:
+        function = wrapped
+    return _named(function) if isinstance(function, FunctionType) else ()
+
+
+def _named(function: FunctionType) -> tuple[str, ...]:
+    named = ((name, function.__globals__.get(name)) for name in function.__code__.co_names)
+    return tuple(name for name, value in named if isinstance(value, FunctionType) and _is_rotary(value))
+
+
+@functools.cache
+def _is_rotary(function: FunctionType) -> bool:
+    if list(inspect.signature(function).parameters)[2:4] != ["cos", "sin"]:
+        return False
+    try:
+        with torch.no_grad():
+            return all(_does_with(function, *operands) for operands in _samples())
+    except Exception:  # whatever it wants, it is not what this is given
+        return False
+
+
+def _samples() -> Iterator[tuple[Tensor, ...]]:
+    """q [B, H, T, D], k [B, KV, T, D], cos and sin [B or 1, T, D]."""
+    generator = torch.Generator("cpu").manual_seed(0)
+    sizes = torch.logspace(-3, 3, 12, device="cpu", dtype=torch.float32)
+    for dtype, (batch, one, tokens) in itertools.product(FLOATS, ((1, 1, 1), (2, 1, 5), (3, 3, 4))):
+        shapes = (batch, 4, tokens, 12), (batch, 2, tokens, 12), (one, tokens, 12), (one, tokens, 12)
+        yield tuple((random(*shape, generator=generator) * sizes).to(dtype) for shape in shapes)
+
+
+def _does_with(function: Callable[..., Any], *operands: Tensor) -> bool:
+    given = [operand.clone() for operand in operands]
+    turned = function(*given)
+    *states, cos, sin = operands
+    unchanged = all(torch.equal(one, other) for one, other in zip(given, operands, strict=True))
+    expected = [_formula(x, cos[:, None], sin[:, None]) for x in states]
+    return unchanged and len(turned) == len(states) and all(map(same_bits, expected, turned))
+
+
+def _formula(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    first, second = x.chunk(2, -1)
+    return x * cos + torch.cat((-second, first), -1) * sin
