@@ -120,19 +120,28 @@ struct WeightedUnit {
   static void in_order(__m256i (&)[2]) {}
 };
 
+// What is other than in the table of AVX2.
+constexpr LinearKernels kInt8Linear = linear<DotLinear<Vec, Int8>, OuterLinear<Int8Unit>>;
+constexpr const AttentionKernels* kInt8Attention = &attention<Int8Attention<Int8Unit, WeightedUnit>>;
+constexpr const AttentionKernels* kInt8AttentionOfFew = &attention_in_parts<FewInt8Queries<Int8Unit, WeightedUnit>>;
+
 }  // namespace
+}  // namespace octavo
+
+#pragma GCC pop_options
+
+// Compiled for any processor, since this runs when the library is loaded.
+namespace octavo {
 
 extern const Kernels avxvnni_kernels = [] {
   Kernels kernels = avx2_kernels;
   kernels.isa = kName;
-  kernels.w8a8 = linear<DotLinear<Vec, Int8>, OuterLinear<Int8Unit>>;
-  kernels.int8_attention = &attention<Int8Attention<Int8Unit, WeightedUnit>>;
-  kernels.int8_attention_of_few = &attention_in_parts<FewInt8Queries<Int8Unit, WeightedUnit>>;
+  kernels.w8a8 = kInt8Linear;
+  kernels.int8_attention = kInt8Attention;
+  kernels.int8_attention_of_few = kInt8AttentionOfFew;
   return kernels;
 }();
 
 }  // namespace octavo
-
-#pragma GCC pop_options
 
 #endif  // x86-64

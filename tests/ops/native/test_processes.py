@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -92,3 +94,19 @@ assert [row.backend for row in rows] == ["reference"] and "liboctavo.so is missi
 """
     done = run_python(program, tmp_path)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.skipif(shutil.which("objdump") is None, reason="needs objdump, which comes with compilers")
+def test_loading_the_library_asks_for_no_instruction_set() -> None:
+    """What runs then, and all that it calls, has no vectors that only some processors have."""
+    library = next((ROOT / "octavo" / "ops").glob("liboctavo*"))
+    listing = subprocess.run(["objdump", "-d", library], capture_output=True, text=True, check=True).stdout
+    functions = dict(re.findall(r"^\w+ <([^>]+)>:\n(.*?)(?:\n\n|\Z)", listing, re.M | re.S))
+    todo, seen = [name for name in functions if name.startswith("_GLOBAL__sub_I")], set[str]()
+    assert todo
+    while todo:
+        seen.add(name := todo.pop())
+        code = functions[name]
+        assert not re.search(r"%[yz]mm|\tv[a-z0-9]+ ", code), name
+        called = re.findall(r"\t(?:call|jmp) +\w+ <([^>+]+)>", code)
+        todo += [each for each in called if each in functions and each not in seen]
