@@ -26,6 +26,7 @@ HEADERS = sorted([*Path("csrc").glob("*.h"), *Path("csrc/bind").glob("*.h")])
 FLAGS = "-std=c++17 -O2 -fPIC -fvisibility=hidden -Wno-ignored-attributes -Wno-uninitialized -Wno-maybe-uninitialized"
 TORCH_API = "-DTORCH_TARGET_VERSION=0x020a000000000000"  # 2.10's stable ABI: one build serves that and later ones
 
+LEAST_GCC = 11  # the first that knows AVX-VNNI
 WITHOUT = "set OCTAVO_NO_NATIVE=1 to install without native kernels (every op then runs on the slower reference)"
 
 
@@ -40,9 +41,22 @@ def torch_folder() -> Path:
     return Path(found.origin).parent
 
 
+def check_compiler(compiler: list[str]) -> None:
+    """That it knows the instruction sets, and lets a file switch them on by pragma: clang does not."""
+    lines = _run([*compiler, "-dM", "-E", "-x", "c++", os.devnull]).splitlines()
+    macros = {name: value for _, name, value in (line.split(" ", 2) for line in lines if line.count(" ") > 1)}
+    clang, gcc = macros.get("__clang_major__"), macros.get("__GNUC__", "0")
+    if "__x86_64__" in macros and (clang or int(gcc) < LEAST_GCC):
+        sys.exit(
+            f"octavo's native kernels need GCC {LEAST_GCC} or later, and {shlex.join(compiler)!r} is "
+            f"{f'clang {clang}' if clang else f'GCC {gcc}'}: install g++ and set CXX=g++; {WITHOUT}"
+        )
+
+
 def compile_kernels(target: Path, folder: Path) -> None:
     """csrc/*.cpp -> target; objects go to `folder`."""
     compiler = shlex.split(os.environ.get("CXX", "c++"))
+    check_compiler(compiler)
     torch = torch_folder()
     folder.mkdir(parents=True, exist_ok=True)
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -60,7 +74,7 @@ def compile_kernels(target: Path, folder: Path) -> None:
     unfinished.replace(target)
 
 
-def _run(command: list[str]) -> None:
+def _run(command: list[str]) -> str:
     try:
         done = subprocess.run(command, capture_output=True, text=True)
     except FileNotFoundError:
@@ -69,6 +83,7 @@ def _run(command: list[str]) -> None:
         )
     if done.returncode:
         sys.exit(f"{done.stderr}\noctavo's native kernels did not compile (above: {shlex.join(command)}); {WITHOUT}")
+    return done.stdout
 
 
 class BuildKernels(build_ext):
