@@ -130,15 +130,34 @@ void run(std::vector<Linear> layers, const LinearKernels& kernels, const Tensor&
 
 constexpr size_t kPackedAtOnce = 4 << 20;  // bytes of x, which stay in cache until they are read
 
-// A layer with as many rows of x at a time. `layer(m0, m1)`: with these.
+// Cuts a layer with rows [m0, m1) of x into layers of so many at most. `layer(m0, m1)`: with these.
+template <class Of>
+void cut(int64_t m0, int64_t m1, const Of& layer, const LinearKernels& kernels, std::vector<Linear>& layers) {
+  const Linear all = layer(m0, m1);
+  const size_t bytes = kernels.packed_bytes ? kernels.packed_bytes(all) : 0;
+  const auto parts = static_cast<int64_t>((bytes + kPackedAtOnce - 1) / kPackedAtOnce);
+  if (parts <= 1) return layers.push_back(all);
+  const int64_t step = up_to_multiple((m1 - m0 + parts - 1) / parts, octavo::kRowsAtOnce);
+  for (int64_t m = m0; m < m1; m += step) layers.push_back(layer(m, std::min(m + step, m1)));
+}
+
+// Layers, as many at a time as stay in cache together.
+void run_in_turns(const std::vector<Linear>& layers, const LinearKernels& kernels, const Tensor& like) {
+  std::vector<Linear> turn;
+  size_t packed = 0;
+  for (const Linear& layer : layers) {
+    const size_t bytes = kernels.packed_bytes ? kernels.packed_bytes(layer) : 0;
+    if (!turn.empty() && packed + bytes > kPackedAtOnce) run(std::move(turn), kernels, like), turn = {}, packed = 0;
+    turn.push_back(layer), packed += bytes;
+  }
+  if (!turn.empty()) run(std::move(turn), kernels, like);
+}
+
 template <class Of>
 void run_by_rows(int64_t rows, const Of& layer, const LinearKernels& kernels, const Tensor& like) {
-  const Linear all = layer(0, rows);
-  const size_t bytes = kernels.packed_bytes ? kernels.packed_bytes(all) : 0;
-  if (bytes <= kPackedAtOnce) return run({all}, kernels, like);
-  const auto parts = static_cast<int64_t>((bytes + kPackedAtOnce - 1) / kPackedAtOnce);
-  const int64_t step = up_to_multiple((rows + parts - 1) / parts, octavo::kRowsAtOnce);
-  for (int64_t m = 0; m < rows; m += step) run({layer(m, std::min(m + step, rows))}, kernels, like);
+  std::vector<Linear> layers;
+  cut(0, rows, layer, kernels, layers);
+  run_in_turns(layers, kernels, like);
 }
 
 const LinearKernels& w8a16_kernels(const Tensor& x) { return kernels().w8a16(*float_type(x.scalar_type())); }
@@ -224,8 +243,8 @@ Tensor float_linear(const Tensor& x, const Tensor& weight, const std::optional<T
   return y;
 }
 
-// The layers of the experts that have rows. Rows past the last end are zeros.
-std::vector<Linear> routed(const Operands& in, const Tensor& ends, Tensor& y, Float y_type) {
+// The layers of the experts that have rows -> y. Rows past the last end are zeros.
+void run_routed(const Operands& in, const Tensor& ends, Tensor& y, Float y_type, const LinearKernels& kernels) {
   STD_TORCH_CHECK(ends.scalar_type() == ScalarType::Int && ends.numel() == in.weight.size(0),
                   "ends must be int32, one for each of ", in.weight.size(0), " experts");
   const Tensor last = dense(ends);
@@ -234,12 +253,13 @@ std::vector<Linear> routed(const Operands& in, const Tensor& ends, Tensor& y, Fl
   int64_t done = 0;
   for (int64_t e = 0; e < ends.numel(); e++) {
     STD_TORCH_CHECK(end[e] >= done && end[e] <= rows_of(in.x), "ends must rise, up to the rows of x");
-    if (end[e] > done) layers.push_back(in.layer(done, end[e], e, y, y_type));
+    const auto layer = [&](int64_t m0, int64_t m1) { return in.layer(m0, m1, e, y, y_type); };
+    if (end[e] > done) cut(done, end[e], layer, kernels, layers);
     done = end[e];
   }
   const int64_t row = in.weight.size(-2) * octavo::size_of(y_type);
   std::memset(static_cast<char*>(y.mutable_data_ptr()) + done * row, 0, (rows_of(in.x) - done) * row);
-  return layers;
+  run_in_turns(layers, kernels, in.x);
 }
 
 Tensor w8a16_experts_linear(const Tensor& x, const Tensor& ends, const Tensor& weight, const Tensor& weight_scale,
@@ -248,7 +268,7 @@ Tensor w8a16_experts_linear(const Tensor& x, const Tensor& ends, const Tensor& w
     return reference<Tensor>("w8a16_experts_linear", x, ends, weight, weight_scale, bias);
   const Operands in(3, x, std::nullopt, weight, weight_scale, bias);
   Tensor y = empty(x, with_last(x, weight.size(1)), x.scalar_type());
-  run(routed(in, ends, y, *float_type(x.scalar_type())), w8a16_kernels(x), x);
+  run_routed(in, ends, y, *float_type(x.scalar_type()), w8a16_kernels(x));
   return y;
 }
 
@@ -259,7 +279,7 @@ Tensor w8a8_experts_linear(const Tensor& x, const Tensor& x_scale, const Tensor&
   STD_TORCH_CHECK(x.scalar_type() == ScalarType::Char, "x must be int8");
   const Operands in(3, x, x_scale, weight, weight_scale, bias);
   Tensor y = empty(x, with_last(x, weight.size(1)), dtype);
-  run(routed(in, ends, y, *float_type(dtype)), kernels().w8a8, x);
+  run_routed(in, ends, y, *float_type(dtype), kernels().w8a8);
   return y;
 }
 

@@ -226,3 +226,14 @@ def test_what_is_not_finite_stays_in_its_row(isa: str, bad: float, dtype: torch.
     assert y8[1].isnan().all()
     others = [i for i in range(m) if i != 1]
     assert y[others].isfinite().all() and y8[others].isfinite().all()
+
+
+def test_experts_lay_out_as_many_rows_at_a_time_as_stay_in_cache(isa: str) -> None:
+    """x of 32 MB is not there twice."""
+    x, weight, scale = torch.randn(8192, 1024), codes(2, 32, 1024), torch.rand(2, 32, 1)
+    ends = torch.tensor([100, 8192], dtype=torch.int32)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        y = ops.w8a16_experts_linear(x, ends, weight, scale)
+    allocated = [event.cpu_memory_usage for event in profile.events() if event.cpu_memory_usage > 0]
+    assert allocated and max(allocated) <= 5 << 20
+    assert torch.equal(y[100:], ops.w8a16_linear(x[100:], weight[1], scale[1]))
