@@ -277,12 +277,13 @@ struct DotLinear {
     return groups;
   }
 
-  // The sums of a part. K passes by in pieces where there is more than one tile of rows, for which they are kept.
+  // The sums of a part. K passes by in pieces where there is more than one tile of rows, for which they are kept: in
+  // the layer, since how many there are in a part depends on the number of threads, and a sum must not.
   template <bool Grouped>
   static void products(const Linear& layer, Block part, Scratch<Dot>& scratch) {
     const int64_t rows = part.m1 - part.m0;
     const int64_t height = ceil_div(rows, ceil_div(rows, tile_m<Dot, Grouped>()));  // tiles of about equal height
-    const int64_t piece = kKeeps && height < rows ? kPiece : layer.K;
+    const int64_t piece = kKeeps && !takes(layer) ? kPiece : layer.K;
     for (int64_t n = part.n0; n < part.n1; n += kTileN) {
       int64_t k = 0;
       do {

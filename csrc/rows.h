@@ -195,7 +195,11 @@ struct RowKernels {
 
   // A product that no compiler joins with the sum it goes into: torch rounds both.
   OCTAVO_INLINE static typename V::F apart(typename V::F product) {
+#if defined(__x86_64__)
     asm("" : "+x"(product));
+#elif defined(__aarch64__)
+    asm("" : "+w"(product));
+#endif
     return product;
   }
 

@@ -112,6 +112,17 @@ def test_nor_does_it_where_rows_are_shared_for_want_of_columns(isa: str, n: int)
         assert_same_bits(layers(), alone)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_nor_does_it_where_a_part_has_one_tile_of_rows_and_the_layer_many(isa: str, dtype: torch.dtype) -> None:
+    """K is summed in pieces then, or it is not: for groups so small that dot products serve many rows, too."""
+    x, weight, scale = torch.randn(289, 4096).to(dtype), codes(32, 4096), torch.rand(32, 1024)
+    torch.set_num_threads(1)
+    alone = ops.w8a16_linear(x, weight, scale)
+    for threads in (2, 3, 4):
+        torch.set_num_threads(threads)
+        assert torch.equal(ops.w8a16_linear(x, weight, scale), alone)
+
+
 @pytest.mark.parametrize("m", [100, 600])
 def test_a_row_does_not_depend_on_the_batch(isa: str, m: int) -> None:
     """Codes, and sums of codes, to the bit. A fp32 sum to within rounding: many rows sum K in pieces, few do not."""
