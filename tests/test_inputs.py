@@ -51,6 +51,39 @@ def test_another_key_tensor_or_version_is_quantized_anew() -> None:
     assert torch.equal(scale, ops.quantize_per_token(x)[1])
 
 
+class OnCuda(Tensor):
+    """Says that it is on a GPU."""
+
+    is_cuda = True  # type: ignore[assignment]
+
+
+def test_another_stream_is_quantized_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would not wait for the codes; and the first finds its own no more, for one set is kept."""
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    current = [7]
+    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda device: current[0], raising=False)
+    shared, quantize, x = SharedInput(), Counted(), torch.randn(3, 4).as_subclass(OnCuda)
+    first = shared.quantized(x, "k", ONE, quantize)
+    current[0] = 8
+    other = shared.quantized(x, "k", OTHER, quantize)
+    assert other is not first and quantize.calls == 2
+    assert shared.quantized(x, "k", ONE, quantize) is other
+    current[0] = 7
+    shared.quantized(x, "k", OTHER, quantize)
+    assert quantize.calls == 3
+
+
+@pytest.mark.gpu
+def test_streams_of_a_gpu_share_nothing() -> None:
+    shared, quantize, x = SharedInput(), Counted(), torch.randn(3, 4, device="cuda")
+    shared.quantized(x, "k", ONE, quantize)
+    with torch.cuda.stream(torch.cuda.Stream()):
+        shared.quantized(x, "k", OTHER, quantize)
+        shared.quantized(x, "k", ONE, quantize)
+    assert quantize.calls == 2
+    torch.cuda.synchronize()
+
+
 def test_codes_die_with_their_tensor() -> None:
     shared, x = SharedInput(), torch.randn(3, 4)
     shared.quantized(x, "k", ONE, Counted())
