@@ -136,6 +136,7 @@ class CompiledModel:
 
         self._prefill, self._decode = compiled(**for_all), compiled(**for_all, **for_decode)
         self._length = length
+        self._held = 1  # tokens in the cache: the one that `_static_cache` ran
         self._guarded = True
 
     def compile(self, prompt: Tensor) -> None:
@@ -158,17 +159,25 @@ class CompiledModel:
 
     @torch.inference_mode()
     def prefill(self, prompt: Tensor) -> Tensor:
-        """Begin a new sequence. prompt: int64 [1, T] on the model's device. Returns: the token after it, [1, 1]."""
+        """Begin a new sequence. prompt: int64 [1, T] on the model's device. Returns: the token after it, [1, 1].
+        Raises: OctavoError if it is longer than `length`; the sequence that was begun can go on then."""
+        tokens = prompt.shape[1]
+        self._check_room(tokens)
         self._cache.reset()
-        if prompt.shape[1] == 1:
+        self._held = 0
+        if tokens == 1:
             return self.decode(prompt.clone())  # a tensor of inference mode, as every later token is
+        self._held = tokens
         torch._dynamo.maybe_mark_dynamic(prompt, 1)
         return self._prefill(prompt)
 
     # Not under no_grad, where each op of octavo would ask autograd, in Python, whether there is a gradient.
     @torch.inference_mode()
     def decode(self, token: Tensor) -> Tensor:
-        """Feed one token, int64 [1, 1]. Returns: the one after it, [1, 1]."""
+        """Feed one token, int64 [1, 1]. Returns: the one after it, [1, 1].
+        Raises: OctavoError if the cache is full."""
+        self._check_room(self._held + 1)
+        self._held += 1
         if self._on_cuda:
             torch.compiler.cudagraph_mark_step_begin()
         # Guards compare hundreds of attributes of the model at each token, to find out whether it changed. This passes
@@ -177,6 +186,14 @@ class CompiledModel:
             token = self._decode(token)
         # A CUDA graph writes the next token to the same place.
         return token.clone() if self._on_cuda else token
+
+    # The cache's own count is on the device, where a token past its end is an assertion that ends the process.
+    def _check_room(self, tokens: int) -> None:
+        if tokens > self._length:
+            raise OctavoError(
+                f"length: is {self._length}, expected room for prompt and continuation, which are {tokens} tokens by "
+                "now; make a CompiledModel of greater length, or begin a new sequence (prefill)"
+            )
 
     @contextlib.contextmanager
     def _compiling(self) -> Iterator[None]:

@@ -102,6 +102,31 @@ def test_static_scales_and_int8_attention(compiled_eagerly: None) -> None:
     assert written(compiled, tokens(1, 15)) and written(compiled, prompt) == eager[0, 9:].tolist()
 
 
+def test_what_does_not_fit_the_cache_is_refused(compiled_eagerly: None) -> None:
+    """Before it is run; what fits to the last place is written, and a new sequence has all the room."""
+    model, prompt = build(llama), tokens(1, LENGTH - 2)
+    compiled = CompiledModel(model, LENGTH)
+    full = f"length: is {LENGTH}, .* which are {LENGTH + 1} tokens by now; make a CompiledModel of greater length"
+    with pytest.raises(OctavoError, match=full):
+        compiled.compile(tokens(1, LENGTH + 1))
+    compiled.compile(prompt)
+    chosen = [compiled.prefill(prompt)]
+    with pytest.raises(OctavoError, match=full):
+        compiled.prefill(tokens(1, LENGTH + 1))  # and the sequence goes on
+    chosen += [compiled.decode(chosen[-1])]
+    chosen += [compiled.decode(chosen[-1])]
+    assert [int(token) for token in chosen] == without_cache(model, prompt)[:3]
+    with pytest.raises(OctavoError, match=full):
+        compiled.decode(chosen[-1])
+    for prompt in (tokens(1, LENGTH), tokens(1, 1)):
+        assert int(compiled.prefill(prompt)) == without_cache(model, prompt)[0]
+    token = tokens(1, 1)
+    for _ in range(LENGTH - 1):
+        token = compiled.decode(token)
+    with pytest.raises(OctavoError, match=full):
+        compiled.decode(token)
+
+
 def test_a_model_without_a_cache_of_keys_is_refused_before_compiling() -> None:
     with pytest.raises(OctavoError, match=r"MambaForCausalLM keeps its state in no key-value cache.*--compile"):
         CompiledModel(build(mamba), LENGTH)
