@@ -32,14 +32,17 @@ class SharedInput:
     def __init__(self) -> None:
         self._last: tuple[weakref.ref[Tensor], tuple[Any, ...], set[int], Quantized] | None = None
 
-    def quantized(self, x: Tensor, key: object, layer: object, quantize: Callable[[Tensor], Quantized]) -> Quantized:
+    def quantized(
+        self, x: Tensor, key: Callable[[], object], layer: object, quantize: Callable[[Tensor], Quantized]
+    ) -> Quantized:
         """`quantize(x)`, or what an equal call of another layer for the same tensor returned.
 
-        key: says how it is quantized; equal keys mean equal codes. layer: who asks.
+        key: says how it is quantized; equal keys mean equal codes. Asked only where something may be shared: to say it
+        may be to wait for the device, which a CUDA graph that is recorded cannot. layer: who asks.
         """
         if torch.compiler.is_compiling() or x.is_inference() or _is_recorded(x):
             return quantize(x)
-        wanted = (x._version, x.shape, key, _stream(x))
+        wanted = (x._version, x.shape, key(), _stream(x))
         last = self._last
         if last is not None and last[0]() is x and last[1] == wanted and id(layer) not in last[2]:
             last[2].add(id(layer))

@@ -230,7 +230,7 @@ class DynamicQuantLinear(QuantLinear):
         if (at_once := self._at_once(x, weight, weight_scale)) is not None:
             return at_once
         codes, scale = self.shared_input.quantized(
-            input, (self._key(), x.dtype), self, lambda _: self.quantize_input(x)
+            input, lambda: (self._key(), x.dtype), self, lambda _: self.quantize_input(x)
         )
         y = ops.w8a8_linear(codes, scale, weight, weight_scale, self.bias, x.dtype)
         return ops.straight_through(y, input, weight, weight_scale)
@@ -267,8 +267,6 @@ class StaticQuantLinear(DynamicQuantLinear):
         return ops.w8a8_linear_at_once(x, self.input_scale, weight, weight_scale, self.bias)
 
     def _key(self) -> object:
-        if torch.compiler.is_compiling():
-            return None  # nothing is shared then
         if self._scale_value is None:
             self._scale_value = self.input_scale.item()
         return self._scale_value

@@ -32,21 +32,21 @@ class Counted:
 
 def test_the_same_tensor_is_quantized_once() -> None:
     shared, quantize, x = SharedInput(), Counted(), torch.randn(3, 4)
-    first = shared.quantized(x, "k", ONE, quantize)
-    assert shared.quantized(x, "k", OTHER, quantize) is first
+    first = shared.quantized(x, lambda: "k", ONE, quantize)
+    assert shared.quantized(x, lambda: "k", OTHER, quantize) is first
     assert quantize.calls == 1
     assert torch.equal(first[0], ops.quantize_per_token(x)[0])
 
 
 def test_another_key_tensor_or_version_is_quantized_anew() -> None:
     shared, quantize, x = SharedInput(), Counted(), torch.randn(3, 4)
-    shared.quantized(x, "k", ONE, quantize)
-    shared.quantized(x, "other", ONE, quantize)
-    shared.quantized(x.clone(), "other", ONE, quantize)
+    shared.quantized(x, lambda: "k", ONE, quantize)
+    shared.quantized(x, lambda: "other", ONE, quantize)
+    shared.quantized(x.clone(), lambda: "other", ONE, quantize)
     assert quantize.calls == 3
-    shared.quantized(x, "k", OTHER, quantize)
+    shared.quantized(x, lambda: "k", OTHER, quantize)
     x.mul_(3)  # in place: the same object, another content
-    _, scale = shared.quantized(x, "k", ONE, quantize)
+    _, scale = shared.quantized(x, lambda: "k", ONE, quantize)
     assert quantize.calls == 5
     assert torch.equal(scale, ops.quantize_per_token(x)[1])
 
@@ -63,30 +63,30 @@ def test_another_stream_is_quantized_anew(monkeypatch: pytest.MonkeyPatch) -> No
     current = [7]
     monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda device: current[0], raising=False)
     shared, quantize, x = SharedInput(), Counted(), torch.randn(3, 4).as_subclass(OnCuda)
-    first = shared.quantized(x, "k", ONE, quantize)
+    first = shared.quantized(x, lambda: "k", ONE, quantize)
     current[0] = 8
-    other = shared.quantized(x, "k", OTHER, quantize)
+    other = shared.quantized(x, lambda: "k", OTHER, quantize)
     assert other is not first and quantize.calls == 2
-    assert shared.quantized(x, "k", ONE, quantize) is other
+    assert shared.quantized(x, lambda: "k", ONE, quantize) is other
     current[0] = 7
-    shared.quantized(x, "k", OTHER, quantize)
+    shared.quantized(x, lambda: "k", OTHER, quantize)
     assert quantize.calls == 3
 
 
 @pytest.mark.gpu
 def test_streams_of_a_gpu_share_nothing() -> None:
     shared, quantize, x = SharedInput(), Counted(), torch.randn(3, 4, device="cuda")
-    shared.quantized(x, "k", ONE, quantize)
+    shared.quantized(x, lambda: "k", ONE, quantize)
     with torch.cuda.stream(torch.cuda.Stream()):
-        shared.quantized(x, "k", OTHER, quantize)
-        shared.quantized(x, "k", ONE, quantize)
+        shared.quantized(x, lambda: "k", OTHER, quantize)
+        shared.quantized(x, lambda: "k", ONE, quantize)
     assert quantize.calls == 2
     torch.cuda.synchronize()
 
 
 def test_codes_die_with_their_tensor() -> None:
     shared, x = SharedInput(), torch.randn(3, 4)
-    shared.quantized(x, "k", ONE, Counted())
+    shared.quantized(x, lambda: "k", ONE, Counted())
     assert shared._last is not None
     del x
     gc.collect()
@@ -98,7 +98,7 @@ def test_nothing_is_shared_where_versions_are_not_counted() -> None:
     with torch.inference_mode():
         x = torch.randn(3, 4)
         for _ in range(2):
-            shared.quantized(x, "k", ONE, quantize)
+            shared.quantized(x, lambda: "k", ONE, quantize)
     assert quantize.calls == 2
 
 
@@ -106,7 +106,7 @@ def test_a_layer_is_never_served_the_same_codes_twice() -> None:
     shared, quantize, x = SharedInput(), Counted(), torch.randn(3, 4)
     for calls in (1, 2):
         for layer in (ONE, OTHER):
-            shared.quantized(x, "k", layer, quantize)
+            shared.quantized(x, lambda: "k", layer, quantize)
         assert quantize.calls == calls
 
 
@@ -141,10 +141,41 @@ def test_a_trace_follows_its_input() -> None:
 
 def test_copies_start_empty() -> None:
     shared, x = SharedInput(), torch.randn(3, 4)
-    shared.quantized(x, "k", ONE, Counted())
+    shared.quantized(x, lambda: "k", ONE, Counted())
     for twin in (copy.deepcopy(shared), pickle.loads(pickle.dumps(shared))):
         assert twin._last is None
-        twin.quantized(x, "k", ONE, Counted())
+        twin.quantized(x, lambda: "k", ONE, Counted())
+
+
+class Scale(OnCuda):
+    """Counts how often its number was asked for."""
+
+    asked = 0
+
+    def item(self) -> float:
+        Scale.asked += 1
+        return super().item()
+
+
+def test_a_static_layer_whose_first_call_is_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A CUDA graph cannot be recorded while the host waits for the scale's number; whoever runs eagerly asks once."""
+    model, x = nn.Sequential(nn.Linear(8, 4)), torch.randn(5, 8)
+    octavo.quantize(model, "w8a8-static", stats=octavo.calibrate(model, [x]), repair=False)
+    layer, on_cuda = model[0], x.as_subclass(OnCuda)
+    layer.input_scale = layer.input_scale.as_subclass(Scale)
+    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda device: 7, raising=False)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    monkeypatch.setattr(Scale, "asked", 0)
+    recorded = layer(on_cuda).as_subclass(Tensor)
+    assert Scale.asked == 0
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    for _ in range(2):
+        assert torch.equal(layer(on_cuda).as_subclass(Tensor), recorded)
+    assert Scale.asked == 1
+    scale = layer.input_scale.as_subclass(Tensor).double()
+    codes = (x.double() / scale).round().clamp(-127, 127)
+    weight, weight_scale = (part.double() for part in layer.codes_and_scale())
+    torch.testing.assert_close(recorded.double(), (codes * scale) @ (weight * weight_scale).T + layer.bias.double())
 
 
 class Block(nn.Module):
