@@ -25,6 +25,7 @@ from octavo.ops.triton.linear import (
     add_parts,
     contiguous_rows,
     descriptors,
+    is_read,
     plan,
     programs,
     tile_of_program,
@@ -169,7 +170,7 @@ def _matrix_product(
     sums = tl.zeros((M, N), tl.int32)
     for start in range(part * steps * K, tl.minimum((part + 1) * steps * K, k), K):
         columns = start + inner
-        x = tl.load(x_rows + columns[None, :], mask=columns[None, :] < k, other=0)
+        x = tl.load(x_rows + columns[None, :], mask=is_read(rows, columns, m, k, M), other=0)
         codes = tl.load(weight_rows + columns[:, None], mask=columns[:, None] < k, other=0)
         sums = tl.dot(x, codes, sums, out_dtype=tl.int32)
     if FINISH:

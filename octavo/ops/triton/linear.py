@@ -27,8 +27,8 @@ from octavo.ops.triton import vector
 from octavo.ops.triton.launch import Started, ceil_div, copied_on_hopper, launch, rows_in_line
 
 __all__ = [
-    "Plan", "Tile", "add_parts", "contiguous_rows", "descriptors", "is_copied", "plan", "programs", "start_copied",
-    "tile_of_program", "w8a16_linear", "w8a16_linears",
+    "Plan", "Tile", "add_parts", "contiguous_rows", "descriptors", "is_copied", "is_read", "plan", "programs",
+    "start_copied", "tile_of_program", "w8a16_linear", "w8a16_linears",
 ]  # fmt: skip
 
 
@@ -221,7 +221,7 @@ def _matrix_product(
     sums = tl.zeros((M, N), tl.float32)
     for start in range(part * steps * K, tl.minimum((part + 1) * steps * K, k), K):
         columns = start + inner
-        x = tl.load(x_rows + columns[None, :], mask=columns[None, :] < k, other=0.0)
+        x = tl.load(x_rows + columns[None, :], mask=is_read(rows, columns, m, k, M), other=0.0)
         codes = tl.load(weight_rows + columns[:, None], mask=columns[:, None] < k, other=0)
         if GROUP == 0:
             sums = _add_product(x, codes, sums)
@@ -292,6 +292,17 @@ def _widened(codes, dtype: tl.constexpr):
 def _upper_half(x):
     """fp32 without the lower 16 of its bits: a number of bf16."""
     return (x.to(tl.int32, bitcast=True) & -65536).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def is_read(rows, columns, m, k, M: tl.constexpr):
+    """Whether a program whose tile of x has M rows reads these places of it, [rows, columns]. Of the least tile only
+    rows that are there: of four rows it would have the last one 13 times, all programs from the same place of the L2
+    cache. Larger ones are more than half full, and have no registers for it (on sm_80 three spill; Triton 3.9)."""
+    within = (columns < k)[None, :]
+    if M == 16:
+        within = within & (rows < m)[:, None]
+    return within
 
 
 @triton.jit

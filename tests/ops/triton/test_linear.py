@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+import triton
+import triton.language as tl
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -70,6 +72,22 @@ def test_borders_of_tiles(device: str, m: int, dtype: torch.dtype) -> None:
     k = 1000
     check(device, torch.randn(m, k).to(dtype), *weight(66, k), torch.randn(66))
     assert linear.plan(m, 66, k, linear.FEW_ROWS, linear.MANY_ROWS).parts > 1
+
+
+@triton.jit
+def _store_what_is_read(y_ptr, m, k, M: tl.constexpr, K: tl.constexpr):
+    rows, columns = tl.arange(0, M), tl.arange(0, K)
+    tl.store(y_ptr + rows[:, None] * K + columns[None, :], linear.is_read(rows, columns, m, k, M) + (rows * 0)[:, None])
+
+
+@pytest.mark.parametrize("m", [1, 4, 16])
+def test_the_least_tile_reads_the_rows_that_are_there(device: str, m: int) -> None:
+    for tile, rows in ((linear.FEW_ROWS[0].m, m), (linear.FEW_ROWS[1].m, linear.FEW_ROWS[1].m)):
+        read = torch.zeros(tile, 64, dtype=torch.int32, device=device)
+        _store_what_is_read[1,](read, m, 40, M=tile, K=64)
+        expected = torch.zeros_like(read)
+        expected[:rows, :40] = 1
+        assert torch.equal(read, expected)
 
 
 @pytest.mark.parametrize("tile", linear.MANY_ROWS)
