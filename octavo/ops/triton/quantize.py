@@ -41,6 +41,9 @@ PARTIAL_PROGRAMS = 512
 """That look for the largest magnitude of a tensor, about four on each multiprocessor; each program of the second launch
 then looks through what they found, 2 KB."""
 
+LEAST_USUAL, MOST_USUAL = tl.constexpr(2.0**-64), tl.constexpr(2.0**64)
+"""Scales between which neither a reciprocal nor a remainder is a denormal."""
+
 
 def quantize_per_token(x: Tensor) -> tuple[Tensor, Tensor]:
     reference.check_rows(x)
@@ -122,7 +125,11 @@ def _quantize_rows(
     if WHOLE:
         x = tl.load(x_rows + columns, mask=there & (columns < k), other=0.0).to(tl.float32)
         scale = _scale(tl.max(_magnitude(x), axis=1), x_ptr.dtype.element_ty, OF_WEIGHT)
-        tl.store(codes_rows + columns, _codes(x, scale[:, None]), mask=there & (columns < k))
+        # Each stores its own: codes handed on would take registers that rows of 16384 do not have (Triton 3.6).
+        if _are_usual(scale) and not OF_WEIGHT:
+            tl.store(codes_rows + columns, _usual_codes(x, scale[:, None]), mask=there & (columns < k))
+        else:
+            tl.store(codes_rows + columns, _codes(x, scale[:, None]), mask=there & (columns < k))
     else:
         largest = tl.zeros((ROWS, COLUMNS), tl.int32)
         for start in range(0, k, COLUMNS):
@@ -194,12 +201,35 @@ def _scale(largest, dtype: tl.constexpr, OF_WEIGHT: tl.constexpr):
 def _codes(x, scale):
     """Of x fp32 [R, C] and scale fp32 [R, 1], or of [C] and a scalar."""
     # A power of two that nothing is lost by: the reciprocal and what is computed with it are no denormals.
-    power = tl.where(scale < 5.4210108624275222e-20, 1.8446744073709552e19, 1.0)  # 2**-64, 2**64
-    power = tl.where(scale > 1.8446744073709552e19, 5.4210108624275222e-20, power)
+    power = tl.where(scale < LEAST_USUAL, MOST_USUAL, 1.0)
+    power = tl.where(scale > MOST_USUAL, LEAST_USUAL, power)
     scale *= power
-    minus_scale, most, reciprocal = -scale, 127 * scale, tl.div_rn(1.0, scale)
-    x = tl.clamp(x * power, -most, most, propagate_nan=tl.PropagateNan.ALL)
-    steps = x * reciprocal
-    steps = tl.fma(tl.fma(steps, minus_scale, x), reciprocal, steps)
+    most = 127 * scale
+    steps = _quotient(tl.clamp(x * power, -most, most, propagate_nan=tl.PropagateNan.ALL), scale)
     steps = tl.where(steps == steps, steps, 0.0)  # of an infinity under an infinite scale; a maximum may pass NaN over
+    return _nearest(steps)
+
+
+@triton.jit
+def _are_usual(scale):
+    """Whether none of these scales [R] is NaN, infinite, or in need of a power of two."""
+    return tl.min(((scale > LEAST_USUAL) & (scale < MOST_USUAL)).to(tl.int32), axis=0) == 1
+
+
+@triton.jit
+def _usual_codes(x, scale):
+    """The same in half the instructions, for usual scales that are the rows' largest magnitudes / 127: no quotient is
+    then NaN, or above 127 by more than rounding took off the scale, and to the nearest integer that is 127."""
+    return _nearest(_quotient(x, scale))
+
+
+@triton.jit
+def _quotient(x, scale):
+    reciprocal = tl.div_rn(1.0, scale)
+    steps = x * reciprocal
+    return tl.fma(tl.fma(steps, -scale, x), reciprocal, steps)
+
+
+@triton.jit
+def _nearest(steps):
     return (steps + 12582912.0).to(tl.int32, bitcast=True).to(tl.int8)

@@ -93,6 +93,36 @@ def test_every_row_by_itself(device: str, dtype: torch.dtype) -> None:
     assert_same(quantize_per_token(x.to(device)), expected(x, amax(x)))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("k", [40, 100, 4096])
+def test_rows_whose_scales_are_far_apart(device: str, k: int, dtype: torch.dtype) -> None:
+    """One program has rows of short ones whose scales need a power of two next to such whose scales do not, and NaN."""
+    magnitudes = torch.tensor([1.0, 1e-40, 1e30, 127.0, 0.0, 3e-17, 2e21, 2.0**-57, 1e-3], dtype=torch.float64)
+    top = torch.finfo(dtype).max
+    for first in range(len(magnitudes)):
+        x = (torch.randn(9, k).double() * magnitudes.roll(first)[:, None]).clamp(-top, top).to(dtype)
+        assert_same(quantize_per_token(x.to(device)), expected(x, amax(x)))
+        for bad in (torch.nan, torch.inf):
+            broken = x.clone()
+            broken[4, 7] = bad
+            codes, scale = (part.cpu() for part in quantize_per_token(broken.to(device)))
+            assert not scale[4].isfinite()
+            rest = [row for row in range(9) if row != 4]
+            assert_same((codes[rest], scale[rest]), expected(x[rest], amax(x[rest])))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_every_largest_value_is_127(device: str, dtype: torch.dtype) -> None:
+    """The quotient may be above by what rounding took off the scale: of all numbers of 16 bits but zero."""
+    every = torch.arange(1, 0x7F80 if dtype == torch.bfloat16 else 0x7C00, dtype=torch.int16).view(dtype)
+    x = torch.stack((every, -every), 1)
+    codes, scale = quantize_per_token(x.to(device))
+    wanted, wanted_scale = expected(x, amax(x))
+    normal = wanted_scale.flatten() > 1e-37
+    assert torch.equal(scale.cpu(), wanted_scale) and torch.equal(codes.cpu(), wanted)
+    assert (codes.cpu()[normal] == torch.tensor([127, -127])).all()
+
+
 @pytest.mark.parametrize("k", [8192, 8193, 14335, 14336, 16384, 16389])
 def test_long_rows(device: str, k: int) -> None:
     x = torch.randn(2, k)
