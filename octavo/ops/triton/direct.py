@@ -21,9 +21,11 @@ from triton import knobs
 from triton.runtime import driver
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from octavo.ops.reference import LONGEST_EXACT
 from octavo.ops.triton import int8_linear, linear, quantize, vector
 from octavo.ops.triton.gate import start_gated
 from octavo.ops.triton.launch import Started, copied_on_hopper, is_current
+from octavo.ops.triton.linear import InTiles
 from octavo.ops.triton.norm import LONGEST_ROW, start_rms_norm
 from octavo.ops.triton.rotary import start_rotary
 
@@ -41,24 +43,30 @@ are. What they hold is no part of it."""
 
 
 def w8a16_linear(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None) -> Tensor | None:
-    """For one row of x, or as many as the copy engine fetches."""
+    """For any rows of x, but many only where the copy engine fetches them."""
     (n, k), groups = weight.shape, weight_scale.shape[-1]
     m = x.numel() // max(1, k)
     many = m >= linear.LEAST_ROWS_ON_HOPPER
-    places = _places(x, None, weight, weight_scale, bias) if many or m == 1 else None
+    places = _places(x, None, weight, weight_scale, bias) if m else None
     if places is None:
         return None
     key = ("w8a16_linear", *_described(x, weight, weight_scale, bias))
     kept = _kept.get(key)
     if kept is None and not (
         (x.dtype in _FLOATS and _are_layer(x, weight, weight_scale, bias))
-        and (m == 1 or linear.is_copied(x.view(m, k), weight, groups))
+        and (not many or linear.is_copied(x.view(m, k), weight, groups))
     ):
         return None
     y = x.new_empty((*x.shape[:-1], n))
     if many:
         operands = (y, *_pieces(kept, x, weight, places, linear.ON_HOPPER), weight_scale, bias)
         _start(key, kept, linear.start_copied, operands, operands)
+    elif m > 1:
+        rows = x if kept is not None else x.view(m, k)
+        first, _, codes, scale, offset = places
+        adding = (None, scale if groups == 1 else None, offset, y.data_ptr())
+        both = ((first, codes, scale, offset), adding)
+        _start(key, kept, linear.start_tiles, (rows, weight, weight_scale, bias, y), both)
     else:
         _start(key, kept, vector.start_row, (x, None, weight, weight_scale, bias, y), (*places, y.data_ptr()))
     return y
@@ -67,11 +75,11 @@ def w8a16_linear(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor |
 def w8a8_linear(
     x: Tensor, x_scale: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, dtype: torch.dtype
 ) -> Tensor | None:
-    """For one row of x, or as many as the copy engine fetches."""
+    """For any rows of x, but many only where the copy engine fetches them."""
     n, k = weight.shape
     m = x.numel() // max(1, k)
     many = m > int8_linear.FEW_ROWS[-1].m
-    places = _places(x, x_scale, weight, weight_scale, bias) if many or m == 1 else None
+    places = _places(x, x_scale, weight, weight_scale, bias) if m else None
     if places is None:
         return None
     key = ("w8a8_linear", dtype, x_scale.dtype, x_scale.numel(), *_described(x, weight, weight_scale, bias))
@@ -79,8 +87,9 @@ def w8a8_linear(
     if kept is None and not (
         (dtype in _FLOATS and x.dtype == torch.int8 and _are_layer(x, weight, weight_scale, bias))
         and weight_scale.shape[1] == 1
+        and k <= LONGEST_EXACT
         and (x_scale.dtype == torch.float32 and x_scale.numel() in (1, m))
-        and (m == 1 or copied_on_hopper(x.view(m, k), weight))
+        and (not many or copied_on_hopper(x.view(m, k), weight))
     ):
         return None
     y = x.new_empty((*x.shape[:-1], n), dtype=dtype)
@@ -88,6 +97,10 @@ def w8a8_linear(
         pieces = _pieces(kept, x, weight, places, int8_linear.copied_tile(m, n))
         operands = (y, *pieces, x_scale, weight_scale, bias)
         _start(key, kept, int8_linear.start_copied, operands, operands)
+    elif m > 1:
+        rows = x if kept is not None else x.view(m, k)
+        both = (places, (places[1], *places[3:], y.data_ptr()))
+        _start(key, kept, int8_linear.start_tiles, (rows, x_scale, weight, weight_scale, bias, y), both)
     else:
         _start(key, kept, vector.start_row, (x, x_scale, weight, weight_scale, bias, y), (*places, y.data_ptr()))
     return y
@@ -158,30 +171,47 @@ def _like_first(
 
 
 def _start(
-    key: tuple[Any, ...], kept: Callable[..., None] | None, first: Callable[..., Started], operands: tuple[Any, ...],
-    places: tuple[Any, ...],
+    key: tuple[Any, ...], kept: Callable[..., None] | None, first: Callable[..., Started | InTiles],
+    operands: tuple[Any, ...], places: tuple[Any, ...],
 ) -> None:  # fmt: skip
     """What is kept for the key on the places of its operands; if nothing is, what `first` starts, to be kept."""
     if kept is not None:
         kept(*places)
         return
-    started = first(*operands)
+    started, device = first(*operands), operands[0].get_device()
     if started.kernel is None:  # it is interpreted
         return
     if len(_kept) >= MOST_KEPT:
         _kept.clear()
-    _kept[key] = _starter(started, operands[0].get_device())
+    _kept[key] = _starter_of_tiles(started, device) if isinstance(started, InTiles) else _starter(started, device)
 
 
 def _starter(started: Started, device: int) -> Callable[..., None]:
     """Starts it again, on other operands: as Triton does, but for its hooks, which it calls though nobody has hung
     anything on them (`_places`)."""
     kernel, programs, numbers = started
-    run = kernel.run
+    run, (width, height) = kernel.run, (*programs, 1)[:2]
 
     def start(*operands: Any) -> None:
         stream = driver.active.get_current_stream(device)
-        run(programs, 1, 1, stream, kernel.function, kernel.packed_metadata, None, None, None, *operands, *numbers)
+        run(width, height, 1, stream, kernel.function, kernel.packed_metadata, None, None, None, *operands, *numbers)
+
+    return start
+
+
+def _starter_of_tiles(started: InTiles, device: int) -> Callable[..., None]:
+    """The same for a product and for adding up its parts: on the operands of either, of which the last is y's, but not
+    the sums between them. These have memory of their own at each call."""
+    multiply = _starter(started.product, device)
+    if started.adding is None:
+        return lambda operands, adding: multiply(*operands, adding[-1])
+    add = _starter(started.adding, device)
+
+    def start(operands: Sequence[Any], adding: Sequence[Any]) -> None:
+        sums = torch.empty(started.shape, dtype=started.dtype, device=started.device)
+        place = sums.data_ptr()
+        multiply(*operands, place)
+        add(place, *adding)
 
     return start
 

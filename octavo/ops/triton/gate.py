@@ -21,7 +21,7 @@ def start_gated(gate: Tensor, up: Tensor, y: Tensor, a: float, b: float) -> Star
     """The kernel for gate and up, of one shape and dtype, each in one piece of memory."""
     numbers = (gate.numel(), a, b, ELEMENTS)
     count = ceil_div(gate.numel(), ELEMENTS)
-    return Started(launch(_gated, (count,), gate, up, y, *numbers, num_warps=4), count, numbers)
+    return Started(launch(_gated, (count,), gate, up, y, *numbers, num_warps=4), (count,), numbers)
 
 
 @triton.jit

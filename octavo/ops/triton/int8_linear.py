@@ -21,6 +21,7 @@ from octavo.ops.triton import vector
 from octavo.ops.triton.launch import Started, copied_on_hopper, launch, rows_in_line
 from octavo.ops.triton.linear import (
     GROUP_OF_PROGRAMS,
+    InTiles,
     Tile,
     add_parts,
     contiguous_rows,
@@ -31,7 +32,7 @@ from octavo.ops.triton.linear import (
     tile_of_program,
 )
 
-__all__ = ["copied_tile", "start_copied", "w8a8_linear", "w8a8_linears"]
+__all__ = ["copied_tile", "start_copied", "start_tiles", "w8a8_linear", "w8a8_linears"]
 
 FEW_ROWS = (Tile(16, 64, 256, 4, 4), Tile(32, 64, 128, 4, 4), Tile(64, 64, 128, 4, 4))
 """As in `linear.py`: the weight is read once, 8 to 16 KB a step, three of them under way."""
@@ -74,17 +75,27 @@ def w8a8_linear(
     x = contiguous_rows(x, m, k)
     if m > FEW_ROWS[-1].m and copied_on_hopper(x, weight):
         start_copied(y, *descriptors(x, weight, copied_tile(m, n)), x_scale, weight_scale, bias)
-        return y
+    else:
+        start_tiles(x, x_scale, weight, weight_scale, bias, y)
+    return y
+
+
+def start_tiles(
+    x: Tensor, x_scale: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, y: Tensor
+) -> InTiles:
+    """The kernel for tiles of y [..., n], and the one that adds up parts; rows of x [m, k] and of the weight are in
+    line."""
+    (m, k), n = x.shape, len(weight)
     tile, tiles, parts, steps = plan(m, n, k, FEW_ROWS, MANY_ROWS)
     sums = y if parts == 1 else torch.empty((parts, m, n), dtype=torch.int32, device=x.device)
-    launch(
-        _matrix_product, (tiles, parts), x, x_scale, weight, weight_scale, bias, sums, m, n, k, steps, x.stride(0),
-        weight.stride(0), EACH_ROW=x_scale.numel() > 1, M=tile.m, N=tile.n, K=tile.k, TILES=GROUP_OF_PROGRAMS,
-        FINISH=parts == 1, num_warps=tile.warps, num_stages=tile.stages,
+    each_row = x_scale.numel() > 1
+    numbers = (m, n, k, steps, x.stride(0), weight.stride(0), each_row, *tile[:3], GROUP_OF_PROGRAMS, parts == 1)
+    kernel = launch(
+        _matrix_product, (tiles, parts), x, x_scale, weight, weight_scale, bias, sums, *numbers,
+        num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
-    if parts > 1:
-        add_parts(sums, x_scale, weight_scale, bias, y)
-    return y
+    adding = None if parts == 1 else add_parts(sums, x_scale, weight_scale, bias, y)
+    return InTiles(Started(kernel, (tiles, parts), numbers), adding, sums.shape, sums.dtype, sums.device)
 
 
 def start_copied(
@@ -99,7 +110,7 @@ def start_copied(
         _copied_product, (count,), y, x, weight, x_scale, weight_scale, bias, *numbers,
         num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
-    return Started(kernel, count, numbers)
+    return Started(kernel, (count,), numbers)
 
 
 def copied_tile(m: int, n: int) -> Tile:

@@ -38,11 +38,11 @@ def launch(kernel: Any, grid: tuple[int, ...], first: Tensor, *args: Any, **meta
 
 
 class Started(NamedTuple):
-    """A launch. kernel: as compiled, None where it is interpreted; programs: how many; numbers: the arguments
-    after the tensors."""
+    """A launch. kernel: as compiled, None where it is interpreted; programs: how many, along each axis of the grid;
+    numbers: the arguments after the tensors."""
 
     kernel: Any
-    programs: int
+    programs: tuple[int, ...]
     numbers: tuple[int | float, ...]
 
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -27,8 +27,8 @@ from octavo.ops.triton import vector
 from octavo.ops.triton.launch import Started, ceil_div, copied_on_hopper, launch, rows_in_line
 
 __all__ = [
-    "Plan", "Tile", "add_parts", "contiguous_rows", "descriptors", "is_copied", "is_read", "plan", "programs",
-    "start_copied", "tile_of_program", "w8a16_linear", "w8a16_linears",
+    "InTiles", "Plan", "Tile", "add_parts", "contiguous_rows", "descriptors", "is_copied", "is_read", "plan",
+    "programs", "start_copied", "start_tiles", "tile_of_program", "w8a16_linear", "w8a16_linears",
 ]  # fmt: skip
 
 
@@ -126,15 +126,37 @@ def w8a16_linear(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor |
     weight = rows_in_line(weight)
     weight_scale = weight_scale.contiguous()
     bias = None if bias is None else bias.contiguous()
-    groups = weight_scale.shape[1]
-    group = k // groups if groups > 1 else 0
     if m == 1:
         vector.start_row(rows_in_line(x), None, weight, weight_scale, bias, y)
         return y
     x = contiguous_rows(x, m, k)
-    if m >= LEAST_ROWS_ON_HOPPER and is_copied(x, weight, groups):
+    if m >= LEAST_ROWS_ON_HOPPER and is_copied(x, weight, weight_scale.shape[1]):
         start_copied(y, *descriptors(x, weight, ON_HOPPER), weight_scale, bias)
-        return y
+    else:
+        start_tiles(x, weight, weight_scale, bias, y)
+    return y
+
+
+class InTiles(NamedTuple):
+    """Launches of a product in tiles. adding: up the parts of K, None where it is not split; the others are of what the
+    product makes, sums of the parts then."""
+
+    product: Started
+    adding: Started | None
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+
+    @property
+    def kernel(self) -> Any:
+        return self.product.kernel
+
+
+def start_tiles(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, y: Tensor) -> InTiles:
+    """The kernel for tiles of y [..., n], and the one that adds up parts; rows of x [m, k] and of the weight are in
+    line."""
+    (m, k), n, groups = x.shape, len(weight), weight_scale.shape[1]
+    group = k // groups if groups > 1 else 0
     few: Sequence[Tile] = FEW_ROWS
     many: Sequence[Tile] = MANY_ROWS
     if group % 16:
@@ -143,14 +165,13 @@ def w8a16_linear(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor |
         many = MANY_ROWS[-1:]
     tile, tiles, parts, steps = plan(m, n, k, few, many, _longest_step(x, group))
     sums = y if parts == 1 else torch.empty((parts, m, n), dtype=torch.float32, device=x.device)
-    launch(
-        _matrix_product, (tiles, parts), x, weight, weight_scale, bias, sums, m, n, k, steps,
-        x.stride(0), weight.stride(0), GROUP=group, M=tile.m, N=tile.n, K=tile.k, TILES=GROUP_OF_PROGRAMS,
-        FINISH=parts == 1, num_warps=tile.warps, num_stages=tile.stages,
+    numbers = (m, n, k, steps, x.stride(0), weight.stride(0), group, *tile[:3], GROUP_OF_PROGRAMS, parts == 1)
+    kernel = launch(
+        _matrix_product, (tiles, parts), x, weight, weight_scale, bias, sums, *numbers,
+        num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
-    if parts > 1:
-        add_parts(sums, None, weight_scale if group == 0 else None, bias, y)
-    return y
+    adding = None if parts == 1 else add_parts(sums, None, weight_scale if group == 0 else None, bias, y)
+    return InTiles(Started(kernel, (tiles, parts), numbers), adding, sums.shape, sums.dtype, sums.device)
 
 
 def is_copied(x: Tensor, weight: Tensor, groups: int) -> bool:
@@ -168,7 +189,7 @@ def start_copied(
         _copied_product, (count,), y, x, weight, weight_scale, bias, *numbers,
         num_warps=ON_HOPPER.warps, num_stages=ON_HOPPER.stages,
     )  # fmt: skip
-    return Started(kernel, count, numbers)
+    return Started(kernel, (count,), numbers)
 
 
 def descriptors(x: Tensor, weight: Tensor, tile: Tile) -> tuple[TensorDescriptor, TensorDescriptor]:
@@ -315,16 +336,14 @@ def tile_of_program(program, m, n, M: tl.constexpr, N: tl.constexpr, TILES: tl.c
     return within // height, first + within % height
 
 
-def add_parts(parts: Tensor, x_scale: Tensor | None, scale: Tensor | None, bias: Tensor | None, y: Tensor) -> None:
-    """y = the sum of `parts` [P, M, N] over P, in that order, times the scales, plus the bias.
+def add_parts(parts: Tensor, x_scale: Tensor | None, scale: Tensor | None, bias: Tensor | None, y: Tensor) -> Started:
+    """The kernel for y = the sum of `parts` [P, M, N] over P, in that order, times the scales, plus the bias.
 
     x_scale: fp32 [M] or [1]; scale: fp32 [N]; all but `parts` and `y` may be None.
     """
     count, m, n = parts.shape
-    launch(
-        _add_parts, (m, ceil_div(n, 512)), parts, x_scale, scale, bias, y, m, n,
-        EACH_ROW=x_scale is not None and x_scale.numel() > 1, PARTS=count, COLUMNS=512, num_warps=4,
-    )  # fmt: skip
+    grid, numbers = (m, ceil_div(n, 512)), (m, n, x_scale is not None and x_scale.numel() > 1, count, 512)
+    return Started(launch(_add_parts, grid, parts, x_scale, scale, bias, y, *numbers, num_warps=4), grid, numbers)
 
 
 @triton.jit(do_not_specialize=["m"])

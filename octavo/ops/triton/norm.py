@@ -30,7 +30,7 @@ def start_rms_norm(x: Tensor, weight: Tensor, y: Tensor, eps: float, round_first
     rows = max(1, min(PIECE // columns, power_of_two(m)))
     numbers = (m, k, eps, round_first, rows, columns)
     count, warps = ceil_div(m, rows), max(1, min(32, rows * columns // 512))
-    return Started(launch(_rms_norm, (count,), x, weight, y, *numbers, num_warps=warps), count, numbers)
+    return Started(launch(_rms_norm, (count,), x, weight, y, *numbers, num_warps=warps), (count,), numbers)
 
 
 @triton.jit(do_not_specialize=["m"])  # so that another number of many rows compiles nothing

@@ -81,7 +81,7 @@ def start_rows(
     rows = max(1, min(PIECE // columns, power_of_two(m)))
     numbers = (m, k, row_stride, of_weight, whole, rows, columns)
     count, warps = ceil_div(m, rows), max(1, min(16, rows * columns // 512))
-    return Started(launch(_quantize_rows, (count,), x, codes, scale, *numbers, num_warps=warps), count, numbers)
+    return Started(launch(_quantize_rows, (count,), x, codes, scale, *numbers, num_warps=warps), (count,), numbers)
 
 
 def quantize_per_tensor(x: Tensor) -> tuple[Tensor, Tensor]:

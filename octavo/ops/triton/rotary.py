@@ -28,7 +28,8 @@ def start_rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, q_out: Tensor, 
     of_query, of_key = ceil_div(heads, rows), ceil_div(k.shape[2], rows)
     numbers = (heads, k.shape[2], len(cos) * tokens, of_query, of_key, size // 2, rows, columns)
     count = batch * tokens * (of_query + of_key)
-    return Started(launch(_rotary, (count,), q, k, cos, sin, q_out, k_out, *numbers, num_warps=4), count, numbers)
+    kernel = launch(_rotary, (count,), q, k, cos, sin, q_out, k_out, *numbers, num_warps=4)
+    return Started(kernel, (count,), numbers)
 
 
 @triton.jit(do_not_specialize=["angles"])  # so that another number of tokens compiles nothing

@@ -69,7 +69,7 @@ def start_row(
     columns, warps = piece(k, count)
     numbers = (n, k, weight.stride(0), k // groups if groups > 1 else 0, columns)
     operands = (x, x_scale, weight, weight_scale, bias, y)
-    return Started(launch(_matrix_vector, (count,), *operands, *numbers, num_warps=warps), count, numbers)
+    return Started(launch(_matrix_vector, (count,), *operands, *numbers, num_warps=warps), (count,), numbers)
 
 
 def start_layers(

@@ -27,17 +27,37 @@ started: list[tuple[Any, ...]] = []
 
 def main() -> None:
     as_with_a_gpu(started.append)
+    scratch = noted_scratch()
     alike = 0
     for function, operands in calls():
         kept = len(direct._kept)
+        scratch.clear()
         results = [function(*operands) for _ in range(2)]
         assert len(direct._kept) == kept + 1
         outputs = [result if isinstance(result, tuple) else (result,) for result in results]
-        (by_triton, by_itself) = ([named(argument, outputs) for argument in call] for call in started)
-        assert len(by_triton) == len(by_itself) and all(map(same, by_triton, by_itself)), (by_triton, by_itself)
+        first, again = scratch[: len(scratch) // 2], scratch[len(scratch) // 2 :]
+        outputs = [(*output, *made) for output, made in zip(outputs, (first, again), strict=True)]
+        launches = [[named(argument, outputs) for argument in call] for call in started]
+        count = len(launches) // 2
+        assert count == 1 + len(first) == 1 + len(again)  # what goes to scratch is added up
+        for by_triton, by_itself in zip(launches[:count], launches[count:], strict=True):
+            assert len(by_triton) == len(by_itself) and all(map(same, by_triton, by_itself)), (by_triton, by_itself)
         started.clear()
         alike += 1
     print(alike, "alike")
+
+
+def noted_scratch() -> list[Tensor]:
+    """What is made from now on by `torch.empty`, as it is for parts of a product; outputs are made otherwise."""
+    made: list[Tensor] = []
+    empty = torch.empty
+
+    def noting(*args: Any, **kwargs: Any) -> Tensor:
+        made.append(empty(*args, **kwargs))
+        return made[-1]
+
+    torch.empty = noting
+    return made
 
 
 def measure() -> None:
@@ -94,6 +114,13 @@ def calls() -> Iterator[tuple[Any, tuple[Any, ...]]]:
         (floats(BF16, 1, 1), codes(1, 1), scale(1, 1), floats(FP32, 1)),
         (floats(BF16, 1, 2048, 4096), codes(11008, 4096), scale(11008, 1), None),
         (floats(FP16, 300, 4096), codes(4096, 4096), scale(4096, 1), floats(FP32, 4096)),
+        (floats(BF16, 8, 1, 4096), codes(4096, 4096), scale(4096, 1), None),
+        (floats(BF16, 4, 4096), codes(32000, 4096), scale(32000, 1), floats(BF16, 32000)),
+        (floats(FP16, 33, 4096), codes(1024, 4096), scale(1024, 32), floats(FP16, 1024)),
+        (floats(FP32, 2, 3, 100), codes(7, 100), scale(7, 1), floats(FP32, 7)),
+        (floats(BF16, 17, 96), codes(7, 96), scale(7, 12), None),
+        (floats(BF16, 2, 1), codes(1, 1), scale(1, 1), None),
+        (floats(BF16, 200, 4096), codes(4096, 4096), scale(4096, 1), None),
     ):
         yield direct.w8a16_linear, operands
     for operands in (
@@ -102,6 +129,10 @@ def calls() -> Iterator[tuple[Any, tuple[Any, ...]]]:
         (codes(1, 2048, 4096), scale(1, 2048, 1), codes(11008, 4096), scale(11008, 1), None, BF16),
         (codes(512, 4096), scale(512, 1), codes(4096, 4096), scale(4096, 1), floats(FP32, 4096), FP16),
         (codes(777, 4096), scale(1), codes(4096, 4096), scale(4096, 1), None, BF16),
+        (codes(8, 1, 4096), scale(8, 1, 1), codes(4096, 4096), scale(4096, 1), floats(BF16, 4096), BF16),
+        (codes(4, 4096), scale(1), codes(32000, 4096), scale(32000, 1), None, FP16),
+        (codes(64, 1001), scale(64, 1), codes(33, 1001), scale(33, 1), None, FP32),
+        (codes(2, 1), scale(2, 1), codes(1, 1), scale(1, 1), None, BF16),
     ):
         yield direct.w8a8_linear, operands
     for x in (floats(BF16, 1, 4096), floats(BF16, 1, 2048, 4096), floats(FP32, 3, 7, 20000), floats(FP16, 33)):

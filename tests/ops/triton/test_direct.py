@@ -19,8 +19,10 @@ from triton.knobs import HookChain
 
 import octavo
 from octavo import ops
+from octavo.ops.reference import LONGEST_EXACT
 from octavo.ops.triton import direct, int8_linear, launch, linear, quantize, vector
 from octavo.ops.triton.launch import Started
+from octavo.ops.triton.linear import InTiles
 from tests.ops.triton.hopper import as_on_hopper
 
 HERE = Path(__file__).parent
@@ -57,6 +59,26 @@ def test_w8a16(
         assert torch.equal(y, linear.w8a16_linear(x, *operands))
 
 
+@pytest.mark.parametrize("m", [2, 16, 40, 80])
+@settings(max_examples=10, deadline=None)
+@given(
+    n=st.sampled_from([1, 3, 70]),
+    k_and_groups=st.sampled_from([(1, 1), (33, 1), (64, 2), (96, 12), (1200, 1), (1024, 8)]),
+    dtype=st.sampled_from(DTYPES),
+    bias=BIASES,
+)
+def test_w8a16_of_a_few_rows(
+    m: int, device: str, n: int, k_and_groups: tuple[int, int], dtype: torch.dtype, bias: torch.dtype | None
+) -> None:
+    """With K in parts and whole."""
+    k, groups = k_and_groups
+    x, operands = rows(m, k, device, dtype), layer(n, k, device, groups, bias)
+    for _ in range(2):
+        y = direct.w8a16_linear(x, *operands)
+        assert y is not None and y.shape == (1, m, n)
+        assert torch.equal(y, linear.w8a16_linear(x, *operands))
+
+
 @settings(max_examples=6, deadline=None)
 @given(n=st.sampled_from([1, 3, 80]), k=st.sampled_from([16, 144]), dtype=st.sampled_from(DTYPES[:2]), bias=BIASES)
 def test_w8a16_of_many_rows(device: str, n: int, k: int, dtype: torch.dtype, bias: torch.dtype | None) -> None:
@@ -69,11 +91,11 @@ def test_w8a16_of_many_rows(device: str, n: int, k: int, dtype: torch.dtype, bia
             assert torch.equal(y, linear.w8a16_linear(x, *operands))
 
 
-@pytest.mark.parametrize("m", [1, 80])
+@pytest.mark.parametrize("m", [1, 2, 16, 40, 80])
 @settings(max_examples=10, deadline=None)
 @given(
     n=st.sampled_from([1, 3, 80]),
-    k=st.sampled_from([16, 64, 144]),
+    k=st.sampled_from([16, 64, 144, 1200]),
     dtype=st.sampled_from(DTYPES),
     bias=BIASES,
     each_row=st.booleans(),
@@ -115,7 +137,9 @@ def misplaced(x: Tensor) -> Tensor:
 def test_what_is_not_as_usual_is_left_to_the_op(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     x, (codes, scale, _), bias = rows(1, 64, device), layer(32, 64, device), torch.randn(64, device=device)
     for unusual in (
-        (rows(2, 64, device), codes, scale, None),
+        (rows(2, 64, device)[:, ::2].expand(1, 2, 64), codes, scale, None),
+        (rows(2, 64, device)[..., :63], codes, scale, None),
+        (rows(2, 64, device)[:, :0], codes, scale, None),
         (rows(1, 63, device), codes, scale, None),
         (x.double(), codes, scale, None),
         (misplaced(x), codes, scale, None),
@@ -137,6 +161,7 @@ def test_what_is_not_as_usual_is_left_to_the_op(device: str, monkeypatch: pytest
     assert direct.w8a16_linear(many, codes, scale, None) is None  # not on Hopper
     x, x_scale = quantize.quantize_per_token(x)
     wide = many.float()
+    long = torch.ones(2, LONGEST_EXACT + 1, dtype=torch.int8, device=device)
     many, scales = quantize.quantize_per_token(rows(80, 64, device))
     as_on_hopper(device, monkeypatch)
     assert direct.w8a16_linear(wide, codes, scale, None) is None
@@ -144,13 +169,14 @@ def test_what_is_not_as_usual_is_left_to_the_op(device: str, monkeypatch: pytest
     assert direct.w8a16_linear(wide.half(), codes, scale, None) is not None
     assert direct.w8a8_linear(many, scales, codes, scale, None, torch.bfloat16) is not None
     for unusual8 in (
-        (many[:, :64].contiguous(), scales[:, :64].contiguous(), codes, scale, None, torch.bfloat16),
+        (many[:, :64].contiguous(), scales[:, :40].contiguous(), codes, scale, None, torch.bfloat16),
         (many, scales[:, :40].contiguous(), codes, scale, None, torch.bfloat16),
         (x, x_scale.double(), codes, scale, None, torch.bfloat16),
         (x, x_scale, codes, torch.rand(32, 2, device=device), None, torch.bfloat16),
         (x, x_scale, codes, scale, None, torch.float64),
         (x.float(), x_scale, codes, scale, None, torch.bfloat16),
         (many[:0], scales[:0], codes, scale, None, torch.bfloat16),
+        (long, long[:, :1].float(), long, long[:, :1].float(), None, torch.bfloat16),
     ):
         assert direct.w8a8_linear(*unusual8) is None
     monkeypatch.setattr(launch, "is_hopper", lambda x: False)
@@ -205,7 +231,7 @@ def test_one_look_up_serves_all_layers_of_a_shape(device: str, monkeypatch: pyte
 
     def start(*_: Any) -> Started:
         kernels.append(Compiled())
-        return Started(kernels[-1], 8, (1, 2, 3))
+        return Started(kernels[-1], (8,), (1, 2, 3))
 
     monkeypatch.setattr(vector, "start_row", start)
     monkeypatch.setattr(direct, "_kept", {})
@@ -235,6 +261,37 @@ def test_one_look_up_serves_all_layers_of_a_shape(device: str, monkeypatch: pyte
     assert len(direct._kept) == 1
 
 
+@pytest.mark.parametrize("groups", [1, 2])
+def test_parts_of_k_go_to_memory_of_their_own(groups: int, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second kernel adds up what the first has left there; a group's scale is in it already."""
+    multiply, add = Compiled(), Compiled()
+    both = Started(multiply, (3, 5), (1, 2)), Started(add, (4, 6), (7,))
+    launched = InTiles(*both, (5, 4, 32), torch.float32, torch.device(device))
+    monkeypatch.setattr(linear, "start_tiles", lambda *_: launched)
+    monkeypatch.setattr(direct, "_kept", {})
+    streams = SimpleNamespace(get_current_stream=lambda device: f"stream of {device}")
+    monkeypatch.setattr(direct, "driver", SimpleNamespace(active=streams))
+    empty, made = torch.empty, []
+
+    def noting(*args: Any, **kwargs: Any) -> Tensor:
+        made.append(empty(*args, **kwargs))
+        return made[-1]
+
+    x, (codes, scale, bias) = rows(4, 64, device), layer(32, 64, device, groups, torch.float32)
+    direct.w8a16_linear(x, codes, scale, bias)
+    monkeypatch.setattr(torch, "empty", noting)
+    y = direct.w8a16_linear(x, codes, scale, bias)
+    assert y is not None and bias is not None
+    (sums,) = made
+    assert sums.shape == (5, 4, 32) and sums.dtype == torch.float32
+    (multiplied,), (added,) = multiply.calls, add.calls
+    stream = f"stream of {x.get_device()}"
+    assert multiplied[:4] == (3, 5, 1, stream) and added[:4] == (4, 6, 1, stream)
+    assert multiplied[9:] == (x.data_ptr(), codes.data_ptr(), scale.data_ptr(), bias.data_ptr(), sums.data_ptr(), 1, 2)
+    of_scale = scale.data_ptr() if groups == 1 else None
+    assert added[9:] == (sums.data_ptr(), None, of_scale, bias.data_ptr(), y.data_ptr(), 7)
+
+
 def test_kept_kernels_are_run_as_triton_runs_them() -> None:
     """By the real compiler, in a process of its own: in this one the kernels are interpreted."""
     done = subprocess.run(
@@ -242,7 +299,7 @@ def test_kept_kernels_are_run_as_triton_runs_them() -> None:
         capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert done.stdout.split() == ["26", "alike"]
+    assert done.stdout.split() == ["37", "alike"]
 
 
 class Watching(TorchDispatchMode):
@@ -281,9 +338,9 @@ def test_whoever_listens_is_heard() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("scheme", ["w8a16", "w8a8"])
-@pytest.mark.parametrize("m", [1, 100])
+@pytest.mark.parametrize("m", [1, 8, 100])
 def test_modules_take_it(m: int, scheme: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    if m > 1:
+    if m > 64:
         as_on_hopper("cuda", monkeypatch)
     model = torch.nn.Sequential(torch.nn.Linear(256, 128)).bfloat16().cuda()
     octavo.quantize(model, scheme)
@@ -311,4 +368,4 @@ def test_modules_take_it(m: int, scheme: str, monkeypatch: pytest.MonkeyPatch) -
     if scheme == "w8a8":
         assert taken == {"w8a8_linear": [True] * 5, "quantize_per_token": [True] * 5}
     else:
-        assert taken == {"w8a16_linear": [m == 1] * 5}
+        assert taken == {"w8a16_linear": [True] * 5}
