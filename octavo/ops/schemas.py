@@ -56,7 +56,7 @@ OPS: dict[str, str] = {
 
 def reference_of(op: str) -> Callable[..., Any]:
     """What answers the op in plain torch, on every device."""
-    return getattr(attention if "_attention" in op else reference, op)
+    return getattr(attention if op in attention.__all__ else reference, op)
 
 
 library = torch.library.Library("octavo", "DEF")

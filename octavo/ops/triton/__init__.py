@@ -56,6 +56,7 @@ OPS: dict[str, Callable[[], Any]] = {
     "quantize_per_tensor": lambda: import_module("octavo.ops.triton.quantize").quantize_per_tensor,
     "quantize_static": lambda: import_module("octavo.ops.triton.quantize").quantize_static,
     "quantize_weight": lambda: import_module("octavo.ops.triton.quantize").quantize_weight,
+    "quantize_states": lambda: import_module("octavo.ops.triton.quantize").quantize_states,
     "int8_attention": lambda: import_module("octavo.ops.triton.attention").int8_attention,
     "float_attention_of_codes": lambda: import_module("octavo.ops.triton.codes_attention").float_attention_of_codes,
     "int8_attention_of_codes": lambda: import_module("octavo.ops.triton.attention").int8_attention_of_codes,

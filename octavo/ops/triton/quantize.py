@@ -19,11 +19,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from octavo.ops import reference
+from octavo.ops import attention, reference
 from octavo.ops.triton.launch import Started, ceil_div, launch, power_of_two
 from octavo.ops.triton.linear import contiguous_rows
 
-__all__ = ["quantize_per_tensor", "quantize_per_token", "quantize_static", "quantize_weight", "start_rows"]
+__all__ = [
+    "quantize_per_tensor", "quantize_per_token", "quantize_states", "quantize_static", "quantize_weight", "start_rows",
+]  # fmt: skip
 
 PIECE = 4096
 """Elements that a program holds at a time, 16 to 32 to a thread: several short rows, or a part of a tensor."""
@@ -43,6 +45,10 @@ then looks through what they found, 2 KB."""
 
 LEAST_USUAL, MOST_USUAL = tl.constexpr(2.0**-64), tl.constexpr(2.0**64)
 """Scales between which neither a reciprocal nor a remainder is a denormal."""
+
+PIECE_OF_STATES = 1024
+"""Elements of keys or values that a program holds: 8 tokens of 128 channels, the key heads of one decoded token of most
+models. Not measured."""
 
 
 def quantize_per_token(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -112,6 +118,23 @@ def quantize_static(x: Tensor, input_scale: Tensor) -> Tensor:
     return codes
 
 
+def quantize_states(x: Tensor, codes: Tensor, scale: Tensor, are_values: bool) -> None:
+    """As `octavo.ops.quantize_states`, in one launch: x, codes and scale are found by their strides. What is of another
+    shape, and heads longer than a row that is held whole, go to the reference."""
+    reference.check_rows(x)
+    alike = x.dim() == 4 and codes.shape == x.shape and scale.shape == (*x.shape[:3], 1)
+    if not alike or codes.dtype != torch.int8 or scale.dtype != torch.float32 or x.shape[3] > LONGEST_ROW:
+        return attention.quantize_states(x, codes, scale, are_values)
+    _, heads, tokens, size = x.shape
+    columns = max(16, power_of_two(size))
+    rows = max(1, PIECE_OF_STATES // columns)
+    launch(
+        _quantize_states, (ceil_div(scale.numel(), rows),), x, codes, scale, scale.numel(), heads, tokens, size,
+        *x.stride(), *codes.stride(), *scale.stride()[:3], ARE_VALUES=are_values, ROWS=rows, COLUMNS=columns,
+        num_warps=min(16, rows * columns // 256),
+    )  # fmt: skip
+
+
 @triton.jit(do_not_specialize=["m"])  # so that another number of many rows compiles nothing
 def _quantize_rows(
     x_ptr, codes_ptr, scale_ptr, m, k, row_stride,
@@ -141,6 +164,29 @@ def _quantize_rows(
             codes = _codes(x.to(tl.float32), scale[:, None])
             tl.store(codes_rows + start + columns, codes, mask=there & (start + columns < k))
     tl.store(scale_ptr + rows, scale, mask=rows < m)
+
+
+@triton.jit(do_not_specialize=["m", "tokens"])
+def _quantize_states(
+    x_ptr, codes_ptr, scale_ptr, m, heads, tokens, size, x_batch, x_head, x_token, x_channel, codes_batch, codes_head,
+    codes_token, codes_channel, scale_batch, scale_head, scale_token,
+    ARE_VALUES: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """Tokens of heads, which follow each other token by token, then head by head: m in all."""
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    channel = tl.arange(0, COLUMNS)[None, :]
+    there = (row < m)[:, None] & (channel < size)
+    token, head = (row % tokens).to(tl.int64), (row // tokens % heads).to(tl.int64)
+    batch = (row // tokens // heads).to(tl.int64)
+    x_rows = x_ptr + (batch * x_batch + head * x_head + token * x_token)[:, None]
+    x = tl.load(x_rows + channel * x_channel, mask=there, other=0.0).to(tl.float32)
+    largest = tl.max(_magnitude(x), axis=1)
+    scale = _scale(largest, tl.float32, False)
+    codes_rows = codes_ptr + (batch * codes_batch + head * codes_head + token * codes_token)[:, None]
+    tl.store(codes_rows + channel * codes_channel, _codes(x, scale[:, None]), mask=there)
+    if ARE_VALUES:  # a scale of 1 under a largest magnitude below 1 is that of zeros
+        scale = tl.where((scale == 1.0) & (largest.to(tl.float32, bitcast=True) < 1.0), 0.0, scale)
+    tl.store(scale_ptr + batch * scale_batch + head * scale_head + token * scale_token, scale, mask=row < m)
 
 
 @triton.jit

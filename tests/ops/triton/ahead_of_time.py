@@ -98,6 +98,17 @@ def rows_calls() -> Iterator[tuple[Any, ...]]:
             yield (floats(dtype, m, k),)
 
 
+def states_calls() -> Iterator[tuple[Any, ...]]:
+    """Keys and values, as a projection gives them, to where a cache keeps them: a token, and many, of heads of every
+    size, of one that nothing divides and of the longest."""
+    for dtype in (BF16, FP16, FP32, torch.float64):
+        for tokens, size in ((1, 128), (2048, 64), (2048, 128), (2048, 256), (2048, 77), (2, 8192)):
+            x = floats(dtype, 1, tokens, 8, size).transpose(1, 2)
+            key, key_scale, value, value_scale = in_a_cache(x, x)
+            yield x, key, key_scale, False
+            yield x, value, value_scale, True
+
+
 def norm_calls() -> Iterator[tuple[Any, ...]]:
     """Rows of models, of heads, of one element, and the longest."""
     for dtype in (BF16, FP16, FP32):
@@ -202,9 +213,10 @@ def float_attention_of_codes_calls() -> Iterator[tuple[Any, ...]]:
 
 
 def in_a_cache(key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
-    packed = torch.zeros((*key.shape[:3], key.shape[3] + 8), dtype=torch.int8)
+    size = key.shape[3]
+    packed = torch.zeros((*key.shape[:3], (size + 3) // 4 * 4 + 8), dtype=torch.int8)
     scales = packed[..., -8:].view(torch.float32)
-    return packed[..., :-8], scales[..., :1], torch.zeros_like(value, dtype=torch.int8), scales[..., 1:]
+    return packed[..., :size], scales[..., :1], torch.zeros_like(value, dtype=torch.int8), scales[..., 1:]
 
 
 CALLS: dict[str, Callable[[], Iterator[tuple[Any, ...]]]] = {
@@ -212,6 +224,7 @@ CALLS: dict[str, Callable[[], Iterator[tuple[Any, ...]]]] = {
     "quantize_per_tensor": rows_calls,
     "quantize_static": static_calls,
     "quantize_weight": rows_calls,
+    "quantize_states": states_calls,
     "w8a16_embedding": embedding_calls,
     "w8a16_linear": linear_calls,
     "w8a16_linears": linears_calls,

@@ -10,8 +10,16 @@ from torch import Tensor
 
 from octavo import primitives
 from octavo.errors import QuantizeError
+from octavo.ops import attention
+from octavo.ops.schemas import reference_of
 from octavo.ops.triton import quantize
-from octavo.ops.triton.quantize import quantize_per_tensor, quantize_per_token, quantize_static, quantize_weight
+from octavo.ops.triton.quantize import (
+    quantize_per_tensor,
+    quantize_per_token,
+    quantize_states,
+    quantize_static,
+    quantize_weight,
+)
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 LEADS = [(), (0,), (1,), (3,), (33,), (2, 1), (2, 3, 5), (4, 0, 2)]
@@ -188,6 +196,120 @@ def test_strides_do_not_matter(device: str) -> None:
         assert codes.is_contiguous() and torch.equal(codes, quantize_static(x.contiguous(), scale))
         assert torch.equal(x, before)
     assert_same(quantize_weight(base[0].T), tuple(t.cpu() for t in quantize_weight(base[0].T.contiguous())))
+
+
+def kept(x: Tensor, are_values: bool, device: str) -> tuple[Tensor, Tensor]:
+    """Codes and scales of x [B, KV, T, D] where a cache keeps them, between two tokens that nothing is written to."""
+    batch, heads, tokens, size = x.shape
+    packed = torch.full((batch, heads, tokens + 2, (size + 3) // 4 * 4 + 8), 99, dtype=torch.int8, device=device)
+    scales = packed[..., -8:].view(torch.float32).fill_(9)
+    values = torch.full((batch, heads, tokens + 2, size), 99, dtype=torch.int8, device=device)
+    codes, scale = (values, scales[..., 1:]) if are_values else (packed[..., :size], scales[..., :1])
+    quantize_states(x, codes[:, :, 1:-1], scale[:, :, 1:-1], are_values)
+    assert (codes[:, :, [0, -1]] == 99).all() and (scale[:, :, [0, -1]] == 9).all()
+    assert (scales[..., :1] if are_values else scales[..., 1:]).eq(9).all(), "the scale next to it"
+    return codes[:, :, 1:-1].cpu(), scale[:, :, 1:-1].cpu()
+
+
+LAYOUTS = {
+    "contiguous": lambda x: x,
+    "of a projection": lambda x: x.transpose(1, 2).contiguous().transpose(1, 2),
+    "of a fused projection": lambda x: (
+        torch.cat((x, x), 1).transpose(1, 2).contiguous().transpose(1, 2)[:, : x.shape[1]]
+    ),
+    "transposed": lambda x: x.mT.contiguous().mT,
+    "expanded": lambda x: x[:, :1].expand(x.shape),
+}
+
+
+@given(
+    batch=st.integers(0, 2),
+    heads=st.integers(0, 3),
+    tokens=st.integers(0, 5),
+    size=st.sampled_from([0, 1, 3, 6, 16, 77, 128]),
+    dtype=st.sampled_from(DTYPES),
+    layout=st.sampled_from(list(LAYOUTS)),
+    are_values=st.booleans(),
+    exponent=st.integers(-24, 10),
+    seed=st.integers(0, 100),
+)
+def test_states_to_where_they_are_kept(
+    batch: int,
+    heads: int,
+    tokens: int,
+    size: int,
+    dtype: torch.dtype,
+    layout: str,
+    are_values: bool,
+    exponent: int,
+    seed: int,
+    device: str,
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(batch, heads, tokens, size, generator=generator).mul(2.0**exponent).to(dtype)
+    x[torch.rand(batch, heads, tokens, generator=generator) < 0.2] = 0
+    x = LAYOUTS[layout](x.to(device))
+    codes, scale = expected(x.cpu(), amax(x.cpu()))
+    if are_values:
+        scale[amax(x.cpu()).float() / 127 == 0] = 0
+    found_codes, found_scale = kept(x, are_values, device)
+    assert torch.equal(found_scale, scale) and torch.equal(found_codes, codes)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("are_values", [False, True])
+def test_many_states(device: str, are_values: bool, dtype: torch.dtype) -> None:
+    """More than one program, and as many programs as end within a head; the largest magnitudes that have no scale of
+    their own, and the least that have one; a scale that is 1 of numbers that are not 0."""
+    x = torch.randn(2, 3, 37, 64).mul(2.0 ** torch.randint(-10, 10, (2, 3, 37, 1))).to(dtype)
+    x[0, 0, 3], x[1, 2, 36] = 0, 127.0
+    if dtype in (torch.float32, torch.bfloat16):
+        x[0, 1, 5], x[0, 1, 6] = 2.0**-140, 2.0**-133 if dtype == torch.bfloat16 else 2.0**-149
+    codes, scale = expected(x, amax(x))
+    if are_values:
+        scale[(codes == 0).all(-1, keepdim=True) & (scale == 1)] = 0
+    found_codes, found_scale = kept(x.to(device), are_values, device)
+    assert torch.equal(found_scale, scale) and torch.equal(found_codes, codes)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("are_values", [False, True])
+def test_states_that_are_not_finite(device: str, are_values: bool, dtype: torch.dtype) -> None:
+    x = torch.randn(1, 2, 9, 24).to(dtype)
+    x[0, 0, 2, 3], x[0, 1, 4, 0], x[0, 1, 8, 23] = torch.nan, torch.inf, -torch.inf
+    found_codes, found_scale = kept(x.to(device), are_values, device)
+    codes, scale = (part.cpu() for part in quantize_per_token(x.to(device)))
+    assert found_scale[0, 0, 2].isnan() and found_scale[0, 1, [4, 8]].isinf().all()
+    assert torch.equal(found_scale.nan_to_num(0.0), scale.nan_to_num(0.0))
+    assert torch.equal(found_codes, codes)
+
+
+def test_states_are_one_launch(monkeypatch: pytest.MonkeyPatch) -> None:
+    launched: list[tuple[int, ...]] = []
+    monkeypatch.setattr(quantize, "launch", lambda kernel, grid, *args, **meta: launched.append(grid))
+    x = torch.empty(2, 40, 8, 128, device="meta").transpose(1, 2)
+    for are_values in (False, True):
+        quantize_states(x, x.to(torch.int8), x[..., :1].float(), are_values)
+    assert launched == [(80,), (80,)], "640 rows, 8 to a program"
+
+
+def test_states_of_other_shapes_are_the_reference(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Heads that are longer than what is held whole, rows without heads, and codes that are not for what is given."""
+    monkeypatch.setattr(quantize, "launch", None)
+    for x in (torch.randn(1, 2, 2, quantize.LONGEST_ROW + 1, device=device), torch.randn(3, 8, device=device)):
+        codes, scale = torch.empty_like(x, dtype=torch.int8), torch.empty_like(x[..., :1])
+        quantize_states(x, codes, scale, False)
+        assert_same((codes, scale), expected(x.cpu(), amax(x.cpu())))
+    x = torch.randn(1, 2, 3, 8, device=device)
+    with pytest.raises(RuntimeError, match="must match the size"):
+        quantize_states(x, torch.empty(1, 2, 4, 8, dtype=torch.int8, device=device), x[..., :1].clone(), True)
+    with pytest.raises(QuantizeError, match=r"x: dtype is torch\.int64"):
+        quantize_states(x.long(), x.to(torch.int8), x[..., :1].clone(), True)
+
+
+def test_states_are_answered_on_cuda_devices() -> None:
+    assert torch._C._dispatch_has_kernel_for_dispatch_key("octavo::quantize_states", "CUDA")
+    assert reference_of("quantize_states") is attention.quantize_states
 
 
 def test_wrong_inputs(device: str) -> None:
