@@ -54,7 +54,7 @@ def as_cached(key: Tensor, key_scale: Tensor, value: Tensor, value_scale: Tensor
     """The same, both scales of a token behind the codes of its key, as a cache keeps them."""
     size = key.shape[-1]
     width = (size + 3) // 4 * 4
-    packed = torch.empty(*key.shape[:3], width + 8, dtype=torch.int8)
+    packed = key.new_empty(*key.shape[:3], width + 8)
     packed[..., :size], packed[..., width:] = key, torch.cat((key_scale, value_scale), -1).view(torch.int8)
     scales = packed[..., width:].view(torch.float32)
     return packed[..., :size], scales[..., :1], value, scales[..., 1:]

@@ -10,11 +10,16 @@ need the largest p * sv of the whole row, which is known once all keys were seen
 Query heads that share a key stand below each other as rows of one matrix, and so they do in memory already: when one
 token is decoded, a program reads each key once for all of them. Then there are few rows and many keys, and the keys are
 split, in so many parts that the programs fill a GPU. Sums are cut at 131072 keys in any case, to stay within int32.
+
+The int8 products of tensor cores take next to each other what they sum over, and values are not so. For many rows they
+are transposed first. For few, that would take longer than the attention itself: codes and scales are read where a cache
+keeps them, and each program arranges its values as it takes them from shared memory, byte by byte.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import torch
 import triton
@@ -80,13 +85,18 @@ def int8_attention_of_codes(
     if not keys or not y.numel():
         return y.zero_()
     q, q_scale = torch.ops.octavo.quantize_per_token(query)
-    k, k_scale, v_scale = (x.contiguous() for x in (key, key_scale, value_scale))
-    # The int8 products of tensor cores take rows of what they sum over: v stands transposed, its rows at multiples of
-    # 16 bytes. What fills them up is multiplied by codes that are 0.
-    v_rows = torch.empty((batch, kv_heads, width, ceil_div(keys, 16) * 16), dtype=torch.int8, device=query.device)
-    v_rows[..., :keys] = value.mT
-
     shared, groups = heads // kv_heads * rows, batch * kv_heads
+    if shared <= _FEW.rows:
+        k, k_scale, v, v_scale = (_as_it_lies(x) for x in (key, key_scale, value, value_scale))
+    else:
+        k, k_scale, v_scale = (x.contiguous() for x in (key, key_scale, value_scale))
+        # Rows of the transposed v are at multiples of 16 bytes. What fills them up is multiplied by codes that are 0.
+        padded = (batch, kv_heads, width, ceil_div(keys, 16) * 16)
+        v = torch.empty(padded, dtype=torch.int8, device=query.device).mT
+        v[:, :, :keys] = value
+    # A compiler is told of multiples of 16 only: a token of a cache has 8 bytes more, and would be read byte by byte.
+    unit = math.gcd(16, *k.stride()[:3])
+
     tile = _tile_of(shared, max(size, width), mask)
     tiles = ceil_div(shared, tile.rows)
     steps = _steps_of_part(tiles * groups, keys, tile.keys)
@@ -95,23 +105,30 @@ def int8_attention_of_codes(
     statistics = torch.empty((3, parts, groups * shared), dtype=torch.float32, device=query.device)
     strides = (0, 0, 0, 0) if mask is None else broadcast_strides(mask)
     operands = (
-        q, q_scale, k, k_scale, v_scale, mask, scaling, softcap, *strides, rows, shared, groups, heads // kv_heads,
-        kv_heads, size, keys, steps,
+        q, q_scale, k, k_scale, v_scale, mask, scaling, softcap, tuple(stride // unit for stride in k.stride()[:3]),
+        k_scale.stride()[:3], v_scale.stride()[:3], *strides, rows, shared, groups, heads // kv_heads, kv_heads, size,
+        keys, steps,
     )  # fmt: skip
     blocks = {
-        "BLOCK_M": tile.rows, "BLOCK_S": tile.keys, "BLOCK_D": max(32, power_of_two(size)),
+        "UNIT": unit, "BLOCK_M": tile.rows, "BLOCK_S": tile.keys, "BLOCK_D": max(32, power_of_two(size)),
         "num_warps": tile.warps, "num_stages": tile.stages,
     }  # fmt: skip
     block_n = max(16, power_of_two(width))
     launch(_statistics, (tiles * groups * parts,), statistics, *operands, **blocks)
     sums = y if parts == 1 else torch.empty((parts, groups * shared, width), dtype=torch.int32, device=query.device)
     launch(
-        _products, (tiles * groups * parts,), sums, statistics, v_rows, *operands, parts, width, v_rows.shape[3],
+        _products, (tiles * groups * parts,), sums, statistics, v, v.stride(), v.shape[2], *operands, parts, width,
         WHOLE=parts == 1, BLOCK_N=block_n, **blocks,
     )  # fmt: skip
     if parts > 1:
         launch(_add_parts, (groups * shared,), y, sums, statistics, parts, width, BLOCK_N=block_n, num_warps=1)
     return y
+
+
+def _as_it_lies(x: Tensor) -> Tensor:
+    """x [B, KV, S, n], or a copy where what belongs to a token is not next to each other, or 32 bits do not reach from
+    the first token of a head to the last."""
+    return x if x.stride(3) == 1 and x.shape[2] * x.stride(2) < 2**31 else x.contiguous()
 
 
 def _tile_of(rows: int, width: int, mask: Tensor | None) -> Tile:
@@ -137,29 +154,33 @@ def broadcast_strides(mask: Tensor) -> tuple[int, ...]:
 # Not specialized: what changes from one decoded token to the next, or each kind of number would be compiled anew.
 @triton.jit(do_not_specialize=["rows", "shared", "steps"])
 def _statistics(
-    statistics, q, q_scale, k, k_scale, v_scale, mask, scaling, softcap, mask_batch, mask_head, mask_row, mask_key,
-    rows, shared, groups, heads, kv_heads, size, keys, steps,
-    BLOCK_M: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr,
+    statistics, q, q_scale, k, k_scale, v_scale, mask, scaling, softcap, k_strides, k_scale_strides, v_scale_strides,
+    mask_batch, mask_head, mask_row, mask_key, rows, shared, groups, heads, kv_heads, size, keys, steps,
+    UNIT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """m, l and g of a tile of rows, over one part of the keys."""
     row, group, part = _place(shared, groups, BLOCK_M)
     first = part * steps * BLOCK_S
     q_codes, scale = _query(q, q_scale, scaling, row, group, shared, size, BLOCK_D)
     mask_at = _mask_rows(mask_batch, mask_head, mask_row, row, group, rows, shared, heads, kv_heads)
+    k += _first_token(k_strides, group, kv_heads) * UNIT
+    k_scale += _first_token(k_scale_strides, group, kv_heads)
+    v_scale += _first_token(v_scale_strides, group, kv_heads)
     largest = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
     heaviest = tl.zeros((BLOCK_M,), tl.float32)
     for start in range(first, tl.minimum(first + steps * BLOCK_S, keys), BLOCK_S):
         token = start + tl.arange(0, BLOCK_S)
         scores = _scores(
-            q_codes, scale, k, k_scale, mask, mask_at, softcap, mask_key, token, group, size, keys, BLOCK_D
+            q_codes, scale, k, k_scale, k_strides[2] * UNIT, k_scale_strides[2], mask, mask_at, softcap, mask_key,
+            token, size, keys, BLOCK_D,
         )  # fmt: skip
         before, largest = largest, tl.maximum(largest, tl.max(scores, 1))
         origin = tl.where(largest == float("-inf"), 0.0, largest)
         exponentials = tl.exp(scores - origin[:, None])
         shrunk = tl.exp(before - origin)
         total = total * shrunk + tl.sum(exponentials, 1)
-        weights = exponentials * tl.load(v_scale + group * keys + token, mask=token < keys, other=0.0)[None, :]
+        weights = exponentials * tl.load(v_scale + token * v_scale_strides[2], mask=token < keys, other=0.0)[None, :]
         weights = tl.where(weights == weights, weights, float("inf"))  # a maximum may pass NaN over
         heaviest = tl.maximum(_shrink(heaviest, shrunk), tl.max(weights, 1))
     at = statistics + (part.to(tl.int64) * groups + group) * shared + row
@@ -171,34 +192,38 @@ def _statistics(
 
 @triton.jit(do_not_specialize=["rows", "shared", "steps", "parts"])
 def _products(
-    y, statistics, v_rows, q, q_scale, k, k_scale, v_scale, mask, scaling, softcap, mask_batch, mask_head, mask_row,
-    mask_key, rows, shared, groups, heads, kv_heads, size, keys, steps, parts, width, v_row,
-    WHOLE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
+    y, statistics, v, v_strides, readable, q, q_scale, k, k_scale, v_scale, mask, scaling, softcap, k_strides,
+    k_scale_strides, v_scale_strides, mask_batch, mask_head, mask_row, mask_key, rows, shared, groups, heads, kv_heads,
+    size, keys, steps, parts, width,
+    WHOLE: tl.constexpr, UNIT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """y [rows, width] for a tile of rows, or the int32 sums of one part of the keys, y being [parts, rows, width]."""
     row, group, part = _place(shared, groups, BLOCK_M)
     first = part * steps * BLOCK_S
     q_codes, scale = _query(q, q_scale, scaling, row, group, shared, size, BLOCK_D)
     mask_at = _mask_rows(mask_batch, mask_head, mask_row, row, group, rows, shared, heads, kv_heads)
+    k += _first_token(k_strides, group, kv_heads) * UNIT
+    k_scale += _first_token(k_scale_strides, group, kv_heads)
+    v_scale += _first_token(v_scale_strides, group, kv_heads)
     at = group * shared + row
     origin, total, heaviest = _of_all_parts(statistics + at, row < shared, tl.cast(groups, tl.int64) * shared, parts)
     inverse = 127.0 / heaviest
     channel = tl.arange(0, BLOCK_N)
-    v_rows += group * width * v_row
+    v += _first_token(v_strides, group, kv_heads) + channel[None, :] * v_strides[3]
     sums = tl.zeros((BLOCK_M, BLOCK_N), tl.int32)
     for start in range(first, tl.minimum(first + steps * BLOCK_S, keys), BLOCK_S):
         token = start + tl.arange(0, BLOCK_S)
         scores = _scores(
-            q_codes, scale, k, k_scale, mask, mask_at, softcap, mask_key, token, group, size, keys, BLOCK_D
+            q_codes, scale, k, k_scale, k_strides[2] * UNIT, k_scale_strides[2], mask, mask_at, softcap, mask_key,
+            token, size, keys, BLOCK_D,
         )  # fmt: skip
         weights = tl.exp(scores - origin[:, None])
-        weights *= tl.load(v_scale + group * keys + token, mask=token < keys, other=0.0)[None, :]
+        weights *= tl.load(v_scale + token * v_scale_strides[2], mask=token < keys, other=0.0)[None, :]
         # Adding 1.5 * 2 ** 23 leaves the code, rounded half to even, in the lowest bits.
         codes = (tl.minimum(weights * inverse[:, None], 127.0) + 12582912.0).to(tl.int32, bitcast=True).to(tl.int8)
-        values = tl.load(
-            v_rows + channel[None, :] * v_row + token[:, None],
-            mask=(token < v_row)[:, None] & (channel < width)[None, :], other=0,
-        )  # fmt: skip
+        inside = (token < readable)[:, None] & (channel < width)[None, :]
+        values = tl.load(v + token[:, None] * v_strides[2], mask=inside, other=0)
         sums = tl.dot(codes, values, sums, out_dtype=tl.int32)
     mask_y = (row < shared)[:, None] & (channel < width)[None, :]
     if WHOLE:
@@ -254,18 +279,26 @@ def _mask_rows(mask_batch, mask_head, mask_row, row, group, rows, shared, heads,
 
 
 @triton.jit
+def _first_token(strides, group, kv_heads):
+    """How far from the first token of all that of a group of heads is."""
+    number = group.to(tl.int32)
+    return (number // kv_heads).to(tl.int64) * strides[0] + (number % kv_heads).to(tl.int64) * strides[1]
+
+
+@triton.jit
 def _scores(
-    q_codes, scale, k, k_scale, mask, mask_at, softcap, mask_key, token, group, size, keys, BLOCK_D: tl.constexpr
+    q_codes, scale, k, k_scale, k_token, k_scale_token, mask, mask_at, softcap, mask_key, token, size, keys,
+    BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Scores of the rows for BLOCK_S keys, in fp32; -inf for a key that the mask forbids or that is not there. Within
     the keys of one group 32 bits are enough."""
     channel = tl.arange(0, BLOCK_D)
     k_codes = tl.load(
-        k + group * keys * size + token[None, :] * size + channel[:, None],
+        k + token[None, :] * k_token + channel[:, None],
         mask=(token < keys)[None, :] & (channel < size)[:, None], other=0,
     )  # fmt: skip
     scores = tl.dot(q_codes, k_codes, out_dtype=tl.int32).to(tl.float32)
-    scores *= scale[:, None] * tl.load(k_scale + group * keys + token, mask=token < keys, other=0.0)[None, :]
+    scores *= scale[:, None] * tl.load(k_scale + token * k_scale_token, mask=token < keys, other=0.0)[None, :]
     if softcap is not None:
         # tanh(x) = 1 - 2 / (exp(2 x) + 1)
         cap = tl.cast(softcap, tl.float32)

@@ -197,9 +197,15 @@ def heads(
 
 
 def int8_attention_of_codes_calls() -> Iterator[tuple[Any, ...]]:
-    """The kernels of `int8_attention`: one call shows that they are started."""
-    query, key, value, *rest = heads(1, 4096, 128, 128, BF16, None)
-    yield query, *in_a_cache(key, value), *rest
+    """Decode and drafts of a few tokens, whose keys and values are read where a cache keeps them, and a prompt."""
+    for size, width, keys in ((64, 64, 4096), (128, 128, 4096), (128, 128, 4001), (80, 80, 4096), (192, 128, 4096)):
+        query, key, value, *rest = heads(1, keys, size, width, BF16, None)
+        yield query, *in_a_cache(key, value), *rest
+    for rows, dtype in ((1, BF16), (4, FP16), (4, FP32), (512, BF16)):
+        query, key, value, *rest = heads(rows, 4096, 128, 128, dtype, torch.empty((1, 1, rows, 4096), dtype=dtype))
+        yield query, *in_a_cache(key, value), *rest
+    query, key, value, *rest = heads(4, 4096, 256, 256, BF16, torch.empty((1, 1, 4, 4096), dtype=torch.bool))
+    yield query, *in_a_cache(key, value), *rest, 50.0
 
 
 def float_attention_of_codes_calls() -> Iterator[tuple[Any, ...]]:

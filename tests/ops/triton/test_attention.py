@@ -10,10 +10,11 @@ from torch import Tensor
 
 from octavo.errors import QuantizeError
 from octavo.ops import attention as composition
+from octavo.ops import quantize_per_token
 from octavo.ops.triton import attention
 from octavo.ops.triton.attention import int8_attention
 from tests.ops.simulated_attention import fake_int8_attention
-from tests.ops.test_attention import assert_same_codes, causal, exact, heads, in_integers, sqnr_db
+from tests.ops.test_attention import as_cached, assert_same_codes, causal, exact, heads, in_integers, sqnr_db
 
 
 def computed(
@@ -43,6 +44,77 @@ def test_codes_have_the_bits_of_what_they_were(device: str) -> None:
     rows = torch.cat([keys[0], keys[0]], -1)[..., :24]  # as they lie in a cache, further apart
     y = attention.int8_attention_of_codes(query, rows, keys[1], *values, None, 0.2, None)
     assert torch.equal(y, int8_attention(query, key, value, None, 0.2))
+
+
+def in_room(key: Tensor, value: Tensor) -> list[Tensor]:
+    """Codes and scales as a cache keeps them, with tokens behind them that nobody may read."""
+    spoilt = torch.full_like(key[:, :, :5], 100.0), torch.full_like(value[:, :, :5], torch.inf)
+    keys, values = (torch.cat(pair, 2) for pair in zip((key, value), spoilt, strict=True))
+    cached = as_cached(*quantize_per_token(keys), *composition.value_codes(values))
+    return [x[:, :, : key.shape[2]] for x in cached]
+
+
+def assert_same_bits(y: Tensor, expected: Tensor, device: str) -> None:
+    """On a GPU nearly: where strides differ a compiler may lay rows out anew, and sum in another order."""
+    assert torch.equal(y, expected) if device == "cpu" else assert_same_codes(y, expected) is None
+
+
+@pytest.mark.parametrize(
+    ("shared", "rows", "tokens", "size", "width", "parts", "softcap"),
+    [
+        (1, 1, 130, 64, 64, 3, None),
+        (4, 1, 257, 24, 20, 2, 1.5),
+        (3, 5, 96, 6, 6, 1, None),
+        (2, 8, 70, 130, 33, 2, None),
+        (2, 9, 77, 24, 20, 1, 1.5),
+    ],
+)
+def test_a_cache_is_read_as_it_lies(
+    shared: int, rows: int, tokens: int, size: int, width: int, parts: int, softcap: float | None,
+    monkeypatch: pytest.MonkeyPatch, device: str,
+) -> None:  # fmt: skip
+    """Up to 16 rows of a key head, and more, for which keys and values are laid out anew."""
+    monkeypatch.setattr(attention, "_PROGRAMS", 4 * parts)
+    monkeypatch.setattr(attention, "_LEAST_KEYS", 1)
+    query, key, value = heads(2, 2, shared, rows, tokens, size, width)
+    value[:, :, 3] = 0
+    mask = causal(rows, tokens) & (torch.arange(tokens) > 40)
+    cached = in_room(key.to(device), value.to(device))
+    dense = [x.contiguous() for x in cached]
+    for operand in (None, mask, torch.zeros(mask.shape).masked_fill(~mask, -torch.inf)):
+        rest = (None if operand is None else operand.to(device), 0.2, softcap)
+        y, same = (
+            attention.int8_attention_of_codes(query.to(device), *codes, *rest).cpu() for codes in (cached, dense)
+        )
+        assert_same_bits(y, same, device)
+        expected = composition.int8_attention_of_codes(query, *(x.cpu() for x in dense), operand, 0.2, softcap)
+        assert_same_codes(y, expected)
+
+
+def test_few_rows_compute_what_they_do_among_many(device: str) -> None:
+    """Of many rows values are transposed beforehand."""
+    query, key, value = (x.to(device) for x in heads(2, 2, 2, 20, 200, 40, 24))
+    many = int8_attention(query, key, value, None, 0.2).cpu()
+    few = int8_attention(query[:, :, :3], key, value, None, 0.2).cpu()
+    assert_same_bits(few, many[:, :, :3], device)
+
+
+def test_of_a_cache_nothing_is_copied(monkeypatch: pytest.MonkeyPatch) -> None:
+    launched: list[tuple[object, ...]] = []
+    monkeypatch.setattr(attention, "launch", lambda kernel, grid, *args, **meta: launched.append(args))
+    query, key, value = heads(1, 2, 4, 4, 512, 24, 24)
+    k, k_scale, v, v_scale = in_room(key, value)
+    attention.int8_attention_of_codes(query, k, k_scale, v, v_scale, None, 0.2, None)
+    statistics, products, _ = ([id(one) for one in args] for args in launched)
+    assert {id(k), id(k_scale), id(v_scale)} < set(statistics)
+    assert {id(k), id(k_scale), id(v_scale), id(v)} < set(products)
+
+
+def test_what_32_bits_do_not_reach_is_copied() -> None:
+    tokens_first = torch.empty_strided((1, 1, 3, 8), (8, 8, 2**30, 1), device="meta", dtype=torch.int8)
+    assert attention._as_it_lies(tokens_first).is_contiguous()
+    assert attention._as_it_lies(tokens_first[:, :, :1]).stride(2) == 2**30
+    assert attention._as_it_lies(tokens_first.new_empty(1, 1, 8, 3).mT).is_contiguous()
 
 
 @given(
