@@ -14,6 +14,7 @@ More rows (a prompt) are torch's, over dequantized keys and values: it is produc
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import torch
 import triton
@@ -83,13 +84,17 @@ def float_attention_of_codes(
     sums = torch.empty((parts, groups * shared, width), dtype=torch.float32, device=query.device)
     statistics = torch.empty((2, parts, groups * shared), dtype=torch.float32, device=query.device)
     key, value = (x if x.stride(3) == 1 else x.contiguous() for x in (key, value))
-    strides = [s for x in (key, key_scale, value, value_scale) for s in x.stride()[:3]]
+    # A compiler is told of multiples of 16 only: a token of a cache has 8 bytes more, and would be read byte by byte.
+    # In fp32, which tensor cores do not multiply, it is: wider loads leave too few registers there.
+    unit = 1 if query.dtype == torch.float32 else math.gcd(16, *key.stride()[:3])
+    strides = [s // unit for s in key.stride()[:3]]
+    strides += [s for x in (key_scale, value, value_scale) for s in x.stride()[:3]]
     of_mask = (0, 0, 0, 0) if mask is None else broadcast_strides(mask)
     block_n = max(16, power_of_two(width))
     launch(
         _parts, (groups * parts,), sums, statistics, query.contiguous(), key, key_scale, value, value_scale, mask,
         scaling, *strides, *of_mask, rows, shared, groups, heads // kv_heads, kv_heads, size, width, tokens, steps,
-        parts, CAUSAL=is_causal, BLOCK_M=_ROWS, BLOCK_S=tile.tokens, BLOCK_D=max(16, power_of_two(size)),
+        parts, CAUSAL=is_causal, UNIT=unit, BLOCK_M=_ROWS, BLOCK_S=tile.tokens, BLOCK_D=max(16, power_of_two(size)),
         BLOCK_N=block_n, num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     launch(_join, (groups * shared,), y, sums, statistics, parts, width, BLOCK_N=block_n, num_warps=1)
@@ -108,7 +113,8 @@ def _parts(
     sums, statistics, q, k, k_scale, v, v_scale, mask, scaling, k_batch, k_head, k_token, k_scale_batch, k_scale_head,
     k_scale_token, v_batch, v_head, v_token, v_scale_batch, v_scale_head, v_scale_token, mask_batch, mask_head,
     mask_row, mask_token, rows, shared, groups, heads, kv_heads, size, width, tokens, steps, parts,
-    CAUSAL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
+    CAUSAL: tl.constexpr, UNIT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """m, l and the products of one group of heads, over one part of the tokens."""
     group, part = tl.program_id(0) // parts, tl.program_id(0) % parts
@@ -119,7 +125,7 @@ def _parts(
     query = tl.load(
         q + at[:, None] * size + channel[None, :], mask=there[:, None] & (channel < size)[None, :], other=0.0
     )
-    k += batch * k_batch + head * k_head
+    k += (batch * k_batch + head * k_head) * UNIT
     v += batch * v_batch + head * v_head
     k_scale += batch * k_scale_batch + head * k_scale_head
     v_scale += batch * v_scale_batch + head * v_scale_head
@@ -134,8 +140,9 @@ def _parts(
         token = start + tl.arange(0, BLOCK_S)
         inside = token < tokens
         keys = tl.load(
-            k + token[None, :] * k_token + channel[:, None], mask=inside[None, :] & (channel < size)[:, None], other=0
-        )
+            k + token[None, :] * (k_token * UNIT) + channel[:, None],
+            mask=inside[None, :] & (channel < size)[:, None], other=0,
+        )  # fmt: skip
         scores = tl.dot(query, keys.to(query.dtype), input_precision="ieee")
         scores *= tl.load(k_scale + token * k_scale_token, mask=inside, other=0.0)[None, :] * scaling
         allowed = inside[None, :] & there[:, None]

@@ -23,11 +23,10 @@ def quantized(key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
 
 
 def check(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, is_causal: bool, device: str) -> None:
-    operands = quantized(key, value)
-    y = float_attention_of_codes(
-        query.to(device), *(x.to(device) for x in operands), None if mask is None else mask.to(device), 0.3, is_causal
-    ).cpu()
-    k, v = (codes.double() * scale for codes, scale in (operands[:2], operands[2:]))
+    operands = quantized(key.to(device), value.to(device))
+    mask_there = None if mask is None else mask.to(device)
+    y = float_attention_of_codes(query.to(device), *operands, mask_there, 0.3, is_causal).cpu()
+    k, v = (codes.cpu().double() * scale.cpu() for codes, scale in (operands[:2], operands[2:]))
     allowed = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool).tril() if is_causal else mask
     expected = exact(query, k, v, allowed, 0.3)
     assert y.dtype == query.dtype and y.shape == expected.shape and y.is_contiguous()
