@@ -7,17 +7,14 @@ reordered, is transformers' code.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import inspect
-import types
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.hooks import RemovableHandle
 from transformers import Cache, DynamicCache, PreTrainedConfig, PreTrainedModel
 
 from octavo.errors import OctavoError
@@ -93,70 +90,67 @@ def argument_of(model: PreTrainedModel) -> str:
 def keep(model: PreTrainedModel, make: Make) -> Handle:
     """From now on the model keeps what `make` gives wherever it would make a cache of its own: in `generate`, and in a
     forward that is given none, unless `use_cache` is False. A cache that it is given, or told to make by
-    `cache_implementation`, stays what it is. Of two such calls the later one holds.
+    `cache_implementation`, stays what it is. Of several such calls the last one holds whose handle was not removed.
 
-    Raises: OctavoError for a model without a key-value cache, and what `make` raises.
+    make: something that can be pickled, as the model then can. Raises: OctavoError for a model without a key-value
+        cache, and what `make` raises.
     """
     argument = argument_of(model)
     make(model.config)  # raises, or warns, now
-    place = list(inspect.signature(model.forward).parameters).index(argument)
-    give = functools.partial(_with_cache, make, argument)
-    forward = functools.partial(_forward_with_cache, give, place)
-    hook = model.register_forward_pre_hook(forward, with_kwargs=True, prepend=True)  # of several the last gives one
-    before = vars(model).get("generate")
-    generate = functools.partial(_generate_with_cache, give)
-    vars(model)["generate"] = types.MethodType(generate, model)  # of a copy of the model the copy's
-    return Handle(model, hook, before)
+    return Handle(model, make, argument)
 
 
-def _generate_with_cache(give: Callable[..., Any], model: Any, *args: Any, **kwargs: Any) -> Any:
-    given = args[1] if len(args) > 1 else kwargs.get("generation_config")
-    configs = (given, model.generation_config)  # what the first does not say, the second does
-    implementation = _told("cache_implementation", kwargs, configs)
-    if not _is_given(kwargs) and implementation in (None, "hybrid"):  # older checkpoints' word for what is made anyway
-        kwargs = give(model, configs, kwargs)
-    return type(model).generate(model, *args, **kwargs)
+class Handle:
+    """Of a model that keeps a cache of this package, until `remove()`.
 
+    What runs in the model are its methods, which are copied and pickled with the model. Where there are several, each
+    passes on what it was not asked for: the last one comes first.
+    """
 
-def _forward_with_cache(
-    give: Callable[..., Any], place: int, model: Any, args: Any, kwargs: dict[str, Any]
-) -> tuple[Any, dict[str, Any]] | None:
-    if _is_given(kwargs) or len(args) > place:
-        return None
-    return args, give(model, (model.config.get_text_config(decoder=True),), kwargs)
+    def __init__(self, model: PreTrainedModel, make: Make, argument: str) -> None:
+        self.model, self._make, self._argument = model, make, argument
+        self._place = list(inspect.signature(model.forward).parameters).index(argument)
+        self._hook = model.register_forward_pre_hook(self._forward, with_kwargs=True, prepend=True)
+        self._generate_before: Callable[..., Any] | None = vars(model).get("generate")
+        self._is_removed = False
+        vars(model)["generate"] = self._generate
 
+    def remove(self) -> None:
+        """The model's caches are what they would be had it not been told to keep this one."""
+        self._hook.remove()
+        self._is_removed = True
+        own = vars(self.model)
+        while isinstance(last := getattr(own.get("generate"), "__self__", None), Handle) and last._is_removed:
+            del own["generate"]
+            if last._generate_before is not None:
+                own["generate"] = last._generate_before
 
-def _is_given(kwargs: Mapping[str, Any]) -> bool:
-    return any(kwargs.get(name) is not None for name in CACHE_NAMES)
+    def _generate(self, *args: Any, **kwargs: Any) -> Any:
+        model: Any = self.model
+        given = args[1] if len(args) > 1 else kwargs.get("generation_config")
+        configs = (given, model.generation_config)  # what the first does not say, the second does
+        implementation = _told("cache_implementation", kwargs, configs)
+        if not self._is_removed and implementation in (None, "hybrid"):  # older checkpoints' word for the usual one
+            kwargs = self._with_cache(model, configs, kwargs)
+        if self._generate_before is not None:
+            return self._generate_before(*args, **kwargs)
+        return type(model).generate(model, *args, **kwargs)
+
+    def _forward(self, model: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
+        if len(args) > self._place:
+            return None
+        return args, self._with_cache(model, (model.config.get_text_config(decoder=True),), kwargs)
+
+    def _with_cache(self, model: Any, configs: Iterable[Any], kwargs: dict[str, Any]) -> dict[str, Any]:
+        if any(kwargs.get(name) is not None for name in CACHE_NAMES) or _told("use_cache", kwargs, configs) is False:
+            return kwargs
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # it was said when the model was told to
+            cache = self._make(model.config)
+        return {**kwargs, "use_cache": True, self._argument: cache}
 
 
 def _told(name: str, kwargs: Mapping[str, Any], configs: Iterable[Any]) -> Any:
     """What arguments say of `name`, or the first of the configs that says anything; None if nothing does."""
     values = (kwargs.get(name), *(getattr(config, name, None) for config in configs))
     return next((value for value in values if value is not None), None)
-
-
-def _with_cache(
-    make: Make, argument: str, model: Any, configs: Iterable[Any], kwargs: dict[str, Any]
-) -> dict[str, Any]:
-    if _told("use_cache", kwargs, configs) is False:
-        return kwargs
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # it was said when the model was told to
-        return {**kwargs, "use_cache": True, argument: make(model.config)}
-
-
-@dataclasses.dataclass(frozen=True)
-class Handle:
-    """Of a model that keeps a cache of this package."""
-
-    model: PreTrainedModel
-    hook: RemovableHandle
-    generate_before: Callable[..., Any] | None
-
-    def remove(self) -> None:
-        """The model's caches are again what they were."""
-        self.hook.remove()
-        vars(self.model).pop("generate", None)
-        if self.generate_before is not None:
-            vars(self.model)["generate"] = self.generate_before

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
+import itertools
+import pickle
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from tests.integrations.test_int8_cache import built, in_pieces
 from tests.tiny_models import llama, tokens
@@ -74,21 +79,75 @@ def test_what_a_model_is_told_of_caches_is_heeded(use: Any) -> None:
         assert isinstance(getattr(model(ids, use_cache=True), name), FloatCache | Int8Cache)
 
 
+def kept(model: Any, ids: Tensor, **how: Any) -> set[type]:
+    """The caches of a forward, and of what the model writes."""
+    options = {"max_new_tokens": 3, "do_sample": False, "pad_token_id": 0, "return_dict_in_generate": True, **how}
+    with torch.no_grad():
+        outputs = model(ids), model.generate(ids, **options)
+    return {type(getattr(output, str(cache_name(model)))) for output in outputs}
+
+
 def test_of_two_caches_the_one_that_was_asked_for_last_is_kept() -> None:
     model, ids = built(llama), tokens(2, 9)
-    name = str(cache_name(model))
-    options = {"max_new_tokens": 3, "do_sample": False, "pad_token_id": 0, "return_dict_in_generate": True}
-
-    def kept() -> set[type]:
-        with torch.no_grad():
-            return {type(getattr(output, name)) for output in (model(ids), model.generate(ids, **options))}
-
     first, second = use_float_cache(model), use_int8_cache(model)
-    assert kept() == {Int8Cache}
+    assert kept(model, ids) == {Int8Cache}
     second.remove()
-    assert kept() == {FloatCache}
+    assert kept(model, ids) == {FloatCache}
     first.remove()
-    assert kept() == {transformers.DynamicCache}
+    assert kept(model, ids) == {transformers.DynamicCache}
+
+
+@pytest.mark.parametrize("order", list(itertools.permutations(range(3))))
+def test_handles_are_removed_in_any_order(order: tuple[int, ...]) -> None:
+    model, ids = built(llama), tokens(2, 9)
+    asked = {0: use_float_cache(model), 1: use_int8_cache(model), 2: use_float_cache(model)}
+    for number in order:
+        handle = asked.pop(number)
+        handle.remove()
+        handle.remove()
+        last = max(asked, default=None)
+        assert kept(model, ids) == {{None: transformers.DynamicCache, 1: Int8Cache}.get(last, FloatCache)}
+    assert "generate" not in vars(model) and not model._forward_pre_hooks
+
+
+def test_what_somebody_else_put_in_the_place_of_generate_stays() -> None:
+    model, ids, calls = built(llama), tokens(2, 9), []
+
+    def counted(generate: Callable[..., Any]) -> Callable[..., Any]:
+        def count(*args: Any, **kwargs: Any) -> Any:
+            calls.append(kwargs)
+            return generate(*args, **kwargs)
+
+        return count
+
+    below = model.generate = counted(model.generate)
+    handle = use_float_cache(model)
+    assert kept(model, ids) == {FloatCache} and len(calls) == 1
+    above = model.generate = counted(model.generate)
+    assert kept(model, ids) == {FloatCache} and len(calls) == 3
+    handle.remove()
+    assert model.generate is above and kept(model, ids) == {transformers.DynamicCache}
+    model.generate = below
+    use_int8_cache(model).remove()
+    assert model.generate is below
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+@pytest.mark.parametrize("use", [use_float_cache, use_int8_cache])
+def test_a_model_that_keeps_one_is_copied_and_pickled(use: Any, copied: Callable[[Any], Any]) -> None:
+    model, ids = built(llama), tokens(2, 9)
+    expected = kept(model, ids)
+    own = use(model)
+    other = copied(model)
+    assert kept(other, ids) == kept(model, ids) != expected
+    own.remove()
+    assert kept(model, ids) == expected and kept(other, ids) != expected, "each is its own model"
+    again = use_int8_cache(other)
+    assert kept(other, ids) == {Int8Cache}
+    again.remove()
+    assert kept(other, ids) != expected
+    other.generate.__self__.remove()
+    assert kept(other, ids) == expected
 
 
 def test_room() -> None:
