@@ -147,6 +147,8 @@ class Handle:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # it was said when the model was told to
             cache = self._make(model.config)
+        if _told("is_assistant", kwargs, configs):
+            cache.activate_past_recording()  # tokens that an assistant guessed wrongly are taken back
         return {**kwargs, "use_cache": True, self._argument: cache}
 
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.integrations.test_int8_cache import built, in_pieces
+from tests.integrations.test_int8_cache import built, in_pieces, mistral
 from tests.tiny_models import llama, tokens
 
 transformers = pytest.importorskip("transformers")
@@ -148,6 +148,23 @@ def test_a_model_that_keeps_one_is_copied_and_pickled(use: Any, copied: Callable
     assert kept(other, ids) != expected
     other.generate.__self__.remove()
     assert kept(other, ids) == expected
+
+
+@pytest.mark.parametrize("assistant", ["it", "another", "both"])
+@pytest.mark.parametrize("use", [use_float_cache, use_int8_cache])
+@pytest.mark.parametrize("make", [llama, mistral])
+def test_an_assistant_keeps_one(make: Callable[..., Any], use: Any, assistant: str) -> None:
+    """What an assistant guesses changes nothing of what is written, and of a window's tokens some are taken back."""
+    model, helper, ids = built(make), built(make), tokens(1, 9)
+    options = {"max_new_tokens": 20, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    if assistant != "another":
+        use(model)
+    expected = model.generate(ids, **options)
+    if assistant != "it":
+        use(helper)
+    with torch.no_grad():
+        helper.lm_head.weight += 0.01 * torch.randn_like(helper.lm_head.weight)  # now and then it guesses wrongly
+    assert torch.equal(model.generate(ids, assistant_model=helper, **options), expected)
 
 
 def test_room() -> None:
