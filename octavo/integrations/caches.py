@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 import inspect
-import warnings
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -96,7 +95,7 @@ def keep(model: PreTrainedModel, make: Make) -> Handle:
         cache, and what `make` raises.
     """
     argument = argument_of(model)
-    make(model.config)  # raises, or warns, now
+    make(model.config)  # raises now
     return Handle(model, make, argument)
 
 
@@ -144,9 +143,7 @@ class Handle:
     def _with_cache(self, model: Any, configs: Iterable[Any], kwargs: dict[str, Any]) -> dict[str, Any]:
         if any(kwargs.get(name) is not None for name in CACHE_NAMES) or _told("use_cache", kwargs, configs) is False:
             return kwargs
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # it was said when the model was told to
-            cache = self._make(model.config)
+        cache = self._make(model.config)
         if _told("is_assistant", kwargs, configs):
             cache.activate_past_recording()  # tokens that an assistant guessed wrongly are taken back
         return {**kwargs, "use_cache": True, self._argument: cache}

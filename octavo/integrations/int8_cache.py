@@ -45,7 +45,7 @@ class Int8Cache(Cache):
     """
 
     def __init__(self, config: PreTrainedConfig) -> None:
-        layers = [_int8_layer(layer) for layer in empty_layers(config, Int8Cache)]
+        layers = _int8_layers(config)
         name = config.get_text_config(decoder=True)._attn_implementation
         if name not in (attention.NAME, float_attention.NAME):
             warnings.warn(
@@ -55,6 +55,17 @@ class Int8Cache(Cache):
                 stacklevel=2,
             )
         super().__init__(layers=layers)
+
+
+def _untold(config: PreTrainedConfig) -> Int8Cache:
+    """One more, of which there is nothing to warn that was not said before."""
+    cache = object.__new__(Int8Cache)
+    Cache.__init__(cache, layers=_int8_layers(config))
+    return cache
+
+
+def _int8_layers(config: PreTrainedConfig) -> list[Any]:
+    return [_int8_layer(layer) for layer in empty_layers(config, Int8Cache)]
 
 
 def _int8_layer(layer: Any) -> Any:
@@ -157,4 +168,5 @@ def use_int8_cache(model: PreTrainedModel) -> Handle:
     """
     argument_of(model)
     float_attention.use_float_attention(model)
-    return keep(model, Int8Cache)
+    Int8Cache(model.config)  # warns, once
+    return keep(model, _untold)

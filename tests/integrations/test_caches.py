@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import copy
 import inspect
 import itertools
@@ -19,6 +20,7 @@ from tests.tiny_models import llama, tokens
 
 transformers = pytest.importorskip("transformers")
 
+from octavo.integrations import caches, int8_cache  # noqa: E402
 from octavo.integrations.caches import has_room, room_for  # noqa: E402
 from octavo.integrations.float_cache import FloatCache, use_float_cache  # noqa: E402
 from octavo.integrations.int8_cache import Int8Cache, use_int8_cache  # noqa: E402
@@ -165,6 +167,32 @@ def test_an_assistant_keeps_one(make: Callable[..., Any], use: Any, assistant: s
     with torch.no_grad():
         helper.lm_head.weight += 0.01 * torch.randn_like(helper.lm_head.weight)  # now and then it guesses wrongly
     assert torch.equal(model.generate(ids, assistant_model=helper, **options), expected)
+
+
+@pytest.mark.parametrize("use", [use_float_cache, use_int8_cache])
+def test_threads_write_at_once(use: Any) -> None:
+    model, prompts = built(llama), [tokens(1, size) for size in (3, 5, 7, 9)]
+    options = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0}
+    use(model)
+    expected = [model.generate(ids, **options) for ids in prompts]
+    with concurrent.futures.ThreadPoolExecutor(len(prompts)) as threads:
+        written = list(threads.map(lambda ids: model.generate(ids, **options), prompts * 3))
+    assert all(torch.equal(one, other) for one, other in zip(written, expected * 3, strict=True))
+
+
+def test_what_was_said_is_not_said_again_and_nothing_else_is_silenced(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Filters of warnings are those of all threads."""
+    model, ids, seen = built(llama), tokens(2, 9), []
+
+    def layers(*args: Any) -> list[Any]:
+        seen.append(list(warnings.filters))
+        return caches.empty_layers(*args)
+
+    model.set_attn_implementation("eager")
+    with pytest.warns(UserWarning, match="attention is computed by 'eager'"):
+        use_int8_cache(model)
+    monkeypatch.setattr(int8_cache, "empty_layers", layers)
+    assert kept(model, ids) == {Int8Cache} and seen == [list(warnings.filters)] * 2
 
 
 def test_room() -> None:
