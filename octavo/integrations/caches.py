@@ -136,7 +136,8 @@ class Handle:
         return type(model).generate(model, *args, **kwargs)
 
     def _forward(self, model: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
-        if len(args) > self._place:
+        # The outputs of DataParallel's replicas are joined, and of caches it knows only transformers' own how to be.
+        if len(args) > self._place or getattr(model, "_is_replica", False):
             return None
         return args, self._with_cache(model, (model.config.get_text_config(decoder=True),), kwargs)
 

@@ -195,6 +195,16 @@ def test_what_was_said_is_not_said_again_and_nothing_else_is_silenced(monkeypatc
     assert kept(model, ids) == {Int8Cache} and seen == [list(warnings.filters)] * 2
 
 
+@pytest.mark.parametrize("use", [use_float_cache, use_int8_cache])
+def test_replicas_of_a_model_keep_what_their_outputs_can_be_joined_of(use: Any) -> None:
+    model = built(llama)
+    use(model)
+    replica = model._replicate_for_data_parallel()
+    with torch.no_grad():
+        cache = getattr(replica(tokens(2, 9)), str(cache_name(model)))
+    assert type(cache) is transformers.DynamicCache
+
+
 def test_room() -> None:
     room = torch.zeros(2, 3, 10, 4)
     assert has_room(room, room[:, :, :7], 10) and not has_room(room, room[:, :, :7], 11)
