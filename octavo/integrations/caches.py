@@ -15,11 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedConfig, PreTrainedModel
+from transformers.cache_utils import DynamicLayer
 
 from octavo.errors import OctavoError
 from octavo.integrations.language_model import CACHE_NAMES, cache_name
 
-__all__ = ["Handle", "argument_of", "empty_layers", "has_room", "instead", "keep", "room_for"]
+__all__ = ["Handle", "Room", "RoomyLayer", "argument_of", "empty_layers", "has_room", "instead", "keep", "room_for"]
 
 Make = Callable[[PreTrainedConfig], Cache]
 """An empty cache for a model of this config."""
@@ -47,15 +48,69 @@ def instead(layer: Any, of_update: Mapping[Any, type]) -> Any:
     what else it keeps as `layer` does; None if there is no such class."""
     if (own := of_update.get(type(layer).update)) is None:
         return None
-    new: Any = object.__new__(_both(own, type(layer)))  # type: ignore[arg-type]  # mypy takes a class for no key
+    new = _blank(own, type(layer))
     vars(new).update(vars(layer))
     return new
+
+
+def _blank(own: type, cls: type) -> Any:
+    return object.__new__(_both(own, cls))  # type: ignore[arg-type]  # mypy takes a class for no key
 
 
 @functools.cache
 def _both(own: type, cls: type) -> type:
     # Else transformers would take it, from now on, for what caches of this type of layer are made of.
-    return type(f"{own.__name__.removesuffix('Layer')}{cls.__name__}", (own, cls), {"_layer_type": None})
+    more = {"_layer_type": None, "_made_of": (own, cls), "__reduce_ex__": _reduced}
+    return type(f"{own.__name__.removesuffix('Layer')}{cls.__name__}", (own, cls), more)
+
+
+def _reduced(layer: Any, protocol: Any) -> tuple[Any, ...]:
+    """For copies and files: what the layer's class is made of, for it can be imported from nowhere, and what it holds,
+    without the room behind that."""
+    state = vars(layer)
+    if state.get("_room") is not None:
+        state = {**state, "_room": None, "keys": layer.keys.clone(), "values": layer.values.clone()}
+    return _blank, layer._made_of, state
+
+
+class RoomyLayer(DynamicLayer):
+    """The keys and values of a layer of full attention, with room behind them."""
+
+    keys: Tensor
+    values: Tensor
+    _room: Any = None
+
+    def reset(self) -> None:
+        super().reset()
+        self._room = None
+
+
+class Room:
+    """Memory of a layer for keys and values, [B, KV, more, D] each, which begins with those that it holds.
+
+    Others may look at it, too: at what was there before a `crop`, or through a copy of the layer's attributes.
+    transformers' own cache leaves all that as it is. So tokens come behind all that ever were here, and in the place of
+    some only if nobody else has a view of the memory, as when guesses are taken back at each step.
+
+    written: how many tokens ever were here.
+    """
+
+    def __init__(self, keys: Tensor, values: Tensor) -> None:
+        self.keys, self.values = keys, values
+        self.written = 0
+        self._own_views = self._views()
+
+    def takes(self, keys: Tensor, values: Tensor, tokens: int) -> bool:
+        """Whether so many tokens can be here, of which the first are what the layer holds: `keys` and `values`."""
+        if not (has_room(self.keys, keys, tokens) and has_room(self.values, values, tokens)):
+            return False
+        return keys.shape[2] == self.written or self._views() == [own + 1 for own in self._own_views] != []
+
+    def _views(self) -> list[int]:
+        """How many tensors lie in the memory of keys, and of values, give or take what is the same at any time; empty
+        where torch does not tell."""
+        count = getattr(torch._C, "_storage_Use_Count", None)  # torch has no public name for it
+        return [count(one.untyped_storage()._cdata) for one in (self.keys, self.values)] if count else []
 
 
 def room_for(tokens: int) -> int:

@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import Cache, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
-from octavo.integrations.caches import Handle, empty_layers, has_room, instead, keep, room_for
+from octavo.integrations.caches import Handle, Room, RoomyLayer, empty_layers, instead, keep, room_for
 
 __all__ = ["FloatCache", "use_float_cache"]
 
@@ -33,12 +33,10 @@ class FloatCache(Cache):
         super().__init__(layers=[instead(layer, {DynamicLayer.update: FloatLayer}) or layer for layer in layers])
 
 
-class FloatLayer(DynamicLayer):
-    """The keys and values of a layer of full attention, with room behind them."""
+class FloatLayer(RoomyLayer):
+    """The keys and values of a layer of full attention as they are computed."""
 
-    keys: Tensor
-    values: Tensor
-    _room: tuple[Tensor, Tensor] | None = None
+    _room: Room | None = None
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Keep these, of tokens that follow; all keys and values so far, [B, KV, S, D] each."""
@@ -52,12 +50,12 @@ class FloatLayer(DynamicLayer):
             return kept
         total = before + key_states.shape[2]
         room = self._room
-        if room is None or not all(has_room(one, states, total) for one, states in zip(room, held, strict=True)):
+        if room is None or not room.takes(*held, total):
             self._room = room = _room_like(new, room_for(total))
             if before:
                 _write(room, held, 0)
         _write(room, new, before)
-        self.keys, self.values = (one.narrow(2, 0, total) for one in room)
+        self.keys, self.values = room.keys.narrow(2, 0, total), room.values.narrow(2, 0, total)
         return self.keys, self.values
 
 
@@ -74,14 +72,14 @@ def _can_be_written(held: tuple[Tensor, Tensor], new: tuple[Tensor, Tensor]) -> 
     )
 
 
-def _room_like(states: tuple[Tensor, Tensor], tokens: int) -> tuple[Tensor, Tensor]:
-    key, value = (one.new_empty((*one.shape[:2], tokens, one.shape[3])) for one in states)
-    return key, value
+def _room_like(states: tuple[Tensor, Tensor], tokens: int) -> Room:
+    return Room(*(one.new_empty((*one.shape[:2], tokens, one.shape[3])) for one in states))
 
 
-def _write(room: tuple[Tensor, Tensor], states: tuple[Tensor, Tensor], at: int) -> None:
-    for one, new in zip(room, states, strict=True):
+def _write(room: Room, states: tuple[Tensor, Tensor], at: int) -> None:
+    for one, new in zip((room.keys, room.values), states, strict=True):
         one.narrow(2, at, new.shape[2]).copy_(new)
+    room.written = at + states[0].shape[2]
 
 
 def use_float_cache(model: PreTrainedModel) -> Handle:

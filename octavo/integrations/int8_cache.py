@@ -27,7 +27,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from octavo import ops
 from octavo.errors import OctavoError
 from octavo.integrations import attention, float_attention
-from octavo.integrations.caches import Handle, argument_of, empty_layers, has_room, instead, keep, room_for
+from octavo.integrations.caches import Handle, Room, RoomyLayer, argument_of, empty_layers, instead, keep, room_for
 from octavo.integrations.int8_states import Int8States
 
 __all__ = ["Int8Cache", "Int8Layer", "use_int8_cache"]
@@ -80,12 +80,10 @@ def _int8_layer(layer: Any) -> Any:
     return int8
 
 
-class Int8Layer(DynamicLayer):
-    """The keys and values of a layer of full attention, with room behind them."""
+class Int8Layer(RoomyLayer):
+    """The keys and values of a layer of full attention as codes."""
 
-    keys: Tensor
-    values: Tensor
-    _room: _Room | None = None
+    _room: _Packed | None = None
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Keep these, of tokens that follow; all keys and values so far, [B, KV, S, D] each."""
@@ -95,8 +93,8 @@ class Int8Layer(DynamicLayer):
         before = self.get_seq_length()
         total = before + key_states.shape[2]
         room = self._room
-        if room is None or not room.is_for(self.keys, self.values, total):
-            self._room = room = _Room.of(key_states, value_states, room_for(total))
+        if room is None or not room.memory.takes(self.keys, self.values, total):
+            self._room = room = _Packed.of(key_states, value_states, room_for(total))
             if before:
                 room.keys[:, :, :before], room.values[:, :, :before] = self.keys, self.values
         room.put(key_states, value_states, before)
@@ -110,13 +108,13 @@ class Int8SlidingWindowLayer(DynamicSlidingWindowLayer):
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Keep these, of tokens that follow; the keys and values that they look at, [B, KV, S, D] each."""
         _refuse_gradients(key_states, value_states)
-        new = _Room.of(key_states, value_states, key_states.shape[2])
+        new = _Packed.of(key_states, value_states, key_states.shape[2])
         new.put(key_states, value_states, 0)
         keys, values = super().update(new.keys, new.values)
-        return _Room(keys, values, key_states.shape[3]).first(keys.shape[2], key_states.dtype, value_states.dtype)
+        return _Packed(keys, values, key_states.shape[3]).first(keys.shape[2], key_states.dtype, value_states.dtype)
 
 
-class _Room:
+class _Packed:
     """Where tokens lie.
 
     keys: int8 [B, KV, S, D, up to a multiple of 4, + 8], of which codes and scales are views. size: D.
@@ -127,29 +125,27 @@ class _Room:
         self.keys, self.values = keys, values
         self.codes = keys[..., :size]
         self.key_scale, self.value_scale = keys[..., -2 * _SCALE_BYTES :].view(torch.float32).split(1, -1)
+        self.memory = Room(keys, values)
 
     @staticmethod
-    def of(keys: Tensor, values: Tensor, tokens: int) -> _Room:
+    def of(keys: Tensor, values: Tensor, tokens: int) -> _Packed:
         """For so many tokens of such keys and values."""
         batch, heads, _, size = keys.shape
         width = -(-size // _SCALE_BYTES) * _SCALE_BYTES + 2 * _SCALE_BYTES  # a scale lies where four bytes may
         packed = keys.new_empty((batch, heads, tokens, width), dtype=torch.int8)
-        return _Room(packed, values.new_empty((batch, heads, tokens, values.shape[3]), dtype=torch.int8), size)
+        return _Packed(packed, values.new_empty((batch, heads, tokens, values.shape[3]), dtype=torch.int8), size)
 
     def put(self, keys: Tensor, values: Tensor, at: int) -> None:
         to = (x.narrow(2, at, keys.shape[2]) for x in (self.codes, self.key_scale, self.values, self.value_scale))
         ops.quantize_states(keys, next(to), next(to), are_values=False)
         ops.quantize_states(values, next(to), next(to), are_values=True)
+        self.memory.written = at + keys.shape[2]
 
     def first(self, count: int, key_dtype: torch.dtype, value_dtype: torch.dtype) -> tuple[Int8States, Int8States]:
         return (
             Int8States(self.codes.narrow(2, 0, count), self.key_scale.narrow(2, 0, count), key_dtype),
             Int8States(self.values.narrow(2, 0, count), self.value_scale.narrow(2, 0, count), value_dtype),
         )
-
-    def is_for(self, keys: Tensor, values: Tensor, tokens: int) -> bool:
-        """Whether it begins with what a layer holds, and so many tokens fit in."""
-        return has_room(self.keys, keys, tokens) and has_room(self.values, values, tokens)
 
 
 def _refuse_gradients(key: Tensor, value: Tensor) -> None:

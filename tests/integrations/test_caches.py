@@ -8,22 +8,28 @@ import inspect
 import itertools
 import pickle
 import warnings
+import weakref
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings, strategies
 from torch import Tensor
 
-from tests.integrations.test_int8_cache import built, in_pieces, mistral
-from tests.tiny_models import llama, tokens
+from octavo import ops
+from octavo.ops.attention import value_codes
+from tests.integrations.test_int8_cache import built, falcon_h1, in_pieces, mistral
+from tests.tiny_models import gemma3, llama, tokens
 
 transformers = pytest.importorskip("transformers")
+
+from transformers.cache_utils import DynamicLayer  # noqa: E402
 
 from octavo.integrations import caches, int8_cache  # noqa: E402
 from octavo.integrations.caches import has_room, room_for  # noqa: E402
 from octavo.integrations.float_cache import FloatCache, use_float_cache  # noqa: E402
-from octavo.integrations.int8_cache import Int8Cache, use_int8_cache  # noqa: E402
+from octavo.integrations.int8_cache import Int8Cache, Int8Layer, use_int8_cache  # noqa: E402
 from octavo.integrations.language_model import cache_name  # noqa: E402
 
 
@@ -203,6 +209,147 @@ def test_replicas_of_a_model_keep_what_their_outputs_can_be_joined_of(use: Any) 
     with torch.no_grad():
         cache = getattr(replica(tokens(2, 9)), str(cache_name(model)))
     assert type(cache) is transformers.DynamicCache
+
+
+MAKE = pytest.mark.parametrize("make", [FloatCache, Int8Cache])
+TELLS = pytest.param(
+    True, marks=pytest.mark.skipif(not hasattr(torch._C, "_storage_Use_Count"), reason="torch is mute")
+)
+
+
+@MAKE
+@pytest.mark.parametrize("model", [llama, mistral, gemma3, falcon_h1])
+@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, lambda layer: pickle.loads(pickle.dumps(layer))])
+def test_layers_are_copied_and_pickled(make: Any, model: Callable[..., Any], copied: Callable[[Any], Any]) -> None:
+    """Before they hold something, and after: each goes its own way then."""
+    if model is falcon_h1 and not hasattr(transformers, "FalconH1Config"):
+        pytest.skip("this version of transformers has no Falcon-H1")
+    if model is falcon_h1 and copied is copy.copy:
+        pytest.skip("a mixer's states are written to, those in transformers' own layers too")
+    model, ids, ways = built(model), tokens(2, 9), [tokens(2, 4), tokens(2, 4)]
+
+    def copy_of(cache: Any) -> Any:
+        other = make(model.config)
+        other.layers = [copied(layer) for layer in cache.layers]
+        return other
+
+    caches = [copy_of(make(model.config))]
+    in_pieces(model, ids, caches[0], 7)
+    caches.append(copy_of(caches[0]))
+    assert [type(layer) for layer in caches[1].layers] == [type(layer) for layer in make(model.config).layers]
+    expected = [make(model.config) for _ in ways]
+    for cache in expected:
+        in_pieces(model, ids, cache, 7)
+    for piece in range(2):
+        for way, own, fresh in zip(ways, caches, expected, strict=True):
+            new = way.chunk(2, 1)[piece]
+            assert torch.equal(in_pieces(model, new, own), in_pieces(model, new, fresh))
+
+
+@MAKE
+def test_a_pickle_has_no_room(make: Any) -> None:
+    cache = make(built(llama).config)
+    for number in range(len(cache)):
+        cache.update(*torch.randn(2, 2, 2, 100, 16), number)
+    held = sum(one.nbytes for layer in cache.layers for one in (layer.keys, layer.values))
+    assert held < len(pickle.dumps(cache)) < held + 4000
+
+
+@MAKE
+def test_room_is_given_back_when_a_cache_is_reset(make: Any) -> None:
+    cache = make(built(llama).config)
+    cache.update(*torch.randn(2, 2, 2, 9, 16), 0)
+    room = weakref.ref(cache.layers[0]._room)
+    assert room() is not None
+    cache.reset()
+    assert room() is None
+
+
+def assert_same_update(ours: Any, theirs: Any, new: Tensor) -> None:
+    rounded = [codes * scale for codes, scale in (ops.quantize_per_token(new[0]), value_codes(new[1]))]
+    are_codes = isinstance(ours, Int8Layer)
+    expected = theirs.update(*(rounded if are_codes else new))
+    for one, other in zip(ours.update(*new), expected, strict=True):
+        assert torch.equal(one * 1 if are_codes else one, other)
+
+
+@MAKE
+@pytest.mark.parametrize("tells", [TELLS, False])
+@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=strategies.data())
+def test_whoever_looks_at_tokens_sees_them_as_they_were(
+    make: Any, tells: bool, data: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As with transformers' own layers, whatever is done to one, and to copies that share what it holds."""
+    if not tells:
+        monkeypatch.delattr(torch._C, "_storage_Use_Count", raising=False)
+    pairs = [(make(built(llama).config).layers[0], DynamicLayer())]
+    looked_at: list[tuple[Tensor, Tensor]] = []
+    whats = strategies.sampled_from(["update", "crop", "look", "part", "share", "beams"])
+    for what in ["update", *data.draw(strategies.lists(whats, min_size=3, max_size=12)), "update"]:
+        ours, theirs = pairs[data.draw(strategies.integers(0, len(pairs) - 1))]
+        held = theirs.get_seq_length()
+        if what == "update":
+            assert_same_update(ours, theirs, torch.randn(2, 2, 2, data.draw(strategies.sampled_from([1, 2, 40])), 16))
+        elif what == "share":
+            other = type(ours).__new__(type(ours))
+            vars(other).update(vars(ours))
+            pairs.append((other, copy.copy(theirs)))
+        elif held and what == "crop":
+            count = data.draw(strategies.integers(1, min(held, 3)))
+            ours.crop(-count)
+            theirs.crop(-count)
+        elif held and what == "beams":
+            for layer in (ours, theirs):
+                layer.reorder_cache(torch.tensor([1, 0]))
+        elif held:
+            part = slice(held // 2 if what == "part" else 0, None)
+            looked_at += [(one[:, :, part], one[:, :, part].clone()) for one in (ours.keys, ours.values)]
+        assert all(torch.equal(one, before) for one, before in looked_at), what
+
+
+@MAKE
+@pytest.mark.parametrize(
+    "look",
+    [
+        lambda layer, states: layer.keys,
+        lambda layer, states: layer.values,
+        lambda layer, states: layer.keys[0, :, 6:],
+        lambda layer, states: layer.values[..., 0].numpy(),
+        lambda layer, states: states[0],
+        lambda layer, states: states[1],
+    ],
+)
+def test_one_look_at_what_a_cache_held_is_enough(make: Any, look: Callable[..., Any]) -> None:
+    layer = make(built(llama).config).layers[0]
+    seen = look(layer, layer.update(*torch.randn(2, 2, 2, 9, 16)))
+    before = seen * 1  # of codes and a scale the numbers
+    layer.crop(-2)
+    layer.update(*torch.randn(2, 2, 2, 2, 16))
+    assert (seen * 1 == before).all()
+
+
+@MAKE
+def test_tokens_that_come_behind_others_are_not_copied_for_who_looks_at_those(make: Any) -> None:
+    cache, seen = make(built(llama).config), []
+    for _ in range(90):
+        cache.update(*torch.randn(2, 1, 2, 1, 16), 0)
+        seen.append(cache.layers[0].keys)
+    assert len({keys.data_ptr() for keys in seen}) < 4
+
+
+@MAKE
+@pytest.mark.parametrize("tells", [TELLS])
+def test_guesses_that_are_taken_back_at_each_step_are_written_over(make: Any, tells: bool) -> None:
+    """As prompt lookup does: 90 tokens stay of 360, in the room that there is for them."""
+    cache = make(built(llama).config)
+    cache.update(*torch.randn(2, 1, 2, 80, 16), 0)
+    places = set()
+    for _ in range(90):
+        cache.update(*torch.randn(2, 1, 2, 4, 16), 0)
+        places.add(cache.layers[0].keys.data_ptr())
+        cache.crop(-3)
+    assert cache.get_seq_length() == 170 and len(places) < 4
 
 
 def test_room() -> None:
