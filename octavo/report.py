@@ -41,7 +41,8 @@ class Comparison:
     """An int8 model held against its float model, on `batches` batches with `positions` rows of output.
 
     kl: mean KL(float || int8) in nats per position; None when the output is no logits.
-    top1: fraction of positions on which both models choose the same token; None when the output is no logits.
+    top1: fraction of positions on which both models choose the same token, the first of equally likely ones; None when
+        the output is no logits.
     sqnr_db: SQNR of the output in dB; inf (null in JSON) when it is the same in every bit.
     cosine_mean, cosine_min: cosine of the two output rows, over positions.
     layers: the quantized layers, in the model's order.

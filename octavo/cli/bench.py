@@ -295,8 +295,8 @@ def _prompt(args: argparse.Namespace, loaded: list[Loaded]) -> list[int]:
 def _measure(
     workers: list[Worker], stream: Worker, ids: list[int], args: argparse.Namespace, progress: Callable[[int], None]
 ) -> tuple[float | None, list[tuple[Round, ...]], float]:
-    """Share of the prompt's positions on which the two models choose the same token, each model's rounds, and the
-    speed of memory, bytes per second."""
+    """Share of the prompt's positions on which the two models choose the same token (top-1 of `octavo.evaluate`), each
+    model's rounds, and the speed of memory, bytes per second."""
     from octavo.cli import bench_worker
 
     done = 0

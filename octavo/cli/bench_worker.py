@@ -180,7 +180,7 @@ def _distinct(tensors: Iterator[Tensor]) -> list[Tensor]:
 
 
 def predictions(ids: list[int]) -> list[int]:
-    """The token that the model finds likeliest after each position of the prompt."""
+    """The token that the model finds likeliest after each position of the prompt; the first of equally likely ones."""
     model = held()
     with torch.no_grad():
         logits = model(input_ids=torch.tensor([ids], device=model.device)).logits
