@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from octavo.cli.terminal import Answer, Terminal
@@ -35,7 +36,7 @@ def add_parser(verbs: Verbs) -> None:
         "--window",
         metavar="W",
         type=positive,
-        help="tokens that the model sees at once (default 512, or all that it holds)",
+        help="tokens that a model sees at once (default 512, or all that PATH and the baseline hold)",
     )
     parser.add_argument(
         "--tokens", metavar="N", type=positive, default=8192, help="judge on the text's first N tokens (default 8192)"
@@ -54,18 +55,20 @@ def run(args: argparse.Namespace, terminal: Terminal) -> Answer:
         from octavo.integrations import language_model
 
         model, tokenizer = language_model.load_language_model(args.path, device=device)
-        window = _window(args.window, language_model.positions_of(model))
-        ids = language_model.token_ids(tokenizer, text, limit=args.tokens, window=window)
-        language_model.refuse_unknown_tokens(model, ids)
         cache = keep_cache(model, args.cache)
-    if len(ids) < 2:
-        raise CommandError(f"{text_name} has {len(ids)} tokens, expected at least 2")
+    models = {args.path: model}
     baseline = comparison = None
-    perplexities = [_perplexity(terminal, model, ids, window, args.path)]
     if args.baseline is not None:
         with terminal.progress(f"loading {args.baseline}"):
-            baseline = language_model.load_causal(args.baseline, device=device)
-            language_model.refuse_unknown_tokens(baseline, ids)
+            models[args.baseline] = baseline = language_model.load_causal(args.baseline, device=device)
+    window = _window(args.window, {path: language_model.positions_of(one) for path, one in models.items()})
+    ids = language_model.token_ids(tokenizer, text, limit=args.tokens, window=window)
+    if len(ids) < 2:
+        raise CommandError(f"{text_name} has {len(ids)} tokens, expected at least 2")
+    for one in models.values():
+        language_model.refuse_unknown_tokens(one, ids)
+    perplexities = [_perplexity(terminal, model, ids, window, args.path)]
+    if baseline is not None:
         perplexities.append(_perplexity(terminal, baseline, ids, window, args.baseline))
         comparison = _compare(terminal, baseline, model, ids, window)
     where = f"{len(ids)} tokens of {text_name}, in windows of {window}"
@@ -75,11 +78,13 @@ def run(args: argparse.Namespace, terminal: Terminal) -> Answer:
     )
 
 
-def _window(asked: int | None, positions: int | None) -> int:
+def _window(asked: int | None, positions: Mapping[str, int | None]) -> int:
+    """The window that all models are judged on. positions: path -> how many tokens that model holds, if it says so."""
     if asked is None:
-        return min(_WINDOW, positions or _WINDOW)
-    if positions is not None and asked > positions:
-        raise CommandError(f"--window is {asked}, and the model holds {positions} tokens; ask for fewer")
+        return min(_WINDOW, *(held or _WINDOW for held in positions.values()))
+    for path, held in positions.items():
+        if held is not None and asked > held:
+            raise CommandError(f"--window is {asked}, and {path} holds {held} tokens; ask for fewer")
     return asked
 
 

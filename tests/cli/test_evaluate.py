@@ -107,4 +107,18 @@ def test_a_window_that_the_model_does_not_hold(run: Run, tiny: Path) -> None:
     """256 tokens: what is beyond, it was never trained on, and where positions are a table, it does not exist."""
     assert run("eval", tiny, "--tokens", 300, "--json").data["window"] == 256
     shown = run("eval", tiny, "--window", 257)
-    assert shown.code == 1 and "--window is 257, and the model holds 256 tokens" in shown.err
+    assert shown.code == 1 and f"--window is 257, and {tiny} holds 256 tokens" in shown.err
+
+
+def test_a_baseline_that_holds_fewer_tokens_decides_the_window(run: Run, tiny: Path, tmp_path: Path) -> None:
+    """Its positions are a table: there are no others."""
+    import transformers
+
+    sizes = {"n_embd": 32, "n_layer": 1, "n_head": 2, "n_positions": 48}
+    config = transformers.GPT2Config(vocab_size=400, bos_token_id=0, eos_token_id=1, **sizes)
+    transformers.GPT2LMHeadModel(config).save_pretrained(tmp_path / "gpt2")
+    argv = ("eval", tiny, "--baseline", tmp_path / "gpt2", "--tokens", 100)
+    data = run(*argv, "--json").data
+    assert data["window"] == 48 and data["comparison"]["batches"] == 3
+    shown = run(*argv, "--window", 49)
+    assert shown.code == 1 and f"--window is 49, and {tmp_path / 'gpt2'} holds 48 tokens" in shown.err
