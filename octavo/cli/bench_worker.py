@@ -72,7 +72,7 @@ def prepare(debug: bool) -> None:
 def load(path: str, device: str, threads: int | None, cache: str | None = None) -> Loaded:
     """Load the model of this process, and describe it. cache: as `keep_cache` takes it."""
     # Here, and not above: transformers is imported once `prepare` keeps it quiet.
-    from octavo.integrations.language_model import load_causal
+    from octavo.integrations.language_model import load_causal, positions_of
 
     if threads is not None:
         torch.set_num_threads(threads)
@@ -82,13 +82,12 @@ def load(path: str, device: str, threads: int | None, cache: str | None = None) 
     seconds = time.perf_counter() - start
     hold(model)
     kept = keep_cache(model, cache)
-    text_config = model.config.get_text_config()
     return Loaded(
         seconds,
         weight_bytes=sum(tensor.nbytes for tensor in _distinct(_weights(model))),
         token_bytes=bytes_per_token_of(model),
-        vocabulary=text_config.vocab_size,
-        positions=getattr(text_config, "max_position_embeddings", None),
+        vocabulary=model.config.get_text_config().vocab_size,
+        positions=positions_of(model),
         device=device,
         cache=kept,
         served_by=served_by(model, device, kept),

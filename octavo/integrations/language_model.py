@@ -83,7 +83,8 @@ def cache_name(model: Any) -> str | None:
 
 def positions_of(model: Any) -> int | None:
     """How many tokens the model can be fed at once; None where its config does not say."""
-    positions = getattr(model.config, "max_position_embeddings", None)
+    # Of a model that sees or hears too, the part that reads text says it.
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     return positions if isinstance(positions, int) and positions > 0 else None
 
 

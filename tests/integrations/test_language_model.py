@@ -11,9 +11,9 @@ import torch
 from transformers import PreTrainedTokenizerFast
 
 from octavo import CheckpointError
-from octavo.integrations.language_model import load_causal, load_language_model, token_ids
+from octavo.integrations.language_model import load_causal, load_language_model, positions_of, token_ids
 from tests.tiny_checkpoints import byte_level_tokenizer, language_model
-from tests.tiny_models import bert, build, t5, vit
+from tests.tiny_models import bert, build, llava, t5, vit
 
 
 @pytest.mark.parametrize("make", [bert, t5, vit])
@@ -31,6 +31,12 @@ def test_a_source_without_a_tokenizer_is_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="tokenizer cannot be loaded"):
         load_language_model(folder)
     assert load_causal(folder).device.type == "cpu"
+
+
+def test_of_a_model_that_sees_too_the_part_that_reads_text_says_how_many_tokens_it_holds() -> None:
+    model = build(llava)
+    model.config.text_config.max_position_embeddings = 96
+    assert positions_of(model) == 96
 
 
 @pytest.fixture(scope="module")
