@@ -84,11 +84,17 @@ def cache_of(args: argparse.Namespace) -> str | None:
 def keep_cache(model: Any, asked: str | None) -> str:
     """Have a language model keep keys and values as that, "float" or "int8"; if nothing is asked for, int8 where its
     attention would find these codes anyway. In float, a model whose attention is octavo's keeps a cache with room for
-    more; others are left as transformers runs them. Returns: which it is."""
+    more; others are left as transformers runs them. Returns: which it is. Raises: CommandError for int8, asked of a
+    model without keys and values."""
     from octavo.integrations import attention, float_attention
     from octavo.integrations.float_cache import use_float_cache
     from octavo.integrations.int8_cache import use_int8_cache
+    from octavo.integrations.language_model import has_key_value_cache
 
+    if asked == "int8" and not has_key_value_cache(model):
+        raise CommandError(
+            f"--cache is int8, and {type(model).__name__} keeps its state in no key-value cache; leave out --cache"
+        )
     kind = asked or attention.attention_of(model)
     try:
         if kind == "int8":

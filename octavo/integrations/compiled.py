@@ -40,7 +40,7 @@ from transformers.cache_utils import StaticLayer, StaticSlidingWindowLayer
 
 from octavo.errors import OctavoError
 from octavo.integrations.equal_calls import EqualCalls
-from octavo.integrations.language_model import cache_name, last_logits_only
+from octavo.integrations.language_model import cache_name, has_key_value_cache, last_logits_only
 from octavo.integrations.side_by_side import SideBySide
 
 __all__ = ["CompiledModel", "TokenChoice", "likeliest"]
@@ -231,8 +231,7 @@ def _static_cache(model: Any, length: int) -> tuple[str, Cache]:
     tensors allocated."""
     name = type(model).__name__
     argument = cache_name(model)
-    # Since transformers 5.24 a state without keys (Mamba's) is called a cache, too.
-    if argument is None or not hasattr(model.config.get_text_config(), "num_attention_heads"):
+    if argument is None or not has_key_value_cache(model):
         raise OctavoError(f"{name} keeps its state in no key-value cache, and that cannot be static; {_WITHOUT}")
     try:
         layers = StaticCache(config=model.config, max_cache_len=length).layers

@@ -19,8 +19,8 @@ from octavo.formats.checkpoint import CheckpointReader
 from octavo.integrations.hub import is_gguf, load, load_tokenizer, no_progress_bar, resolve
 
 __all__ = [
-    "CACHE_NAMES", "cache_name", "last_logits_only", "load_causal", "load_language_model", "other_kind", "positions_of",
-    "refuse_unknown_tokens", "token_ids",
+    "CACHE_NAMES", "cache_name", "has_key_value_cache", "last_logits_only", "load_causal", "load_language_model",
+    "other_kind", "positions_of", "refuse_unknown_tokens", "token_ids",
 ]  # fmt: skip
 
 
@@ -79,6 +79,12 @@ def cache_name(model: Any) -> str | None:
     """What the model's forward and its outputs call the key-value cache. None if it has none."""
     parameters = inspect.signature(model.forward).parameters
     return next((name for name in CACHE_NAMES if name in parameters), None)
+
+
+def has_key_value_cache(model: Any) -> bool:
+    """Whether the model keeps keys and values: since transformers 5.24 a state without them (Mamba's) is called a
+    cache, too."""
+    return cache_name(model) is not None and hasattr(model.config.get_text_config(), "num_attention_heads")
 
 
 def positions_of(model: Any) -> int | None:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+import transformers
 
 import octavo
-from octavo.cli.verb import keep_cache
+from octavo.cli.verb import CommandError, keep_cache
 from octavo.errors import OctavoError
 from octavo.integrations.language_model import cache_name
-from tests.tiny_models import bart, build, llama, tokens
+from tests.tiny_models import VOCABULARY, bart, build, llama, tokens
 
 
 def test_what_is_kept_where_nothing_is_asked_for() -> None:
@@ -39,4 +40,12 @@ def test_an_encoder_decoder_keeps_its_own_and_an_int8_cache_is_refused() -> None
     octavo.quantize(model, "w8a16", attention="int8")
     assert keep_cache(model, None) == "float"
     with pytest.raises(OctavoError, match="is an encoder-decoder's"):
+        keep_cache(model, "int8")
+
+
+def test_an_int8_cache_of_a_model_without_keys_is_refused() -> None:
+    config = transformers.MambaConfig(vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=1, state_size=4)
+    model = transformers.MambaForCausalLM(config)
+    assert keep_cache(model, None) == "float"
+    with pytest.raises(CommandError, match="--cache is int8, and MambaForCausalLM keeps its state in no key-value"):
         keep_cache(model, "int8")
