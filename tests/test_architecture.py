@@ -72,6 +72,7 @@ ONLY_IN = {
     "tokenizers": "octavo.integrations",
     "compressed_tensors": "octavo.integrations",
     "gguf": "octavo.integrations",
+    "jinja2": "octavo.integrations",
     "lm_eval": "octavo.integrations",
     "peft": "octavo.integrations",
     "triton": "octavo.ops.triton",

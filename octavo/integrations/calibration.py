@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from octavo.errors import CalibrateError, QuantizeError
 from octavo.integrations.hub import no_progress_bar
-from octavo.integrations.language_model import load_language_model, token_ids
+from octavo.integrations.language_model import broken_template, load_language_model, token_ids
 from octavo.modules import DynamicQuantLinear, QuantLinear, QuantModule, StaticQuantLinear
 
 __all__ = [
@@ -85,8 +85,8 @@ def document_batches(tokenizer: Any, documents: Sequence[Document], *, samples: 
     A document is tokenized as the model expects it: a text begins with BOS if the tokenizer says so, messages go
     through the chat template.
     Returns: int64 [1, T] each, T <= seq_len.
-    Raises: CalibrateError for no documents, one without tokens, and messages that there is no chat template for, or
-        that do not fit it.
+    Raises: CalibrateError for no documents, one without tokens, and messages that there is no chat template for, a
+        broken one, or one that they do not fit.
     """
     if not documents:
         raise CalibrateError("there are no documents to calibrate on, expected at least one")
@@ -104,6 +104,11 @@ def _token_ids_of(tokenizer: Any, document: Document) -> list[int]:
     try:
         return list(tokenizer.apply_chat_template(document, return_dict=True)["input_ids"])
     except Exception as error:  # what it raises is the template's own affair
+        if fault := broken_template(error):
+            raise CalibrateError(
+                f"the tokenizer's chat template is broken: {fault}; mend it (it is in chat_template.jinja or "
+                "tokenizer_config.json), or calibrate on text"
+            ) from error
         raise CalibrateError(
             f"the messages of a calibration document do not fit the tokenizer's chat template: {error!r}; expected a "
             'list of {"role": ..., "content": ...} with the roles in the order that it allows'

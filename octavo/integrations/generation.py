@@ -17,7 +17,7 @@ import transformers
 from torch import Tensor
 
 from octavo.errors import OctavoError
-from octavo.integrations.language_model import positions_of, refuse_unknown_tokens
+from octavo.integrations.language_model import broken_template, positions_of, refuse_unknown_tokens
 
 __all__ = ["Generated", "generate"]
 
@@ -67,8 +67,8 @@ def generate(
     on_text: called with each piece of text as soon as whole words are there.
     compiling: where it is given, the model is compiled before it writes (`CompiledModel`), inside this context. Greedy
         text is what it would be without; drawn tokens are others, for the same seed.
-    Raises: OctavoError if there is no room for so many tokens, if the prompt has tokens that the model lacks, or if the
-        model, or how it is configured to choose tokens, cannot be compiled.
+    Raises: OctavoError if there is no room for so many tokens, if the prompt has tokens that the model lacks, if the
+        chat template is broken, or if the model, or how it is configured to choose tokens, cannot be compiled.
     """
     inputs = _inputs(tokenizer, prompt, raw).to(model.device)
     refuse_unknown_tokens(model, inputs["input_ids"])
@@ -151,7 +151,13 @@ def _inputs(tokenizer: Any, prompt: str, raw: bool) -> Any:
     if raw or not tokenizer.chat_template:
         return tokenizer(prompt, return_tensors="pt")
     message = [{"role": "user", "content": prompt}]
-    return tokenizer.apply_chat_template(message, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    try:
+        return tokenizer.apply_chat_template(message, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    except Exception as error:  # what it raises is the template's own affair
+        raise OctavoError(
+            f"the tokenizer's chat template cannot be used: {broken_template(error) or repr(error)}; mend it (it is in "
+            "chat_template.jinja or tokenizer_config.json), or feed the prompt as it is: --raw, in Python raw=True"
+        ) from error
 
 
 class _Streamer(transformers.TextStreamer):

@@ -10,6 +10,7 @@ import inspect
 from pathlib import Path
 from typing import Any
 
+import jinja2
 import torch
 import transformers
 from torch import Tensor
@@ -19,8 +20,8 @@ from octavo.formats.checkpoint import CheckpointReader
 from octavo.integrations.hub import is_gguf, load, load_tokenizer, no_progress_bar, resolve
 
 __all__ = [
-    "CACHE_NAMES", "cache_name", "has_key_value_cache", "last_logits_only", "load_causal", "load_language_model",
-    "other_kind", "positions_of", "refuse_unknown_tokens", "token_ids",
+    "CACHE_NAMES", "broken_template", "cache_name", "has_key_value_cache", "last_logits_only", "load_causal",
+    "load_language_model", "other_kind", "positions_of", "refuse_unknown_tokens", "token_ids",
 ]  # fmt: skip
 
 
@@ -106,6 +107,11 @@ def refuse_unknown_tokens(model: Any, ids: Tensor) -> None:
             "another model's, or tokens were added to it: take the model's own, or make room with transformers' "
             "resize_token_embeddings"
         )
+
+
+def broken_template(error: Exception) -> str | None:
+    """Where a chat template is no template, and why; None if what it raised when it was applied says another thing."""
+    return f"line {error.lineno}: {error.message}" if isinstance(error, jinja2.TemplateSyntaxError) else None
 
 
 def token_ids(tokenizer: Any, text: str, *, limit: int, window: int) -> Tensor:

@@ -12,6 +12,7 @@ import transformers
 
 import octavo
 from octavo.integrations.hub import load_tokenizer
+from tests.tiny_checkpoints import language_model
 
 Run = Callable[..., Any]
 
@@ -110,6 +111,19 @@ def test_the_cache_of_attention_in_int8_is_int8_unless_asked_otherwise(run: Run,
     data, asked = run(*argv).data, run(*argv, "--cache", "float").data
     assert (data["cache"], asked["cache"]) == ("int8", "float") and data["text"] == asked["text"]
     assert run(*argv, "--compile").data["cache"] == "float"
+
+
+@pytest.mark.parametrize("template", ["one\n{% if %}", "{{ raise_exception('line 2 of it') }}"])
+def test_a_broken_chat_template_is_told_and_can_be_gone_without(template: str, run: Run, tmp_path: Path) -> None:
+    model = language_model(tmp_path / "chat", chat=True)
+    tokenizer = load_tokenizer(model)
+    tokenizer.chat_template = template
+    tokenizer.save_pretrained(model)
+    argv = ("generate", model, "--prompt", "word", "--max-new-tokens", 2)
+    shown = run(*argv)
+    assert shown.code == 1 and shown.err.startswith("error: the tokenizer's chat template cannot be used: ")
+    assert "line 2" in shown.err and "--raw" in shown.err and "did not expect" not in shown.err
+    assert run(*argv, "--raw").code == 0
 
 
 def test_more_tokens_than_the_model_holds(run: Run, tiny: Path) -> None:
