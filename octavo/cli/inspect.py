@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from octavo.cli.terminal import Answer, Terminal
 from octavo.cli.verb import Verbs, new_verb
-from octavo.errors import CheckpointError
+from octavo.errors import CheckpointError, MissingExtra
 from octavo.recipe import pattern_matches
 from octavo.tables import Table, human_bytes, human_percent
 
@@ -108,14 +108,32 @@ def _shown(
 
 def _how_to_quantize(path: str, source: Path) -> str:
     """The command, where the config that it needs is there. source: the folder or file that `path` is."""
+    from octavo.formats.checkpoint import read_config
+
     is_whole = source.is_dir() or source.name == "model.safetensors"
     folder = source if source.is_dir() else source.parent
-    if is_whole and (folder / "config.json").is_file():
-        return f"To make it int8:   octavo quantize {shlex.quote(path if source.is_dir() else str(folder))} OUT"
+    config = (read_config(folder) if is_whole else None) or {}
+    given = path if source.is_dir() else str(folder)
+    if _brings_its_code(config):
+        return (
+            "To make it int8, in Python, if you trust the code that comes with it:   "
+            f"octavo.quantize_checkpoint({given!r}, 'OUT', 'w8a16', trust_remote_code=True)"
+        )
+    if config.get("architectures"):
+        return f"To make it int8:   octavo quantize {shlex.quote(given)} OUT"
     return (
         "To make it int8, in Python, with the model that it is of:   "
         f"octavo.quantize_checkpoint({path!r}, 'OUT', 'w8a16', model=model)"
     )
+
+
+def _brings_its_code(config: Mapping[str, Any]) -> bool:
+    from octavo.integrations.hub import brings_its_code
+
+    try:
+        return brings_its_code(config)
+    except MissingExtra:  # without transformers this is all that there is to say
+        return False
 
 
 def _dtypes(reader: CheckpointReader) -> list[dict[str, Any]]:

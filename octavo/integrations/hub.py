@@ -32,8 +32,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 __all__ = [
-    "is_gguf", "load", "load_tokenizer", "no_progress_bar", "quantize", "quantize_checkpoint", "resolve", "save",
-    "skeleton",
+    "brings_its_code", "is_gguf", "load", "load_tokenizer", "no_progress_bar", "quantize", "quantize_checkpoint",
+    "resolve", "save", "skeleton",
 ]  # fmt: skip
 
 _Arguments = ParamSpec("_Arguments")
@@ -400,33 +400,54 @@ def _unreadable() -> tuple[type[Exception], ...]:
 
 def _config(folder: Path, trust_remote_code: bool) -> Any:
     transformers = _transformers("to build the model; for a model of your own, pass model=")
-    if read_config(folder) is None:
+    config = read_config(folder)
+    if config is None:
         CheckpointReader(folder).close()  # what is no checkpoint at all is said to be that
+        beside = folder.is_file() and (folder.parent / "config.json").is_file()
+        fix = f"give the folder {folder.parent}, which has one, or, in Python," if beside else "in Python,"
         raise CheckpointError(
-            f"{folder}: has no config.json, so what model it is of is not known; pass model=, a freshly built one"
+            f"{folder}: has no config.json, so what model it is of is not known; {fix} pass model=, a freshly built one"
+        )
+    if not trust_remote_code and brings_its_code(config):
+        raise CheckpointError(
+            f"{folder}: its model is not one of transformers' but in code that comes with the checkpoint, which is run "
+            "only for who trusts it; in Python, pass trust_remote_code=True to octavo.load or "
+            "octavo.quantize_checkpoint"
         )
     try:
         return transformers.AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except _unreadable() as error:
         raise CheckpointError(
             f"{folder / 'config.json'}: transformers cannot read it: {error}; for a model that is not one of "
-            "transformers', pass model=, a freshly built one"
+            "transformers', in Python, pass model=, a freshly built one"
         ) from error
+
+
+def brings_its_code(config: Mapping[str, Any]) -> bool:
+    """Whether the class of the model that a config.json is of is in code beside it, and not one of transformers'."""
+    name = (config.get("architectures") or [""])[0]
+    return bool(config.get("auto_map")) and not hasattr(_transformers("to build the model"), str(name))
 
 
 def _model_class(config: Any, folder: Path) -> Any:
     """The class that the config's first architecture names."""
     transformers = _transformers("to build the model")
-    name = (config.architectures or [None])[0]
-    found = getattr(transformers, name, None) if name else None
+    if not config.architectures:
+        raise CheckpointError(
+            f"{folder / 'config.json'}: architectures is {config.architectures}, expected the model's class, such as "
+            '["LlamaForCausalLM"]; write it there, or, in Python, pass model=, a freshly built one'
+        )
+    name = config.architectures[0]
+    found = getattr(transformers, name, None)
     if found is not None:
         return found
     for auto_class, reference in (getattr(config, "auto_map", None) or {}).items():
-        if name and reference.endswith(f".{name}"):
+        if reference.endswith(f".{name}"):
             return getattr(transformers, auto_class)
     raise CheckpointError(
         f"{folder / 'config.json'}: architectures is {config.architectures}, which transformers "
-        f"{transformers.__version__} does not have; upgrade transformers, or pass model=, a freshly built one"
+        f"{transformers.__version__} does not have; upgrade transformers, or, in Python, pass model=, a freshly "
+        "built one"
     )
 
 

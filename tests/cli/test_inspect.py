@@ -174,6 +174,32 @@ def test_no_command_is_suggested_where_none_works(run: Run, tiny: Path, tmp_path
     assert "octavo quantize " not in run("inspect", tmp_path / "other.safetensors").out
 
 
+def test_what_the_config_lacks_or_brings_is_not_suggested_to_the_command(run: Run, tiny: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(tiny, folder)
+    for change, argument, words in (
+        ({"architectures": None}, "model=model", "architectures is None, expected the model's class"),
+        (
+            {"architectures": ["Mine"], "auto_map": {"AutoModelForCausalLM": "mine.Mine"}},
+            "trust_remote_code=True",
+            "in code that comes with the checkpoint, which is run only for who trusts it; in Python",
+        ),
+    ):
+        config = json.loads((tiny / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps({**config, **change}))
+        shown = run("inspect", folder).out
+        assert "octavo quantize " not in shown
+        assert f"octavo.quantize_checkpoint('{folder}', 'OUT', 'w8a16', {argument})" in shown
+        refused = run("quantize", folder, tmp_path / "out")
+        assert refused.code == 1 and words in refused.err and "did not expect" not in refused.err
+    # Code beside a model that transformers has is not needed.
+    config = json.loads((tiny / "config.json").read_text())
+    auto_map = {"AutoModelForCausalLM": "mine.LlamaForCausalLM"}
+    (folder / "config.json").write_text(json.dumps({**config, "auto_map": auto_map}))
+    assert suggested(run("inspect", folder).out) == ["quantize", str(folder), "OUT"]
+    assert run("quantize", folder, tmp_path / "out").code == 0
+
+
 def test_damage_is_an_error(run: Run, foreign: Path) -> None:
     (foreign / COVERAGE_FILE).write_text('{"rows": [{"name": 1}]}')
     shown = run("inspect", foreign)

@@ -455,6 +455,13 @@ def test_a_module_of_ones_own_needs_no_config(tmp_path: Path) -> None:
     assert isinstance(octavo.load(tmp_path / "out", model=tiny_models.Net()), nn.Module)
 
 
+def test_a_file_beside_its_config_is_told_to_be_given_as_a_folder(tmp_path: Path) -> None:
+    build(llama).save_pretrained(tmp_path / "float")
+    with pytest.raises(CheckpointError, match=f"give the folder {tmp_path / 'float'}, which has one, or, in Python"):
+        octavo.quantize_checkpoint(tmp_path / "float" / "model.safetensors", tmp_path / "out", "w8a16")
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.filterwarnings("ignore:merged float tensors")
 @pytest.mark.parametrize(
     ("make", "ignore"),
