@@ -174,6 +174,11 @@ def load_tokenizer(path: str | Path) -> Any:
     try:
         return transformers.AutoTokenizer.from_pretrained(source)
     except _unreadable() as error:
+        if "trust_remote_code" in str(error):  # an argument of transformers, which says what needs it
+            raise CheckpointError(
+                f"{path}: its tokenizer is in code that comes with the checkpoint, which is run only for who trusts "
+                "it; in Python, load it by transformers' AutoTokenizer with trust_remote_code=True"
+            ) from error
         raise CheckpointError(f"{path}: its tokenizer cannot be loaded: {error}") from error
 
 

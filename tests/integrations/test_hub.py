@@ -25,7 +25,7 @@ from octavo import CheckpointError, OctavoWarning
 from octavo.integrations import hub
 from octavo.modules import QuantModule
 from tests import tiny_models
-from tests.tiny_checkpoints import gguf_file
+from tests.tiny_checkpoints import gguf_file, language_model
 from tests.tiny_models import build, llama, llava, mixtral, tokens
 
 pytest.importorskip("transformers")
@@ -453,6 +453,16 @@ def test_a_module_of_ones_own_needs_no_config(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"config\.json.*pass model="):
         octavo.load(tmp_path / "out")
     assert isinstance(octavo.load(tmp_path / "out", model=tiny_models.Net()), nn.Module)
+
+
+def test_a_tokenizer_in_code_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = language_model(tmp_path / "model")
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    changed = {**config, "tokenizer_class": "Mine", "auto_map": {"AutoTokenizer": ["mine.Mine", None]}}
+    (folder / "tokenizer_config.json").write_text(json.dumps(changed))
+    monkeypatch.setattr("builtins.input", lambda prompt: "n")
+    with pytest.raises(CheckpointError, match=r"tokenizer is in code that comes with the checkpoint.*AutoTokenizer"):
+        hub.load_tokenizer(folder)
 
 
 def test_a_file_beside_its_config_is_told_to_be_given_as_a_folder(tmp_path: Path) -> None:
