@@ -49,9 +49,9 @@ def _replacing(given: Path, is_taken: Callable[[Path], bool]) -> Iterator[Path]:
     try:
         if is_taken(dst):
             raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(dst))
-        dst.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(dst) as temporary:
-            yield temporary
+        with _parents_of(dst), replacing(dst) as temporary:
+            with _called(given, temporary):
+                yield temporary
             _sync_tree(temporary)
         _sync(dst.parent)
     except (OSError, SafetensorError) as error:
@@ -59,6 +59,31 @@ def _replacing(given: Path, is_taken: Callable[[Path], bool]) -> Iterator[Path]:
         if explained is None:
             raise
         raise explained from error
+
+
+@contextlib.contextmanager
+def _parents_of(dst: Path) -> Iterator[None]:
+    """The folders that `dst` is in, made where there are none; after an exception those that were made are gone."""
+    made = [folder for folder in dst.parents if not folder.exists()]
+    try:
+        dst.parent.mkdir(parents=True, exist_ok=True)
+        yield
+    except BaseException:
+        for folder in made:
+            with contextlib.suppress(OSError):  # somebody else has put something there
+                folder.rmdir()
+        raise
+
+
+@contextlib.contextmanager
+def _called(given: Path, temporary: Path) -> Iterator[None]:
+    """What is said of the hidden path inside is said of the one that was asked for."""
+    try:
+        yield
+    except CheckpointError as error:
+        if str(temporary) not in str(error):
+            raise
+        raise CheckpointError(str(error).replace(str(temporary), str(given))) from error
 
 
 def _as_os_error(error: OSError | SafetensorError) -> OSError:

@@ -11,8 +11,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+import torch
 
 from octavo.errors import CheckpointError
+from octavo.formats.checkpoint import CheckpointWriter
 from octavo.formats.outputs import new_file, new_folder
 
 
@@ -134,7 +136,36 @@ def test_the_disks_refusals_are_explained(tmp_path: Path, output: Output, code: 
     with pytest.raises(CheckpointError, match=message), output.new(tmp_path / "deep" / "out") as path:
         output.write(path)
         raise OSError(code, os.strerror(code), str(path))
-    assert list((tmp_path / "deep").iterdir()) == []
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("output", OUTPUTS)
+def test_of_the_parents_only_those_that_were_made_go_after_an_exception(tmp_path: Path, output: Output) -> None:
+    (tmp_path / "old").mkdir()
+    for parent in ("old", "old/new/new", "new/kept/new"):
+        with pytest.raises(ZeroDivisionError), output.new(tmp_path / parent / "out") as path:
+            output.write(path)
+            if "kept" in parent:
+                (tmp_path / "new" / "kept" / "theirs").touch()
+            raise ZeroDivisionError
+    found = sorted(path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*"))
+    assert found == ["new", "new/kept", "new/kept/theirs", "old"]
+    name = "n" * 300
+    with pytest.raises(CheckpointError, match="File name too long"), output.new(tmp_path / "more" / name / "out"):
+        pytest.fail("the body must not run")
+    assert not (tmp_path / "more").exists()
+
+
+def test_no_error_names_the_hidden_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor where one output is made inside of another, as when a model that was calibrated is saved."""
+    monkeypatch.chdir(tmp_path)
+    plan = {"a": (torch.uint8, (2 * shutil.disk_usage(tmp_path).total,))}
+    with pytest.raises(CheckpointError) as raised, new_folder("out") as outer, new_folder(outer) as inner:
+        CheckpointWriter(inner, plan)
+    assert str(raised.value).startswith("out: the disk is full: ")
+    with pytest.raises(CheckpointError) as raised, new_folder("out") as outer, new_folder(outer):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    assert str(raised.value).startswith("out: the disk is full (")
 
 
 @pytest.mark.parametrize("output", OUTPUTS)
