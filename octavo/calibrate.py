@@ -17,6 +17,7 @@ from __future__ import annotations
 import dataclasses
 import errno
 import hashlib
+import io
 import json
 import os
 import warnings
@@ -189,7 +190,9 @@ class Stats:
 
         Raises: CalibrateError if it cannot be written.
         """
-        _write_whole(Path(path), partial(torch.save, {name: seen.amax for name, seen in self.observers.items()}))
+        scales = io.BytesIO()  # for torch's own way to files does not say that a disk is full
+        torch.save({name: seen.amax for name, seen in self.observers.items()}, scales)
+        _write_whole(Path(path), lambda file: file.write_bytes(scales.getvalue()))
 
     @classmethod
     def load_act_scales(cls, path: str | Path) -> Stats:
@@ -550,7 +553,7 @@ def _restored(value: Any, tensors: Mapping[str, Tensor]) -> Any:
     return content
 
 
-def _write_whole(path: Path, write: Callable[[Path], None]) -> None:
+def _write_whole(path: Path, write: Callable[[Path], object]) -> None:
     """Let `write` make a file that has the name `path` when it is complete."""
     try:
         if path.is_dir():
@@ -560,5 +563,10 @@ def _write_whole(path: Path, write: Callable[[Path], None]) -> None:
             mode = unfinished.stat().st_mode  # by the umask; safetensors gives its files one that nobody else can read
             write(unfinished)
             unfinished.chmod(mode)
-    except (OSError, RuntimeError, SafetensorError) as error:  # of torch.save, and of safetensors
-        raise CalibrateError(f"{path}: cannot be written: {error}") from error
+    except (OSError, SafetensorError) as error:
+        why = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        if any(os.strerror(number) in why for number in (errno.ENOSPC, errno.EDQUOT)):  # safetensors has it in words
+            raise CalibrateError(f"{path}: the disk is full ({why}); free some space or choose another disk") from error
+        raise CalibrateError(
+            f"{path}: cannot be written: {why}; choose another path or change the permissions"
+        ) from error

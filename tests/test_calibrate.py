@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import subprocess
@@ -13,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 import octavo
@@ -224,6 +226,24 @@ def test_a_failed_save_leaves_the_old_file(tmp_path: Path) -> None:
     stats.example = None
     with pytest.raises(CalibrateError, match="cannot be written"):
         stats.save(tmp_path / "nowhere" / "stats.safetensors")
+
+
+def test_a_disk_that_is_full_is_told_as_that(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As /dev/full says it, and safetensors."""
+
+    def refuse(*args: Any, **kwargs: Any) -> None:
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    stats = calibrate(nn.Sequential(nn.Linear(3, 3)), [torch.ones(1, 3)])
+    module = sys.modules["octavo.calibrate"]
+    monkeypatch.setattr(module, "save_file", refuse)
+    words = rf"^{re.escape(str(tmp_path))}/file: the disk is full \(.*No space left.*\); free some space"
+    with pytest.raises(CalibrateError, match=words):
+        stats.save(tmp_path / "file")
+    monkeypatch.setattr(module, "replacing", lambda path: contextlib.nullcontext(Path("/dev/full")))
+    with pytest.raises(CalibrateError, match=words):
+        stats.save_act_scales(tmp_path / "file")
+    assert not list(tmp_path.iterdir())
 
 
 def test_other_files_are_refused(tmp_path: Path) -> None:
