@@ -32,7 +32,7 @@ from octavo.cli import bench_ops
 from octavo.cli.bench_ops import SHAPES, SIZES
 from octavo.cli.machine import machine_line
 from octavo.cli.terminal import Answer, Terminal
-from octavo.cli.verb import CommandError, Verbs, add_cache, add_device, cache_of, device_of, new_verb, positive
+from octavo.cli.verb import CommandError, Verbs, a_path, add_cache, add_device, cache_of, device_of, new_verb, positive
 from octavo.tables import Table, human_bytes, human_percent
 
 if TYPE_CHECKING:
@@ -54,9 +54,9 @@ def add_parser(verbs: Verbs) -> None:
     add_device(parser)
     models = parser.add_argument_group("a model: speed and memory")
     models.add_argument(
-        "path", metavar="PATH", nargs="?", help="checkpoint folder, Hub id or .gguf file; int8 or float"
+        "path", metavar="PATH", type=a_path, nargs="?", help="checkpoint folder, Hub id or .gguf file; int8 or float"
     )
-    models.add_argument("--baseline", metavar="PATH", help="the original, timed in the same run")
+    models.add_argument("--baseline", metavar="PATH", type=a_path, help="the original, timed in the same run")
     models.add_argument("--prompt-tokens", metavar="N", type=positive, help="in the prompt (default 512)")
     models.add_argument("--new-tokens", metavar="N", type=positive, help="to decode (default 64)")
     models.add_argument("--repeats", metavar="N", type=positive, help="rounds for each model (default 5)")

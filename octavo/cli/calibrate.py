@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from octavo.cli.sources import add_plot, add_samples, calibrated, check_outputs, ranges_of, source_of
 from octavo.cli.terminal import Answer, Terminal
-from octavo.cli.verb import CommandError, Verbs, add_device, device_of, new_verb
+from octavo.cli.verb import CommandError, Verbs, a_path, add_device, device_of, new_verb
 from octavo.plot import channel_ranges, outlier_ratio
 from octavo.tables import Table, in_general
 
@@ -37,17 +37,23 @@ def add_parser(verbs: Verbs) -> None:
         verbs, "calibrate", "run a float language model on text, and keep its layers' input ranges",
         "octavo calibrate HuggingFaceTB/SmolLM2-135M-Instruct --samples 128 -o stats.safetensors", run,
     )  # fmt: skip
-    parser.add_argument("model", metavar="MODEL", help="checkpoint folder, Hub id or .gguf file; float")
+    parser.add_argument("model", metavar="MODEL", type=a_path, help="checkpoint folder, Hub id or .gguf file; float")
     text = parser.add_mutually_exclusive_group()
-    text.add_argument("--text", metavar="FILE", help="to run on, UTF-8 (default: Python's own documentation)")
-    text.add_argument("--jsonl", metavar="FILE", help='to run on: a line is {"text": ...} or {"messages": [...]}')
+    text.add_argument(
+        "--text", metavar="FILE", type=a_path, help="to run on, UTF-8 (default: Python's own documentation)"
+    )
+    text.add_argument(
+        "--jsonl", metavar="FILE", type=a_path, help='to run on: a line is {"text": ...} or {"messages": [...]}'
+    )
     add_samples(parser)
     parser.add_argument(
         "--route-all-experts", action="store_true",
         help="keep statistics of every token in every expert, not only in those that the router chose",
     )  # fmt: skip
-    parser.add_argument("-o", "--output", metavar="FILE", required=True, help="safetensors file to write")
-    parser.add_argument("--act-scales", metavar="FILE", help="write SmoothQuant's own act_scales .pt file too")
+    parser.add_argument("-o", "--output", metavar="FILE", type=a_path, required=True, help="safetensors file to write")
+    parser.add_argument(
+        "--act-scales", metavar="FILE", type=a_path, help="write SmoothQuant's own act_scales .pt file too"
+    )
     add_plot(parser)
     add_device(parser)
 

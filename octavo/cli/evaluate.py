@@ -8,7 +8,17 @@ from typing import TYPE_CHECKING, Any
 
 from octavo.cli.terminal import Answer, Terminal
 from octavo.cli.text import read_text
-from octavo.cli.verb import CommandError, Verbs, add_cache, add_device, device_of, keep_cache, new_verb, positive
+from octavo.cli.verb import (
+    CommandError,
+    Verbs,
+    a_path,
+    add_cache,
+    add_device,
+    device_of,
+    keep_cache,
+    new_verb,
+    positive,
+)
 from octavo.tables import Table
 
 if TYPE_CHECKING:
@@ -29,9 +39,15 @@ def add_parser(verbs: Verbs) -> None:
         verbs, "eval", "measure a language model's perplexity, and what quantizing it cost",
         "octavo eval smollm2-int8 --baseline HuggingFaceTB/SmolLM2-135M-Instruct", run,
     )  # fmt: skip
-    parser.add_argument("path", metavar="PATH", help="checkpoint folder, Hub id or .gguf file; int8 or float")
-    parser.add_argument("--baseline", metavar="PATH", help="the original, to compare with on the same tokens")
-    parser.add_argument("--text", metavar="FILE", help="text to judge on, UTF-8 (default: Python's own documentation)")
+    parser.add_argument(
+        "path", metavar="PATH", type=a_path, help="checkpoint folder, Hub id or .gguf file; int8 or float"
+    )
+    parser.add_argument(
+        "--baseline", metavar="PATH", type=a_path, help="the original, to compare with on the same tokens"
+    )
+    parser.add_argument(
+        "--text", metavar="FILE", type=a_path, help="text to judge on, UTF-8 (default: Python's own documentation)"
+    )
     parser.add_argument(
         "--window",
         metavar="W",

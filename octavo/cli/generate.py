@@ -8,7 +8,7 @@ import statistics
 from typing import TYPE_CHECKING, Any
 
 from octavo.cli.terminal import Answer, Terminal
-from octavo.cli.verb import Verbs, add_cache, add_device, cache_of, device_of, keep_cache, new_verb, positive
+from octavo.cli.verb import Verbs, a_path, add_cache, add_device, cache_of, device_of, keep_cache, new_verb, positive
 from octavo.tables import human_bytes, human_percent
 
 if TYPE_CHECKING:
@@ -24,7 +24,9 @@ def add_parser(verbs: Verbs) -> None:
         "octavo generate smollm2-int8 --prompt 'Why is the sky blue?' --max-new-tokens 64\n"
         "  octavo generate smollm2-int8 --prompt 'Why is the sky blue?' --compile", run,
     )  # fmt: skip
-    parser.add_argument("path", metavar="PATH", help="checkpoint folder, Hub id or .gguf file; int8 or float")
+    parser.add_argument(
+        "path", metavar="PATH", type=a_path, help="checkpoint folder, Hub id or .gguf file; int8 or float"
+    )
     parser.add_argument("--prompt", metavar="TEXT", type=_some_text, required=True, help="what to answer or to go on")
     parser.add_argument(
         "--max-new-tokens", metavar="N", type=positive, help="stop there at the latest (default 128, if there is room)"

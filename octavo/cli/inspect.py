@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from octavo.cli.terminal import Answer, Terminal
-from octavo.cli.verb import Verbs, new_verb
+from octavo.cli.verb import Verbs, a_path, new_verb
 from octavo.errors import CheckpointError, MissingExtra
 from octavo.recipe import pattern_matches
 from octavo.tables import Table, human_bytes, human_percent
@@ -36,7 +36,9 @@ def add_parser(verbs: Verbs) -> None:
         verbs, "inspect", "show what is in a checkpoint: schemes, bytes, what is float and why, the scales",
         "octavo inspect smollm2-int8", run,
     )  # fmt: skip
-    parser.add_argument("path", metavar="PATH", help="checkpoint folder, .safetensors file or Hub id; int8 or float")
+    parser.add_argument(
+        "path", metavar="PATH", type=a_path, help="checkpoint folder, .safetensors file or Hub id; int8 or float"
+    )
 
 
 def run(args: argparse.Namespace, terminal: Terminal) -> Answer:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from octavo.cli.smooth import alpha
 from octavo.cli.sources import Source, add_calibration, source_of, stats_of
 from octavo.cli.terminal import Answer, Terminal
-from octavo.cli.verb import CommandError, Verbs, add_device, device_of, new_verb, positive
+from octavo.cli.verb import CommandError, Verbs, a_path, add_device, device_of, new_verb, positive
 from octavo.recipe import ATTENTION, OPT_IN_TARGETS, PRESETS, Recipe
 from octavo.tables import Table, human_bytes, human_percent
 
@@ -40,8 +40,8 @@ def add_parser(verbs: Verbs) -> None:
         "octavo quantize HuggingFaceTB/SmolLM2-135M-Instruct smollm2-int8 --scheme w8a8-static --smooth auto",
         run,
     )
-    parser.add_argument("src", metavar="SRC", help="folder with safetensors, Hub id or .gguf file")
-    parser.add_argument("dst", metavar="DST", help="folder to write; must not exist")
+    parser.add_argument("src", metavar="SRC", type=a_path, help="folder with safetensors, Hub id or .gguf file")
+    parser.add_argument("dst", metavar="DST", type=a_path, help="folder to write; must not exist")
     schemes = "; ".join(f"{name}: {preset.line}" for name, preset in PRESETS.items())
     parser.add_argument("--scheme", choices=sorted(PRESETS), help=f"default {_DEFAULT_SCHEME}. {schemes}")
     parser.add_argument(
@@ -60,7 +60,9 @@ def add_parser(verbs: Verbs) -> None:
         default=[],
         help=f"quantize what is not by default: {', '.join(OPT_IN_TARGETS)}, or modules by name or 're:' pattern",
     )
-    parser.add_argument("--recipe", metavar="FILE", help=".json or .yaml file that says scheme, targets and the rest")
+    parser.add_argument(
+        "--recipe", metavar="FILE", type=a_path, help=".json or .yaml file that says scheme, targets and the rest"
+    )
     parser.add_argument("--group-size", metavar="G", type=positive, help="one scale for G columns, not for a whole row")
     parser.add_argument("--max-shard-size", metavar="SIZE", default="5GB", help="of a file of weights (default 5GB)")
     parser.add_argument("--attention", choices=ATTENTION, help="how Q K^T and P V are computed (default float)")

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from octavo.cli.sources import add_calibration, add_plot, check_outputs, ranges_of, source_of, stats_of
 from octavo.cli.terminal import Answer, Terminal
-from octavo.cli.verb import Verbs, add_device, device_of, new_verb
+from octavo.cli.verb import Verbs, a_path, add_device, device_of, new_verb
 from octavo.plot import channel_ranges
 from octavo.recipe import PRESETS
 
@@ -40,8 +40,8 @@ def add_parser(verbs: Verbs) -> None:
         verbs, "smooth", "move a float model's activation outliers into its weights",
         "octavo smooth HuggingFaceTB/SmolLM2-135M-Instruct smollm2-smooth --scheme w8a8 --plot ranges.png", run,
     )  # fmt: skip
-    parser.add_argument("src", metavar="SRC", help="checkpoint folder, Hub id or .gguf file; float")
-    parser.add_argument("dst", metavar="DST", help="folder to write, float too; must not exist")
+    parser.add_argument("src", metavar="SRC", type=a_path, help="checkpoint folder, Hub id or .gguf file; float")
+    parser.add_argument("dst", metavar="DST", type=a_path, help="folder to write, float too; must not exist")
     parser.add_argument(
         "--alpha", metavar="A", type=alpha, default="auto",
         help="0 to 1: share of the difficulty that moves; auto (default) measures the best of each pair of layers",

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from octavo.cli.terminal import Terminal
 from octavo.cli.text import read_documents, read_text
-from octavo.cli.verb import CommandError, positive
+from octavo.cli.verb import CommandError, a_path, positive
 from octavo.plot import new_figure
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ _SEQ_LEN = 512
 def add_calibration(parser: argparse.ArgumentParser) -> None:
     """The option --calibration, and those that say how much of it."""
     parser.add_argument(
-        "--calibration", metavar="FILE",
+        "--calibration", metavar="FILE", type=a_path,
         help="text, .jsonl or what `octavo calibrate` wrote (default: Python's own documentation)",
     )  # fmt: skip
     add_samples(parser)
@@ -56,7 +56,9 @@ def add_samples(parser: argparse.ArgumentParser) -> None:
 
 def add_plot(parser: argparse.ArgumentParser) -> None:
     """The option --plot."""
-    parser.add_argument("--plot", metavar="FILE", help="draw the channels' ranges of the most uneven inputs, as PNG")
+    parser.add_argument(
+        "--plot", metavar="FILE", type=a_path, help="draw the channels' ranges of the most uneven inputs, as PNG"
+    )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -16,8 +16,8 @@ from octavo.cli.terminal import Answer, Terminal
 from octavo.errors import OctavoError
 
 __all__ = [
-    "CommandError", "Run", "Verbs", "add_cache", "add_device", "cache_of", "device_of", "keep_cache", "new_verb",
-    "positive",
+    "CommandError", "Run", "Verbs", "a_path", "add_cache", "add_device", "cache_of", "device_of", "keep_cache",
+    "new_verb", "positive",
 ]  # fmt: skip
 
 Verbs = Any
@@ -56,6 +56,16 @@ def positive(text: str) -> int:
 
 
 positive.__name__ = "positive whole number"  # argparse says: invalid positive whole number value: '0'
+
+
+def a_path(text: str) -> str:
+    """An argument that names a file, a folder or a model of the Hub; an empty one would name the current folder."""
+    if not text:
+        raise ValueError(text)
+    return text
+
+
+a_path.__name__ = "path (not an empty one)"
 
 
 def add_device(parser: argparse._ActionsContainer) -> None:

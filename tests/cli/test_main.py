@@ -24,6 +24,7 @@ import pytest
 import octavo
 from octavo.cli import backends, new_parser
 from octavo.cli.terminal import Answer
+from octavo.cli.verb import a_path
 from octavo.formats.outputs import new_folder
 
 VERBS = ("quantize", "calibrate", "smooth", "inspect", "eval", "generate", "bench", "backends")
@@ -113,6 +114,16 @@ def test_no_verb_shows_the_help_and_is_a_usage_error(run: Run) -> None:
 def test_usage_errors(argv: list[str], run: Run) -> None:
     shown = run(*argv)
     assert shown.code == 2 and shown.out == "" and "usage: octavo" in shown.err
+
+
+def test_no_path_is_empty(run: Run) -> None:
+    """It would be that of the current folder."""
+    named = {"PATH", "SRC", "DST", "MODEL", "FILE"}
+    types = {action.type for parser in verb_parsers().values() for action in parser._actions if action.metavar in named}
+    assert types == {a_path}
+    for argv in (["inspect", ""], ["quantize", "a", ""], ["bench", "a", "--baseline", ""]):
+        shown = run(*argv)
+        assert shown.code == 2 and "invalid path (not an empty one) value: ''" in shown.err
 
 
 def test_version(run: Run) -> None:
