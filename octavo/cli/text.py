@@ -34,7 +34,8 @@ def read_text(option: str, file: str | None) -> tuple[str, str]:
     if file is None:
         return sample_text(), f"Python {platform.python_version()}'s documentation (pydoc_data.topics)"
     try:
-        return Path(file).read_text(encoding="utf-8"), file
+        # The mark that some editors begin UTF-8 with (a BOM) is none of the text.
+        return Path(file).read_text(encoding="utf-8-sig"), file
     except UnicodeDecodeError as error:
         raise CommandError(f"{option} {file}: is not UTF-8 text ({error.reason} at byte {error.start})") from error
 
