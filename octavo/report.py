@@ -63,16 +63,20 @@ class Comparison:
         """The `count` layers of lowest SQNR, worst first."""
         return sorted(self.layers, key=lambda layer: layer.sqnr_db)[:count]
 
-    def tables(self, count: int = 10) -> list[Table]:
-        """The comparison for people: the measures, then the `count` worst layers, then the layers not compared."""
+    def tables(self, count: int = 10, *, models: tuple[str, str] = ("float", "int8")) -> list[Table]:
+        """The comparison for people: the measures, then the `count` worst layers, then the layers not compared.
+
+        models: what to call the two, if they are not float and int8.
+        """
+        reference, judged = models
         measures = [
-            ("KL(float || int8)", "-" if self.kl is None else f"{self.kl:.3g} nats"),
+            (f"KL({reference} || {judged})", "-" if self.kl is None else f"{self.kl:.3g} nats"),
             ("top-1 agreement", "-" if self.top1 is None else human_percent(self.top1)),
             ("output SQNR", f"{self.sqnr_db:.1f} dB"),
             ("cosine, mean", f"{self.cosine_mean:.6f}"),
             ("cosine, lowest", f"{self.cosine_min:.6f}"),
         ]
-        title = f"int8 against float (batches: {self.batches}, positions: {self.positions})"
+        title = f"{judged} against {reference} (batches: {self.batches}, positions: {self.positions})"
         tables = [Table(title, ("measure", "value"), tuple(measures), "lr")]
         if self.layers:
             worst = self.worst_layers(count)

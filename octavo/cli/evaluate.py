@@ -63,8 +63,9 @@ def add_parser(verbs: Verbs) -> None:
 
 def run(args: argparse.Namespace, terminal: Terminal) -> Answer:
     """Perplexity of both models, and the comparison of them, over the same windows."""
-    if args.window is not None and args.window < 2:
-        raise CommandError(f"--window is {args.window}, expected at least 2: the first token predicts the next")
+    for option, tokens in (("--window", args.window), ("--tokens", args.tokens)):
+        if tokens is not None and tokens < 2:
+            raise CommandError(f"{option} is {tokens}, expected at least 2: the first token predicts the next")
     text, text_name = read_text("--text", args.text)
     device = device_of(args)
     with terminal.progress(f"loading {args.path}"):
@@ -88,9 +89,10 @@ def run(args: argparse.Namespace, terminal: Terminal) -> Answer:
         perplexities.append(_perplexity(terminal, baseline, ids, window, args.baseline))
         comparison = _compare(terminal, baseline, model, ids, window)
     where = f"{len(ids)} tokens of {text_name}, in windows of {window}"
+    compared = [] if comparison is None else comparison.tables(_WORST_LAYERS, models=_called(baseline, model))
     return Answer(
         _data(args, cache, window, len(ids), text_name, perplexities, comparison),
-        tuple(_shown(args, where, perplexities, comparison)),
+        (_table(args, where, perplexities), *compared),
     )
 
 
@@ -144,12 +146,17 @@ def _data(
     }
 
 
-def _shown(
-    args: argparse.Namespace, where: str, perplexities: list[float], comparison: Comparison | None
-) -> list[Table | str]:
+def _table(args: argparse.Namespace, where: str, perplexities: list[float]) -> Table:
     rows = [(args.path, f"{perplexities[0]:.4f}", "")]
-    if comparison is not None:
+    if len(perplexities) > 1:
         change = perplexities[0] / perplexities[1] - 1
         rows = [(args.baseline, f"{perplexities[1]:.4f}", ""), (args.path, f"{perplexities[0]:.4f}", f"{change:+.2%}")]
-    shown: list[Table | str] = [Table(f"Perplexity on {where}", ("model", "perplexity", "change"), tuple(rows), "lrr")]
-    return shown if comparison is None else [*shown, *comparison.tables(_WORST_LAYERS)]
+    return Table(f"Perplexity on {where}", ("model", "perplexity", "change"), tuple(rows), "lrr")
+
+
+def _called(baseline: Any, model: Any) -> tuple[str, str]:
+    """What to call the two models: as what they are, where that tells them apart."""
+    from octavo.modules import QuantModule
+
+    kinds = ["int8" if any(isinstance(m, QuantModule) for m in one.modules()) else "float" for one in (baseline, model)]
+    return (kinds[0], kinds[1]) if kinds[0] != kinds[1] else ("baseline", "model")

@@ -72,6 +72,18 @@ def test_people_see_the_change_and_the_worst_five(run: Run, tiny: Path, tiny_int
     assert "The 5 layers of lowest SQNR, of 14" in shown.out
 
 
+def test_models_are_called_what_they_are(run: Run, tiny: Path, tiny_int8: Path) -> None:
+    few = ("--tokens", 8)
+    for path, baseline, words in (
+        (tiny_int8, tiny, ("\nint8 against float (", "\nKL(float || int8) ")),
+        (tiny, tiny_int8, ("\nfloat against int8 (", "\nKL(int8 || float) ")),
+        (tiny, tiny, ("\nmodel against baseline (", "\nKL(baseline || model) ")),
+        (tiny_int8, tiny_int8, ("\nmodel against baseline (", "\nKL(baseline || model) ")),
+    ):
+        out = run("eval", path, "--baseline", baseline, *few).out
+        assert all(word in out for word in words)
+
+
 def test_a_text_of_one_s_own(run: Run, tiny: Path, tmp_path: Path) -> None:
     text = tmp_path / "text.txt"
     text.write_text("The quick brown fox jumps over the lazy dog, and again. " * 4)
@@ -92,9 +104,10 @@ def test_a_text_that_is_none(content: bytes | None, words: str, run: Run, tiny: 
     assert shown.code == 1 and shown.out == "" and words in shown.err and str(text) in shown.err
 
 
-def test_a_window_of_one_is_refused(run: Run, tiny: Path) -> None:
-    shown = run("eval", tiny, "--window", 1)
-    assert shown.code == 1 and "--window is 1" in shown.err
+@pytest.mark.parametrize("option", ["--window", "--tokens"])
+def test_one_token_is_refused_before_a_model_is_loaded(option: str, run: Run, tmp_path: Path) -> None:
+    shown = run("eval", tmp_path / "no model", option, 1)
+    assert shown.code == 1 and f"{option} is 1, expected at least 2" in shown.err
 
 
 def test_a_device_that_is_not_there(run: Run, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
