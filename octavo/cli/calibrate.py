@@ -216,7 +216,8 @@ def _table_of_unreached(names: tuple[str, ...]) -> Table:
     for name in names:
         families.setdefault(in_general(name), []).append(name)
     lines = tuple((_family(family, members),) for family, members in families.items())
-    return Table(f"Layers that no sample reached, {len(names)}; they will have dynamic scales", ("layer",), lines)
+    title = f"Layers that no sample reached, {len(names)}; of these, what becomes int8 will have dynamic scales"
+    return Table(title, ("layer",), lines)
 
 
 def _family(family: str, names: list[str]) -> str:

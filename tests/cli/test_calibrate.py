@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 
 from octavo.calibrate import Stats, calibrate
 from octavo.cli.text import sample_text
@@ -92,6 +93,24 @@ def test_experts(run: Run, mixture: Path, tmp_path: Path) -> None:
     assert everywhere.err == "" and "no token was routed to" not in everywhere.out
     for seen in Stats.load(tmp_path / "stats.safetensors").experts.values():
         assert seen.tokens.tolist() == [16] * 64
+
+
+def test_layers_that_no_sample_reaches_are_not_said_to_become_int8(run: Run, tmp_path: Path) -> None:
+    """Mamba computes with the weight of dt_proj itself: it stays float."""
+    tokenizer = byte_level_tokenizer()
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "state_size": 4}
+    config = transformers.MambaConfig(vocab_size=len(tokenizer), **sizes)
+    transformers.MambaForCausalLM(config).save_pretrained(tmp_path / "mamba")
+    tokenizer.save_pretrained(tmp_path / "mamba")
+    stats = tmp_path / "stats.safetensors"
+    out = run("calibrate", tmp_path / "mamba", *SMALL, "-o", stats).out
+    assert "no sample reached, 1; of these, what becomes int8 will have dynamic scales" in out
+    data = run(
+        "quantize", tmp_path / "mamba", tmp_path / "out", "--scheme", "w8a8-static", "--calibration", stats, "--json"
+    ).data
+    (name,) = Stats.load(stats).unreached
+    (row,) = (row for row in data["coverage"]["rows"] if row["name"] == f"{name}.weight")
+    assert name.endswith("dt_proj") and row["scheme"] is None
 
 
 def test_all_tokens_to_all_experts_of_a_model_without_any(run: Run, tiny: Path, tmp_path: Path) -> None:
