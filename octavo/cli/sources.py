@@ -151,8 +151,8 @@ def _seq_len(args: argparse.Namespace, model: Any) -> int:
 def check_outputs(args: argparse.Namespace, *files: str | None) -> None:
     """See before the work that `files` and --plot can be written after it.
 
-    Raises: CommandError for a folder that is not there or cannot be written to, for a folder in the place of a file and
-        for two outputs in one; MissingExtra for --plot without matplotlib.
+    Raises: CommandError for a folder that is not there or cannot be written to, for a folder in the place of a file,
+        for two outputs in one and for a --plot that is not called .png; MissingExtra for --plot without matplotlib.
     """
     outputs = [Path(file) for file in (*files, args.plot) if file is not None]
     for file in outputs:
@@ -165,7 +165,17 @@ def check_outputs(args: argparse.Namespace, *files: str | None) -> None:
     if len({file.resolve() for file in outputs}) < len(outputs):
         raise CommandError(f"{', '.join(map(str, outputs))}: are one file, expected one for each output")
     if args.plot is not None:
+        _check_picture(Path(args.plot))
         new_figure()
+
+
+def _check_picture(file: Path) -> None:
+    is_device = file.exists() and not file.is_file()
+    if file.suffix.lower() != ".png" and not is_device:
+        raise CommandError(
+            f"--plot is {file}, expected a name that ends in .png, which it is written as; write "
+            f"{file.with_suffix('.png')}"
+        )
 
 
 def ranges_of(stats: Stats) -> dict[str, list[float]]:

@@ -224,6 +224,17 @@ def test_statistics_that_would_not_be_read_back_are_refused_before_the_work(
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("name", ["ranges.jpg", "ranges", ".png"])
+def test_a_plot_of_another_name_is_refused_before_the_work(name: str, run: Run, tmp_path: Path) -> None:
+    shown = run("calibrate", tmp_path / "no model", "-o", tmp_path / "stats.safetensors", "--plot", tmp_path / name)
+    assert shown.code == 1 and f"--plot is {tmp_path / name}, expected a name that ends in .png" in shown.err
+
+
+def test_a_device_that_a_plot_is_sent_to_has_a_name_of_its_own(run: Run, tmp_path: Path) -> None:
+    shown = run("calibrate", tmp_path / "no model", "-o", tmp_path / "stats.safetensors", "--plot", "/dev/null")
+    assert shown.code == 1 and "no model: no such file or folder" in shown.err
+
+
 def test_a_sample_of_one_token_and_an_int8_model_are_refused(run: Run, tiny_int8: Path, tmp_path: Path) -> None:
     shown = run("calibrate", tiny_int8, "--seq-len", 1, "-o", tmp_path / "x.safetensors")
     assert shown.code == 1 and "--seq-len is 1" in shown.err
