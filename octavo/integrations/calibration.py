@@ -33,6 +33,8 @@ __all__ = [
 
 T = TypeVar("T")
 
+_EXPECTED = "expected text like the model's later use: a token that follows none is not like the others; give more"
+
 Document = str | Sequence[Mapping[str, Any]]
 """A text, or the messages of a chat: [{"role": "user", "content": "..."}, ...]."""
 
@@ -70,11 +72,13 @@ def text_batches(tokenizer: Any, text: str, *, samples: int, seq_len: int) -> li
 
     Where the tokenizer begins a text with a token of its own (BOS), each window begins with it. seq_len: at least 2.
     Returns: int64 [1, seq_len] each; one shorter window for a shorter text.
-    Raises: CalibrateError for a text without tokens.
+    Raises: CalibrateError for a text without tokens, or with one.
     """
     ids = token_ids(tokenizer, text, limit=sys.maxsize, window=seq_len)
     if not len(ids):
         raise CalibrateError("the calibration text has no tokens; expected text that is like the model's later use")
+    if len(ids) == 1:
+        raise CalibrateError(f"the calibration text is one token, {_EXPECTED}")
     windows = [window for window in ids.split(seq_len) if len(window) == seq_len] or [ids]
     return [window.unsqueeze(0) for window in _spread(windows, samples)]
 
@@ -85,14 +89,16 @@ def document_batches(tokenizer: Any, documents: Sequence[Document], *, samples: 
     A document is tokenized as the model expects it: a text begins with BOS if the tokenizer says so, messages go
     through the chat template.
     Returns: int64 [1, T] each, T <= seq_len.
-    Raises: CalibrateError for no documents, one without tokens, and messages that there is no chat template for, a
-        broken one, or one that they do not fit.
+    Raises: CalibrateError for no documents, one without tokens, none with more than one, and messages that there is no
+        chat template for, a broken one, or one that they do not fit.
     """
     if not documents:
         raise CalibrateError("there are no documents to calibrate on, expected at least one")
     batches = [_token_ids_of(tokenizer, document)[:seq_len] for document in _spread(documents, samples)]
     if not all(batches):
         raise CalibrateError("a calibration document has no tokens; leave empty documents out")
+    if max(map(len, batches)) == 1:
+        raise CalibrateError(f"no calibration document has more than one token, {_EXPECTED}")
     return [torch.tensor([ids], dtype=torch.int64) for ids in batches]
 
 

@@ -45,6 +45,17 @@ def test_a_short_text_gives_what_it_has() -> None:
         text_batches(tokenizer, "", samples=4, seq_len=16)
 
 
+def test_nothing_but_first_tokens_is_no_calibration() -> None:
+    """What follows no other token is not like the others; one such document among more is a document."""
+    tokenizer = byte_level_tokenizer()
+    with pytest.raises(CalibrateError, match="the calibration text is one token, expected text like"):
+        text_batches(tokenizer, "!", samples=4, seq_len=16)
+    with pytest.raises(CalibrateError, match="no calibration document has more than one token, expected"):
+        document_batches(tokenizer, ["!", "?"], samples=4, seq_len=16)
+    batches = document_batches(tokenizer, ["!", "a word"], samples=4, seq_len=16)
+    assert [len(batch[0]) for batch in batches] == [1, len(tokenizer("a word").input_ids)]
+
+
 def test_every_window_begins_as_the_tokenizer_begins_a_text() -> None:
     for batch in text_batches(byte_level_tokenizer(bos=True), TEXT, samples=5, seq_len=16):
         assert batch.shape == (1, 16) and batch[0].tolist().count(0) == 1 and batch[0, 0] == 0
