@@ -339,15 +339,20 @@ class Recipe:
             raise RecipeError(f"{path}: cannot read the recipe: {error}") from error
         if path.suffix == ".json":
             try:
-                data = json.loads(text)
-            except json.JSONDecodeError as error:
+                data = json.loads(text, object_pairs_hook=_object)
+            except ValueError as error:
                 raise RecipeError(f"{path}: not valid JSON: {error}") from error
         elif path.suffix in (".yaml", ".yml"):
             import yaml
 
+            class Loader(yaml.SafeLoader):
+                def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+                    _check_unique([key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)])
+                    return super().construct_mapping(node, deep)
+
             try:
-                data = yaml.safe_load(text)
-            except (yaml.YAMLError, ValueError) as error:  # ValueError: a date or a number that is none
+                data = yaml.load(text, Loader)
+            except (yaml.YAMLError, ValueError) as error:  # ValueError: a key twice, a date or a number that is none
                 raise RecipeError(f"{path}: not valid YAML: {error}") from error
         else:
             raise RecipeError(f"{path}: a recipe ends in .json, .yaml or .yml, got {path.suffix!r}")
@@ -371,6 +376,18 @@ def pattern_matches(pattern: Pattern, name: str, module: Any = None) -> bool:
     if pattern.startswith("re:"):
         return re.match(pattern[3:], name) is not None
     return name == pattern or name.startswith(pattern + ".")
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    _check_unique([key for key, _ in pairs])
+    return dict(pairs)
+
+
+def _check_unique(keys: list[str]) -> None:
+    """Raise ValueError for a key that is there twice, of which readers would take the last."""
+    twice = [key for key in dict.fromkeys(keys) if keys.count(key) > 1]
+    if twice:
+        raise ValueError(f"the key {twice[0]!r} is there twice, expected once; leave one out")
 
 
 def _check_list(field: str, value: object) -> None:

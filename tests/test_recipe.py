@@ -288,6 +288,10 @@ def test_a_predicate_does_not_fit_in_a_file(field: str) -> None:
         ("a.toml", "", "a.toml: a recipe ends in .json, .yaml or .yml, got '.toml'"),
         ("a.yaml", "ignored: [x]", "a.yaml: recipe: unknown key 'ignored'"),
         ("a.yaml", "", "a.yaml: recipe is None, expected a mapping"),
+        ("a.json", '{"ignore": ["a"], "ignore": ["b"]}', "a.json: not valid JSON: the key 'ignore' is there twice"),
+        ("a.json", '{"overrides": {"a": "w8a8", "a": "w8a16"}}', "a.json: not valid JSON: the key 'a' is there twice"),
+        ("a.yaml", "ignore: [a]\nignore: [b]", "a.yaml: not valid YAML: the key 'ignore' is there twice"),
+        ("a.yaml", "overrides:\n  a: w8a8\n  a: w8a16", "a.yaml: not valid YAML: the key 'a' is there twice"),
         ("a.json", '{"scheme": "w9"}', "a.json: unknown scheme 'w9'"),
     ],
 )
