@@ -19,6 +19,7 @@ import argparse
 import contextlib
 import dataclasses
 import multiprocessing
+import os
 import random
 import signal
 import statistics
@@ -50,7 +51,9 @@ def add_parser(verbs: Verbs) -> None:
         "octavo bench smollm2-int8 --baseline HuggingFaceTB/SmolLM2-135M-Instruct --threads 8\n"
         "  octavo bench smollm2-int8 --compile", run,
     )  # fmt: skip
-    parser.add_argument("--threads", metavar="N", type=positive, help="of torch (default: as torch decides)")
+    parser.add_argument(
+        "--threads", metavar="N", type=positive, help="of torch, up to one a core (default: as torch decides)"
+    )
     add_device(parser)
     models = parser.add_argument_group("a model: speed and memory")
     models.add_argument(
@@ -96,7 +99,8 @@ def _by(shape: tuple[int, int]) -> str:
 
 
 def settled(args: argparse.Namespace) -> argparse.Namespace:
-    """The arguments with their defaults. Raises: CommandError if they are of a model and of the ops at once."""
+    """The arguments with their defaults. Raises: CommandError if they are of a model and of the ops at once, and for
+    more threads than there are cores."""
     if not args.ops and args.path is None:
         raise CommandError("what to time? expected the PATH of a model, or --ops for the ops on this machine")
     given = {name for name in (*MODEL_OPTIONS, *OPS_OPTIONS) if getattr(args, name) is not None}
@@ -107,6 +111,9 @@ def settled(args: argparse.Namespace) -> argparse.Namespace:
             f"{name} is of {'a model' if args.ops else 'the ops'}, and {'--ops' if args.ops else f'PATH {args.path}'} "
             "was given; time the two in two commands"
         )
+    cores = os.cpu_count()
+    if args.threads is not None and cores is not None and args.threads > cores:
+        raise CommandError(f"--threads is {args.threads}, expected at most {cores}, one for each core of this machine")
     defaults = {**MODEL_OPTIONS, **OPS_OPTIONS}
     return argparse.Namespace(**{**vars(args), **{name: defaults[name] for name in defaults if name not in given}})
 

@@ -255,6 +255,16 @@ def test_a_model_and_the_ops_are_two_things(argv: list[str], message: str, run: 
     assert shown.code == 1 and shown.out == "" and message in shown.err
 
 
+@pytest.mark.parametrize("what", ["model", "--ops"])
+def test_more_threads_than_cores_are_refused(
+    what: str, run: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "cpu_count", lambda: 6)
+    shown = run("bench", what, "--threads", 7)
+    assert shown.code == 1 and "--threads is 7, expected at most 6, one for each core of this machine" in shown.err
+    assert arguments("--threads", "6").threads == 6
+
+
 def test_a_prompt_that_does_not_fit_is_refused() -> None:
     short = dataclasses.replace(measured((1.0, 1.0)).loaded, positions=256)
     args = arguments("--prompt-tokens", "250", "--new-tokens", "10")
