@@ -41,7 +41,7 @@ def add_parser(verbs: Verbs) -> None:
         run,
     )
     parser.add_argument("src", metavar="SRC", type=a_path, help="folder with safetensors, Hub id or .gguf file")
-    parser.add_argument("dst", metavar="DST", type=a_path, help="folder to write; must not exist")
+    parser.add_argument("dst", metavar="DST", type=a_path, help="folder to write; must not exist, or be empty")
     schemes = "; ".join(f"{name}: {preset.line}" for name, preset in PRESETS.items())
     parser.add_argument("--scheme", choices=sorted(PRESETS), help=f"default {_DEFAULT_SCHEME}. {schemes}")
     parser.add_argument(

@@ -41,7 +41,9 @@ def add_parser(verbs: Verbs) -> None:
         "octavo smooth HuggingFaceTB/SmolLM2-135M-Instruct smollm2-smooth --scheme w8a8 --plot ranges.png", run,
     )  # fmt: skip
     parser.add_argument("src", metavar="SRC", type=a_path, help="checkpoint folder, Hub id or .gguf file; float")
-    parser.add_argument("dst", metavar="DST", type=a_path, help="folder to write, float too; must not exist")
+    parser.add_argument(
+        "dst", metavar="DST", type=a_path, help="folder to write, float too; must not exist, or be empty"
+    )
     parser.add_argument(
         "--alpha", metavar="A", type=alpha, default="auto",
         help="0 to 1: share of the difficulty that moves; auto (default) measures the best of each pair of layers",
