@@ -26,7 +26,6 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from octavo import __version__
-from octavo.cli import backends, bench, calibrate, evaluate, generate, inspect, quantize, smooth
 from octavo.cli.terminal import OutputError, Terminal
 from octavo.errors import OctavoError
 
@@ -37,6 +36,14 @@ _INTERRUPTED = 130
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command with `argv` (by default the process's own arguments); returns the exit code."""
+    try:
+        return _run(argv)
+    except KeyboardInterrupt:
+        Terminal().complain("error", "interrupted")
+        return _INTERRUPTED
+
+
+def _run(argv: Sequence[str] | None) -> int:
     parser = new_parser()
     try:
         args = parser.parse_args(argv)
@@ -51,9 +58,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             answer = args.run(args, terminal)
             if answer is not None:
                 terminal.show(answer)
-        except KeyboardInterrupt:
-            terminal.complain("error", "interrupted")
-            return _INTERRUPTED
         except BrokenPipeError:  # whoever read the output has had enough of it
             _let_go_of_stdout()
             return 1
@@ -96,6 +100,9 @@ def _unwinding_when_terminated(terminal: Terminal) -> Iterator[None]:
 
 def new_parser() -> argparse.ArgumentParser:
     """The parser of the whole command; what it parses has `run`, the function of the verb."""
+    # Here, and not above, where an interrupt would show a traceback: it takes a moment.
+    from octavo.cli import backends, bench, calibrate, evaluate, generate, inspect, quantize, smooth
+
     parser = argparse.ArgumentParser(
         prog="octavo",
         description="Folds models to eight bits: half the memory of bf16, with the accuracy measured and shown.",

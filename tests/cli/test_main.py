@@ -14,6 +14,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import textwrap
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -207,7 +208,23 @@ def test_debug_shows_the_traceback(monkeypatch: pytest.MonkeyPatch, run: Run) ->
 
 def test_an_interrupt_is_130(monkeypatch: pytest.MonkeyPatch, run: Run) -> None:
     with_run(monkeypatch, failing(KeyboardInterrupt()))
-    assert run("backends").code == 130
+    shown = run("backends")
+    assert (shown.code, shown.out, shown.err) == (130, "", "error: interrupted\n")
+
+
+def test_an_interrupt_while_the_verbs_are_imported_is_130_too() -> None:
+    code = """
+        import sys
+        class Interrupt:
+            def find_spec(name, *more):
+                if name == "octavo.cli.bench":
+                    raise KeyboardInterrupt
+        sys.meta_path.insert(0, Interrupt)
+        from octavo.cli import main
+        sys.exit(main(["--help"]))
+    """
+    found = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True)
+    assert (found.returncode, found.stdout, found.stderr) == (130, "", "error: interrupted\n")
 
 
 def noisy(args: argparse.Namespace, terminal: object) -> Answer:
