@@ -62,8 +62,6 @@ def why_no_facade(layer: nn.Module, kind: LayerKind) -> str | None:
             return f"{cls.__name__} has a {min(changed)} of its own, {plain}"
         if "forward" in own and not is_readable(cls):
             return f"{cls.__name__} has a forward of its own, {plain}, and its source cannot be read"
-        if taken := own & {name for name in dir(kind.module) if not hasattr(nn.Module, name)}:
-            return f"{cls.__name__} has a {min(taken)}, which is something else of an int8 layer"
         methods = {method.name: method for method in reversed(methods_of(cls))}  # its own, where a base has it too
         for name in own & methods.keys():
             if methods[name].goes_past_super or (methods[name].calls_super and not _knows_its_class(vars(cls)[name])):

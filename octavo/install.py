@@ -28,6 +28,7 @@ from octavo.norms import fused_norms
 from octavo.plan import Decision, selects
 from octavo.recipe import Pattern
 from octavo.rotary import fused_rotaries
+from octavo.stand_ins import kept_attributes
 from octavo.weight_readers import asked_for_dtype, refuse_training
 
 __all__ = ["CodesOf", "install", "quantized_codes", "settle"]
@@ -203,12 +204,18 @@ _HOOKS = (
 def _take_over(new: nn.Module, old: nn.Module) -> None:
     for hooks in _HOOKS:
         setattr(new, hooks, getattr(old, hooks))
-    for name, value in vars(old).items():
-        if not name.startswith("_") and not hasattr(new, name):
+    for name, value in kept_attributes(old).items():
+        if not hasattr(new, name):
             setattr(new, name, value)
     for name, buffer in old._buffers.items():
         if not hasattr(new, name):
             new.register_buffer(name, buffer, persistent=name not in old._non_persistent_buffers_set)
+    for name, parameter in old._parameters.items():
+        if not hasattr(new, name):
+            new.register_parameter(name, parameter)
+    for name, child in old._modules.items():
+        if not hasattr(new, name) and name != "parametrizations":  # what the weight was computed of
+            new.add_module(name, child)
 
 
 def _switch_off_fused_encoder(model: nn.Module) -> None:

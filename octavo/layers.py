@@ -21,7 +21,10 @@ among the targets of `recipe.py`.
 from __future__ import annotations
 
 import dataclasses
+import functools
+import inspect
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +35,7 @@ from octavo.experts import spec_of, why_not_stacks
 from octavo.ops import quantize_weight
 from octavo.recipe import Scheme, WeightArgs
 from octavo.recurrent import QuantRecurrent, QuantRecurrentCell, recurrent_weights
+from octavo.stand_ins import attributes, made_by
 
 __all__ = [
     "EXPERTS", "KINDS", "LayerKind", "float_class", "has_weight_norm", "is_stack", "kind_of", "users_of_parameters",
@@ -211,6 +215,37 @@ def float_class(layer: nn.Module, kind: LayerKind) -> type[nn.Module]:
     )
 
 
+_OF_FACADES = {"made_of", "_shapes"}
+"""What `facade.py` adds to an int8 layer."""
+
+
+@functools.cache
+def _names_of_int8(module: Any) -> frozenset[str]:
+    """What the int8 layers `module`, under whatever scheme, have of their own."""
+    classes = [each for name in modules.__all__ if issubclass(each := getattr(modules, name), module)] or [module]
+    declared = (inspect.get_annotations(base) for each in classes for base in each.__mro__)
+    names = _OF_FACADES.union(*map(dir, classes), *declared)
+    return frozenset(names.difference(dir(nn.Module), inspect.get_annotations(nn.Module)))
+
+
+def _why_not_names(layer: nn.Module, kind: LayerKind) -> str | None:
+    """Whether the layer holds something that a plain one of its kind does not, under a name that has another meaning in
+    the int8 layer, or in its files."""
+    held = {*attributes(layer), *layer._parameters, *layer._buffers, *layer._modules}
+    params = kind.params_of(layer)
+    plain = set(params)
+    if kind.name != EXPERTS:  # whose class's methods do not stand on the int8 layer
+        base: Any = float_class(layer, kind)
+        own = set(type(layer).__mro__) - set(base.__mro__)
+        held.update(*(vars(cls) for cls in own if not cls.__module__.startswith("torch.")))
+        plain |= made_by(base)
+    stored = {f"{param}{end}" for param in params for end in ("_scale", "_packed", "_shape")}
+    int8: Any = kind.module
+    if taken := held & (_names_of_int8(int8) | stored) - plain:
+        return f"{type(layer).__name__} has a {min(taken)}, which is something else of an int8 layer"
+    return None
+
+
 def _why_not_experts(layer: nn.Module) -> str | None:
     if "forward" in layer.__dict__:
         return "its forward was replaced on the instance (by accelerate's hooks, for one); quantize before dispatching"
@@ -218,7 +253,7 @@ def _why_not_experts(layer: nn.Module) -> str | None:
     assert spec is not None
     if reason := why_not_stacks(layer, spec):
         return reason
-    return _why_not_values(layer, spec.params)
+    return _why_not_names(layer, _EXPERTS_KIND) or _why_not_values(layer, spec.params)
 
 
 def _why_not_values(layer: nn.Module, params: Iterable[str]) -> str | None:
@@ -277,4 +312,4 @@ def why_not(layer: nn.Module, kind: LayerKind) -> str | None:
             return f"its {param} is not a parameter but computed elsewhere (an old-style weight_norm or pruning?)"
     if kind.name == "Embedding" and layer.max_norm is not None:
         return "max_norm renormalizes the float table at every lookup"
-    return _why_not_values(layer, kind.params_of(layer))
+    return _why_not_names(layer, kind) or _why_not_values(layer, kind.params_of(layer))

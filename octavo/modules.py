@@ -26,10 +26,11 @@ from torch.nn import functional as F
 
 from octavo import ops
 from octavo.errors import QuantizeError
-from octavo.experts import argument_names, arguments, chosen_experts, spec_of
+from octavo.experts import ExpertsSpec, argument_names, arguments, chosen_experts, spec_of
 from octavo.inputs import SharedInput
 from octavo.primitives import dequantize
 from octavo.recipe import Scheme
+from octavo.stand_ins import kept_attributes
 
 __all__ = [
     "DynamicQuantLinear",
@@ -66,7 +67,6 @@ class QuantModule(nn.Module):
     replaces: str
     note: str | None = None
     op_names: tuple[str, ...]
-    bias: nn.Parameter | None
     _float: Tensor
 
     def __init__(self, layer: nn.Module, codes: Codes, scheme: Scheme, float_dtype: torch.dtype) -> None:
@@ -81,7 +81,8 @@ class QuantModule(nn.Module):
                 )
             self._buffers[name] = weight  # not register_buffer: a facade has an attribute of that name
             self._buffers[f"{name}_scale"] = scale
-        self.register_parameter("bias", layer._parameters.get("bias"))
+        if "bias" in layer._parameters:
+            self.register_parameter("bias", layer._parameters["bias"])
         self.train(layer.training)
 
     def _follow_casts(self, device: torch.device) -> None:
@@ -139,7 +140,7 @@ class QuantModule(nn.Module):
 
     def _hold_rest(self, layer: nn.Module, params: Collection[str]) -> None:
         """Hold what the float layer holds besides `params`, and this one does not: what its own code may ask for."""
-        for name, value in vars(layer).items():
+        for name, value in kept_attributes(layer).items():
             if name not in vars(self):
                 setattr(self, name, value)
         for name, parameter in layer._parameters.items():
@@ -173,6 +174,9 @@ class QuantLinear(QuantModule):
     op_names: tuple[str, ...] = ("w8a16_linear",)
     weight: Tensor
     weight_scale: Tensor
+    bias: nn.Parameter | None
+    in_features: int
+    out_features: int
     fake: bool = False
 
     def __init__(self, layer: nn.Module, codes: Codes, scheme: Scheme, float_dtype: torch.dtype) -> None:
@@ -201,6 +205,8 @@ class DynamicQuantLinear(QuantLinear):
 
     shared_input: by which layers that are fed the same tensor quantize it once; the swap gives a model's layers one.
     """
+
+    shared_input: SharedInput
 
     def __init__(self, layer: nn.Module, codes: Codes, scheme: Scheme, float_dtype: torch.dtype) -> None:
         super().__init__(layer, codes, scheme, float_dtype)
@@ -250,12 +256,13 @@ class StaticQuantLinear(DynamicQuantLinear):
     """
 
     input_scale: Tensor
+    _scale_value: float | None
 
     def __init__(self, layer: nn.Module, codes: Codes, scheme: Scheme, float_dtype: torch.dtype) -> None:
         super().__init__(layer, codes, scheme, float_dtype)
         self.op_names = ("quantize_static", "w8a8_linear")
         self.register_buffer("input_scale", torch.ones(1, device=self.weight_scale.device))
-        self._scale_value: float | None = None
+        self._scale_value = None
 
     def scale_names(self) -> tuple[str, ...]:
         return (*super().scale_names(), "input_scale")
@@ -359,6 +366,7 @@ class QuantConv(QuantModule):
     op_names: tuple[str, ...] = ("w8a16_conv",)
     weight: Tensor
     weight_scale: Tensor
+    bias: nn.Parameter | None
     in_channels: int
     out_channels: int
     kernel_size: tuple[int, ...]
@@ -368,6 +376,7 @@ class QuantConv(QuantModule):
     groups: int
     padding_mode: str
     output_padding: tuple[int, ...]
+    _explicit_padding: list[int]
 
     def __init__(self, layer: nn.Module, codes: Codes, scheme: Scheme, float_dtype: torch.dtype) -> None:
         super().__init__(layer, codes, scheme, float_dtype)
@@ -376,7 +385,7 @@ class QuantConv(QuantModule):
             "output_padding",
         ):  # fmt: skip
             setattr(self, name, getattr(layer, name))
-        self._explicit_padding: list[int] = getattr(layer, "_reversed_padding_repeated_twice", [])
+        self._explicit_padding = getattr(layer, "_reversed_padding_repeated_twice", [])
 
     def forward(self, input: Tensor) -> Tensor:
         """[B, C, *D] or [C, *D] float -> [B, N, *D'] or [N, *D'] of the same dtype."""
@@ -440,6 +449,10 @@ class QuantExperts(QuantModule):
     Each up and down weight of the float layer: int8 [E, N, K], output channels before input channels, with a scale
     fp32 [E, N, 1]. Biases, activation, norm and settings are the float layer's; so is the gate between the projections.
     """
+
+    spec: ExpertsSpec
+    source_class: type[nn.Module]
+    _names: tuple[str, ...]
 
     def __init__(self, layer: nn.Module, codes: Codes, scheme: Scheme, float_dtype: torch.dtype) -> None:
         super().__init__(layer, codes, scheme, float_dtype)

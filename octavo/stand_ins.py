@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Mapping
 from typing import Any
@@ -12,7 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["FLOATS", "attributes", "has_hooks", "hold_the_same", "random", "same_bits", "takes_one_argument"]
+__all__ = [
+    "FLOATS", "attributes", "has_hooks", "hold_the_same", "kept_attributes", "made_by", "random", "same_bits",
+    "takes_one_argument",
+]  # fmt: skip
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 """Dtypes that a stand-in is compared in."""
@@ -22,6 +26,23 @@ def attributes(module: nn.Module) -> Mapping[str, Any]:
     """What was set on the module besides what every module has."""
     bare = vars(nn.Module())
     return {name: value for name, value in vars(module).items() if name not in bare}
+
+
+def kept_attributes(module: nn.Module) -> dict[str, Any]:
+    """The same without what torch's class keeps for itself: lists of the float weights, for one."""
+    torchs = made_by(next(cls for cls in type(module).__mro__ if cls.__module__.startswith("torch.")))
+    return {name: value for name, value in attributes(module).items() if name[0] != "_" or name not in torchs}
+
+
+@functools.cache
+def made_by(cls: type) -> frozenset[str]:
+    """Names that a class of modules may give to its instances: what it has, declares, and mentions in its methods."""
+    names = set(dir(cls))
+    for base in cls.__mro__[: cls.__mro__.index(nn.Module)]:
+        names.update(inspect.get_annotations(base))
+        functions = filter(inspect.isfunction, map(inspect.unwrap, vars(base).values()))
+        names.update(*(function.__code__.co_names for function in functions))
+    return frozenset(names)
 
 
 def hold_the_same(new: nn.Module, module: nn.Module) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 import octavo
 from octavo.modules import QuantLinear, QuantModule, QuantMultiheadAttention
 from octavo.norms import FusedRMSNorm
+from octavo.recurrent import QuantRecurrent
 from tests.nearness import relative_error
 from tests.tiny_models import build, llama, mlp, tokens
 
@@ -87,6 +90,34 @@ def test_what_a_subclass_holds_besides_is_carried_over() -> None:
     assert isinstance(layer, QuantLinear) and layer.gain == 2.0
     assert torch.equal(layer.kept, torch.full((8,), 3.0)) and torch.equal(layer.passing, torch.full((8,), 4.0))
     assert {"0.kept"} <= model.state_dict().keys() and "0.passing" not in model.state_dict()
+
+
+def test_what_was_put_on_a_plain_layer_is_carried_over() -> None:
+    model = nn.Sequential(nn.Linear(8, 8))
+    layer = model[0]
+    layer._private, layer.inner, layer.pos_bias = {"a": 1}, nn.ReLU(), nn.Parameter(torch.ones(2))
+    held = layer._private, layer.inner, layer.pos_bias
+    octavo.quantize(model, "w8a16")
+    assert isinstance(model[0], QuantLinear)
+    assert all(a is b for a, b in zip((model[0]._private, model[0].inner, model[0].pos_bias), held, strict=True))
+    assert dict(model.named_parameters()).keys() == {"0.bias", "0.pos_bias"}
+
+
+class Last(nn.GRU):
+    def last(self, x: Tensor) -> Tensor:
+        y: Tensor = self(x)[0][:, -1]
+        return y
+
+
+@pytest.mark.parametrize("cls", [nn.GRU, Last])
+def test_no_float_weight_of_a_recurrent_layer_stays_in_memory(cls: type[nn.GRU]) -> None:
+    """torch's class keeps a list of them besides."""
+    model = nn.Sequential(cls(8, 8))
+    weights = [weakref.ref(weight) for name, weight in model[0].named_parameters() if "weight" in name]
+    octavo.quantize(model, "w8a16", include=["0"])
+    gc.collect()
+    assert isinstance(model[0], QuantRecurrent) and [weight() for weight in weights] == [None, None]
+    assert model[0].bias is True  # as torch's class has it
 
 
 class TestAttention:

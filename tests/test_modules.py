@@ -124,8 +124,8 @@ def test_as_the_float_layer(kind: str, dtype: torch.dtype) -> None:
     x = x.to(dtype) if x.is_floating_point() else x
     y = int8(x)
     assert y.dtype == dtype
-    biases = int8.bias if isinstance(int8.bias, Tensor) else None
-    if biases is not None:
+    biases = getattr(int8, "bias", None)
+    if isinstance(biases, Tensor):
         truth.bias.data = biases.data.float()  # as rounded by .to(dtype)
     expected = truth.double()(x.double() if x.is_floating_point() else x)
     torch.testing.assert_close(y.double(), expected, rtol=torch.finfo(dtype).eps / 2 + 1e-6, atol=2e-6)
