@@ -72,6 +72,7 @@ class LayerKind:
     rows: brings a parameter into the layout of its codes, output channels first.
     per_group: whether its weight has a K axis that can be cut into groups.
     int8_input: whether it can have int8 inputs; the others take the weight's part of such a scheme.
+    biases: parameters that it adds as they are, those of them that the layer has.
     """
 
     name: str
@@ -81,10 +82,15 @@ class LayerKind:
     rows: Callable[[Tensor, nn.Module], Tensor] = _as_is
     per_group: bool = False
     int8_input: bool = False
+    biases: tuple[str, ...] = ("bias",)
 
     def params_of(self, layer: nn.Module) -> tuple[str, ...]:
         """The parameters of `layer` that become int8."""
         return tuple(name for name in self.params if getattr(layer, name, None) is not None)
+
+    def biases_of(self, layer: nn.Module) -> tuple[str, ...]:
+        """The parameters of `layer` that it adds as they are."""
+        return tuple(name for name in self.biases if getattr(layer, name, None) is not None)
 
     def row_lengths(self, layer: nn.Module) -> dict[str, int]:
         """K of each of the parameters of `layer` that become int8."""
@@ -149,6 +155,10 @@ class _RecurrentKind(LayerKind):
     def params_of(self, layer: nn.Module) -> tuple[str, ...]:
         return recurrent_weights(layer)
 
+    def biases_of(self, layer: nn.Module) -> tuple[str, ...]:
+        names = (name.replace("weight", "bias") for name in recurrent_weights(layer))
+        return tuple(name for name in names if getattr(layer, name, None) is not None)
+
     def effective(self, scheme: Scheme) -> Scheme:
         return Scheme("w8a16", scheme.weight) if scheme.input is None else Scheme("w8a8")
 
@@ -173,7 +183,7 @@ KINDS: tuple[LayerKind, ...] = (
     LayerKind("ConvTranspose1d", ("ConvTranspose1d",), modules.QuantConvTranspose, rows=_output_channels_first),
     LayerKind("ConvTranspose2d", ("ConvTranspose2d",), modules.QuantConvTranspose, rows=_output_channels_first),
     LayerKind("ConvTranspose3d", ("ConvTranspose3d",), modules.QuantConvTranspose, rows=_output_channels_first),
-    LayerKind("Embedding", ("Embedding",), modules.QuantEmbedding),
+    LayerKind("Embedding", ("Embedding",), modules.QuantEmbedding, biases=()),
     _EXPERTS_KIND,
     LayerKind(
         "MultiheadAttention",
@@ -181,6 +191,7 @@ KINDS: tuple[LayerKind, ...] = (
         modules.QuantMultiheadAttention,
         params=("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight"),
         per_group=True,
+        biases=("in_proj_bias", "bias_k", "bias_v"),
     ),
     *(
         _RecurrentKind(name, (name,), QuantRecurrent, params=(), per_group=True, int8_input=True)
@@ -303,12 +314,13 @@ def why_not(layer: nn.Module, kind: LayerKind) -> str | None:
         return _why_not_experts(layer)
     merged = has_weight_norm(layer) and issubclass(kind.module, modules.QuantConv)
     if parametrize.is_parametrized(layer) and not merged:
-        return "its weight is computed by a parametrization (weight_norm, ...); remove_parametrizations first"
+        computed = next(iter(layer.parametrizations))  # type: ignore[arg-type]
+        return f"its {computed} is computed by a parametrization (weight_norm, ...); remove_parametrizations first"
     if "forward" in layer.__dict__:
         return "its forward was replaced on the instance (by accelerate's hooks, for one); quantize before dispatching"
-    for param in (*kind.params_of(layer), "bias"):
+    for param in (*kind.params_of(layer), *kind.biases_of(layer)):
         is_own = param in layer._parameters or (merged and param == "weight")
-        if isinstance(getattr(layer, param, None), Tensor) and not is_own:
+        if not is_own:
             return f"its {param} is not a parameter but computed elsewhere (an old-style weight_norm or pruning?)"
     if kind.name == "Embedding" and layer.max_norm is not None:
         return "max_norm renormalizes the float table at every lookup"
