@@ -10,6 +10,7 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from octavo.experts import routers
@@ -161,14 +162,21 @@ def coverage(model: nn.Module) -> Coverage:
                     name,
                     kind,
                     tuple(parameter.shape),
-                    0 if tied else parameter.nbytes,
-                    0 if tied else parameter.nbytes,
+                    0 if tied else _bytes(parameter),
+                    0 if tied else _bytes(parameter),
                     None,
                     f"tied to {tied}" if tied else reason,
                     asked,
                 )
             )
     return Coverage(tuple(rows))
+
+
+def _bytes(parameter: Tensor) -> int:
+    """What it takes in memory, which torch does not say of a sparse one."""
+    if parameter.layout == torch.sparse_coo:
+        return parameter._values().nbytes + parameter._indices().nbytes
+    return parameter.nbytes
 
 
 def _int8_rows(prefix: str, module: QuantModule, owners: dict[int, str]) -> Iterator[Row]:

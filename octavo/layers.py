@@ -275,6 +275,8 @@ def _why_not_values(layer: nn.Module, params: Iterable[str]) -> str | None:
                 f"its {param} is a {type(values).__name__}, which holds its values in tensors of its own (sharded, or "
                 "quantized by others), expected a plain one; quantize before the model is distributed"
             )
+        if values.layout != torch.strided:
+            return f"its {param} is stored as {values.layout}, expected a dense one; .to_dense() makes it one"
         dtype = values.dtype
         if dtype.is_complex:
             return f"its {param} is {dtype}, and int8 codes have no imaginary part"

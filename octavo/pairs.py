@@ -202,7 +202,7 @@ class _Run(TorchDispatchMode):
         self._on_product = on_product
         self._weights: dict[int, list[tuple[str, Tensor]]] = {}
         for name, parameter in model.named_parameters():
-            if parameter.dim() >= 2:
+            if parameter.dim() >= 2 and parameter.layout == torch.strided:
                 self._register(name, parameter)
 
     def watching(self) -> _Run:
@@ -213,7 +213,7 @@ class _Run(TorchDispatchMode):
         self._weights.setdefault(tensor.untyped_storage().data_ptr(), []).append((name, tensor))
 
     def _weight(self, tensor: Any) -> tuple[str, Tensor] | None:
-        if not isinstance(tensor, Tensor):
+        if not isinstance(tensor, Tensor) or tensor.layout != torch.strided:
             return None
         for name, weight in self._weights.get(tensor.untyped_storage().data_ptr(), ()):
             start = weight.storage_offset()

@@ -89,6 +89,17 @@ def test_a_complex_layer_is_listed_with_its_reason() -> None:
     assert rows["1.bias"].reason == "1-D: biases and norms stay float"
 
 
+def test_a_sparse_weight_is_listed_with_its_reason_and_its_bytes() -> None:
+    model = nn.Sequential(nn.Linear(6, 5, bias=False), nn.Linear(5, 2, bias=False))
+    sparse = model[0].weight.detach() * (torch.arange(30) == 7).view(5, 6)
+    model[0].weight = nn.Parameter(sparse.to_sparse_coo())
+    x = torch.randn(3, 6)
+    with pytest.warns(octavo.OctavoWarning, match="stored as torch.sparse_coo"):
+        (row, _) = octavo.quantize(model, "w8a16").rows
+    assert (row.shape, row.scheme, row.bytes_before, row.bytes_after) == ((5, 6), None, 4 + 2 * 8, 4 + 2 * 8)
+    torch.testing.assert_close(model[0](x), x @ sparse.T)
+
+
 def test_reasons_live_on_with_the_model() -> None:
     model = build(llama)
     report = octavo.quantize(model, "w8a16", ignore=["re:.*down_proj"])

@@ -14,6 +14,7 @@ from torch.nn.utils import parametrizations, parametrize, prune
 import octavo
 from octavo import layers
 from octavo.layers import KINDS, kind_of, why_not
+from octavo.modules import QuantModule
 from octavo.primitives import choose_scale
 from octavo.primitives import quantize as codes_of
 from octavo.recipe import DEFAULT_TARGETS, OPT_IN_TARGETS, Scheme
@@ -200,16 +201,69 @@ def test_distributed_weights_stay_as_they_are(mesh: Any) -> None:
     assert re.match("its weight is a DTensor, .*expected a plain one; quantize before the model is distributed", reason)
 
 
+def holding(layer: nn.Module, **attributes: Any) -> nn.Module:
+    for name, value in attributes.items():
+        setattr(layer, name, value)
+    return layer
+
+
+def sparse(how: str) -> nn.Module:
+    layer = nn.Linear(3, 4)
+    layer.weight = nn.Parameter(getattr(layer.weight.detach(), how)())
+    return layer
+
+
+def buffered(layer: nn.Module, name: str) -> nn.Module:
+    layer.register_buffer(name, torch.ones(4))
+    return layer
+
+
+class Scheduled(nn.Linear):
+    scheme = "cosine"
+
+
+def stack(**attributes: Any) -> nn.Module:
+    from transformers.models.mixtral.modeling_mixtral import MixtralConfig, MixtralExperts
+
+    config = MixtralConfig(hidden_size=8, intermediate_size=8, num_local_experts=2)
+    config._experts_implementation = "eager"
+    experts = MixtralExperts(config)
+    for parameter in experts.parameters():
+        nn.init.normal_(parameter)
+    return holding(experts, **attributes)
+
+
+TAKEN = ", which is something else of an int8 layer"
 REASONS: list[tuple[Callable[[], nn.Module], str]] = [
     (instance_forward, "its forward was replaced on the instance"),
     (lambda: parametrizations.weight_norm(nn.Linear(3, 4)), "its weight is computed by a parametrization"),
     (lambda: parametrizations.spectral_norm(nn.Conv1d(3, 4, 1)), "its weight is computed by a parametrization"),
     (lambda: parametrizations.spectral_norm(parametrizations.weight_norm(nn.Conv1d(3, 4, 1))), "its weight is comp"),
-    (lambda: parametrizations.weight_norm(nn.Conv1d(3, 4, 1), "bias"), "its weight is computed by a parametrization"),
+    (lambda: parametrizations.weight_norm(nn.Conv1d(3, 4, 1), "bias"), "its bias is computed by a parametrization"),
     (old_weight_norm, "its weight is not a parameter but computed elsewhere"),
     (lambda: nn.utils.spectral_norm(nn.Linear(3, 4)), "its weight is not a parameter but computed elsewhere"),
     (lambda: prune.l1_unstructured(nn.Linear(3, 4), "weight", 0.5), "its weight is not a parameter"),
     (lambda: prune.l1_unstructured(nn.Linear(3, 4), "bias", 0.5), "its bias is not a parameter"),
+    (lambda: prune.l1_unstructured(nn.GRU(3, 4), "bias_ih_l0", 0.5), "its bias_ih_l0 is not a parameter"),
+    (lambda: prune.l1_unstructured(nn.LSTMCell(3, 4), "bias_hh", 0.5), "its bias_hh is not a parameter"),
+    (lambda: prune.l1_unstructured(nn.MultiheadAttention(4, 2), "in_proj_bias", 0.5), "its in_proj_bias is not a par"),
+    (lambda: parametrizations.weight_norm(nn.GRU(3, 4), "bias_ih_l0"), "its bias_ih_l0 is computed by a parametriz"),
+    (lambda: buffered(nn.Linear(3, 4), "weight_scale"), "Linear has a weight_scale" + TAKEN),
+    (lambda: buffered(nn.Linear(3, 4), "weight_packed"), "Linear has a weight_packed" + TAKEN),
+    (lambda: buffered(nn.Embedding(3, 4), "weight_scale"), "Embedding has a weight_scale" + TAKEN),
+    (lambda: buffered(nn.GRU(3, 4), "weight_ih_l0_scale"), "GRU has a weight_ih_l0_scale" + TAKEN),
+    (lambda: holding(nn.Linear(3, 4), weight_scale=0.5), "Linear has a weight_scale" + TAKEN),
+    (lambda: holding(nn.Linear(3, 4), input_scale=nn.Parameter(torch.ones(1))), "Linear has a input_scale" + TAKEN),
+    (lambda: holding(nn.Linear(3, 4), scheme="cosine"), "Linear has a scheme" + TAKEN),
+    (lambda: holding(nn.Linear(3, 4), fake=True), "Linear has a fake" + TAKEN),
+    (lambda: holding(nn.Linear(3, 4), made_of=1), "Linear has a made_of" + TAKEN),
+    (lambda: holding(nn.Conv1d(3, 4, 1), note="mine"), "Conv1d has a note" + TAKEN),
+    (lambda: holding(nn.Conv1d(3, 4, 1), codes=nn.Linear(3, 4)), "Conv1d has a codes" + TAKEN),
+    (lambda: holding(nn.GRUCell(3, 4), mode="fast"), "GRUCell has a mode" + TAKEN),
+    (lambda: stack(spec="mine"), "MixtralExperts has a spec" + TAKEN),
+    (lambda: Scheduled(3, 4), "Scheduled has a scheme" + TAKEN),
+    (lambda: sparse("to_sparse_coo"), r"its weight is stored as torch.sparse_coo, expected a dense one; .to_dense\(\)"),
+    (lambda: sparse("to_sparse_csr"), "its weight is stored as torch.sparse_csr, expected a dense one"),
     (lambda: nn.Embedding(4, 3, max_norm=1.0), "max_norm renormalizes the float table at every lookup"),
     (low_precision, "its weight is torch.float8_e4m3fn, already a low-precision type"),
     (lambda: nn.Linear(3, 4, dtype=torch.complex64), "its weight is torch.complex64, and int8 codes have no imaginary"),
@@ -218,7 +272,7 @@ REASONS: list[tuple[Callable[[], nn.Module], str]] = [
 
 
 @pytest.mark.parametrize(("make", "reason"), REASONS, ids=[reason[:40] for _, reason in REASONS])
-@pytest.mark.filterwarnings("ignore:.*spectral_norm:FutureWarning")
+@pytest.mark.filterwarnings("ignore:.*spectral_norm:FutureWarning", "ignore:Sparse CSR tensor support is in beta")
 def test_why_not(make: Callable[[], nn.Module], reason: str) -> None:
     layer = make()
     kind = kind_of(layer)
@@ -235,6 +289,8 @@ def test_why_not(make: Callable[[], nn.Module], reason: str) -> None:
         nn.Conv2d(2, 4, 3),
         nn.ConvTranspose1d(2, 4, 3),
         nn.Embedding(4, 3, padding_idx=0, scale_grad_by_freq=True),
+        holding(nn.Embedding(4, 3), bias=0.5, input_scale=2.0),  # neither of which an int8 embedding has
+        stack(),
         nn.MultiheadAttention(4, 2),
         nn.MultiheadAttention(4, 2, add_bias_kv=True, kdim=3),
         nn.Linear(3, 4, dtype=torch.float64),
@@ -248,3 +304,37 @@ def test_nothing_is_against(layer: nn.Module) -> None:
     kind = kind_of(layer)
     assert kind is not None
     assert why_not(layer, kind) is None
+
+
+@pytest.mark.parametrize(
+    ("make", "scheme"),
+    [
+        (lambda: nn.Linear(8, 8), "w8a16"),
+        (lambda: nn.Linear(8, 8), "w8a8"),
+        (lambda: nn.Linear(8, 8), "w8a8-static"),
+        (lambda: Doubling(8, 8), "w8a16"),
+        (lambda: nn.Conv2d(8, 8, 1), "w8a16"),
+        (lambda: nn.ConvTranspose1d(8, 8, 1), "w8a16"),
+        (lambda: nn.Embedding(8, 8), "w8a16"),
+        (lambda: nn.MultiheadAttention(8, 2), "w8a16"),
+        (lambda: nn.LSTM(8, 8), "w8a8"),
+        (lambda: nn.GRUCell(8, 8), "w8a16"),
+        (stack, "w8a8"),
+    ],
+)
+def test_whatever_an_int8_layer_adds_keeps_one_that_has_it_float(make: Callable[[], nn.Module], scheme: str) -> None:
+    model = nn.Sequential(make())
+    before = names(model[0])
+    stats = octavo.calibrate(model, [torch.randn(4, 8)]) if scheme == "w8a8-static" else None
+    octavo.quantize(model, scheme, include=["0"], stats=stats)
+    assert isinstance(model[0], QuantModule)
+    added = names(model[0]) - before
+    assert {"scheme", "replaces"} <= added
+    for name in added:
+        layer = holding(make(), **{name: "mine"})
+        kind = kind_of(layer)
+        assert kind is not None and f"has a {name}{TAKEN}" in (why_not(layer, kind) or "")
+
+
+def names(layer: nn.Module) -> set[str]:
+    return {*vars(layer), *layer._parameters, *layer._buffers, *layer._modules}

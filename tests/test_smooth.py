@@ -557,6 +557,15 @@ def test_a_leak_is_left_alone_and_reported() -> None:
     assert torch.equal(model.norm.weight, before)
 
 
+def test_a_sparse_weight_takes_no_factors() -> None:
+    model = nn.Sequential(nn.LayerNorm(16), nn.Linear(16, 4, bias=False))
+    nn.init.constant_(model[0].weight[3:4], 40.0)
+    model[1].weight = nn.Parameter(model[1].weight.detach().to_sparse_coo())
+    before = model(X)
+    report = smooth(model, calibrate(model, [X]))
+    assert torch.equal(model(X), before) and not folded(report)
+
+
 def test_a_norm_without_weight_is_reported() -> None:
     model = nn.Sequential(nn.LayerNorm(16, elementwise_affine=False), nn.Linear(16, 4))
     assert why(smooth(model, calibrate(model, [X])), "0") == "has no weight to fold into"
