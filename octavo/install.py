@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from functools import partial
+import dataclasses
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from types import MethodType, ModuleType
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from octavo.coverage import REASONS_ATTRIBUTE, Coverage, coverage
 from octavo.facade import facade, needs_facade
@@ -28,7 +29,7 @@ from octavo.norms import fused_norms
 from octavo.plan import Decision, selects
 from octavo.recipe import Pattern
 from octavo.rotary import fused_rotaries
-from octavo.stand_ins import kept_attributes
+from octavo.stand_ins import attributes, kept_attributes
 from octavo.weight_readers import asked_for_dtype, refuse_training
 
 __all__ = ["CodesOf", "install", "quantized_codes", "settle"]
@@ -152,47 +153,104 @@ def _made_of(layer: nn.Module, param: str) -> list[str]:
 # -- one module in the place of another ------------------------------------------------------------------------------
 
 
+@dataclasses.dataclass(frozen=True)
+class _Place:
+    """root: attributes of an object. path: the first of them, then keys and indices. method: name of the bound method
+    that stands there in place of the module, or None."""
+
+    root: dict[str, Any]
+    path: tuple[Any, ...]
+    method: str | None = None
+
+    def put(self, new: nn.Module) -> None:
+        """Put `new`, or its method, there; what it does not have stays as it is."""
+        value = new if self.method is None else getattr(new, self.method, None)
+        if value is not None:
+            _put(self.root, self.path, value)
+
+
+def _put(holder: Any, path: tuple[Any, ...], new: Any) -> Any:
+    """`holder` with `new` in it; the same object, if it is no tuple."""
+    key, rest = path[0], path[1:]
+    item = _put(holder[key], rest, new) if rest else new
+    if isinstance(holder, tuple):
+        parts = (*holder[:key], item, *holder[key + 1 :])
+        return holder._make(parts) if hasattr(holder, "_make") else type(holder)(parts)
+    holder[key] = item
+    return holder
+
+
+_ATOMS = (type(None), int, float, str, bytes, Tensor, type, ModuleType)
+"""What holds no layers, of which there may be many; and what is not the model's alone."""
+
+
+def _parts(place: _Place, value: Any, in_object: bool) -> Iterator[tuple[_Place, Any]]:
+    """What `value`, which stands at `place`, holds, each with its place."""
+    if isinstance(value, list | tuple | dict):
+        for key, item in value.items() if isinstance(value, dict) else enumerate(value):
+            yield _Place(place.root, (*place.path, key)), item
+    elif not in_object:
+        try:
+            root = object.__getattribute__(value, "__dict__")  # its own: a proxy would show another's
+        except AttributeError:
+            return
+        for name, item in root.items():
+            yield _Place(root, (name,)), item
+
+
 class _Places:
-    """Where the modules of a model stand: as children, and in plain lists, tuples and dicts that a module holds them in
-    besides (MaskFormer's blocks call their layers from such lists). One may stand in several places."""
+    """Where the modules of a model stand: as children, and in what a module holds besides, as MaskFormer's blocks hold
+    the layers that they call: lists, tuples and dicts of any depth, and plain objects, whose own objects are not looked
+    into. One may stand in several places, and in some as a bound method."""
 
     def __init__(self, model: nn.Module) -> None:
         self._children: dict[int, list[tuple[nn.Module, str]]] = {}  # id of a module -> parents, and their attributes
-        self._held: dict[int, list[Callable[[nn.Module], None]]] = {}  # -> what puts another in its place
-        for parent in model.modules():
+        self._held: dict[int, list[_Place]] = {}
+        modules = list(model.modules())
+        self._known = set(map(id, modules))
+        self._seen: set[tuple[int, bool]] = set()
+        for parent in modules:
             for attribute, child in parent._modules.items():
                 if child is not None:
                     self._children.setdefault(id(child), []).append((parent, attribute))
-            for attribute, value in vars(parent).items():
-                items: Iterable[tuple[Any, Any]] = ()
-                if type(value) in (list, tuple):
-                    items = enumerate(value)
-                elif type(value) is dict and attribute != "_modules":
-                    items = value.items()
-                for key, item in items:
-                    if isinstance(item, nn.Module):
-                        self._held.setdefault(id(item), []).append(partial(_put, vars(parent), attribute, key))
+            for attribute, value in attributes(parent).items():
+                self._look(_Place(vars(parent), (attribute,)), value)
+
+    def _look(self, place: _Place, value: Any) -> None:
+        """Note the modules that `value`, which stands there, is or holds."""
+        todo = [(place, value, False)]
+        while todo:
+            place, value, in_object = todo.pop()
+            if id(value) in self._known:
+                self._held.setdefault(id(value), []).append(place)
+            elif isinstance(value, MethodType) and id(value.__self__) in self._known:
+                method = dataclasses.replace(place, method=value.__name__)
+                self._held.setdefault(id(value.__self__), []).append(method)
+            elif isinstance(value, tuple) or self._is_new(value, in_object):
+                todo += [
+                    (inner, item, in_object or inner.root is not place.root)
+                    for inner, item in _parts(place, value, in_object)
+                    if not isinstance(item, _ATOMS)
+                ]
+
+    def _is_new(self, value: Any, in_object: bool) -> bool:
+        """Whether it was not looked into before: it may hold itself, but for a tuple, whose places are all its own."""
+        before = len(self._seen)
+        self._seen.add((id(value), in_object))
+        return len(self._seen) > before
 
     def swap(self, old: nn.Module, new: nn.Module) -> None:
         """Put `new` wherever `old` stands, with the hooks that were registered on it, and what it held besides."""
-        _take_over(new, old)
         for parent, attribute in self._children.pop(id(old), ()):
             setattr(parent, attribute, new)
-        for put in self._held.pop(id(old), ()):
-            put(new)
+        for place in self._held.pop(id(old), ()):
+            place.put(new)
+        _take_over(new, old)  # in which it may have stood, too
         for child in new.children():  # taken over from `old`: it now stands in `new`
             if id(child) in self._children:
                 self._children[id(child)] = [
                     (new if parent is old else parent, attribute) for parent, attribute in self._children[id(child)]
                 ]
-
-
-def _put(attributes: dict[str, Any], attribute: str, key: Any, new: nn.Module) -> None:
-    value = attributes[attribute]
-    if isinstance(value, tuple):
-        attributes[attribute] = (*value[:key], new, *value[key + 1 :])
-    else:
-        value[key] = new
 
 
 _HOOKS = (

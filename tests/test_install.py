@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import gc
 import weakref
+from collections import OrderedDict
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -71,6 +73,57 @@ def test_layers_held_in_plain_containers_too_are_swapped_there(tmp_path: Path) -
     with torch.device("meta"):
         skeleton = HeldTwice()
     assert torch.equal(octavo.load(tmp_path / "int8", model=skeleton)(x), model(x))
+
+
+class Pair(NamedTuple):
+    first: Any
+    second: Any
+
+
+class Table:
+    """A plain object; what it holds is found, but not what its own objects hold."""
+
+    def __init__(self, *layers: Any) -> None:
+        self.layers = layers
+
+
+def deep(layer: nn.Module) -> Any:
+    return {"a": [(), (1, [{"b": (0, layer)}])]}
+
+
+def cyclic(layer: nn.Module) -> Any:
+    held: list[Any] = [layer]
+    held.append({"self": (held, layer)})
+    return held
+
+
+def unregistered(layer: nn.Module) -> Any:
+    return [nn.Sequential(layer)]
+
+
+PLACES: dict[str, tuple[Callable[[nn.Module], Any], Callable[[Any], list[Any]]]] = {
+    "deep": (deep, lambda held: [held["a"][1][1][0]["b"][1]]),
+    "cyclic": (cyclic, lambda held: [held[0], held[1]["self"][1], held[1]["self"][0][0]]),
+    "twice": (lambda layer: ((layer, [layer]), layer), lambda held: [held[0][0], held[0][1][0], held[1]]),
+    "named tuple": (lambda layer: [Pair(1, layer)], lambda held: [held[0].second]),
+    "ordered": (lambda layer: OrderedDict(a=[layer]), lambda held: [held["a"][0]]),
+    "object": (lambda layer: [Table(layer, [layer])], lambda held: [held[0].layers[0], held[0].layers[1][0]]),
+    "method": (lambda layer: [layer.forward], lambda held: [held[0].__self__]),
+    "unregistered": (unregistered, lambda held: [held[0][0]]),
+}
+
+
+@pytest.mark.parametrize("how", PLACES)
+def test_a_layer_is_swapped_wherever_a_module_holds_it(how: str) -> None:
+    hold, layers = PLACES[how]
+    model = nn.ModuleDict({"layer": nn.Linear(8, 8), "user": nn.Identity()})
+    model["user"].held = hold(model["layer"])
+    model["layer"].own = [model["layer"].forward]
+    octavo.quantize(model, "w8a16")
+    assert isinstance(model["layer"], QuantLinear)
+    assert all(each is model["layer"] for each in layers(model["user"].held))
+    assert model["layer"].own[0].__self__ is model["layer"]
+    assert isinstance(model["user"].held, type(hold(nn.ReLU())))
 
 
 class Gained(nn.Linear):
