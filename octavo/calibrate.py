@@ -63,10 +63,11 @@ class Stats:
 
     observers: layer's name -> its inputs. unreached: layers that no batch reached. shared: groups of layers that were
     fed the very same tensor, at every call. example: the first batch, by which `octavo.smooth` finds its way through
-    the model; None for statistics that came without one. further: batches that reach layers which no batch before them
-    did (another modality, another branch), on which smoothing is proved too. experts: name of a stack of down
-    projections -> its inputs, expert by expert. columns: layer's name -> the largest magnitude of each column of its
-    weight, fp32 [K], by which a model is told from what smoothing makes of it.
+    the model; None for statistics that came without one. further: batches that go another way, on which smoothing is
+    proved too: they reach layers that no batch before them did, or give the model arguments of another structure: other
+    names, flags and numbers, tensors of other dtypes and numbers of dimensions (of these the first 16). experts: name
+    of a stack of down projections -> its inputs, expert by expert. columns: layer's name -> the largest magnitude of
+    each column of its weight, fp32 [K], by which a model is told from what smoothing makes of it.
     """
 
     observers: dict[str, Observer]
@@ -330,13 +331,46 @@ def is_watched(module: nn.Module) -> bool:
     return any(p is not None and p.dim() >= 2 and p.is_floating_point() for p in module._parameters.values())
 
 
+STRUCTURES = 16
+"""Structures of arguments of which a batch is kept, at most: numbers among them may be others in every batch."""
+
+
 @dataclasses.dataclass(frozen=True)
-class _Reached:
-    """The layers that a batch reached, of a process some of which those before did not."""
+class _Way:
+    """The layers that a batch reached, and the structure of what it gave the model, other than those before it did."""
 
     index: int
     names: frozenset[str]
+    structure: object
     batch: Any
+
+
+class _Ways:
+    """The ways through the model that batches went, in the order in which they are told of."""
+
+    def __init__(self) -> None:
+        self._names: set[str] = set()
+        self._structures: set[object] = set()
+
+    def add(self, names: frozenset[str], structure: object) -> bool:
+        """Whether that is another one than those before."""
+        more = structure not in self._structures and len(self._structures) < STRUCTURES
+        another = more or not names <= self._names
+        self._names |= names
+        if more:
+            self._structures.add(structure)
+        return another
+
+
+def _structure(value: Any) -> object:
+    """What may make a model branch, of what it is given: all but the sizes and values of tensors."""
+    if isinstance(value, Tensor):
+        return Tensor, value.dtype, value.dim()
+    if isinstance(value, Mapping):
+        return dict, frozenset((name, _structure(item)) for name, item in value.items())
+    if isinstance(value, tuple | list):
+        return list, tuple(map(_structure, value))
+    return type(value), value if value is None or isinstance(value, bool | int | float | str) else None
 
 
 class _Watch:
@@ -348,7 +382,8 @@ class _Watch:
         self.observers: dict[str, Observer] = {}
         self.experts: dict[str, ExpertsObserver] = {}
         self.history: dict[str, Any] = {}
-        self.reached: list[_Reached] = []
+        self.ways: list[_Way] = []
+        self._ways = _Ways()
         self._masks: list[Tensor] = []
         self._batch = 0
         self._calls: dict[str, int] = {}
@@ -363,9 +398,9 @@ class _Watch:
         self._calls = {}
 
     def end(self, batch: Any) -> None:
-        names = frozenset(self._calls)
-        if not names <= frozenset().union(*(before.names for before in self.reached)):
-            self.reached.append(_Reached(self._batch, names, batch))
+        names, structure = frozenset(self._calls), _structure(batch)
+        if self._ways.add(names, structure):
+            self.ways.append(_Way(self._batch, names, structure, batch))
         for name in self._calls:  # in the order in which they ran: the first is where it began
             _refuse_infinite(name, self.observers[name].amax, f"batch {self._batch}")
             if name in self._stacks:
@@ -471,12 +506,12 @@ def _share() -> tuple[int, int]:
 
 def _merged(watch: _Watch, layers: Iterable[str], rows: int, example: Any) -> Stats:
     """What all processes saw."""
-    parts: list[tuple[dict[str, Observer], dict[str, str], dict[str, ExpertsObserver], list[_Reached]]] = [
+    parts: list[tuple[dict[str, Observer], dict[str, str], dict[str, ExpertsObserver], list[_Way]]] = [
         (
             {name: seen.cpu() for name, seen in watch.observers.items()},
             {name: history.hexdigest() for name, history in watch.history.items()},
             {name: seen.cpu() for name, seen in watch.experts.items()},
-            watch.reached,
+            watch.ways,
         )
     ]
     processes = _share()[1]
@@ -501,20 +536,16 @@ def _merged(watch: _Watch, layers: Iterable[str], rows: int, example: Any) -> St
             experts[name] = seen if before is None else before.merged(seen, rows_of_each(rows, len(seen.amax)))
     place = {name: at for at, name in enumerate(layers)}
     experts = dict(sorted(experts.items(), key=lambda item: place[item[0].rpartition(".")[0]]))
-    further = _further([one for *_, reached in parts for one in reached])
+    further = _further([way for *_, ways in parts for way in ways])
     unreached = tuple(name for name in layers if name not in observers)
     return Stats(observers, unreached, shared, example, further, experts)
 
 
-def _further(reached: list[_Reached]) -> tuple[Any, ...]:
-    """The batches, but for the very first, that reach what none before did, whoever ran them."""
-    seen: set[str] = set()
-    batches = []
-    for one in sorted(reached, key=lambda one: one.index):
-        if one.index and not one.names <= seen:
-            batches.append(one.batch)
-        seen |= one.names
-    return tuple(batches)
+def _further(ways: list[_Way]) -> tuple[Any, ...]:
+    """The batches, but for the very first, that go another way than all before, whoever ran them."""
+    known = _Ways()
+    new = [way for way in sorted(ways, key=lambda way: way.index) if known.add(way.names, way.structure)]
+    return tuple(way.batch for way in new if way.index)
 
 
 # -- on disk ------------------------------------------------------------------------------------------------------

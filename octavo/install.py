@@ -214,7 +214,8 @@ class _Places:
                 if child is not None:
                     self._children.setdefault(id(child), []).append((parent, attribute))
             for attribute, value in attributes(parent).items():
-                self._look(_Place(vars(parent), (attribute,)), value)
+                if not isinstance(value, _ATOMS):
+                    self._look(_Place(vars(parent), (attribute,)), value)
 
     def _look(self, place: _Place, value: Any) -> None:
         """Note the modules that `value`, which stands there, is or holds."""

@@ -94,7 +94,7 @@ def find_pairs(model: nn.Module, example: Any, progress: Callable[[int, int], No
         base = _Run(model)
         with base.watching():
             output = feed(model, example, device, "the model")
-        search = _Search(model, base, _floats(output), lambda: feed(model, example, device, "the model"))
+        search = _Search(model, base, _tensors(output), lambda: feed(model, example, device, "the model"))
         families = search.families()
         for done, family in enumerate(families, 1):
             search.try_family(family)
@@ -105,12 +105,12 @@ def find_pairs(model: nn.Module, example: Any, progress: Callable[[int, int], No
 
 
 def products(model: nn.Module, example: Any) -> tuple[list[Product], list[Tensor]]:
-    """Run `model` on `example`: every product with a weight, in order, and the floating-point outputs."""
+    """Run `model` on `example`: every product with a weight, in order, and the tensors that it returns."""
     with at_rest(model), _every_product_in_sight(model):
         run = _Run(model)
         with run.watching():
             output = feed(model, short(example), device_of(model, "model"), "the model")
-    return run.products, _floats(output)
+    return run.products, _tensors(output)
 
 
 def is_norm(module: nn.Module) -> bool:
@@ -289,16 +289,17 @@ _FOR_THE_MODEL_ITSELF = ("cache", "past_key_values", "encoder_last_hidden_state"
 """What transformers' models return to be given back to them; only there are its factors undone."""
 
 
-def _floats(output: Any) -> list[Tensor]:
-    """The floating-point tensors of an output, however nested, without what only the model itself can read."""
+def _tensors(output: Any) -> list[Tensor]:
+    """The tensors of an output, however nested, without what only the model itself can read; complex ones as pairs."""
     if isinstance(output, Tensor):
-        return [output.detach().clone()] if output.is_floating_point() else []
+        kept = output.detach().clone()
+        return [torch.view_as_real(kept.resolve_conj()) if kept.is_complex() else kept]
     if isinstance(output, Mapping):
-        return [t for name, value in output.items() if name not in _FOR_THE_MODEL_ITSELF for t in _floats(value)]
+        return [t for name, value in output.items() if name not in _FOR_THE_MODEL_ITSELF for t in _tensors(value)]
     if isinstance(output, tuple | list):
-        return [tensor for value in output for tensor in _floats(value)]
+        return [tensor for value in output for tensor in _tensors(value)]
     if dataclasses.is_dataclass(output):
-        return _floats(vars(output))
+        return _tensors(vars(output))
     return []
 
 
@@ -432,7 +433,7 @@ class _Search:
             trial_run.watching(),
         ):
             try:
-                output = _floats(self._run())
+                output = _tensors(self._run())
             except (RuntimeError, ValueError, LookupError, AssertionError) as error:  # NaN where the model forbids it
                 trial.blame(f"the model fails without it: {error}")
                 output = self._output
@@ -588,9 +589,9 @@ def _powers(rows: int, seed: int, dtype: torch.dtype) -> Tensor:
 
 
 def _same(base: Tensor, x: Tensor) -> bool:
-    """Equal; nearly so on an accelerator, whose sums may differ between runs, and in fp16, whose smallest numbers have
+    """Equal; floats nearly so on an accelerator, whose sums may differ between runs, and in fp16, whose smallest have
     fewer digits."""
-    if base.device.type == "cpu" and base.dtype != torch.float16:
+    if (base.device.type == "cpu" and base.dtype != torch.float16) or not base.is_floating_point():
         return torch.equal(base, x)
     if base.shape != x.shape:
         return False

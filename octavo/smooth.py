@@ -5,10 +5,12 @@
 
 (Xiao et al., arXiv:2211.10438, equation 4.) Here s is rounded to a power of two. That costs next to nothing in
 accuracy and makes every fold *exact*, in bf16 and fp16 too: no weight is rounded anew, and the smoothed model computes
-the same bits as before. So "the function is preserved" is a test for equality, made on the model itself, on a batch
-for each way through it that calibration saw; a fold that fails it is taken back, and the report says why. (Three
-exceptions, for which the test allows for rounding: norms that scale by 1 + weight, fp16, whose smallest numbers have
-fewer digits, and devices other than CPUs.)
+the same bits as before. So "the function is preserved" is a test for equality of all tensors that the model returns
+and of what each weight is multiplied by, made on the model itself, on a batch for each way through it that calibration
+saw: other layers, or arguments of another structure (`Stats.further`). A fold that fails it is taken back, and the
+report says why. (Three exceptions, for which the test allows for rounding of floats: norms that scale by 1 + weight,
+fp16, whose smallest numbers have fewer digits, and devices other than CPUs.) Not proved is what no such batch shows: a
+branch on the sizes or values of tensors over the very same layers.
 
 Inside a stack of experts, up -> down, each expert has factors of its own: s is [E, I] there. Experts that calibration
 routed no token to have factors of 1.
@@ -65,8 +67,8 @@ def smooth(
     scheme: the quantization that "auto" measures, and the report's errors are of; a preset's name or a Scheme.
     repair: as it will be given to `octavo.quantize`: whether layers that static inputs do not suit will get others. The
         alpha of those is chosen for dynamic inputs.
-    batch: an input to find and prove the pairs with; by default the first that `stats` were made of. Those that reach
-        layers which it does not prove them too.
+    batch: an input to find and prove the pairs with; by default the first that `stats` were made of. Those that go
+        another way prove them too.
     progress: called with (pairs done, number of pairs).
     Returns: each pair with its alpha and its effect; each norm and each stack of experts that was left alone, with the
         reason.
@@ -109,7 +111,7 @@ def smooth(
         for fold in folded:
             fold.undo()
         raise
-    _warn_of_unreached(model, stats, folded)
+    _warn_of_unreached(model, stats, folded, before)
     for fold in folded:
         fold.divide(stats)
         done.append(fold.report)
@@ -128,9 +130,11 @@ def _applied(fold: _Fold, folded: list[_Fold]) -> str | None:
     return why
 
 
-def _warn_of_unreached(model: nn.Module, stats: Stats, folded: list[_Fold]) -> None:
-    """That no batch reached a layer which a folded norm may feed: what it computes then was not looked at."""
+def _warn_of_unreached(model: nn.Module, stats: Stats, folded: list[_Fold], traces: list[Trace]) -> None:
+    """That no batch reached a layer which a folded norm may feed: what it computes then was not looked at. (One whose
+    weight was multiplied by was reached, if not called: the output projection of nn.MultiheadAttention.)"""
     fed = {sink.layer for fold in folded for sink in fold.pair.sinks}
+    fed.update(product.sink.layer for multiplied, _ in traces for product in multiplied)
     widths = {fold.columns.shape[-1] for fold in folded}
     names = [name for name in stats.unreached if name not in fed and columns_of(model.get_submodule(name)) in widths]
     if names:
@@ -520,15 +524,18 @@ def _first_fault(before: Trace, after: Trace, folded: list[_Fold]) -> tuple[int,
             return i, f"the input of {b.sink.layer} is another"
     if len(before[0]) != len(after[0]):
         return min(len(before[0]), len(after[0])), "other layers run"
-    for b_out, a_out in zip(before[1], after[1], strict=True):
-        if not _agree(b_out.float(), a_out.float(), b_out.dtype, exact):
-            return len(before[0]), "its output is another"
+    outputs = zip(before[1], after[1], strict=False)
+    if len(before[1]) != len(after[1]) or not all(_agree(b, a, b.dtype, exact) for b, a in outputs):
+        return len(before[0]), "its output is another"
     return None
 
 
 def _agree(before: Tensor, after: Tensor, dtype: torch.dtype, exact: bool) -> bool:
-    if exact and before.device.type == "cpu" and dtype != torch.float16:
+    """Equal, or in `dtype` nearly so where a fold could not be exact; whole numbers and booleans are equal or not."""
+    exact = exact and before.device.type == "cpu" and dtype != torch.float16
+    if exact or not dtype.is_floating_point or before.shape != after.shape:
         return torch.equal(before, after)
+    before, after = before.float(), after.float()
     largest = before.abs().max() if before.numel() else 0.0
     return bool(((before - after).abs() <= _TOLERANCES[dtype] * largest).all())
 

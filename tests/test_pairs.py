@@ -175,6 +175,34 @@ def test_a_normed_value_that_is_returned(how: str) -> None:
     assert listed(find_pairs(model, X)).keys() == {"a", "last"}
 
 
+class Codes(Net):
+    """What it decides by the normed value is returned, as whole numbers or booleans."""
+
+    def __init__(self, decide: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.decide = decide
+
+    def forward(self, x: Tensor) -> Any:
+        y = self.norm(x)
+        return self.head(self.last(x + self.b(torch.relu(self.a(y))))), {"codes": self.decide(y)}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize(
+    "decide",
+    [lambda y: y.argmax(-1), lambda y: y > 0.5, lambda y: (y > 0.5).nonzero(), lambda y: torch.fft.fft(y.float())],
+)
+def test_what_is_decided_by_the_normed_value_and_returned(
+    decide: Callable[[Tensor], Tensor], dtype: torch.dtype
+) -> None:
+    assert reason(Codes(decide).to(dtype), X.to(dtype), "norm") == "reaches the model's output"
+
+
+def test_what_is_decided_by_signs_is_no_obstacle() -> None:
+    """Factors are positive."""
+    assert listed(find_pairs(Codes(lambda y: y > 0), X))["norm"] == ("a.weight",)
+
+
 class Router(Net):
     """How much of the result counts is decided from the normed value, with no weight that a factor could go to."""
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import importlib
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ from tests.outliers import (
     outputs,
     relative_error,
 )
-from tests.test_pairs import Experts, Net, Taps, X
+from tests.test_pairs import Codes, Experts, Net, Taps, X
 
 pytestmark = pytest.mark.filterwarnings("ignore::octavo.errors.OctavoWarning")  # experts and embeddings stay float
 
@@ -682,6 +683,72 @@ def test_a_branch_that_the_first_batch_does_not_take_is_preserved(stored: bool, 
     report = smooth(model, stats)
     assert torch.equal(model(x), before[0]) and torch.equal(model(x, True), before[1])
     assert why(report, "norm") == "folding it changes the model: the input of image is another"
+
+
+class Flagged(nn.Module):
+    """A flag, or what else it is given, makes it return the normed value, too; no other layer runs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.a = nn.LayerNorm(16), nn.Linear(16, 16)
+        nn.init.constant_(self.norm.weight[3:4], 40.0)
+
+    def forward(self, x: Tensor, flags: Any = None) -> Tensor:
+        h = self.norm(x)
+        y: Tensor = self.a(h)
+        taps = flags.dtype == torch.bool if isinstance(flags, Tensor) else flags in (True, ["tap"])
+        return y + h if taps or x.dim() == 3 else y
+
+
+OTHERS = {"flag": (X[:, 0], True), "dtype": (X[:, 0], torch.ones(1).bool()), "list": (X[:, 0], ["tap"]), "dims": X}
+
+
+@pytest.mark.parametrize("stored", [False, True])
+@pytest.mark.parametrize("how", OTHERS)
+def test_arguments_of_another_structure_are_another_way(how: str, stored: bool, tmp_path: Path) -> None:
+    other = OTHERS[how]
+    model = Flagged().eval()
+    batches = [(X[:, 0], False), (X[:1, 0], False), other]
+    before = [model(*batch) if isinstance(batch, tuple) else model(batch) for batch in batches]
+    stats = calibrate(model, batches)
+    assert len(stats.further) == 1
+    if stored:
+        stats = Stats.load(stats.save(tmp_path / "stats.safetensors"))
+    report = smooth(model, stats)
+    after = [model(*batch) if isinstance(batch, tuple) else model(batch) for batch in batches]
+    assert all(map(torch.equal, before, after))
+    assert why(report, "norm") == "folding it changes the model: its output is another"
+
+
+def test_ways_through_are_bounded() -> None:
+    """Numbers may be others in each batch."""
+    model = Flagged().eval()
+    stats = calibrate(model, [(X[:, 0], step) for step in range(100, 200)])
+    assert [flags for _, flags in stats.further] == list(range(101, 116))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_a_fold_that_changes_whole_numbers_is_taken_back(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As it would not be looked for in the first place, the pair is forced upon it."""
+    model = Codes(lambda y: y.argmax(-1)).to(dtype).eval()
+    nn.init.constant_(model.norm.weight[3:4], 40.0)
+    x = X.to(dtype)
+    norm = next(pair for pair in find_pairs(Net().to(dtype), x) if pair.source == "norm")
+    before = model(x)[1]["codes"]
+    monkeypatch.setattr(importlib.import_module("octavo.smooth"), "find_pairs", lambda *_: [norm])
+    report = smooth(model, calibrate(model, [x]))
+    assert why(report, "norm") == "folding it changes the model: its output is another"
+    assert torch.equal(model(x)[1]["codes"], before)
+
+
+def test_the_output_projection_of_attention_was_reached() -> None:
+    """Its weight is multiplied by, though it is not called."""
+    model = nn.TransformerEncoderLayer(16, 2, 16, dropout=0.0, norm_first=True, batch_first=True).eval()
+    nn.init.constant_(model.norm2.weight[3:4], 40.0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        report = smooth(model, calibrate(model, [torch.randn(2, 3, 16)]))
+    assert "norm2" in folded(report)
 
 
 def test_a_branch_that_no_batch_took_is_warned_of() -> None:
