@@ -274,6 +274,8 @@ class StaticQuantLinear(DynamicQuantLinear):
         return ops.w8a8_linear_at_once(x, self.input_scale, weight, weight_scale, self.bias)
 
     def _key(self) -> object:
+        if self.input_scale.is_meta:
+            return None  # there are no values
         if self._scale_value is None:
             self._scale_value = self.input_scale.item()
         return self._scale_value
@@ -573,7 +575,7 @@ class QuantMultiheadAttention(QuantModule):
         dropout = self.dropout if self.training else 0.0
         weights = None
         if need_weights:
-            logits = q @ k.transpose(-2, -1) * self.head_dim**-0.5
+            logits = (q * self.head_dim**-0.5) @ k.transpose(-2, -1)  # scaled first, as fp16 may not hold the product
             weights = torch.softmax(logits if mask is None else logits + mask, dim=-1)
             weights = F.dropout(weights, dropout)
             heads = weights @ v

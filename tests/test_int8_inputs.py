@@ -192,6 +192,24 @@ def test_gradients_reach_the_input_and_the_bias(fake: bool) -> None:
     torch.testing.assert_close(model.a.bias.grad, weights.sum((0, 1)), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("scheme", ["w8a8", "w8a8-static"])
+def test_on_meta_tensors_the_shape_is_told(scheme: str) -> None:
+    model = net()
+    octavo.quantize(model, scheme, stats=octavo.calibrate(model, [batch()]))
+    expected = copy.deepcopy(model)(batch())
+    told = model.to("meta")(batch().to("meta"))  # which was not run before
+    assert told.is_meta and (told.shape, told.dtype) == (expected.shape, expected.dtype)
+
+
+@pytest.mark.parametrize("rows", [1, 400])
+@pytest.mark.parametrize("scheme", ["w8a8", "w8a8-static"])
+def test_an_input_of_another_size_is_called_what_it_is(scheme: str, rows: int) -> None:
+    model = nn.Sequential(nn.Linear(64, 16))
+    octavo.quantize(model, scheme, stats=octavo.calibrate(model, [torch.randn(4, 64)]))
+    with pytest.raises(octavo.QuantizeError, match=rf"^x: shape is \[{rows}, 63\], expected \[\.\.\., 64\]"):
+        model(torch.randn(rows, 63))
+
+
 def test_scales_stay_fp32_when_the_model_is_cast() -> None:
     model, x = net(), batch()
     octavo.quantize(model, "w8a8-static", stats=octavo.calibrate(net(), [x]))

@@ -348,6 +348,18 @@ def test_attention_in_16_bits() -> None:
     torch.testing.assert_close(y, truth(x, x, x)[0].bfloat16(), rtol=0.05, atol=0.05)
 
 
+def test_scores_that_fp16_holds_once_they_are_scaled() -> None:
+    """q and k are 60 everywhere: 64 products of theirs are more than fp16 holds, an eighth of that is not."""
+    layer = nn.MultiheadAttention(64, 1, batch_first=True)
+    nn.init.zeros_(layer.in_proj_weight)
+    nn.init.constant_(layer.in_proj_bias, 60.0)
+    model = nn.ModuleList([layer.half()])
+    quantize(model, "w8a16")
+    x = torch.zeros(1, 4, 64, dtype=torch.float16)
+    y, weights = model[0](x, x, x)
+    assert bool(y.isfinite().all()) and weights.tolist() == [[[0.25] * 4] * 4]
+
+
 def test_attention_drops_out_in_training_only() -> None:
     int8, truth = quantized(nn.MultiheadAttention(8, 2, dropout=0.5, batch_first=True))
     x = torch.randn(2, 50, 8)

@@ -317,15 +317,22 @@ def check_rows(x: Tensor) -> None:
         raise QuantizeError("x: is a 0-d tensor, expected [..., K]")
 
 
+def _check_columns(x: Tensor, weight: Tensor) -> None:
+    """Raise QuantizeError unless x, or what it was before it was quantized, has the K of the weight."""
+    if x.dim() == 0 or x.shape[-1] != weight.shape[-1]:
+        raise QuantizeError(
+            f"x: shape is {list(x.shape)}, expected [..., {weight.shape[-1]}] for an int8 weight of shape "
+            f"{list(weight.shape)}"
+        )
+
+
 def check_codes(x: Tensor, x_scale: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None) -> None:
     """Raise QuantizeError unless x is int8 [..., K] with the K of weight [..., N, K], x_scale has one for each of its
     rows or one for all, their sums fit int32, and the others are of this weight."""
     k = weight.shape[-1]
-    if x.dtype != torch.int8 or x.dim() == 0 or x.shape[-1] != k:
-        raise QuantizeError(
-            f"x: is {x.dtype} {list(x.shape)}, expected int8 [..., {k}] for an int8 weight of shape "
-            f"{list(weight.shape)}"
-        )
+    if x.dtype != torch.int8:
+        raise QuantizeError(f"x: is {x.dtype} {list(x.shape)}, expected int8 [..., {k}]")
+    _check_columns(x, weight)
     rows = x.shape[:-1]
     of_rows = x_scale.shape == (*rows, 1) or x_scale.numel() in (1, math.prod(rows))
     if x_scale.dtype != torch.float32 or not of_rows:
@@ -353,11 +360,7 @@ def check_input(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | 
     """Raise QuantizeError unless x is floating point [..., K] with the K of weight [..., N, K], and the others are of
     this weight."""
     check_float(x)
-    if x.dim() == 0 or x.shape[-1] != weight.shape[-1]:
-        raise QuantizeError(
-            f"x: shape is {list(x.shape)}, expected [..., {weight.shape[-1]}] for an int8 weight of shape "
-            f"{list(weight.shape)}"
-        )
+    _check_columns(x, weight)
     _check_layer(x, weight, weight_scale, bias)
 
 
