@@ -31,6 +31,7 @@ __all__ = [
     "arguments",
     "chosen_experts",
     "register_experts",
+    "registered",
     "routers",
     "spec_of",
     "why_not_stacks",
@@ -149,15 +150,20 @@ def spec_of(layer: nn.Module) -> ExpertsSpec | None:
 
     A subclass counts if it does not change `forward`.
     """
-    for base in type(layer).__mro__:
-        if base in _REGISTERED and _same_forward(layer, base):
-            return _REGISTERED[base]
+    if (told := registered(type(layer))) is not None:
+        return told
     spec = _by_interface(layer) or _by_name(layer)
     return spec if spec is not None and all(_is_stack(layer, name) for name in spec.params) else None
 
 
-def _same_forward(layer: nn.Module, base: Any) -> bool:
-    return getattr(type(layer), "forward", None) is getattr(base, "forward", None)
+def registered(cls: type[nn.Module]) -> ExpertsSpec | None:
+    """What `register_experts` was told of `cls`, or of the class whose `forward` it has; None if nothing."""
+    bases = (base for base in cls.__mro__ if base in _REGISTERED and _same_forward(cls, base))
+    return next((_REGISTERED[base] for base in bases), None)
+
+
+def _same_forward(cls: type[nn.Module], base: Any) -> bool:
+    return getattr(cls, "forward", None) is getattr(base, "forward", None)
 
 
 def _is_stack(layer: nn.Module, name: str) -> bool:
@@ -235,7 +241,7 @@ _CONDITIONAL_FEED_FORWARD = ExpertsSpec(("w1", "w3"), "w2", _silu_on_first_half,
 def _by_name(layer: nn.Module) -> ExpertsSpec | None:
     for base in type(layer).__mro__:
         if base.__module__.startswith("transformers.") and base.__name__ in _TRANSFORMERS:
-            return _TRANSFORMERS[base.__name__] if _same_forward(layer, base) else None
+            return _TRANSFORMERS[base.__name__] if _same_forward(type(layer), base) else None
     # gpt-fast is no package: its class is known by its name and by the arguments that it is called with.
     if type(layer).__name__ == "ConditionalFeedForward":
         arguments = list(inspect.signature(type(layer).forward).parameters)

@@ -26,7 +26,7 @@ from torch.nn import functional as F
 
 from octavo import ops
 from octavo.errors import QuantizeError
-from octavo.experts import ExpertsSpec, argument_names, arguments, chosen_experts, spec_of
+from octavo.experts import ExpertsSpec, argument_names, arguments, chosen_experts, registered, spec_of
 from octavo.inputs import SharedInput
 from octavo.primitives import dequantize
 from octavo.recipe import Scheme
@@ -467,6 +467,24 @@ class QuantExperts(QuantModule):
         self.source_class = type(layer)
         self._hold_rest(layer, codes)
         self._names = argument_names(type(layer))
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without what `register_experts` was told: a gate may be a lambda, which cannot be pickled."""
+        state = dict(vars(self))
+        if registered(self.source_class) is self.spec:
+            del state["spec"]
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        if "spec" not in state:
+            spec = registered(self.source_class)
+            if spec is None:
+                raise QuantizeError(
+                    f"{self.source_class.__name__} is not registered here, as it was where this model was pickled; "
+                    "call octavo.register_experts for it first"
+                )
+            self.spec = spec
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """As the float layer's: see `octavo.experts.Routing`. Raises: QuantizeError if the experts are no integers."""

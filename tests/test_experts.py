@@ -7,6 +7,7 @@ import functools
 import importlib
 import importlib.util
 import inspect
+import pickle
 import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -236,6 +237,20 @@ def test_a_class_of_the_users_own() -> None:
     check(build(Relu, config()), "Relu")
     check(build(Child, config()), "Child")
     assert spec_of(build(Stranger, config())) is None, "its forward is another"
+
+
+@torch.no_grad()
+@pytest.mark.usefixtures("registry")
+def test_a_registered_class_is_pickled_and_asks_to_be_registered_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its gate here is a lambda, which no pickle holds."""
+    register_relu(Relu)
+    model, inputs = int8(build(Relu, config())), routing(4, 2)
+    stored = pickle.dumps(model)
+    assert torch.equal(pickle.loads(stored)(*inputs), model(*inputs))
+    assert torch.equal(copy.deepcopy(model)(*inputs), model(*inputs))
+    monkeypatch.setattr(experts, "_REGISTERED", {})
+    with pytest.raises(QuantizeError, match=r"Relu is not registered here, .* call octavo.register_experts for it"):
+        pickle.loads(stored)
 
 
 @torch.no_grad()
