@@ -348,7 +348,7 @@ def test_guesses_that_are_taken_back_at_each_step_are_written_over(make: Any, te
     for _ in range(90):
         cache.update(*torch.randn(2, 1, 2, 4, 16), 0)
         places.add(cache.layers[0].keys.data_ptr())
-        cache.crop(-3)
+        cache.layers[0].crop(-3)
     assert cache.get_seq_length() == 170 and len(places) < 4
 
 
