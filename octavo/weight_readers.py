@@ -24,10 +24,12 @@ What it cannot see: weights handed to or found by code outside the model's class
 from __future__ import annotations
 
 import dataclasses
+import functools
 import inspect
 import re
 import warnings
 from collections.abc import Collection, Iterator, Mapping
+from types import CodeType
 from typing import Any, NamedTuple
 
 from torch import nn
@@ -87,11 +89,26 @@ def refuse_training(model: nn.Module, int8: Collection[str]) -> None:
 
 
 def _mentions(cls: type, word: str) -> bool:
-    """Whether one of its methods that may read a weight mentions the attribute `word`: asked of compiled code, for the
-    source of a class takes a while to read."""
-    functions = (inspect.unwrap(value) for base in cls.__mro__ if not _is_known(base) for value in vars(base).values())
-    uses = [set(function.__code__.co_names) for function in functions if inspect.isfunction(function)]
+    """Whether one of its methods or properties that may read a weight mentions the attribute `word`: asked of compiled
+    code, for the source of a class takes a while to read."""
+    members = (member for base in cls.__mro__ if not _is_known(base) for member in vars(base).values())
+    uses = [_names_in(function.__code__) for function in map(_function_of, members) if inspect.isfunction(function)]
     return any(word in names and names & WEIGHTS for names in uses)
+
+
+def _function_of(member: Any) -> Any:
+    """The function that a member of a class is, or is made of, as a property is."""
+    match member:
+        case property(fget=function) | functools.cached_property(func=function):
+            return inspect.unwrap(function) if function else None
+        case staticmethod(__func__=function) | classmethod(__func__=function):
+            return inspect.unwrap(function)
+    return inspect.unwrap(member) if inspect.isfunction(member) else None
+
+
+def _names_in(code: CodeType) -> set[str]:
+    """The names that compiled code mentions, and the functions within it."""
+    return {*code.co_names, *(n for part in code.co_consts if isinstance(part, CodeType) for n in _names_in(part))}
 
 
 class _Found(NamedTuple):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import linecache
 import pickle
 import sys
@@ -243,6 +244,29 @@ class AsksIfTraining(Base):
         return self.proj(x.to(self.blocks[0].up.weight.dtype) if self.training else x)
 
 
+class AsksInAProperty(Base):
+    """As OpenAI's CLIP does."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.proj.weight.dtype
+
+    @functools.cached_property
+    def first(self) -> torch.dtype:
+        return self.head.weight.dtype
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.proj(x.to(self.dtype)).to(self.first))
+
+
+class AsksInAFunction(Base):
+    def forward(self, x: Tensor) -> Tensor:
+        def cast(y: Tensor) -> Tensor:
+            return y.to(self.proj.weight.dtype)
+
+        return self.proj(cast(x))
+
+
 class HandsItToBoth(Base):
     """To a method that asks for the dtype, and to one that also reads the weight."""
 
@@ -259,6 +283,8 @@ class HandsItToBoth(Base):
 ASKS: list[tuple[nn.Module, set[str], dict[str, str]]] = [
     (AsksItsDtype(), {"proj"}, {}),
     (AsksIfTraining(), {"blocks.0.up"}, {}),
+    (AsksInAProperty(), {"proj", "head"}, {}),
+    (AsksInAFunction(), {"proj"}, {}),
     (HandsItToBoth(), {"proj", "head"}, {"head": "HandsItToBoth.multiply"}),
     (MultipliesByIt(), set(), {"head": "MultipliesByIt.forward"}),
 ]
