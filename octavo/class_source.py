@@ -33,7 +33,10 @@ SELF = "self"
 WEIGHTS = {param for kind in KINDS for param in kind.params} | {"all_weights", "_flat_weights"}
 """Names of the parameters that become int8, and of lists of them."""
 
-_HARMLESS = {"device", "shape", "size", "data_ptr", "is_meta", "dim", "ndim", "numel", "requires_grad"}
+_HARMLESS = {"device", "data_ptr", "is_meta", "dim", "ndim", "numel", "requires_grad"}
+
+_ASPECTS = {"dtype": "dtype", "shape": "shape", "size": "shape"}
+"""What is asked of a weight by these attributes of it."""
 
 Path = tuple[str, ...]
 """In a path "*" stands for an index that is not constant."""
@@ -43,11 +46,11 @@ Conditions = tuple[ast.expr, ...]
 
 @dataclasses.dataclass(frozen=True)
 class Read:
-    """`path.weight`, under `conditions`. dtype_only: `path.weight.dtype`."""
+    """`path.weight`, under `conditions`. asks: for its "values", or only for its "dtype" or "shape"."""
 
     path: Path
     conditions: Conditions
-    dtype_only: bool = False
+    asks: str = "values"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -259,8 +262,8 @@ def _reads_and_calls(node: ast.AST, conditions: Conditions, names: _Names) -> It
         asked = node.value if isinstance(node.value, ast.Attribute) and node.value.attr in WEIGHTS else None
         if asked and node.attr in _HARMLESS:
             return
-        if asked and node.attr == "dtype":
-            yield from (Read(path, conditions, dtype_only=True) for path in sorted(_paths(asked.value, names)))
+        if asked and node.attr in _ASPECTS:
+            yield from (Read(path, conditions, _ASPECTS[node.attr]) for path in sorted(_paths(asked.value, names)))
             return
         if node.attr in WEIGHTS:
             yield from (Read(path, conditions) for path in sorted(_paths(node.value, names)))

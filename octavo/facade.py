@@ -5,6 +5,7 @@
             return super().forward(input_ids) * self.embed_scale.to(self.weight.dtype)
 
     pixel_values.to(self.patch_embedding.weight.dtype)          CLIP, SigLIP, Qwen-VL, ...
+    self.up(x) * self.up.weight.shape[0] ** -0.5                a transposed convolution, whose codes lie otherwise
 
 A class that does something before and after the layer that it derives from keeps its methods: they stand on top of the
 int8 layer as they stood on top of the float one, so that `super().forward` is the int8 layer's. Who asks a weight of a

@@ -30,7 +30,7 @@ from octavo.plan import Decision, selects
 from octavo.recipe import Pattern
 from octavo.rotary import fused_rotaries
 from octavo.stand_ins import attributes, kept_attributes
-from octavo.weight_readers import asked_for_dtype, refuse_training
+from octavo.weight_readers import asked_about, refuse_training
 
 __all__ = ["CodesOf", "install", "quantized_codes", "settle"]
 
@@ -66,7 +66,7 @@ def install(
     places = _Places(model)
     owners: dict[str, QuantModule] = {}
     shared = SharedInput()
-    asked = asked_for_dtype(model)
+    asked = asked_about(model)
     todo = [decision for decision in decisions if decision.scheme]
     # Owners of shared tables first; then from the last to the first, which puts a child before its parent: an
     # attention block takes its out_proj over as it finds it.
@@ -88,13 +88,13 @@ def install(
     keep_freed_memory()
 
 
-def _int8_class(decision: Decision, layer: nn.Module, asked_for_dtype: bool) -> Any:
+def _int8_class(decision: Decision, layer: nn.Module, is_asked: bool) -> Any:
     assert decision.scheme is not None
     if decision.owner is None:
         plain = decision.kind.module_for(decision.scheme)
     else:
         plain = TiedQuantEmbedding if decision.kind.name == "Embedding" else TiedQuantLinear
-    if asked_for_dtype or needs_facade(layer, decision.kind):
+    if is_asked or needs_facade(layer, decision.kind):
         return facade(plain, layer, decision.kind)
     return plain
 

@@ -84,6 +84,11 @@ class LayerKind:
     int8_input: bool = False
     biases: tuple[str, ...] = ("bias",)
 
+    @property
+    def keeps_shape(self) -> bool:
+        """Whether the codes of a parameter have its shape."""
+        return self.rows is _as_is
+
     def params_of(self, layer: nn.Module) -> tuple[str, ...]:
         """The parameters of `layer` that become int8."""
         return tuple(name for name in self.params if getattr(layer, name, None) is not None)

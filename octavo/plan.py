@@ -26,7 +26,7 @@ from octavo.recipe import (
     Scheme,
     pattern_matches,
 )
-from octavo.weight_readers import asked_for_dtype, weight_readers
+from octavo.weight_readers import asked_about, weight_readers
 
 __all__ = ["Decision", "output_heads", "plan", "selects"]
 
@@ -73,7 +73,7 @@ def plan(model: nn.Module, recipe: Recipe) -> list[Decision]:
     layers = {name: layer for name, layer in model.named_modules() if kind_of(layer) is not None}
     _check_patterns(model, recipe, layers)
     heads = output_heads(model)
-    readers, asked = weight_readers(model), asked_for_dtype(model)
+    readers, asked = weight_readers(model), asked_about(model)
     deciding = routers(model)
     decisions: dict[str, Decision] = {}
     obstacles: dict[str, str] = {}

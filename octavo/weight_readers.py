@@ -6,14 +6,15 @@
 An int8 layer in that place would give wrong numbers without an error, so such layers stay float with this reason.
 Found by reading the source of the model's own classes (`class_source.py`): every `self.a.b.weight` outside of
 constructors and the like, also in a method that is handed the layer (LayoutLMv3 looks its biases up so), and what a
-layer's own class reads of it. Spared are uses that are harmless (`.device`, `.shape`), that already mind int8
+layer's own class reads of it. Spared are uses that are harmless (`.device`, `.numel()`), that already mind int8
 (transformers' `self.wo.weight.dtype != torch.int8`), or that stand under an `if` that is false as this model is
 configured (BLOOM reads its weights only if `self.pretraining_tp > 1 and self.slow_but_exact`).
 
     target_dtype = self.patch_embedding.weight.dtype        (CLIP, SigLIP, Qwen-VL)
 
 is no obstacle either, but such a layer has to answer with the model's dtype (`facade.py`), or its input would be cast
-to int8.
+to int8. Nor is `.shape`, but where codes are laid out otherwise than the weight was (transposed convolutions, GPT-2's
+`Conv1D`) the layer has to answer with that of the weight.
 
 What is read under `if self.training` only (Mamba 2's mixers hand their output projection to a kernel there) is no
 obstacle to int8, but to training: `refuse_training`.
@@ -38,7 +39,7 @@ from octavo.class_source import SELF, WEIGHTS, Call, Method, Path, Read, holds, 
 from octavo.errors import OctavoError, OctavoWarning
 from octavo.layers import EXPERTS, float_class, kind_of
 
-__all__ = ["asked_for_dtype", "refuse_training", "weight_readers"]
+__all__ = ["asked_about", "refuse_training", "weight_readers"]
 
 _NOT_RUNNING = re.compile(
     r"^_*(init|initialize)(_*weights?|_*parameters|_+)?$|^__init_subclass__$|^_init_added_|reset_parameters|resize|"
@@ -47,18 +48,21 @@ _NOT_RUNNING = re.compile(
 
 
 def weight_readers(model: nn.Module) -> dict[str, str]:
-    """Module name -> the method (Class.method) that reads its weight directly, and more than the dtype of it, for the
+    """Module name -> the method (Class.method) that reads its weight directly, and not only its dtype or shape, for the
     modules of `model`, in eval mode."""
     classes = {type(module) for module in model.modules() if not _is_known(type(module))}
     _warn_of_unreadable(classes)
-    return {each.layer: each.method for each in _found(model, classes, training=False) if not each.dtype_only}
+    return {each.layer: each.method for each in _found(model, classes, training=False) if each.asks == "values"}
 
 
-def asked_for_dtype(model: nn.Module) -> set[str]:
-    """Names of the modules of `model` whose weights are asked for their dtype, in train or eval mode."""
-    classes = {cls for cls in {type(module) for module in model.modules()} if _mentions(cls, "dtype")}
-    modes = (_found(model, classes, training=training) for training in (False, True))
-    return {each.layer for mode in modes for each in mode if each.dtype_only}
+def asked_about(model: nn.Module) -> set[str]:
+    """Names of the modules of `model` whose weights are asked, in train or eval mode, for what the codes would answer
+    otherwise: for their dtype, or for their shape if it is not that of the codes."""
+    turned = {name for name, layer in model.named_modules() if (kind := kind_of(layer)) and not kind.keeps_shape}
+    words = {"dtype", "shape", "size"} if turned else {"dtype"}
+    classes = {cls for cls in {type(module) for module in model.modules()} if _mentions(cls, words)}
+    found = [each for training in (False, True) for each in _found(model, classes, training=training)]
+    return {each.layer for each in found if each.asks == "dtype" or (each.asks == "shape" and each.layer in turned)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,19 +85,19 @@ def refuse_training(model: nn.Module, int8: Collection[str]) -> None:
 
     model: with float layers or int8 ones in their places, whose names are the same.
     """
-    classes = {cls for cls in {type(module) for module in model.modules()} if _mentions(cls, "training")}
+    classes = {cls for cls in {type(module) for module in model.modules()} if _mentions(cls, {"training"})}
     in_eval = set(_found(model, classes, training=False))
     for found in dict.fromkeys(_found(model, classes, training=True)):
-        if found.layer in int8 and found not in in_eval and not found.dtype_only:
+        if found.layer in int8 and found not in in_eval and found.asks == "values":
             found.module.register_forward_pre_hook(_Refusal(found.layer, found.method))
 
 
-def _mentions(cls: type, word: str) -> bool:
-    """Whether one of its methods or properties that may read a weight mentions the attribute `word`: asked of compiled
-    code, for the source of a class takes a while to read."""
+def _mentions(cls: type, words: set[str]) -> bool:
+    """Whether one of its methods or properties that may read a weight mentions an attribute of `words`: asked of
+    compiled code, for the source of a class takes a while to read."""
     members = (member for base in cls.__mro__ if not _is_known(base) for member in vars(base).values())
     uses = [_names_in(function.__code__) for function in map(_function_of, members) if inspect.isfunction(function)]
-    return any(word in names and names & WEIGHTS for names in uses)
+    return any(names & words and names & WEIGHTS for names in uses)
 
 
 def _function_of(member: Any) -> Any:
@@ -112,13 +116,13 @@ def _names_in(code: CodeType) -> set[str]:
 
 
 class _Found(NamedTuple):
-    """module: that reads the weight, or the weight's dtype only, of the layer called `layer`, or has a method read it
-    that it hands the layer to. method: that method, as Class.method."""
+    """module: that reads the weight of the layer called `layer`, or has a method read it that it hands the layer to.
+    method: that method, as Class.method. asks: for the weight's "values", "dtype" or "shape"."""
 
     module: nn.Module
     layer: str
     method: str
-    dtype_only: bool
+    asks: str
 
 
 def _found(model: nn.Module, classes: Collection[type], *, training: bool) -> Iterator[_Found]:
@@ -129,9 +133,9 @@ def _found(model: nn.Module, classes: Collection[type], *, training: bool) -> It
     for name, module in model.named_modules():
         if type(module) in classes:
             for method in _running_methods(type(module)):
-                for path, reader, dtype_only in search.read_by(module, method):
+                for path, reader, asks in search.read_by(module, method):
                     layers = _at(name, path, places)
-                    yield from (_Found(module, names[id(layer)], reader, dtype_only) for layer in layers)
+                    yield from (_Found(module, names[id(layer)], reader, asks) for layer in layers)
 
 
 def _running_methods(cls: Any) -> list[Method]:
@@ -160,39 +164,37 @@ class _Search:
     def __init__(self, training: bool, follow: bool) -> None:
         self._training = training
         self._follow = follow
-        self._of_arguments: dict[tuple[int, str], dict[int | str, tuple[str, bool]]] = {}
+        self._of_arguments: dict[tuple[int, str], set[tuple[int | str, str, str]]] = {}
 
-    def read_by(self, module: nn.Module, method: Method) -> Iterator[tuple[Path, str, bool]]:
-        """Of a method of `module`: paths of what it reads the weights of, the Class.method that does it, and whether it
-        asks for their dtypes only."""
+    def read_by(self, module: nn.Module, method: Method) -> Iterator[tuple[Path, str, str]]:
+        """Of a method of `module`: paths of what it reads the weights of, the Class.method that does it, and what that
+        asks for."""
         for read in method.reads:
             if self._may_run(read, module):
-                yield read.path, f"{type(module).__name__}.{method.name}", read.dtype_only
+                yield read.path, f"{type(module).__name__}.{method.name}", read.asks
         for call in method.calls if self._follow else ():
             if self._may_run(call, module):
-                readers = self._readers_of_arguments(module, call.function)
-                yield from ((path, *readers[key]) for key, path in call.arguments if key in readers)
+                for argument, reader, asks in sorted(self._readers_of_arguments(module, call.function), key=str):
+                    yield from ((path, reader, asks) for key, path in call.arguments if key == argument)
 
     def _may_run(self, step: Read | Call, module: nn.Module) -> bool:
         return all(holds(condition, module, self._training) is not False for condition in step.conditions)
 
-    def _readers_of_arguments(self, module: nn.Module, function: Path) -> dict[int | str, tuple[str, bool]]:
-        """Of a function that is a part of `module`: position, and name, of each argument whose weight is read -> by
-        which Class.method, and whether only for its dtype."""
+    def _readers_of_arguments(self, module: nn.Module, function: Path) -> set[tuple[int | str, str, str]]:
+        """Of a function that is a part of `module`: position, and name, of each argument whose weight is read, by which
+        Class.method, and what that asks for."""
         called, name = self._method(module, function[1:])
         if called is None or _is_known(type(called)):
-            return {}
+            return set()
         known = self._of_arguments.get((id(called), name))
         if known is not None:
             return known
-        readers = self._of_arguments[id(called), name] = {}  # also where the method calls itself
+        readers = self._of_arguments[id(called), name] = set()  # also where the method calls itself
         for method in _running_methods(type(called)):
             if method.name == name:
-                # Reads of values count more, and come last.
-                for (argument, *rest), reader, dtype_only in sorted(self.read_by(called, method), key=lambda x: -x[2]):
+                for (argument, *rest), reader, asks in list(self.read_by(called, method)):
                     if not rest and argument != SELF:
-                        by = reader, dtype_only
-                        readers |= {method.parameters.index(argument): by, argument: by}
+                        readers |= {(key, reader, asks) for key in (argument, method.parameters.index(argument))}
                 break  # bases come later
         return readers
 

@@ -14,6 +14,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from transformers.pytorch_utils import Conv1D
 
 import octavo
 from octavo.errors import OctavoWarning
@@ -348,6 +349,28 @@ def test_who_asks_for_the_dtype_of_a_weight_is_told_the_models(dtype: torch.dtyp
         actual = model(pixels)
     assert actual.dtype == dtype
     torch.testing.assert_close(actual.float(), expected, rtol=0.05, atol=0.05)
+
+
+class Scaling(nn.Module):
+    """By a size of the weight, whose codes are laid out otherwise."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.turned = nn.ConvTranspose1d(6, 4, 3), Conv1D(5, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.up(x.transpose(1, 2)).transpose(1, 2) * self.up.weight.size(0)
+        return self.turned(F.pad(y, (0, 4))) * self.turned.weight.shape[0]
+
+
+def test_who_asks_for_the_shape_of_a_weight_is_told_that_of_the_float_one() -> None:
+    model = Scaling().eval()
+    x = torch.randn(2, 7, 6)
+    expected = model(x)
+    assert octavo.quantize(model, "w8a16", include=["up", "turned"]).unasked_fraction == 0
+    assert isinstance(model.up, QuantModule) and isinstance(model.turned, QuantModule)
+    assert 0 < (model(x) - expected).norm() / expected.norm() < 0.03
+    assert model.up.weight.shape == (6, 4, 3) and model.turned.weight.shape == (8, 5)
 
 
 # -- classes whose methods cannot stand on top of an int8 layer --------------------------------------------------------

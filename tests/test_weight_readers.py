@@ -15,10 +15,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from transformers.pytorch_utils import Conv1D
 
 import octavo
 from octavo.errors import OctavoWarning
-from octavo.weight_readers import asked_for_dtype, weight_readers
+from octavo.weight_readers import asked_about, weight_readers
 
 
 class Block(nn.Module):
@@ -280,20 +281,33 @@ class HandsItToBoth(Base):
         return self.multiply(self.cast(x, self.proj), self.head)
 
 
+class AsksForShapes(nn.Module):
+    """Of layers whose codes are laid out otherwise than their weights, and of others."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.turned, self.up, self.proj = Conv1D(6, 4), nn.ConvTranspose1d(4, 6, 3), nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.turned(x * self.proj.weight.shape[0]) * self.turned.weight.shape[0] ** -0.5
+        return self.up(x[:, :4, None]) * self.up.weight.size(1)
+
+
 ASKS: list[tuple[nn.Module, set[str], dict[str, str]]] = [
     (AsksItsDtype(), {"proj"}, {}),
     (AsksIfTraining(), {"blocks.0.up"}, {}),
     (AsksInAProperty(), {"proj", "head"}, {}),
     (AsksInAFunction(), {"proj"}, {}),
     (HandsItToBoth(), {"proj", "head"}, {"head": "HandsItToBoth.multiply"}),
+    (AsksForShapes(), {"turned", "up"}, {}),
     (MultipliesByIt(), set(), {"head": "MultipliesByIt.forward"}),
 ]
 
 
 @pytest.mark.parametrize(("model", "asked", "read"), ASKS, ids=[type(model).__name__ for model, *_ in ASKS])
-def test_asked_for_dtype(model: nn.Module, asked: set[str], read: dict[str, str]) -> None:
+def test_asked_about(model: nn.Module, asked: set[str], read: dict[str, str]) -> None:
     assert weight_readers(model) == read
-    assert {name for name in asked_for_dtype(model) if name not in read} == asked - read.keys()
+    assert {name for name in asked_about(model) if name not in read} == asked - read.keys()
 
 
 class ReadsItself(nn.Linear):
@@ -308,7 +322,7 @@ class AsksItself(nn.Linear):
 
 def test_a_layer_reads_itself() -> None:
     model = nn.ModuleDict({"a": ReadsItself(4, 4), "b": AsksItself(4, 4), "c": nn.Linear(4, 4), "d": nn.LayerNorm(4)})
-    assert weight_readers(model) == {"a": "ReadsItself.forward"} and asked_for_dtype(model) == {"b"}
+    assert weight_readers(model) == {"a": "ReadsItself.forward"} and asked_about(model) == {"b"}
 
 
 # -- ways that do no harm ---------------------------------------------------------------------------------------------
