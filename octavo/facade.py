@@ -59,7 +59,12 @@ def why_no_facade(layer: nn.Module, kind: LayerKind) -> str | None:
     base = float_class(layer, kind)
     for cls in _own_classes(layer, kind):
         own = _own_names(cls, base)
-        if changed := {name for name in vars(cls) if _is_of_the_kind(name, base)} - own:
+        changed = {
+            name
+            for name, member in vars(cls).items()
+            if _is_of_the_kind(name, base) or _is_run_around_forward(name, member)
+        } - own
+        if changed:
             return f"{cls.__name__} has a {min(changed)} of its own, {plain}"
         if "forward" in own and not is_readable(cls):
             return f"{cls.__name__} has a forward of its own, {plain}, and its source cannot be read"
@@ -76,6 +81,17 @@ def _is_of_the_kind(name: str, base: type[nn.Module]) -> bool:
 
 
 _IS_MADE = re.compile(r"^__|reset_parameters$|^from_pretrained$|^_fill_padding_idx_with_zero$")
+
+
+def _is_run_around_forward(name: str, member: object) -> bool:
+    """Whether Python or torch runs it around the forward, or in place of it: `__call__`, `__getattr__`, ..."""
+    return isinstance(member, FunctionType) and _RUNS_AROUND.search(name) is not None
+
+
+_RUNS_AROUND = re.compile(
+    r"^_(wrapped_)?call_impl$|^__(?!(init|new|init_subclass|class_getitem|repr|str|getstate|setstate|reduce|reduce_ex|"
+    r"copy|deepcopy|del|annotate|annotate_func)__$).*__$"
+)
 
 
 def _knows_its_class(function: object) -> bool:

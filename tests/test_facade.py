@@ -452,6 +452,26 @@ class Taken(nn.Linear):
         return 1
 
 
+class Called(nn.Linear):
+    def __call__(self, x: Tensor) -> Tensor:  # type: ignore[override]
+        return super().__call__(x) * 5
+
+
+class CalledWithin(nn.Linear):
+    def _call_impl(self, x: Tensor) -> Tensor:  # type: ignore[override]
+        return super()._call_impl(x) * 5  # type: ignore[no-any-return]
+
+
+class Answering(nn.Linear):
+    """As many models do; who asks it for a name that it makes up would be told that there is none."""
+
+    def __getattr__(self, name: str) -> Any:
+        return 3.0 if name == "factor" else super().__getattr__(name)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * self.factor
+
+
 PAST = "calls what it derives from otherwise than by a plain super"
 REFUSED: list[tuple[Callable[[], nn.Module], str]] = [
     (lambda: Reading(8, 8), r"Reading\.forward reads its weight directly"),
@@ -462,6 +482,9 @@ REFUSED: list[tuple[Callable[[], nn.Module], str]] = [
     (lambda: Decorated(8, 8), rf"Decorated\.forward {PAST}"),
     (lambda: Standardized(8, 8, 1), "Standardized has a _conv_forward of its own, which a plain Conv1d would not do"),
     (lambda: OwnPadding(8, 8, 1), "OwnPadding has a _output_padding of its own, which a plain ConvTranspose1d would "),
+    (lambda: Called(8, 8), "Called has a __call__ of its own, which a plain Linear would not do"),
+    (lambda: CalledWithin(8, 8), "CalledWithin has a _call_impl of its own, which a plain Linear would not do"),
+    (lambda: Answering(8, 8), "Answering has a __getattr__ of its own, which a plain Linear would not do"),
     (lambda: Taken(8, 8), "Taken has a codes, which is something else of an int8 layer"),
 ]
 
