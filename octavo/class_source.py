@@ -64,11 +64,15 @@ class Call:
 
 
 class Method:
-    """A method, its parameters after self, and what it reads and calls, which is looked for when it is asked for."""
+    """A method, its parameters after self, and what it reads and calls, which is looked for when it is asked for.
 
-    def __init__(self, definition: ast.FunctionDef, text: str) -> None:
+    has_other_name: whether its class uses it outside of methods, as in `size = property(_size)`.
+    """
+
+    def __init__(self, definition: ast.FunctionDef, text: str, has_other_name: bool) -> None:
         self._own, *others = [each.arg for each in (*definition.args.posonlyargs, *definition.args.args)] or [""]
         self.name = definition.name
+        self.has_other_name = has_other_name
         self.parameters = (*others, *(each.arg for each in definition.args.kwonlyargs))
         self._definition = definition
         self._mentions_weights = _MENTION.search(text) is not None
@@ -86,6 +90,29 @@ class Method:
     def calls(self) -> tuple[Call, ...]:
         """Those that hand a part of self or an argument to a part of self."""
         return tuple(each for each in self._found if isinstance(each, Call))
+
+    @property
+    def takes_input(self) -> bool:
+        """Whether it has a parameter that is more than a switch."""
+        arguments = self._definition.args
+        defaults = (*arguments.defaults, *arguments.kw_defaults)
+        switches = [each for each in defaults if isinstance(each, ast.Constant) and isinstance(each.value, bool)]
+        return len(self.parameters) > len(switches) or bool(arguments.vararg or arguments.kwarg)
+
+    @functools.cached_property
+    def mentions(self) -> frozenset[str]:
+        """All names that it may ask an object for: of attributes, and strings, for `getattr`."""
+        nodes = list(ast.walk(self._definition))
+        strings = (node.value for node in nodes if isinstance(node, ast.Constant) and isinstance(node.value, str))
+        return frozenset((*strings, *(node.attr for node in nodes if isinstance(node, ast.Attribute))))
+
+    @functools.cached_property
+    def hands_on(self) -> frozenset[str]:
+        """Names of attributes that it looks up and does not call at once, as `self.watch` in `hook(self.watch)`."""
+        nodes = list(ast.walk(self._definition))
+        called = {id(node.func) for node in nodes if isinstance(node, ast.Call)}
+        looked_up = (node for node in nodes if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load))
+        return frozenset(node.attr for node in looked_up if id(node) not in called)
 
     @property
     def calls_super(self) -> bool:
@@ -135,13 +162,20 @@ def methods_of(cls: Any) -> tuple[Method, ...]:
     return tuple(method for base in bases for method in _methods_of_class(base))
 
 
-def _methods_of_class(cls: type) -> Iterator[Method]:
+@functools.cache
+def _methods_of_class(cls: Any) -> tuple[Method, ...]:
+    return tuple(_read_class(cls))
+
+
+def _read_class(cls: type) -> Iterator[Method]:
     for file in _files_of_class(cls):
         lines = linecache.getlines(file)
         for definition in _classes_of_file(file).get(cls.__qualname__, []):
+            others = (part for part in definition.body if not isinstance(part, ast.FunctionDef))
+            used = {node.id for part in others for node in ast.walk(part) if isinstance(node, ast.Name)}
             for part in definition.body:
                 if isinstance(part, ast.FunctionDef):
-                    yield Method(part, "".join(lines[part.lineno - 1 : part.end_lineno]))
+                    yield Method(part, "".join(lines[part.lineno - 1 : part.end_lineno]), part.name in used)
 
 
 def _files_of_class(cls: type) -> set[str]:

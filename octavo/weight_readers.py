@@ -4,10 +4,10 @@
     for block in self.blocks: block.output.weight.div_(2)   (RWKV rescales its layers)
 
 An int8 layer in that place would give wrong numbers without an error, so such layers stay float with this reason.
-Found by reading the source of the model's own classes (`class_source.py`): every `self.a.b.weight` outside of
-constructors and the like, also in a method that is handed the layer (LayoutLMv3 looks its biases up so), and what a
-layer's own class reads of it. Spared are uses that are harmless (`.device`, `.numel()`), that already mind int8
-(transformers' `self.wo.weight.dtype != torch.int8`), or that stand under an `if` that is false as this model is
+Found by reading the source of the model's own classes (`class_source.py`): every `self.a.b.weight` in a
+method that may run while the model computes, also in one that is handed the layer (LayoutLMv3 looks its biases up so),
+and what a layer's own class reads of it. Spared are uses that are harmless (`.device`, `.numel()`), that already mind
+int8 (transformers' `self.wo.weight.dtype != torch.int8`), or that stand under an `if` that is false as this model is
 configured (BLOOM reads its weights only if `self.pretraining_tp > 1 and self.slow_but_exact`).
 
     target_dtype = self.patch_embedding.weight.dtype        (CLIP, SigLIP, Qwen-VL)
@@ -19,7 +19,12 @@ to int8. Nor is `.shape`, but where codes are laid out otherwise than the weight
 What is read under `if self.training` only (Mamba 2's mixers hand their output projection to a kernel there) is no
 obstacle to int8, but to training: `refuse_training`.
 
-What it cannot see: weights handed to or found by code outside the model's classes.
+Which methods may run is told by their names: those that may be called from outside of the model, which are forwards and
+public methods that are given something, and those that one that may run mentions. What fuses layers, or rescales them
+after they were initialized, is called while a model is made or converted (timm, diffusers), and does not count.
+
+What it cannot see: weights handed to or found by code outside the model's classes, and private methods that only such
+code calls.
 """
 
 from __future__ import annotations
@@ -41,7 +46,7 @@ from octavo.layers import EXPERTS, float_class, kind_of
 
 __all__ = ["asked_about", "refuse_training", "weight_readers"]
 
-_NOT_RUNNING = re.compile(
+_SETS_UP = re.compile(
     r"^_*(init|initialize)(_*weights?|_*parameters|_+)?$|^__init_subclass__$|^_init_added_|reset_parameters|resize|"
     "tie_weights|extra_repr|^set_"
 )
@@ -129,21 +134,55 @@ def _found(model: nn.Module, classes: Collection[type], *, training: bool) -> It
     """What modules of `classes` read in train or eval mode."""
     names = {id(module): name for name, module in model.named_modules()}
     places = dict(model.named_modules(remove_duplicate=False))  # one layer may stand in several
-    search = _Search(training, follow=any(map(_reads_arguments, classes)))
+    search, running = _Search(training, follow=any(map(_reads_arguments, classes))), _Running(model)
     for name, module in model.named_modules():
         if type(module) in classes:
-            for method in _running_methods(type(module)):
+            for method in _methods(type(module)):
                 for path, reader, asks in search.read_by(module, method):
                     layers = _at(name, path, places)
-                    yield from (_Found(module, names[id(layer)], reader, asks) for layer in layers)
+                    if layers and running.has(type(module), method):
+                        yield from (_Found(module, names[id(layer)], reader, asks) for layer in layers)
 
 
-def _running_methods(cls: Any) -> list[Method]:
-    return [method for method in methods_of(cls) if not _NOT_RUNNING.search(method.name)]
+class _Running:
+    """Which methods of a model's classes may run while it computes: what may be called from outside, and what one that
+    may run mentions."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._classes: set[Any] = {type(module) for module in model.modules() if not _is_known(type(module))}
+
+    def has(self, cls: type[nn.Module], method: Method) -> bool:
+        return _may_be_called(cls, method) or method.name in self._mentioned
+
+    @functools.cached_property
+    def _mentioned(self) -> set[str]:
+        every = {method for cls in self._classes for method in methods_of(cls)}
+        # A method that is handed on while its module is made may be called later, as a hook is.
+        names = {name for method in every if _SETS_UP.search(method.name) for name in method.hands_on}
+        running = {method for cls in self._classes for method in _methods(cls) if _may_be_called(cls, method)}
+        waiting = {method for cls in self._classes for method in _methods(cls)} - running
+        while running:
+            names.update(*(method.mentions for method in running))
+            running = {method for method in waiting if method.name in names}
+            waiting -= running
+        return names
+
+
+def _may_be_called(cls: type[nn.Module], method: Method) -> bool:
+    """Whether it may be called from outside of the model: a forward, and what is public and is given something; of a
+    class without a forward all that it has."""
+    if cls.forward is nn.Module.forward or method.has_other_name or method.name.strip("_").startswith("forward"):
+        return True
+    is_special = method.name.startswith("__")
+    return is_special or (not method.name.startswith("_") and method.takes_input)
+
+
+def _methods(cls: Any) -> list[Method]:
+    return [method for method in methods_of(cls) if not _SETS_UP.search(method.name)]
 
 
 def _reads_arguments(cls: type) -> bool:
-    return any(read.path[0] != SELF for method in _running_methods(cls) for read in method.reads)
+    return any(read.path[0] != SELF for method in _methods(cls) for read in method.reads)
 
 
 def _at(name: str, path: Path, places: Mapping[str, nn.Module]) -> list[nn.Module]:
@@ -190,7 +229,7 @@ class _Search:
         if known is not None:
             return known
         readers = self._of_arguments[id(called), name] = set()  # also where the method calls itself
-        for method in _running_methods(type(called)):
+        for method in _methods(type(called)):
             if method.name == name:
                 for (argument, *rest), reader, asks in list(self.read_by(called, method)):
                     if not rest and argument != SELF:

@@ -150,6 +150,44 @@ class Property(Base):
         return self.proj.weight.norm()
 
 
+class Reached(Base):
+    """By methods that the forward mentions in all the ways that there are, and by what is called from outside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_forward_hook(self._hooked)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return getattr(self, "_by_string")(self._first(x)) * self._of_a_property * self.given_a_name  # noqa: B009
+
+    def _first(self, x: Tensor) -> Tensor:
+        return self._second()
+
+    def _second(self) -> Tensor:
+        return self.proj.weight.square()
+
+    def _by_string(self, x: Tensor) -> Tensor:
+        return x @ self.head.weight
+
+    @property
+    def _of_a_property(self) -> Tensor:
+        return self.blocks[0].up.weight.norm()
+
+    def _get(self) -> Tensor:
+        return self.blocks[1].up.weight.norm()
+
+    given_a_name = property(_get)
+
+    def _hooked(self, *args: Any) -> None:
+        self.blocks[2].up.weight.div_(2)
+
+    def generate(self, ids: Tensor | None = None) -> Tensor:
+        return self._decoded()
+
+    def _decoded(self) -> Tensor:
+        return self.experts["a"].weight.square()
+
+
 class HandsItToAMethod(Base):
     """As LayoutLMv3 does."""
 
@@ -218,6 +256,17 @@ READS: list[tuple[nn.Module, dict[str, str]]] = [
     (PackedAttention(), {"attention": "PackedAttention.forward"}),
     (AttentionByHand(), {"attention.out_proj": "AttentionByHand.forward"}),
     (Property(), {"proj": "Property.size"}),
+    (
+        Reached(),
+        {
+            "proj": "Reached._second",
+            "head": "Reached._by_string",
+            "blocks.0.up": "Reached._of_a_property",
+            "blocks.1.up": "Reached._get",
+            "blocks.2.up": "Reached._hooked",
+            "experts.a": "Reached._decoded",
+        },
+    ),
     (HandsItToAMethod(), {"proj": "HandsItToAMethod.look_up"}),
     (HandsItOn(), {"blocks.1.up": "ReadsAnArgument.forward", "proj": "ReadsAnArgument.forward"}),
     (Switched(slices=2, exact=True), {"proj": "Switched.forward"}),
@@ -361,6 +410,32 @@ class SetsUp(Base):
         return self.proj.weight[:n]
 
 
+class Converted(Base):
+    """By methods that are called once, when the model was made or is to be another: timm's, diffusers'."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fused = False
+        self.fix_init_weight()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(x) if self.fused else self.head(self.proj(x))
+
+    def fix_init_weight(self) -> None:
+        for block in self.blocks:
+            block.down.weight.data.div_(2)
+
+    def fuse(self) -> Tensor:
+        return self._product(self.proj)
+
+    def fuse_projections(self, fuse: bool = True) -> None:
+        self.qk = torch.cat([self.proj.weight, self.head.weight])
+        self.fused = fuse
+
+    def _product(self, layer: nn.Linear) -> Tensor:
+        return self.head.weight @ layer.weight
+
+
 class OwnWeight(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -387,6 +462,7 @@ class WhenTraining(Base):
         AsksWhereItIs(),
         MindsInt8(),
         SetsUp(),
+        Converted(),
         OwnWeight(),
         Switched(),
         Switched(slices=2),
