@@ -5,8 +5,8 @@
         x = F.linear(x, table.weight)           one at the path ("table",)
         return self.head(x, table)              a call of ("self", "head") with the path ("table",) as argument 1
 
-Paths are followed through local names, loops and indices. `if`s that a read or call stands under are kept: `holds` says
-whether one does for a module as it is configured.
+Paths are followed through local names, loops, indices and `getattr`. `if`s that a read or call stands under are kept:
+`holds` says whether one does for a module as it is configured.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ _ASPECTS = {"dtype": "dtype", "shape": "shape", "size": "shape"}
 """What is asked of a weight by these attributes of it."""
 
 Path = tuple[str, ...]
-"""In a path "*" stands for an index that is not constant."""
+"""In a path "*" stands for an index that is not constant, "**" for anything below."""
 
 Conditions = tuple[ast.expr, ...]
 
@@ -149,7 +149,7 @@ def _is_plain_super(node: ast.AST) -> bool:
     return False
 
 
-_MENTION = re.compile(rf"\.({'|'.join(sorted(WEIGHTS))})\b")
+_MENTION = re.compile(rf"[.\"']({'|'.join(sorted(WEIGHTS))})\b")
 
 _Names = dict[str, set[Path]]
 """The paths that a local name may stand for, somewhere in a method."""
@@ -175,7 +175,23 @@ def _read_class(cls: type) -> Iterator[Method]:
             used = {node.id for part in others for node in ast.walk(part) if isinstance(node, ast.Name)}
             for part in definition.body:
                 if isinstance(part, ast.FunctionDef):
-                    yield Method(part, "".join(lines[part.lineno - 1 : part.end_lineno]), part.name in used)
+                    text = "".join(lines[part.lineno - 1 : part.end_lineno])
+                    if "getattr(" in text:
+                        _Getattr().visit(part)
+                    yield Method(part, text, part.name in used)
+
+
+class _Getattr(ast.NodeTransformer):
+    """Writes `getattr(x, "name")` as `x.name`, and with a name that is not constant as `x[name]`."""
+
+    def visit_Call(self, node: ast.Call) -> ast.AST:
+        self.generic_visit(node)
+        match node:
+            case ast.Call(func=ast.Name("getattr"), args=[value, ast.Constant(value=str(name)), *_]):
+                return ast.copy_location(ast.Attribute(value, name, ast.Load()), node)
+            case ast.Call(func=ast.Name("getattr"), args=[value, name, *_]):
+                return ast.copy_location(ast.Subscript(value, name, ast.Load()), node)
+        return node
 
 
 def _files_of_class(cls: type) -> set[str]:
@@ -235,7 +251,7 @@ def _bind_in(node: ast.AST, names: _Names) -> None:
 
 
 def _bind(target: ast.expr, paths: set[Path], names: _Names) -> None:
-    if isinstance(target, ast.Name) and paths - {(SELF,)}:
+    if isinstance(target, ast.Name) and paths:
         names.setdefault(target.id, set()).update(paths)
     elif isinstance(target, ast.Tuple):  # the parts of a ModuleList
         for part in target.elts:
@@ -251,17 +267,36 @@ def _bind_value(target: ast.expr, value: ast.expr, names: _Names) -> None:
 
 
 def _bind_loop(target: ast.expr, iterated: ast.expr, names: _Names) -> None:
-    """The names that `for target in iterated` gives to parts of self, through `enumerate`, `reversed` and `zip` too."""
+    """The names that `for target in iterated` gives to parts of self, through `enumerate` and `zip` too, and beside
+    their names."""
     match iterated, target:
         case ast.Call(func=ast.Name("enumerate"), args=[parts, *_]), ast.Tuple(elts=[_, each]):
             _bind_loop(each, parts, names)
-        case ast.Call(func=ast.Name("reversed"), args=[parts]), _:
-            _bind_loop(target, parts, names)
         case ast.Call(func=ast.Name("zip"), args=lists), ast.Tuple(elts=elements):
             for each, parts in zip(elements, lists, strict=False):
                 _bind_loop(each, parts, names)
+        case ast.Call(func=ast.Attribute(value=whole, attr=method)), ast.Tuple(elts=[_, each]) if method in _NAMED:
+            _bind(each, {(*path, _NAMED[method]) for path in _paths(whole, names)}, names)
         case _:
-            _bind(target, {(*path, "*") for path in _paths(iterated, names)}, names)
+            _bind(target, _items(iterated, names), names)
+
+
+_NAMED = {"named_children": "*", "items": "*", "named_modules": "**"}
+_UNNAMED = {"children": "*", "values": "*", "modules": "**"}
+"""What a call of these methods gives: its place below what is asked."""
+
+
+def _items(iterated: ast.expr, names: _Names) -> set[Path]:
+    """What `iterated` goes through: the parts of a part, or those that are written down."""
+    match iterated:
+        case ast.Tuple(elts=parts) | ast.List(elts=parts) | ast.Set(elts=parts):
+            starred = (_items(part.value, names) for part in parts if isinstance(part, ast.Starred))
+            return set().union(*starred, *(_paths(part, names) for part in parts))
+        case ast.Call(func=ast.Name("reversed" | "list" | "tuple"), args=[parts]):
+            return _items(parts, names)
+        case ast.Call(func=ast.Attribute(value=whole, attr=method), args=[]) if method in _UNNAMED:
+            return {(*path, _UNNAMED[method]) for path in _paths(whole, names)}
+    return {(*path, "*") for path in _paths(iterated, names)}
 
 
 def _paths(node: ast.expr, names: _Names) -> set[Path]:

@@ -116,8 +116,9 @@ def _function_of(member: Any) -> Any:
 
 
 def _names_in(code: CodeType) -> set[str]:
-    """The names that compiled code mentions, and the functions within it."""
-    return {*code.co_names, *(n for part in code.co_consts if isinstance(part, CodeType) for n in _names_in(part))}
+    """The names that compiled code mentions, strings too, and the functions within it."""
+    strings = {part for part in code.co_consts if isinstance(part, str)}
+    return strings.union(code.co_names, *(_names_in(part) for part in code.co_consts if isinstance(part, CodeType)))
 
 
 class _Found(NamedTuple):
@@ -186,14 +187,14 @@ def _reads_arguments(cls: type) -> bool:
 
 
 def _at(name: str, path: Path, places: Mapping[str, nn.Module]) -> list[nn.Module]:
-    """What lies at `path` of the module called `name`; several if there is a "*" in the path, none for an argument, nor
-    for a module itself that is no layer of a kind with int8 weights."""
+    """What lies at `path` of the module called `name`; several if there is a "*" or "**" in the path, none for an
+    argument, nor for a module itself that is no layer of a kind with int8 weights."""
     if path[0] != SELF or (path == (SELF,) and not _has_own_class(places[name])):
         return []
     place = ".".join((name, *path[1:]) if name else path[1:])
-    if "*" not in path:
+    if "*" not in place:
         return [places[place]] if place in places else []
-    pattern = re.compile(re.escape(place).replace(r"\*", r"[^.]+"))
+    pattern = re.compile(re.escape(place).replace(r"\*\*", ".+").replace(r"\*", r"[^.]+"))
     return [layer for each, layer in places.items() if pattern.fullmatch(each)]
 
 
@@ -245,7 +246,7 @@ class _Search:
         called: nn.Module | None = module
         for part in path:
             layers = {} if called is None else called._modules
-            called = next(iter(layers.values()), None) if part == "*" else layers.get(part)
+            called = next(iter(layers.values()), None) if "*" in part else layers.get(part)
         return called, "forward" if called is not None else ""
 
 

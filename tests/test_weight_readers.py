@@ -88,6 +88,48 @@ class ZippedLoop(Base):
         return [x @ block.up.weight for x, block in zip(xs, self.blocks, strict=True)]
 
 
+class LoopOverWritten(Base):
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in (self.proj, self.blocks[0].up):
+            x = F.linear(x, layer.weight)
+        products = [x @ each.weight for each in [*self.experts.values(), self.head]]
+        return x + sum(products)
+
+
+class LoopOverChildren(Base):
+    def forward(self, x: Tensor) -> Tensor:
+        for block in list(self.blocks.children()):
+            x = x @ block.up.weight
+        for _, layer in self.experts.items():
+            x = x @ layer.weight
+        for _, part in self.blocks[0].named_children():
+            x = x @ part.weight
+        return x
+
+
+class LoopOverAll(Base):
+    def forward(self, x: Tensor) -> Tensor:
+        return sum((x @ part.weight for part in self.experts.modules() if isinstance(part, nn.Linear)), x)
+
+
+class ByString(Base):
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ getattr(self.blocks[0].up, "weight") @ getattr(self, "proj", None).weight  # noqa: B009
+
+
+class ByComputedString(Base):
+    def forward(self, x: Tensor) -> Tensor:
+        for name in ("up", "down"):
+            x = x @ getattr(self.blocks[0], name).weight
+        return x
+
+
+class Alias(Base):
+    def forward(self, x: Tensor) -> Tensor:
+        model = self
+        return x @ model.proj.weight
+
+
 class LocalName(Base):
     def forward(self, x: Tensor) -> Tensor:
         layer = self.blocks[0].up
@@ -244,6 +286,21 @@ READS: list[tuple[nn.Module, dict[str, str]]] = [
     (Loop(), {f"blocks.{i}.down": "Loop.forward" for i in range(3)}),
     (EnumeratedLoop(), {f"blocks.{i}.down": "EnumeratedLoop.forward" for i in range(3)}),
     (ZippedLoop(), {f"blocks.{i}.up": "ZippedLoop.forward" for i in range(3)}),
+    (
+        LoopOverWritten(),
+        dict.fromkeys(("proj", "blocks.0.up", "experts.a", "experts.b", "head"), "LoopOverWritten.forward"),
+    ),
+    (
+        LoopOverChildren(),
+        dict.fromkeys(
+            ("blocks.0.up", "blocks.1.up", "blocks.2.up", "blocks.0.down", "experts.a", "experts.b"),
+            "LoopOverChildren.forward",
+        ),
+    ),
+    (LoopOverAll(), dict.fromkeys(("experts.a", "experts.b"), "LoopOverAll.forward")),
+    (ByString(), {"blocks.0.up": "ByString.forward", "proj": "ByString.forward"}),
+    (ByComputedString(), dict.fromkeys(("blocks.0.up", "blocks.0.down"), "ByComputedString.forward")),
+    (Alias(), {"proj": "Alias.forward"}),
     (LocalName(), {"blocks.0.up": "LocalName.forward"}),
     (NameOfTwo(), dict.fromkeys(("proj", "head", "blocks.0.up"), "NameOfTwo.forward")),
     (TwoNames(), {"proj": "TwoNames.forward"}),
