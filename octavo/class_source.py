@@ -4,6 +4,7 @@
         x = F.linear(x, self.a[0].b.weight)     a read of `weight` at the path ("self", "a", "0", "b")
         x = F.linear(x, table.weight)           one at the path ("table",)
         return self.head(x, table)              a call of ("self", "head") with the path ("table",) as argument 1
+        if isinstance(self.a[0], nn.Linear):    a read of its class at the path ("self", "a", "0")
 
 Paths are followed through local names, loops, indices and `getattr`. `if`s that a read or call stands under are kept:
 `holds` says whether one does for a module as it is configured.
@@ -25,7 +26,7 @@ from torch import nn
 
 from octavo.layers import KINDS
 
-__all__ = ["SELF", "WEIGHTS", "Call", "Method", "Path", "Read", "holds", "is_readable", "methods_of"]
+__all__ = ["SELF", "WEIGHTS", "Call", "Method", "Path", "Read", "holds", "is_a", "is_readable", "methods_of"]
 
 SELF = "self"
 """First element of the path of a part of self, whatever a method calls it; of another path it is a parameter's name."""
@@ -46,11 +47,20 @@ Conditions = tuple[ast.expr, ...]
 
 @dataclasses.dataclass(frozen=True)
 class Read:
-    """`path.weight`, under `conditions`. asks: for its "values", or only for its "dtype" or "shape"."""
+    """`path.weight`, under `conditions`. asks: for its "values", or only for its "dtype" or "shape".
+
+    Or a test of what stands at `path`, () where that cannot be told. asks: `is_a("Linear")`, if that is what may be the
+    name of a class there.
+    """
 
     path: Path
     conditions: Conditions
     asks: str = "values"
+
+
+def is_a(name: str) -> str:
+    """What a read asks that tells classes of this name from others."""
+    return f"is a {name}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,14 +85,15 @@ class Method:
         self.has_other_name = has_other_name
         self.parameters = (*others, *(each.arg for each in definition.args.kwonlyargs))
         self._definition = definition
-        self._mentions_weights = _MENTION.search(text) is not None
+        self._may_read = _MENTION.search(text) is not None
+        self._minds_int8 = "int8" in text
 
     @functools.cached_property
     def reads(self) -> tuple[Read, ...]:
         """All but those of a layer whose int8 codes it minds, as T5 does."""
-        if not self._mentions_weights:
+        if not self._may_read:
             return ()
-        text = ast.unparse(self._definition)
+        text = ast.unparse(self._definition) if self._minds_int8 else ""
         found = (each for each in self._found if isinstance(each, Read))
         return tuple(read for read in found if f"{'.'.join(read.path)}.weight.dtype != torch.int8" not in text)
 
@@ -149,7 +160,7 @@ def _is_plain_super(node: ast.AST) -> bool:
     return False
 
 
-_MENTION = re.compile(rf"[.\"']({'|'.join(sorted(WEIGHTS))})\b")
+_MENTION = re.compile(rf"[.\"']({'|'.join(sorted(WEIGHTS))})\b|\b(isinstance|type)\(|__class__")
 
 _Names = dict[str, set[Path]]
 """The paths that a local name may stand for, somewhere in a method."""
@@ -339,8 +350,34 @@ def _reads_and_calls(node: ast.AST, conditions: Conditions, names: _Names) -> It
     if isinstance(node, ast.Call) and (arguments := _arguments(node, names)):
         functions = sorted(path for path in _paths(node.func, names) if path[0] == SELF)
         yield from (Call(path, arguments, conditions) for path in functions)
+    for tested, classes in _class_tests(node):
+        paths = sorted(_paths(tested, names)) or [()]
+        yield from (Read(path, conditions, is_a(name)) for path in paths for name in sorted(_names_in(classes)))
     for child in ast.iter_child_nodes(node):
         yield from _reads_and_calls(child, conditions, names)
+
+
+def _class_tests(node: ast.AST) -> Iterator[tuple[ast.expr, ast.AST]]:
+    """What `node` tests the class of, and where the names of classes stand: `isinstance(x, (A, B))`, `type(x) is A`,
+    `x.__class__.__name__ == "A"`."""
+    match node:
+        case ast.Call(func=ast.Name("isinstance"), args=[tested, classes]):
+            yield tested, classes
+        case ast.Compare():
+            for part in ast.walk(node):
+                match part:
+                    case ast.Call(func=ast.Name("type"), args=[tested]) | ast.Attribute(value=tested, attr="__class__"):
+                        yield tested, node
+
+
+def _names_in(node: ast.AST) -> set[str]:
+    """Names, those of attributes, and strings."""
+    found = set()
+    for part in ast.walk(node):
+        match part:
+            case ast.Name(id=str(name)) | ast.Attribute(attr=str(name)) | ast.Constant(value=str(name)):
+                found.add(name)
+    return found
 
 
 def _arguments(call: ast.Call, names: _Names) -> tuple[tuple[int | str, Path], ...]:

@@ -30,7 +30,7 @@ from octavo.plan import Decision, selects
 from octavo.recipe import Pattern
 from octavo.rotary import fused_rotaries
 from octavo.stand_ins import attributes, kept_attributes
-from octavo.weight_readers import asked_about, refuse_training
+from octavo.weight_readers import asked_about, refuse_training, told_apart
 
 __all__ = ["CodesOf", "install", "quantized_codes", "settle"]
 
@@ -61,12 +61,13 @@ def install(
     progress: Progress | None = None,
 ) -> None:
     """Swap the layers that `decisions` says for int8 ones, one at a time, then what is float for what computes the same
-    faster: linear layers, and RMS norms and gated MLPs but for those that `ignore` names. On `meta` this makes the
-    empty skeleton. What would read an int8 layer's codes for its weight while training refuses to be trained."""
+    faster: linear layers, and RMS norms and gated MLPs but for those that `ignore` names; none whose class is tested.
+    On `meta` this makes the empty skeleton. What would read an int8 layer's codes for its weight while training refuses
+    to be trained."""
     places = _Places(model)
     owners: dict[str, QuantModule] = {}
     shared = SharedInput()
-    asked = asked_about(model)
+    asked, tested = asked_about(model), told_apart(model)
     todo = [decision for decision in decisions if decision.scheme]
     # Owners of shared tables first; then from the last to the first, which puts a child before its parent: an
     # attention block takes its out_proj over as it finds it.
@@ -80,10 +81,13 @@ def install(
         if progress:
             progress(done, len(ordered))
     refuse_training(model, owners.keys())
-    _fuse(model, float_linears(model), ())  # for "ignore" means of a layer that it stays float
-    _fuse(model, fused_norms(model), tuple(ignore))
-    _fuse(model, fused_gated_mlps(model), tuple(ignore))
-    _fuse(model, fused_rotaries(model), tuple(ignore))
+    for stand_ins, ignored in (
+        (float_linears, ()),  # for "ignore" means of a layer that it stays float
+        (fused_norms, tuple(ignore)),
+        (fused_gated_mlps, tuple(ignore)),
+        (fused_rotaries, tuple(ignore)),
+    ):
+        _fuse(model, {name: new for name, new in stand_ins(model).items() if name not in tested}, ignored)
     _switch_off_fused_encoder(model)
     keep_freed_memory()
 

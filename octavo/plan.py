@@ -26,7 +26,7 @@ from octavo.recipe import (
     Scheme,
     pattern_matches,
 )
-from octavo.weight_readers import asked_about, weight_readers
+from octavo.weight_readers import asked_about, told_apart, weight_readers
 
 __all__ = ["Decision", "output_heads", "plan", "selects"]
 
@@ -73,7 +73,7 @@ def plan(model: nn.Module, recipe: Recipe) -> list[Decision]:
     layers = {name: layer for name, layer in model.named_modules() if kind_of(layer) is not None}
     _check_patterns(model, recipe, layers)
     heads = output_heads(model)
-    readers, asked = weight_readers(model), asked_about(model)
+    readers, tested, asked = weight_readers(model), told_apart(model), asked_about(model)
     deciding = routers(model)
     decisions: dict[str, Decision] = {}
     obstacles: dict[str, str] = {}
@@ -85,6 +85,8 @@ def plan(model: nn.Module, recipe: Recipe) -> list[Decision]:
             obstacles[name] = obstacle
         elif name in readers:
             obstacles[name] = f"{readers[name]} reads its weight directly instead of calling it"
+        elif name in tested:
+            obstacles[name] = f"{tested[name]} tests its class, which would be another"
         decision = decisions[name] = _decide(name, layer, kind, label, recipe, obstacles.get(name))
         opt_in = label not in _WITH_FACADE and (name in asked or needs_facade(layer, kind))
         if decision.scheme and opt_in and not _names(recipe, name, layer):

@@ -16,6 +16,11 @@ is no obstacle either, but such a layer has to answer with the model's dtype (`f
 to int8. Nor is `.shape`, but where codes are laid out otherwise than the weight was (transposed convolutions, GPT-2's
 `Conv1D`) the layer has to answer with that of the weight.
 
+    if isinstance(layer, nn.Linear): x = layer(x)           (false of an int8 layer)
+
+is no read of a weight, but would do something else of an int8 layer without an error, too: layers whose class is tested
+stay float as they are. Where it cannot be told which are tested, all are that the module itself holds.
+
 What is read under `if self.training` only (Mamba 2's mixers hand their output projection to a kernel there) is no
 obstacle to int8, but to training: `refuse_training`.
 
@@ -40,16 +45,18 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from octavo.class_source import SELF, WEIGHTS, Call, Method, Path, Read, holds, is_readable, methods_of
+from octavo.class_source import SELF, WEIGHTS, Call, Method, Path, Read, holds, is_a, is_readable, methods_of
 from octavo.errors import OctavoError, OctavoWarning
 from octavo.layers import EXPERTS, float_class, kind_of
 
-__all__ = ["asked_about", "refuse_training", "weight_readers"]
+__all__ = ["asked_about", "refuse_training", "told_apart", "weight_readers"]
 
 _SETS_UP = re.compile(
     r"^_*(init|initialize)(_*weights?|_*parameters|_+)?$|^__init_subclass__$|^_init_added_|reset_parameters|resize|"
-    "tie_weights|extra_repr|^set_"
+    "tie_weights|extra_repr|^set_|num_parameters|floating_point_ops|"
+    "gradient_checkpointing(_enable|_disable)?$|input_require_grads$"
 )
+"""Methods that make a model, count it or make it ready for training."""
 
 
 def weight_readers(model: nn.Module) -> dict[str, str]:
@@ -57,7 +64,15 @@ def weight_readers(model: nn.Module) -> dict[str, str]:
     modules of `model`, in eval mode."""
     classes = {type(module) for module in model.modules() if not _is_known(type(module))}
     _warn_of_unreadable(classes)
-    return {each.layer: each.method for each in _found(model, classes, training=False) if each.asks == "values"}
+    return {each.layer: each.method for each in _found(model, classes, {"values"}, training=False)}
+
+
+def told_apart(model: nn.Module) -> dict[str, str]:
+    """Module name -> the method (Class.method) that tests its class, for the modules of `model`, in eval mode."""
+    classes = {type(module) for module in model.modules() if not _is_known(type(module))}
+    bases = {base for module in model.modules() for base in type(module).__mro__} - {nn.Module, object}
+    asks = {is_a(base.__name__) for base in bases}
+    return {each.layer: each.method for each in _found(model, classes, asks, training=False)}
 
 
 def asked_about(model: nn.Module) -> set[str]:
@@ -66,8 +81,9 @@ def asked_about(model: nn.Module) -> set[str]:
     turned = {name for name, layer in model.named_modules() if (kind := kind_of(layer)) and not kind.keeps_shape}
     words = {"dtype", "shape", "size"} if turned else {"dtype"}
     classes = {cls for cls in {type(module) for module in model.modules()} if _mentions(cls, words)}
-    found = [each for training in (False, True) for each in _found(model, classes, training=training)]
-    return {each.layer for each in found if each.asks == "dtype" or (each.asks == "shape" and each.layer in turned)}
+    asks = {"dtype", "shape"}
+    found = [each for training in (False, True) for each in _found(model, classes, asks, training=training)]
+    return {each.layer for each in found if each.asks == "dtype" or each.layer in turned}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,9 +107,9 @@ def refuse_training(model: nn.Module, int8: Collection[str]) -> None:
     model: with float layers or int8 ones in their places, whose names are the same.
     """
     classes = {cls for cls in {type(module) for module in model.modules()} if _mentions(cls, {"training"})}
-    in_eval = set(_found(model, classes, training=False))
-    for found in dict.fromkeys(_found(model, classes, training=True)):
-        if found.layer in int8 and found not in in_eval and found.asks == "values":
+    in_eval = set(_found(model, classes, {"values"}, training=False))
+    for found in dict.fromkeys(_found(model, classes, {"values"}, training=True)):
+        if found.layer in int8 and found not in in_eval:
             found.module.register_forward_pre_hook(_Refusal(found.layer, found.method))
 
 
@@ -123,7 +139,7 @@ def _names_in(code: CodeType) -> set[str]:
 
 class _Found(NamedTuple):
     """module: that reads the weight of the layer called `layer`, or has a method read it that it hands the layer to.
-    method: that method, as Class.method. asks: for the weight's "values", "dtype" or "shape"."""
+    method: that method, as Class.method. asks: what for, see `Read`."""
 
     module: nn.Module
     layer: str
@@ -131,18 +147,36 @@ class _Found(NamedTuple):
     asks: str
 
 
-def _found(model: nn.Module, classes: Collection[type], *, training: bool) -> Iterator[_Found]:
-    """What modules of `classes` read in train or eval mode."""
+def _found(model: nn.Module, classes: Collection[type], asks: Collection[str], *, training: bool) -> Iterator[_Found]:
+    """What modules of `classes` ask for in train or eval mode, of what `asks` lists."""
     names = {id(module): name for name, module in model.named_modules()}
     places = dict(model.named_modules(remove_duplicate=False))  # one layer may stand in several
-    search, running = _Search(training, follow=any(map(_reads_arguments, classes))), _Running(model)
+    search = _Search(asks, training, follow=any(_reads_arguments(cls, asks) for cls in classes))
+    running = _Running(model)
     for name, module in model.named_modules():
         if type(module) in classes:
             for method in _methods(type(module)):
-                for path, reader, asks in search.read_by(module, method):
-                    layers = _at(name, path, places)
+                for path, reader, asked in search.read_by(module, method):
+                    layers = _asked(name, path, asked, places)
                     if layers and running.has(type(module), method):
-                        yield from (_Found(module, names[id(layer)], reader, asks) for layer in layers)
+                        yield from (_Found(module, names[id(layer)], reader, asked) for layer in layers)
+
+
+def _asked(name: str, path: Path, asks: str, places: Mapping[str, nn.Module]) -> list[nn.Module]:
+    """The layers that are asked by a read at `path` of the module called `name`. Of tests for a class those that it is
+    about: where it cannot be told what is tested, those of that class which the module itself holds."""
+    if asks in ("values", "dtype", "shape"):
+        return _at(name, path, places)
+    layers = _at(name, path, places) if path[:1] == (SELF,) else list(_held(places[name]))
+    return [layer for layer in layers if asks in {is_a(base.__name__) for base in type(layer).__mro__}]
+
+
+def _held(module: nn.Module) -> Iterator[nn.Module]:
+    """What a module holds, also in containers."""
+    for child in module.children():
+        yield child
+        if isinstance(child, nn.ModuleList | nn.ModuleDict | nn.Sequential):
+            yield from _held(child)
 
 
 class _Running:
@@ -182,8 +216,9 @@ def _methods(cls: Any) -> list[Method]:
     return [method for method in methods_of(cls) if not _SETS_UP.search(method.name)]
 
 
-def _reads_arguments(cls: type) -> bool:
-    return any(read.path[0] != SELF for method in _methods(cls) for read in method.reads)
+def _reads_arguments(cls: type, asks: Collection[str]) -> bool:
+    reads = (read for method in _methods(cls) for read in method.reads if read.asks in asks)
+    return any(read.path[:1] != (SELF,) for read in reads)
 
 
 def _at(name: str, path: Path, places: Mapping[str, nn.Module]) -> list[nn.Module]:
@@ -199,9 +234,11 @@ def _at(name: str, path: Path, places: Mapping[str, nn.Module]) -> list[nn.Modul
 
 
 class _Search:
-    """What methods read in train or eval mode. follow: also of what they hand to methods that they call."""
+    """What methods ask for in train or eval mode, of what `asks` lists. follow: also of what they hand to methods that
+    they call."""
 
-    def __init__(self, training: bool, follow: bool) -> None:
+    def __init__(self, asks: Collection[str], training: bool, follow: bool) -> None:
+        self._asks = asks
         self._training = training
         self._follow = follow
         self._of_arguments: dict[tuple[int, str], set[tuple[int | str, str, str]]] = {}
@@ -210,7 +247,7 @@ class _Search:
         """Of a method of `module`: paths of what it reads the weights of, the Class.method that does it, and what that
         asks for."""
         for read in method.reads:
-            if self._may_run(read, module):
+            if read.asks in self._asks and self._may_run(read, module):
                 yield read.path, f"{type(module).__name__}.{method.name}", read.asks
         for call in method.calls if self._follow else ():
             if self._may_run(call, module):
@@ -232,9 +269,9 @@ class _Search:
         readers = self._of_arguments[id(called), name] = set()  # also where the method calls itself
         for method in _methods(type(called)):
             if method.name == name:
-                for (argument, *rest), reader, asks in list(self.read_by(called, method)):
-                    if not rest and argument != SELF:
-                        readers |= {(key, reader, asks) for key in (argument, method.parameters.index(argument))}
+                for path, reader, asks in list(self.read_by(called, method)):
+                    if len(path) == 1 and path != (SELF,):
+                        readers |= {(key, reader, asks) for key in (*path, method.parameters.index(path[0]))}
                 break  # bases come later
         return readers
 

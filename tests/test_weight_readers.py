@@ -19,7 +19,7 @@ from transformers.pytorch_utils import Conv1D
 
 import octavo
 from octavo.errors import OctavoWarning
-from octavo.weight_readers import asked_about, weight_readers
+from octavo.weight_readers import asked_about, told_apart, weight_readers
 
 
 class Block(nn.Module):
@@ -414,6 +414,107 @@ ASKS: list[tuple[nn.Module, set[str], dict[str, str]]] = [
 def test_asked_about(model: nn.Module, asked: set[str], read: dict[str, str]) -> None:
     assert weight_readers(model) == read
     assert {name for name in asked_about(model) if name not in read} == asked - read.keys()
+
+
+# -- ways to test a class ----------------------------------------------------------------------------------------------
+
+
+class SortsItsParts(Base):
+    """In all the ways that there are, of layers that can be told."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks[:2]:
+            x = block(x) if isinstance(block.up, (nn.Linear, nn.Conv1d)) else x
+        if type(self.proj) is nn.Linear and type(self.attention) in (nn.MultiheadAttention, nn.Identity):
+            x = self.proj(x)
+        if self.head.__class__.__name__ == "Linear" and not isinstance(self.blocks[2].down, nn.Conv2d):
+            x = self.head(x)
+        return x if isinstance(x, Tensor) and isinstance(self.experts, nn.ModuleDict) else x[0]
+
+
+class SortsWhatItIsHanded(Base):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.run(x, self.proj)
+
+    def run(self, x: Tensor, layer: nn.Module) -> Tensor:
+        return layer(x) if isinstance(layer, nn.Linear) else x
+
+
+class SortsUnknowns(Base):
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self._chosen():
+            x = layer(x) if isinstance(layer, nn.Linear) else x
+        return self.blocks[0](x)
+
+    def _chosen(self) -> list[nn.Module]:
+        return [self.proj]
+
+
+class SortsToSetUp(Base):
+    """As transformers' models do, and what becomes of a model that is fused."""
+
+    def _init_weights(self, module: nn.Module) -> None:
+        if isinstance(module, nn.Linear):
+            nn.init.zeros_(module.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(x)
+
+    def fuse(self) -> int:
+        return sum(isinstance(module, nn.Linear) for module in self.modules())
+
+
+HELD = ("proj", "head", "experts.a", "experts.b")
+TESTS: list[tuple[nn.Module, dict[str, str]]] = [
+    (
+        SortsItsParts(),
+        dict.fromkeys(
+            ("blocks.0.up", "blocks.1.up", "blocks.2.up", "proj", "head", "attention", "experts"),
+            "SortsItsParts.forward",
+        ),
+    ),
+    (SortsWhatItIsHanded(), dict.fromkeys(HELD, "SortsWhatItIsHanded.run")),
+    (SortsUnknowns(), dict.fromkeys(HELD, "SortsUnknowns.forward")),
+    (SortsToSetUp(), {}),
+    (MultipliesByIt(), {}),
+]
+
+
+@pytest.mark.parametrize(("model", "expected"), TESTS, ids=[type(model).__name__ for model, _ in TESTS])
+def test_told_apart(model: nn.Module, expected: dict[str, str]) -> None:
+    assert told_apart(model) == expected
+    assert told_apart(nn.Sequential(model)) == {f"0.{name}": method for name, method in expected.items()}
+
+
+@pytest.mark.parametrize("cls", [SortsItsParts, SortsWhatItIsHanded, SortsUnknowns])
+def test_a_model_that_tests_classes_computes_what_it_did(cls: type[Base]) -> None:
+    model, x = cls().eval(), torch.randn(3, 4)
+    expected = model(x)
+    with pytest.warns(OctavoWarning, match=rf"{cls.__name__}\.\w+ tests its class, which would be another"):
+        report = octavo.quantize(model, "w8a16")
+    assert 0 < report.quantized_fraction < 1
+    torch.testing.assert_close(model(x), expected, rtol=0.05, atol=0.05)
+
+
+class SortsNorms(nn.Module):
+    """Of layers that stay float, whose places others would take that compute the same faster."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.wide, self.proj = nn.RMSNorm(512), nn.Linear(512, 512), nn.Linear(512, 512)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm(x) if isinstance(self.norm, nn.RMSNorm) else x
+        return self.proj(self.wide(x) if type(self.wide) is nn.Linear else x)
+
+
+def test_what_is_tested_is_replaced_by_nothing() -> None:
+    model, x = SortsNorms().eval(), torch.randn(3, 512)
+    expected = model(x)
+    with pytest.warns(OctavoWarning, match="tests its class"):
+        octavo.quantize(model, "w8a16")
+    assert type(model.norm) is nn.RMSNorm and type(model.wide) is nn.Linear
+    torch.testing.assert_close(model(x), expected, rtol=0.05, atol=0.05)
 
 
 class ReadsItself(nn.Linear):
