@@ -6,6 +6,7 @@ from __future__ import annotations
 import copy
 import functools
 import pickle
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ import octavo
 from octavo.errors import OctavoWarning
 from octavo.modules import QuantConv, QuantEmbedding, QuantLinear, QuantModule, QuantMultiheadAttention
 from octavo.primitives import dequantize
+from octavo.recurrent import QuantRecurrent, QuantRecurrentCell
 from tests import tiny_models
 
 # -- classes that do something around the layer that they derive from --------------------------------------------------
@@ -113,6 +115,19 @@ class Attention(nn.MultiheadAttention):
         return super().forward(x, x, x, need_weights=False)[0]
 
 
+class Outputs(nn.LSTM):
+    """That gives no state, and asks for what of torch's is a switch."""
+
+    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+        assert self.bias is True
+        return super().forward(x.to(self.weight_ih_l0.dtype))[0]
+
+
+class Cell(nn.GRUCell):
+    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+        return super().forward(x) * self.hidden_size
+
+
 class Plain(nn.Linear):
     """That computes nothing else, but has a method that others ask."""
 
@@ -134,6 +149,8 @@ CASES: dict[str, tuple[Callable[[], nn.Module], Callable[[], Any], type[QuantMod
     "head": (lambda: Head(8, 12, 1), lambda: torch.randn(2, 5, 8), QuantConv),
     "transposed": (lambda: Transposed(4, 6, 2, groups=2), lambda: torch.randn(2, 4, 7), QuantConv),
     "attention": (lambda: Attention(8, 2), lambda: torch.randn(5, 2, 8), QuantMultiheadAttention),
+    "recurrent": (lambda: Outputs(8, 6, 2, bidirectional=True), lambda: torch.randn(5, 2, 8), QuantRecurrent),
+    "cell": (lambda: Cell(8, 6), lambda: torch.randn(2, 8), QuantRecurrentCell),
     "plain": (lambda: Plain(8, 12), lambda: torch.randn(3, 8), QuantLinear),
 }
 
@@ -230,6 +247,15 @@ def test_what_its_class_has_is_there() -> None:
     assert torch.equal(positions(torch.Size([1, 3]), 1, stretch=2), table[[4, 6, 8]])
     assert quantized(CASES["plain"][0])[0].layer.rank() == 8  # type: ignore[operator]
     assert "QuantPlain(in_features=8, out_features=12, bias=True, w8a16)" in repr(quantized(CASES["plain"][0])[0])
+
+
+def test_a_recurrent_layer_holds_no_float_weights_beside_its_codes() -> None:
+    model, _ = quantized(CASES["recurrent"][0])
+    held = [each for value in vars(model.layer).values() if isinstance(value, list) for each in value]
+    assert not any(isinstance(each, (Tensor, weakref.ref)) for each in held)
+    assert {name for name, _ in model.layer.named_parameters()} == {
+        f"bias_{part}_l{layer}{end}" for part in ("ih", "hh") for layer in (0, 1) for end in ("", "_reverse")
+    }
 
 
 def test_parameters_and_layers_of_its_own_stay() -> None:
