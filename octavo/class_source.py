@@ -26,13 +26,21 @@ from torch import nn
 
 from octavo.layers import KINDS
 
-__all__ = ["SELF", "WEIGHTS", "Call", "Method", "Path", "Read", "holds", "is_a", "is_readable", "methods_of"]
+__all__ = ["SELF", "Call", "Method", "Path", "Read", "holds", "is_a", "is_readable", "is_weight", "methods_of"]
 
 SELF = "self"
 """First element of the path of a part of self, whatever a method calls it; of another path it is a parameter's name."""
 
-WEIGHTS = {param for kind in KINDS for param in kind.params} | {"all_weights", "_flat_weights"}
-"""Names of the parameters that become int8, and of lists of them."""
+_LISTS = {"all_weights", "_flat_weights"}
+_WEIGHT = "|".join(
+    [*sorted({param for kind in KINDS for param in kind.params} | _LISTS), r"weight_(?:ih|hh|hr)_l\d+(?:_reverse)?"]
+)
+
+
+def is_weight(name: str) -> bool:
+    """Whether it is the name of a parameter that becomes int8, or of a list of them."""
+    return re.fullmatch(_WEIGHT, name) is not None
+
 
 _HARMLESS = {"device", "data_ptr", "is_meta", "dim", "ndim", "numel", "requires_grad"}
 
@@ -160,7 +168,7 @@ def _is_plain_super(node: ast.AST) -> bool:
     return False
 
 
-_MENTION = re.compile(rf"[.\"']({'|'.join(sorted(WEIGHTS))})\b|\b(isinstance|type)\(|__class__")
+_MENTION = re.compile(rf"[.\"']({_WEIGHT})\b|\b(isinstance|type)\(|__class__")
 
 _Names = dict[str, set[Path]]
 """The paths that a local name may stand for, somewhere in a method."""
@@ -339,13 +347,13 @@ def _reads_and_calls(node: ast.AST, conditions: Conditions, names: _Names) -> It
                 yield from _reads_and_calls(statement, (*conditions, condition), names)
         return
     if isinstance(node, ast.Attribute):
-        asked = node.value if isinstance(node.value, ast.Attribute) and node.value.attr in WEIGHTS else None
+        asked = node.value if isinstance(node.value, ast.Attribute) and is_weight(node.value.attr) else None
         if asked and node.attr in _HARMLESS:
             return
         if asked and node.attr in _ASPECTS:
             yield from (Read(path, conditions, _ASPECTS[node.attr]) for path in sorted(_paths(asked.value, names)))
             return
-        if node.attr in WEIGHTS:
+        if is_weight(node.attr):
             yield from (Read(path, conditions) for path in sorted(_paths(node.value, names)))
     if isinstance(node, ast.Call) and (arguments := _arguments(node, names)):
         functions = sorted(path for path in _paths(node.func, names) if path[0] == SELF)

@@ -45,7 +45,7 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from octavo.class_source import SELF, WEIGHTS, Call, Method, Path, Read, holds, is_a, is_readable, methods_of
+from octavo.class_source import SELF, Call, Method, Path, Read, holds, is_a, is_readable, is_weight, methods_of
 from octavo.errors import OctavoError, OctavoWarning
 from octavo.layers import EXPERTS, float_class, kind_of
 
@@ -118,7 +118,7 @@ def _mentions(cls: type, words: set[str]) -> bool:
     compiled code, for the source of a class takes a while to read."""
     members = (member for base in cls.__mro__ if not _is_known(base) for member in vars(base).values())
     uses = [_names_in(function.__code__) for function in map(_function_of, members) if inspect.isfunction(function)]
-    return any(names & words and names & WEIGHTS for names in uses)
+    return any(names & words and any(map(is_weight, names)) for names in uses)
 
 
 def _function_of(member: Any) -> Any:

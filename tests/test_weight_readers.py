@@ -181,6 +181,15 @@ class PackedAttention(Base):
         return F.linear(x, self.attention.in_proj_weight)
 
 
+class RecurrentByHand(Base):
+    def __init__(self) -> None:
+        super().__init__()
+        self.lstm, self.gru, self.cell = nn.LSTM(4, 4), nn.GRU(4, 4, bidirectional=True), nn.GRUCell(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.lstm.weight_hh_l0[:4] @ self.gru.weight_ih_l0_reverse[:4] @ self.cell.weight_ih[:4]
+
+
 class AttentionByHand(Base):
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.attention.out_proj.weight)
@@ -311,6 +320,7 @@ READS: list[tuple[nn.Module, dict[str, str]]] = [
     (AnotherNameForSelf(), {"proj": "AnotherNameForSelf.forward"}),
     (ByKey(), {"experts.b": "ByKey.forward"}),
     (PackedAttention(), {"attention": "PackedAttention.forward"}),
+    (RecurrentByHand(), dict.fromkeys(("lstm", "gru", "cell"), "RecurrentByHand.forward")),
     (AttentionByHand(), {"attention.out_proj": "AttentionByHand.forward"}),
     (Property(), {"proj": "Property.size"}),
     (
@@ -366,6 +376,15 @@ class AsksInAProperty(Base):
         return self.head(self.proj(x.to(self.dtype)).to(self.first))
 
 
+class AsksALstm(Base):
+    def __init__(self) -> None:
+        super().__init__()
+        self.lstm = nn.LSTM(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.lstm(x.to(self.lstm.weight_ih_l0.dtype))[0]
+
+
 class AsksInAFunction(Base):
     def forward(self, x: Tensor) -> Tensor:
         def cast(y: Tensor) -> Tensor:
@@ -404,6 +423,7 @@ ASKS: list[tuple[nn.Module, set[str], dict[str, str]]] = [
     (AsksIfTraining(), {"blocks.0.up"}, {}),
     (AsksInAProperty(), {"proj", "head"}, {}),
     (AsksInAFunction(), {"proj"}, {}),
+    (AsksALstm(), {"lstm"}, {}),
     (HandsItToBoth(), {"proj", "head"}, {"head": "HandsItToBoth.multiply"}),
     (AsksForShapes(), {"turned", "up"}, {}),
     (MultipliesByIt(), set(), {"head": "MultipliesByIt.forward"}),
