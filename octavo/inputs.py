@@ -1,9 +1,10 @@
 """Quantized once, read by many: q/k/v, and gate/up, are fed the same tensor, and share one quantization of it.
 
 Who shares is not configured: a layer asks for the codes of the very tensor that it was given, and gets those that the
-layer before it had computed if that was the same tensor, unchanged since: same object, same version counter. Versions
-do not count what is written behind torch's back (a buffer of numpy's that is filled anew for each
-call), so no layer is served the same codes twice: when the first layer asks again, all begin anew.
+layer before it had computed if that was the same tensor, unchanged since: same object, same version counter; and if it
+runs on the same stream of a GPU, for another one would not wait until the codes are written. Versions do not count what
+is written behind torch's back (a buffer of numpy's that is filled anew for each call), so no layer is served the same
+codes twice: when the first layer asks again, all begin anew.
 """
 
 from __future__ import annotations
