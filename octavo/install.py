@@ -61,9 +61,9 @@ def install(
     progress: Progress | None = None,
 ) -> None:
     """Swap the layers that `decisions` says for int8 ones, one at a time, then what is float for what computes the same
-    faster: linear layers, and RMS norms and gated MLPs but for those that `ignore` names; none whose class is tested.
-    On `meta` this makes the empty skeleton. What would read an int8 layer's codes for its weight while training refuses
-    to be trained."""
+    faster: linear layers, and RMS norms, gated MLPs and attentions but for those that `ignore` names; none whose class
+    is tested. On `meta` this makes the empty skeleton. What would read an int8 layer's codes for its weight while
+    training refuses to be trained."""
     places = _Places(model)
     owners: dict[str, QuantModule] = {}
     shared = SharedInput()
