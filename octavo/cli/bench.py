@@ -48,7 +48,7 @@ def add_parser(verbs: Verbs) -> None:
     """`octavo bench`."""
     parser = new_verb(
         verbs, "bench", "time a language model next to the original, or the ops on this machine",
-        "octavo bench smollm2-int8 --baseline HuggingFaceTB/SmolLM2-135M-Instruct --threads 8\n"
+        "octavo bench smollm2-int8 --baseline HuggingFaceTB/SmolLM2-135M-Instruct --threads 2\n"
         "  octavo bench smollm2-int8 --compile", run,
     )  # fmt: skip
     parser.add_argument(
