@@ -1,0 +1,119 @@
+"""LoRA adapters of PEFT on int8 linear layers: float factors are trained, the int8 base stays as it is.
+
+    model = get_peft_model(model, on_int8(LoraConfig(r=8, target_modules="all-linear"), model))
+    PeftModel.from_pretrained(model, folder, config=on_int8(LoraConfig.from_pretrained(folder), model))
+
+    y = base(x) + lora_B(lora_A(dropout(x))) * scaling      Hu et al., https://arxiv.org/abs/2106.09685
+
+PEFT knows by a table in the config which class of adapter goes on which layer; `on_int8` enters int8 layers there.
+"""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import torch
+from peft import LoraConfig
+from peft.tuners.lora import Linear as LoraLinear
+from peft.tuners.tuners_utils import check_adapters_to_merge
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from octavo.errors import OctavoError, QuantizeError
+from octavo.modules import QuantLinear, TiedQuantLinear
+from octavo.primitives import dequantize, quantize_weight
+
+__all__ = ["Int8LoraLinear", "on_int8"]
+
+
+def on_int8(config: LoraConfig, model: nn.Module) -> LoraConfig:
+    """Have PEFT put adapters on the int8 linear layers of `model` that `config` names, as on float ones.
+
+    config: changed in place; `target_modules="all-linear"` becomes the names of all linear layers, int8 or not, but for
+        the output head. PEFT's own files do not say it: it has to be said of a config that was loaded, too.
+    Returns: config.
+    Raises: OctavoError for what adapters would read a float weight for: an initialization by it (PiSSA, OLoRA, ...),
+        DoRA and other variants, and a bias of their own.
+    """
+    _refuse_readers(config)
+    if config.target_modules == "all-linear":
+        head = getattr(model, "get_output_embeddings", lambda: None)()
+        linear = (QuantLinear, nn.Linear, Conv1D)
+        named = model.named_modules()
+        config.target_modules = {name for name, each in named if isinstance(each, linear) and each is not head}
+    config._register_custom_module({QuantLinear: Int8LoraLinear})
+    return config
+
+
+def _refuse_readers(config: LoraConfig) -> None:
+    if config.init_lora_weights not in (True, False, "gaussian"):
+        raise OctavoError(
+            f"init_lora_weights is {config.init_lora_weights!r}, which reads the float weight of a layer that has int8 "
+            'codes; take True, False or "gaussian"'
+        )
+    if config.use_dora or config.lora_bias:
+        asked = "use_dora" if config.use_dora else "lora_bias"
+        raise OctavoError(f"{asked} is True, which adapters on int8 layers do not have; leave it out")
+
+
+class Int8LoraLinear(LoraLinear):  # type: ignore[misc]
+    """A LoRA adapter on a `QuantLinear`. While one is merged, the codes are those of the sum."""
+
+    def __init__(self, base_layer: nn.Module, adapter_name: str, *args: Any, config: LoraConfig, **kwargs: Any) -> None:
+        _refuse_readers(config)
+        super().__init__(base_layer, adapter_name, *args, config=config, **kwargs)
+        self.fan_in_fan_out = False  # codes are [N, K], also where the float layer's weight was turned around
+        self._before: tuple[Tensor, Tensor] | None = None
+
+    @property
+    def lora_variants(self) -> dict[tuple[str, ...], None]:
+        """The plain one: PEFT refuses others."""
+        return {(): None}
+
+    def _get_in_out_features(self, module: Any) -> tuple[int, int]:
+        return module.in_features, module.out_features
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Quantize the base's weight, code * scale, with adapters' products added to it, by the base's own scheme.
+
+        safe_merge: changes nothing, for a sum that is not finite is always refused and then nothing has changed.
+        Raises: QuantizeError for such a sum, and for a head whose codes are those of the embedding, too.
+        """
+        names = [name for name in check_adapters_to_merge(self, adapter_names) or () if name in self.lora_A]
+        base = self.get_base_layer()
+        if not names:
+            return
+        if isinstance(base, TiedQuantLinear):
+            raise QuantizeError(
+                "an adapter on a head that shares its codes with the embedding cannot be merged: it would change both; "
+                "leave the head out of target_modules, or do not merge"
+            )
+        before = base.codes_and_scale()
+        weight = sum((self.get_delta_weight(name).float() for name in names), dequantize(*before))
+        args = base.scheme.weight
+        codes, scale = quantize_weight(
+            weight.to(base.float_dtype), args.granularity, group_size=args.group_size, name="base + adapters"
+        )
+        self._before = self._before or (before[0].clone(), before[1].clone())
+        _put(base, codes, scale.expand(before[1].shape).contiguous())
+        self.merged_adapters += names
+
+    def unmerge(self) -> None:
+        """Give the base the codes that it had before anything was merged, to the bit."""
+        if self._before is None:
+            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
+            return
+        base = self.get_base_layer()
+        _put(base, *(part.to(base.codes_and_scale()[0].device) for part in self._before))
+        self._before = None
+        self.merged_adapters.clear()
+
+    def __repr__(self) -> str:
+        return str(super().__repr__()).replace("lora.Int8LoraLinear", "lora.Int8Linear", 1)
+
+
+@torch.no_grad()
+def _put(base: Any, codes: Tensor, scale: Tensor) -> None:
+    for own, new in zip(base.codes_and_scale(), (codes, scale), strict=True):
+        own.copy_(new)
