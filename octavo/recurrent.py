@@ -14,7 +14,7 @@ their rows, where a weight meets them; all else is computed in the input's dtype
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -79,17 +79,11 @@ class _Recurrent(QuantModule):
 
     def __init__(self, layer: Any, codes: Codes, scheme: Scheme, float_dtype: torch.dtype) -> None:
         super().__init__(layer, codes, scheme, float_dtype)
-        del self._parameters["bias"]  # a switch of the float layer, which stands there once it is taken over
         self.op_names = ("w8a16_linear",) if scheme.input is None else ("quantize_per_token", "w8a8_linear")
         self.input_size, self.hidden_size = layer.input_size, layer.hidden_size
         for name, parameter in layer._parameters.items():
             if name.startswith("bias"):
                 self.register_parameter(name, parameter)
-
-    def _hold_rest(self, layer: nn.Module, params: Collection[str]) -> None:
-        super()._hold_rest(layer, params)
-        for name in ("_flat_weights", "_flat_weight_refs"):  # where torch holds the float weights once more
-            vars(self).pop(name, None)
 
     def _linear(self, part: str, x: Tensor) -> Tensor:
         """x [..., K] times the weight of `part`, "ih_l0" for one, plus its bias."""
