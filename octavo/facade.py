@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from octavo.class_source import is_readable, methods_of
 from octavo.layers import EXPERTS, LayerKind, float_class
 from octavo.modules import QuantModule
+from octavo.stand_ins import same_code
 
 __all__ = ["facade", "has_own_forward", "needs_facade", "why_no_facade"]
 
@@ -135,11 +136,7 @@ def _bound(function: FunctionType, cell: CellType) -> FunctionType:
     """`function` with another class, that in `cell`, for its `super()`."""
     held = zip(function.__code__.co_freevars, function.__closure__ or (), strict=True)
     closure = tuple(cell if name == "__class__" else value for name, value in held)
-    made = FunctionType(function.__code__, function.__globals__, function.__name__, function.__defaults__, closure)
-    made.__kwdefaults__, made.__doc__, made.__module__ = function.__kwdefaults__, function.__doc__, function.__module__
-    made.__annotations__, made.__qualname__ = function.__annotations__, function.__qualname__
-    made.__dict__.update(function.__dict__)
-    return made
+    return same_code(function, function.__globals__, closure)
 
 
 def _shown(param: str, inherited: object) -> property:

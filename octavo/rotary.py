@@ -9,7 +9,8 @@ kernel and nobody wants a gradient (`ops.rotary`), that does all, with torch's r
 Which function that is is asked of the function itself, whatever it is called: of those that an attention's `forward`
 names, one that takes a cos and a sin behind two tensors is run on random inputs, and has to give the bits of the
 formula. The attention then is of a class that derives from its own, whose `forward` is the same code with another
-function under that name. Nobody else's `forward` changes.
+function under that name. Nobody else's `forward` changes. (All other names mean to it what they meant when the class was
+made: what is put into the model's file afterwards, it does not see.)
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from octavo import ops
-from octavo.stand_ins import FLOATS, hold_the_same, random, same_bits
+from octavo.stand_ins import FLOATS, hold_the_same, random, same_bits, same_code
 
 __all__ = ["FusedRotary", "fused_rotaries"]
 
@@ -66,25 +67,19 @@ def _calling_fused(function: FunctionType) -> FunctionType:
     """The same code, or what wraps it, calling a fused one of each function that a kernel can stand for."""
     wrapped = _wrapped(function)
     if wrapped is None:
-        names = _named(function)
-        return _again(function, {name: _fused(function.__globals__[name]) for name in names}, function.__closure__)
+        return same_code(function, _with_fused(function, _named(function)), function.__closure__)
     within = _calling_fused(wrapped)
     cells = tuple(CellType(within) if _holds(cell, wrapped) else cell for cell in function.__closure__ or ())
-    again = _again(function, {}, cells)
-    again.__wrapped__ = within  # type: ignore[attr-defined]
+    again = same_code(function, function.__globals__, cells)
+    vars(again)["__wrapped__"] = within
     return again
 
 
-def _again(function: FunctionType, other: dict[str, Any], closure: tuple[CellType, ...] | None) -> FunctionType:
-    """The same code with `other` globals, and another closure."""
-    known = {**function.__globals__, **other} if other else function.__globals__
-    if other:
-        known.pop("__name__", None)  # by which a compiler would look names up in the module instead
-    again = FunctionType(function.__code__, known, function.__name__, function.__defaults__, closure)
-    again.__kwdefaults__, again.__annotations__ = function.__kwdefaults__, function.__annotations__
-    again.__module__, again.__doc__, again.__qualname__ = function.__module__, function.__doc__, function.__qualname__
-    vars(again).update(vars(function))
-    return again
+def _with_fused(function: FunctionType, names: tuple[str, ...]) -> dict[str, Any]:
+    """The globals of a function, with fused functions under these names."""
+    known = {**function.__globals__, **{name: _fused(function.__globals__[name]) for name in names}}
+    known.pop("__name__", None)  # by which a compiler would look names up in the module instead
+    return known
 
 
 def _wrapped(function: FunctionType) -> FunctionType | None:

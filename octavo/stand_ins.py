@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Mapping
+from types import CellType, FunctionType
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 
 __all__ = [
     "FLOATS", "attributes", "has_hooks", "hold_the_same", "kept_attributes", "made_by", "random", "same_bits",
-    "takes_one_argument",
+    "same_code", "takes_one_argument",
 ]  # fmt: skip
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
@@ -54,6 +55,15 @@ def hold_the_same(new: nn.Module, module: nn.Module) -> None:
     for name, child in module._modules.items():
         new.add_module(name, child)
     new.training = module.training
+
+
+def same_code(function: FunctionType, known: dict[str, Any], closure: tuple[CellType, ...] | None) -> FunctionType:
+    """A function of the same code, with `known` for its globals, and of another closure."""
+    made = FunctionType(function.__code__, known, function.__name__, function.__defaults__, closure)
+    made.__kwdefaults__, made.__doc__, made.__module__ = function.__kwdefaults__, function.__doc__, function.__module__
+    made.__annotations__, made.__qualname__ = function.__annotations__, function.__qualname__
+    made.__dict__.update(function.__dict__)
+    return made
 
 
 def has_hooks(module: nn.Module) -> bool:
