@@ -9,8 +9,8 @@ kernel and nobody wants a gradient (`ops.rotary`), that does all, with torch's r
 Which function that is is asked of the function itself, whatever it is called: of those that an attention's `forward`
 names, one that takes a cos and a sin behind two tensors is run on random inputs, and has to give the bits of the
 formula. The attention then is of a class that derives from its own, whose `forward` is the same code with another
-function under that name. Nobody else's `forward` changes. (All other names mean to it what they meant when the class was
-made: what is put into the model's file afterwards, it does not see.)
+function under that name. Nobody else's `forward` changes. (All other names mean to it what they meant when the class
+was made: what is put into the model's file afterwards, it does not see.)
 """
 
 from __future__ import annotations
