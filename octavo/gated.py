@@ -18,10 +18,8 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import functools
 import itertools
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -29,7 +27,7 @@ from torch import Tensor, nn
 from octavo import ops
 from octavo.modules import QuantLinear
 from octavo.ops.gates import GATES
-from octavo.stand_ins import FLOATS, has_hooks, hold_the_same, random, same_bits, takes_one_argument
+from octavo.stand_ins import FLOATS, Derived, has_hooks, random, same_bits, takes_one_argument
 
 __all__ = ["FusedGatedMLP", "fused_gated_mlps"]
 
@@ -53,22 +51,16 @@ class _Parts:
         return (first, second) if self.gate_first else (second, first)
 
 
-class FusedGatedMLP(nn.Module):
-    """A gated MLP that computes act(gate) * up by one kernel of this package where it can.
+class FusedGatedMLP(Derived):
+    """A gated MLP that computes act(gate) * up by one kernel of this package where it can; where it cannot, the other
+    module's `forward` runs."""
 
-    Each is of a class that derives from this one and from the other module's, whose layers, attributes and methods it
-    has: what asks for that class finds it, and its `forward` is what runs where the kernel cannot.
-    """
-
-    source_class: type[nn.Module]
     _parts: _Parts
 
     @staticmethod
     def of(mlp: nn.Module, parts: _Parts) -> FusedGatedMLP:
         """The stand-in for `mlp`, whose layers are what `parts` says. It holds what `mlp` holds, and is no copy."""
-        new = _blank(type(mlp))
-        nn.Module.__init__(new)
-        hold_the_same(new, mlp)
+        new: FusedGatedMLP = FusedGatedMLP.standing_for(mlp)
         new._parts = parts
         return new
 
@@ -99,19 +91,6 @@ class FusedGatedMLP(nn.Module):
 
     def extra_repr(self) -> str:
         return ", ".join(filter(None, (super().extra_repr(), f"fused: {self._parts.activation}")))
-
-    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        return _blank, (self.source_class,), vars(self)
-
-
-@functools.cache
-def _class_of(source: type[nn.Module]) -> type[FusedGatedMLP]:
-    return type(f"Fused{source.__name__}", (FusedGatedMLP, source), {"source_class": source})
-
-
-def _blank(source: type[nn.Module]) -> FusedGatedMLP:
-    cls = _class_of(source)  # type: ignore[arg-type]  # mypy takes a class for no key
-    return cls.__new__(cls)
 
 
 def fused_gated_mlps(model: nn.Module) -> dict[str, FusedGatedMLP]:

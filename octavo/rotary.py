@@ -26,41 +26,17 @@ import torch
 from torch import Tensor, nn
 
 from octavo import ops
-from octavo.stand_ins import FLOATS, hold_the_same, random, same_bits, same_code
+from octavo.stand_ins import FLOATS, Derived, random, same_bits, same_code
 
 __all__ = ["FusedRotary", "fused_rotaries"]
 
 
-class FusedRotary(nn.Module):
-    """An attention whose queries and keys are turned by one kernel of this package where it can.
+class FusedRotary(Derived):
+    """An attention whose queries and keys are turned by one kernel of this package where it can."""
 
-    Each is of a class that derives from this one and from the other module's, whose layers, attributes and methods it
-    has: what asks for that class finds it.
-    """
-
-    source_class: type[nn.Module]
-
-    @staticmethod
-    def of(attention: nn.Module) -> FusedRotary:
-        """The stand-in for `attention`, which `rotations` has something for. It holds what that holds, no copies."""
-        new = _blank(type(attention))
-        nn.Module.__init__(new)
-        hold_the_same(new, attention)
-        return new
-
-    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        return _blank, (self.source_class,), vars(self)
-
-
-def _blank(source: type[nn.Module]) -> FusedRotary:
-    cls = _class_of(source)  # type: ignore[arg-type]  # mypy takes a class for no key
-    return cls.__new__(cls)
-
-
-@functools.cache
-def _class_of(source: Any) -> type[FusedRotary]:
-    own = {"source_class": source, "forward": _calling_fused(source.forward)}
-    return type(f"Fused{source.__name__}", (FusedRotary, source), own)
+    @classmethod
+    def members_for(cls, source: Any) -> dict[str, Any]:
+        return {"forward": _calling_fused(source.forward)}
 
 
 def _calling_fused(function: FunctionType) -> FunctionType:
@@ -114,7 +90,7 @@ def fused_rotaries(model: nn.Module) -> dict[str, FusedRotary]:
     for name, module in model.named_modules():
         is_own = "forward" in vars(module) or isinstance(module, FusedRotary)
         if not is_own and _rotations(type(module)):  # type: ignore[arg-type]  # mypy takes a class for no key
-            found[name] = FusedRotary.of(module)
+            found[name] = FusedRotary.standing_for(module)
     return found
 
 

@@ -1,6 +1,7 @@
 """What a module may be replaced by is asked of the module itself, whatever its class is called: of a copy that is run.
 
-`norms.py` and `gated.py` recognize what they can compute faster in this way. Here is what both ask before that.
+`norms.py`, `gated.py` and `rotary.py` recognize what they can compute faster in this way. Here is what they ask before
+that, and what stands for a module and still is of its class.
 """
 
 from __future__ import annotations
@@ -15,8 +16,8 @@ import torch
 from torch import Tensor, nn
 
 __all__ = [
-    "FLOATS", "attributes", "has_hooks", "hold_the_same", "kept_attributes", "made_by", "random", "same_bits",
-    "same_code", "takes_one_argument",
+    "FLOATS", "Derived", "attributes", "has_hooks", "hold_the_same", "kept_attributes", "made_by", "random",
+    "same_bits", "same_code", "takes_one_argument",
 ]  # fmt: skip
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
@@ -55,6 +56,40 @@ def hold_the_same(new: nn.Module, module: nn.Module) -> None:
     for name, child in module._modules.items():
         new.add_module(name, child)
     new.training = module.training
+
+
+class Derived(nn.Module):
+    """A stand-in of a class that derives from its own kind (`FusedGatedMLP`, ...) and from the other module's, whose
+    layers, attributes and methods it has: what asks for that class finds it."""
+
+    source_class: type[nn.Module]
+
+    @classmethod
+    def standing_for(cls, module: nn.Module) -> Any:
+        """One that holds what `module` holds, and is no copy."""
+        new = _blank(cls, type(module))
+        nn.Module.__init__(new)
+        hold_the_same(new, module)
+        return new
+
+    @classmethod
+    def members_for(cls, source: type[nn.Module]) -> dict[str, Any]:
+        """What the class for modules of `source` has besides."""
+        return {}
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        return _blank, type(self).__bases__, vars(self)
+
+
+def _blank(kind: Any, source: Any) -> Any:
+    cls = _class_of(kind, source)
+    return cls.__new__(cls)
+
+
+@functools.cache
+def _class_of(kind: Any, source: Any) -> Any:
+    members = {"source_class": source, **kind.members_for(source)}
+    return type(f"Fused{source.__name__}", (kind, source), members)
 
 
 def same_code(function: FunctionType, known: dict[str, Any], closure: tuple[CellType, ...] | None) -> FunctionType:

@@ -117,7 +117,7 @@ def _mentions(cls: type, words: set[str]) -> bool:
     """Whether one of its methods or properties that may read a weight mentions an attribute of `words`: asked of
     compiled code, for the source of a class takes a while to read."""
     members = (member for base in cls.__mro__ if not _is_known(base) for member in vars(base).values())
-    uses = [_names_in(function.__code__) for function in map(_function_of, members) if inspect.isfunction(function)]
+    uses = [_mentioned_in(function.__code__) for function in map(_function_of, members) if inspect.isfunction(function)]
     return any(names & words and any(map(is_weight, names)) for names in uses)
 
 
@@ -131,10 +131,10 @@ def _function_of(member: Any) -> Any:
     return inspect.unwrap(member) if inspect.isfunction(member) else None
 
 
-def _names_in(code: CodeType) -> set[str]:
+def _mentioned_in(code: CodeType) -> set[str]:
     """The names that compiled code mentions, strings too, and the functions within it."""
     strings = {part for part in code.co_consts if isinstance(part, str)}
-    return strings.union(code.co_names, *(_names_in(part) for part in code.co_consts if isinstance(part, CodeType)))
+    return strings.union(code.co_names, *(_mentioned_in(part) for part in code.co_consts if isinstance(part, CodeType)))
 
 
 class _Found(NamedTuple):
