@@ -20,8 +20,8 @@ from octavo.experts import spec_of
 from octavo.formats.checkpoint import CheckpointReader
 from octavo.layers import kind_of
 from octavo.modules import QuantModule
-from octavo.plan import output_heads
 from octavo.primitives import dequantize
+from octavo.quantization.plan import output_heads
 from octavo.tables import Table
 
 TITLE = "Every architecture of transformers"

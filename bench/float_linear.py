@@ -18,13 +18,13 @@ from bench.quantize import llama
 from bench.record import kernels_of
 from bench.speed import LLAMA, SMOLLM2, VOCABULARY
 from octavo.cli.op_speed import Way, close_to, race, rotation
-from octavo.float_linear import FloatLinear
 from octavo.integrations.language_model import cache_name
+from octavo.modules.float_linear import FloatLinear
 from octavo.tables import Table
 
 TITLE = "Linear layers that stay float"
 HOW = """
-Layers: `nn.Linear` and `octavo.float_linear.FloatLinear` with the same weights [N, K], which come from memory, not from
+Layers: `nn.Linear` and octavo's FloatLinear with the same weights [N, K], which come from memory, not from
 a cache, and the same M rows; in turns in one process, medians of the rounds; each result was held to float64 before.
 Tokens: a model quantized by `octavo.quantize(model, "w8a16")`, which leaves the output head float, decodes with that
 as `nn.Linear` and as `FloatLinear`, in turns: medians of one token (of each of so many sequences) after 128.

@@ -16,8 +16,6 @@ program exported with int8 layers needs only their ops: `import octavo.ops`, the
 
 # ruff: noqa: F403, F405 -- what api.py names is checked by a test, and only type checkers read this import
 
-import sys
-import types
 import typing
 
 if typing.TYPE_CHECKING:
@@ -69,14 +67,3 @@ def __getattr__(name: str) -> typing.Any:
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
-
-
-class _Package(types.ModuleType):
-    """Importing octavo/quantize.py would put that module in the place of the function `octavo.quantize`."""
-
-    def __setattr__(self, name: str, value: object) -> None:
-        if not (name in __all__ and isinstance(value, types.ModuleType)):
-            super().__setattr__(name, value)
-
-
-sys.modules[__name__].__class__ = _Package

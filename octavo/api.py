@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from octavo.calibrate import Stats as Stats
-from octavo.calibrate import calibrate as calibrate
-from octavo.coverage import Coverage as Coverage
-from octavo.coverage import coverage as coverage
+from octavo.calibration.calibrate import Stats as Stats
+from octavo.calibration.calibrate import calibrate as calibrate
 from octavo.errors import CalibrateError as CalibrateError
 from octavo.errors import CheckpointError as CheckpointError
 from octavo.errors import EvaluateError as EvaluateError
@@ -23,10 +21,12 @@ from octavo.integrations.hub import quantize as quantize
 from octavo.integrations.hub import quantize_checkpoint as quantize_checkpoint
 from octavo.integrations.hub import save as save
 from octavo.ops import backends as backends
+from octavo.quantization.coverage import Coverage as Coverage
+from octavo.quantization.coverage import coverage as coverage
 from octavo.recipe import InputArgs as InputArgs
 from octavo.recipe import Recipe as Recipe
 from octavo.recipe import Scheme as Scheme
 from octavo.recipe import WeightArgs as WeightArgs
 from octavo.report import Comparison as Comparison
 from octavo.report import SmoothReport as SmoothReport
-from octavo.smooth import smooth as smooth
+from octavo.smoothing.smooth import smooth as smooth

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from octavo.errors import EvaluateError, OctavoWarning
 from octavo.feeding import Progress, at_rest, check_batches, device_of, feed, hooked, padding_mask
 from octavo.report import Comparison, LayerQuality, NotCompared
-from octavo.smoothed import smooth_scales
+from octavo.smoothing.smoothed import smooth_scales
 
 __all__ = ["compare", "perplexity", "sqnr"]
 

@@ -14,7 +14,7 @@
     RNNCell
 
 Codes have the output channels first, so that a scale always belongs to a row. A convolution under weight_norm becomes
-int8 as the weight that is computed. To add a kind: one row here, one module in `modules.py`, one op in `ops/`, its name
+int8 as the weight that is computed. To add a kind: one row here, one module in `modules/`, one op in `ops/`, its name
 among the targets of `recipe.py`.
 """
 
@@ -32,9 +32,9 @@ from torch.nn.utils import parametrizations, parametrize
 
 from octavo import modules
 from octavo.experts import spec_of, why_not_stacks
+from octavo.modules.recurrent import recurrent_weights
 from octavo.ops import quantize_weight
 from octavo.recipe import Scheme, WeightArgs
-from octavo.recurrent import QuantRecurrent, QuantRecurrentCell, recurrent_weights
 from octavo.stand_ins import attributes, made_by
 
 __all__ = [
@@ -199,18 +199,23 @@ KINDS: tuple[LayerKind, ...] = (
         biases=("in_proj_bias", "bias_k", "bias_v"),
     ),
     *(
-        _RecurrentKind(name, (name,), QuantRecurrent, params=(), per_group=True, int8_input=True)
+        _RecurrentKind(name, (name,), modules.QuantRecurrent, params=(), per_group=True, int8_input=True)
         for name in ("LSTM", "GRU", "RNN")
     ),
     *(
         _RecurrentKind(
-            name, (name,), QuantRecurrentCell, params=("weight_ih", "weight_hh"), per_group=True, int8_input=True
+            name,
+            (name,),
+            modules.QuantRecurrentCell,
+            params=("weight_ih", "weight_hh"),
+            per_group=True,
+            int8_input=True,
         )
         for name in ("LSTMCell", "GRUCell", "RNNCell")
     ),
 )
 
-_HOMES = ("torch.nn.", "transformers.pytorch_utils", "transformers.models.falcon.", "octavo.float_linear")
+_HOMES = ("torch.nn.", "transformers.pytorch_utils", "transformers.models.falcon.", "octavo.modules.float_linear")
 """Where the float classes live: a class of the same name elsewhere is another class."""
 
 

@@ -21,7 +21,7 @@ def test_all_is_what_the_package_shows() -> None:
 
 
 def test_every_name_is_there_and_is_not_a_module() -> None:
-    # Importing octavo.quantize, the module, must not put it in the place of octavo.quantize, the function.
+    # A file of octavo/ that had the name of a function would take its place when it is imported.
     for module in pkgutil.iter_modules(octavo.__path__, "octavo."):
         if module.name != "octavo.__main__":
             importlib.import_module(module.name)

@@ -24,8 +24,8 @@ from octavo.tables import Table, human_bytes, human_percent
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from octavo.coverage import Coverage, Row
     from octavo.formats.checkpoint import CheckpointReader
+    from octavo.quantization.coverage import Coverage, Row
 
 __all__ = ["ScaleRange", "add_parser", "run"]
 
@@ -164,8 +164,8 @@ def _unexplained(reader: CheckpointReader) -> str | None:
 
 def _coverage(reader: CheckpointReader, int8: list[str], config: Mapping[str, Any]) -> Coverage:
     """The coverage that octavo left beside the weights, or one that follows from names and config."""
-    from octavo.coverage import Coverage
     from octavo.formats.loading import stored_coverage, stored_parts
+    from octavo.quantization.coverage import Coverage
 
     left = stored_coverage(reader.path if reader.path.is_dir() else reader.path.parent)
     if left is not None:
@@ -177,8 +177,8 @@ def _coverage(reader: CheckpointReader, int8: list[str], config: Mapping[str, An
 
 
 def _int8_row(reader: CheckpointReader, name: str) -> Row:
-    from octavo.coverage import Row
     from octavo.formats.loading import codes_info, scheme_of, stored_shape
+    from octavo.quantization.coverage import Row
 
     shape = stored_shape(reader, name)
     scale = reader.info(f"{name}_scale")
@@ -187,7 +187,7 @@ def _int8_row(reader: CheckpointReader, name: str) -> Row:
 
 
 def _float_row(reader: CheckpointReader, name: str, config: Mapping[str, Any]) -> Row:
-    from octavo.coverage import Row
+    from octavo.quantization.coverage import Row
 
     info = reader.info(name)
     return Row(name, "", info.shape, info.nbytes, info.nbytes, None, _why_float(name, info.shape, config))

@@ -21,9 +21,9 @@ from octavo.recipe import ATTENTION, OPT_IN_TARGETS, PRESETS, Recipe
 from octavo.tables import Table, human_bytes, human_percent
 
 if TYPE_CHECKING:
-    from octavo.coverage import Coverage
+    from octavo.calibration.observers import ObserverKind
     from octavo.integrations.calibration import LinearInputs
-    from octavo.observers import ObserverKind
+    from octavo.quantization.coverage import Coverage
     from octavo.report import SmoothReport
 
 __all__ = ["add_parser", "run"]
@@ -145,9 +145,9 @@ def _run_files(args: argparse.Namespace, terminal: Terminal, recipe: Recipe) -> 
 
 
 def _run_model(args: argparse.Namespace, terminal: Terminal, recipe: Recipe) -> _Quantized:
+    from octavo.calibration.observers import check_observer
     from octavo.formats.checkpoint import check_shard_size
     from octavo.formats.outputs import new_folder
-    from octavo.observers import check_observer
 
     device = device_of(args)
     source = source_of(args)
@@ -171,7 +171,7 @@ def _fold(
 ) -> tuple[Coverage, SmoothReport | None]:
     """Calibrate, smooth if asked to, and quantize, in place."""
     from octavo.integrations.hub import quantize
-    from octavo.smooth import smooth
+    from octavo.smoothing.smooth import smooth
 
     stats = stats_of(args, terminal, source, model, tokenizer)
     repair = not args.no_repair

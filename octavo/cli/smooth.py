@@ -13,7 +13,7 @@ from octavo.plot import channel_ranges
 from octavo.recipe import PRESETS
 
 if TYPE_CHECKING:
-    from octavo.calibrate import Stats
+    from octavo.calibration.calibrate import Stats
     from octavo.report import SmoothReport
 
 __all__ = ["Alpha", "add_parser", "alpha", "run"]
@@ -83,7 +83,7 @@ def run(args: argparse.Namespace, terminal: Terminal) -> Answer:
 
 
 def _smoothed(args: argparse.Namespace, terminal: Terminal, stats: Stats, model: Any) -> SmoothReport:
-    from octavo.smooth import smooth
+    from octavo.smoothing.smooth import smooth
 
     with terminal.progress("smoothing") as progress:
         return smooth(model, stats, args.alpha, scheme=args.scheme, progress=progress)

@@ -16,7 +16,7 @@ from octavo.plot import new_figure
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from octavo.calibrate import Stats
+    from octavo.calibration.calibrate import Stats
 
 __all__ = [
     "Source",
@@ -101,7 +101,7 @@ def _stored(args: argparse.Namespace, file: str) -> Stats:
             raise CommandError(
                 f"{option} says how much of a text to run on, and --calibration {file} holds statistics; leave one out"
             )
-    from octavo.calibrate import Stats
+    from octavo.calibration.calibrate import Stats
 
     return Stats.load(file)
 
@@ -121,7 +121,7 @@ def calibrated(
     route_all_experts: bool = False,
 ) -> tuple[Stats, list[Tensor]]:
     """New statistics, and the samples that they are of: int64 [1, T] each."""
-    from octavo.calibrate import calibrate
+    from octavo.calibration.calibrate import calibrate
     from octavo.integrations.calibration import document_batches, text_batches
     from octavo.integrations.language_model import refuse_unknown_tokens
 

@@ -27,11 +27,11 @@ from torch import Tensor, nn
 from octavo.errors import CheckpointError, QuantizeError
 from octavo.experts import spec_of
 from octavo.formats.outputs import new_file
-from octavo.install import install
 from octavo.layers import kind_of, why_not
 from octavo.modules import Codes, QuantExperts, QuantLinear, QuantModule
-from octavo.plan import Decision
 from octavo.primitives import quantize_weight
+from octavo.quantization.install import install
+from octavo.quantization.plan import Decision
 from octavo.recipe import Scheme
 
 __all__ = ["load", "read", "save", "state_dict"]

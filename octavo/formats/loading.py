@@ -1,6 +1,6 @@
 """Read a checkpoint folder into a float model of the same structure: its layers become int8 as they are on disk.
 
-`stored_decisions` turns what lies on disk into the decisions that `octavo.quantize.plan` would have made, so that
+`stored_decisions` turns what lies on disk into the decisions that `octavo.quantization.plan` would have made, so that
 loading swaps layers by the same code as quantizing does. `load_into` is for any module; a transformers model is built
 and loaded by `octavo.integrations`, with the same decisions.
 """
@@ -15,7 +15,6 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from octavo.coverage import REASONS_ATTRIBUTE, Coverage
 from octavo.errors import CheckpointError
 from octavo.experts import spec_of
 from octavo.feeding import Progress
@@ -24,10 +23,11 @@ from octavo.formats.checkpoint import CheckpointReader, TensorInfo
 from octavo.formats.conversions import AsInModel, Conversion
 from octavo.formats.experts import Part, expert_parts
 from octavo.formats.saving import COVERAGE_FILE, OnDisk
-from octavo.install import install
 from octavo.layers import EXPERTS, kind_of
 from octavo.modules import Codes, QuantModule
-from octavo.plan import Decision, output_heads
+from octavo.quantization.coverage import REASONS_ATTRIBUTE, Coverage
+from octavo.quantization.install import install
+from octavo.quantization.plan import Decision, output_heads
 from octavo.recipe import InputArgs, Scheme, WeightArgs
 
 __all__ = [

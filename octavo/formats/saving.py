@@ -20,7 +20,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from octavo.coverage import Coverage, coverage
 from octavo.errors import CheckpointError, OctavoWarning, QuantizeError
 from octavo.experts import routers
 from octavo.feeding import Progress
@@ -30,6 +29,7 @@ from octavo.formats.companions import copy_companions
 from octavo.formats.experts import expert_parts
 from octavo.formats.outputs import new_folder
 from octavo.modules import QuantExperts, QuantModule, StaticQuantLinear
+from octavo.quantization.coverage import Coverage, coverage
 from octavo.recipe import OPT_IN_TARGETS, READ_BY_OTHERS, Scheme
 
 __all__ = [

@@ -15,7 +15,6 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from octavo.coverage import Coverage, Row, why_float
 from octavo.errors import CheckpointError, QuantizeError
 from octavo.experts import routers, spec_of
 from octavo.feeding import Progress
@@ -29,8 +28,9 @@ from octavo.formats.outputs import new_folder
 from octavo.formats.saving import OnDisk, quantization_config, write_descriptions
 from octavo.layers import EXPERTS, has_weight_norm
 from octavo.ops import quantize_weight
-from octavo.plan import Decision, plan
-from octavo.quantize import warn_unasked
+from octavo.quantization.coverage import Coverage, Row, why_float
+from octavo.quantization.plan import Decision, plan
+from octavo.quantization.quantize import warn_unasked
 from octavo.recipe import Recipe, Scheme
 
 __all__ = ["quantize_files"]

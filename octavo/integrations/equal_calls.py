@@ -1,7 +1,7 @@
 """Equal calls in a graph are made once: q/k/v, and gate/up, are fed the same tensor, and share one quantization of it.
 
-Without a compiler `octavo.inputs` sees to it. Inductor looks for equal calls where it compiles for training, and not
-for inference: this is a pass for it (`post_grad_custom_pre_pass`).
+Without a compiler `octavo.modules.shared_input` sees to it. Inductor looks for equal calls where it compiles for
+training, and not for inference: this is a pass for it (`post_grad_custom_pre_pass`).
 """
 
 from __future__ import annotations

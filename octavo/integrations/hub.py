@@ -19,13 +19,13 @@ import torch
 from torch import nn
 
 from octavo import formats
-from octavo.coverage import Coverage
 from octavo.errors import CheckpointError, MissingExtra, OctavoError
 from octavo.feeding import Progress
 from octavo.formats.checkpoint import CheckpointReader, check_shard_size, read_config
 from octavo.formats.outputs import new_folder
 from octavo.formats.stream import quantize_files
-from octavo.quantize import quantize as quantize_layers
+from octavo.quantization.coverage import Coverage
+from octavo.quantization.quantize import quantize as quantize_layers
 from octavo.recipe import Pattern, Recipe, Scheme
 
 if TYPE_CHECKING:
@@ -40,8 +40,8 @@ _Arguments = ParamSpec("_Arguments")
 
 
 def _with_transformers(core: Callable[_Arguments, Coverage]) -> Callable[_Arguments, Coverage]:
-    """`core` is `octavo.quantize.quantize`; a recipe that asks for int8 attention gets it as well, float attention is
-    made faster in decode, and transformers is told how to save its models.
+    """`core` is that of quantization/quantize.py; a recipe that asks for int8 attention gets it as well, float
+    attention is made faster in decode, and transformers is told how to save its models.
 
     Whether the model's attention can be int8 is checked before anything is changed.
     """

@@ -40,13 +40,13 @@ from octavo.errors import CheckpointError, OctavoError, RecipeError
 from octavo.formats import compressed_tensors as layout
 from octavo.formats.checkpoint import CheckpointReader
 from octavo.formats.experts import Part
-from octavo.install import install, settle
 from octavo.integrations.attention import attention_of, check_int8_attention, use_int8_attention
 from octavo.integrations.float_attention import use_float_attention
 from octavo.layers import has_weight_norm
 from octavo.modules import QuantExperts, QuantModule
-from octavo.plan import Decision, plan
-from octavo.quantize import warn_unasked
+from octavo.quantization.install import install, settle
+from octavo.quantization.plan import Decision, plan
+from octavo.quantization.quantize import warn_unasked
 from octavo.recipe import Pattern, Recipe, Scheme
 
 __all__ = ["OctavoConfig", "OctavoQuantizer", "let_transformers_save", "on_disk", "renaming"]

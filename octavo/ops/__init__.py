@@ -28,8 +28,9 @@ bias and rounds once to the output dtype: where the float model does not overflo
 autocast too. (K/g is 1 for per_channel. With per_group each group's sum is multiplied by its scale, in fp32; the
 reference forms code * scale in fp32 first.)
 w8a8_linear sums in int32, exactly, then multiplies by both scales. Its input is quantized by an op of its own, so that
-layers which read the same tensor can share the codes (`octavo.inputs`); a row or a few are quantized and multiplied by
-one call on CPUs (`w8a8_linear_at_once`). int8_attention quantizes its operands itself, and of codes its query.
+layers which read the same tensor can share the codes (`octavo.modules.shared_input`); a row or a few are quantized and
+multiplied by one call on CPUs (`w8a8_linear_at_once`). int8_attention quantizes its operands itself, and of codes its
+query.
 Results are contiguous, whatever the strides.
 
 Of each op, `schemas.py` has the schema, `fakes.py` the result's shape, `gradients.py` the gradient; here are the
@@ -619,8 +620,8 @@ def recurrent(
     weight, weight_scale, bias: of W_hh, int8 [G * H, H], as of `w8a16_linear`. state: (h,), of an LSTM (h, c), before:
     [B, H] of p's dtype. int8_inputs: h is quantized before each step, per token. backwards: from the last step to the
     first.
-    Returns: (h of all steps [T, B, H], the state after) of p's dtype, gates and c in fp32, as octavo/recurrent.py has
-    the formulas; None wherever its own ops are to compute them.
+    Returns: (h of all steps [T, B, H], the state after) of p's dtype, gates and c in fp32, by the formulas of
+    octavo/modules/recurrent.py; None wherever its own ops are to compute them.
     """
     alike = all(part.dtype == p.dtype and part.device == p.device for part in state)
     if mode not in RECURRENCES or not alike or not p.numel() or not _takes_natively(p):

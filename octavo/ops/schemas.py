@@ -74,7 +74,7 @@ library.define("experts_input_gradient(Tensor grad, Tensor ends, Tensor weight, 
 library.impl("experts_input_gradient", reference.experts_input_gradient, "CompositeExplicitAutograd")
 
 # What layers, norms and gated MLPs call where nobody differentiates, nor compiles (but for float_linear). The reference
-# is the ops that one does the work of, or the modules that float ones were; of `recurrent` octavo/recurrent.py.
+# is the ops that one does the work of, or the modules that float ones were; of `recurrent` octavo/modules/recurrent.py.
 library.define(
     "w8a8_linear_at_once(Tensor x, Tensor? input_scale, Tensor weight, Tensor weight_scale, Tensor? bias) -> Tensor"
 )

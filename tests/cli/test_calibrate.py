@@ -14,7 +14,7 @@ import pytest
 import torch
 import transformers
 
-from octavo.calibrate import Stats, calibrate
+from octavo.calibration.calibrate import Stats, calibrate
 from octavo.cli.text import sample_text
 from octavo.errors import CalibrateError
 from octavo.integrations.calibration import load_float, text_batches

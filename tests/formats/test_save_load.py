@@ -20,8 +20,8 @@ import octavo
 from octavo import CheckpointError, OctavoWarning, QuantizeError
 from octavo.formats import COVERAGE_FILE, load_into, state_dict
 from octavo.formats import save as save_plain
+from octavo.fused.norms import FusedRMSNorm
 from octavo.modules import DynamicQuantLinear, QuantConv, QuantModule, StaticQuantLinear
-from octavo.norms import FusedRMSNorm
 from tests.tiny_models import Net, build, llama, tokens
 
 

@@ -266,7 +266,7 @@ def test_float_attention_is_the_default_and_can_be_asked_for() -> None:
 
 
 def test_quantize_is_the_function_that_it_wraps() -> None:
-    from octavo.quantize import quantize
+    from octavo.quantization.quantize import quantize
 
     assert octavo.quantize.__doc__ == quantize.__doc__
     assert octavo.quantize.__name__ == "quantize"

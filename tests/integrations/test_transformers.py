@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 import octavo
 from octavo import CheckpointError, OctavoWarning, QuantizeError, Recipe, RecipeError, Scheme
+from octavo.fused.norms import FusedRMSNorm
 from octavo.modules import QuantEmbedding, QuantLinear, QuantModule, StaticQuantLinear
-from octavo.norms import FusedRMSNorm
 from octavo.primitives import dequantize
 from tests import tiny_models
 from tests.tiny_models import build, llama, tokens

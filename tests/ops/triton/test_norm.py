@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from octavo.norms import _FORMULAS
+from octavo.fused.norms import _FORMULAS
 from octavo.ops.triton import direct
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]

@@ -1,0 +1,603 @@
+"""Run a float model on sample inputs, and keep what quantizing its layers' inputs needs to know: `Stats`.
+
+    stats = octavo.calibrate(model, batches)
+    octavo.smooth(model, stats, alpha="auto")            # uses the channels' ranges, and follows them
+    octavo.quantize(model, "w8a8-static", stats=stats)   # uses the tensors' ranges
+
+Watched are the inputs of linear layers (and transformers' Conv1D), of stacks of experts and, expert by expert, of their
+down projections, and of modules with weights of their own that are no layer octavo knows: routers. Memory is a few rows
+a layer, whatever the number of tokens.
+
+Under torch.distributed every process takes its share of the batches (those whose index is its rank, modulo the number
+of processes), and all end with the same Stats, equal to those of one process.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import hashlib
+import io
+import json
+import os
+import warnings
+import weakref
+from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from octavo.calibration.expert_inputs import ExpertsObserver, observe_experts, rows_of_each
+from octavo.calibration.observers import Observer, ObserverKind, observe
+from octavo.errors import CalibrateError, OctavoWarning
+from octavo.experts import ExpertsSpec, argument_names, arguments, spec_of
+from octavo.feeding import (
+    Progress,
+    at_rest,
+    check_batches,
+    check_module,
+    device_of,
+    feed,
+    first_tensor,
+    hooked,
+    padding_mask,
+)
+from octavo.layers import is_stack, kind_of, why_not
+from octavo.whole import replacing
+
+__all__ = ["Stats", "calibrate", "check_stats", "columns_of", "largest_of_columns"]
+
+ROWS = 256
+"""Rows of a layer's input that are kept, to measure errors on."""
+
+
+@dataclasses.dataclass
+class Stats:
+    """What calibration saw.
+
+    observers: layer's name -> its inputs. unreached: layers that no batch reached. shared: groups of layers that were
+    fed the very same tensor, at every call. example: the first batch, by which `octavo.smooth` finds its way through
+    the model; None for statistics that came without one. further: batches that go another way, on which smoothing is
+    proved too: they reach layers that no batch before them did, or give the model arguments of another structure: other
+    names, flags and numbers, tensors of other dtypes and numbers of dimensions (of these the first 16). experts: name
+    of a stack of down projections -> its inputs, expert by expert. columns: layer's name -> the largest magnitude of
+    each column of its weight, fp32 [K], by which a model is told from what smoothing makes of it.
+    """
+
+    observers: dict[str, Observer]
+    unreached: tuple[str, ...] = ()
+    shared: tuple[tuple[str, ...], ...] = ()
+    example: Any = None
+    further: tuple[Any, ...] = ()
+    experts: dict[str, ExpertsObserver] = dataclasses.field(default_factory=dict)
+    columns: dict[str, Tensor] = dataclasses.field(default_factory=dict)
+
+    @property
+    def unrouted(self) -> dict[str, tuple[int, ...]]:
+        """The experts that saw no token, by the name of their down projections. Smoothing leaves them as they are."""
+        return {name: seen.unrouted for name, seen in self.experts.items() if seen.unrouted}
+
+    def check_are_of(self, model: nn.Module) -> None:
+        """Raise CalibrateError if they are of another model: one with other layers, with inputs of other sizes, or one
+        that was smoothed where this one was not, or the other way round."""
+        modules, parameters = dict(model.named_modules()), dict(model.named_parameters())
+        strange = [name for name in self.observers if name not in modules]
+        strange += [name for name in self.experts if name not in parameters]
+        if strange:
+            raise CalibrateError(
+                f"stats are of another model: it has no layer {strange[0]!r} ({len(strange)} such); calibrate this one"
+            )
+        for name, seen in self.observers.items():
+            columns = columns_of(modules[name])
+            if columns not in (None, len(seen.amax)):
+                raise CalibrateError(
+                    f"stats are of another model: {name!r} had {len(seen.amax)} input channels, expected {columns}; "
+                    "calibrate this one"
+                )
+        if any(len(seen.rows) for seen in self.observers.values()):  # else a file of SmoothQuant's, of linear layers
+            watched = {name for name, module in modules.items() if is_watched(module)}
+            missing = watched - self.observers.keys() - set(self.unreached)
+            if missing:
+                raise CalibrateError(
+                    f"stats are of another model: they do not know {min(missing)!r} ({len(missing)} such); calibrate "
+                    "this one"
+                )
+
+        known = {name: modules[name] for name in self.columns if name in modules}
+        for name, now in largest_of_columns(known).items():
+            if _is_smoothed(self.columns[name], now):
+                raise CalibrateError(
+                    f"stats are of another model: the columns of {name!r} differ from theirs by powers of two, so that "
+                    "one of the two was smoothed; calibrate this one, or give the stats that octavo.smooth was given, "
+                    "which follow"
+                )
+
+    def siblings(self, name: str) -> tuple[str, ...]:
+        """The layers that are always fed the same tensor as layer `name`, itself among them."""
+        return next((group for group in self.shared if name in group), (name,))
+
+    def input_scale(self, name: str, dtype: torch.dtype, observer: ObserverKind = "absmax") -> Tensor:
+        """The static scale of layer `name`: amax / 127, rounded *up* to `dtype`, in which it is stored; fp32 [1].
+
+        Raises: CalibrateError for a layer that no batch reached, or whose inputs were all 0: it has no scale.
+        """
+        seen = self.observers.get(name)
+        largest = seen.largest(observer) if seen else 0.0
+        if largest == 0:
+            what = "its inputs were all 0" if seen else "no batch reached it"
+            raise CalibrateError(f"{name}: has no static scale, {what}; calibrate on inputs that reach it")
+        wanted = torch.tensor([largest / 127], dtype=torch.float32)
+        stored = wanted.to(dtype)
+        if stored.float() < wanted:  # rounding down would clip the largest values
+            stored = torch.nextafter(stored, torch.full_like(stored, torch.inf))
+        return stored.float()
+
+    def save(self, path: str | Path) -> Path:
+        """Write the statistics as one safetensors file, whole or not at all; an existing one is replaced.
+
+        Raises: CalibrateError if the folder cannot be written to, or the example batch holds what no file can.
+        """
+        tensors: dict[str, Tensor] = {}
+        for name, seen in self.observers.items():
+            if self.siblings(name)[0] == name:  # its siblings were fed the same
+                tensors |= {f"{name}:{part}": getattr(seen, part).contiguous() for part in _PARTS}
+        for name, experts in self.experts.items():
+            tensors |= {f"{name}:{part}": value.contiguous() for part, value in vars(experts).items()}
+        tensors |= {f"{name}:columns": largest for name, largest in self.columns.items()}
+        about = {
+            "format": _FORMAT,
+            "tokens": {name: seen.tokens for name, seen in self.observers.items()},
+            "unreached": self.unreached,
+            "shared": self.shared,
+            "experts": list(self.experts),
+            "columns": list(self.columns),
+            "example": _flattened(self.example, tensors),
+            "further": [_flattened(batch, tensors) for batch in self.further],
+        }
+        _write_whole(Path(path), partial(save_file, tensors, metadata={"octavo": json.dumps(about)}))
+        return Path(path)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Stats:
+        """Read what `save` wrote. Raises: CalibrateError naming the file for anything else."""
+        try:
+            with safe_open(path, "pt") as file:
+                about = json.loads((file.metadata() or {}).get("octavo", "{}"))
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 -- no dict
+        except (OSError, SafetensorError, ValueError) as error:
+            raise CalibrateError(f"{path}: cannot be read as calibration statistics: {error}") from error
+        if about.get("format") != _FORMAT:
+            raise CalibrateError(f"{path}: holds no calibration statistics; make them with `octavo calibrate`")
+        stats = cls({}, tuple(about["unreached"]), tuple(map(tuple, about["shared"])))
+        for name, tokens in about["tokens"].items():
+            owner = stats.siblings(name)[0]
+            stats.observers[name] = Observer(**{part: tensors[f"{owner}:{part}"] for part in _PARTS}, tokens=tokens)
+        parts = [field.name for field in dataclasses.fields(ExpertsObserver)]
+        for name in about["experts"]:
+            stats.experts[name] = ExpertsObserver(**{part: tensors[f"{name}:{part}"] for part in parts})
+        stats.columns = {name: tensors[f"{name}:columns"] for name in about.get("columns", ())}
+        stats.example = _restored(about["example"], tensors)
+        stats.further = tuple(_restored(batch, tensors) for batch in about.get("further", ()))
+        return stats
+
+    def save_act_scales(self, path: str | Path) -> None:
+        """Write SmoothQuant's own `act_scales/*.pt`: layer's name -> amax of each input channel, fp32 [K].
+
+        Raises: CalibrateError if it cannot be written.
+        """
+        scales = io.BytesIO()  # for torch's own way to files does not say that a disk is full
+        torch.save({name: seen.amax for name, seen in self.observers.items()}, scales)
+        _write_whole(Path(path), lambda file: file.write_bytes(scales.getvalue()))
+
+    @classmethod
+    def load_act_scales(cls, path: str | Path) -> Stats:
+        """Read SmoothQuant's `act_scales/*.pt`. It holds channel amax only: smoothing needs a `batch` to go with it,
+        and alpha="auto", the other observers and the measured repair need a calibration of one's own.
+
+        Raises: CalibrateError naming the file for anything else.
+        """
+        try:
+            scales = torch.load(path, map_location="cpu", weights_only=True)
+        except Exception as error:  # what a damaged pickle raises differs between releases
+            raise CalibrateError(f"{path}: cannot be read as a file of act_scales: {error}") from error
+        if not isinstance(scales, Mapping) or not all(
+            isinstance(name, str) and isinstance(t, Tensor) and t.dim() == 1 and t.is_floating_point()
+            for name, t in scales.items()
+        ):
+            raise CalibrateError(f"{path}: expected a dict of layer's name -> amax of each input channel [K]")
+        for name, amax in scales.items():
+            _refuse_infinite(name, amax)
+        return cls({name: Observer.of_amax(amax.float()) for name, amax in scales.items()})
+
+
+def calibrate(
+    model: nn.Module,
+    batches: Iterable[Any],
+    *,
+    rows: int = ROWS,
+    route_all_experts: bool = False,
+    progress: Progress | None = None,
+) -> Stats:
+    """Run `model` on `batches` once, and keep what int8 inputs need to know of each layer's input.
+
+    model: float, on any device; not modified. It runs in eval mode and without gradients.
+    batches: iterable of tensors, tuples (positional arguments) or dicts (keyword arguments), of any lengths. Positions
+        that a dict's `attention_mask` (for a decoder, `decoder_attention_mask`) marks with 0 are not counted.
+    rows: whole input rows that are kept of each layer, drawn evenly from all tokens; errors are measured on them. The
+        experts of a stack share them, at least 8 (or `rows`) for each.
+    route_all_experts: keep statistics of every token in every expert of a stack, so that none is without. It takes the
+        up projection of every expert for every token; the model itself runs as its routers say.
+    progress: called with (batches done, number of batches or 0).
+    Returns: the statistics, in the computer's own memory.
+    Raises: CalibrateError for a NaN or inf, naming the layer that it entered, for a model without linear layers, if no
+        batch came, for `rows` below 0, and for `route_all_experts` where there are no experts; EvaluateError for
+        batches that are of another type, or a model on `meta`; QuantizeError for what is no module.
+    Warns: OctavoWarning if there are experts that no token was routed to; `Stats.unrouted` lists them.
+    """
+    check_module(model)
+    check_batches(batches)
+    if rows < 0:
+        raise CalibrateError(f"rows is {rows}, expected 0 or more rows of each layer's input to keep")
+    layers = {name: module for name, module in model.named_modules() if is_watched(module)}
+    if not layers:
+        raise CalibrateError("the model has no linear layer to calibrate; expected nn.Linear or transformers' Conv1D")
+    stacks = {name: layer for name, layer in layers.items() if is_stack(layer)}
+    if route_all_experts and not stacks:
+        raise CalibrateError("route_all_experts is True, and the model has no stack of experts; leave it out")
+    watch = _Watch(rows, route_all_experts)
+    device = device_of(model, "model")
+    rank, processes = _share()
+    total = len(batches) if isinstance(batches, Sized) else 0
+    example, count = None, 0
+    with at_rest(model), hooked(layers, _seer(watch)), hooked(stacks, _seer_of_experts(watch)):
+        for count, batch in enumerate(batches, start=1):
+            example = batch if count == 1 else example
+            if (count - 1) % processes == rank:
+                watch.begin(batch, count - 1)
+                feed(model, batch, device, f"batch {count - 1}: the model")
+                watch.end(batch)
+            if progress is not None:
+                progress(count, total)
+    if not count:
+        raise CalibrateError("batches is empty, expected at least one; an iterator can be read only once")
+    stats = _merged(watch, layers, rows, example)
+    stats.columns = largest_of_columns(layers)
+    if stats.unrouted and rank == 0:
+        _warn_of_unrouted(stats)
+    return stats
+
+
+def check_stats(stats: object) -> None:
+    """Raise CalibrateError for what is no Stats."""
+    if not isinstance(stats, Stats):
+        raise CalibrateError(
+            f"stats is a {type(stats).__name__}, expected what octavo.calibrate returned; octavo.Stats.load reads a "
+            "file of it"
+        )
+
+
+def _warn_of_unrouted(stats: Stats) -> None:
+    idle = sum(map(len, stats.unrouted.values()))
+    count = sum(len(seen.tokens) for seen in stats.experts.values())
+    warnings.warn(
+        f"{idle} of {count} experts, in {len(stats.unrouted)} of {len(stats.experts)} layers, saw no token of the "
+        "calibration and will not be smoothed; calibrate on more text, or route all tokens to all experts "
+        "(route_all_experts)",
+        OctavoWarning,
+        stacklevel=3,  # the caller of octavo.calibrate
+    )
+
+
+def columns_of(module: nn.Module) -> int | None:
+    """K of a layer with one weight that has rows of K; None if that is not what it is."""
+    kind, weight = kind_of(module), module._parameters.get("weight")
+    if kind is None or weight is None or weight.dim() != 2:
+        return None
+    return kind.rows(weight, module).shape[1]
+
+
+def largest_of_columns(layers: Mapping[str, nn.Module]) -> dict[str, Tensor]:
+    """Linear layer that can be int8 -> the largest magnitude of each column of its weight, fp32 [K]."""
+    found: dict[str, Tensor] = {}
+    for name, layer in layers.items():
+        kind = kind_of(layer)
+        if kind is not None and kind.int8_input and columns_of(layer) and why_not(layer, kind) is None:
+            weight = layer.get_parameter("weight").detach()
+            if weight.numel() and not weight.is_meta:
+                found[name] = kind.rows(weight, layer).abs().amax(0).float().cpu()
+    return found
+
+
+def _is_smoothed(before: Tensor, now: Tensor) -> bool:
+    """Whether columns [K] were multiplied by powers of two; rounding to another dtype is not that."""
+    if before.shape != now.shape:
+        return False
+    alive = (before > 0) & (now > 0)
+    log2 = (now[alive] / before[alive]).log2()
+    return bool(((log2 - log2.round()).abs() < 0.01).all()) and bool(log2.round().any())
+
+
+def is_watched(module: nn.Module) -> bool:
+    """Whether calibration keeps statistics of the module's input: it multiplies it by a weight."""
+    kind = kind_of(module)
+    if kind is not None:
+        return kind.int8_input
+    return any(p is not None and p.dim() >= 2 and p.is_floating_point() for p in module._parameters.values())
+
+
+STRUCTURES = 16
+"""Structures of arguments of which a batch is kept, at most: numbers among them may be others in every batch."""
+
+
+@dataclasses.dataclass(frozen=True)
+class _Way:
+    """The layers that a batch reached, and the structure of what it gave the model, other than those before it did."""
+
+    index: int
+    names: frozenset[str]
+    structure: object
+    batch: Any
+
+
+class _Ways:
+    """The ways through the model that batches went, in the order in which they are told of."""
+
+    def __init__(self) -> None:
+        self._names: set[str] = set()
+        self._structures: set[object] = set()
+
+    def add(self, names: frozenset[str], structure: object) -> bool:
+        """Whether that is another one than those before."""
+        more = structure not in self._structures and len(self._structures) < STRUCTURES
+        another = more or not names <= self._names
+        self._names |= names
+        if more:
+            self._structures.add(structure)
+        return another
+
+
+def _structure(value: Any) -> object:
+    """What may make a model branch, of what it is given: all but the sizes and values of tensors."""
+    if isinstance(value, Tensor):
+        return Tensor, value.dtype, value.dim()
+    if isinstance(value, Mapping):
+        return dict, frozenset((name, _structure(item)) for name, item in value.items())
+    if isinstance(value, tuple | list):
+        return list, tuple(map(_structure, value))
+    return type(value), value if value is None or isinstance(value, bool | int | float | str) else None
+
+
+class _Watch:
+    """Collects what the hooks see. A tensor that several layers are fed is looked at once."""
+
+    def __init__(self, rows: int, route_all_experts: bool) -> None:
+        self.rows = rows
+        self.route_all_experts = route_all_experts
+        self.observers: dict[str, Observer] = {}
+        self.experts: dict[str, ExpertsObserver] = {}
+        self.history: dict[str, Any] = {}
+        self.ways: list[_Way] = []
+        self._ways = _Ways()
+        self._masks: list[Tensor] = []
+        self._batch = 0
+        self._calls: dict[str, int] = {}
+        self._stacks: dict[str, str] = {}
+        self._last: tuple[weakref.ref[Tensor], int | None, int, Observer] | None = None
+        self._events = 0
+
+    def begin(self, batch: Any, index: int) -> None:
+        masks = (padding_mask(batch, name) for name in ("attention_mask", "decoder_attention_mask"))
+        self._masks = [mask for mask in masks if mask is not None and mask.dim() == 2]
+        self._batch = index
+        self._calls = {}
+
+    def end(self, batch: Any) -> None:
+        names, structure = frozenset(self._calls), _structure(batch)
+        if self._ways.add(names, structure):
+            self.ways.append(_Way(self._batch, names, structure, batch))
+        for name in self._calls:  # in the order in which they ran: the first is where it began
+            _refuse_infinite(name, self.observers[name].amax, f"batch {self._batch}")
+            if name in self._stacks:
+                down = self._stacks[name]
+                for e, amax in enumerate(self.experts[down].amax):
+                    _refuse_infinite(f"{down}[{e}]", amax, f"batch {self._batch}")
+
+    def see(self, name: str, module: nn.Module, x: Tensor) -> None:
+        call = self._calls[name] = self._calls.get(name, -1) + 1
+        event, seen = self._observed(module, x, call)
+        before = self.observers.get(name)
+        self.observers[name] = dataclasses.replace(seen) if before is None else before.merged(seen, self.rows)
+        self.history.setdefault(name, hashlib.blake2b(digest_size=16)).update(f"{event},".encode())
+
+    def see_experts(self, name: str, layer: nn.Module, spec: ExpertsSpec, call: Sequence[Any]) -> None:
+        """Once `see` was told of the same call. call: its arguments, in order."""
+        x = call[0].reshape(-1, call[0].shape[-1])
+        rows = rows_of_each(self.rows, len(layer.get_parameter(spec.down)))
+        seen = observe_experts(
+            layer,
+            spec,
+            x,
+            call[1:],
+            self._counts(layer, x),
+            seed=self._batch * 4096 + self._calls[name],
+            rows=rows,
+            route_all=self.route_all_experts,
+        )
+        down = self._stacks[name] = f"{name}.{spec.down}" if name else spec.down
+        before = self.experts.get(down)
+        self.experts[down] = seen if before is None else before.merged(seen, rows)
+
+    def _observed(self, module: nn.Module, x: Tensor, call: int) -> tuple[int, Observer]:
+        last = self._last
+        version = None if x.is_inference() else x._version
+        if last is not None and version is not None and last[0]() is x and last[1] == version:
+            return last[2], last[3]
+        self._events += 1
+        counts = self._counts(module, x)
+        flat = x.reshape(-1, x.shape[-1])
+        seen = observe(flat if counts is None else flat[counts], self._batch * 4096 + call, self.rows)
+        self._last = (weakref.ref(x), version, self._events, seen)
+        return self._events, seen
+
+    def _counts(self, module: nn.Module, x: Tensor) -> Tensor | None:
+        """Which rows of x [..., K] are no padding, as booleans for all of them; None if all count."""
+        spec = spec_of(module)
+        copies = len(module.get_parameter(spec.down)) if spec is not None and spec.routing == "sorted" else 1
+        counts: list[Tensor] = []
+        for mask in self._masks:
+            if x.dim() >= 3 and x.shape[:2] == mask.shape:
+                counts.append(mask.reshape(-1).to(x.device).repeat_interleave(x.shape[2:-1].numel()))
+            elif x.dim() == 2 and len(x) == copies * mask.numel():  # tokens in one row, as mixtures of experts have it
+                counts.append(mask.reshape(-1).to(x.device).repeat(copies))
+        # Encoder and decoder may be fed as many tokens: which mask is whose is not known, and no token may be missed.
+        return torch.stack(counts).any(0) if counts else None
+
+
+def _seer(watch: _Watch) -> Callable[[str, nn.Module], RemovableHandle]:
+    def register(name: str, module: nn.Module) -> RemovableHandle:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            x = first_tensor(args, kwargs)
+            if x is not None and x.dim() and x.shape[-1]:
+                watch.see(name, module, x)
+
+        return module.register_forward_pre_hook(hook, with_kwargs=True)
+
+    return register
+
+
+def _seer_of_experts(watch: _Watch) -> Callable[[str, nn.Module], RemovableHandle]:
+    def register(name: str, layer: nn.Module) -> RemovableHandle:
+        spec, names = spec_of(layer), argument_names(type(layer))
+        assert spec is not None
+
+        def hook(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            watch.see_experts(name, layer, spec, arguments(names, args, kwargs))
+
+        return layer.register_forward_pre_hook(hook, with_kwargs=True)
+
+    return register
+
+
+def _refuse_infinite(name: str, amax: Tensor, where: str = "the statistics") -> None:
+    if not bool(torch.isfinite(amax).all()):
+        found = "NaN" if bool(torch.isnan(amax).any()) else "inf"
+        channel = int((~torch.isfinite(amax)).nonzero()[0])
+        raise CalibrateError(
+            f"{name}: {where} holds {found} in its input (channel {channel}), expected finite activations; run the "
+            "model in fp32 or bf16, or look for the layer before it that overflows"
+        )
+
+
+# -- several processes ------------------------------------------------------------------------------------------------
+
+
+def _share() -> tuple[int, int]:
+    """This process's rank, and the number of processes."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        return torch.distributed.get_rank(), torch.distributed.get_world_size()
+    return 0, 1
+
+
+def _merged(watch: _Watch, layers: Iterable[str], rows: int, example: Any) -> Stats:
+    """What all processes saw."""
+    parts: list[tuple[dict[str, Observer], dict[str, str], dict[str, ExpertsObserver], list[_Way]]] = [
+        (
+            {name: seen.cpu() for name, seen in watch.observers.items()},
+            {name: history.hexdigest() for name, history in watch.history.items()},
+            {name: seen.cpu() for name, seen in watch.experts.items()},
+            watch.ways,
+        )
+    ]
+    processes = _share()[1]
+    if processes > 1:
+        everyone: list[Any] = [None] * processes
+        torch.distributed.all_gather_object(everyone, parts[0])
+        parts = everyone
+    observers: dict[str, Observer] = {}
+    groups: dict[tuple[str | None, ...], list[str]] = {}
+    for name in layers:
+        found = [seen[name] for seen, *_ in parts if name in seen]
+        if found:
+            observers[name] = found[0]
+            for other in found[1:]:
+                observers[name] = observers[name].merged(other, rows)
+            groups.setdefault(tuple(histories.get(name) for _, histories, *_ in parts), []).append(name)
+    shared = tuple(tuple(group) for group in groups.values() if len(group) > 1)
+    experts: dict[str, ExpertsObserver] = {}
+    for _, _, stacks, _ in parts:
+        for name, seen in stacks.items():
+            before = experts.get(name)
+            experts[name] = seen if before is None else before.merged(seen, rows_of_each(rows, len(seen.amax)))
+    place = {name: at for at, name in enumerate(layers)}
+    experts = dict(sorted(experts.items(), key=lambda item: place[item[0].rpartition(".")[0]]))
+    further = _further([way for *_, ways in parts for way in ways])
+    unreached = tuple(name for name in layers if name not in observers)
+    return Stats(observers, unreached, shared, example, further, experts)
+
+
+def _further(ways: list[_Way]) -> tuple[Any, ...]:
+    """The batches, but for the very first, that go another way than all before, whoever ran them."""
+    known = _Ways()
+    new = [way for way in sorted(ways, key=lambda way: way.index) if known.add(way.names, way.structure)]
+    return tuple(way.batch for way in new if way.index)
+
+
+# -- on disk ------------------------------------------------------------------------------------------------------
+
+_FORMAT = "octavo-stats-2"
+_PARTS = ("amax", "histogram", "rows", "order")
+"""The tensors of an Observer, by which they are called in the file."""
+
+
+def _flattened(value: Any, tensors: dict[str, Tensor]) -> Any:
+    """`value` as JSON, its tensors moved into `tensors`."""
+    if isinstance(value, Tensor):
+        name = f"example:{sum(key.startswith('example:') for key in tensors)}"
+        tensors[name] = value.detach().cpu().clone(memory_format=torch.contiguous_format)
+        return {"tensor": name}
+    if isinstance(value, Mapping):
+        return {"dict": {str(key): _flattened(item, tensors) for key, item in value.items()}}
+    if isinstance(value, tuple | list):
+        return {"list": [_flattened(item, tensors) for item in value]}
+    if value is None or isinstance(value, str | int | float):
+        return {"value": value}
+    raise CalibrateError(
+        f"the first batch holds a {type(value).__name__}, which a file cannot; expected tensors, numbers, strings, and "
+        "lists and dicts of them"
+    )
+
+
+def _restored(value: Any, tensors: Mapping[str, Tensor]) -> Any:
+    ((kind, content),) = value.items()
+    if kind == "tensor":
+        return tensors[content]
+    if kind == "dict":
+        return {key: _restored(item, tensors) for key, item in content.items()}
+    if kind == "list":
+        return [_restored(item, tensors) for item in content]
+    return content
+
+
+def _write_whole(path: Path, write: Callable[[Path], object]) -> None:
+    """Let `write` make a file that has the name `path` when it is complete."""
+    try:
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+        with replacing(path) as unfinished:
+            unfinished.touch()
+            mode = unfinished.stat().st_mode  # by the umask; safetensors gives its files one that nobody else can read
+            write(unfinished)
+            unfinished.chmod(mode)
+    except (OSError, SafetensorError) as error:
+        why = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        if any(os.strerror(number) in why for number in (errno.ENOSPC, errno.EDQUOT)):  # safetensors has it in words
+            raise CalibrateError(f"{path}: the disk is full ({why}); free some space or choose another disk") from error
+        raise CalibrateError(
+            f"{path}: cannot be written: {why}; choose another path or change the permissions"
+        ) from error

@@ -1,0 +1,143 @@
+"""What calibration keeps of the inputs of experts' down projections, expert by expert: no hook sees them, for they are
+made and used inside one `forward`.
+
+They are made a second time, of the tensors that the layer was called with, by the layer's own weights and gate:
+
+    down input of expert e = gate(x[tokens of e] up[e]^T + up_bias[e])       [S_e, H] -> [S_e, I]
+
+The layer itself runs as always. So every token can be shown to every expert, for the statistics, while the model
+computes what its router says.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from octavo.calibration.observers import pseudo_random, typical_range
+from octavo.experts import ExpertsSpec, chosen_experts
+
+__all__ = ["ExpertsObserver", "observe_experts", "rows_of_each"]
+
+_FEWEST = 8
+"""Rows that are kept of an expert, however many share a layer's."""
+
+
+def rows_of_each(rows: int, experts: int) -> int:
+    """How many rows are kept of each of E experts, where a layer has `rows`."""
+    return min(rows, max(_FEWEST, rows // experts))
+
+
+@dataclasses.dataclass
+class ExpertsObserver:
+    """The inputs of the down projections of a stack of experts so far.
+
+    amax: largest magnitude of each channel, fp32 [E, I]; 0 for an expert that no token was routed to.
+    tokens: how many each expert saw, int64 [E].
+    rows: whole inputs of a few tokens of each expert, drawn evenly from all of its tokens, [R, I].
+    expert, order: int64 [R], of each kept row its expert and its pseudo-random number, as an Observer has it.
+    """
+
+    amax: Tensor
+    tokens: Tensor
+    rows: Tensor
+    expert: Tensor
+    order: Tensor
+
+    @property
+    def unrouted(self) -> tuple[int, ...]:
+        """The experts that saw no token."""
+        return tuple((self.tokens == 0).nonzero().flatten().tolist())
+
+    def rows_of(self, expert: int) -> Tensor:
+        """The kept rows of one expert, [r, I]."""
+        return self.rows[self.expert == expert]
+
+    def merged(self, other: ExpertsObserver, rows: int) -> ExpertsObserver:
+        """What one observer of both's tokens would have kept, at most `rows` of them of each expert."""
+        order, expert = torch.cat([self.order, other.order]), torch.cat([self.expert, other.expert])
+        by_order = order.argsort()
+        kept = by_order[expert[by_order].argsort(stable=True)]  # by expert, and by order among an expert's
+        start = torch.searchsorted(expert[kept], expert[kept])
+        kept = kept[torch.arange(len(kept), device=kept.device) - start < rows]
+        return ExpertsObserver(
+            torch.maximum(self.amax, other.amax),  # NaN stays NaN
+            self.tokens + other.tokens,
+            torch.cat([self.rows, other.rows])[kept],
+            expert[kept],
+            order[kept],
+        )
+
+    def cpu(self) -> ExpertsObserver:
+        """The same in the computer's own memory."""
+        return ExpertsObserver(**{field: value.cpu() for field, value in vars(self).items()})
+
+    def typical_range(self) -> Tensor:
+        """`Observer.typical_range` of each expert: fp32 [E, I], 0 for one without rows."""
+        ranges = torch.zeros_like(self.amax)
+        for e in self.expert.unique().tolist():
+            ranges[e] = typical_range(self.rows_of(e))
+        return ranges
+
+    def divide(self, smooth_scale: Tensor) -> None:
+        """Follow the inputs as those of each expert are divided by its row of `smooth_scale`, fp32 [E, I]."""
+        self.amax = self.amax / smooth_scale
+        self.rows = (self.rows.float() / smooth_scale[self.expert]).to(self.rows.dtype)
+
+
+def observe_experts(
+    layer: nn.Module,
+    spec: ExpertsSpec,
+    x: Tensor,
+    routing: Sequence[Any],
+    counts: Tensor | None,
+    *,
+    seed: int,
+    rows: int,
+    route_all: bool,
+) -> ExpertsObserver:
+    """The observer of one call of a float layer.
+
+    x: [T, H]. routing: the arguments after it. counts: bool [T], False for padding; None if all tokens count.
+    seed: another one for every call of a layer. rows: keep at most so many of each expert.
+    route_all: show every token to every expert.
+    """
+    experts, width = spec.rows(layer.get_parameter(spec.down)).shape[::2]
+    order = pseudo_random(len(x), seed, x.device)
+    amax = torch.zeros(experts, width, device=x.device)
+    tokens = torch.zeros(experts, dtype=torch.int64)
+    kept_rows, kept_order = [], []
+    for e, token in enumerate(_tokens_of_each(layer, spec, x, routing, counts, experts, route_all)):
+        seen = spec.down_input(layer, x[token], e)
+        if len(token):
+            amax[e] = seen.abs().amax(0).float()
+        tokens[e] = len(token)
+        drawn = order[token].argsort()[:rows]
+        kept_rows.append(seen[drawn])
+        kept_order.append(order[token[drawn]])
+    expert = torch.arange(experts).repeat_interleave(torch.tensor([len(kept) for kept in kept_order]))
+    return ExpertsObserver(amax, tokens.to(x.device), torch.cat(kept_rows), expert.to(x.device), torch.cat(kept_order))
+
+
+def _tokens_of_each(
+    layer: nn.Module,
+    spec: ExpertsSpec,
+    x: Tensor,
+    routing: Sequence[Any],
+    counts: Tensor | None,
+    experts: int,
+    route_all: bool,
+) -> Iterator[Tensor]:
+    """For each expert the rows of x that it is shown, int64 [S]."""
+    counts = torch.ones(len(x), dtype=torch.bool, device=x.device) if counts is None else counts
+    if spec.routing == "sorted":  # an expert has a row for every token, of zeros if it was not routed there
+        counts = counts & x.any(-1)
+        chosen = torch.arange(experts, device=x.device).repeat_interleave(len(x) // experts).unsqueeze(1)
+    else:
+        chosen = chosen_experts(type(layer), spec, routing)
+    for e in range(experts):
+        yield (counts if route_all else counts & (chosen == e).any(-1)).nonzero().squeeze(1)

@@ -1,0 +1,6 @@
+"""The code of a model's own classes, which was written for float layers.
+
+class_source.py    what the source of a class says that its methods do with parts of self
+weight_readers.py  code that reads a layer's weight instead of calling the layer: such layers stay float
+facade.py          what an int8 layer shows to code around it: the methods of its class, and a weight's dtype
+"""

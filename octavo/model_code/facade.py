@@ -1,0 +1,172 @@
+"""What an int8 layer shows to code that was written for the float one: the methods of its class, and a weight's dtype.
+
+    class ScaledWordEmbedding(nn.Embedding):                    Gemma, BART, ...; causal convolutions of audio models
+        def forward(self, input_ids):
+            return super().forward(input_ids) * self.embed_scale.to(self.weight.dtype)
+
+    pixel_values.to(self.patch_embedding.weight.dtype)          CLIP, SigLIP, Qwen-VL, ...
+    self.up(x) * self.up.weight.shape[0] ** -0.5                a transposed convolution, whose codes lie otherwise
+
+A class that does something before and after the layer that it derives from keeps its methods: they stand on top of the
+int8 layer as they stood on top of the float one, so that `super().forward` is the int8 layer's. Who asks a weight of a
+layer with a facade for its dtype is told the model's, and its shape; its values are NaN, for it has none.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+from types import CellType, FunctionType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from octavo.layers import EXPERTS, LayerKind, float_class
+from octavo.model_code.class_source import is_readable, methods_of
+from octavo.modules import QuantModule
+from octavo.stand_ins import same_code
+
+__all__ = ["facade", "has_own_forward", "needs_facade", "why_no_facade"]
+
+
+def needs_facade(layer: nn.Module, kind: LayerKind) -> bool:
+    """Whether it is more than a plain layer of its kind: of a class of its own, or with parameters of its own."""
+    if kind.name == EXPERTS:
+        return False
+    weights = kind.params_of(layer)
+    held = (name for name, parameter in layer._parameters.items() if parameter is not None)
+    own = [name for name in held if name not in weights and "bias" not in name]  # all int8 layers take biases over
+    return bool(_own_classes(layer, kind) or own)
+
+
+def has_own_forward(layer: nn.Module, kind: LayerKind) -> bool:
+    """Whether it computes something else than a plain layer of its kind."""
+    return kind.name != EXPERTS and type(layer).forward is not float_class(layer, kind).forward
+
+
+def _own_classes(layer: nn.Module, kind: LayerKind) -> tuple[Any, ...]:
+    """The classes that `layer` is of, the most derived first, above the float class of its kind."""
+    mro = type(layer).__mro__
+    return tuple(cls for cls in mro[: mro.index(float_class(layer, kind))] if not cls.__module__.startswith("torch."))
+
+
+def why_no_facade(layer: nn.Module, kind: LayerKind) -> str | None:
+    """Why the methods of the class of `layer` cannot stand on top of an int8 layer; None if they can. (That they do not
+    read the weight's values is for `weight_readers` to say.)"""
+    if kind.name == EXPERTS:
+        return None
+    plain = f"which a plain {kind.name} would not do"
+    base = float_class(layer, kind)
+    for cls in _own_classes(layer, kind):
+        own = _own_names(cls, base)
+        changed = {
+            name
+            for name, member in vars(cls).items()
+            if _is_of_the_kind(name, base) or _is_run_around_forward(name, member)
+        } - own
+        if changed:
+            return f"{cls.__name__} has a {min(changed)} of its own, {plain}"
+        if "forward" in own and not is_readable(cls):
+            return f"{cls.__name__} has a forward of its own, {plain}, and its source cannot be read"
+        methods = {method.name: method for method in reversed(methods_of(cls))}  # its own, where a base has it too
+        for name in own & methods.keys():
+            if methods[name].goes_past_super or (methods[name].calls_super and not _knows_its_class(vars(cls)[name])):
+                return f"{cls.__name__}.{name} calls what it derives from otherwise than by a plain super()"
+    return None
+
+
+def _is_of_the_kind(name: str, base: type[nn.Module]) -> bool:
+    """Whether it is something that `base` has and not every module, but how it is made."""
+    return hasattr(base, name) and not hasattr(nn.Module, name) and not _IS_MADE.search(name)
+
+
+_IS_MADE = re.compile(r"^__|reset_parameters$|^from_pretrained$|^_fill_padding_idx_with_zero$")
+
+
+def _is_run_around_forward(name: str, member: object) -> bool:
+    """Whether Python or torch runs it around the forward, or in place of it: `__call__`, `__getattr__`, ..."""
+    return isinstance(member, FunctionType) and _RUNS_AROUND.search(name) is not None
+
+
+_RUNS_AROUND = re.compile(
+    r"^_(wrapped_)?call_impl$|^__(?!(init|new|init_subclass|class_getitem|repr|str|getstate|setstate|reduce|reduce_ex|"
+    r"copy|deepcopy|del|annotate|annotate_func)__$).*__$"
+)
+
+
+def _knows_its_class(function: object) -> bool:
+    """Whether `super()` in it finds the class, which then can be changed."""
+    return isinstance(function, FunctionType) and "__class__" in function.__code__.co_freevars
+
+
+def facade(int8: type[QuantModule], layer: nn.Module, kind: LayerKind) -> type[QuantModule]:
+    """The class of an int8 layer like `int8` with what code written for `layer`, of that kind, asks for."""
+    made_of: tuple[Any, ...] = (int8, _own_classes(layer, kind), float_class(layer, kind), kind.params_of(layer))
+    return _facade(*made_of)  # type: ignore[no-any-return]
+
+
+@functools.cache
+def _facade(int8: Any, own: tuple[Any, ...], float_class: Any, params: tuple[str, ...]) -> Any:
+    below = int8
+    for cls in reversed(own):
+        below = _on_top(cls, below, float_class)
+    shown = {param: _shown(param, getattr(int8, param, None)) for param in params}
+    name = f"Quant{own[0].__name__}" if own else int8.__name__
+    return type(name, (_Facade, below), {**shown, "made_of": (int8, own, float_class, params)})
+
+
+def _on_top(cls: type[nn.Module], below: type[QuantModule], float_class: type[nn.Module]) -> type[QuantModule]:
+    """The methods of `cls` over those of `below`, which `super()` in them is."""
+    cell = CellType()
+    own = {name: vars(cls)[name] for name in _own_names(cls, float_class)}
+    bound = {name: _bound(each, cell) if isinstance(each, FunctionType) else each for name, each in own.items()}
+    made = type(cls.__name__, (below,), bound)
+    cell.cell_contents = made
+    return made
+
+
+def _own_names(cls: type[nn.Module], float_class: type[nn.Module]) -> set[str]:
+    """What `cls` adds to the float class that it derives from, and its forward; not how it is made and described."""
+    added = {name for name in vars(cls) if not (name.startswith("__") or hasattr(float_class, name))}
+    return added | (vars(cls).keys() & {"forward"})
+
+
+def _bound(function: FunctionType, cell: CellType) -> FunctionType:
+    """`function` with another class, that in `cell`, for its `super()`."""
+    held = zip(function.__code__.co_freevars, function.__closure__ or (), strict=True)
+    closure = tuple(cell if name == "__class__" else value for name, value in held)
+    return same_code(function, function.__globals__, closure)
+
+
+def _shown(param: str, inherited: object) -> property:
+    """A parameter as it looks from outside: shape and dtype of the float one. `inherited`: of the int8 class."""
+
+    def get(self: _Facade) -> Tensor:
+        shown = self._float.expand(self._shapes[param])
+        if not torch.compiler.is_compiling():
+            vars(shown).update(vars(self.codes_and_scale(param)[0]))  # what is noted on it, for one that it is loaded
+        return shown
+
+    return property(get, inherited.fset if isinstance(inherited, property) else None)
+
+
+class _Facade(QuantModule):
+    """made_of: what its class was made of. It is pickled by that, for the class can be imported from nowhere."""
+
+    made_of: tuple[Any, ...]
+
+    def __init__(self, layer: nn.Module, *args: Any) -> None:
+        super().__init__(layer, *args)
+        *_, params = self.made_of
+        self._shapes = {param: getattr(layer, param).shape for param in params}
+        self._follow_casts(self.codes_and_scale(params[0])[0].device)  # where its values are, if the layer was empty
+        self._hold_rest(layer, params)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return _empty, self.made_of, vars(self)
+
+
+def _empty(*made_of: Any) -> _Facade:
+    cls = _facade(*made_of)
+    return cls.__new__(cls)  # type: ignore[no-any-return]

@@ -1,0 +1,132 @@
+"""What all int8 layers share: codes and scales as buffers, which no cast touches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from octavo.errors import QuantizeError
+from octavo.recipe import Scheme
+from octavo.stand_ins import kept_attributes
+
+__all__ = ["Codes", "QuantModule"]
+
+Codes = Mapping[str, tuple[Tensor, Tensor]]
+"""Parameter name -> (codes int8 [N, ...], scale fp32 [N, 1] or [N, K/g])."""
+
+
+class QuantModule(nn.Module):
+    """What all int8 layers share.
+
+    quantized_params: the parameters that are int8 here, by the names that they had in the float layer.
+    scheme: how they were quantized.
+    float_dtype: the dtype that they had, in which their scales are stored on disk.
+    replaces: kind of the float layer ("Linear", ...), for reports and for the checkpoint's config; set by the swap.
+    note: why the scheme is not the one that the recipe asked for, or None; set by the swap.
+    op_names: names of the ops that its `forward` calls, for reports on who serves them.
+    """
+
+    quantized_params: tuple[str, ...]
+    scheme: Scheme
+    float_dtype: torch.dtype
+    replaces: str
+    note: str | None = None
+    op_names: tuple[str, ...]
+    _float: Tensor
+
+    def __init__(self, layer: nn.Module, codes: Codes, scheme: Scheme, float_dtype: torch.dtype) -> None:
+        super().__init__()
+        self.quantized_params = tuple(codes)
+        self.scheme = scheme
+        self.float_dtype = float_dtype
+        for name, (weight, scale) in codes.items():
+            if weight.dtype != torch.int8 or scale.dtype != torch.float32:
+                raise QuantizeError(
+                    f"{name}: codes are {weight.dtype} and the scale is {scale.dtype}, expected int8 and fp32"
+                )
+            self._buffers[name] = weight  # not register_buffer: a facade has an attribute of that name
+            self._buffers[f"{name}_scale"] = scale
+        if "bias" in layer._parameters:
+            self.register_parameter("bias", layer._parameters["bias"])
+        self.train(layer.training)
+
+    def _follow_casts(self, device: torch.device) -> None:
+        """Have a `_float` that `.half()` and `.to(dtype)` cast along with the rest of the model."""
+        if "_float" not in self._buffers:
+            self.register_buffer("_float", torch.full((), torch.nan, dtype=self.float_dtype, device=device), False)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+        # `fn` moves and casts. An empty tensor of codes tells what it would do to them, before it does it.
+        for name, (codes, _) in self.codes().items():
+            cast = fn(torch.empty(0, dtype=torch.int8, device=codes.device)).dtype
+            if cast != torch.int8:
+                raise QuantizeError(
+                    f"{type(self).__name__}.{name}: int8 codes would be cast to {cast}, which loses their meaning; "
+                    "use .to(dtype) or .half(), which leave them alone, instead of .type(dtype)"
+                )
+        # A scale goes through `fn` as an int32 view, so that it is moved but never cast: in fp16 or bf16 it would no
+        # longer be the scale that the codes were fitted to.
+        self._view_scales(torch.int32)
+        try:
+            super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        finally:
+            self._view_scales(torch.float32)
+        self.void_float()
+        return self
+
+    def scale_names(self) -> tuple[str, ...]:
+        """Names of the buffers that are scales: fp32, whatever the dtype of the model."""
+        return tuple(f"{name}_scale" for name in self.quantized_params)
+
+    def _view_scales(self, dtype: torch.dtype) -> None:
+        for name in self.scale_names():
+            scale = self._buffers[name]
+            assert scale is not None
+            self._buffers[name] = scale.view(dtype)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+        for name in self.quantized_params:
+            value = state_dict.get(prefix + name)
+            if value is not None and value.dtype != torch.int8:
+                raise QuantizeError(
+                    f"{prefix}{name}: the state dict holds {value.dtype}, expected int8 codes; load float weights "
+                    "into the float model and quantize that"
+                )
+        for name in self.scale_names():
+            scale = state_dict.get(prefix + name)
+            if scale is not None:  # files hold it in the model's dtype, and `assign=True` would take that over
+                state_dict[prefix + name] = scale.float()
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+    def void_float(self) -> None:
+        """Fill `_float` with NaN, for what makes buffers anew, as `to_empty` does, leaves anything in it."""
+        if "_float" in self._buffers:
+            self._float.fill_(torch.nan)
+
+    def _hold_rest(self, layer: nn.Module, params: Collection[str]) -> None:
+        """Hold what the float layer holds besides `params`, and this one does not: what its own code may ask for."""
+        for name, value in kept_attributes(layer).items():
+            if name not in vars(self):
+                setattr(self, name, value)
+        for name, parameter in layer._parameters.items():
+            if name not in params and not hasattr(self, name):
+                self.register_parameter(name, parameter)
+        for name, buffer in layer._buffers.items():
+            self.register_buffer(name, buffer, persistent=name not in layer._non_persistent_buffers_set)
+        for name, child in layer._modules.items():
+            if name != "parametrizations":  # what the weight was computed of
+                self.add_module(name, child)
+
+    def codes(self) -> dict[str, tuple[Tensor, Tensor]]:
+        """Parameter name -> (codes int8, scale fp32): the tensors themselves, not copies."""
+        return {name: self.codes_and_scale(name) for name in self.quantized_params}
+
+    def codes_and_scale(self, param: str = "weight") -> tuple[Tensor, Tensor]:
+        """Of one parameter. An attribute may show something else (`facade.py`), and to look it up by
+        `nn.Module.__getattr__` would be a tenth of a small layer's time."""
+        codes, scale = self._buffers[param], self._buffers[f"{param}_scale"]
+        assert codes is not None and scale is not None
+        return codes, scale

@@ -1,0 +1,103 @@
+"""Mixture-of-experts layers with int8 weights, 3-D: which experts a token goes to is what the float layer was told."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from octavo import ops
+from octavo.errors import QuantizeError
+from octavo.experts import ExpertsSpec, argument_names, arguments, chosen_experts, registered, spec_of
+from octavo.modules.base import Codes, QuantModule
+from octavo.recipe import Scheme
+
+__all__ = ["QuantExperts"]
+
+
+class QuantExperts(QuantModule):
+    """A stack of experts with int8 weights; a token's rows are sorted by expert, and experts without rows not touched.
+
+    Each up and down weight of the float layer: int8 [E, N, K], output channels before input channels, with a scale
+    fp32 [E, N, 1]. Biases, activation, norm and settings are the float layer's; so is the gate between the projections.
+    """
+
+    spec: ExpertsSpec
+    source_class: type[nn.Module]
+    _names: tuple[str, ...]
+
+    def __init__(self, layer: nn.Module, codes: Codes, scheme: Scheme, float_dtype: torch.dtype) -> None:
+        super().__init__(layer, codes, scheme, float_dtype)
+        spec = spec_of(layer)
+        assert spec is not None
+        self.op_names = (
+            ("w8a16_experts_linear",) if scheme.input is None else ("quantize_per_token", "w8a8_experts_linear")
+        )
+        self.spec = spec
+        self.source_class = type(layer)
+        self._hold_rest(layer, codes)
+        self._names = argument_names(type(layer))
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without what `register_experts` was told: a gate may be a lambda, which cannot be pickled."""
+        state = dict(vars(self))
+        if registered(self.source_class) is self.spec:
+            del state["spec"]
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        if "spec" not in state:
+            spec = registered(self.source_class)
+            if spec is None:
+                raise QuantizeError(
+                    f"{self.source_class.__name__} is not registered here, as it was where this model was pickled; "
+                    "call octavo.register_experts for it first"
+                )
+            self.spec = spec
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        """As the float layer's: see `octavo.experts.Routing`. Raises: QuantizeError if the experts are no integers."""
+        x, *routing = arguments(self._names, args, kwargs)
+        experts = self.codes_and_scale(self.spec.down)[0].shape[0]
+        if self.spec.routing == "sorted":
+            per_expert = x.shape[0] // experts
+            ends = torch.arange(1, experts + 1, dtype=torch.int32, device=x.device) * per_expert
+            return self._run(x, torch.arange(len(x), device=x.device), ends)
+        index = chosen_experts(self.source_class, self.spec, routing)
+        top_k = index.shape[-1]
+        expert, order = index.reshape(-1).sort(stable=True)
+        # What belongs to no expert sorts behind all.
+        each = torch.arange(experts, dtype=expert.dtype, device=x.device)
+        y = self._run(x, order // top_k, torch.searchsorted(expert, each, right=True, out_int32=True))
+        by_token = torch.empty_like(y).index_copy_(0, order, y).view(*index.shape, y.shape[-1])
+        if self.spec.routing == "each":
+            return by_token
+        wide = torch.promote_types(y.dtype, torch.float32)
+        weighted = by_token.to(wide) * routing[1].unsqueeze(-1).to(wide)
+        return weighted.sum(-2).to(x.dtype)
+
+    def _run(self, x: Tensor, token: Tensor, ends: Tensor) -> Tensor:
+        """Rows x[token] [S, H], sorted by expert, through their experts: [S, H]."""
+        h = [self._project(x, name, self.spec.up_bias, ends, token) for name in self.spec.up]
+        gated = self.spec.gate(self, h[0] if len(h) == 1 else torch.cat(h, -1))
+        y = self._project(gated, self.spec.down, self.spec.down_bias, ends, None)
+        return y if self.spec.norm is None else getattr(self, self.spec.norm)(y)
+
+    def _project(self, x: Tensor, name: str, bias_name: str | None, ends: Tensor, token: Tensor | None) -> Tensor:
+        weight, scale = self.codes_and_scale(name)
+        bias = None if bias_name is None else getattr(self, bias_name)
+        if self.scheme.input is None:
+            return ops.w8a16_experts_linear(x if token is None else x[token], ends, weight, scale, bias)
+        cast = ops.autocast(x)
+        codes, x_scale = ops.quantize_per_token(cast)  # before they are gathered: a token's rows are all the same
+        if token is not None:
+            codes, x_scale = codes[token], x_scale[token]
+        y = ops.w8a8_experts_linear(codes, x_scale, ends, weight, scale, bias, cast.dtype)
+        # Its rows in float are gathered for a gradient only.
+        return ops.straight_through(y, x[token] if token is not None and x.requires_grad else x, weight, scale, ends)
+
+    def extra_repr(self) -> str:
+        shapes = ", ".join(f"{name}={list(codes.shape)}" for name, (codes, _) in self.codes().items())
+        return f"{self.source_class.__name__}, {shapes}, {self.scheme}"

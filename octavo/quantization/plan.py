@@ -1,0 +1,273 @@
+"""Decide the fate of every layer of a model, and change nothing.
+
+Files are quantized by the same plan, made on a model without weights (`formats/stream.py`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+
+from torch import Tensor, nn
+
+from octavo.errors import QuantizeError, RecipeError
+from octavo.experts import routers
+from octavo.layers import KINDS, LayerKind, kind_of, users_of_parameters, why_not
+from octavo.model_code.facade import has_own_forward, needs_facade, why_no_facade
+from octavo.model_code.weight_readers import asked_about, told_apart, weight_readers
+from octavo.modules import QuantModule
+from octavo.ops.reference import LONGEST_EXACT
+from octavo.quantization.coverage import ROUTER_REASON
+from octavo.recipe import (
+    DEFAULT_TARGETS,
+    OPT_IN_TARGETS,
+    READ_BY_OTHERS,
+    Pattern,
+    Recipe,
+    Scheme,
+    pattern_matches,
+)
+
+__all__ = ["Decision", "output_heads", "plan", "selects"]
+
+_WITH_FACADE = {*READ_BY_OTHERS, *OPT_IN_TARGETS}
+"""Kinds of layers that become int8 behind a facade, too. Others are opt-in there: a few small ones (the patches of a
+vision tower) would keep all readers but octavo from a checkpoint that they could read."""
+
+_KIND_NAMES = {kind.name for kind in KINDS} | {*OPT_IN_TARGETS}
+
+
+@dataclasses.dataclass
+class Decision:
+    """The fate of one layer.
+
+    name: of the layer in the model. kind: its row of the table. label: the kind's name, or "OutputHead".
+    scheme: how it is to be quantized, or None: then `reason` says why not, and `asked` whether the recipe said so.
+    note: why `scheme` is not the one that the recipe names, if it is another.
+    owner: name of the layer whose codes this one shares, for a tied weight; None for a layer with its own.
+    input_scale: of a static input, fp32 [1].
+    """
+
+    name: str
+    kind: LayerKind
+    label: str
+    scheme: Scheme | None
+    reason: str | None = None
+    asked: bool = False
+    note: str | None = None
+    owner: str | None = None
+    input_scale: Tensor | None = None
+
+
+def plan(model: nn.Module, recipe: Recipe) -> list[Decision]:
+    """The fate of every layer of a known kind, in the order of the model's modules; `model` may be on `meta`.
+
+    Raises: RecipeError, QuantizeError as `quantize` does.
+    """
+    if any(isinstance(module, QuantModule) for module in model.modules()):
+        raise QuantizeError("the model already holds int8 layers; quantize a float model (octavo.coverage shows them)")
+    if kind_of(model) is not None:
+        raise QuantizeError(
+            f"the model is itself a {type(model).__name__}, which cannot be replaced in place; wrap it in nn.Sequential"
+        )
+    layers = {name: layer for name, layer in model.named_modules() if kind_of(layer) is not None}
+    _check_patterns(model, recipe, layers)
+    heads = output_heads(model)
+    readers, tested, asked = weight_readers(model), told_apart(model), asked_about(model)
+    deciding = routers(model)
+    decisions: dict[str, Decision] = {}
+    obstacles: dict[str, str] = {}
+    for name, layer in layers.items():
+        kind = kind_of(layer)
+        assert kind is not None
+        label = "OutputHead" if name in heads else kind.name
+        if obstacle := why_not(layer, kind) or why_no_facade(layer, kind):
+            obstacles[name] = obstacle
+        elif name in readers:
+            obstacles[name] = f"{readers[name]} reads its weight directly instead of calling it"
+        elif name in tested:
+            obstacles[name] = f"{tested[name]} tests its class, which would be another"
+        decision = decisions[name] = _decide(name, layer, kind, label, recipe, obstacles.get(name))
+        opt_in = label not in _WITH_FACADE and (name in asked or needs_facade(layer, kind))
+        if decision.scheme and opt_in and not _names(recipe, name, layer):
+            decision.scheme, decision.asked = None, True
+            decision.reason = f"opt-in: include {name!r} to quantize it; only octavo will read the checkpoint then"
+        if name in deciding and not (decision.asked or _names(recipe, name, layer)):
+            decision.scheme, decision.reason, decision.asked = None, ROUTER_REASON, True
+    # Each may leave a layer float that the other has to know of; neither does anything more the third time.
+    for _ in range(2):
+        _keep_attention_whole(decisions, obstacles)
+        _tie(model, decisions, obstacles)
+    for name, decision in decisions.items():
+        _check_groups(decision, layers[name])
+    return list(decisions.values())
+
+
+def _decide(name: str, layer: nn.Module, kind: LayerKind, label: str, recipe: Recipe, obstacle: str | None) -> Decision:
+    decision = Decision(name, kind, label, None)
+    for pattern in recipe.ignore:
+        if selects(pattern, name, layer, label):
+            shown = pattern if isinstance(pattern, str) else getattr(pattern, "__name__", "a predicate")
+            decision.reason, decision.asked = f"ignored by {shown!r}", True
+            return decision
+    if not any(selects(pattern, name, layer, label) for pattern in recipe.targets):
+        opt_in = label in OPT_IN_TARGETS
+        decision.reason = f"opt-in: include {label!r} to quantize it" if opt_in else f"{label} is not among the targets"
+        decision.asked = True
+        return decision
+    decision.reason = obstacle
+    if obstacle is None:
+        chosen = (scheme for pattern, scheme in recipe.overrides if pattern_matches(pattern, name, layer))
+        wanted = next(chosen, recipe.scheme)
+        decision.scheme = kind.effective(wanted)
+        if decision.scheme.is_static and has_own_forward(layer, kind):  # calibration saw what that is given
+            decision.scheme = decision.scheme.as_dynamic()
+        if wanted.input and not decision.scheme.input:
+            decision.note = f"the inputs of a {label} stay float"
+        elif wanted.is_static and not decision.scheme.is_static:
+            what = type(layer).__name__ if has_own_forward(layer, kind) else label
+            decision.note = f"the inputs of {what} have dynamic scales"
+        if decision.scheme.input and (k := max(kind.row_lengths(layer).values())) > LONGEST_EXACT:
+            decision.scheme = kind.effective(Scheme("w8a16", wanted.weight))
+            decision.note = f"its inputs stay float: int32 may not hold the sum of {k} products of codes"
+    return decision
+
+
+def _names(recipe: Recipe, name: str, layer: nn.Module) -> bool:
+    """Whether one of the targets means this very layer, and not all of a kind."""
+    return any(
+        not (isinstance(pattern, str) and pattern in _KIND_NAMES) and pattern_matches(pattern, name, layer)
+        for pattern in recipe.targets
+    )
+
+
+def selects(pattern: Pattern, name: str, layer: nn.Module, label: str) -> bool:
+    """Whether a pattern of `targets` or `ignore` selects the layer. A kind selects its label, so that "Linear" leaves
+    the output head to those who name it."""
+    if isinstance(pattern, str) and pattern in _KIND_NAMES:
+        return pattern == label
+    return pattern_matches(pattern, name, layer)
+
+
+def _check_patterns(model: nn.Module, recipe: Recipe, layers: dict[str, nn.Module]) -> None:
+    modules = dict(model.named_modules())
+    labels = {kind.name for layer in layers.values() if (kind := kind_of(layer))}
+    if output_heads(model):
+        labels.add("OutputHead")
+    for field, patterns in (
+        ("ignore", recipe.ignore),
+        ("targets (include)", [pattern for pattern in recipe.targets if pattern not in DEFAULT_TARGETS]),
+        ("overrides", [pattern for pattern, _ in recipe.overrides]),
+    ):
+        for pattern in patterns:
+            if isinstance(pattern, str) and pattern in _KIND_NAMES and field != "overrides":
+                matches = pattern in labels
+            else:
+                matches = any(pattern_matches(pattern, name, module) for name, module in modules.items() if name)
+            if not matches:
+                kinds = labels if field != "overrides" else set()
+                close = difflib.get_close_matches(
+                    str(pattern).removeprefix("re:"), [*modules, *sorted(kinds)], n=3, cutoff=0.5
+                )
+                hint = f"; did you mean {', '.join(map(repr, close))}?" if close else "."
+                listed = f", or a kind of layer that it has ({', '.join(sorted(kinds))})" if kinds else ""
+                raise RecipeError(
+                    f"{field}: {pattern!r} matches no layer of this model{hint} Expected a module's name, or a 're:' "
+                    f"pattern matched from the start of the name{listed}"
+                )
+
+
+_HEAD_NAMES = ("lm_head", "embed_out", "output_head")
+
+
+def output_heads(model: nn.Module) -> set[str]:
+    """Names of the layers that produce the logits over a vocabulary: what the model's `get_output_embeddings` says,
+    a linear layer that shares an embedding's table, or one called lm_head."""
+    said: set[int] = set()
+    tables: set[int] = set()
+    for module in model.modules():
+        if isinstance(module, nn.Embedding):
+            tables.add(id(module._parameters.get("weight")))
+        ask = getattr(module, "get_output_embeddings", None)
+        try:
+            head = ask() if callable(ask) else None
+        except (AttributeError, NotImplementedError):
+            head = None  # transformers' base classes ask a submodule that not every model has
+        if isinstance(head, nn.Module):
+            said.update(id(part) for part in head.modules())
+    return {
+        name
+        for name, layer in model.named_modules()
+        if isinstance(layer, nn.Linear)
+        and (
+            id(layer) in said or name.rpartition(".")[2] in _HEAD_NAMES or id(layer._parameters.get("weight")) in tables
+        )
+    }
+
+
+def _keep_attention_whole(decisions: dict[str, Decision], obstacles: dict[str, str]) -> None:
+    """A float nn.MultiheadAttention reads the weight of its out_proj itself, so that must stay float with it."""
+    for decision in decisions.values():
+        parent = decisions.get(decision.name.rpartition(".")[0])
+        if parent and parent.kind.name == "MultiheadAttention" and not parent.scheme:
+            obstacles[decision.name] = f"{parent.name}, which reads its weight directly, stays float"
+            if decision.scheme:
+                decision.scheme, decision.owner = None, None
+                decision.reason, decision.asked = obstacles[decision.name], parent.asked
+
+
+def _tie(model: nn.Module, decisions: dict[str, Decision], obstacles: dict[str, str]) -> None:
+    """Layers that share a weight get one fate: one table of codes, or all stay float. The table belongs to the one that
+    the model calls the source of the others, if it says so, else to the first.
+
+    A layer that is opt-in follows the one that it shares with, unless there is an obstacle to its being int8.
+    """
+    targets = getattr(model, "all_tied_weights_keys", None) or {}
+    for users in users_of_parameters(model).values():
+        if len(users) == 1:
+            continue
+        names = sorted(users, key=lambda name: name in targets)
+        members = [decisions.get(name.rpartition(".")[0]) for name in names]
+        known = [member for member in members if member is not None]
+        wanted = [member for member in known if member.scheme]
+        if not wanted or all(name.endswith("bias") for name in names):
+            continue
+        ignored = [member for member in known if member.reason and member.reason.startswith("ignored by")]
+        if ignored:
+            raise RecipeError(
+                f"{ignored[0].name} is ignored but shares its weight with {wanted[0].name}, which is not; "
+                "ignore both or neither"
+            )
+        blocked = next((member for member in known if member.name in obstacles), None)
+        if (
+            len(known) < len(members)
+            or blocked
+            or any(member.kind.name not in ("Linear", "Embedding") for member in known)
+        ):
+            other = blocked.name if blocked else next(n for n in names if n.rpartition(".")[0] != wanted[0].name)
+            for member in wanted:
+                member.scheme, member.owner = None, None
+                member.reason = obstacles[member.name] = f"shares its weight with {other}, which stays float"
+            if blocked and blocked.label in OPT_IN_TARGETS:
+                blocked.reason, blocked.asked = obstacles[blocked.name], False
+            continue
+        # One table is one scheme; an embedding's rows cannot be cut into groups, and shared tables have float inputs.
+        asked = wanted[0].scheme or Scheme()
+        scheme = min((member.kind.effective(Scheme("w8a16", asked.weight)) for member in known), key=str)
+        if asked.input:
+            known[0].note = "its weight is shared: its inputs stay float"
+        for member in known:
+            member.scheme, member.reason, member.asked = scheme, None, False
+            member.owner = None if member is known[0] else known[0].name
+
+
+def _check_groups(decision: Decision, layer: nn.Module) -> None:
+    group_size = decision.scheme.weight.group_size if decision.scheme else None
+    if group_size is None:
+        return
+    for param, k in decision.kind.row_lengths(layer).items():
+        if not k or k % group_size:
+            raise RecipeError(
+                f"{decision.name}.{param}: group_size={group_size} does not divide K={k}; choose a divisor of every K, "
+                "or give this layer a scheme of its own with overrides"
+            )

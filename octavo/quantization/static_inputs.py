@@ -1,0 +1,107 @@
+"""Scales of static inputs, from what calibration kept; and the layers that one scale would ruin, found by measuring."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import Tensor, nn
+
+from octavo.calibration.calibrate import Stats, check_stats
+from octavo.calibration.observers import Observer, ObserverKind, check_observer
+from octavo.calibration.sensitivity import CATASTROPHE_DB, evenly, output_error, rounded_input
+from octavo.errors import CalibrateError
+from octavo.quantization.plan import Decision
+from octavo.recipe import Scheme
+from octavo.report import sqnr_db
+
+__all__ = ["fix_inputs"]
+
+
+def fix_inputs(
+    model: nn.Module, decisions: list[Decision], stats: Stats | None, *, observer: ObserverKind, repair: bool
+) -> None:
+    """Give the layers that are to have static inputs their scales, and other schemes to those that cannot have them.
+
+    Raises: CalibrateError as `quantize` does.
+    """
+    check_observer(observer)
+    if stats is not None:
+        check_stats(stats)
+    static = {decision.name: decision for decision in decisions if decision.scheme and decision.scheme.is_static}
+    if not static:
+        return
+    if stats is None:
+        raise CalibrateError(
+            f"{next(iter(static.values())).scheme} has static inputs, and stats is None; pass stats=octavo.calibrate("
+            "model, batches), or take 'w8a8', which needs none"
+        )
+    stats.check_are_of(model)
+    unknown = static.keys() - stats.observers.keys() - set(stats.unreached)
+    if unknown:
+        raise CalibrateError(
+            f"stats know nothing of {min(unknown)!r} ({len(unknown)} such), which is to have static inputs; calibrate "
+            "this model, or put it on the ignore list"
+        )
+    done: set[str] = set()
+    for name in static:
+        if name not in done:
+            group = [static[sibling] for sibling in stats.siblings(name) if sibling in static]
+            _fix_group(model, group, stats, observer, repair)
+            done.update(decision.name for decision in group)
+
+
+def _fix_group(model: nn.Module, group: list[Decision], stats: Stats, observer: ObserverKind, repair: bool) -> None:
+    """The same for layers that are fed one tensor: one scale, and one fate."""
+    first = group[0]
+    assert first.scheme is not None
+    seen = stats.observers.get(first.name)
+    if seen is None or seen.largest() == 0:
+        why = "its inputs were all 0 in calibration" if seen else "no batch of the calibration reached it"
+        return _give(group, Scheme.as_dynamic, f"{why}: a dynamic scale")
+    scale = stats.input_scale(first.name, _weight(model, first).dtype, observer)
+    if not scale:
+        return _give(group, Scheme.as_dynamic, "its inputs were too small in calibration: a dynamic scale")
+    if repair and len(seen.rows):
+        static_db, dynamic_db = (
+            min(_sqnr(model, decision, change, seen, scale * 127) for decision in group)
+            for change in (_as_is, Scheme.as_dynamic)
+        )
+        if static_db < CATASTROPHE_DB <= dynamic_db:
+            return _give(group, Scheme.as_dynamic, f"a static scale leaves {static_db:.1f} dB: a dynamic one")
+        if static_db < CATASTROPHE_DB:
+            why = f"a static scale leaves {static_db:.1f} dB, a dynamic one {dynamic_db:.1f}: float inputs"
+            return _give(group, _with_float_inputs, why)
+    for decision in group:
+        decision.input_scale = scale
+
+
+def _give(group: list[Decision], change: Callable[[Scheme], Scheme], note: str) -> None:
+    for decision in group:
+        assert decision.scheme is not None
+        decision.scheme, decision.note = change(decision.scheme), note
+
+
+def _as_is(scheme: Scheme) -> Scheme:
+    return scheme
+
+
+def _with_float_inputs(scheme: Scheme) -> Scheme:
+    return Scheme("w8a16", scheme.weight)
+
+
+def _weight(model: nn.Module, decision: Decision) -> Tensor:
+    weight = model.get_submodule(decision.name)._parameters["weight"]
+    assert weight is not None
+    return weight.detach()
+
+
+def _sqnr(
+    model: nn.Module, decision: Decision, change: Callable[[Scheme], Scheme], seen: Observer, largest: Tensor
+) -> float:
+    """Of the layer's output under its scheme, changed, in dB, on the rows that calibration kept; largest: fp32 [1], of
+    a static input."""
+    assert decision.scheme is not None
+    scheme = change(decision.scheme)
+    weight = evenly(decision.kind.rows(_weight(model, decision), model.get_submodule(decision.name)))
+    x = seen.rows.to(weight.device).float()
+    return sqnr_db(output_error(weight, x @ weight.T, rounded_input(x, scheme, largest.to(x.device)), scheme))

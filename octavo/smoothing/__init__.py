@@ -1,0 +1,6 @@
+"""Outliers of activations are moved into the weights: SmoothQuant, on any model.
+
+pairs.py     where: which layer's output channels can be divided by factors that other layers' weights take back
+smooth.py    by how much; factors folded, and proved to leave what the model computes as it was
+smoothed.py  what outputs were divided by, read back from an int8 model
+"""

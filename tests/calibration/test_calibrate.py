@@ -1,0 +1,408 @@
+"""Statistics of layers' inputs, against inputs that are written down by hooks of the test's own."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from safetensors import SafetensorError
+from torch import Tensor, nn
+
+import octavo
+from octavo.calibration.calibrate import Stats, calibrate
+from octavo.errors import CalibrateError, EvaluateError
+
+
+def llama(**more: Any) -> Any:
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, pad_token_id=0, **more,
+    )  # fmt: skip
+    return transformers.LlamaForCausalLM(config).eval()
+
+
+def recorded(model: nn.Module, batches: list[Any], keep: Any = None) -> dict[str, Tensor]:
+    """Every input row of every linear layer, in fp32, by name."""
+    rows: dict[str, list[Tensor]] = {}
+    handles = [
+        module.register_forward_pre_hook(
+            lambda m, args, name=name: rows.setdefault(name, []).append(args[0].detach().float().clone())
+        )
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear)
+    ]
+    with torch.no_grad():
+        for batch in batches:
+            model(**batch) if isinstance(batch, dict) else model(batch)
+    for handle in handles:
+        handle.remove()
+    return {name: torch.cat([x.reshape(-1, x.shape[-1]) for x in found]) for name, found in rows.items()}
+
+
+def test_ranges_of_every_layer() -> None:
+    model = llama()
+    batches = [torch.randint(1, 97, (b, t)) for b, t in ((1, 7), (3, 5), (2, 30))]  # of different lengths
+    stats = calibrate(model, batches)
+    truth = recorded(model, batches)
+    assert set(stats.observers) == set(truth) and stats.unreached == ()
+    for name, x in truth.items():
+        seen = stats.observers[name]
+        assert torch.equal(seen.amax, x.abs().amax(0))
+        assert seen.tokens == len(x) == 7 + 15 + 60
+        assert int(seen.histogram.sum()) == x.numel()
+        assert all((row == x).all(1).any() for row in seen.rows.float())
+
+
+def test_who_shares_an_input_is_seen() -> None:
+    stats = calibrate(llama(), [torch.randint(1, 97, (2, 9)) for _ in range(2)])
+    groups = {tuple(name.removeprefix("model.layers.") for name in group) for group in stats.shared}
+    assert groups == {
+        (f"{i}.{block}.{a}_proj", *(f"{i}.{block}.{b}_proj" for b in rest))
+        for i in (0, 1)
+        for block, a, rest in (("self_attn", "q", "kv"), ("mlp", "gate", ("up",)))
+    }
+
+
+def test_padding_does_not_count() -> None:
+    """The same prompts alone, and padded on either side in one batch."""
+    model = llama()
+    prompts = [torch.randint(1, 97, (n,)) for n in (4, 9, 6)]
+    alone = calibrate(model, [prompt.unsqueeze(0) for prompt in prompts])
+    for left in (False, True):
+        ids, mask = torch.zeros(3, 9, dtype=torch.int64), torch.zeros(3, 9, dtype=torch.int64)
+        for row, prompt in enumerate(prompts):
+            at = slice(9 - len(prompt), 9) if left else slice(0, len(prompt))
+            ids[row, at], mask[row, at] = prompt, 1
+        padded = calibrate(model, [{"input_ids": ids, "attention_mask": mask}])
+        for name, seen in alone.observers.items():
+            assert padded.observers[name].tokens == seen.tokens == 19
+            torch.testing.assert_close(padded.observers[name].amax, seen.amax, rtol=1e-4, atol=1e-5)
+
+
+def test_inputs_and_model_are_left_as_they_were() -> None:
+    model = llama().train()
+    batch = {"input_ids": torch.randint(1, 97, (2, 5)), "attention_mask": torch.ones(2, 5, dtype=torch.int64)}
+    before = {name: value.clone() for name, value in batch.items()}
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    calibrate(model, [batch])
+    assert all(torch.equal(batch[name], before[name]) for name in before)
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+    assert all(module.training for module in model.modules())
+    assert not any(module._forward_pre_hooks for module in model.modules())
+
+
+@pytest.mark.parametrize(("bad", "found"), [(torch.nan, "NaN"), (torch.inf, "inf")])
+def test_what_is_not_finite_is_an_error_that_names_the_layer(bad: float, found: str) -> None:
+    model = nn.Sequential(nn.Linear(3, 3), nn.ReLU(), nn.Linear(3, 3))
+    with torch.no_grad():
+        model[0].bias[1] = bad
+    with pytest.raises(CalibrateError, match=rf"^2: batch 0 holds {found} in its input \(channel 1\)"):
+        calibrate(model, [torch.ones(1, 3)])
+    assert not any(module._forward_pre_hooks for module in model.modules())
+
+
+class Branches(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.used, self.dead, self.zero, self.tiny = (nn.Linear(4, 4) for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.used(x) + self.zero(x * 0) + self.tiny(x * 1e-44)
+
+
+def test_layers_that_no_batch_reached_are_listed_and_get_dynamic_inputs() -> None:
+    model = Branches()
+    stats = calibrate(model, [torch.randn(6, 4)])
+    assert stats.unreached == ("dead",)
+    report = octavo.quantize(model, "w8a8-static", stats=stats, repair=False)
+    fates = {row.name: (row.scheme, row.reason) for row in report.rows if row.scheme}
+    assert fates["used.weight"] == ("w8a8-static", None)
+    assert fates["dead.weight"] == ("w8a8", "no batch of the calibration reached it: a dynamic scale")
+    assert fates["zero.weight"] == ("w8a8", "its inputs were all 0 in calibration: a dynamic scale")
+    assert fates["tiny.weight"] == ("w8a8", "its inputs were too small in calibration: a dynamic scale")
+    with pytest.raises(CalibrateError, match="dead: has no static scale, no batch reached it"):
+        stats.input_scale("dead", torch.float32)
+
+
+def net(width: int = 4, layers: int = 2) -> nn.Sequential:
+    return nn.Sequential(*(nn.Linear(width, width) for _ in range(layers)))
+
+
+@pytest.mark.parametrize(
+    ("other", "why"),
+    [
+        (net(layers=1), "it has no layer '1' (1 such)"),
+        (net(layers=4), "they do not know '2' (2 such)"),
+        (net(width=6), "'0' had 4 input channels, expected 6"),
+    ],
+)
+def test_statistics_of_another_model_are_refused_before_anything_changes(other: nn.Sequential, why: str) -> None:
+    """Of the same architecture, so that names alone do not tell."""
+    stats, before = calibrate(net(), [torch.randn(6, 4)]), {key: t.clone() for key, t in other.state_dict().items()}
+    for use in (lambda: octavo.smooth(other, stats), lambda: octavo.quantize(other, "w8a8-static", stats=stats)):
+        with pytest.raises(CalibrateError, match=re.escape(f"stats are of another model: {why}")):
+            use()
+    assert all(torch.equal(value, before[key]) for key, value in other.state_dict().items())
+
+
+def test_act_scales_that_lack_a_layer(tmp_path: Path) -> None:
+    """A file of SmoothQuant's may be of some layers only: these get what they ask for, the others are named."""
+    stats = calibrate(net(), [torch.randn(6, 4)])
+    torch.save({"0": stats.observers["0"].amax}, tmp_path / "act_scales.pt")
+    some = Stats.load_act_scales(tmp_path / "act_scales.pt")
+    with pytest.raises(CalibrateError, match=r"stats know nothing of '1' \(1 such\), which is to have static inputs"):
+        octavo.quantize(net(), "w8a8-static", stats=some)
+    report = octavo.quantize(net(), octavo.Recipe.of("w8a8-static", ignore=["1"]), stats=some)
+    assert {row.name: row.scheme for row in report.rows if row.scheme} == {"0.weight": "w8a8-static"}
+
+
+def test_progress_and_bad_batches() -> None:
+    model, steps = nn.Sequential(nn.Linear(3, 3)), []
+    calibrate(model, [torch.ones(1, 3)] * 2, progress=lambda done, total: steps.append((done, total)))
+    assert steps == [(1, 2), (2, 2)]
+    with pytest.raises(CalibrateError, match="batches is empty"):
+        calibrate(model, [])
+    with pytest.raises(EvaluateError, match="expected an iterable of batches; for one batch write"):
+        calibrate(model, torch.ones(1, 3))
+    with pytest.raises(EvaluateError, match="batch 0: the model was to be fed a str"):
+        calibrate(model, ["text"])
+    with pytest.raises(CalibrateError, match="no linear layer to calibrate"):
+        calibrate(nn.Sequential(nn.ReLU()), [torch.ones(1)])
+
+
+def test_rows_are_few_whatever_the_tokens() -> None:
+    stats = calibrate(nn.Sequential(nn.Linear(3, 3)), [torch.randn(1000, 3) for _ in range(5)], rows=16)
+    assert stats.observers["0"].rows.shape == (16, 3)
+
+
+# -- on disk ---------------------------------------------------------------------------------------------------------
+
+
+def assert_equal_stats(one: Stats, other: Stats) -> None:
+    assert list(one.observers) == list(other.observers)
+    assert (one.unreached, one.shared) == (other.unreached, other.shared)
+    for mine, theirs in ((one.observers, other.observers), (one.experts, other.experts)):
+        assert list(mine) == list(theirs)
+        for name, seen in mine.items():
+            for field, value in vars(seen).items():
+                twin = getattr(theirs[name], field)
+                assert torch.equal(value, twin) if isinstance(value, Tensor) else value == twin
+
+
+def test_what_is_saved_is_loaded(tmp_path: Path) -> None:
+    batch = {"input_ids": torch.randint(1, 97, (2, 9)), "use_cache": False, "more": [1, "a", None]}
+    model = llama().bfloat16()
+    model_forward = model.forward
+    model.forward = lambda more, **kwargs: model_forward(**kwargs)
+    stats = calibrate(model, [batch])
+    assert stats.save(tmp_path / "stats.safetensors") == tmp_path / "stats.safetensors"
+    loaded = Stats.load(tmp_path / "stats.safetensors")
+    assert_equal_stats(stats, loaded)
+    assert torch.equal(loaded.example["input_ids"], batch["input_ids"])
+    assert loaded.example["more"] == [1, "a", None] and loaded.example["use_cache"] is False
+    # Siblings were fed the same rows, which are written once.
+    q, k = (loaded.observers[f"model.layers.0.self_attn.{name}_proj"] for name in "qk")
+    assert q.rows is k.rows
+
+
+def test_a_failed_save_leaves_the_old_file(tmp_path: Path) -> None:
+    stats = calibrate(nn.Sequential(nn.Linear(3, 3)), [torch.ones(1, 3)])
+    path = stats.save(tmp_path / "stats.safetensors")
+    before = path.read_bytes()
+    stats.example = {"x": object()}
+    with pytest.raises(CalibrateError, match="the first batch holds a object, which a file cannot"):
+        stats.save(path)
+    assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
+    stats.example = None
+    with pytest.raises(CalibrateError, match="cannot be written"):
+        stats.save(tmp_path / "nowhere" / "stats.safetensors")
+
+
+def test_a_disk_that_is_full_is_told_as_that(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As /dev/full says it, and safetensors."""
+
+    def refuse(*args: Any, **kwargs: Any) -> None:
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    stats = calibrate(nn.Sequential(nn.Linear(3, 3)), [torch.ones(1, 3)])
+    module = sys.modules["octavo.calibration.calibrate"]
+    monkeypatch.setattr(module, "save_file", refuse)
+    words = rf"^{re.escape(str(tmp_path))}/file: the disk is full \(.*No space left.*\); free some space"
+    with pytest.raises(CalibrateError, match=words):
+        stats.save(tmp_path / "file")
+    monkeypatch.setattr(module, "replacing", lambda path: contextlib.nullcontext(Path("/dev/full")))
+    with pytest.raises(CalibrateError, match=words):
+        stats.save_act_scales(tmp_path / "file")
+    assert not list(tmp_path.iterdir())
+
+
+def test_other_files_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "x.safetensors"
+    with pytest.raises(CalibrateError, match="cannot be read as calibration statistics"):
+        Stats.load(path)
+    path.write_bytes(b"nonsense")
+    with pytest.raises(CalibrateError, match="cannot be read as calibration statistics"):
+        Stats.load(path)
+    from safetensors.torch import save_file
+
+    save_file({"a": torch.ones(1)}, path)
+    with pytest.raises(CalibrateError, match="holds no calibration statistics"):
+        Stats.load(path)
+
+
+def test_smoothquants_act_scales(tmp_path: Path) -> None:
+    """Its file is a dict of name -> amax per channel, as its generate_act_scales.py writes it."""
+    model, batch = llama(), torch.randint(1, 97, (2, 9))
+    stats = calibrate(model, [batch])
+    stats.save_act_scales(tmp_path / "act_scales.pt")
+    theirs = torch.load(tmp_path / "act_scales.pt", weights_only=True)
+    truth = recorded(model, [batch])
+    assert set(theirs) == set(truth)
+    assert all(torch.equal(theirs[name], x.abs().amax(0)) for name, x in truth.items())
+    loaded = Stats.load_act_scales(tmp_path / "act_scales.pt")
+    for name in truth:
+        assert torch.equal(loaded.input_scale(name, torch.float32), stats.input_scale(name, torch.float32))
+    (tmp_path / "bad.pt").write_bytes(b"nonsense")
+    with pytest.raises(CalibrateError, match="cannot be read as a file of act_scales"):
+        Stats.load_act_scales(tmp_path / "bad.pt")
+    torch.save({"a": torch.ones(2, 2)}, tmp_path / "bad.pt")
+    with pytest.raises(CalibrateError, match="expected a dict of layer's name -> amax"):
+        Stats.load_act_scales(tmp_path / "bad.pt")
+    torch.save({"a": torch.tensor([1.0, torch.nan])}, tmp_path / "bad.pt")
+    with pytest.raises(CalibrateError, match="a: the statistics holds NaN"):
+        Stats.load_act_scales(tmp_path / "bad.pt")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_static_scale_holds_the_largest_value(dtype: torch.dtype) -> None:
+    for seed in range(20):
+        torch.manual_seed(seed)
+        x = torch.randn(5, 3)
+        stats = calibrate(nn.Sequential(nn.Linear(3, 3)), [x])
+        scale = stats.input_scale("0", dtype)
+        assert scale.dtype == torch.float32 and scale.shape == (1,)
+        assert torch.equal(scale.to(dtype).float(), scale), "it is stored in the model's dtype without loss"
+        exact = x.abs().max().item() / 127
+        assert exact * (1 - 1e-6) <= scale.item() <= exact * (1 + 2 * torch.finfo(dtype).eps)
+
+
+# -- several processes -----------------------------------------------------------------------------------------------
+
+
+def test_two_processes_see_what_one_does(tmp_path: Path) -> None:
+    script = tmp_path / "work.py"
+    script.write_text(
+        textwrap.dedent(
+            """
+            import sys
+            import torch
+            import octavo
+            from torch import nn
+
+            torch.set_num_threads(1)
+            torch.manual_seed(0)
+            class Routed(nn.Module):
+                def __init__(self):
+                    super().__init__()
+                    self.w1, self.w3 = (nn.Parameter(torch.randn(3, 5, 6)) for _ in range(2))
+                    self.w2 = nn.Parameter(torch.randn(3, 6, 5))
+
+                def forward(self, x, index):
+                    silu = torch.einsum("ti,taoi -> tao", x, self.w1[index]).sigmoid()
+                    return torch.einsum("tao,taio -> tai", silu, self.w2[index])
+
+            class Block(nn.Module):
+                def __init__(self):
+                    super().__init__()
+                    self.experts = Routed()
+
+                def forward(self, x):
+                    return self.experts(x, x[:, :2].abs().mul(1.5).long().clamp(max=2)).sum(1)
+
+            octavo.register_experts(
+                Routed, up=("w1", "w3"), down="w2", routing="each", gate=lambda layer, h: h.chunk(2, -1)[0].sigmoid()
+            )
+            model = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), Block(), nn.Linear(6, 2))
+            batches = [torch.randn(3 + i, 4) for i in range(5)]
+            if sys.argv[1] == "two":
+                torch.distributed.init_process_group("gloo")
+            stats = octavo.calibrate(model, batches)
+            if sys.argv[1] == "one" or torch.distributed.get_rank() == 1:
+                stats.save(sys.argv[2])
+            if sys.argv[1] == "two":
+                torch.distributed.destroy_process_group()
+            """
+        )
+    )
+    environment = {**os.environ, "PYTHONPATH": str(Path(octavo.__file__).parents[1]), "OMP_NUM_THREADS": "1"}
+    one, two = tmp_path / "one.safetensors", tmp_path / "two.safetensors"
+    run = [sys.executable, str(script), "one", str(one)]
+    torchrun = [
+        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script), "two",
+        str(two),
+    ]  # fmt: skip
+    for command in (run, torchrun):
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, done.stderr
+    assert_equal_stats(Stats.load(one), Stats.load(two))
+    assert Stats.load(one).observers["0"].tokens == 3 + 4 + 5 + 6 + 7
+    assert 25 <= int(Stats.load(one).experts["2.experts.w2"].tokens.sum()) <= 50
+
+
+class EncoderDecoder(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder, self.decoder = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x: Tensor, y: Tensor, attention_mask: Tensor, decoder_attention_mask: Tensor) -> Tensor:
+        return self.decoder(y) + self.encoder(x).mean()
+
+
+def test_no_token_of_a_decoder_is_missed_where_the_encoder_has_as_many() -> None:
+    """Which of two masks of one shape is whose cannot be told: what either counts is counted."""
+    masks = torch.tensor([[1, 0, 0]]), torch.tensor([[1, 1, 1]])
+    x, y = torch.randn(1, 3, 4), torch.randn(1, 3, 4)
+    batch = {"x": x, "y": y, "attention_mask": masks[0], "decoder_attention_mask": masks[1]}
+    stats = calibrate(EncoderDecoder(), [batch])
+    assert torch.equal(stats.observers["decoder"].amax, y.abs().amax((0, 1)))
+
+
+def test_inference_tensors_are_calibrated_on() -> None:
+    """They count no versions; what is fed to two layers is looked at twice."""
+    model = Branches()
+    x = torch.randn(6, 4)
+    expected = calibrate(model, [x])
+    with torch.inference_mode():
+        found = calibrate(model, [x.clone()])
+    for name, seen in expected.observers.items():
+        assert torch.equal(found.observers[name].amax, seen.amax)
+
+
+def test_a_tuple_reaches_the_model_as_one() -> None:
+    class Sized(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(4, 4)
+
+        def forward(self, x: Tensor, size: tuple[int, int]) -> Tensor:
+            return self.layer(x) * {(2, 4): 1}[size]
+
+    assert calibrate(Sized(), [{"x": torch.randn(2, 4), "size": (2, 4)}]).observers
+
+
+def test_a_first_batch_with_strides_is_saved(tmp_path: Path) -> None:
+    model, x = nn.Sequential(nn.Linear(4, 4)), torch.randn(4, 6).T
+    stats = Stats.load(calibrate(model, [x]).save(tmp_path / "stats.safetensors"))
+    assert torch.equal(stats.example, x)
+    (tmp_path / "plain").touch()
+    assert (tmp_path / "stats.safetensors").stat().st_mode == (tmp_path / "plain").stat().st_mode

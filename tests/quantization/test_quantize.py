@@ -1,0 +1,171 @@
+"""Models quantized in memory: what they compute, that nothing changes when the plan is refused, and memory."""
+
+from __future__ import annotations
+
+import copy
+import subprocess
+import sys
+import textwrap
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import octavo
+from octavo import QuantizeError, RecipeError, Scheme
+from octavo.modules import QuantConv, QuantLinear, QuantMultiheadAttention
+from octavo.primitives import dequantize
+from octavo.quantization.plan import output_heads
+from tests.nearness import relative_error
+from tests.tiny_models import Net, bert, build, falcon, gpt2, llama, mlp, t5, tied_llama, tokens, vit, whisper
+
+
+def with_dequantized_weights(model: nn.Module, int8: nn.Module) -> nn.Module:
+    """A copy of the float `model` whose weights are what the codes of `int8` stand for, by the definition."""
+    twin = copy.deepcopy(model)
+    for name, module in int8.named_modules():
+        if isinstance(module, QuantLinear):
+            layer = twin.get_submodule(name)
+            weight = dequantize(module.weight, module.weight_scale)
+            layer.weight.data = (weight if isinstance(layer, nn.Linear) else weight.T).to(layer.weight.dtype)
+    return twin
+
+
+def test_in_place_with_the_values_of_the_definition() -> None:
+    model = mlp()
+    original = copy.deepcopy(model)
+    first = model[0]
+    report = octavo.quantize(model, "w8a16")
+    assert isinstance(model[0], QuantLinear) and isinstance(model[2], QuantLinear) and model[0] is not first
+    assert report.quantized_fraction == pytest.approx((24 * 32 + 32 * 8) / (24 * 32 + 32 * 8 + 32))
+    x = torch.randn(5, 24)
+    torch.testing.assert_close(model(x), with_dequantized_weights(original, model)(x))
+
+
+@pytest.mark.filterwarnings("ignore::octavo.OctavoWarning")  # in so small a ViT, position embeddings are over 5%
+@pytest.mark.parametrize("make", [llama, tied_llama, gpt2, falcon, bert, t5, vit, whisper])
+def test_real_architectures_stay_close_to_the_float_model(make: Any) -> None:
+    model = build(make)
+    inputs = {
+        vit: {"pixel_values": torch.randn(2, 3, 16, 16)},
+        whisper: {"input_features": torch.randn(1, 8, 32), "decoder_input_ids": tokens(1, 5)},
+        t5: {"input_ids": tokens(), "decoder_input_ids": tokens()},
+    }.get(make, {"input_ids": tokens()})
+    with torch.no_grad():
+        expected = model(**inputs)[0]
+        octavo.quantize(model, "w8a16")
+        actual = model(**inputs)[0]
+    assert 0 < relative_error(actual, expected) < 0.03
+    floats = [name for name, module in model.named_modules() if type(module) is nn.Linear]
+    assert set(floats) <= output_heads(model)
+
+
+def test_gpt2_layers_are_transposed_to_rows_of_output_channels() -> None:
+    model = build(gpt2)
+    float_weight = model.transformer.h[0].attn.c_attn.weight.detach().clone()
+    octavo.quantize(model, "w8a16")
+    layer = model.transformer.h[0].attn.c_attn
+    assert float_weight.shape == (32, 96) and layer.weight.shape == (96, 32) and layer.weight_scale.shape == (96, 1)
+    error = (dequantize(layer.weight, layer.weight_scale) - float_weight.T).abs()
+    assert bool((error <= layer.weight_scale * 0.5001).all())
+
+
+def test_every_kind_at_once() -> None:
+    model = Net().eval()
+    x = torch.randint(0, 50, (2, 9))
+    expected = model(x)
+    octavo.quantize(model, "w8a16", include=["lm_head"])
+    assert isinstance(model.conv, QuantConv) and isinstance(model.encoder.self_attn, QuantMultiheadAttention)
+    assert relative_error(model(x), expected) < 0.03
+
+
+def test_a_layer_in_two_places_computes_in_both() -> None:
+    shared = nn.Linear(8, 8)
+    model = nn.Sequential(shared, nn.ReLU(), nn.Sequential(shared))
+    x = torch.randn(2, 8)
+    twin = copy.deepcopy(model)
+    octavo.quantize(model, "w8a16")
+    assert model[2][0] is model[0]
+    torch.testing.assert_close(model(x), with_dequantized_weights(twin, model)(x))
+
+
+class TestRefusals:
+    """A refused plan leaves the model as it was."""
+
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            ({"scheme": "w4a16"}, "unknown scheme 'w4a16'; valid: w8a16"),
+            ({"ignore": ["modle.layers.0"]}, r"matches no layer of this model; did you mean .*model\.layers\.0"),
+            ({"ignore": ["re:nothing"]}, "matches no layer"),
+            ({"group_size": 5}, r"group_size=5 does not divide K=32"),
+            ({"overrides": {"nowhere": Scheme()}}, "overrides: 'nowhere' matches no layer"),
+        ],
+    )
+    def test_recipes_that_do_not_fit(self, options: dict[str, Any], message: str) -> None:
+        model = build(llama)
+        before = {name: (type(module), id(module)) for name, module in model.named_modules()}
+        with pytest.raises(RecipeError, match=message):
+            octavo.quantize(model, **{"scheme": "w8a16", **options})
+        assert {name: (type(module), id(module)) for name, module in model.named_modules()} == before
+
+    def test_twice(self) -> None:
+        model = mlp()
+        octavo.quantize(model, "w8a16")
+        with pytest.raises(QuantizeError, match="already holds int8"):
+            octavo.quantize(model, "w8a16")
+
+    def test_on_meta(self) -> None:
+        with torch.device("meta"):
+            model = mlp()
+        with pytest.raises(QuantizeError, match=r"0\.weight is on the meta device.*quantize_checkpoint"):
+            octavo.quantize(model, "w8a16")
+
+    def test_a_lone_layer(self) -> None:
+        with pytest.raises(QuantizeError, match=r"wrap it in nn\.Sequential"):
+            octavo.quantize(nn.Linear(4, 4), "w8a16")
+
+    def test_a_lazy_layer(self) -> None:
+        with pytest.raises(QuantizeError, match=r"0\.weight belongs to a lazy layer .* run the model once"):
+            octavo.quantize(nn.Sequential(nn.LazyLinear(4)), "w8a16")
+
+    def test_without_a_suggestion_the_sentence_ends(self) -> None:
+        with pytest.raises(RecipeError, match=r"'zzz' matches no layer of this model\. Expected .*\(Linear\)"):
+            octavo.quantize(mlp(), "w8a16", ignore=["zzz"])
+
+    @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+    def test_values_that_int8_cannot_hold_are_named(self, value: float) -> None:
+        model = mlp()
+        with torch.no_grad():
+            model[2].weight[3, 5] = value
+        with pytest.raises(QuantizeError, match=r"2\.weight: holds (NaN|inf)"):
+            octavo.quantize(model, "w8a16")
+
+
+@pytest.mark.parametrize("model", [{"weight": torch.ones(2, 2)}, object(), None])
+def test_what_is_no_module_is_told_so(model: Any) -> None:
+    with pytest.raises(QuantizeError, match=f"model is a {type(model).__name__}, expected an nn.Module"):
+        octavo.quantize(model, "w8a16")
+    with pytest.raises(QuantizeError, match=f"model is a {type(model).__name__}, expected an nn.Module"):
+        octavo.calibrate(model, [])
+
+
+@pytest.mark.slow
+def test_two_copies_of_a_model_never_exist() -> None:
+    program = """
+        import resource, torch, octavo
+        from torch import nn
+        layers = [nn.Linear(4096, 4096, bias=False, dtype=torch.bfloat16) for _ in range(32)]
+        model = nn.Sequential(*layers)
+        del layers
+        octavo.quantize(nn.Sequential(nn.Linear(8, 8)), "w8a16")
+        size = sum(p.nbytes for p in model.parameters())
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        octavo.quantize(model, "w8a16")
+        after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        print(size, after - before)
+    """
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(program)], capture_output=True, text=True, check=True)
+    size, rise = map(int, done.stdout.split())
+    assert size > 1e9 and rise < 0.1 * size
