@@ -1,1 +1,17 @@
-"""The edge: where octavo meets other people's libraries. Nothing below imports from here."""
+"""The edge: where octavo meets other people's libraries. Nothing below imports from here.
+
+hub.py              the public quantize, save, load and quantize_checkpoint: any module's, and transformers' models
+transformers.py     int8 layers while transformers loads and saves
+language_model.py   tokenizers, chat templates and causal language models from folders, Hub ids and GGUF files
+calibration.py      a float language model, and text as batches of token ids
+attention.py        int8 attention in the place of transformers'
+float_attention.py  float attention that is faster than torch's on CPUs
+caches.py           caches that take the place of transformers' own
+float_cache.py      the same keys and values, with room for more
+int8_cache.py       keys and values as codes; int8_states.py is what a model sees of them
+generation.py       a model writes, token by token
+compiled.py         prefill and decode compiled whole
+equal_calls.py      a pass over their graphs: equal calls are made once
+side_by_side.py     another: layers that read the same row become one launch on GPUs
+peft.py             adapters on int8 layers
+"""
