@@ -1,7 +1,7 @@
 """What was measured: plain numbers and words, for people (`str`) and for programs (`to_json`). No torch here.
 
-`evaluate` fills in a Comparison, `smooth` a SmoothReport; the definitions of the measures are at the heads of those
-files and of `sensitivity`.
+`evaluate` fills in a Comparison, `smooth` a SmoothReport, `lm_eval` a TaskReport; the definitions of the measures are
+at the heads of those files and of `sensitivity`.
 """
 
 from __future__ import annotations
@@ -12,7 +12,9 @@ from typing import Any
 
 from octavo.tables import Table, human_percent, in_general, jsonable, to_json
 
-__all__ = ["Comparison", "LayerQuality", "NotCompared", "SmoothReport", "SmoothedPair", "sqnr_db"]
+__all__ = [
+    "Comparison", "LayerQuality", "NotCompared", "SmoothReport", "SmoothedPair", "TaskReport", "TaskScore", "sqnr_db",
+]  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -166,6 +168,74 @@ class SmoothReport:
         return to_json(self)
 
 
+@dataclasses.dataclass(frozen=True)
+class TaskScore:
+    """One metric of one task, of a model and, if there is one, of the baseline.
+
+    higher_is_better: None where the task does not say. documents: how many were answered.
+    error: standard error of `value`; None where it is no mean over documents, as perplexity is none.
+    baseline: its value. change_error: standard error of value - baseline, from the change of each document.
+    flips: fraction of the documents that one of the two has right and the other wrong; None where a document is not
+        right or wrong.
+    """
+
+    task: str
+    metric: str
+    higher_is_better: bool | None
+    documents: int
+    value: float
+    error: float | None
+    baseline: float | None = None
+    change_error: float | None = None
+    flips: float | None = None
+
+    def against(self, baseline: float, change_error: float | None, flips: float | None) -> TaskScore:
+        """The same next to a baseline's."""
+        return dataclasses.replace(self, baseline=baseline, change_error=change_error, flips=flips)
+
+    def _row(self) -> tuple[str, ...]:
+        """For the table: task, metric, which is better, documents, baseline, value, change, its error, flips."""
+        change = None if self.baseline is None else self.value - self.baseline
+        return (
+            self.task,
+            self.metric,
+            {True: "higher", False: "lower", None: ""}[self.higher_is_better],
+            str(self.documents),
+            _to_4_digits(self.baseline),
+            _to_4_digits(self.value),
+            "" if change is None else f"{change:+.4f}",
+            _to_4_digits(self.change_error),
+            "" if self.flips is None else human_percent(self.flips),
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class TaskReport:
+    """What a model scored on tasks, next to a baseline. `print` it for a table; `.to_json()` for a program."""
+
+    scores: tuple[TaskScore, ...]
+
+    def table(self, *, models: tuple[str, str] = ("baseline", "model")) -> Table:
+        """A line for each metric. models: what to call the two."""
+        rows = [score._row() for score in self.scores]
+        columns: tuple[str, ...] = ("task", "metric", "better", "documents", *models, "change", "+-", "flips")
+        if all(score.baseline is None for score in self.scores):
+            rows = [(*row[:4], row[5], _to_4_digits(score.error)) for row, score in zip(rows, self.scores, strict=True)]
+            columns = (*columns[:4], models[1], "+-")
+        return Table("Tasks", columns, tuple(rows), "lll" + "r" * (len(columns) - 3))
+
+    def __str__(self) -> str:
+        return str(self.table())
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report in JSON's own types."""
+        return dict(jsonable(self))
+
+    def to_json(self) -> str:
+        """The report as strict JSON."""
+        return to_json(self)
+
+
 def sqnr_db(error: float) -> float:
     """A relative error, |e|^2 / |y|^2, in dB: -10 log10(error); inf for none."""
     return math.inf if error == 0 else -10 * math.log10(error)
@@ -173,6 +243,10 @@ def sqnr_db(error: float) -> float:
 
 def _db(error: float | None) -> float | None:
     return None if error is None else sqnr_db(error)
+
+
+def _to_4_digits(value: float | None) -> str:
+    return "" if value is None else f"{value:.4f}"
 
 
 def _span(values: list[float | None], form: str) -> str:

@@ -3,7 +3,7 @@ from __future__ import annotations
 import json
 import math
 
-from octavo.report import Comparison, LayerQuality, NotCompared
+from octavo.report import Comparison, LayerQuality, NotCompared, TaskReport, TaskScore
 
 LAYERS = tuple(LayerQuality(f"layers.{i}", "QuantLinear", db) for i, db in enumerate((40.0, math.inf, 12.25, 30.0)))
 FOUND = Comparison(3, 120, 0.00123, 0.9875, 28.21, 0.99987, 0.9912, LAYERS, (NotCompared("head", "did not run"),))
@@ -59,3 +59,26 @@ def test_json_is_strict_and_an_exact_layer_is_null() -> None:
     assert data["layers"][1] == {"name": "layers.1", "kind": "QuantLinear", "sqnr_db": None}
     assert data["not_compared"] == [{"name": "head", "reason": "did not run"}]
     assert (data["kl"], data["top1"], data["positions"]) == (0.00123, 0.9875, 120)
+
+
+SCORES = (
+    TaskScore("arc", "acc", True, 200, 0.5, 0.0354, 0.51, 0.01, 0.02),
+    TaskScore("pages", "word_perplexity", False, 2, 16.4, None, 16.5),
+)
+
+
+def test_task_scores_next_to_a_baseline() -> None:
+    assert str(TaskReport(SCORES)) == (
+        "Tasks\n"
+        "task    metric            better   documents   baseline     model    change       +-   flips\n"
+        "--------------------------------------------------------------------------------------------\n"
+        "arc     acc               higher         200     0.5100    0.5000   -0.0100   0.0100    2.0%\n"
+        "pages   word_perplexity   lower            2    16.5000   16.4000   -0.1000"
+    )
+
+
+def test_task_scores_alone_have_their_own_error() -> None:
+    alone = TaskReport((TaskScore("arc", "acc", None, 200, 0.5, 0.0354),))
+    assert alone.table(models=("", "int8")).columns == ("task", "metric", "better", "documents", "int8", "+-")
+    assert alone.table().rows == (("arc", "acc", "", "200", "0.5000", "0.0354"),)
+    assert json.loads(alone.to_json())["scores"][0]["baseline"] is None

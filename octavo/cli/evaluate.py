@@ -1,4 +1,4 @@
-"""`octavo eval PATH`: a language model's perplexity on a text, and what quantizing it cost."""
+"""`octavo eval PATH`: a language model's perplexity on a text, or its scores on tasks, and what quantizing it cost."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import argparse
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from octavo.cli import tasks
 from octavo.cli.terminal import Answer, Terminal
 from octavo.cli.text import read_text
 from octavo.cli.verb import (
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 __all__ = ["add_parser", "run"]
 
 _WORST_LAYERS = 5
+_TOKENS = 8192
 _WINDOW = 512
 """Tokens that a model is judged on at once, where nobody says how many and it holds them."""
 
@@ -36,7 +38,7 @@ _WINDOW = 512
 def add_parser(verbs: Verbs) -> None:
     """`octavo eval`."""
     parser = new_verb(
-        verbs, "eval", "measure a language model's perplexity, and what quantizing it cost",
+        verbs, "eval", "measure a language model's perplexity or task scores, and what quantizing it cost",
         "octavo eval smollm2-int8 --baseline HuggingFaceTB/SmolLM2-135M-Instruct", run,
     )  # fmt: skip
     parser.add_argument(
@@ -55,14 +57,18 @@ def add_parser(verbs: Verbs) -> None:
         help="tokens that a model sees at once (default 512, or all that PATH and the baseline hold)",
     )
     parser.add_argument(
-        "--tokens", metavar="N", type=positive, default=8192, help="judge on the text's first N tokens (default 8192)"
+        "--tokens", metavar="N", type=positive, help=f"judge on the text's first N tokens (default {_TOKENS})"
     )
     add_cache(parser)
     add_device(parser)
+    tasks.add_options(parser)
 
 
 def run(args: argparse.Namespace, terminal: Terminal) -> Answer:
-    """Perplexity of both models, and the comparison of them, over the same windows."""
+    """Perplexity of both models, and the comparison of them, over the same windows; or their scores on tasks."""
+    tasks.refuse_options(args)
+    if args.tasks is not None:
+        return tasks.run(args, terminal)
     for option, tokens in (("--window", args.window), ("--tokens", args.tokens)):
         if tokens is not None and tokens < 2:
             raise CommandError(f"{option} is {tokens}, expected at least 2: the first token predicts the next")
@@ -79,7 +85,7 @@ def run(args: argparse.Namespace, terminal: Terminal) -> Answer:
         with terminal.progress(f"loading {args.baseline}"):
             models[args.baseline] = baseline = language_model.load_causal(args.baseline, device=device)
     window = _window(args.window, {path: language_model.positions_of(one) for path, one in models.items()})
-    ids = language_model.token_ids(tokenizer, text, limit=args.tokens, window=window)
+    ids = language_model.token_ids(tokenizer, text, limit=args.tokens or _TOKENS, window=window)
     if len(ids) < 2:
         raise CommandError(f"{text_name} has {len(ids)} tokens, expected at least 2")
     for one in models.values():

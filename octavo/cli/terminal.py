@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import io
 import logging
 import re
 import shutil
@@ -111,7 +112,7 @@ class Terminal:
         # A bar needs some 50 characters beside what it is for.
         label = textwrap.shorten(label, max(20, shutil.get_terminal_size().columns - 50), placeholder="...")
         columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
-        bar = Progress(*columns, console=Console(stderr=True), transient=True)
+        bar = Progress(*columns, console=Console(file=sys.stderr), transient=True)
         task = bar.add_task(label, total=None)
         patience = threading.Timer(_PATIENCE, bar.start)
         patience.daemon = True
@@ -123,6 +124,12 @@ class Terminal:
             patience.join()
             if bar.live.is_started:
                 bar.stop()
+
+    @contextlib.contextmanager
+    def without_bars(self) -> Iterator[None]:
+        """While open, what libraries write to stderr goes nowhere; a bar of `progress` that is open goes on."""
+        with contextlib.nullcontext() if self.debug else contextlib.redirect_stderr(io.StringIO()):
+            yield
 
     @contextlib.contextmanager
     def quiet(self) -> Iterator[None]:

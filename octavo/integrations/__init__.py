@@ -14,4 +14,5 @@ compiled.py         prefill and decode compiled whole
 equal_calls.py      a pass over their graphs: equal calls are made once
 side_by_side.py     another: layers that read the same row become one launch on GPUs
 peft.py             adapters on int8 layers
+lm_eval.py          scores on tasks, of a model and its baseline
 """
