@@ -54,11 +54,7 @@ def _with_transformers(core: Callable[_Arguments, Coverage]) -> Callable[_Argume
         if asked == "int8":
             _attention().check_int8_attention(model)
         report = core(*args, **kwargs)
-        _set_attention(model, asked)
-        if any(map(_is_pretrained, model.modules())):
-            from octavo.integrations.transformers import let_transformers_save
-
-            let_transformers_save(model)
+        _adopt(model, asked)
         return report
 
     return quantize
@@ -67,14 +63,21 @@ def _with_transformers(core: Callable[_Arguments, Coverage]) -> Callable[_Argume
 quantize = _with_transformers(quantize_layers)
 
 
-def _set_attention(model: nn.Module, kind: str) -> None:
-    """kind: "int8", or "float", which transformers models get faster in decode."""
-    if kind == "int8":
-        _attention().use_int8_attention(model)
-    elif any(map(_is_pretrained, model.modules())):
-        from octavo.integrations.float_attention import use_float_attention
+def _adopt(model: nn.Module, attention: str) -> None:
+    """Of a model that became int8, what concerns transformers: how its models attend, and how they are saved.
 
+    attention: "int8", or "float", which transformers models get faster in decode.
+    """
+    if attention == "int8":
+        _attention().use_int8_attention(model)
+    if not any(map(_is_pretrained, model.modules())):
+        return
+    from octavo.integrations.float_attention import use_float_attention
+    from octavo.integrations.transformers import let_transformers_save
+
+    if attention != "int8":
         use_float_attention(model)
+    let_transformers_save(model)
 
 
 def _is_pretrained(module: nn.Module) -> bool:
@@ -106,7 +109,7 @@ def load(
                 "given as model=; leave them out"
             )
         loaded = formats.load_into(resolve(path), model, **_names_on_disk(model), progress=progress)
-        _set_attention(loaded, _stored_attention(resolve(path)))
+        _adopt(loaded, _stored_attention(resolve(path)))
         return loaded
     if progress is not None:
         raise OctavoError(

@@ -420,6 +420,7 @@ class OctavoQuantizer(HfQuantizer):  # type: ignore[misc]
             use_int8_attention(model)
         else:
             use_float_attention(model)
+        let_transformers_save(model)
         return model
 
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -458,10 +459,12 @@ def _innermost_model(model: PreTrainedModel, name: str) -> PreTrainedModel:
 
 
 def let_transformers_save(model: nn.Module) -> None:
-    """Make `save_pretrained` of a model that was quantized in memory, and of the models within it, write int8, as of
-    one that was loaded as int8: of itself it would take the codes for weights."""
+    """Make `save_pretrained` of an int8 model, and of the models within it, write int8: of itself it does so for the
+    outermost of one that it loaded, and would take the codes of any other for weights."""
     for part in model.modules():
-        if isinstance(part, PreTrainedModel) and any(isinstance(module, QuantModule) for module in part.modules()):
+        if not isinstance(part, PreTrainedModel) or isinstance(getattr(part, "hf_quantizer", None), OctavoQuantizer):
+            continue
+        if any(isinstance(module, QuantModule) for module in part.modules()):
             part.hf_quantizer = OctavoQuantizer(OctavoConfig())
 
 

@@ -152,6 +152,21 @@ def test_a_model_within_one_is_saved_as_int8(tmp_path: Path) -> None:
     assert_same(type(model.model).from_pretrained(tmp_path / "inner"), model.model)
 
 
+@pytest.mark.parametrize("how", ["loaded", "while loading", "into a model"])
+def test_a_model_within_one_that_was_loaded_is_saved_as_int8(tmp_path: Path, how: str) -> None:
+    model_class = source_of(tmp_path)
+    if how == "while loading":
+        model = model_class.from_pretrained(tmp_path / "float", quantization_config=OctavoConfig())
+    else:
+        octavo.quantize_checkpoint(tmp_path / "float", tmp_path / "int8", "w8a16")
+        own = None if how == "loaded" else build(tiny_models.llama)
+        model = octavo.load(tmp_path / "int8", model=own)
+    for name, part in (("inner", model.model), ("outer", model)):
+        part.save_pretrained(tmp_path / name)
+        assert "weight_packed" in {each.rpartition(".")[2] for each in names_in(tmp_path / name)}
+        assert_same(type(part).from_pretrained(tmp_path / name), part)
+
+
 def names_in(folder: Path) -> set[str]:
     return set(load_file(folder / "model.safetensors"))
 
