@@ -12,6 +12,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -27,12 +28,24 @@ def new_folder(dst: str | Path) -> Iterator[Path]:
     """Build the folder `dst` whole or not at all: yields a hidden folder next to it, which becomes `dst` at the end.
 
     dst: must not exist, but for an empty folder; parents are created.
-    Raises: CheckpointError if `dst` exists, cannot be created, or the disk fills up meanwhile. After any exception in
-        the body nothing is left of it. (A run that is killed leaves the hidden folder, which is in nobody's way.)
+    Raises: CheckpointError if `dst` exists, cannot be created or replaced, or the disk fills up meanwhile. After any
+        exception in the body nothing is left of it. (A run that is killed leaves the hidden folder, which is in
+        nobody's way.)
     """
+    _refuse_in_use(Path(dst))
     with _replacing(Path(dst), lambda dst: any(dst.iterdir()) if dst.is_dir() else dst.exists()) as temporary:
         temporary.mkdir()
         yield temporary
+
+
+def _refuse_in_use(dst: Path) -> None:
+    """An empty folder that another cannot take the place of, or not without leaving whoever is in it nowhere."""
+    is_mount, is_current = partial(os.path.ismount, dst.resolve()), partial(dst.samefile, ".")
+    for what, is_that in (("a mount point", is_mount), ("the current folder", is_current)):
+        if dst.is_dir() and is_that():
+            raise CheckpointError(
+                f"{dst}: is {what}, expected one that can be replaced whole; give a path in it, such as {dst / 'int8'}"
+            )
 
 
 @contextlib.contextmanager

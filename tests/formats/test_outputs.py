@@ -92,6 +92,18 @@ def test_an_empty_folder_may_be_replaced_by_a_folder_and_not_by_a_file(tmp_path:
     assert (dst / "a").exists()
 
 
+def test_a_folder_that_cannot_be_replaced_is_known_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(CheckpointError, match=r"is the current folder.*such as int8"), new_folder("."):
+        pytest.fail("the body must not run")
+    monkeypatch.chdir("/")
+    monkeypatch.setattr(os.path, "ismount", lambda path: Path(path) == tmp_path)  # to mount one takes root
+    with pytest.raises(CheckpointError, match=r"is a mount point.*such as .*/int8"), new_folder(tmp_path):
+        pytest.fail("the body must not run")
+    with new_folder(tmp_path / "int8"):
+        pass
+
+
 def test_what_comes_to_exist_meanwhile_is_not_touched(tmp_path: Path) -> None:
     dst = tmp_path / "out"
     with pytest.raises(CheckpointError, match="out: already exists"), new_folder(dst) as folder:
