@@ -189,7 +189,7 @@ def _find_shards(path: Path) -> tuple[list[Path], dict[str, str] | None]:
         raise CheckpointError(f"{path}: no such file or folder; expected a checkpoint's folder or a .safetensors file")
     if (path / "model.safetensors").is_file():
         return [path / "model.safetensors"], None
-    indexes = sorted(path.glob("*.safetensors.index.json"))
+    indexes = sorted(path.glob("*.safetensors.index*.json"))  # a variant's name is in it: ...index.fp16.json
     if path / "model.safetensors.index.json" in indexes:
         indexes = [path / "model.safetensors.index.json"]
     if len(indexes) == 1:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 from octavo.errors import CheckpointError
@@ -77,4 +78,4 @@ def _is_clutter(name: str) -> bool:
 
 
 def _is_weights(file: Path) -> bool:
-    return file.suffix in _WEIGHT_SUFFIXES or file.name.endswith(".index.json")
+    return file.suffix in _WEIGHT_SUFFIXES or fnmatchcase(file.name, "*.index*.json")  # a variant's: .index.fp16.json

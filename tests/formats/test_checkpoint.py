@@ -240,6 +240,13 @@ def test_a_tensor_is_the_callers_own(tmp_path: Path) -> None:
     assert (tmp_path / "model.safetensors").read_bytes() == before
 
 
+def test_shards_of_a_variant(tmp_path: Path) -> None:
+    tensors = sharded(tmp_path)
+    (tmp_path / "model.safetensors.index.json").rename(tmp_path / "model.safetensors.index.fp16.json")
+    with CheckpointReader(tmp_path) as reader:
+        assert sorted(reader.names) == sorted(tensors)
+
+
 def test_the_hubs_cache_of_links_is_followed(tmp_path: Path) -> None:
     (tmp_path / "blobs").mkdir()
     tensors = sharded(tmp_path / "blobs")

@@ -39,6 +39,7 @@ NOT_COMPANIONS = [
     "checkpoint-500/trainer_state.json",
     "config.json",
     "model-00001-of-00002.safetensors",
+    "model.safetensors.index.fp16.json",
     "model.safetensors.index.json",
     "onnx/model.onnx",
     "onnx/tokenizer.json",
