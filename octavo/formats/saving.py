@@ -319,17 +319,22 @@ def _describe_model(model: Any, folder: Path, tokenizer: Any) -> dict[str, Any]:
     described["architectures"] = [type(model).__name__]
     described["dtype"] = _dtype_of(model)
     if getattr(model, "can_generate", lambda: False)() and model.generation_config is not None:
-        model.generation_config.save_pretrained(folder)
+        # Not save_pretrained, which refuses settings that transformers loads with a warning, as Vicuna's.
+        model.generation_config.to_json_file(folder / "generation_config.json", keys_to_pop=["compile_config"])
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
     return described
 
 
 def _dtype_of(model: nn.Module) -> str:
-    """The model's dtype as config.json says it: that of its first float parameter, or what the first int8 one had."""
-    floats = (parameter.dtype for parameter in model.parameters() if parameter.is_floating_point())
-    was_float = (layer.float_dtype for layer in _int8_layers(model).values())
-    return str(next(floats, None) or next(was_float)).removeprefix("torch.")
+    """The model's dtype as config.json says it: that of its first float weight. Where there is none, the narrowest of
+    what its first norm or bias has, which may be fp32 in a model of 16 bits, and of what the int8 weights had."""
+    floats = [parameter for parameter in model.parameters() if parameter.is_floating_point()]
+    weights = [parameter.dtype for parameter in floats if parameter.dim() > 1]
+    others = [parameter.dtype for parameter in floats[:1]]
+    others += [layer.float_dtype for layer in _int8_layers(model).values()]
+    dtype = weights[0] if weights else min(others, key=lambda dtype: dtype.itemsize)
+    return str(dtype).removeprefix("torch.")
 
 
 def write_descriptions(folder: Path, config: dict[str, Any], report: Coverage) -> None:

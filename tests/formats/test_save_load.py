@@ -590,6 +590,31 @@ def test_config_says_how_it_is_quantized_and_in_which_dtype(tmp_path: Path) -> N
     assert config["quantization_config"]["config_groups"]["group_0"]["targets"] == ["Linear"]
 
 
+@pytest.mark.filterwarnings("ignore:int8 layers of kind Embedding:octavo.OctavoWarning")
+@pytest.mark.parametrize(("weights", "norms"), [(torch.bfloat16, torch.float32), (torch.float32, torch.bfloat16)])
+def test_the_dtype_of_a_model_whose_weights_are_all_int8(
+    tmp_path: Path, weights: torch.dtype, norms: torch.dtype
+) -> None:
+    """Norms in fp32 do not make a model of bf16 one of fp32; a model that was cast to bf16 later is one of bf16."""
+    model = build(llama, weights)
+    octavo.quantize(model, "w8a16", include=["Embedding", "lm_head"])
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(norms)
+    octavo.save(model, tmp_path / "out")
+    assert json.loads((tmp_path / "out/config.json").read_text())["dtype"] == "bfloat16"
+
+
+def test_a_generation_config_is_written_as_it_is(tmp_path: Path) -> None:
+    """transformers loads settings that contradict each other, as Vicuna's, and refuses to save them."""
+    model = build(llama)
+    octavo.quantize(model, "w8a16")
+    model.generation_config.temperature, model.generation_config.do_sample = 0.5, False
+    octavo.save(model, tmp_path / "out")
+    written = json.loads((tmp_path / "out/generation_config.json").read_text())
+    assert written["temperature"] == 0.5
+    assert octavo.load(tmp_path / "out").generation_config.temperature == 0.5
+
+
 @pytest.mark.parametrize(
     ("options", "advice"),
     [
