@@ -20,7 +20,10 @@ from torch import Tensor, nn
 from octavo.formats.checkpoint import CheckpointReader, TensorInfo
 from octavo.layers import has_weight_norm
 
-__all__ = ["AsInModel", "Conversion", "weight_norms"]
+__all__ = ["AsInModel", "Conversion", "DtypeOf", "weight_norms"]
+
+DtypeOf = Callable[[str], torch.dtype | None]
+"""Name of a tensor on disk -> the dtype that the model's library loads it in; None for that which it has."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,15 +66,23 @@ class AsInModel:
     CheckpointReader does.
 
     layers: names of these layers. made: name of a tensor that is converted -> its conversion.
+    dtype_of: name on disk -> the dtype that a float tensor gets as it is read, or None for its own.
     """
 
-    def __init__(self, reader: CheckpointReader, conversions: Iterable[Conversion], layers: Collection[str]) -> None:
+    def __init__(
+        self,
+        reader: CheckpointReader,
+        conversions: Iterable[Conversion],
+        layers: Collection[str],
+        dtype_of: DtypeOf = lambda name: None,
+    ) -> None:
         self._reader = reader
+        self._dtype_of = dtype_of
         self.path = reader.path
         self.made: dict[str, Conversion] = {}
         self._infos: dict[str, TensorInfo] = {}
         for conversion in conversions:
-            infos = [reader.info(name) for name in conversion.sources]
+            infos = [self._source(name) for name in conversion.sources]
             empty = {info.name: torch.empty(info.shape, dtype=info.dtype, device="meta") for info in infos}
             made = conversion.convert(empty)
             if any(name.rpartition(".")[0] in layers for name in made):
@@ -88,10 +99,19 @@ class AsInModel:
         return name in self._there
 
     def info(self, name: str) -> TensorInfo:
-        return self._infos.get(name) or self._reader.info(name)
+        return self._infos.get(name) or self._source(name)
 
     def tensor(self, name: str) -> Tensor:
         if name not in self.made:
-            return self._reader.tensor(name)
+            return self._read(name)
         conversion = self.made[name]
-        return conversion.convert({source: self._reader.tensor(source) for source in conversion.sources})[name]
+        return conversion.convert({source: self._read(source) for source in conversion.sources})[name]
+
+    def _source(self, name: str) -> TensorInfo:
+        """Of a tensor on disk; its `nbytes` stay those that it has there."""
+        info = self._reader.info(name)
+        dtype = self._dtype_of(name) if info.dtype.is_floating_point else None
+        return dataclasses.replace(info, dtype=dtype or info.dtype)
+
+    def _read(self, name: str) -> Tensor:
+        return self._reader.tensor(name).to(self._source(name).dtype)

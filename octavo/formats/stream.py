@@ -8,6 +8,7 @@ of another task, say): those are copied as they are, and reported.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -21,7 +22,7 @@ from octavo.feeding import Progress
 from octavo.formats import compressed_tensors as layout
 from octavo.formats.checkpoint import CheckpointReader, CheckpointWriter, TensorInfo
 from octavo.formats.companions import copy_companions
-from octavo.formats.conversions import AsInModel, Conversion, weight_norms
+from octavo.formats.conversions import AsInModel, Conversion, DtypeOf, weight_norms
 from octavo.formats.experts import Part, expert_parts
 from octavo.formats.loading import Rename
 from octavo.formats.outputs import new_folder
@@ -45,6 +46,7 @@ def quantize_files(
     rename: Rename = lambda name: name,
     on_disk: OnDisk | None = None,
     conversions: Callable[[list[str]], list[Conversion]] = lambda names: [],
+    dtype_of: DtypeOf = lambda name: None,
     max_shard_size: int | str = "5GB",
     progress: Progress | None = None,
 ) -> Coverage:
@@ -53,7 +55,8 @@ def quantize_files(
     src: a float checkpoint's folder, or one .safetensors file. dst: must not exist.
     skeleton: the model that the checkpoint is of, with or without weights (on `meta`); not modified.
     rename: how names on disk become names of the skeleton, where they differ. on_disk: the other way, for `save`.
-    conversions: of tensors on disk, by their names, those that are other tensors in the model.
+    conversions: of tensors on disk, by their names, those that are other tensors in the model. dtype_of: what float
+        tensors are cast to before they are quantized, for scales are rounded to the dtype that the model has.
     Returns: the coverage, with bytes as on disk.
     Raises: CheckpointError for a source that is damaged, already quantized or not of this model, and for a
         destination that exists or cannot be written whole; RecipeError and QuantizeError as `octavo.quantize` does,
@@ -64,7 +67,7 @@ def quantize_files(
         _refuse_quantized(reader)
         decisions = plan(skeleton, recipe)
         _refuse_static(decisions)
-        tensors = _Tensors(reader, skeleton, decisions, rename, on_disk, conversions)
+        tensors = _Tensors(reader, skeleton, decisions, rename, on_disk, conversions, dtype_of)
         config = dict(reader.config or {})
         config["quantization_config"] = quantization_config(
             tensors.layers(),
@@ -127,6 +130,7 @@ class _Tensors:
         rename: Rename,
         on_disk: OnDisk | None,
         conversions: Callable[[list[str]], list[Conversion]],
+        dtype_of: DtypeOf,
     ) -> None:
         self._skeleton = skeleton
         self._modules = dict(skeleton.named_modules())
@@ -139,7 +143,7 @@ class _Tensors:
         norms = weight_norms(self._modules, params)
         for name in (source for conversion in norms for source in conversion.sources):
             _refuse_other_shape(reader.info(name), skeleton.get_parameter(params[name] or "").shape)
-        self._reader = AsInModel(reader, [*conversions(others), *norms], int8)
+        self._reader = AsInModel(reader, [*conversions(others), *norms], int8, dtype_of)
         self._param = {name: name if name in self._reader.made else rename(name) for name in self._reader.names}
         self.parts = [name for name, param in self._param.items() if param is None and not self._stack_of(name)]
         self._shapes: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {}
@@ -316,6 +320,7 @@ class _Tensors:
         info, param = self._reader.info(name), self._param[name] or ""
         module = self._modules.get(param.rpartition(".")[0])
         owner = self._owner(name)
+        after = info.dtype.itemsize * math.prod(info.shape)
         if name in self._shapes:
             decision = self._stack_of(name) or self._layer_of(name)[0]
             assert decision is not None
@@ -324,7 +329,7 @@ class _Tensors:
             return Row(name, decision.label, info.shape, info.nbytes, after, str(decision.scheme), decision.note)
         if module is None or owner is None:
             reason = f"not a parameter of {type(self._skeleton).__name__} as it lies on disk"
-            return Row(name, "?", info.shape, info.nbytes, info.nbytes, None, reason)
+            return Row(name, "?", info.shape, info.nbytes, after, None, reason)
         kind = type(module).__name__
         if name not in self.kept:
             scheme = self._scheme(name)
@@ -334,7 +339,7 @@ class _Tensors:
         reason, asked = why_float(module, owner, router=param.rpartition(".")[0] in self._routers)
         if decision and decision.reason and layer is not None and short in decision.kind.params_of(layer):
             reason, asked = decision.reason, decision.asked
-        return Row(name, kind, info.shape, info.nbytes, info.nbytes, None, reason, asked)
+        return Row(name, kind, info.shape, info.nbytes, after, None, reason, asked)
 
     def layers(self) -> dict[str, tuple[str, Scheme]]:
         """Name of a layer that holds codes -> (kind, scheme)."""

@@ -279,9 +279,12 @@ def quantize_checkpoint(
     built = model if model is not None else skeleton(source, trust_remote_code=trust_remote_code)
     if recipe.attention == "int8":
         _attention().check_int8_attention(built)
-    return quantize_files(
-        source, dst, recipe, built, **_names_on_disk(built), max_shard_size=max_shard_size, progress=progress
-    )
+    known = _names_on_disk(built)
+    if model is None and built.config.dtype is not None:  # else transformers takes the dtype of the files
+        from octavo.integrations.transformers import loaded_dtypes
+
+        known["dtype_of"] = loaded_dtypes(built)
+    return quantize_files(source, dst, recipe, built, **known, max_shard_size=max_shard_size, progress=progress)
 
 
 def _quantize_gguf(

@@ -29,6 +29,7 @@ from transformers.core_model_loading import (
     PrefixChange,
     WeightConverter,
     WeightRenaming,
+    build_glob_alternation,
     rename_source_key,
     revert_weight_conversion,
 )
@@ -49,7 +50,7 @@ from octavo.quantization.plan import Decision, plan
 from octavo.quantization.quantize import warn_unasked
 from octavo.recipe import Pattern, Recipe, Scheme
 
-__all__ = ["OctavoConfig", "OctavoQuantizer", "let_transformers_save", "on_disk", "renaming"]
+__all__ = ["OctavoConfig", "OctavoQuantizer", "let_transformers_save", "loaded_dtypes", "on_disk", "renaming"]
 
 METHOD = "octavo"
 
@@ -550,6 +551,26 @@ def renaming(model: PreTrainedModel) -> Callable[[str], str | None]:
         return None if pattern is not None else renamed
 
     return rename
+
+
+def loaded_dtypes(model: PreTrainedModel) -> Callable[[str], torch.dtype | None]:
+    """Names on disk -> the dtype that transformers loads the tensor in, None for one that the model has no place for.
+
+    model: built in the dtype of its config, on `meta` or not.
+    """
+    state = model.state_dict()
+    converted = _loading_names(model, get_model_conversion_mapping(model), state)
+    kept = model._get_dtype_plan(model.config.dtype)  # patterns of names -> fp32
+    is_kept = build_glob_alternation(list(kept))[0].search if kept else lambda name: None
+
+    def dtype_of(name: str) -> torch.dtype | None:
+        renamed = converted(name)[0]
+        place = renamed if renamed in state else name
+        if place not in state:
+            return None
+        return torch.float32 if is_kept(place) else state[place].dtype
+
+    return dtype_of
 
 
 def conversions(model: PreTrainedModel, names: Iterable[str]) -> list[formats.Conversion]:

@@ -147,6 +147,27 @@ def test_in_every_dtype_sharded_or_not(tmp_path: Path, dtype: torch.dtype, shard
     assert_same_checkpoint(tmp_path / "stream", tmp_path / "shards")
 
 
+@pytest.mark.parametrize("make", [tiny_models.llama, tiny_models.mixtral, tiny_models.gte, tiny_models.encodec])
+@pytest.mark.parametrize(
+    ("dtype", "loaded"), [(torch.float32, "bfloat16"), (torch.float16, "bfloat16"), (torch.bfloat16, "float32")]
+)
+def test_in_the_dtype_that_the_config_says(
+    tmp_path: Path, make: Callable[..., Any], dtype: torch.dtype, loaded: str
+) -> None:
+    """Readers cast what they read to it, scales too, which codes that were fitted to others do not survive."""
+    source = source_of(tmp_path, make, dtype)
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps({**config, "dtype": loaded}))
+    model = both_ways(tmp_path, source)
+    assert str(next(model.parameters()).dtype) == f"torch.{loaded}"
+
+
+def test_what_a_model_keeps_in_fp32(tmp_path: Path) -> None:
+    both_ways(tmp_path, source_of(tmp_path, tiny_models.t5, torch.float16))
+    scale = load_file(tmp_path / "stream/model.safetensors")["encoder.block.0.layer.1.DenseReluDense.wo.weight_scale"]
+    assert scale.dtype == torch.float32
+
+
 def test_a_checkpoint_with_legacy_names(tmp_path: Path) -> None:
     """BERT as it was first published: with a prefix, LayerNorm.gamma and LayerNorm.beta, and the pretraining heads."""
     source = source_of(tmp_path, tiny_models.bert, torch.float32)
