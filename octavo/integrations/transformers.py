@@ -233,8 +233,13 @@ class OctavoQuantizer(HfQuantizer):  # type: ignore[misc]
                 raise CheckpointError("the int8 checkpoint has no safetensors files; octavo reads no others")
             self._folder = Path(checkpoint_files[0]).parent
             with CheckpointReader(self._folder) as reader:
+                self._parts = _as_in_files(formats.expert_parts(model, partial(on_disk, model)), model, reader)
                 int8 = formats.int8_names(reader, renaming(model))
-                self._parts = formats.expert_parts(model, partial(on_disk, model))
+                if all(name in reader or f"{name}_packed" in reader for name in self._parts):
+                    # As of float ones, transformers reports those that the class has no place for: a head, a tower.
+                    modules = {name for name, _ in model.named_modules()}
+                    unplaced = {name for name in int8 if name.rpartition(".")[0] not in modules}
+                    int8 = {name: at for name, at in int8.items() if name not in unplaced or at in self._parts}
                 self._decisions = formats.stored_decisions(reader, model, int8, self._parts)
                 dtypes = {
                     name: reader.info(f"{stored}_scale").dtype
@@ -529,6 +534,18 @@ def _merges_any(rule: Any, params: list[str]) -> bool:
 
 def _reads_int8(rule: Any) -> bool:
     return any(isinstance(operation, _ReadParameter) for operation in getattr(rule, "operations", ()))
+
+
+def _as_in_files(parts: Mapping[str, Part], model: PreTrainedModel, reader: CheckpointReader) -> dict[str, Part]:
+    """`parts` under the names that they have in these files, which may be of the model around `model`, or of that
+    within: transformers loads either into the other."""
+    prefix = f"{model.base_model_prefix}."
+
+    def in_files(name: str) -> str:
+        others = (name, prefix + name, name.removeprefix(prefix))
+        return next((each for each in others if each in reader or f"{each}_packed" in reader), name)
+
+    return {in_files(name): part for name, part in parts.items()}
 
 
 def _tie(model: PreTrainedModel) -> None:

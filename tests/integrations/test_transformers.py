@@ -167,6 +167,21 @@ def test_a_model_within_one_that_was_loaded_is_saved_as_int8(tmp_path: Path, how
         assert_same(type(part).from_pretrained(tmp_path / name), part)
 
 
+@pytest.mark.parametrize("scheme", ["w8a16", "w8a8"])
+@pytest.mark.parametrize("make", [tiny_models.llama, tiny_models.llava, tiny_models.mixtral, tiny_models.qwen3_vl_moe])
+def test_the_model_without_its_int8_head_and_the_other_way_round(
+    tmp_path: Path, make: Callable[[], Any], scheme: str
+) -> None:
+    """As float checkpoints do, an int8 one loads into the model within, and that of the model within into the whole."""
+    cls = source_of(tmp_path, make)
+    config = OctavoConfig(scheme, include=["lm_head"])
+    whole = cls.from_pretrained(tmp_path / "float", quantization_config=config)
+    whole.save_pretrained(tmp_path / "whole")
+    assert_same(type(whole.model).from_pretrained(tmp_path / "whole"), whole.model)
+    whole.model.save_pretrained(tmp_path / "within")
+    assert_same(cls.from_pretrained(tmp_path / "within").model, whole.model)
+
+
 def names_in(folder: Path) -> set[str]:
     return set(load_file(folder / "model.safetensors"))
 
