@@ -115,6 +115,12 @@ def load(
         raise OctavoError(
             "progress would never be called: without model=, transformers loads and shows its own; leave it out"
         )
+    if about_the_hub := [name for name in options if name in _ABOUT_THE_HUB]:
+        raise OctavoError(
+            f"{', '.join(about_the_hub)} would have no effect: transformers gets a local folder, which of a Hub id is "
+            "that of the main revision; leave it out, or download what you mean by huggingface_hub.snapshot_download "
+            "and give the folder with its config.json"
+        )
     source = resolve(path)
     if is_gguf(source):
         return _load_gguf(source, **options)
@@ -306,6 +312,10 @@ def _quantize_gguf(
 _HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 _HUB_TIMEOUT = 10.0
 """Seconds that the Hub has to answer."""
+_ABOUT_THE_HUB = (
+    "revision", "code_revision", "subfolder", "cache_dir", "token", "force_download", "local_files_only",
+)  # fmt: skip
+"""Options of `from_pretrained` that say what is downloaded, or from where."""
 _WANTED = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.py", "*.md", "*.tiktoken")
 
 

@@ -438,6 +438,9 @@ def test_an_argument_that_would_have_no_effect_is_refused(tmp_path: Path) -> Non
     assert str(model) == before
     with pytest.raises(octavo.OctavoError, match="progress would never be called: without model="):
         octavo.load(tmp_path / "int8", progress=lambda done, total: None)
+    for about_the_hub in ("revision", "subfolder", "token"):
+        with pytest.raises(octavo.OctavoError, match=f"{about_the_hub} would have no effect: .*main revision"):
+            octavo.load(tmp_path / "int8", **{about_the_hub: "v1"})  # type: ignore[arg-type]
     for unknown in ({"nonsense": 3}, {"output_loading_info": False}):
         with pytest.raises(TypeError, match=next(iter(unknown))):
             octavo.load(tmp_path / "int8", **unknown)  # type: ignore[arg-type]
