@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from octavo import formats
-from octavo.errors import CheckpointError, MissingExtra, OctavoError
+from octavo.errors import CheckpointError, MissingExtra, OctavoError, QuantizeError
 from octavo.feeding import Progress
 from octavo.formats.checkpoint import CheckpointReader, check_shard_size, read_config
 from octavo.formats.outputs import new_folder
@@ -209,12 +209,14 @@ def save(
     max_shard_size: bytes, or "5GB".
     progress: called with (tensors written, number of tensors).
     Returns: the folder's path.
-    Raises: QuantizeError if no layer is int8; CheckpointError if the folder exists or cannot be written whole.
+    Raises: QuantizeError if no layer is int8, and for a transformers model with adapters of PEFT on it; CheckpointError
+        if the folder exists or cannot be written whole.
     Warns: OctavoWarning if a layer's kind keeps transformers and vLLM from loading the folder.
     """
     on_disk, attention = None, "float"
     model = _unwrapped(model)
     if _is_pretrained(model):
+        _refuse_adapters(model)
         from octavo.integrations import transformers
         from octavo.integrations.attention import attention_of
 
@@ -228,6 +230,17 @@ def save(
         attention=attention,
         progress=progress,
     )
+
+
+def _refuse_adapters(model: nn.Module) -> None:
+    """Raise QuantizeError for a model whose layers PEFT has put others around: no class has weights of such names."""
+    for name, module in model.named_modules():
+        if hasattr(module, "adapter_layer_names"):
+            raise QuantizeError(
+                f"{name}: has adapters of PEFT on it, under which transformers would not find the weight; merge them "
+                "(merge_and_unload()), or save the model without them (unload()) and the adapters by PEFT's "
+                "save_pretrained"
+            )
 
 
 def _unwrapped(model: nn.Module) -> nn.Module:

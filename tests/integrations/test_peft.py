@@ -130,6 +130,15 @@ def test_merge_and_unload_gives_an_int8_model(tmp_path: Path) -> None:
     torch.testing.assert_close(logits(octavo.load(tmp_path / "out")), merged)
 
 
+def test_a_model_with_adapters_on_it_is_not_saved_as_one_without(tmp_path: Path) -> None:
+    model = adapted(int8_llama())
+    for each in (model, model.get_base_model()):
+        with pytest.raises(QuantizeError, match=r"q_proj: has adapters of PEFT on it.*merge_and_unload"):
+            octavo.save(each, tmp_path / "out")
+    octavo.save(model.unload(), tmp_path / "out")
+    octavo.load(tmp_path / "out")
+
+
 def test_adapters_are_saved_and_loaded(tmp_path: Path) -> None:
     model = int8_llama()
     found = adapted(copy.deepcopy(model))
