@@ -4,23 +4,28 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Collection
 from fnmatch import fnmatchcase
 from pathlib import Path
 
 from octavo.errors import CheckpointError
 from octavo.formats.checkpoint import PICKLE_SUFFIXES, not_readable
 
-__all__ = ["copy_companions"]
+__all__ = ["NOT_A_TOKENIZERS", "copy_companions"]
 
 _OTHER_SUFFIXES = (".safetensors", ".gguf", ".h5", ".msgpack", ".onnx", ".onnx_data", ".ot", ".tflite")
 _WEIGHT_SUFFIXES = PICKLE_SUFFIXES + _OTHER_SUFFIXES
 
 
-def copy_companions(src: str | Path, dst: str | Path) -> list[str]:
+NOT_A_TOKENIZERS = ("*.py", "*processor_config.json")
+"""The companions that a model needs beside a tokenizer: code that its config names, and processors of other inputs."""
+
+
+def copy_companions(src: str | Path, dst: str | Path, only: Collection[str] = ("*",)) -> list[str]:
     """Copy what belongs to a checkpoint beside its weights: tokenizer, generation config, chat templates, code, README.
 
     src: a checkpoint's folder; links are followed (files in the Hub's cache are links). For a lone file: nothing.
-    dst: an existing folder.
+    dst: an existing folder. only: patterns, of which a file's name has to match one.
     Returns: the copied files' names, relative to `src`, sorted.
     Raises: CheckpointError naming a file that cannot be read.
 
@@ -37,6 +42,7 @@ def copy_companions(src: str | Path, dst: str | Path) -> list[str]:
         for entry in src.iterdir()
         if entry.name != "config.json" and not _is_clutter(entry.name)
         for file in _companion_files(entry, whole=entry.name in parts)
+        if any(fnmatchcase(file.name, pattern) for pattern in only)
     ]
     names = sorted(file.relative_to(src).as_posix() for file in chosen)
     for name in names:

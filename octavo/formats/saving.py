@@ -25,7 +25,7 @@ from octavo.experts import routers
 from octavo.feeding import Progress
 from octavo.formats import compressed_tensors as layout
 from octavo.formats.checkpoint import CheckpointWriter
-from octavo.formats.companions import copy_companions
+from octavo.formats.companions import NOT_A_TOKENIZERS, copy_companions
 from octavo.formats.experts import expert_parts
 from octavo.formats.outputs import new_folder
 from octavo.modules import QuantExperts, QuantModule, StaticQuantLinear
@@ -64,8 +64,8 @@ def save(
 
     model: has at least one int8 layer. For a transformers model the folder loads in transformers and vLLM.
     folder: must not exist (an empty one may).
-    tokenizer: tokenizer or processor to save along. Without one, the files beside the model's own checkpoint are
-        copied, if it was loaded from a local folder.
+    tokenizer: tokenizer or processor to save along. The files beside the model's own checkpoint are copied, if it was
+        loaded from a local folder: all without a tokenizer, else code and the settings of processors.
     max_shard_size: bytes, or "5GB".
     on_disk: gives the tensors the names that they have on disk, where those differ from the model's.
     attention: of the model, "float" or "int8".
@@ -312,8 +312,8 @@ def _describe_model(model: Any, folder: Path, tokenizer: Any) -> dict[str, Any]:
     if config is None or not hasattr(config, "save_pretrained"):
         return {}
     source = str(getattr(config, "_name_or_path", "") or "")
-    if tokenizer is None and source and Path(source).is_dir():
-        copy_companions(Path(source), folder)
+    if source and Path(source).is_dir():
+        copy_companions(Path(source), folder, only=("*",) if tokenizer is None else NOT_A_TOKENIZERS)
     described = json.loads(config.to_json_string())
     described.pop("quantization_config", None)
     described["architectures"] = [type(model).__name__]

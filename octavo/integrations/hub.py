@@ -204,8 +204,8 @@ def save(
     model: has at least one int8 layer. For a transformers model the folder loads in transformers and vLLM. Of a model
         that torch.compile, DataParallel or DistributedDataParallel wrapped, the model itself is saved.
     folder: must not exist (an empty one may).
-    tokenizer: tokenizer or processor to save along. Without one, the files beside the model's own checkpoint are
-        copied, if it was loaded from a local folder.
+    tokenizer: tokenizer or processor to save along. The files beside the model's own checkpoint are copied, if it was
+        loaded from a local folder: all without a tokenizer, else code and the settings of processors.
     max_shard_size: bytes, or "5GB".
     progress: called with (tensors written, number of tensors).
     Returns: the folder's path.

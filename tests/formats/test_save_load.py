@@ -675,9 +675,13 @@ def test_a_tokenizer_that_was_given_is_saved_instead(tmp_path: Path) -> None:
     tokenizer.chat_template = "{{ messages }}"
     build(llama).save_pretrained(tmp_path / "float")
     companions(tmp_path / "float")
+    for name in ("modeling_own.py", "preprocessor_config.json", "added_tokens.json"):
+        (tmp_path / "float" / name).write_text("{}")
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "float")
     octavo.quantize(model, "w8a16")
     octavo.save(model, tmp_path / "out", tokenizer=tokenizer)
+    assert (tmp_path / "out/modeling_own.py").exists() and (tmp_path / "out/preprocessor_config.json").exists()
+    assert not (tmp_path / "out/added_tokens.json").exists()  # another tokenizer's
     back = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
     assert back.get_vocab() == {"a": 0, "b": 1, "?": 2}
     assert back.chat_template == "{{ messages }}"
