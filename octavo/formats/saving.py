@@ -318,12 +318,24 @@ def _describe_model(model: Any, folder: Path, tokenizer: Any) -> dict[str, Any]:
     described.pop("quantization_config", None)
     described["architectures"] = [type(model).__name__]
     described["dtype"] = _dtype_of(model)
+    if described.get("tie_word_embeddings") and not _has_tied_head(model):
+        described["tie_word_embeddings"] = False  # transformers had found two weights in the files; vLLM would not look
     if getattr(model, "can_generate", lambda: False)() and model.generation_config is not None:
         # Not save_pretrained, which refuses settings that transformers loads with a warning, as Vicuna's.
         model.generation_config.to_json_file(folder / "generation_config.json", keys_to_pop=["compile_config"])
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
     return described
+
+
+def _has_tied_head(model: Any) -> bool:
+    """Whether its output head and its embedding are one table, of codes or in float, or it does not have both."""
+    try:
+        layers = model.get_output_embeddings(), model.get_input_embeddings()
+        tables = [each.codes_and_scale()[0] if isinstance(each, QuantModule) else each.weight for each in layers]
+    except (AttributeError, NotImplementedError):  # transformers' base classes ask a submodule that not every model has
+        return True
+    return bool(tables[0].data_ptr() == tables[1].data_ptr())
 
 
 def _dtype_of(model: nn.Module) -> str:

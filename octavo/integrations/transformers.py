@@ -13,6 +13,7 @@ read, `save_pretrained` one that brings transformers here.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import re
 from collections.abc import Callable, Iterable, Mapping
@@ -227,7 +228,7 @@ class OctavoQuantizer(HfQuantizer):  # type: ignore[misc]
         """Swap the layers of the empty model; the weights then find their int8 places."""
         if self.quantization_config.attention == "int8":
             check_int8_attention(model)
-        _tie(model)
+        _tie(model, checkpoint_files or ())
         if self.pre_quantized:
             if not checkpoint_files:
                 raise CheckpointError("the int8 checkpoint has no safetensors files; octavo reads no others")
@@ -548,12 +549,49 @@ def _as_in_files(parts: Mapping[str, Part], model: PreTrainedModel, reader: Chec
     return {in_files(name): part for name, part in parts.items()}
 
 
-def _tie(model: PreTrainedModel) -> None:
+def _tie(model: PreTrainedModel, files: Iterable[str]) -> None:
     """Tie the weights of the empty model, which transformers puts off until they are loaded: layers that share a
-    weight get one int8 table."""
-    for target, source in model.all_tied_weights_keys.items():
-        parent, _, name = target.rpartition(".")
-        setattr(model.get_submodule(parent), name, model.get_parameter(source))
+    weight get one int8 table.
+
+    As transformers then does: not those that are both in the files and differ, whatever the config says; and of two of
+    which one is there, that one is the source.
+    """
+    tied = model.all_tied_weights_keys
+    with contextlib.ExitStack() as stack:
+        safetensors = [file for file in files if tied and Path(file).suffix == ".safetensors"]
+        stored = _stored_tied(model, [stack.enter_context(CheckpointReader(file)) for file in safetensors])
+        for target, source in list(tied.items()):
+            one, other = stored.get(target), stored.get(source)
+            if one and other and not _are_equal(one, other):
+                del tied[target]
+                continue
+            if one and not other and list(tied.values()).count(source) == 1:
+                del tied[target]
+                target, source = source, target
+                tied[target] = source
+            parent, _, name = target.rpartition(".")
+            setattr(model.get_submodule(parent), name, model.get_parameter(source))
+
+
+_Read = Callable[[], Tensor]
+
+
+def _stored_tied(model: PreTrainedModel, readers: list[CheckpointReader]) -> dict[str, dict[str, _Read]]:
+    """Of the parameters that the model ties: the tensors that each is in the files, by what their names end with there,
+    "", "_packed" or "_scale"."""
+    tied = {*model.all_tied_weights_keys, *model.all_tied_weights_keys.values()}
+    rename = renaming(model)
+    stored: dict[str, dict[str, _Read]] = {}
+    for reader in readers:
+        for name in reader.names:
+            end = next(end for end in ("_packed", "_scale", "") if name.endswith(end))
+            if (param := rename(name.removesuffix(end))) in tied:
+                stored.setdefault(str(param), {})[end] = partial(reader.tensor, name)
+    return stored
+
+
+def _are_equal(one: Mapping[str, _Read], other: Mapping[str, _Read]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[end](), other[end]()) for end in one)
 
 
 def renaming(model: PreTrainedModel) -> Callable[[str], str | None]:

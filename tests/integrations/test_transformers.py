@@ -233,6 +233,30 @@ def test_a_head_that_comes_before_the_embedding_it_is_tied_to(tmp_path: Path) ->
     assert loaded.lm_head.decoder.codes() == {} and loaded.roberta.embeddings.word_embeddings.codes()
 
 
+@pytest.mark.filterwarnings("ignore:int8 layers of kind Embedding:octavo.OctavoWarning")
+@pytest.mark.parametrize("include", [[], ["lm_head"], ["Embedding"], ["Embedding", "lm_head"]])
+@pytest.mark.parametrize("apart", [True, False])
+def test_the_files_say_whether_a_head_is_tied_and_under_which_name(
+    tmp_path: Path, include: list[str], apart: bool
+) -> None:
+    """transformers ties what is one in the files, also where that is called as the head, and nothing that differs
+    there, whatever the config says."""
+    cls = source_of(tmp_path, tiny_models.tied_llama)
+    file = tmp_path / "float" / "model.safetensors"
+    tensors = load_file(file)
+    table = tensors["model.embed_tokens.weight"]
+    tensors["lm_head.weight"] = -table if apart else tensors.pop("model.embed_tokens.weight")
+    save_file(tensors, file, metadata={"format": "pt"})
+    expected = expected_of(cls, tmp_path, include=include)
+    model = cls.from_pretrained(tmp_path / "float", quantization_config=OctavoConfig(include=include))
+    octavo.save(expected, tmp_path / "out")
+    model.save_pretrained(tmp_path / "saved")
+    ids = tokens()
+    for one in (model, octavo.load(tmp_path / "out"), cls.from_pretrained(tmp_path / "saved")):
+        assert torch.equal(one(ids).logits, expected(ids).logits)
+    assert json.loads((tmp_path / "out/config.json").read_text())["tie_word_embeddings"] is not apart
+
+
 def test_a_rule_makes_experts_only_if_it_names_them_whole() -> None:
     """Inkling's for its shared experts ends as the name of its routed ones does."""
     from transformers.core_model_loading import Chunk, WeightConverter
