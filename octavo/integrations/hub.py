@@ -330,6 +330,8 @@ _ABOUT_THE_HUB = (
 )  # fmt: skip
 """Options of `from_pretrained` that say what is downloaded, or from where."""
 _WANTED = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.py", "*.md", "*.tiktoken")
+_UNWANTED = ("consolidated*", "original/*")
+"""The same weights once more, as who made the model published them first (Mistral, gpt-oss)."""
 
 
 def resolve(source: str | Path) -> Path:
@@ -371,14 +373,16 @@ def _download(hub_id: str) -> Path:
         raise CheckpointError(f"{hub_id}: no such file or folder, and no id of the Hub either") from error
     except Exception as error:  # offline, a proxy, a server's error: what is raised differs between releases
         try:
-            return Path(snapshot_download(hub_id, allow_patterns=list(_WANTED), local_files_only=True))
+            return Path(snapshot_download(hub_id, local_files_only=True))
         except LocalEntryNotFoundError:
             raise CheckpointError(
                 f"{hub_id}: not a local path, not in the local cache, and the Hub cannot be reached; connect, or "
                 f"download the model elsewhere and give its folder ({type(error).__name__}: {error})"
             ) from error
     try:
-        return Path(snapshot_download(hub_id, revision=revision, allow_patterns=list(_WANTED)))
+        return Path(
+            snapshot_download(hub_id, revision=revision, allow_patterns=list(_WANTED), ignore_patterns=list(_UNWANTED))
+        )
     except (HfHubHTTPError, OSError) as error:
         raise CheckpointError(f"{hub_id}: cannot be downloaded: {error}") from error
 

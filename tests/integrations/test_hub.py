@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -394,6 +395,21 @@ def test_what_the_cache_has_is_found_offline(tmp_path: Path) -> None:
     (snapshot / "config.json").write_text("{}")
     said = resolve_elsewhere({"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path)}, timeout=60)
     assert said.strip() == f"found {snapshot}"
+
+
+def test_weights_are_downloaded_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of repositories that hold them twice, as Mistral's and gpt-oss's do."""
+    import huggingface_hub
+    from huggingface_hub.utils import filter_repo_objects
+
+    asked: dict[str, Any] = {}
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", lambda *_, **__: SimpleNamespace(sha="a" * 40))
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **kwargs: asked.update(kwargs) or ".")
+    hub.resolve("octavo-test/model")
+    wanted = ["config.json", "model-00001-of-00002.safetensors", "2_Dense/model.safetensors", "modeling_own.py"]
+    twice = ["consolidated.safetensors", "original/model.safetensors", "pytorch_model.bin", "original/config.json"]
+    patterns = {key: asked[key] for key in ("allow_patterns", "ignore_patterns")}
+    assert list(filter_repo_objects([*wanted, *twice], **patterns)) == wanted
 
 
 # -- other sources ----------------------------------------------------------------------------------------------------
