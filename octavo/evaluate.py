@@ -28,7 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from octavo.errors import EvaluateError, OctavoWarning
-from octavo.feeding import Progress, at_rest, check_batches, device_of, feed, hooked, padding_mask
+from octavo.feeding import Progress, at_rest, check_batches, device_of, feed, hooked, padding_masks
 from octavo.report import Comparison, LayerQuality, NotCompared
 from octavo.smoothing.smoothed import smooth_scales
 
@@ -103,7 +103,8 @@ def compare(
         is [..., V], each row over V is a position. A tensor, a tuple's tensor and what is called logits are taken as
         logits when V > 1; KL and top-1 are None for any other.
     batches: iterable of tensors, tuples (positional arguments) or dicts (keyword arguments). Where a dict has an
-        `attention_mask` [B, T], positions with a 0 there do not count, in outputs [B, T, ...] of model and layers.
+        `attention_mask` [B, T], positions with a 0 there do not count, in outputs [B, T, ...] of model and layers; of
+        an encoder-decoder's output it is `decoder_attention_mask` that says so.
     layers: also the output SQNR of each module of the int8 model that says what of it is quantized (it has an attribute
         `quantized_params`), against the module of the same name in the float model. Both must be nn.Module. What
         `octavo.smooth` divided outputs by (of up_proj, v_proj) is taken back first; to find it, the float model is run
@@ -125,16 +126,16 @@ def compare(
     with at_rest(float_model, int8_model):
         for count, batch in enumerate(batches, start=1):
             where = f"batch {count - 1}"
-            mask = padding_mask(batch)
+            masks = padding_masks(batch)
             if tallies and count == 1:
                 assert isinstance(float_model, nn.Module) and isinstance(int8_model, nn.Module)
                 for name, factors in smooth_scales(float_model, int8_model, batch).items():
                     tallies[name].smooth_scale = factors
             with _hooks(float_model, tallies, _LayerTally.keep):
                 reference = _run(float_model, batch, devices[0], f"{where}: the float model")
-            with _hooks(int8_model, tallies, functools.partial(_LayerTally.judge, mask=mask)):
+            with _hooks(int8_model, tallies, functools.partial(_LayerTally.judge, masks=masks)):
                 actual = _run(int8_model, batch, devices[1], f"{where}: the int8 model")
-            output.add(reference, actual, mask, where)
+            output.add(reference, actual, masks, where)
             for tally in tallies.values():
                 tally.end_batch()
             if progress is not None:
@@ -204,7 +205,7 @@ class _LayerTally:
         # A copy: what follows may overwrite it, as ReLU(inplace=True) does.
         self.kept.append(None if value is None else value.clone())
 
-    def judge(self, value: Tensor | None, mask: Tensor | None) -> None:
+    def judge(self, value: Tensor | None, masks: list[Tensor]) -> None:
         self.calls += 1
         if not self.kept:
             self.problem = self.problem or "runs more often in the int8 model than in the float model"
@@ -217,7 +218,7 @@ class _LayerTally:
         else:
             if self.smooth_scale is not None:
                 value = value * self.smooth_scale.to(value.device)
-            self.power.add(_without_padding(reference, mask), _without_padding(value, mask))
+            self.power.add(_without_padding(reference, masks), _without_padding(value, masks))
 
     def end_batch(self) -> None:
         if self.kept:
@@ -248,16 +249,17 @@ class _OutputTally:
     cosine_min: float = math.inf
     warned: bool = False
 
-    def add(self, reference: tuple[Tensor, bool], actual: tuple[Tensor, bool], mask: Tensor | None, where: str) -> None:
+    def add(self, reference: tuple[Tensor, bool], actual: tuple[Tensor, bool], masks: list[Tensor], where: str) -> None:
         f, q = reference[0], actual[0]
         if f.shape != q.shape:
             raise EvaluateError(
                 f"{where}: the float model's output has shape {list(f.shape)}, the int8 model's has {list(q.shape)}; "
                 "expected one shape, from two models of one architecture"
             )
-        self._warn_of_mask(f, mask, where)
+        self._warn_of_masks(f, masks, where)
+        masks = [mask for mask in masks if _fits(f, mask)][-1:]  # of a decoder, whose output it is, its own
         self.is_logits = self.is_logits and reference[1] and actual[1] and f.shape[-1:] > (1,)
-        f, q = _rows(_without_padding(f, mask)), _rows(_without_padding(q, mask)).to(f.device)
+        f, q = _rows(_without_padding(f, masks)), _rows(_without_padding(q, masks)).to(f.device)
         for f_rows, q_rows in _chunks(f, q):
             self._add_rows(_float64(f_rows), _float64(q_rows), where)
 
@@ -274,14 +276,15 @@ class _OutputTally:
         self.cosine_sum += cosine.sum().item()
         self.cosine_min = min(self.cosine_min, cosine.min().item())
 
-    def _warn_of_mask(self, output: Tensor, mask: Tensor | None, where: str) -> None:
-        if mask is None or self.warned or output.dim() < 3 or bool(mask.all()) or output.shape[:2] == mask.shape:
+    def _warn_of_masks(self, output: Tensor, masks: list[Tensor], where: str) -> None:
+        told = any(_fits(output, mask) for mask in masks)
+        if self.warned or told or output.dim() < 3 or all(bool(mask.all()) for mask in masks):
             return
         self.warned = True
         warnings.warn(
-            f"{where}: attention_mask has shape {list(mask.shape)}, the output {list(output.shape)}: which positions "
-            "are padding cannot be told, all are counted; expected a mask [B, T] for an output [B, T, ...], or batches "
-            "without padding",
+            f"{where}: attention_mask has shape {list(masks[0].shape)}, the output {list(output.shape)}: which "
+            "positions are padding cannot be told, all are counted; expected a mask [B, T] for an output [B, T, ...], "
+            "or batches without padding",
             OctavoWarning,
             stacklevel=4,
         )
@@ -370,11 +373,15 @@ def _rows(x: Tensor) -> Tensor:
     return x.reshape(1, 1) if x.dim() == 0 else x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
 
 
-def _without_padding(x: Tensor, mask: Tensor | None) -> Tensor:
-    """The positions of [B, T, ...] that a mask [B, T] keeps; all of `x` where the mask does not fit it."""
-    if mask is None or x.dim() < 3 or x.shape[:2] != mask.shape:
-        return x
-    return x[mask.to(x.device)]
+def _fits(x: Tensor, mask: Tensor) -> bool:
+    """Whether a mask [B, T] is one of positions of x [B, T, ...]."""
+    return x.dim() >= 3 and x.shape[:2] == mask.shape
+
+
+def _without_padding(x: Tensor, masks: list[Tensor]) -> Tensor:
+    """The positions of [B, T, ...] that any of the masks that fit keeps; all of `x` where none fits."""
+    fitting = [mask.to(x.device) for mask in masks if _fits(x, mask)]
+    return x[torch.stack(fitting).any(0)] if fitting else x
 
 
 def _token_row(token_ids: Tensor) -> Tensor:

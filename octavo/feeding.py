@@ -24,7 +24,7 @@ __all__ = [
     "feed",
     "first_tensor",
     "hooked",
-    "padding_mask",
+    "padding_masks",
 ]
 
 Progress = Callable[[int, int], None]
@@ -121,7 +121,13 @@ def hooked(modules: Mapping[str, nn.Module], register: Callable[[str, nn.Module]
             handle.remove()
 
 
-def padding_mask(batch: Any, name: str = "attention_mask") -> Tensor | None:
-    """The batch's attention_mask [B, T] as booleans, True where a position counts; None if it has none."""
-    mask = batch.get(name) if isinstance(batch, Mapping) else None
-    return mask.bool() if isinstance(mask, Tensor) else None
+def padding_masks(batch: Any) -> list[Tensor]:
+    """The masks [B, T] that a batch has, as booleans, True where a position counts: `attention_mask`, then that of a
+    decoder, in which every position counts if it has a decoder's input and no `decoder_attention_mask`."""
+    if not isinstance(batch, Mapping):
+        return []
+    masks = [batch.get("attention_mask"), batch.get("decoder_attention_mask")]
+    if masks[1] is None:
+        fed = (batch.get(name) for name in ("decoder_input_ids", "decoder_inputs_embeds"))
+        masks[1] = next((x.new_ones(x.shape[:2]) for x in fed if isinstance(x, Tensor)), None)
+    return [mask.bool() for mask in masks if isinstance(mask, Tensor)]

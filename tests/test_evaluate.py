@@ -389,6 +389,18 @@ def test_a_mask_does_not_touch_a_pooled_output() -> None:
         assert compare(fixed(torch.randn(3, columns)), fixed(torch.randn(3, columns)), [batch]).positions == 3
 
 
+@pytest.mark.parametrize("masked", [True, False])
+def test_a_decoders_output_has_the_decoders_padding(masked: bool) -> None:
+    """Though the encoder was fed as many tokens, and its mask would fit."""
+    f, q = torch.randn(2, 4, 7), torch.randn(2, 4, 7)
+    own = torch.tensor([[1, 1, 1, 0], [1, 1, 0, 0]]) if masked else torch.ones(2, 4)
+    ids = torch.zeros(2, 4, dtype=torch.int64)
+    batch = {"input_ids": ids, "attention_mask": torch.tensor([[1, 0, 0, 0]] * 2), "decoder_input_ids": ids}
+    found = compare(fixed(f), fixed(q), [batch | ({"decoder_attention_mask": own} if masked else {})])
+    expected = truth(f[own == 1], q[own == 1])
+    assert {name: getattr(found, name) for name in expected} == pytest.approx(expected, rel=1e-9)
+
+
 def test_a_mask_that_fits_no_output_is_a_warning_once() -> None:
     batch = {"attention_mask": torch.tensor([[1, 1, 1, 0]])}
     outputs = [torch.randn(1, 2, 5)] * 4

@@ -46,7 +46,7 @@ from octavo.feeding import (
     feed,
     first_tensor,
     hooked,
-    padding_mask,
+    padding_masks,
 )
 from octavo.layers import is_stack, kind_of, why_not
 from octavo.whole import replacing
@@ -392,8 +392,7 @@ class _Watch:
         self._events = 0
 
     def begin(self, batch: Any, index: int) -> None:
-        masks = (padding_mask(batch, name) for name in ("attention_mask", "decoder_attention_mask"))
-        self._masks = [mask for mask in masks if mask is not None and mask.dim() == 2]
+        self._masks = [mask for mask in padding_masks(batch) if mask.dim() == 2]
         self._batch = index
         self._calls = {}
 

@@ -364,16 +364,18 @@ class EncoderDecoder(nn.Module):
         super().__init__()
         self.encoder, self.decoder = nn.Linear(4, 4), nn.Linear(4, 4)
 
-    def forward(self, x: Tensor, y: Tensor, attention_mask: Tensor, decoder_attention_mask: Tensor) -> Tensor:
-        return self.decoder(y) + self.encoder(x).mean()
+    def forward(
+        self, x: Tensor, decoder_inputs_embeds: Tensor, attention_mask: Tensor, decoder_attention_mask: Any = None
+    ) -> Tensor:
+        return self.decoder(decoder_inputs_embeds) + self.encoder(x).mean()
 
 
-def test_no_token_of_a_decoder_is_missed_where_the_encoder_has_as_many() -> None:
+@pytest.mark.parametrize("masked", [True, False])
+def test_no_token_of_a_decoder_is_missed_where_the_encoder_has_as_many(masked: bool) -> None:
     """Which of two masks of one shape is whose cannot be told: what either counts is counted."""
-    masks = torch.tensor([[1, 0, 0]]), torch.tensor([[1, 1, 1]])
     x, y = torch.randn(1, 3, 4), torch.randn(1, 3, 4)
-    batch = {"x": x, "y": y, "attention_mask": masks[0], "decoder_attention_mask": masks[1]}
-    stats = calibrate(EncoderDecoder(), [batch])
+    batch = {"x": x, "decoder_inputs_embeds": y, "attention_mask": torch.tensor([[1, 0, 0]])}
+    stats = calibrate(EncoderDecoder(), [batch | ({"decoder_attention_mask": torch.ones(1, 3)} if masked else {})])
     assert torch.equal(stats.observers["decoder"].amax, y.abs().amax((0, 1)))
 
 
