@@ -28,7 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from octavo.errors import EvaluateError, OctavoWarning
-from octavo.feeding import Progress, at_rest, check_batches, device_of, feed, hooked, padding_masks
+from octavo.feeding import Progress, at_rest, check_batches, device_of, drawn_again, feed, hooked, padding_masks
 from octavo.report import Comparison, LayerQuality, NotCompared
 from octavo.smoothing.smoothed import smooth_scales
 
@@ -98,10 +98,10 @@ def compare(
 ) -> Comparison:
     """Run both models over `batches` once, and measure how far the int8 model is from the float model.
 
-    float_model, int8_model: called alike with each batch. The output judged is, of what a model returns: a tensor;
-        `.logits`; `.last_hidden_state`; the "logits" of a dict; the first floating-point tensor of a dict or tuple. It
-        is [..., V], each row over V is a position. A tensor, a tuple's tensor and what is called logits are taken as
-        logits when V > 1; KL and top-1 are None for any other.
+    float_model, int8_model: called alike with each batch; random numbers that they draw (noise) are the same. The
+        output judged is, of what a model returns: a tensor; `.logits`; `.last_hidden_state`; the "logits" of a dict;
+        the first floating-point tensor of a dict or tuple. It is [..., V], each row over V is a position. A tensor, a
+        tuple's tensor and what is called logits are taken as logits when V > 1; KL and top-1 are None for any other.
     batches: iterable of tensors, tuples (positional arguments) or dicts (keyword arguments). Where a dict has an
         `attention_mask` [B, T], positions with a 0 there do not count, in outputs [B, T, ...] of model and layers; of
         an encoder-decoder's output it is `decoder_attention_mask` that says so.
@@ -131,7 +131,7 @@ def compare(
                 assert isinstance(float_model, nn.Module) and isinstance(int8_model, nn.Module)
                 for name, factors in smooth_scales(float_model, int8_model, batch).items():
                     tallies[name].smooth_scale = factors
-            with _hooks(float_model, tallies, _LayerTally.keep):
+            with _hooks(float_model, tallies, _LayerTally.keep), drawn_again(devices[0]):
                 reference = _run(float_model, batch, devices[0], f"{where}: the float model")
             with _hooks(int8_model, tallies, functools.partial(_LayerTally.judge, masks=masks)):
                 actual = _run(int8_model, batch, devices[1], f"{where}: the int8 model")

@@ -21,6 +21,7 @@ __all__ = [
     "check_batches",
     "check_module",
     "device_of",
+    "drawn_again",
     "feed",
     "first_tensor",
     "hooked",
@@ -106,6 +107,12 @@ def at_rest(*models: Any) -> Iterator[None]:
     finally:
         for module, training in modes:
             module.training = training
+
+
+def drawn_again(device: torch.device | None) -> contextlib.AbstractContextManager[None]:
+    """While open, the random numbers that a model on `device` draws (noise, samples) are those that come after it, too:
+    runs that are to be held against each other draw the same."""
+    return torch.random.fork_rng([device] if device is not None and device.type == "cuda" else [])
 
 
 @contextlib.contextmanager

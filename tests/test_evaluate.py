@@ -624,6 +624,20 @@ def test_hooks_are_removed_and_modes_restored_whatever_happens(failing: str) -> 
     assert torch.is_grad_enabled()
 
 
+def test_both_models_draw_the_same_random_numbers_and_each_batch_others() -> None:
+    drawn: list[float] = []
+
+    def model(x: Tensor) -> Tensor:
+        drawn.append(float(torch.rand(())))
+        return x + drawn[-1]
+
+    x = torch.randn(2, 6)
+    torch.manual_seed(0)
+    assert compare(model, model, [x, x]).sqnr_db == math.inf
+    torch.manual_seed(0)
+    assert drawn == [float(noise) for noise in torch.rand(2).repeat_interleave(2)]
+
+
 def test_hooks_are_removed_and_others_hooks_stay() -> None:
     model = mlp()
     noisy = with_noise(model, {"0": 0.1})

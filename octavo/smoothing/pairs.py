@@ -35,7 +35,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from octavo.experts import ExpertsSpec, spec_of
-from octavo.feeding import at_rest, device_of, feed, first_tensor, hooked
+from octavo.feeding import at_rest, device_of, drawn_again, feed, first_tensor, hooked
 from octavo.layers import is_stack, kind_of, users_of_parameters
 
 __all__ = ["Layout", "Pair", "Sink", "find_pairs", "is_norm", "products", "scales_by_one_plus", "short"]
@@ -88,13 +88,11 @@ def find_pairs(model: nn.Module, example: Any, progress: Callable[[int, int], No
 
     model: float, not modified. example: a batch. progress: called with (families done, families in all).
     """
-    device = device_of(model, "model")
-    example = short(example)
     with at_rest(model), _every_product_in_sight(model):
         base = _Run(model)
         with base.watching():
-            output = feed(model, example, device, "the model")
-        search = _Search(model, base, _tensors(output), lambda: feed(model, example, device, "the model"))
+            output = _fed(model, example)
+        search = _Search(model, base, _tensors(output), lambda: _fed(model, example))
         families = search.families()
         for done, family in enumerate(families, 1):
             search.try_family(family)
@@ -109,8 +107,15 @@ def products(model: nn.Module, example: Any) -> tuple[list[Product], list[Tensor
     with at_rest(model), _every_product_in_sight(model):
         run = _Run(model)
         with run.watching():
-            output = feed(model, short(example), device_of(model, "model"), "the model")
+            output = _fed(model, example)
     return run.products, _tensors(output)
+
+
+def _fed(model: nn.Module, example: Any) -> Any:
+    """What `model` returns for the first tokens of `example`; if it draws random numbers, the same every time."""
+    device = device_of(model, "model")
+    with drawn_again(device):
+        return feed(model, short(example), device, "the model")
 
 
 def is_norm(module: nn.Module) -> bool:

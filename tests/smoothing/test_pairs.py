@@ -115,6 +115,20 @@ def test_a_module_that_no_library_knows() -> None:
     assert listed(find_pairs(Net(), X)) == WHOLE
 
 
+class Noisy(Net):
+    """As speech synthesis and variational autoencoders are."""
+
+    def forward(self, x: Tensor) -> Any:
+        return super().forward(x + torch.randn_like(x)) + torch.rand(())
+
+
+def test_a_model_that_draws_random_numbers() -> None:
+    net = Noisy()
+    state = torch.get_rng_state()
+    assert listed(find_pairs(net, X)) == WHOLE
+    assert torch.equal(torch.get_rng_state(), state)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 def test_in_every_dtype(dtype: torch.dtype) -> None:
     assert listed(find_pairs(Net().to(dtype), X.to(dtype))) == WHOLE

@@ -33,7 +33,7 @@ from tests.outliers import (
     outputs,
     relative_error,
 )
-from tests.smoothing.test_pairs import Codes, Experts, Net, Taps, X
+from tests.smoothing.test_pairs import Codes, Experts, Net, Noisy, Taps, X
 
 pytestmark = pytest.mark.filterwarnings("ignore::octavo.errors.OctavoWarning")  # experts and embeddings stay float
 
@@ -102,6 +102,15 @@ def test_padding_changes_nothing() -> None:
     report = smooth(model, calibrate(model, [padded]))
     assert folded(report) == architecture.expected().keys()
     assert torch.equal(outputs(model, batch), wanted)
+
+
+def test_a_model_that_draws_random_numbers() -> None:
+    model = Noisy()
+    torch.manual_seed(1)
+    wanted = model(X)
+    assert folded(smooth(model, calibrate(model, [X]))) == {"norm", "a", "last"}
+    torch.manual_seed(1)
+    assert torch.equal(model(X), wanted)
 
 
 # -- what is folded ---------------------------------------------------------------------------------------------------
