@@ -104,6 +104,19 @@ def test_padding_changes_nothing() -> None:
     assert torch.equal(outputs(model, batch), wanted)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_under_autocast_that_has_copies_of_the_weights(dtype: torch.dtype) -> None:
+    model = spiked(Net())
+    with torch.autocast("cpu", dtype):
+        model(X)  # keeps a copy of each weight for as long as autocast is on
+        stats = calibrate(model, [X])
+        wanted = model(X)
+        assert folded(smooth(model, stats)) == {"norm", "a", "last"}
+        assert torch.equal(model(X), wanted)
+    with torch.autocast("cpu", dtype):
+        assert torch.equal(model(X), wanted)
+
+
 def test_a_model_that_draws_random_numbers() -> None:
     model = Noisy()
     torch.manual_seed(1)
