@@ -61,7 +61,7 @@ ROWS = 256
 class Stats:
     """What calibration saw.
 
-    observers: layer's name -> its inputs. unreached: layers that no batch reached. shared: groups of layers that were
+    observers: layer's name -> its inputs. unreached: layers that no token reached. shared: groups of layers that were
     fed the very same tensor, at every call. example: the first batch, by which `octavo.smooth` finds its way through
     the model; None for statistics that came without one. further: batches that go another way, on which smoothing is
     proved too: they reach layers that no batch before them did, or give the model arguments of another structure: other
@@ -521,7 +521,7 @@ def _merged(watch: _Watch, layers: Iterable[str], rows: int, example: Any) -> St
     observers: dict[str, Observer] = {}
     groups: dict[tuple[str | None, ...], list[str]] = {}
     for name in layers:
-        found = [seen[name] for seen, *_ in parts if name in seen]
+        found = [seen[name] for seen, *_ in parts if name in seen and seen[name].tokens]  # experts are run on none, too
         if found:
             observers[name] = found[0]
             for other in found[1:]:

@@ -134,6 +134,14 @@ def test_layers_that_no_batch_reached_are_listed_and_get_dynamic_inputs() -> Non
         stats.input_scale("dead", torch.float32)
 
 
+def test_a_layer_that_ran_without_a_token_was_not_reached() -> None:
+    """As experts in a list do that no token was routed to."""
+    model = Branches()
+    model.used.register_forward_hook(lambda module, args, output: output + model.dead(args[0][:0]).sum())
+    stats = calibrate(model, [torch.randn(6, 4), torch.randn(3, 4)])
+    assert stats.unreached == ("dead",) and stats.observers["used"].tokens == 9
+
+
 def net(width: int = 4, layers: int = 2) -> nn.Sequential:
     return nn.Sequential(*(nn.Linear(width, width) for _ in range(layers)))
 
