@@ -334,7 +334,7 @@ class Recipe:
         """A recipe from a .json, .yaml or .yml file. Raises RecipeError naming the file for anything wrong with it."""
         path = Path(path)
         try:
-            text = path.read_text(encoding="utf-8")
+            text = path.read_text(encoding="utf-8-sig")  # some editors begin a file with a BOM
         except (OSError, UnicodeDecodeError) as error:
             raise RecipeError(f"{path}: cannot read the recipe: {error}") from error
         if path.suffix == ".json":

@@ -85,7 +85,8 @@ def test_files(tmp_path: Path, suffix: str) -> None:
     path.write_text(
         json.dumps({"scheme": "w8a16", "ignore": ["re:.*down_proj"]})
         if suffix == ".json"
-        else "scheme: w8a16\nignore:\n  - 're:.*down_proj'\n"
+        else "scheme: w8a16\nignore:\n  - 're:.*down_proj'\n",
+        encoding="utf-8-sig",  # as some editors write it
     )
     assert Recipe.from_file(path) == Recipe.of("w8a16", ignore=["re:.*down_proj"])
 

@@ -172,8 +172,16 @@ class Stats:
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 -- no dict
         except (OSError, SafetensorError, ValueError) as error:
             raise CalibrateError(f"{path}: cannot be read as calibration statistics: {error}") from error
-        if about.get("format") != _FORMAT:
+        if not isinstance(about, dict) or about.get("format") != _FORMAT:
             raise CalibrateError(f"{path}: holds no calibration statistics; make them with `octavo calibrate`")
+        try:
+            return cls._of(about, tensors)
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise CalibrateError(f"{path}: is damaged ({error!r}); make it again with `octavo calibrate`") from error
+
+    @classmethod
+    def _of(cls, about: dict[str, Any], tensors: Mapping[str, Tensor]) -> Stats:
+        """What `save` made `about` and `tensors` of."""
         stats = cls({}, tuple(about["unreached"]), tuple(map(tuple, about["shared"])))
         for name, tokens in about["tokens"].items():
             owner = stats.siblings(name)[0]

@@ -266,6 +266,10 @@ def test_other_files_are_refused(tmp_path: Path) -> None:
     save_file({"a": torch.ones(1)}, path)
     with pytest.raises(CalibrateError, match="holds no calibration statistics"):
         Stats.load(path)
+    for about, why in (("[]", "holds no calib"), ('{"format": "octavo-stats-2"}', r"x.safetensors: is damaged .*unre")):
+        save_file({"a": torch.ones(1)}, path, metadata={"octavo": about})
+        with pytest.raises(CalibrateError, match=why):
+            Stats.load(path)
 
 
 def test_smoothquants_act_scales(tmp_path: Path) -> None:
