@@ -25,6 +25,7 @@ __all__ = [
     "feed",
     "first_tensor",
     "hooked",
+    "on_tensors",
     "padding_masks",
 ]
 
@@ -59,7 +60,8 @@ def feed(model: Callable[..., Any], batch: Any, device: torch.device | None, who
             f"{who} was to be fed a {type(batch).__name__}; expected a tensor, a tuple of positional arguments or a "
             "dict of keyword arguments"
         )
-    batch = _to_device(batch, device)
+    if device is not None:
+        batch = on_tensors(batch, lambda tensor: tensor.to(device))
     if isinstance(batch, Tensor):
         return model(batch)
     if isinstance(batch, Mapping):
@@ -67,12 +69,13 @@ def feed(model: Callable[..., Any], batch: Any, device: torch.device | None, who
     return model(*batch)
 
 
-def _to_device(value: Any, device: torch.device | None) -> Any:
-    if isinstance(value, Tensor):
-        return value if device is None else value.to(device)
-    if isinstance(value, Mapping):
-        return {name: _to_device(item, device) for name, item in value.items()}
-    return type(value)(_to_device(item, device) for item in value) if type(value) in (tuple, list) else value
+def on_tensors(batch: Any, do: Callable[[Tensor], Any]) -> Any:
+    """The batch with `do` of each of its tensors in its place, however nested in dicts, tuples and lists."""
+    if isinstance(batch, Tensor):
+        return do(batch)
+    if isinstance(batch, Mapping):
+        return {name: on_tensors(item, do) for name, item in batch.items()}
+    return type(batch)(on_tensors(item, do) for item in batch) if type(batch) in (tuple, list) else batch
 
 
 def first_tensor(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:

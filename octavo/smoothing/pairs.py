@@ -35,7 +35,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from octavo.experts import ExpertsSpec, spec_of
-from octavo.feeding import at_rest, device_of, drawn_again, feed, first_tensor, hooked
+from octavo.feeding import at_rest, device_of, drawn_again, feed, first_tensor, hooked, on_tensors
 from octavo.layers import is_stack, kind_of, users_of_parameters
 
 __all__ = ["Layout", "Pair", "Sink", "find_pairs", "is_norm", "products", "scales_by_one_plus", "short"]
@@ -151,12 +151,15 @@ def scales_by_one_plus(norm: nn.Module, weight: nn.Parameter) -> bool:
 
 _TOKENS = 128
 _SEQUENCES = 2
+_ITEMS = 4
+"""Of a batch of images or sounds. An image that is no batch has no more channels."""
 
 
 def short(example: Any) -> Any:
-    """The first tokens of a batch of token ids [B, T], alone or in a dict; any other batch as it is."""
-    if isinstance(example, Tensor):
-        return example[:_SEQUENCES, :_TOKENS] if example.dtype == torch.int64 and example.dim() == 2 else example
+    """The first tokens of a batch of token ids [B, T], alone or in a dict; the first items of a batch of which all is
+    [B, ...]; any other as it is. Of what it feeds to a model, the inputs of every layer are kept."""
+    if isinstance(example, Tensor) and example.dtype == torch.int64 and example.dim() == 2:
+        return example[:_SEQUENCES, :_TOKENS]
     if isinstance(example, Mapping) and isinstance(example.get("input_ids"), Tensor):
         shape = example["input_ids"].shape
         if len(shape) != 2 or any(not isinstance(v, Tensor) or v.shape != shape for v in example.values()):
@@ -165,6 +168,11 @@ def short(example: Any) -> Any:
         mask = cut.get("attention_mask")
         # With padding on the left the first tokens may be none at all.
         return cut if mask is None or bool(mask.all()) else {k: v[:_SEQUENCES] for k, v in example.items()}
+    shapes: list[torch.Size] = []
+    on_tensors(example, lambda tensor: shapes.append(tensor.shape))
+    of_one_length = len({shape[:1] for shape in shapes}) == 1
+    if of_one_length and max(map(len, shapes)) >= 3 and shapes[0][0] > _ITEMS:
+        return on_tensors(example, lambda tensor: tensor[:_ITEMS])
     return example
 
 

@@ -464,7 +464,15 @@ def test_a_long_batch_is_cut() -> None:
     assert short(tokens).shape == (2, 128)
     assert short({"input_ids": tokens, "attention_mask": tokens + 1})["attention_mask"].shape == (2, 128)
     assert short({"input_ids": tokens, "attention_mask": tokens})["input_ids"].shape == (2, 400)
-    assert short(X) is X
+    images, lengths = torch.zeros(6, 3, 8, 8), torch.ones(6)
+    assert short(images).shape == (4, 3, 8, 8)
+    cut, (more,), flag = short((images, [lengths], True))
+    assert (cut.shape, more.shape, flag) == ((4, 3, 8, 8), (4,), True)
+    assert short({"pixel_values": images, "size": 8})["pixel_values"].shape == (4, 3, 8, 8)
+    # No batch, or one whose items cannot be told.
+    rows, nothing = torch.zeros(9, 4), torch.tensor(0.0)
+    for whole in (X, images[0], rows, (images, rows), (images, nothing), {"input_ids": tokens, "images": images}, ()):
+        assert short(whole) is whole
 
 
 def test_products_are_what_weights_were_multiplied_by() -> None:
