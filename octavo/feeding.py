@@ -98,9 +98,12 @@ def device_of(model: Any, name: str) -> torch.device | None:
 
 @contextlib.contextmanager
 def at_rest(*models: Any) -> Iterator[None]:
-    """Eval mode without gradients; each module's own mode comes back at the end."""
+    """Eval mode without gradients; each module's own mode comes back at the end. And without the fast path of torch's
+    encoder layers, which runs none of the modules in them, on nested tensors without the padding."""
     roots = [model for model in models if isinstance(model, nn.Module)]
     modes = [(module, module.training) for root in roots for module in root.modules()]
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
     try:
         for root in roots:
             root.eval()
@@ -108,6 +111,7 @@ def at_rest(*models: Any) -> Iterator[None]:
         with torch.no_grad():
             yield
     finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
         for module, training in modes:
             module.training = training
 

@@ -676,6 +676,17 @@ def test_a_torch_transformer_whose_fast_path_runs_no_submodule() -> None:
     ]
 
 
+def test_a_torch_transformer_whose_fast_path_leaves_the_padding_out() -> None:
+    """The float model computed on nested tensors, and gave zeros for what is padding; an int8 model has no such way."""
+    model = nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 2, 32, batch_first=True), 2).eval()
+    int8 = copy.deepcopy(model)
+    octavo.quantize(int8, "w8a8")
+    mask = torch.arange(5) >= torch.tensor([[3], [5], [2]])
+    found = compare(model, int8, [{"src": torch.randn(3, 5, 16), "src_key_padding_mask": mask}])
+    assert found.sqnr_db > 40 and all(layer.sqnr_db > 35 for layer in found.layers)
+    assert torch.backends.mha.get_fastpath_enabled()
+
+
 def test_a_transformers_llama_with_padding() -> None:
     from transformers import LlamaConfig, LlamaForCausalLM
 

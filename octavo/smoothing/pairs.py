@@ -271,17 +271,15 @@ def _slices(stack: Tensor, weight: Tensor) -> slice:
 
 @contextlib.contextmanager
 def _every_product_in_sight(model: Any) -> Iterator[None]:
-    """Without kernels that hide their products, those of torch's encoder layers, and of transformers' experts, and
-    without the copies of weights that autocast keeps, which hide whose they are and know of no fold."""
-    fast, caches = torch.backends.mha.get_fastpath_enabled(), torch.is_autocast_cache_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
+    """Without the kernels of transformers' experts, which hide their products, and without the copies of weights that
+    autocast keeps, which hide whose they are and know of no fold."""
+    caches = torch.is_autocast_cache_enabled()
     torch.set_autocast_cache_enabled(False)
     torch.clear_autocast_cache()
     try:
         with _plain_experts(model):
             yield
     finally:
-        torch.backends.mha.set_fastpath_enabled(fast)
         torch.set_autocast_cache_enabled(caches)
 
 

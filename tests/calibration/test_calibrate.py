@@ -89,6 +89,13 @@ def test_padding_does_not_count() -> None:
             torch.testing.assert_close(padded.observers[name].amax, seen.amax, rtol=1e-4, atol=1e-5)
 
 
+def test_torch_s_encoder_has_a_fast_path_that_runs_on_nested_tensors() -> None:
+    model = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), 1)
+    mask = torch.arange(5) >= torch.tensor([[3], [5]])
+    stats = calibrate(model, [{"src": torch.randn(2, 5, 8), "src_key_padding_mask": mask}])
+    assert stats.observers["layers.0.linear1"].tokens == stats.observers["layers.0.linear2"].tokens == 10
+
+
 def test_inputs_and_model_are_left_as_they_were() -> None:
     model = llama().train()
     batch = {"input_ids": torch.randint(1, 97, (2, 5)), "attention_mask": torch.ones(2, 5, dtype=torch.int64)}
