@@ -51,7 +51,7 @@ from octavo.feeding import (
 from octavo.layers import is_stack, kind_of, why_not
 from octavo.whole import replacing
 
-__all__ = ["Stats", "calibrate", "check_stats", "columns_of", "largest_of_columns"]
+__all__ = ["Stats", "calibrate", "check_stats", "columns_of", "is_watched", "largest_of_columns"]
 
 ROWS = 256
 """Rows of a layer's input that are kept, to measure errors on."""

@@ -29,7 +29,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from octavo.calibration.calibrate import Stats, check_stats, columns_of, largest_of_columns
+from octavo.calibration.calibrate import Stats, check_stats, columns_of, is_watched, largest_of_columns
 from octavo.calibration.expert_inputs import ExpertsObserver
 from octavo.calibration.sensitivity import CATASTROPHE_DB, OUTPUTS, evenly, output_error, rounded_input
 from octavo.errors import CalibrateError, OctavoWarning, QuantizeError, RecipeError
@@ -209,7 +209,8 @@ def _ranges(model: nn.Module, pair: Pair, stats: Stats) -> _Ranges | str:
     assert pair.layout is not None
     seen = [stats.observers[layer] for layer in _watched(pair, stats)]
     if not seen:
-        return "no batch of the calibration reached its layers"
+        watched = any(is_watched(model.get_submodule(sink.layer)) for sink in pair.sinks)
+        return "no batch of the calibration reached its layers" if watched else "the inputs of its layers stay float"
     columns = [_columns(model, sink) for sink in pair.sinks]
     device = columns[0].device
     channels, rows = pair.layout.channels.to(device), len(pair.layout.rows)
