@@ -38,7 +38,9 @@ from octavo.experts import ExpertsSpec, spec_of
 from octavo.feeding import at_rest, device_of, drawn_again, feed, first_tensor, hooked, on_tensors
 from octavo.layers import is_stack, kind_of, users_of_parameters
 
-__all__ = ["Layout", "Pair", "Sink", "find_pairs", "is_norm", "products", "scales_by_one_plus", "short"]
+__all__ = [
+    "Layout", "Pair", "Sink", "equal", "find_pairs", "is_norm", "largest_of", "products", "scales_by_one_plus", "short",
+]  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -607,11 +609,20 @@ def _same(base: Tensor, x: Tensor) -> bool:
     """Equal; floats nearly so on an accelerator, whose sums may differ between runs, and in fp16, whose smallest have
     fewer digits."""
     if (base.device.type == "cpu" and base.dtype != torch.float16) or not base.is_floating_point():
-        return torch.equal(base, x)
+        return equal(base, x)
     if base.shape != x.shape:
         return False
-    largest = float(base.abs().max()) if base.numel() else 0.0
-    return torch.allclose(base.float(), x.float(), rtol=1e-2, atol=1e-3 * largest)
+    return torch.allclose(base.float(), x.float(), rtol=1e-2, atol=1e-3 * largest_of(base), equal_nan=True)
+
+
+def equal(a: Tensor, b: Tensor) -> bool:
+    """Equal everywhere, or NaN in both: what a model computes of padding need not be a number."""
+    return torch.equal(a, b) or (a.shape == b.shape and bool(((a == b) | (a.isnan() & b.isnan())).all()))
+
+
+def largest_of(x: Tensor) -> float:
+    """The largest finite magnitude; 0 if there is none."""
+    return float(x.abs().nan_to_num(0.0, 0.0).max()) if x.numel() else 0.0
 
 
 _TINY = 1e-30

@@ -38,7 +38,17 @@ from octavo.feeding import Progress
 from octavo.layers import kind_of
 from octavo.recipe import Scheme
 from octavo.report import SmoothedPair, SmoothReport, sqnr_db
-from octavo.smoothing.pairs import Pair, Product, Sink, find_pairs, is_norm, products, scales_by_one_plus
+from octavo.smoothing.pairs import (
+    Pair,
+    Product,
+    Sink,
+    equal,
+    find_pairs,
+    is_norm,
+    largest_of,
+    products,
+    scales_by_one_plus,
+)
 
 __all__ = ["GRID", "smooth"]
 
@@ -535,10 +545,9 @@ def _agree(before: Tensor, after: Tensor, dtype: torch.dtype, exact: bool) -> bo
     """Equal, or in `dtype` nearly so where a fold could not be exact; whole numbers and booleans are equal or not."""
     exact = exact and before.device.type == "cpu" and dtype != torch.float16
     if exact or not dtype.is_floating_point or before.shape != after.shape:
-        return torch.equal(before, after)
+        return equal(before, after)
     before, after = before.float(), after.float()
-    largest = before.abs().max() if before.numel() else 0.0
-    return bool(((before - after).abs() <= _TOLERANCES[dtype] * largest).all())
+    return torch.allclose(before, after, rtol=0, atol=_TOLERANCES[dtype] * largest_of(before), equal_nan=True)
 
 
 def _culprit(model: nn.Module, example: Any, folded: list[_Fold], before: Trace, at: int) -> _Fold:

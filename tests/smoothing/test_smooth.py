@@ -126,6 +126,31 @@ def test_a_model_that_draws_random_numbers() -> None:
     assert torch.equal(model(X), wanted)
 
 
+class MasksWithInfinity(nn.Module):
+    """A token of the padding on the left attends to nothing: its softmax is NaN."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.norm, self.qk, self.v = nn.LayerNorm(16), nn.Linear(16, 32), nn.Linear(16, 16)
+        self.out = nn.Linear(16, 16)
+
+    def forward(self, x: Tensor, attention_mask: Tensor) -> Tensor:
+        (q, k), v = self.qk(self.norm(x)).chunk(2, -1), self.v(self.norm(x))
+        seen = attention_mask.bool().unsqueeze(1) & torch.ones(x.shape[1], x.shape[1], dtype=torch.bool).tril()
+        return x + self.out((q @ k.mT).masked_fill(~seen, -torch.inf).softmax(-1) @ v)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_padding_that_is_not_a_number(dtype: torch.dtype) -> None:
+    model = MasksWithInfinity().to(dtype)
+    batch = {"x": torch.randn(2, 5, 16, dtype=dtype), "attention_mask": torch.tensor([[0, 0, 1, 1, 1], [1] * 5])}
+    wanted = model(**batch)
+    assert bool(wanted[0, :2].isnan().all())
+    assert folded(smooth(model, calibrate(model, [batch]))) == {"norm", "v"}
+    torch.testing.assert_close(model(**batch), wanted, rtol=0, atol=0, equal_nan=True)
+
+
 # -- what is folded ---------------------------------------------------------------------------------------------------
 
 
