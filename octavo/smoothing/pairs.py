@@ -679,7 +679,7 @@ def _partial_layouts(n: int, k: int, numbers: set[int]) -> Iterator[Layout]:
         yield Layout("odd", torch.arange(1, n, 2), torch.arange(k))
     values = (n - k) // 2
     if n > k and (n - k) % 2 == 0 and values and k % values == 0:  # q, k and v in one
-        for head in _head_sizes(values, k, numbers):
+        for head in [k] if values == k else _head_sizes(values, k, numbers):  # then heads make no difference
             yield Layout(f"last, heads of {head}", torch.arange(n - values, n), _grouped(values, k, head))
         for head in _head_sizes(values, k, numbers):
             group = k // values + 2  # query heads of a key-value head, its key and its value

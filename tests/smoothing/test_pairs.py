@@ -459,6 +459,22 @@ def test_what_is_a_norm() -> None:
     assert not is_norm(nn.Sequential(nn.LayerNorm(8)))
 
 
+class Attention(nn.Module):
+    """Nothing that it holds tells how many heads there are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv, self.out = nn.Linear(16, 48), nn.Linear(16, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (part.unflatten(-1, (4, 4)).transpose(1, 2) for part in self.qkv(x).chunk(3, -1))
+        return self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+
+def test_values_of_heads_that_are_told_nowhere() -> None:
+    assert listed(find_pairs(Attention(), X)) == {"qkv": ("out.weight",)}
+
+
 def test_a_long_batch_is_cut() -> None:
     tokens = torch.zeros(5, 400, dtype=torch.int64)
     assert short(tokens).shape == (2, 128)
