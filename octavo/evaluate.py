@@ -20,8 +20,9 @@ import contextlib
 import dataclasses
 import functools
 import math
+import operator
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -118,7 +119,7 @@ def compare(
     one batch; `layers=False` or smaller batches make it less. Sums are in float64.
     """
     check_batches(batches)
-    total = len(batches) if isinstance(batches, Sized) else 0
+    total = operator.length_hint(batches)  # 0 for a generator, and for a DataLoader of an IterableDataset
     tallies = _layers_to_compare(float_model, int8_model) if layers else {}
     devices = device_of(float_model, "float_model"), device_of(int8_model, "int8_model")
     output = _OutputTally()

@@ -19,10 +19,11 @@ import errno
 import hashlib
 import io
 import json
+import operator
 import os
 import warnings
 import weakref
-from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -261,7 +262,7 @@ def calibrate(
     watch = _Watch(rows, route_all_experts)
     device = device_of(model, "model")
     rank, processes = _share()
-    total = len(batches) if isinstance(batches, Sized) else 0
+    total = operator.length_hint(batches)  # 0 for a generator, and for a DataLoader of an IterableDataset
     example, count = None, 0
     with at_rest(model), hooked(layers, _seer(watch)), hooked(stacks, _seer_of_experts(watch)):
         for count, batch in enumerate(batches, start=1):

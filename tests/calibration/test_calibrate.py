@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 import textwrap
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import torch
 import transformers
 from safetensors import SafetensorError
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, IterableDataset
 
 import octavo
 from octavo.calibration.calibrate import Stats, calibrate
@@ -193,6 +195,19 @@ def test_progress_and_bad_batches() -> None:
         calibrate(model, ["text"])
     with pytest.raises(CalibrateError, match="no linear layer to calibrate"):
         calibrate(nn.Sequential(nn.ReLU()), [torch.ones(1)])
+
+
+class Stream(IterableDataset[Tensor]):
+    def __iter__(self) -> Iterator[Tensor]:
+        return iter(torch.ones(5, 3))
+
+
+def test_a_data_loader_that_does_not_know_its_length() -> None:
+    model, batches = nn.Linear(3, 3), DataLoader(Stream(), batch_size=2)
+    steps: list[tuple[int, int]] = []
+    assert calibrate(model, batches, progress=lambda *step: steps.append(step)).observers[""].tokens == 5
+    assert steps == [(1, 0), (2, 0), (3, 0)]
+    assert octavo.compare(model, model, batches).batches == 3
 
 
 def test_rows_are_few_whatever_the_tokens() -> None:
