@@ -119,7 +119,8 @@ def register_experts(
 
     up: name of the 3-D parameter [E, U, H] of the projection before the gate; several are used as if they were one,
         their outputs side by side in the order given. down: of the projection after it, [E, H, I].
-    gate: called with the layer and h [S, U]; returns [S, I]. It may use any attribute of the layer but these weights.
+    gate: called with the layer and h [S, U]; returns [S, I]. It may use whatever the layer and its class have but these
+        weights.
     transposed: the parameters are [E, H, U] and [E, I, H].
     up_bias, down_bias: names of biases [E, U], [E, H], if the class has them.
     routing: what its `forward` takes and returns, see `octavo.experts.Routing`.
@@ -209,8 +210,7 @@ def _by_interface(layer: Any) -> ExpertsSpec | None:
 
 
 def _own_gate(layer: Any, h: Tensor) -> Tensor:
-    """What the float class does, with a layer that may be the int8 one in its place."""
-    return getattr(layer, "source_class", type(layer))._apply_gate(layer, h)  # type: ignore[no-any-return]
+    return layer._apply_gate(h)  # type: ignore[no-any-return]
 
 
 def _activation(layer: Any, h: Tensor) -> Tensor:

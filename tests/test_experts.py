@@ -239,6 +239,47 @@ def test_a_class_of_the_users_own() -> None:
     assert spec_of(build(Stranger, config())) is None, "its forward is another"
 
 
+class Methodical(Relu):
+    """Its gate is a method, which uses what its class has: a constant, a property, another method."""
+
+    limit = 0.7
+
+    @property
+    def base(self) -> float:
+        return self.limit / 2
+
+    @staticmethod
+    def square(h: Tensor) -> Tensor:
+        return h * h
+
+    def gate(self, h: Tensor) -> Tensor:
+        return self.square(h.clamp(self.base, self.limit))
+
+    def spoiled(self, h: Tensor) -> Tensor:
+        return h * self.outer.mean()
+
+    def forward(self, x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+        h = self.gate(torch.einsum("th,tahi->tai", x, self.inner[index]) + self.inner_bias[index])
+        return torch.einsum("tai,taih,ta->th", h, self.outer[index], weights)
+
+
+@torch.no_grad()
+@pytest.mark.usefixtures("registry")
+def test_a_gate_that_is_a_method_of_the_class() -> None:
+    register_relu(Methodical, gate=lambda layer, h: layer.gate(h))
+    layer = build(Methodical, config())
+    check(layer, "Methodical")
+    model, inputs = int8(layer), routing(4, 2)
+    torch.testing.assert_close(torch.compile(model, fullgraph=True, backend="aot_eager")(*inputs), model(*inputs))
+    assert torch.equal(pickle.loads(pickle.dumps(model))(*inputs), model(*inputs))
+    assert torch.equal(copy.deepcopy(model)(*inputs), model(*inputs))
+    with pytest.raises(AttributeError, match="has no attribute 'squared'"):
+        model.squared(inputs[0])
+    register_relu(Methodical, gate=lambda layer, h: layer.spoiled(h))
+    with pytest.raises(AttributeError, match="has no attribute 'spoiled'"):
+        int8(layer)(*inputs)
+
+
 @torch.no_grad()
 @pytest.mark.usefixtures("registry")
 def test_a_registered_class_is_pickled_and_asks_to_be_registered_again(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -38,6 +41,24 @@ class QuantExperts(QuantModule):
         self.source_class = type(layer)
         self._hold_rest(layer, codes)
         self._names = argument_names(type(layer))
+
+    def __getattr__(self, name: str) -> Any:
+        """What the float layer's class has for all its layers, for the gate: methods, properties, constants.
+
+        Raises: AttributeError also for a method that reads one of the weights, which would take codes for them.
+        """
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            source = self.__dict__.get("source_class", nn.Module)  # not while it is unpickled
+            found = inspect.getattr_static(source, name, None) if not name.startswith("__") else None
+            function: Any = found.fget if isinstance(found, property) else found
+            is_function = isinstance(function, FunctionType)
+            if found is None or (is_function and not set(self.quantized_params).isdisjoint(function.__code__.co_names)):
+                raise
+        if isinstance(found, property):
+            return function(self)
+        return functools.partial(function, self) if is_function else getattr(source, name)
 
     def __getstate__(self) -> dict[str, Any]:
         """Without what `register_experts` was told: a gate may be a lambda, which cannot be pickled."""
