@@ -43,6 +43,9 @@ Routing = Literal["weighted", "each", "sorted"]
 weighted   (x [T, H], expert indices [T, A], routing weights [T, A]) -> [T, H]   transformers' experts
 each       (x [T, H], expert indices [T, A]) -> [T, A, H]                        gpt-fast's ConditionalFeedForward
 sorted     (x [E * n, H], n rows for each expert in turn) -> [E * n, H]          Llama 4's
+
+T may be several sizes ([B, S, H] with [B, S, A] or [B * S, A]), and an A of 1 be left out. An index below 0, or of E or
+above (expert parallelism's sign for another process's), belongs to no expert.
 """
 
 Gate = Callable[[nn.Module, Tensor], Tensor]
@@ -89,19 +92,30 @@ def arguments(names: Sequence[str], args: Sequence[Any], kwargs: Mapping[str, An
     return [given[name] for name in names if name in given]
 
 
-def chosen_experts(cls: type[nn.Module], spec: ExpertsSpec, routing: Sequence[Any]) -> Tensor:
-    """The experts of each token, int [T, A], of a routing that is not "sorted". An index of E or above (expert
-    parallelism's sign for another process's) belongs to no expert.
+def chosen_experts(cls: type[nn.Module], spec: ExpertsSpec, x: Tensor, routing: Sequence[Any]) -> Tensor:
+    """The experts of each token, int [T, A], of a routing that is not "sorted".
 
-    Raises: QuantizeError if they are no integers.
+    x: [..., H] of T tokens. routing: the arguments after it.
+    Raises: QuantizeError if they are no integers, or not A for each token, with a routing weight each.
     """
+    wanted = 2 if spec.routing == "weighted" else 1
+    if len(routing) < wanted:
+        raise QuantizeError(f"{cls.__name__} was called with {1 + len(routing)} arguments, expected {1 + wanted}")
     index: Tensor = routing[0]
-    if index.is_floating_point():
+    if index.is_floating_point() or index.dtype == torch.bool:
         raise QuantizeError(
             f"the second argument of {cls.__name__} is {index.dtype}, expected the indices of the experts, for its "
             f"routing is {spec.routing!r}"
         )
-    return index
+    tokens = x.shape[:-1]
+    top_k = 1 if index.shape == tokens else index.shape[-1]
+    if index.numel() != tokens.numel() * top_k or any(each.shape != index.shape for each in routing[1:wanted]):
+        got = ", ".join(str(list(each.shape)) for each in routing[:wanted])
+        raise QuantizeError(
+            f"{cls.__name__} was called with a routing of {got} for x {list(x.shape)}, expected [{tokens.numel()}, A] "
+            f"for its routing is {spec.routing!r}"
+        )
+    return index.reshape(tokens.numel(), top_k)
 
 
 def register_experts(

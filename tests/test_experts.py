@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import functools
 import importlib
 import importlib.util
@@ -346,6 +347,59 @@ def test_arguments_in_another_order_are_an_error() -> None:
     x, index, weights = routing(3, 2)
     with pytest.raises(QuantizeError, match=r"second argument of Relu is torch.float32, expected the indices"):
         int8(build(Relu, config()))(x, weights, index)
+
+
+@torch.no_grad()
+@pytest.mark.usefixtures("registry")
+@pytest.mark.parametrize("scheme", ["w8a16", "w8a8"])
+def test_tokens_of_several_sizes_and_one_expert_a_token(scheme: str) -> None:
+    register_relu(Relu)
+    model = int8(build(Relu, config()), scheme)
+    x, index, weights = routing(6, 2)
+    y, first = model(x, index, weights), model(x, index[:, :1], weights[:, :1])
+    by_two, pairs = x.view(2, 3, H), (index.view(2, 3, 2), weights.view(2, 3, 2))
+    assert torch.equal(model(by_two, *pairs), y.view(2, 3, H))
+    assert torch.equal(model(by_two, index, weights), y.view(2, 3, H))
+    assert torch.equal(model(x, index[:, 0], weights[:, 0]), first)
+    assert torch.equal(model(by_two, pairs[0][..., 0], pairs[1][..., 0]), first.view(2, 3, H))
+    assert torch.equal(model(x, index[:, :0], weights[:, :0]), torch.zeros(6, H))
+    model.spec = dataclasses.replace(model.spec, routing="each")
+    assert torch.equal(model(by_two, pairs[0]), model(x, index).view(2, 3, 2, H))
+    assert torch.equal(model(by_two, pairs[0][..., 0]), model(x, index[:, :1]).view(2, 3, H))
+
+
+@torch.no_grad()
+@pytest.mark.usefixtures("registry")
+def test_tokens_that_were_dropped_belong_to_no_expert() -> None:
+    """Classes that go through the experts one by one mark them by -1, and give zeros."""
+    register_relu(Relu)
+    x, index, weights = routing(6, 2)
+    index[0], index[1, 1] = -1, -1
+    here = index >= 0
+    for scheme in ("w8a16", "w8a8"):
+        model = int8(build(Relu, config()), scheme)
+        y = model(x, index, weights)
+        assert not y[0].any()
+        torch.testing.assert_close(y, model(x, index.clamp(min=0), weights * here))
+
+
+@pytest.mark.usefixtures("registry")
+def test_a_routing_that_is_none_is_an_error() -> None:
+    register_relu(Relu)
+    model = int8(build(Relu, config()))
+    x, index, weights = routing(6, 2)
+    fits = r"expected \[6, A\] for its routing is 'weighted'"
+    with pytest.raises(QuantizeError, match=r"Relu was called with a routing of \[6, 2\], \[6, 1\] .*" + fits):
+        model(x, index, weights[:, :1])
+    with pytest.raises(QuantizeError, match=r"a routing of \[3, 2\], \[3, 2\] for x \[6, 32\], " + fits):
+        model(x, index[:3], weights[:3])
+    with pytest.raises(QuantizeError, match="Relu was called with 2 arguments, expected 3"):
+        model(x, index)
+    with pytest.raises(QuantizeError, match=r"second argument of Relu is torch.bool, expected the indices"):
+        model(x, index > 2, weights)
+    model.spec = dataclasses.replace(model.spec, routing="sorted")
+    with pytest.raises(QuantizeError, match="Relu was called with 6 rows, expected as many for each of its 5 experts"):
+        model(x)
 
 
 # -- left alone, and said so ------------------------------------------------------------------------------------------

@@ -430,7 +430,7 @@ class _Watch:
         seen = observe_experts(
             layer,
             spec,
-            x,
+            call[0],
             call[1:],
             self._counts(layer, x),
             seed=self._batch * 4096 + self._calls[name],

@@ -102,16 +102,18 @@ def observe_experts(
 ) -> ExpertsObserver:
     """The observer of one call of a float layer.
 
-    x: [T, H]. routing: the arguments after it. counts: bool [T], False for padding; None if all tokens count.
+    x: [..., H] of T tokens. routing: the arguments after it. counts: bool [T], False for padding; None if all count.
     seed: another one for every call of a layer. rows: keep at most so many of each expert.
     route_all: show every token to every expert.
     """
     experts, width = spec.rows(layer.get_parameter(spec.down)).shape[::2]
+    shown = _tokens_of_each(layer, spec, x, routing, counts, experts, route_all)
+    x = x.reshape(-1, x.shape[-1])
     order = pseudo_random(len(x), seed, x.device)
     amax = torch.zeros(experts, width, device=x.device)
     tokens = torch.zeros(experts, dtype=torch.int64)
     kept_rows, kept_order = [], []
-    for e, token in enumerate(_tokens_of_each(layer, spec, x, routing, counts, experts, route_all)):
+    for e, token in enumerate(shown):
         seen = spec.down_input(layer, x[token], e)
         if len(token):
             amax[e] = seen.abs().amax(0).float()
@@ -132,12 +134,13 @@ def _tokens_of_each(
     experts: int,
     route_all: bool,
 ) -> Iterator[Tensor]:
-    """For each expert the rows of x that it is shown, int64 [S]."""
-    counts = torch.ones(len(x), dtype=torch.bool, device=x.device) if counts is None else counts
+    """For each expert which of the T tokens it is shown, int64 [S]."""
+    there = x.any(-1).flatten()
+    counts = torch.ones_like(there) if counts is None else counts
     if spec.routing == "sorted":  # an expert has a row for every token, of zeros if it was not routed there
-        counts = counts & x.any(-1)
-        chosen = torch.arange(experts, device=x.device).repeat_interleave(len(x) // experts).unsqueeze(1)
+        counts = counts & there
+        chosen = torch.arange(experts, device=x.device).repeat_interleave(len(there) // experts).unsqueeze(1)
     else:
-        chosen = chosen_experts(type(layer), spec, routing)
+        chosen = chosen_experts(type(layer), spec, x, routing)
     for e in range(experts):
         yield (counts if route_all else counts & (chosen == e).any(-1)).nonzero().squeeze(1)

@@ -79,25 +79,30 @@ class QuantExperts(QuantModule):
             self.spec = spec
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        """As the float layer's: see `octavo.experts.Routing`. Raises: QuantizeError if the experts are no integers."""
-        x, *routing = arguments(self._names, args, kwargs)
+        """As the float layer's: see `octavo.experts.Routing`. Raises: QuantizeError for a routing that is none."""
+        first, *routing = arguments(self._names, args, kwargs)
+        x = first.reshape(-1, first.shape[-1])
         experts = self.codes_and_scale(self.spec.down)[0].shape[0]
         if self.spec.routing == "sorted":
-            per_expert = x.shape[0] // experts
-            ends = torch.arange(1, experts + 1, dtype=torch.int32, device=x.device) * per_expert
+            if len(x) % experts:
+                raise QuantizeError(
+                    f"{self.source_class.__name__} was called with {len(x)} rows, expected as many for each of its "
+                    f"{experts} experts"
+                )
+            ends = torch.arange(1, experts + 1, dtype=torch.int32, device=x.device) * (len(x) // experts)
             return self._run(x, torch.arange(len(x), device=x.device), ends)
-        index = chosen_experts(self.source_class, self.spec, routing)
-        top_k = index.shape[-1]
-        expert, order = index.reshape(-1).sort(stable=True)
+        index = chosen_experts(self.source_class, self.spec, first, routing)
         # What belongs to no expert sorts behind all.
+        expert, order = index.where(index >= 0, experts).reshape(-1).sort(stable=True)
         each = torch.arange(experts, dtype=expert.dtype, device=x.device)
-        y = self._run(x, order // top_k, torch.searchsorted(expert, each, right=True, out_int32=True))
-        by_token = torch.empty_like(y).index_copy_(0, order, y).view(*index.shape, y.shape[-1])
+        ends = torch.searchsorted(expert, each, right=True, out_int32=True)
+        y = self._run(x, order // max(index.shape[1], 1), ends)
+        by_token = torch.empty_like(y).index_copy_(0, order, y)
         if self.spec.routing == "each":
-            return by_token
+            return by_token.view(*routing[0].shape, y.shape[-1])
         wide = torch.promote_types(y.dtype, torch.float32)
-        weighted = by_token.to(wide) * routing[1].unsqueeze(-1).to(wide)
-        return weighted.sum(-2).to(x.dtype)
+        weighted = by_token.view(*index.shape, y.shape[-1]).to(wide) * routing[1].reshape(*index.shape, 1).to(wide)
+        return weighted.sum(1).to(x.dtype).view(first.shape)
 
     def _run(self, x: Tensor, token: Tensor, ends: Tensor) -> Tensor:
         """Rows x[token] [S, H], sorted by expert, through their experts: [S, H]."""

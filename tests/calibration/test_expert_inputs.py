@@ -14,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+import octavo
 from octavo import CalibrateError, OctavoWarning
 from octavo.calibration.calibrate import Stats, calibrate
 from octavo.calibration.expert_inputs import ExpertsObserver, rows_of_each
@@ -105,6 +106,40 @@ def test_every_expert_s_inputs(mixture: Architecture, route_all: bool) -> None:
         for batch in batches:
             model(**batch)
     check(calibrate(model, batches, route_all_experts=route_all), loops)
+
+
+class OneEach(nn.Module):
+    """Each token goes to one expert, which its routing says without a dimension of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Parameter(torch.randn(3, 6, 4)), nn.Parameter(torch.randn(3, 4, 6))
+
+    def forward(self, x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+        h = torch.einsum("...h,...uh->...u", x, self.up[index]).relu()
+        return torch.einsum("...u,...hu,...->...h", h, self.down[index], weights)
+
+
+class Outer(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.experts = OneEach()
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        return self.experts(*inputs)  # type: ignore[no-any-return]
+
+
+@ANY
+def test_tokens_of_several_sizes_and_one_expert_a_token(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("octavo.experts._REGISTERED", {})
+    octavo.register_experts(OneEach, up="up", down="down", gate=lambda _, h: h.relu())
+    x, index, weights = torch.randn(2, 5, 4), torch.tensor([[0, 2, 2, 0, 0], [2, 0, 2, 2, 0]]), torch.rand(2, 5)
+    model = Outer()
+    seen = calibrate(model, [(x, index, weights)]).experts["experts.down"]
+    assert seen.tokens.tolist() == [5, 0, 5]
+    for e in (0, 2):
+        truth = (x[index == e] @ model.experts.up[e].detach().T).relu().amax(0)
+        torch.testing.assert_close(seen.amax[e], truth)
 
 
 @ANY
