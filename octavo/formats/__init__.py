@@ -13,7 +13,7 @@ gpt_fast.py            gpt-fast's own layout, a state dict in a .pth file
 """
 
 from octavo.formats.conversions import Conversion
-from octavo.formats.experts import expert_parts
+from octavo.formats.experts import stored_expert_parts
 from octavo.formats.loading import (
     Rename,
     int8_names,
@@ -39,7 +39,6 @@ __all__ = [
     "OnDisk",
     "Rename",
     "describe_layout",
-    "expert_parts",
     "int8_names",
     "load_into",
     "quantization_config",
@@ -49,5 +48,6 @@ __all__ = [
     "state_dict",
     "stored_coverage",
     "stored_decisions",
+    "stored_expert_parts",
     "write_descriptions",
 ]

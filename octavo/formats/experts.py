@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from octavo.experts import ExpertsSpec, spec_of
 from octavo.modules import QuantExperts
 
-__all__ = ["Part", "expert_parts"]
+__all__ = ["Part", "expert_parts", "stored_expert_parts"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,6 +74,24 @@ def expert_parts(
     for param, (spec, rows) in whole.items():
         parts |= {name: Part(param, part, False) for name, part in _cut(param, spec, rows)}
     return parts
+
+
+def stored_expert_parts(
+    model: nn.Module, on_disk: Callable[[dict[str, Tensor]], Mapping[str, Tensor]] | None, int8: Mapping[str, str]
+) -> dict[str, Part]:
+    """`expert_parts` under the names that they have in a checkpoint, which may be that of a model within `model`, or
+    around it, and whose names the library may have changed as it changes those of other weights.
+
+    int8: as `octavo.formats.int8_names` gives it.
+    """
+    parts = expert_parts(model, on_disk)
+    prefix = f"{getattr(model, 'base_model_prefix', '')}."
+    there: dict[str, str] = {}
+    for renamed, stored in int8.items():
+        ways = (each for name in (stored, renamed) for each in (name, name.removeprefix(prefix), prefix + name))
+        if (part := next((name for name in ways if name in parts), None)) is not None:
+            there[part] = stored
+    return {there.get(name, name): part for name, part in parts.items()}
 
 
 def _cut_by_library(

@@ -21,7 +21,7 @@ from octavo.feeding import Progress
 from octavo.formats import compressed_tensors as layout
 from octavo.formats.checkpoint import CheckpointReader, TensorInfo
 from octavo.formats.conversions import AsInModel, Conversion
-from octavo.formats.experts import Part, expert_parts
+from octavo.formats.experts import Part, stored_expert_parts
 from octavo.formats.saving import COVERAGE_FILE, OnDisk
 from octavo.layers import EXPERTS, kind_of
 from octavo.modules import Codes, QuantModule
@@ -94,7 +94,7 @@ def load_into(
     with CheckpointReader(folder) as reader:
         saved = model.state_dict().keys()
         int8 = {name: stored for name, stored in int8_names(reader, rename).items() if f"{stored}_packed" not in saved}
-        parts = expert_parts(model, on_disk)
+        parts = stored_expert_parts(model, on_disk, int8)
         decisions = stored_decisions(reader, model, int8, parts)
         codes = {part for name in int8.values() for part in stored_parts(reader, name)}
         layers = dict(model.named_modules())
@@ -267,7 +267,7 @@ def stored_decisions(
 ) -> list[Decision]:
     """What to swap in a float model: the layers that own int8 weights in the checkpoint, and those tied to one.
 
-    int8: as `int8_names` gives it. parts: as `expert_parts` does, of the model.
+    int8: as `int8_names` gives it. parts: as `stored_expert_parts` does.
     Raises: CheckpointError for int8 weights that are damaged, that no layer of the model can have, or of another shape,
         and for two that differ where the model has one.
     """

@@ -234,8 +234,8 @@ class OctavoQuantizer(HfQuantizer):  # type: ignore[misc]
                 raise CheckpointError("the int8 checkpoint has no safetensors files; octavo reads no others")
             self._folder = Path(checkpoint_files[0]).parent
             with CheckpointReader(self._folder) as reader:
-                self._parts = _as_in_files(formats.expert_parts(model, partial(on_disk, model)), model, reader)
                 int8 = formats.int8_names(reader, renaming(model))
+                self._parts = formats.stored_expert_parts(model, partial(on_disk, model), int8)
                 if all(name in reader or f"{name}_packed" in reader for name in self._parts):
                     # As of float ones, transformers reports those that the class has no place for: a head, a tower.
                     modules = {name for name, _ in model.named_modules()}
@@ -361,7 +361,7 @@ class OctavoQuantizer(HfQuantizer):  # type: ignore[misc]
         # By their names on disk, and as they are after transformers' renamings.
         stacks = {re.split(r"\.\d+\.[^.]+\.weight$", name)[0] for name in own}
         stacks |= {part.param.rpartition(".")[0] for part in own.values()}
-        unexpected = {"^" + re.escape(stack) + r"\.\d+\." for stack in stacks}
+        unexpected = {r"(^|\.)" + re.escape(stack) + r"\.\d+\." for stack in stacks}
         for attribute, patterns in (
             ("_keys_to_ignore_on_load_missing", missing),
             ("_keys_to_ignore_on_load_unexpected", unexpected),
@@ -535,18 +535,6 @@ def _merges_any(rule: Any, params: list[str]) -> bool:
 
 def _reads_int8(rule: Any) -> bool:
     return any(isinstance(operation, _ReadParameter) for operation in getattr(rule, "operations", ()))
-
-
-def _as_in_files(parts: Mapping[str, Part], model: PreTrainedModel, reader: CheckpointReader) -> dict[str, Part]:
-    """`parts` under the names that they have in these files, which may be of the model around `model`, or of that
-    within: transformers loads either into the other."""
-    prefix = f"{model.base_model_prefix}."
-
-    def in_files(name: str) -> str:
-        others = (name, prefix + name, name.removeprefix(prefix))
-        return next((each for each in others if each in reader or f"{each}_packed" in reader), name)
-
-    return {in_files(name): part for name, part in parts.items()}
 
 
 def _tie(model: PreTrainedModel, files: Iterable[str]) -> None:

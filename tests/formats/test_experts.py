@@ -121,6 +121,57 @@ def test_gate_and_up_are_the_right_rows_of_the_right_axis(tmp_path: Path) -> Non
     assert json.loads((tmp_path / "out/config.json").read_text())["quantization_config"]["quant_method"] == "octavo"
 
 
+@pytest.mark.parametrize("make", MODELS)
+def test_a_model_within_the_one_that_was_saved_and_around_it(tmp_path: Path, make: Callable[..., Any]) -> None:
+    """On disk all names of the one begin with "model.", those of the other do not."""
+    model = build(make)
+    octavo.quantize(model, "w8a16")
+    model.save_pretrained(tmp_path / "whole")
+    model.model.save_pretrained(tmp_path / "base")
+    expected = hidden(model.model)
+    base, whole = type(model.model), type(model)
+    loaded = base.from_pretrained(tmp_path / "whole")
+    assert torch.equal(hidden(loaded), expected)
+    assert torch.equal(hidden(whole.from_pretrained(tmp_path / "base").model), expected)
+    loaded.save_pretrained(tmp_path / "again")
+    assert torch.equal(hidden(base.from_pretrained(tmp_path / "again")), expected)
+
+
+def hidden(model: Any) -> Tensor:
+    with torch.no_grad():
+        return model.eval()(torch.arange(18).view(2, 9)).last_hidden_state  # type: ignore[no-any-return]
+
+
+@pytest.mark.filterwarnings("ignore:.*is not a layer kind that octavo knows:octavo.errors.OctavoWarning")
+def test_parts_whose_names_the_library_changes(tmp_path: Path) -> None:
+    """HY4's experts are kept whole by its library, which calls each `gate_proj` otherwise on disk: those of experts,
+    cut by octavo, too."""
+    library = pytest.importorskip("transformers.models.hy_v4")
+    own = {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "n_group": 1, "topk_group": 1}
+    heads = {"q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8}
+    index = {"index_n_heads": 2, "index_head_dim": 16, "index_topk": 8, "mlp_layer_types": ["sparse", "sparse"]}
+    config = library.HYV4Config(
+        **{
+            **tiny_models.TEXT,
+            "num_key_value_heads": 4,
+            **own,
+            **heads,
+            **index,
+            "pad_token_id": 0,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+        }
+    )
+    model = build(lambda: library.HYV4ForCausalLM(config))
+    octavo.quantize(model, "w8a16")
+    octavo.save(model, tmp_path / "saved")
+    expected = logits(model)
+    loaded = octavo.load(tmp_path / "saved")
+    loaded.save_pretrained(tmp_path / "again")
+    for folder in ("saved", "again"):
+        assert torch.equal(logits(octavo.load(tmp_path / folder)), expected)
+
+
 class ConditionalFeedForward(nn.Module):
     """gpt-fast's: w1, w3 [E, I, D], w2 [E, D, I]."""
 
