@@ -25,6 +25,7 @@ from octavo.errors import OctavoWarning, QuantizeError
 from octavo.experts import routers, spec_of
 from octavo.modules import QuantExperts, QuantLinear
 from octavo.primitives import dequantize
+from octavo.recipe import Scheme, WeightArgs
 from tests.nearness import relative_error
 
 E, H, I = 5, 32, 24  # noqa: E741 -- the sizes' names
@@ -657,6 +658,15 @@ def test_static_inputs_become_dynamic_and_it_is_said() -> None:
     report = octavo.quantize(model, "w8a8-static")
     assert {row.scheme for row in report.rows} == {"w8a8"}
     assert {row.reason for row in report.rows} == {"the inputs of Experts have dynamic scales"}
+
+
+def test_a_scale_a_channel_instead_of_what_was_asked_for_is_said() -> None:
+    """Experts are most of a model: nobody should take its coverage for that of a model in groups."""
+    for options, asked in (({"group_size": 8}, "per_group"), ({}, "per_tensor")):
+        scheme = "w8a16" if options else Scheme("w8a16", WeightArgs("per_tensor"))
+        report = octavo.quantize(nn.Sequential(mixtral_experts(), nn.Linear(8, 8)), scheme, **options)
+        reasons = {row.kind: row.reason for row in report.rows if row.scheme}
+        assert reasons == {"Experts": f"the weights of Experts have a scale a channel, not {asked}", "Linear": None}
 
 
 def test_coverage_shows_the_float_shapes_and_what_became_of_them() -> None:

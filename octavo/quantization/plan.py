@@ -127,6 +127,8 @@ def _decide(name: str, layer: nn.Module, kind: LayerKind, label: str, recipe: Re
         elif wanted.is_static and not decision.scheme.is_static:
             what = type(layer).__name__ if has_own_forward(layer, kind) else label
             decision.note = f"the inputs of {what} have dynamic scales"
+        elif decision.scheme.weight != wanted.weight:
+            decision.note = f"the weights of {label} have a scale a channel, not {wanted.weight.granularity}"
         if decision.scheme.input and (k := max(kind.row_lengths(layer).values())) > LONGEST_EXACT:
             decision.scheme = kind.effective(Scheme("w8a16", wanted.weight))
             decision.note = f"its inputs stay float: int32 may not hold the sum of {k} products of codes"
