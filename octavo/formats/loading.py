@@ -358,7 +358,13 @@ def _experts_decision(reader: CheckpointReader, prefix: str, layer: nn.Module, p
                 f"{reader.path}: {name!r} has shape {list(got)}, the model's has {[len(part.rows), k]}"
             )
         _check_codes(reader, name)
-        schemes.add(kind.effective(scheme_of(reader, name)))
+        scheme = scheme_of(reader, name)
+        if (scheme.weight.group_size or k) < k:
+            raise CheckpointError(
+                f"{reader.path}: {name!r} has a scale for each {scheme.weight.group_size} of its {k} columns, and "
+                "experts run with one a row; quantize the float checkpoint again, with a scale per channel"
+            )
+        schemes.add(kind.effective(scheme))
     if len(schemes) > 1:
         raise CheckpointError(f"{reader.path}: the experts of {prefix!r} have several schemes, expected one")
     return Decision(prefix, kind, kind.name, schemes.pop())

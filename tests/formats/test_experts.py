@@ -255,6 +255,19 @@ def test_damage_is_named(tmp_path: Path, edit: Callable[[dict[str, Tensor]], obj
         octavo.load(tmp_path / "out")
 
 
+def test_experts_in_groups_of_another_program_are_refused(tmp_path: Path) -> None:
+    model = build(tiny_models.mixtral)
+    octavo.quantize(model, "w8a16")
+    octavo.save(model, tmp_path / "out")
+    damaged(tmp_path / "out", lambda t: t.update({f"{PART}_scale": t[f"{PART}_scale"].repeat(1, 2)}))
+    config = json.loads((tmp_path / "out/config.json").read_text())
+    for group in config["quantization_config"]["config_groups"].values():
+        group["weights"] |= {"strategy": "group", "group_size": 16}
+    (tmp_path / "out/config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match="a scale for each 16 of its 32 columns, and experts run with one a row"):
+        octavo.load(tmp_path / "out")
+
+
 def test_a_float_checkpoint_that_lacks_an_expert_is_refused(tmp_path: Path) -> None:
     build(tiny_models.mixtral).save_pretrained(tmp_path / "float")
     damaged(tmp_path / "float", lambda t: t.pop(PART))
