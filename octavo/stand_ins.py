@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 
 __all__ = [
-    "FLOATS", "Derived", "attributes", "has_hooks", "hold_the_same", "kept_attributes", "made_by", "random",
-    "same_bits", "same_code", "takes_one_argument",
+    "FLOATS", "Derived", "attributes", "has_hooks", "hold_the_same", "is_plain_value", "kept_attributes", "made_by",
+    "random", "same_bits", "same_code", "takes_one_argument",
 ]  # fmt: skip
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
@@ -109,6 +109,14 @@ def has_hooks(module: nn.Module) -> bool:
         for name, value in vars(nn.Module()).items()
         if name not in ("training", "_parameters", "_modules")
     )
+
+
+_PLAIN = (bool, int, float, str, type(None), torch.dtype, torch.device)
+
+
+def is_plain_value(value: object) -> bool:
+    """Whether it is a number, a string or the like, or a tuple of such."""
+    return isinstance(value, _PLAIN) or (isinstance(value, tuple) and all(map(is_plain_value, value)))
 
 
 def takes_one_argument(module: nn.Module) -> bool:

@@ -28,7 +28,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from octavo import ops
-from octavo.stand_ins import FLOATS, attributes, has_hooks, hold_the_same, random, same_bits, takes_one_argument
+from octavo.stand_ins import (
+    FLOATS,
+    attributes,
+    has_hooks,
+    hold_the_same,
+    is_plain_value,
+    random,
+    same_bits,
+    takes_one_argument,
+)
 
 __all__ = ["FusedRMSNorm", "fused_norms"]
 
@@ -98,13 +107,6 @@ def fused_norms(model: nn.Module) -> dict[str, FusedRMSNorm]:
     return found
 
 
-_PLAIN = (bool, int, float, str, type(None), torch.dtype, torch.device)
-
-
-def _is_plain(value: object) -> bool:
-    return isinstance(value, _PLAIN) or (isinstance(value, tuple) and all(map(_is_plain, value)))
-
-
 def _is_candidate(module: nn.Module) -> bool:
     """Whether a module holds a weight [K] and plain values, and nothing else: no children, buffers or hooks."""
     if isinstance(module, (nn.RMSNorm, FusedRMSNorm)) or list(module._parameters.keys()) != ["weight"]:
@@ -113,7 +115,7 @@ def _is_candidate(module: nn.Module) -> bool:
     return (
         # A weight with one entry could be a scale for any number of columns.
         (type(weight) is nn.Parameter and weight.dim() == 1 and len(weight) > 1 and weight.dtype in FLOATS)
-        and all(_is_plain(value) for value in attributes(module).values())
+        and all(map(is_plain_value, attributes(module).values()))
         and not module._modules
         and not has_hooks(module)
     )

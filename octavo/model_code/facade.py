@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from octavo.layers import EXPERTS, LayerKind, float_class
 from octavo.model_code.class_source import is_readable, methods_of
+from octavo.model_code.written_out import is_written_out
 from octavo.modules import QuantModule
 from octavo.stand_ins import same_code
 
@@ -42,11 +43,16 @@ def needs_facade(layer: nn.Module, kind: LayerKind) -> bool:
 
 def has_own_forward(layer: nn.Module, kind: LayerKind) -> bool:
     """Whether it computes something else than a plain layer of its kind."""
-    return kind.name != EXPERTS and type(layer).forward is not float_class(layer, kind).forward
+    if kind.name == EXPERTS or type(layer).forward is float_class(layer, kind).forward:
+        return False
+    return not is_written_out(layer, float_class(layer, kind))
 
 
 def _own_classes(layer: nn.Module, kind: LayerKind) -> tuple[Any, ...]:
-    """The classes that `layer` is of, the most derived first, above the float class of its kind."""
+    """The classes that `layer` is of, the most derived first, above the float class of its kind; none if they do what
+    that does."""
+    if is_written_out(layer, float_class(layer, kind)):
+        return ()
     mro = type(layer).__mro__
     return tuple(cls for cls in mro[: mro.index(float_class(layer, kind))] if not cls.__module__.startswith("torch."))
 

@@ -59,6 +59,7 @@ from octavo.model_code.class_source import (
     is_weight,
     methods_of,
 )
+from octavo.model_code.written_out import is_written_out
 
 __all__ = ["asked_about", "refuse_training", "told_apart", "weight_readers"]
 
@@ -299,9 +300,11 @@ class _Search:
 
 
 def _has_own_class(module: nn.Module) -> bool:
-    """Whether it is a layer of a kind that can be int8, and its class derives from that of the kind."""
+    """Whether it is a layer of a kind that can be int8, and its class derives from that of the kind and does more."""
     kind = kind_of(module)
-    return kind is not None and kind.name != EXPERTS and type(module) is not float_class(module, kind)
+    if kind is None or kind.name == EXPERTS or type(module) is float_class(module, kind):
+        return False
+    return not is_written_out(module, float_class(module, kind))
 
 
 def _is_known(cls: type) -> bool:
