@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -240,3 +241,10 @@ def build(make: Callable[..., Any], dtype: torch.dtype = torch.float32, **change
     pytest.importorskip("transformers")
     torch.manual_seed(0)
     return make(**changes).to(dtype).eval()
+
+
+def older_weight_norm(layer: nn.Module, name: str = "weight", dim: int = 0) -> nn.Module:
+    """A hook that computes the weight before each forward."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        return nn.utils.weight_norm(layer, name, dim)

@@ -12,13 +12,12 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Collection, Iterable, Mapping
 from functools import partial
-from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from octavo.formats.checkpoint import CheckpointReader, TensorInfo
-from octavo.layers import has_weight_norm
+from octavo.layers import weight_norm_of
 
 __all__ = ["AsInModel", "Conversion", "DtypeOf", "weight_norms"]
 
@@ -37,23 +36,19 @@ class Conversion:
     convert: Callable[[dict[str, Tensor]], Mapping[str, Tensor]]
 
 
-_NORM, _DIRECTION = "parametrizations.weight.original0", "parametrizations.weight.original1"
-
-
 def weight_norms(modules: Mapping[str, nn.Module], params: Mapping[str, str | None]) -> list[Conversion]:
     """Of the layers under weight_norm, which lie on disk in two tensors each: into their weights.
 
     modules: of the model, by name. params: name on disk -> name in the model.
     """
     on_disk = {param: name for name, param in params.items()}
-    return [
-        Conversion(
-            (on_disk[f"{name}.{_NORM}"], on_disk[f"{name}.{_DIRECTION}"]),
-            partial(_weight_of_norm, f"{name}.weight", cast(Any, layer).parametrizations.weight[0].dim),
-        )
-        for name, layer in modules.items()
-        if has_weight_norm(layer) and {f"{name}.{_NORM}", f"{name}.{_DIRECTION}"} <= on_disk.keys()
-    ]
+    found = []
+    for name, layer in modules.items():
+        if parts := weight_norm_of(layer):
+            norm, direction = (on_disk.get(f"{name}.{part}") for part in parts[:2])
+            if norm and direction:
+                found.append(Conversion((norm, direction), partial(_weight_of_norm, f"{name}.weight", parts[2])))
+    return found
 
 
 def _weight_of_norm(name: str, dim: int, tensors: dict[str, Tensor]) -> dict[str, Tensor]:

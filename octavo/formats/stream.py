@@ -27,7 +27,7 @@ from octavo.formats.experts import Part, expert_parts
 from octavo.formats.loading import Rename
 from octavo.formats.outputs import new_folder
 from octavo.formats.saving import OnDisk, quantization_config, write_descriptions
-from octavo.layers import EXPERTS, has_weight_norm
+from octavo.layers import EXPERTS, weight_norm_of
 from octavo.ops import quantize_weight
 from octavo.quantization.coverage import Coverage, Row, why_float
 from octavo.quantization.plan import Decision, plan
@@ -171,8 +171,8 @@ class _Tensors:
         }
         for name in self._reader.made:
             layer = self._modules[name.rpartition(".")[0]]
-            if has_weight_norm(layer):
-                there |= {id(parameter) for parameter in layer.get_submodule("parametrizations").parameters()}
+            if norm := weight_norm_of(layer):
+                there |= {id(layer.get_parameter(part)) for part in norm[:2]}
         optional = getattr(self._skeleton, "_keys_to_ignore_on_load_missing", None) or ()
         missing = [
             name

@@ -44,7 +44,7 @@ from octavo.formats.checkpoint import CheckpointReader
 from octavo.formats.experts import Part
 from octavo.integrations.attention import attention_of, check_int8_attention, use_int8_attention
 from octavo.integrations.float_attention import use_float_attention
-from octavo.layers import has_weight_norm
+from octavo.layers import weight_norm_of
 from octavo.modules import QuantExperts, QuantModule
 from octavo.quantization.install import install, settle
 from octavo.quantization.plan import Decision, plan
@@ -252,7 +252,7 @@ class OctavoQuantizer(HfQuantizer):  # type: ignore[misc]
             self._decisions = plan(model, self.quantization_config.recipe)
         now: list[Decision] = []
         for decision in self._decisions:
-            computed = not self.pre_quantized and has_weight_norm(model.get_submodule(decision.name))
+            computed = not self.pre_quantized and weight_norm_of(model.get_submodule(decision.name))
             (self._later if computed else now).append(decision)  # its weight is there when those are that it is made of
         for decision in now:
             if decision.scheme:

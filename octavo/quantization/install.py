@@ -14,6 +14,7 @@ from octavo.feeding import Progress
 from octavo.fused.gated import fused_gated_mlps
 from octavo.fused.norms import fused_norms
 from octavo.fused.rotary import fused_rotaries
+from octavo.layers import merge_weight_norm
 from octavo.model_code.facade import facade, needs_facade
 from octavo.model_code.weight_readers import asked_about, refuse_training, told_apart
 from octavo.modules import (
@@ -75,6 +76,7 @@ def install(
     for done, decision in enumerate(ordered, 1):
         layer = model.get_submodule(decision.name)
         assert decision.scheme is not None
+        merge_weight_norm(layer)
         int8_class = _int8_class(decision, layer, decision.name in asked)
         new = owners[decision.name] = _int8_layer(int8_class, decision, layer, codes_of, owners, shared)
         places.swap(layer, new)

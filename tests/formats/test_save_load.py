@@ -22,7 +22,7 @@ from octavo.formats import COVERAGE_FILE, load_into, state_dict
 from octavo.formats import save as save_plain
 from octavo.fused.norms import FusedRMSNorm
 from octavo.modules import DynamicQuantLinear, QuantConv, QuantModule, StaticQuantLinear
-from tests.tiny_models import Net, build, llama, tokens
+from tests.tiny_models import Net, build, llama, older_weight_norm, tokens
 
 
 def quantized(scheme: str = "w8a16", **options: Any) -> Net:
@@ -217,11 +217,14 @@ def test_of_shared_names_the_one_that_the_model_calls_its_source_is_kept() -> No
 @pytest.mark.filterwarnings("ignore:.*read by octavo only:octavo.OctavoWarning")
 @pytest.mark.parametrize("ignore", [[], ["0"]])
 @pytest.mark.parametrize("device", ["cpu", "meta"])
-def test_convolutions_under_weight_norm_come_back(tmp_path: Path, ignore: list[str], device: str) -> None:
+@pytest.mark.parametrize("norm", [weight_norm, older_weight_norm])
+def test_convolutions_under_weight_norm_come_back(
+    tmp_path: Path, ignore: list[str], device: str, norm: Callable[..., nn.Module]
+) -> None:
     """On disk they are codes, or the two tensors of a float one; the model built anew has the two tensors."""
 
     def build() -> nn.Sequential:
-        return nn.Sequential(weight_norm(nn.Conv1d(4, 8, 3)), weight_norm(nn.ConvTranspose1d(8, 6, 4), dim=1)).eval()
+        return nn.Sequential(norm(nn.Conv1d(4, 8, 3)), norm(nn.ConvTranspose1d(8, 6, 4), dim=1)).eval()
 
     model, x = build(), torch.randn(2, 4, 9)
     octavo.quantize(model, "w8a16", ignore=ignore)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import weakref
 from collections import OrderedDict
@@ -21,7 +22,7 @@ from octavo.fused.norms import FusedRMSNorm
 from octavo.modules import QuantLinear, QuantModule, QuantMultiheadAttention
 from octavo.modules.recurrent import QuantRecurrent
 from tests.nearness import relative_error
-from tests.tiny_models import build, llama, mlp, tokens
+from tests.tiny_models import build, llama, mlp, older_weight_norm, tokens
 
 
 def test_one_module_in_two_places_is_replaced_in_both() -> None:
@@ -264,35 +265,43 @@ class TestNorms:
         assert type(norm).__name__ == "LlamaRMSNorm"
 
 
-def normed() -> nn.Sequential:
-    """Convolutions under weight_norm, whose weights are not as long as when they were drawn."""
+def normed(norm: Callable[..., nn.Module]) -> nn.Sequential:
+    """Convolutions under weight_norm, whose weights are not as long as when they were drawn, nor, under the older one,
+    as when they were computed."""
     torch.manual_seed(0)
-    model = nn.Sequential(
-        weight_norm(nn.Conv1d(4, 8, 3)), nn.ReLU(), weight_norm(nn.ConvTranspose1d(8, 6, 4, stride=2), dim=1)
-    )
-    for layer in (model[0], model[2]):
-        with torch.no_grad():
-            layer.parametrizations.weight.original0 *= 1.5 + torch.rand(layer.parametrizations.weight.original0.shape)
+    model = nn.Sequential(norm(nn.Conv1d(4, 8, 3)), nn.ReLU(), norm(nn.ConvTranspose1d(8, 6, 4, stride=2), dim=1))
+    for name, parameter in model.named_parameters():
+        if name.endswith(("original0", "weight_g")):
+            parameter.data *= 1.5 + torch.rand(parameter.shape)
     return model.eval()
 
 
-def test_a_convolution_under_weight_norm_is_quantized_as_the_weight_that_is_computed() -> None:
-    model, plain, x = normed(), normed(), torch.randn(2, 4, 9)
+WEIGHT_NORMS = pytest.mark.parametrize("norm", [weight_norm, older_weight_norm])
+
+
+@WEIGHT_NORMS
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_convolution_under_weight_norm_is_quantized_as_the_weight_that_is_computed(
+    norm: Callable[..., nn.Module], dtype: torch.dtype
+) -> None:
+    model, plain, x = normed(norm).to(dtype), normed(norm).to(dtype), torch.randn(2, 4, 9, dtype=dtype)
     for layer in (plain[0], plain[2]):
-        remove_parametrizations(layer, "weight")
+        remove_parametrizations(layer, "weight") if norm is weight_norm else nn.utils.remove_weight_norm(layer)
     report = octavo.quantize(model, "w8a16")
     octavo.quantize(plain, "w8a16")
     assert torch.equal(model(x), plain(x))
     assert {row.name for row in report.rows if row.scheme} == {"0.weight", "2.weight"}
-    assert not [name for name, _ in model.named_parameters() if "parametrizations" in name]
+    assert {name for name, _ in model.named_parameters()} == {"0.bias", "2.bias"}
+    assert torch.equal(copy.deepcopy(model)(x), plain(x))
 
 
-def test_one_that_is_ignored_stays_under_weight_norm() -> None:
-    model = normed()
-    before, report = model[0].weight.clone(), octavo.quantize(model, "w8a16", ignore=["0"])
-    assert torch.equal(model[0].weight, before) and isinstance(model[2], QuantModule)
-    reasons = {row.name: row.reason for row in report.rows if row.name.startswith("0.parametrizations")}
-    assert set(reasons.values()) == {"ignored by '0'"} and len(reasons) == 2
+@WEIGHT_NORMS
+def test_one_that_is_ignored_stays_under_weight_norm(norm: Callable[..., nn.Module]) -> None:
+    model, x = normed(norm), torch.randn(2, 4, 9)
+    before, report = model[0](x), octavo.quantize(model, "w8a16", ignore=["0"])
+    assert torch.equal(model[0](x), before) and isinstance(model[2], QuantModule)
+    rows = [row for row in report.rows if row.name.startswith(("0.parametrizations", "0.weight_"))]
+    assert {row.reason for row in rows} == {"ignored by '0'"} and len(rows) == 2
 
 
 def test_progress_counts_to_the_end() -> None:
