@@ -22,7 +22,7 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from octavo.layers import KINDS
 
@@ -343,8 +343,7 @@ def _reads_and_calls(node: ast.AST, conditions: Conditions, names: _Names) -> It
     if isinstance(node, ast.If | ast.IfExp):
         yield from _reads_and_calls(node.test, conditions, names)
         for branch, condition in ((node.body, node.test), (node.orelse, ast.UnaryOp(ast.Not(), node.test))):
-            for statement in branch if isinstance(branch, list) else [branch]:
-                yield from _reads_and_calls(statement, (*conditions, condition), names)
+            yield from _in_turn(branch, (*conditions, condition), names)
         return
     if isinstance(node, ast.Attribute):
         asked = node.value if isinstance(node.value, ast.Attribute) and is_weight(node.value.attr) else None
@@ -361,8 +360,17 @@ def _reads_and_calls(node: ast.AST, conditions: Conditions, names: _Names) -> It
     for tested, classes in _class_tests(node):
         paths = sorted(_paths(tested, names)) or [()]
         yield from (Read(path, conditions, is_a(name)) for path in paths for name in sorted(_names_in(classes)))
-    for child in ast.iter_child_nodes(node):
-        yield from _reads_and_calls(child, conditions, names)
+    for _, value in ast.iter_fields(node):
+        yield from _in_turn(value, conditions, names)
+
+
+def _in_turn(value: Any, conditions: Conditions, names: _Names) -> Iterator[Read | Call]:
+    """The same of a field of a node; what follows an `if` that returns stands under its being false."""
+    for node in value if isinstance(value, list) else [value]:
+        if isinstance(node, ast.AST):
+            yield from _reads_and_calls(node, conditions, names)
+        if isinstance(node, ast.If) and isinstance(node.body[-1], ast.Return | ast.Raise):
+            conditions = (*conditions, ast.UnaryOp(ast.Not(), node.test))
 
 
 def _class_tests(node: ast.AST) -> Iterator[tuple[ast.expr, ast.AST]]:
@@ -414,13 +422,16 @@ def holds(test: ast.expr, module: nn.Module, training: bool) -> bool | None:
         case ast.Compare(left=left, ops=[op], comparators=[right]) if type(op) in _COMPARE:
             a, b = _setting(left, module, training), _setting(right, module, training)
             comparable = type(a) is type(b) or isinstance(op, ast.Eq | ast.NotEq | ast.Is | ast.IsNot)
+            if isinstance(a, Tensor | nn.Module) or isinstance(b, Tensor | nn.Module):
+                comparable = isinstance(op, ast.Is | ast.IsNot)
             return None if _UNKNOWN in (a, b) or not comparable else bool(_COMPARE[type(op)](a, b))
     value = _setting(test, module, training)
-    return None if value is _UNKNOWN else bool(value)
+    return None if value is _UNKNOWN or isinstance(value, Tensor) else bool(value)
 
 
 def _setting(node: ast.expr, module: nn.Module, training: bool) -> Any:
-    """The value of a constant or of `self.a.b`, if it is a plain value that running the model does not change."""
+    """The value of a constant or of `self.a.b`, if it is a plain value that running the model does not change; or what
+    stands at `self.a`, if that is a parameter or a child."""
     if isinstance(node, ast.Constant):
         return node.value
     paths = _paths(node, {SELF: {(SELF,)}})
@@ -429,6 +440,8 @@ def _setting(node: ast.expr, module: nn.Module, training: bool) -> Any:
     if not isinstance(node, ast.Attribute) or len(paths) != 1 or node.attr == "training":
         return _UNKNOWN
     ((_, first, *others),) = paths
+    if not others and first in (held := {**module._parameters, **module._modules}):
+        return held[first]
     value = vars(module).get(first, _UNKNOWN)
     for attribute in others:
         value = _UNKNOWN if isinstance(value, nn.Module) else getattr(value, attribute, _UNKNOWN)

@@ -701,6 +701,43 @@ def test_a_setting_is_looked_up_in_a_configuration_too() -> None:
     }
 
 
+class WithABiasOfItsOwn(nn.Module):
+    """BEiT's attention."""
+
+    def __init__(self, bias: bool) -> None:
+        super().__init__()
+        self.qkv = nn.Linear(8, 8, bias=False)
+        self.register_parameter("q_bias", nn.Parameter(torch.zeros(8)) if bias else None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.q_bias is None:
+            return self.qkv(x)
+        return F.linear(x, self.qkv.weight, self.q_bias)
+
+
+class UnlessItRotates(nn.Module):
+    """ESM-2's attention: fairseq's, which torch's function computes if nothing else does."""
+
+    def __init__(self, rotation: nn.Module | None) -> None:
+        super().__init__()
+        self.qkv = nn.Linear(8, 8)
+        self.rotation = nn.Identity()  # None is a child then
+        self.rotation = rotation
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.rotation and x is not None:
+            return F.linear(x, self.qkv.weight)
+        return self.qkv(x)
+
+
+def test_what_a_module_lacks_is_a_setting() -> None:
+    assert weight_readers(WithABiasOfItsOwn(bias=False)) == {}
+    assert weight_readers(WithABiasOfItsOwn(bias=True)) == {"qkv": "WithABiasOfItsOwn.forward"}
+    assert weight_readers(UnlessItRotates(nn.Identity())) == {}
+    for nothing in (None, nn.ModuleList()):
+        assert weight_readers(UnlessItRotates(nothing)) == {"qkv": "UnlessItRotates.forward"}
+
+
 def test_what_reads_weights_while_training_refuses_to_be_trained(tmp_path: Path) -> None:
     """Of itself it would take codes for weights: no error, and nonsense."""
     net, inputs = nn.ModuleDict({"inner": WhenTraining()}).eval(), torch.randn(3, 4)
