@@ -10,21 +10,28 @@ PEFT knows by a table in the config which class of adapter goes on which layer; 
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 import warnings
 from typing import Any
 
 import torch
-from peft import LoraConfig
+from peft import LoraConfig, PeftType
 from peft.tuners.lora import Linear as LoraLinear
 from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from octavo.errors import OctavoError, QuantizeError
-from octavo.modules import QuantLinear, TiedQuantLinear
+from octavo.modules import QuantLinear, QuantModule, TiedQuantLinear
 from octavo.primitives import dequantize, quantize_weight
 
 __all__ = ["Int8LoraLinear", "on_int8"]
+
+_HEADS = {
+    "SEQ_CLS": ("classifier", "score"), "TOKEN_CLS": ("classifier", "score"), "QUESTION_ANS": ("qa_outputs",),
+}  # fmt: skip
+"""Task -> names of layers that PEFT trains as a whole for it, as if `modules_to_save` had them."""
 
 
 def on_int8(config: LoraConfig, model: nn.Module) -> LoraConfig:
@@ -34,10 +41,16 @@ def on_int8(config: LoraConfig, model: nn.Module) -> LoraConfig:
         the output head. PEFT's own files do not say it: it has to be said of a config that was loaded, too.
     Returns: config.
     Raises: OctavoError for what adapters would read a float weight for: an initialization by it (PiSSA, OLoRA, ...),
-        DoRA and other variants, and a bias of their own.
+        DoRA and other variants, and a bias of their own; for other adapters than LoRA's; for an int8 layer that PEFT
+        would train as a whole (`modules_to_save`, heads of classifiers), or in part.
     """
+    if config.peft_type != PeftType.LORA:
+        raise OctavoError(
+            f"config: is a {type(config).__name__}, and adapters on int8 layers are those of a LoraConfig"
+        )
     _refuse_readers(config)
-    if config.target_modules == "all-linear":
+    _refuse_trained_codes(config, model)
+    if isinstance(config.target_modules, str) and config.target_modules.lower() == "all-linear":
         head = getattr(model, "get_output_embeddings", lambda: None)()
         linear = (QuantLinear, nn.Linear, Conv1D)
         named = model.named_modules()
@@ -52,9 +65,38 @@ def _refuse_readers(config: LoraConfig) -> None:
             f"init_lora_weights is {config.init_lora_weights!r}, which reads the float weight of a layer that has int8 "
             'codes; take True, False or "gaussian"'
         )
-    if config.use_dora or config.lora_bias:
-        asked = "use_dora" if config.use_dora else "lora_bias"
-        raise OctavoError(f"{asked} is True, which adapters on int8 layers do not have; leave it out")
+    variants = [field.name for field in dataclasses.fields(config) if field.metadata.get("is_lora_variant")]
+    for name in ("use_dora", "lora_bias", *variants):
+        if value := getattr(config, name):
+            raise OctavoError(f"{name} is {value}, which adapters on int8 layers do not have; leave it out")
+
+
+def _refuse_trained_codes(config: LoraConfig, model: nn.Module) -> None:
+    """PEFT finds what to train by the ends of names, and of an int8 layer would train nothing, in silence."""
+    tokens = config.trainable_token_indices or {}
+    if not isinstance(tokens, dict):
+        table = model.get_input_embeddings()  # type: ignore[operator]
+        tokens = {name for name, each in model.named_modules() if each is table}
+    asked = {
+        "modules_to_save": config.modules_to_save,
+        f"task_type {config.task_type}": _HEADS.get(config.task_type),
+        "trainable_token_indices": tokens,
+        "target_parameters": config.target_parameters,
+    }
+    layers = {name: each for name, each in model.named_modules() if isinstance(each, QuantModule)}
+    for argument, ends in asked.items():
+        found = [name for name, layer in layers.items() if _is_named(name, layer, tuple(ends or ()))]
+        if found:
+            raise OctavoError(
+                f"{argument}: has PEFT train int8 layers, whose codes are frozen; keep them float: "
+                f"octavo.quantize(model, ..., ignore={found})"
+            )
+
+
+def _is_named(name: str, layer: QuantModule, ends: tuple[str, ...]) -> bool:
+    """Whether the name of the layer, of one of its int8 parameters, or of what holds it, ends so."""
+    paths = (name, *(f"{name}.{param}" for param in layer.quantized_params))
+    return any(part.endswith(ends) for path in paths for part in itertools.accumulate(path.split("."), "{}.{}".format))
 
 
 class Int8LoraLinear(LoraLinear):  # type: ignore[misc]

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from transformers import RobertaConfig, RobertaForSequenceClassification
 
 import octavo
 from octavo.errors import OctavoError, QuantizeError
@@ -157,13 +158,60 @@ def test_layers_that_were_turned_around() -> None:
     torch.testing.assert_close(logits(found), before, rtol=0.1, atol=0.1 * before.std().item())
 
 
-READERS = [{"init_lora_weights": "pissa"}, {"use_dora": True}, {"lora_bias": True}]
+READERS = [
+    {"init_lora_weights": "pissa"}, {"use_dora": True}, {"lora_bias": True},
+    {"alora_invocation_tokens": [3], "task_type": "CAUSAL_LM"},
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("config", READERS, ids=lambda config: next(iter(config)))
 def test_what_reads_a_float_weight_is_refused(config: Any) -> None:
     with pytest.raises(OctavoError, match=f"{next(iter(config))} is"):
         adapted(int8_llama(), **config)
+
+
+TRAINED = [
+    {"modules_to_save": ["lm_head"]}, {"modules_to_save": ["model"]}, {"trainable_token_indices": [3]},
+    {"trainable_token_indices": {"embed_tokens": [3]}}, {"target_parameters": ["up_proj.weight"]},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("config", TRAINED, ids=str)
+def test_int8_layers_that_would_be_trained_as_a_whole_are_refused(config: Any) -> None:
+    model = int8_llama(include=["lm_head", "Embedding"])
+    with pytest.raises(OctavoError, match=f"{next(iter(config))}: has PEFT train int8 layers.*keep them float"):
+        adapted(model, **config)
+
+
+def test_float_layers_are_trained_as_a_whole() -> None:
+    found = adapted(int8_llama(ignore=["re:.*layers.0"]), modules_to_save=["lm_head", "layers.0"])
+    assert found.base_model.model.lm_head.modules_to_save["default"].weight.requires_grad
+
+
+def test_a_classifier_is_trained_as_a_whole_if_it_is_float() -> None:
+    def classifier(**options: Any) -> Any:
+        shape = {"vocab_size": 96, "hidden_size": 32, "intermediate_size": 40, "num_attention_heads": 4}
+        model = RobertaForSequenceClassification(RobertaConfig(**shape, num_hidden_layers=1, num_labels=3))
+        octavo.quantize(model, "w8a16", **options)
+        return model
+
+    with pytest.raises(OctavoError, match=r"SEQ_CLS: .* ignore=\['classifier.dense', 'classifier.out_proj'\]"):
+        adapted(classifier(), task_type="SEQ_CLS")
+    found = adapted(classifier(ignore=["re:classifier"]), task_type="SEQ_CLS")
+    trained = {name for name, parameter in found.named_parameters() if parameter.requires_grad and "lora" not in name}
+    assert {name.rsplit("default.")[-1] for name in trained} == {
+        f"{layer}.{name}" for layer in ("dense", "out_proj") for name in ("weight", "bias")
+    }
+
+
+@pytest.mark.parametrize("kind", [peft.IA3Config, peft.AdaLoraConfig])
+def test_other_adapters_are_refused(kind: Any) -> None:
+    with pytest.raises(OctavoError, match=f"is a {kind.__name__}.*LoraConfig"):
+        on_int8(kind() if kind is peft.IA3Config else kind(total_step=3), int8_llama())
+
+
+def test_all_linear_is_said_in_any_case() -> None:
+    assert adapters(adapted(int8_llama(), target_modules="All-Linear"))
 
 
 @pytest.mark.filterwarnings("ignore:Model with `tie_word_embeddings:UserWarning")  # PEFT's, of merging in general
