@@ -7,7 +7,6 @@ reordered, is transformers' code.
 
 from __future__ import annotations
 
-import functools
 import inspect
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -57,11 +56,16 @@ def _blank(own: type, cls: type) -> Any:
     return object.__new__(_both(own, cls))  # type: ignore[arg-type]  # mypy takes a class for no key
 
 
-@functools.cache
+_CLASSES: dict[tuple[type, type], type] = {}
+"""That were made. (A compiler would look past functools.cache, with a warning, and make them anew.)"""
+
+
 def _both(own: type, cls: type) -> type:
-    # Else transformers would take it, from now on, for what caches of this type of layer are made of.
-    more = {"_layer_type": None, "_made_of": (own, cls), "__reduce_ex__": _reduced}
-    return type(f"{own.__name__.removesuffix('Layer')}{cls.__name__}", (own, cls), more)
+    if (own, cls) not in _CLASSES:
+        # Else transformers would take it, from now on, for what caches of this type of layer are made of.
+        more = {"_layer_type": None, "_made_of": (own, cls), "__reduce_ex__": _reduced}
+        _CLASSES[own, cls] = type(f"{own.__name__.removesuffix('Layer')}{cls.__name__}", (own, cls), more)
+    return _CLASSES[own, cls]
 
 
 def _reduced(layer: Any, protocol: Any) -> tuple[Any, ...]:

@@ -127,11 +127,10 @@ def _of_codes(
 ) -> Tensor:  # fmt: skip
     """Of what an `Int8Cache` holds: [B, T, H, D]."""
     is_causal = mask is None and query.shape[2] > 1 and _is_causal(module, kwargs)
+    k, k_scale, v, v_scale = key.codes, key.scale, value.codes, value.scale
     if is_causal:
-        key, value = (x.first(query.shape[2]) for x in (key, value))
-    y = ops.float_attention_of_codes(
-        query, key.codes, key.scale, value.codes, value.scale, mask, scaling, is_causal=is_causal
-    )
+        k, k_scale, v, v_scale = (x[:, :, : query.shape[2]] for x in (k, k_scale, v, v_scale))
+    y = ops.float_attention_of_codes(query, k, k_scale, v, v_scale, mask, scaling, is_causal=is_causal)
     return y.transpose(1, 2).contiguous()
 
 

@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._compile import _disable_dynamo
 from transformers import Cache, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
@@ -41,12 +42,18 @@ class Int8Cache(Cache):
 
     config: the model's. Warns: where the model computes its attention by a function that is not octavo's, for then
         keys and values are dequantized, all of them for each token.
-    Raises: OctavoError for an encoder-decoder, and for layers that keep keys and values in a way of their own.
+    Raises: OctavoError for an encoder-decoder, for layers that keep keys and values in a way of their own, and for
+        "flex_attention", which is compiled for plain tensors.
     """
 
     def __init__(self, config: PreTrainedConfig) -> None:
         layers = _int8_layers(config)
         name = config.get_text_config(decoder=True)._attn_implementation
+        if name == "flex_attention":
+            raise OctavoError(
+                "attention is computed by 'flex_attention', which takes no keys and values of an Int8Cache; call "
+                "model.set_attn_implementation('sdpa') first, or leave its cache to the model"
+            )
         if name not in (attention.NAME, float_attention.NAME):
             warnings.warn(
                 f"attention is computed by {name!r}, for which an Int8Cache dequantizes all keys and values at each "
@@ -87,6 +94,8 @@ class Int8Layer(RoomyLayer):
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Keep these, of tokens that follow; all keys and values so far, [B, KV, S, D] each."""
+        if torch.compiler.is_compiling():
+            return _uncompiled(self, key_states, value_states)
         _refuse_gradients(key_states, value_states)
         if not self.is_initialized:
             self.lazy_initialization(*(x.new_empty(0, dtype=torch.int8) for x in (key_states, value_states)))
@@ -107,6 +116,8 @@ class Int8SlidingWindowLayer(DynamicSlidingWindowLayer):
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Keep these, of tokens that follow; the keys and values that they look at, [B, KV, S, D] each."""
+        if torch.compiler.is_compiling():
+            return _uncompiled(self, key_states, value_states)
         _refuse_gradients(key_states, value_states)
         new = _Packed.of(key_states, value_states, key_states.shape[2])
         new.put(key_states, value_states, 0)
@@ -146,6 +157,12 @@ class _Packed:
             Int8States(self.codes.narrow(2, 0, count), self.key_scale.narrow(2, 0, count), key_dtype),
             Int8States(self.values.narrow(2, 0, count), self.value_scale.narrow(2, 0, count), value_dtype),
         )
+
+
+@_disable_dynamo  # as torch.compiler.disable, which would load the compiler now
+def _uncompiled(layer: Any, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+    """`layer.update(keys, values)` between two compiled graphs: none may write to bytes that are numbers, too."""
+    return layer.update(keys, values)  # type: ignore[no-any-return]
 
 
 def _refuse_gradients(key: Tensor, value: Tensor) -> None:

@@ -28,10 +28,6 @@ class Int8States(Tensor):
         self.codes, self.scale = codes, scale
         return self
 
-    def first(self, tokens: int) -> Int8States:
-        """Those of the first so many tokens."""
-        return Int8States(self.codes[:, :, :tokens], self.scale[:, :, :tokens], self.dtype)
-
     def dequantized(self) -> Tensor:
         """[B, KV, S, D] of the dtype: code * scale, in fp32, rounded."""
         return (self.codes * self.scale).to(self.dtype)

@@ -233,6 +233,22 @@ def test_a_quantized_model_too() -> None:
     torch.testing.assert_close(logits, in_pieces(model, ids, rounded_cache(model), 9), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("make", [llama, gemma3])
+def test_a_model_that_is_compiled_keeps_it_between_its_graphs(make: Callable[..., Any]) -> None:
+    model, ids = built(make), tokens(1, 9)
+    use_int8_cache(model)
+    with torch.no_grad():
+        expected = model(ids).logits
+        torch.testing.assert_close(torch.compile(model, backend="aot_eager")(ids).logits, expected)
+
+
+def test_attention_that_is_compiled_itself_is_refused() -> None:
+    model = built(llama)
+    model.set_attn_implementation("flex_attention")
+    with pytest.raises(OctavoError, match=r"flex_attention.*set_attn_implementation"):
+        use_int8_cache(model)
+
+
 def test_a_gradient_is_refused() -> None:
     model = built(llama).train()
     with pytest.raises(OctavoError, match="a gradient was asked for through an Int8Cache, which is for inference"):

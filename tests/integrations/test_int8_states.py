@@ -24,10 +24,3 @@ def test_operations_get_code_times_scale(dtype: torch.dtype) -> None:
         (states[:, :, -2:], numbers[:, :, -2:]),
     ):
         assert type(result) is torch.Tensor and torch.equal(result, expected)
-
-
-def test_the_first_tokens_are_codes_again() -> None:
-    codes, scale = ops.quantize_per_token(torch.randn(1, 2, 6, 4))
-    first = Int8States(codes, scale, torch.float32).first(4)
-    assert isinstance(first, Int8States) and first.shape == (1, 2, 4, 4)
-    assert torch.equal(first.dequantized(), codes[:, :, :4] * scale[:, :, :4])
