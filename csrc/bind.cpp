@@ -1,13 +1,12 @@
 // The only file that knows torch, with its parts in bind/: ops in, kernels out. Tensors are checked here and the work
 // is split over torch's threads. Built on torch's stable ABI: one build serves torch 2.10 and later.
 
-#include <torch/csrc/stable/library.h>
-
 #include "bind/attention.h"
 #include "bind/convolution.h"
 #include "bind/linear.h"
 #include "bind/recurrent.h"
 #include "bind/rows.h"
+#include "bind/torch.h"
 #include "select.h"
 
 namespace {

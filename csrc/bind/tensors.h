@@ -1,10 +1,6 @@
 // What every op does with tensors: their types and sizes, and the reference for what no kernel is written for.
 #pragma once
 
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-
 #include <algorithm>
 #include <array>
 #include <atomic>
@@ -15,6 +11,7 @@
 #include <vector>
 
 #include "../kernels.h"
+#include "torch.h"
 
 namespace {
 

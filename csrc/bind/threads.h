@@ -1,12 +1,12 @@
 // Work is split over torch's threads (`torch.set_num_threads`), each with memory of its own.
 #pragma once
 
-#include <torch/csrc/stable/ops.h>
-
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>
 #include <vector>
+
+#include "torch.h"
 
 namespace {
 

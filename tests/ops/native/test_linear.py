@@ -237,3 +237,12 @@ def test_experts_lay_out_as_many_rows_at_a_time_as_stay_in_cache(isa: str) -> No
     allocated = [event.cpu_memory_usage for event in profile.events() if event.cpu_memory_usage > 0]
     assert allocated and max(allocated) <= 5 << 20
     assert torch.equal(y[100:], ops.w8a16_linear(x[100:], weight[1], scale[1]))
+
+
+@pytest.mark.skipif(torch.__version__ < "2.13", reason="torch does not say what failed behind its stable ABI")
+def test_memory_that_is_not_there_is_told_in_torchs_words() -> None:
+    """Who halves a batch then (accelerate's `find_executable_batch_size`) goes by them. 2^48 bytes are more than any
+    process may address."""
+    x, weight = torch.zeros(1 << 23, 1), torch.zeros(1 << 23, 1, dtype=torch.int8)
+    with pytest.raises(RuntimeError, match="DefaultCPUAllocator: can't allocate memory"):
+        ops.w8a16_linear(x, weight, torch.ones(1 << 23, 1))
