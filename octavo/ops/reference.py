@@ -52,6 +52,9 @@ reads one byte a weight from memory, and no float copy of a weight ever exists."
 
 _QMAX = 127
 
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+"""Of x. torch has no arithmetic for narrower ones (fp8), and what a layer returns would be rounded to them."""
+
 _Rest = ParamSpec("_Rest")
 
 
@@ -303,10 +306,15 @@ def rows_to_transposed(weight: Tensor, groups: int) -> Tensor:
 
 
 def check_float(x: Tensor) -> None:
-    if not x.is_floating_point():
+    if x.dtype not in _FLOATS:
         raise QuantizeError(
             f"x: dtype is {x.dtype}, expected bf16, fp16 or fp32; if the model's code casts its input to "
             "`layer.weight.dtype`, put that layer on the ignore list"
+        )
+    if x.layout != torch.strided or x.is_nested:
+        kind = "torch.strided, nested" if x.layout == torch.strided else x.layout
+        raise QuantizeError(
+            f"x: layout is {kind}, expected torch.strided: x.to_dense(), or to_padded_tensor of a nested one"
         )
 
 

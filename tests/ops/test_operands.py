@@ -57,3 +57,29 @@ def test_a_bias_of_other_experts(served_by: ModuleType, shape: tuple[int, ...]) 
 def test_a_weight_of_experts_in_a_linear_layer(served_by: ModuleType) -> None:
     with pytest.raises((RuntimeError, ValueError)):
         served_by.w8a16_linear(torch.randn(2, K), codes(E, N, K), torch.ones(E, N, 1), None)
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2, torch.complex64, torch.int64])
+def test_an_input_that_no_layer_has(served_by: ModuleType, dtype: torch.dtype) -> None:
+    x = torch.ones(2, K).to(dtype)
+    with pytest.raises(QuantizeError, match=f"x: dtype is {dtype}, expected bf16, fp16 or fp32"):
+        served_by.w8a16_linear(x, codes(N, K), torch.ones(N, 1), None)
+    with pytest.raises(QuantizeError, match=f"x: dtype is {dtype}, expected bf16, fp16 or fp32"):
+        served_by.quantize_per_token(x)
+
+
+SPARSE = {
+    "sparse": lambda x: x.to_sparse(),
+    "mkldnn": lambda x: x.to_mkldnn(),
+    "jagged": lambda x: torch.nested.nested_tensor([x, x[:1]], layout=torch.jagged),
+}
+
+
+@pytest.mark.parametrize("layout", SPARSE)
+@pytest.mark.parametrize("grad", [False, True])
+def test_an_input_that_does_not_lie_in_memory_as_a_tensor_does(served_by: ModuleType, layout: str, grad: bool) -> None:
+    x = SPARSE[layout](torch.ones(2, K))
+    with torch.set_grad_enabled(grad), pytest.raises(QuantizeError, match=r"x: layout is .* expected torch.strided"):
+        served_by.w8a16_linear(x, codes(N, K), torch.ones(N, 1), None)
+    with torch.set_grad_enabled(grad), pytest.raises(QuantizeError, match=r"x: layout is .* expected torch.strided"):
+        served_by.quantize_per_token(x)
