@@ -81,7 +81,7 @@ def _let_go_of_stdout() -> None:
 @contextlib.contextmanager
 def _unwinding_when_terminated(terminal: Terminal) -> Iterator[None]:
     """SIGTERM and SIGHUP end the command as an interrupt does: what is half written is removed. Exit code 128 + signal,
-    as shells have it."""
+    as shells have it. What is ignored stays so: `nohup` is for who logs out."""
     if threading.current_thread() is not threading.main_thread():
         yield  # who calls this from a thread minds the signals
         return
@@ -90,7 +90,8 @@ def _unwinding_when_terminated(terminal: Terminal) -> Iterator[None]:
         terminal.complain("error", f"ended by {signal.Signals(number).name}")
         raise SystemExit(128 + number)
 
-    before = {number: signal.signal(number, end) for number in (signal.SIGTERM, signal.SIGHUP)}
+    minded = [n for n in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(n) is not signal.SIG_IGN]
+    before = {number: signal.signal(number, end) for number in minded}
     try:
         yield
     finally:
