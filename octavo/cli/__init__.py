@@ -37,6 +37,7 @@ _INTERRUPTED = 130
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command with `argv` (by default the process's own arguments); returns the exit code."""
     try:
+        _open_what_is_closed()
         return _run(argv)
     except KeyboardInterrupt:
         Terminal().complain("error", "interrupted")
@@ -70,6 +71,13 @@ def _run(argv: Sequence[str] | None) -> int:
                 terminal.complain("error", _in_words(error))
             return 1
     return 0
+
+
+def _open_what_is_closed() -> None:
+    """Of stdout and stderr, to nowhere (`2>&-`): libraries would write to the next file, maybe a checkpoint."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_WRONLY), "w"))
 
 
 def _let_go_of_stdout() -> None:

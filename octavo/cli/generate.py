@@ -8,7 +8,18 @@ import statistics
 from typing import TYPE_CHECKING, Any
 
 from octavo.cli.terminal import Answer, Terminal
-from octavo.cli.verb import Verbs, a_path, add_cache, add_device, cache_of, device_of, keep_cache, new_verb, positive
+from octavo.cli.verb import (
+    Verbs,
+    a_path,
+    add_cache,
+    add_device,
+    cache_of,
+    device_of,
+    keep_cache,
+    new_verb,
+    positive,
+    utf_8,
+)  # fmt: skip
 from octavo.tables import human_bytes, human_percent
 
 if TYPE_CHECKING:
@@ -123,7 +134,7 @@ def _memory_line(use: dict[str, Any]) -> str:
 def _some_text(text: str) -> str:
     if not text.strip():
         raise ValueError(text)
-    return text
+    return utf_8(text)
 
 
 _some_text.__name__ = "text"

@@ -72,10 +72,11 @@ class Terminal:
         return render(_folded(part, shutil.get_terminal_size().columns) if sys.stdout.isatty() else part)
 
     def write(self, text: str) -> None:
-        """Put text on stdout, at once. Raises: OutputError where it cannot be written; BrokenPipeError where nobody
-        reads it any more."""
+        """Put text on stdout, at once; escaped is what its encoding has no word for. Raises: OutputError where it
+        cannot be written; BrokenPipeError where nobody reads it any more."""
+        encoding = sys.stdout.encoding or "utf-8"
         try:
-            sys.stdout.write(text)
+            sys.stdout.write(text.encode(encoding, "backslashreplace").decode(encoding))
             sys.stdout.flush()
         except BrokenPipeError:
             raise

@@ -17,7 +17,7 @@ from octavo.errors import OctavoError
 
 __all__ = [
     "CommandError", "Run", "Verbs", "a_path", "add_cache", "add_device", "cache_of", "device_of", "keep_cache",
-    "new_verb", "positive",
+    "new_verb", "positive", "utf_8",
 ]  # fmt: skip
 
 Verbs = Any
@@ -58,11 +58,20 @@ def positive(text: str) -> int:
 positive.__name__ = "positive whole number"  # argparse says: invalid positive whole number value: '0'
 
 
+def utf_8(text: str) -> str:
+    """An argument whose bytes are UTF-8: tokenizers and safetensors take no others."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is not UTF-8; expected UTF-8") from error
+    return text
+
+
 def a_path(text: str) -> str:
     """An argument that names a file, a folder or a model of the Hub; an empty one would name the current folder."""
     if not text:
         raise ValueError(text)
-    return text
+    return utf_8(text)
 
 
 a_path.__name__ = "path (not an empty one)"

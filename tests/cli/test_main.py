@@ -312,3 +312,37 @@ def test_who_is_terminated_removes_what_is_half_written(
         run("backends")
     assert stop.value.code == 128 + number and signal.getsignal(number) is handlers
     assert not list(tmp_path.iterdir())
+
+
+def test_nohup_holds(monkeypatch: pytest.MonkeyPatch, run: Run) -> None:
+    def run_verb(args: argparse.Namespace, terminal: object) -> Answer:
+        os.kill(os.getpid(), signal.SIGHUP)
+        return Answer({}, ("done",))
+
+    with_run(monkeypatch, run_verb)
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        assert run("backends").out == "done\n"
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.parametrize("closed", ["stdout", "stderr"])
+def test_an_output_that_is_closed_gets_nothing(closed: str, tiny_int8: Path, tmp_path: Path) -> None:
+    """And no file is opened under its number, which libraries write to."""
+    command = shlex.join([sys.executable, "-m", "octavo", "generate", str(tiny_int8), "--prompt", "x"])
+    found = subprocess.run(
+        f"{command} --max-new-tokens 2 {dict(stdout='>&-', stderr='2>&-')[closed]}",
+        shell=True, capture_output=True, text=True,
+    )  # fmt: skip
+    assert found.returncode == 0
+    assert (found.stderr if closed == "stdout" else found.stdout).count("\n") == 1
+    assert (found.stdout if closed == "stdout" else found.stderr) == ""
+
+
+def test_what_is_not_utf_8(run: Run, tiny: Path, tmp_path: Path) -> None:
+    for argv in (["generate", tiny, "--prompt", "a\udcff"], ["quantize", tiny, tmp_path / "a\udcff"]):
+        shown = run(*argv)
+        assert shown.code == 2 and "a\\udcff' is not UTF-8; expected UTF-8\n" in shown.err
+    assert not list(tmp_path.iterdir())

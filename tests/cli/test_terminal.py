@@ -57,6 +57,13 @@ def test_a_pipe_gets_whole_lines(monkeypatch: pytest.MonkeyPatch) -> None:
     assert shown(WIDE, monkeypatch, io.StringIO(), 40) == str(WIDE).splitlines()
 
 
+def test_a_character_that_stdout_has_no_word_for_is_escaped(monkeypatch: pytest.MonkeyPatch) -> None:
+    memory = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(memory, encoding="latin-1"))
+    Terminal().write("n\u00e4her \u2014 \U0001f600\n")
+    assert memory.getvalue() == b"n\xe4her \\u2014 \\U0001f600\n"
+
+
 @hypothesis.given(st.text(st.sampled_from("ab ._/-*x1")), st.integers(1, 12))
 def test_folding_loses_no_character_but_blanks_at_line_ends(cell: str, width: int) -> None:
     lines = room._fold(cell, width).split("\n")
