@@ -36,7 +36,7 @@ def torch_folder() -> Path:
     if found is None or found.origin is None:
         sys.exit(
             "octavo's native kernels are built against torch's headers, and torch is not installed here: "
-            f"pip install torch, then pip install --no-build-isolation octavo; or {WITHOUT}"
+            f"pip install torch, or leave out --no-build-isolation, and pip builds next to one; or {WITHOUT}"
         )
     return Path(found.origin).parent
 

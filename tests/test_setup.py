@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -42,3 +43,10 @@ def test_a_compiler_that_does_not_know_the_instruction_sets(macros: dict[str, st
 def test_no_compiler(tmp_path: Path) -> None:
     line = build("no-such-compiler", tmp_path)
     assert "'no-such-compiler' is not one: install g++" in line and "OCTAVO_NO_NATIVE=1" in line
+
+
+def test_a_build_of_its_own_has_torch() -> None:
+    """pip makes a new environment for each build, unless it is told otherwise: `pip install .` found no torch in it."""
+    (requires,) = re.findall(r"^requires = (.*)$", (ROOT / "pyproject.toml").read_text(encoding="utf-8"), re.MULTILINE)
+    (torch,) = re.findall(r'"(torch[^"]*)"', requires)
+    assert f'    "{torch}",\n' in (ROOT / "pyproject.toml").read_text(encoding="utf-8")
