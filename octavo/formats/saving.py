@@ -318,8 +318,10 @@ def _describe_model(model: Any, folder: Path, tokenizer: Any) -> dict[str, Any]:
     described.pop("quantization_config", None)
     described["architectures"] = [type(model).__name__]
     described["dtype"] = _dtype_of(model)
-    if described.get("tie_word_embeddings") and not _has_tied_head(model):
-        described["tie_word_embeddings"] = False  # transformers had found two weights in the files; vLLM would not look
+    # transformers looks whether the files have one weight or two, vLLM here only. Some encoder-decoders scale by it.
+    scales = described.get("is_encoder_decoder", False)
+    if described.get("tie_word_embeddings") and not scales and not _has_tied_head(model):
+        described["tie_word_embeddings"] = False
     if getattr(model, "can_generate", lambda: False)() and model.generation_config is not None:
         # Not save_pretrained, which refuses settings that transformers loads with a warning, as Vicuna's.
         model.generation_config.to_json_file(folder / "generation_config.json", keys_to_pop=["compile_config"])

@@ -22,7 +22,7 @@ from octavo.formats import COVERAGE_FILE, load_into, state_dict
 from octavo.formats import save as save_plain
 from octavo.fused.norms import FusedRMSNorm
 from octavo.modules import DynamicQuantLinear, QuantConv, QuantModule, StaticQuantLinear
-from tests.tiny_models import Net, build, llama, older_weight_norm, tokens
+from tests.tiny_models import Net, build, llama, older_weight_norm, t5, tokens
 
 
 def quantized(scheme: str = "w8a16", **options: Any) -> Net:
@@ -605,6 +605,17 @@ def test_the_dtype_of_a_model_whose_weights_are_all_int8(
         parameter.data = parameter.data.to(norms)
     octavo.save(model, tmp_path / "out")
     assert json.loads((tmp_path / "out/config.json").read_text())["dtype"] == "bfloat16"
+
+
+@pytest.mark.parametrize(("make", "tied"), [(llama, False), (t5, True)])
+def test_a_head_that_was_untied_is_said_to_be(tmp_path: Path, make: Callable[[], Any], tied: bool) -> None:
+    """But of an encoder-decoder, which may scale by what its config says: T5's relatives do."""
+    model = build(make)
+    model.config.tie_word_embeddings = True
+    model.lm_head.weight = nn.Parameter(-model.lm_head.weight.detach())
+    octavo.quantize(model, "w8a16")
+    octavo.save(model, tmp_path / "out")
+    assert json.loads((tmp_path / "out/config.json").read_text())["tie_word_embeddings"] is tied
 
 
 def test_a_generation_config_is_written_as_it_is(tmp_path: Path) -> None:
