@@ -5,8 +5,8 @@
     octavo.quantize(model, "w8a8-static", stats=stats)   # uses the tensors' ranges
 
 Watched are the inputs of linear layers (and transformers' Conv1D), of stacks of experts and, expert by expert, of their
-down projections, and of modules with weights of their own that are no layer octavo knows: routers. Memory is a few rows
-a layer, whatever the number of tokens.
+down projections, and of modules with weights of their own, and none below them, that are no layer octavo knows:
+routers. Memory is a few rows a layer, whatever the number of tokens.
 
 Under torch.distributed every process takes its share of the batches (those whose index is its rank, modulo the number
 of processes), and all end with the same Stats, equal to those of one process.
@@ -337,6 +337,8 @@ def is_watched(module: nn.Module) -> bool:
     kind = kind_of(module)
     if kind is not None:
         return kind.int8_input
+    if any(True for child in module.children() for _ in child.parameters()):
+        return False  # a block, or a model with a table of positions: what enters it is multiplied by no weight
     return any(p is not None and p.dim() >= 2 and p.is_floating_point() for p in module._parameters.values())
 
 

@@ -129,6 +129,23 @@ class Branches(nn.Module):
         return self.used(x) + self.zero(x * 0) + self.tiny(x * 1e-44)
 
 
+class WithPositions(nn.Module):
+    """A model with a table of its own; NaN are values that are missing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.layer, self.positions = nn.LayerNorm(4), nn.Linear(4, 4), nn.Parameter(torch.zeros(3, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(self.norm(x.nan_to_num() + self.positions))
+
+
+def test_what_enters_a_block_is_multiplied_by_no_weight_of_it() -> None:
+    x = torch.randn(2, 3, 4)
+    x[0, 1] = torch.nan
+    assert calibrate(WithPositions(), [x]).observers.keys() == {"layer"}
+
+
 def test_layers_that_no_batch_reached_are_listed_and_get_dynamic_inputs() -> None:
     model = Branches()
     stats = calibrate(model, [torch.randn(6, 4)])

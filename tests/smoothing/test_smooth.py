@@ -166,6 +166,25 @@ def test_factors_are_the_papers_to_a_power_of_two() -> None:
     assert ((s / exact).log2().abs() <= 0.5 + 1e-3).all()
 
 
+class OwnGate(Net):
+    """A block that multiplies what its norm gives by a weight of its own, too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate = nn.Parameter(torch.randn(1, 16))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.norm(x)
+        return self.head(self.last(self.b(torch.relu(self.a(y))) * F.linear(y, self.gate)))
+
+
+def test_what_enters_a_block_says_nothing_of_what_its_weight_is_multiplied_by() -> None:
+    model, x = OwnGate(), X * 1000
+    report = smooth(model, calibrate(model, [x]))
+    (pair,) = (pair for pair in report.smoothed if pair.source == "norm")
+    assert pair.sinks == ("a", "") and pair.amax_before == OwnGate().norm(x).abs().max().item()
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 def test_in_every_dtype_bit_for_bit(dtype: torch.dtype) -> None:
     model, x = Net().to(dtype), X.to(dtype)
