@@ -60,7 +60,8 @@ def quantize(
         inputs were all 0, gets dynamic inputs, and its row of the coverage says so.
     observer: what a static scale is taken from, "absmax", "percentile" or "mse"; see octavo.calibration.observers.
     repair: whether a layer whose static error is catastrophic, measured on the rows that `stats` kept, gets dynamic
-        inputs (or, where those are no better, float ones) together with the layers that are fed the same tensor.
+        inputs (or, where those cost more than the weight does, float ones) together with the layers that are fed the
+        same tensor.
     fake: let linear layers compute in float with what the codes stand for, to study what int8 does; real int8 gives the
         same up to the rounding of sums.
     progress: called with (layers done, number of layers).

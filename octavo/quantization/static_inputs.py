@@ -16,6 +16,9 @@ from octavo.report import sqnr_db
 
 __all__ = ["fix_inputs"]
 
+_HALF_DB = 3.0
+"""Half the error."""
+
 
 def fix_inputs(
     model: nn.Module, decisions: list[Decision], stats: Stats | None, *, observer: ObserverKind, repair: bool
@@ -61,16 +64,18 @@ def _fix_group(model: nn.Module, group: list[Decision], stats: Stats, observer: 
     scale = stats.input_scale(first.name, _weight(model, first).dtype, observer)
     if not scale:
         return _give(group, Scheme.as_dynamic, "its inputs were too small in calibration: a dynamic scale")
-    if repair and len(seen.rows):
-        static_db, dynamic_db = (
-            min(_sqnr(model, decision, change, seen, scale * 127) for decision in group)
-            for change in (_as_is, Scheme.as_dynamic)
-        )
-        if static_db < CATASTROPHE_DB <= dynamic_db:
-            return _give(group, Scheme.as_dynamic, f"a static scale leaves {static_db:.1f} dB: a dynamic one")
-        if static_db < CATASTROPHE_DB:
-            why = f"a static scale leaves {static_db:.1f} dB, a dynamic one {dynamic_db:.1f}: float inputs"
-            return _give(group, _with_float_inputs, why)
+
+    def measured(change: Callable[[Scheme], Scheme]) -> float:
+        return min(_sqnr(model, decision, change, seen, scale * 127) for decision in group)
+
+    if repair and len(seen.rows) and (static_db := measured(_as_is)) < CATASTROPHE_DB:
+        why, dynamic_db = f"a static scale leaves {static_db:.1f} dB", measured(Scheme.as_dynamic)
+        if dynamic_db < CATASTROPHE_DB:
+            float_db = measured(_with_float_inputs)
+            if float_db >= dynamic_db + _HALF_DB:
+                return _give(group, _with_float_inputs, f"{why}, a dynamic one {dynamic_db:.1f}: float inputs")
+            why = f"{why}, float inputs {float_db:.1f}"  # it is the weights that cost it
+        return _give(group, Scheme.as_dynamic, f"{why}: a dynamic one")
     for decision in group:
         decision.input_scale = scale
 

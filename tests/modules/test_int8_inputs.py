@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from typing import Any
 
 import pytest
@@ -160,6 +161,18 @@ def test_where_dynamic_inputs_do_not_help_they_stay_float() -> None:
     (row,) = (row for row in report.rows if row.scheme)
     assert row.scheme == "w8a16" and row.reason is not None and row.reason.endswith(": float inputs")
     assert relative_error(model(x), truth) < 0.01
+
+
+def test_where_it_is_the_weight_that_costs_inputs_stay_int8() -> None:
+    """One weight that is huge, under a scale for all: float inputs would gain next to nothing."""
+    model, x = nn.Sequential(nn.Linear(64, 8)), torch.randn(200, 64)
+    with torch.no_grad():
+        model[0].weight[0, 0] = 10
+    x[:, 0] *= 1e-3
+    report = octavo.quantize(model, "o3", stats=octavo.calibrate(model, [x]))
+    (row,) = (row for row in report.rows if row.scheme)
+    assert row.scheme == "w8a8 weight per_tensor" and row.reason is not None
+    assert re.fullmatch(r"a static scale leaves \d\.\d dB, float inputs \d\.\d: a dynamic one", row.reason)
 
 
 def test_kinds_without_int8_inputs_keep_float_ones_and_say_so() -> None:
