@@ -10,7 +10,7 @@ covers every fp32 number, so no range has to be known beforehand, and the histog
 The largest magnitude that a static int8 input is to hold, by observer:
 
     absmax      the largest that was seen
-    percentile  the smallest that a share of the values does not exceed
+    percentile  the smallest that a share of the values does not exceed; the largest that was seen if that is 0
     mse         the one whose rounding and clipping errors have the smallest sum of squares
 """
 
@@ -104,14 +104,14 @@ class Observer:
                 "SmoothQuant's act_scales, or those of rows=0 once smoothed); expected 'absmax', or calibrate anew"
             )
         if kind == "percentile":
-            return min(top, self._percentile(percentile))
+            return min(top, self._percentile(percentile) or top)
         return min(top, self._least_squares(top))
 
     def _percentile(self, percentile: float) -> float:
         seen = self.histogram.cumsum(0)
         wanted = math.ceil(seen[-1].item() * min(max(percentile, 0.0), 100.0) / 100)
         bin_ = int(torch.searchsorted(seen, wanted).clamp_max(_BINS - 1))
-        return _bin_values(torch.tensor([bin_]), upper=True).item()
+        return _bin_values(torch.tensor([bin_]), upper=True).item() if bin_ else 0.0
 
     def _least_squares(self, top: float) -> float:
         """Over clipping points from a 64th of the top to the top, 32 an octave.

@@ -121,6 +121,9 @@ def test_edges() -> None:
     assert torch.isnan(observe(torch.tensor([[1.0, torch.nan]]), 0, 1).amax[1])
     assert torch.isinf(observe(torch.tensor([[1.0, torch.inf]]), 0, 1).amax[1])
     assert observe(torch.tensor([[3.0]]), 0, 1).largest("percentile") == 3
+    sparse = torch.zeros(100, 400)
+    sparse[0, 0] = 3  # of 40,000 values more than 99.99% are 0
+    assert observe(sparse, 0, 1).largest("percentile") == 3
     amax_alone = Observer.of_amax(torch.tensor([1.0, 3.0]))
     assert amax_alone.largest() == 3
     for kind in ("percentile", "mse"):
