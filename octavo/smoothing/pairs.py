@@ -166,10 +166,12 @@ def short(example: Any) -> Any:
         shape = example["input_ids"].shape
         if len(shape) != 2 or any(not isinstance(v, Tensor) or v.shape != shape for v in example.values()):
             return example
-        cut = {name: value[:_SEQUENCES, :_TOKENS] for name, value in example.items()}
-        mask = cut.get("attention_mask")
+        kept = {name: value[:_SEQUENCES] for name, value in example.items()}
+        mask = kept.get("attention_mask")
+        if mask is None or bool(mask[:, :1].all()):
+            return {name: value[:, :_TOKENS] for name, value in kept.items()}
         # With padding on the left the first tokens may be none at all.
-        return cut if mask is None or bool(mask.all()) else {k: v[:_SEQUENCES] for k, v in example.items()}
+        return {name: value[:, -_TOKENS:] for name, value in kept.items()} if bool(mask[:, -1:].all()) else kept
     shapes: list[torch.Size] = []
     on_tensors(example, lambda tensor: shapes.append(tensor.shape))
     of_one_length = len({shape[:1] for shape in shapes}) == 1

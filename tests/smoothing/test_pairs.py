@@ -480,6 +480,12 @@ def test_a_long_batch_is_cut() -> None:
     assert short(tokens).shape == (2, 128)
     assert short({"input_ids": tokens, "attention_mask": tokens + 1})["attention_mask"].shape == (2, 128)
     assert short({"input_ids": tokens, "attention_mask": tokens})["input_ids"].shape == (2, 400)
+    places = torch.arange(400).expand(5, 400)
+    lengths = torch.tensor([[300], [50], [9], [9], [9]])
+    for mask, first in ((places < lengths, 0), (places >= 400 - lengths, 400 - 128)):
+        cut = short({"input_ids": places, "attention_mask": mask.long()})
+        assert cut["input_ids"].tolist() == [list(range(first, first + 128))] * 2
+        assert cut["attention_mask"].sum(1).tolist() == [128, 50]
     images, lengths = torch.zeros(6, 3, 8, 8), torch.ones(6)
     assert short(images).shape == (4, 3, 8, 8)
     cut, (more,), flag = short((images, [lengths], True))
