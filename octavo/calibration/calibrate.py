@@ -245,14 +245,15 @@ def calibrate(
     progress: called with (batches done, number of batches or 0).
     Returns: the statistics, in the computer's own memory.
     Raises: CalibrateError for a NaN or inf, naming the layer that it entered, for a model without linear layers, if no
-        batch came, for `rows` below 0, and for `route_all_experts` where there are no experts; EvaluateError for
-        batches that are of another type, or a model on `meta`; QuantizeError for what is no module.
+        batch came, or none with a token that counts, for `rows` that are no number from 0 up, and for
+        `route_all_experts` where there are no experts; EvaluateError for batches that are of another type, or a model
+        on `meta`; QuantizeError for what is no module.
     Warns: OctavoWarning if there are experts that no token was routed to; `Stats.unrouted` lists them.
     """
     check_module(model)
     check_batches(batches)
-    if rows < 0:
-        raise CalibrateError(f"rows is {rows}, expected 0 or more rows of each layer's input to keep")
+    if not isinstance(rows, int) or rows < 0:
+        raise CalibrateError(f"rows is {rows!r}, expected a number, 0 or more, of rows of each layer's input to keep")
     layers = {name: module for name, module in model.named_modules() if is_watched(module)}
     if not layers:
         raise CalibrateError("the model has no linear layer to calibrate; expected nn.Linear or transformers' Conv1D")
@@ -276,6 +277,11 @@ def calibrate(
     if not count:
         raise CalibrateError("batches is empty, expected at least one; an iterator can be read only once")
     stats = _merged(watch, layers, rows, example)
+    if not stats.observers:
+        raise CalibrateError(
+            f"batches: got {count}, of which no token reached a linear layer; expected some that are no padding (those "
+            "have 1 in an attention_mask), and a model that calls its layers"
+        )
     stats.columns = largest_of_columns(layers)
     if stats.unrouted and rank == 0:
         _warn_of_unrouted(stats)

@@ -206,6 +206,11 @@ def test_progress_and_bad_batches() -> None:
     assert steps == [(1, 2), (2, 2)]
     with pytest.raises(CalibrateError, match="batches is empty"):
         calibrate(model, [])
+    with pytest.raises(CalibrateError, match="batches: got 2, of which no token reached a linear layer"):
+        calibrate(model, [torch.ones(0, 3), torch.ones(0, 3)])
+    for rows in (-1, 2.5, "all"):
+        with pytest.raises(CalibrateError, match=f"rows is {rows!r}, expected a number"):
+            calibrate(model, [torch.ones(1, 3)], rows=rows)
     with pytest.raises(EvaluateError, match="expected an iterable of batches; for one batch write"):
         calibrate(model, torch.ones(1, 3))
     with pytest.raises(EvaluateError, match="batch 0: the model was to be fed a str"):
