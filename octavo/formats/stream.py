@@ -195,10 +195,14 @@ class _Tensors:
                 own.setdefault(id(owner), name)
         return own
 
-    def _stack_of(self, name: str) -> Decision | None:
-        """The decision of the experts that the tensor is one weight of, if they are to be int8."""
+    def _experts_of(self, name: str) -> Decision | None:
+        """The decision of the experts that the tensor is one weight of."""
         part = self._experts.get(name)
-        decision = self._decisions.get(part.param.rpartition(".")[0]) if part else None
+        return self._decisions.get(part.param.rpartition(".")[0]) if part else None
+
+    def _stack_of(self, name: str) -> Decision | None:
+        """The same, if they are to be int8."""
+        decision = self._experts_of(name)
         return decision if decision and decision.scheme else None
 
     def _layer_of(self, name: str) -> tuple[Decision | None, nn.Module | None, str]:
@@ -327,6 +331,8 @@ class _Tensors:
             codes, scale = (torch.Size(shape).numel() for shape in self._shapes[name])
             after = codes + scale * info.dtype.itemsize
             return Row(name, decision.label, info.shape, info.nbytes, after, str(decision.scheme), decision.note)
+        if (experts := self._experts_of(name)) and experts.reason:
+            return Row(name, experts.label, info.shape, info.nbytes, info.nbytes, None, experts.reason, experts.asked)
         if module is None or owner is None:
             reason = f"not a parameter of {type(self._skeleton).__name__} as it lies on disk"
             return Row(name, "?", info.shape, info.nbytes, after, None, reason)

@@ -342,17 +342,33 @@ class OctavoQuantizer(HfQuantizer):  # type: ignore[misc]
         ]
 
     def update_weight_conversions(self, weight_conversions: list[Any], *model: PreTrainedModel) -> list[Any]:
-        """The weights of int8 experts are read here, after the rest: the rules that merge float ones go without.
+        """The weights of int8 experts are read here, after the rest: rules that merge experts are for float ones only.
 
         model: given by transformers from 5.21 on.
         """
         self._rules = list(weight_conversions)
         stacks = {part.param for part in self._parts.values() if self._is_int8(part)}
+        floats = {part.param for part in self._parts.values()} - stacks
         self._put_aside = [rule for rule in weight_conversions if _merges(rule, stacks)]
         kept = [rule for rule in weight_conversions if not _merges(rule, stacks)]
+        kept += [each for rule in self._put_aside for each in self._for_each(rule, floats)]
         self._of_parts = {rule: _renamings_of_parts(rule) for rule in kept} if self.pre_quantized else {}
         kept = [each for rule in kept for each in (rule, *self._of_parts.get(rule, ()))]
         return super().update_weight_conversions(kept, *model)
+
+    def _for_each(self, rule: Any, stacks: set[str]) -> list[Any]:
+        """A rule that merges experts as one for each of the `stacks` that it makes, and no others."""
+        assert self._model is not None
+        prefix = f"{self._model.base_model_prefix}."
+        # A pattern that begins with a dot needs the name before it.
+        ends = [("[^.]+" if target.startswith(".") else "") + re.escape(target) for target in rule.target_patterns]
+        made_here = re.compile(rf"(^|\.)({'|'.join(ends)})$")
+        scopes = {param[: found.start()] for param in stacks if (found := made_here.search(param))}
+        made = []
+        for scope in sorted(scopes):
+            made.append(copy.deepcopy(rule))
+            made[-1].scope_prefix, made[-1].base_model_prefix = scope.removeprefix(prefix), prefix[:-1]
+        return made
 
     def _leave_experts_to_us(self, model: PreTrainedModel) -> None:
         """Tell transformers not to miss the int8 experts in the files, nor to wonder at their weights there."""

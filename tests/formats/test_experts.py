@@ -137,6 +137,32 @@ def test_a_model_within_the_one_that_was_saved_and_around_it(tmp_path: Path, mak
     assert torch.equal(hidden(base.from_pretrained(tmp_path / "again")), expected)
 
 
+@pytest.mark.filterwarnings("ignore:merged float tensors:octavo.errors.OctavoWarning")
+@pytest.mark.parametrize("make", MODELS)
+@pytest.mark.parametrize("scheme", ["w8a16", "w8a8"])
+def test_experts_that_are_float_in_one_layer_and_int8_in_another(
+    tmp_path: Path, make: Callable[..., Any], scheme: str
+) -> None:
+    """Those of the one are merged by their library's rules, those of the other not."""
+    model = build(make)
+    model.set_experts_implementation("eager")  # the grouped kernel wants sizes that are multiples of 16 bytes
+    model.save_pretrained(tmp_path / "float")
+    ignore = [r"re:.*layers\.0\.mlp\.experts"]
+    octavo.quantize(model, scheme, ignore=ignore)
+    octavo.save(model, tmp_path / "saved")
+    model.save_pretrained(tmp_path / "theirs")
+    report = octavo.quantize_checkpoint(tmp_path / "float", tmp_path / "streamed", scheme, ignore=ignore)
+    own = [row for row in report.rows if ".0.mlp.experts" in row.name or "0.block_sparse_moe.experts" in row.name]
+    stacks = [row for row in own if not row.name.endswith("bias")]
+    assert stacks and all(row.asked and row.reason == f"ignored by {ignore[0]!r}" for row in stacks)
+    octavo.load(tmp_path / "saved").save_pretrained(tmp_path / "again")
+    for folder in ("saved", "theirs", "streamed", "again"):
+        loaded = octavo.load(tmp_path / folder, experts_implementation="eager")
+        assert torch.equal(logits(loaded), logits(model)), folder
+    base = type(model.model).from_pretrained(tmp_path / "theirs", experts_implementation="eager")
+    assert torch.equal(hidden(base), hidden(model.model))
+
+
 def hidden(model: Any) -> Tensor:
     with torch.no_grad():
         return model.eval()(torch.arange(18).view(2, 9)).last_hidden_state  # type: ignore[no-any-return]
