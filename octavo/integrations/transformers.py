@@ -347,7 +347,7 @@ class OctavoQuantizer(HfQuantizer):  # type: ignore[misc]
         model: given by transformers from 5.21 on.
         """
         self._rules = list(weight_conversions)
-        stacks = {part.param for part in self._parts.values() if self._is_int8(part)}
+        stacks = {part.param for part in self._int8_parts().values()}
         floats = {part.param for part in self._parts.values()} - stacks
         self._put_aside = [rule for rule in weight_conversions if _merges(rule, stacks)]
         kept = [rule for rule in weight_conversions if not _merges(rule, stacks)]
@@ -372,7 +372,7 @@ class OctavoQuantizer(HfQuantizer):  # type: ignore[misc]
 
     def _leave_experts_to_us(self, model: PreTrainedModel) -> None:
         """Tell transformers not to miss the int8 experts in the files, nor to wonder at their weights there."""
-        own = {name: part for name, part in self._parts.items() if self._is_int8(part)}
+        own = self._int8_parts()
         missing = {re.escape(part.param) + "(_scale)?$" for part in own.values()}
         # By their names on disk, and as they are after transformers' renamings.
         stacks = {re.split(r"\.\d+\.[^.]+\.weight$", name)[0] for name in own}
@@ -389,13 +389,15 @@ class OctavoQuantizer(HfQuantizer):  # type: ignore[misc]
             for name in (stack, stack.rpartition(".")[0]):
                 model.get_submodule(name)._is_hf_initialized = True  # type: ignore[assignment]
 
-    def _is_int8(self, part: Part) -> bool:
-        return any(decision.name == part.param.rpartition(".")[0] for decision in self._decisions)
+    def _int8_parts(self) -> dict[str, Part]:
+        """Those of the experts that are int8."""
+        int8 = {decision.name for decision in self._decisions}
+        return {name: part for name, part in self._parts.items() if part.param.rpartition(".")[0] in int8}
 
     def _read_experts(self, model: PreTrainedModel) -> None:
         assert self._folder is not None
         with CheckpointReader(self._folder) as reader:
-            for param in {part.param for part in self._parts.values() if self._is_int8(part)}:
+            for param in {part.param for part in self._int8_parts().values()}:
                 prefix, _, short = param.rpartition(".")
                 module = model.get_submodule(prefix)
                 assert isinstance(module, QuantModule)
