@@ -198,6 +198,18 @@ def _read_class(cls: type) -> Iterator[Method]:
                     if "getattr(" in text:
                         _Getattr().visit(part)
                     yield Method(part, text, part.name in used)
+                    if part.name == "__init__":
+                        yield from _made_by(part, text)
+
+
+def _made_by(init: ast.FunctionDef, text: str) -> Iterator[Method]:
+    """The functions that a constructor makes, as in `self.head = lambda x: x @ self.embed.weight.T`."""
+    for node in ast.walk(init):
+        if isinstance(node, ast.Lambda | ast.FunctionDef) and node is not init:
+            body: list[ast.stmt] = [ast.Return(node.body)] if isinstance(node, ast.Lambda) else node.body
+            arguments = {**dict(ast.iter_fields(node.args)), "posonlyargs": [init.args.args[0], *node.args.posonlyargs]}
+            name = getattr(node, "name", "<lambda>")
+            yield Method(ast.FunctionDef(name, ast.arguments(**arguments), body, []), text, has_other_name=True)
 
 
 class _Getattr(ast.NodeTransformer):

@@ -216,12 +216,13 @@ class _Running:
 
 
 def _may_be_called(cls: type[nn.Module], method: Method) -> bool:
-    """Whether it may be called from outside of the model: a forward, and what is public and is given something; of a
-    class without a forward all that it has."""
+    """Whether it may be called from outside of the model: a forward, and what is public and is given something, but for
+    what changes the model in place (`clip_`); of a class without a forward all that it has."""
     if cls.forward is nn.Module.forward or method.has_other_name or method.name.strip("_").startswith("forward"):
         return True
     is_special = method.name.startswith("__")
-    return is_special or (not method.name.startswith("_") and method.takes_input)
+    is_plain = not method.name.startswith("_") and not method.name.endswith("_")
+    return is_special or (is_plain and method.takes_input)
 
 
 def _methods(cls: Any) -> list[Method]:

@@ -166,6 +166,14 @@ class NamedInPassing(Base):
         return x @ head.weight
 
 
+class Lambda(Base):
+    """x-transformers' tied heads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.to_logits = lambda x: x @ self.proj.weight.t()
+
+
 class InfiniteAttention(Base):
     def infinite(self, x: Tensor) -> Tensor:  # no constructor, though there is an "init" in its name
         return x @ self.proj.weight
@@ -338,6 +346,7 @@ READS: list[tuple[nn.Module, dict[str, str]]] = [
     (HandsItOn(), {"blocks.1.up": "ReadsAnArgument.forward", "proj": "ReadsAnArgument.forward"}),
     (Switched(slices=2, exact=True), {"proj": "Switched.forward"}),
     (Inherits(), {"head": "Inherits.forward"}),
+    (Lambda(), {"proj": "Lambda.<lambda>"}),
 ]
 
 
@@ -614,6 +623,16 @@ class Converted(Base):
         return self.head.weight @ layer.weight
 
 
+class ClippedByATrainer(Base):
+    """x-transformers' attention."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.proj(x)
+
+    def clip_(self, most: float) -> None:
+        self.proj.weight.data.clamp_(-most, most)
+
+
 class OwnWeight(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -641,6 +660,7 @@ class WhenTraining(Base):
         MindsInt8(),
         SetsUp(),
         Converted(),
+        ClippedByATrainer(),
         OwnWeight(),
         Switched(),
         Switched(slices=2),
