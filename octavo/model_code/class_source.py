@@ -85,6 +85,7 @@ class Method:
     """A method, its parameters after self, and what it reads and calls, which is looked for when it is asked for.
 
     has_other_name: whether its class uses it outside of methods, as in `size = property(_size)`.
+    asks_a_parameter: whether it takes the first of `self.parameters()`, which there has to be.
     """
 
     def __init__(self, definition: ast.FunctionDef, text: str, has_other_name: bool) -> None:
@@ -93,6 +94,7 @@ class Method:
         self.has_other_name = has_other_name
         self.parameters = (*others, *(each.arg for each in definition.args.kwonlyargs))
         self._definition = definition
+        self.asks_a_parameter = _FIRST_PARAMETER.search(text) is not None
         self._may_read = _MENTION.search(text) is not None
         self._minds_int8 = "int8" in text
 
@@ -169,6 +171,8 @@ def _is_plain_super(node: ast.AST) -> bool:
 
 
 _MENTION = re.compile(rf"[.\"']({_WEIGHT})\b|\b(isinstance|type)\(|__class__")
+
+_FIRST_PARAMETER = re.compile(r"\bnext\(\s*self\.parameters\(\)\s*\)")
 
 _Names = dict[str, set[Path]]
 """The paths that a local name may stand for, somewhere in a method."""

@@ -61,7 +61,7 @@ from octavo.model_code.class_source import (
 )
 from octavo.model_code.written_out import is_written_out
 
-__all__ = ["asked_about", "refuse_training", "told_apart", "weight_readers"]
+__all__ = ["ask_a_parameter", "asked_about", "refuse_training", "told_apart", "weight_readers"]
 
 _SETS_UP = re.compile(
     r"^_*(init|initialize)(_*weights?|_*parameters|_+)?$|^__init_subclass__$|^_init_added_|reset_parameters|resize|"
@@ -96,6 +96,18 @@ def asked_about(model: nn.Module) -> set[str]:
     asks = {"dtype", "shape"}
     found = [each for training in (False, True) for each in _found(model, classes, asks, training=training)]
     return {each.layer for each in found if each.asks == "dtype" or each.layer in turned}
+
+
+def ask_a_parameter(model: nn.Module) -> dict[str, str]:
+    """Module name -> the method (Class.method) that takes `next(self.parameters())` of it, for its device or dtype.
+    Codes are no parameters."""
+    return {
+        name: f"{type(module).__name__}.{method.name}"
+        for name, module in model.named_modules()
+        if not _is_known(type(module))
+        for method in _methods(type(module))
+        if method.asks_a_parameter
+    }
 
 
 @dataclasses.dataclass(frozen=True)

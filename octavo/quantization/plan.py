@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from octavo.errors import QuantizeError, RecipeError
 from octavo.experts import routers
-from octavo.layers import KINDS, LayerKind, kind_of, users_of_parameters, why_not
+from octavo.layers import KINDS, LayerKind, kind_of, users_of_parameters, weight_norm_of, why_not
 from octavo.model_code.facade import has_own_forward, needs_facade, why_no_facade
-from octavo.model_code.weight_readers import asked_about, told_apart, weight_readers
+from octavo.model_code.weight_readers import ask_a_parameter, asked_about, told_apart, weight_readers
 from octavo.modules import QuantModule
 from octavo.ops.reference import LONGEST_EXACT
 from octavo.quantization.coverage import ROUTER_REASON
@@ -94,6 +94,7 @@ def plan(model: nn.Module, recipe: Recipe) -> list[Decision]:
             decision.reason = f"opt-in: include {name!r} to quantize it; only octavo will read the checkpoint then"
         if name in deciding and not (decision.asked or _names(recipe, name, layer)):
             decision.scheme, decision.reason, decision.asked = None, ROUTER_REASON, True
+    _leave_a_parameter(model, decisions, obstacles)
     # Each may leave a layer float that the other has to know of; neither does anything more the third time.
     for _ in range(2):
         _keep_attention_whole(decisions, obstacles)
@@ -205,6 +206,23 @@ def output_heads(model: nn.Module) -> set[str]:
             id(layer) in said or name.rpartition(".")[2] in _HEAD_NAMES or id(layer._parameters.get("weight")) in tables
         )
     }
+
+
+def _leave_a_parameter(model: nn.Module, decisions: dict[str, Decision], obstacles: dict[str, str]) -> None:
+    """A module that is asked for the first of its parameters keeps one: where all would be int8, its smallest layer."""
+    for name, method in reversed(ask_a_parameter(model).items()):  # a child before its parent
+        sizes: dict[str, int] = {}
+        held = {id(parameter) for parameter in model.get_submodule(name).parameters()}
+        for prefix, layer in model.get_submodule(name).named_modules(prefix=name):
+            if (decision := decisions.get(prefix)) and decision.scheme:
+                weights = {*decision.kind.params_of(layer), *(weight_norm_of(layer) or ())}
+                own = [parameter for short, parameter in layer.named_parameters() if short in weights]
+                sizes[prefix] = sum(parameter.numel() for parameter in own)
+                held -= set(map(id, own))
+        if sizes and not held:
+            smallest = min(sizes, key=lambda prefix: sizes[prefix])
+            obstacles[smallest] = f"{method} takes the first parameter, and none would be left"
+            decisions[smallest].scheme, decisions[smallest].reason = None, obstacles[smallest]
 
 
 def _keep_attention_whole(decisions: dict[str, Decision], obstacles: dict[str, str]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from pathlib import Path
 from typing import Any
@@ -281,6 +282,40 @@ def test_a_weight_that_is_computed_stays_float_with_the_reason_that_it_is() -> N
     assert "old-style weight_norm or pruning" in reasons["0.weight_orig"]
     for part in ("original0", "original1"):
         assert "remove_parametrizations first" in reasons[f"1.parametrizations.weight.{part}"]
+
+
+class AsksWhereItIs(nn.Module):
+    """As many do for their device: torch raises StopIteration where there is no parameter."""
+
+    def __init__(self, *layers: nn.Module) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(*layers)
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.parameters()).device
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layers(x.to(self.device))
+
+
+@pytest.mark.filterwarnings("ignore:.*bytes stay float:octavo.OctavoWarning")
+@pytest.mark.parametrize(
+    ("layers", "kept"),
+    [
+        ((nn.Linear(8, 8, bias=False), nn.Linear(8, 4, bias=False), nn.Linear(4, 8, bias=False)), {"a.layers.1"}),
+        ((nn.Linear(8, 8, bias=False), nn.LayerNorm(8)), set()),
+        ((nn.Linear(8, 8),), set()),
+        ((weight_norm(nn.Conv1d(8, 8, 3, bias=False)), nn.Linear(6, 2, bias=False)), {"a.layers.1"}),
+        ((AsksWhereItIs(nn.Linear(8, 4, bias=False)), nn.Linear(4, 8, bias=False)), {"a.layers.0.layers.0"}),
+    ],
+)
+def test_a_module_that_asks_for_its_first_parameter_has_one(layers: tuple[nn.Module, ...], kept: set[str]) -> None:
+    model, x = nn.ModuleDict({"a": AsksWhereItIs(*copy.deepcopy(layers)), "b": nn.Linear(8, 8)}), torch.randn(2, 8, 8)
+    report = octavo.quantize(model, "w8a16")
+    assert {name for name, layer in model.named_modules() if type(layer) is nn.Linear} == kept
+    assert all("takes the first parameter" in str(row.reason) for row in report.rows if row.name[:-7] in kept)
+    assert model["a"](x).isfinite().all()
 
 
 @pytest.mark.parametrize("scheme", ["w8a8", "w8a8-static"])
