@@ -74,12 +74,15 @@ def generate(
     refuse_unknown_tokens(model, inputs["input_ids"])
     max_new_tokens = _fitting(max_new_tokens, model, inputs["input_ids"].shape[-1])
     streamer = _Streamer(tokenizer, on_text)
-    sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
+    # One text, whatever the checkpoint's generation config says.
+    how: dict[str, Any] = {"num_beams": 1, "num_return_sequences": 1, "do_sample": temperature > 0}
+    if temperature > 0:
+        how["temperature"] = temperature
     loop = None if compiling is None else _CompiledLoop(streamer, compiling)
     torch.manual_seed(seed)
     start = time.perf_counter()
     with torch.no_grad():
-        model.generate(**inputs, **sampling, max_new_tokens=max_new_tokens, streamer=streamer, custom_generate=loop)
+        model.generate(**inputs, **how, max_new_tokens=max_new_tokens, streamer=streamer, custom_generate=loop)
     compile_s = None if loop is None else loop.compile_s
     times = streamer.times
     return Generated(
@@ -174,7 +177,7 @@ class _Streamer(transformers.TextStreamer):
         if self._awaits_prompt:
             self._awaits_prompt = False
         else:
-            self.times.append(time.perf_counter())
+            self.times += [time.perf_counter()] * value.numel()  # of guesses that were right several come at once
         super().put(value)
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:

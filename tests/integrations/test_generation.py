@@ -39,3 +39,17 @@ def test_pieces_add_up_and_times_are_told(tmp_path: Path) -> None:
     assert 1 <= written.new_tokens <= 10 and written.first_token_s > 0 and written.decode_s >= 0
     one = generate(model, tokenizer, "Hello", max_new_tokens=1)
     assert one.new_tokens == 1 and one.decode_s == 0 and one.tokens_per_s is None
+
+
+def test_a_generation_config_that_asks_for_beams_writes_one_text(tmp_path: Path) -> None:
+    model, tokenizer = load_language_model(language_model(tmp_path / "model"))
+    expected = generate(model, tokenizer, "Hello", max_new_tokens=10).text
+    model.generation_config.num_beams = model.generation_config.num_return_sequences = 2
+    assert generate(model, tokenizer, "Hello", max_new_tokens=10).text == expected
+
+
+def test_tokens_that_come_several_at_once_are_counted(tmp_path: Path) -> None:
+    model, tokenizer = load_language_model(language_model(tmp_path / "model"))
+    model.generation_config.eos_token_id = None
+    model.generation_config.prompt_lookup_num_tokens = 3
+    assert generate(model, tokenizer, "ab" * 20, max_new_tokens=30).new_tokens == 30
