@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
+from octavo.errors import OctavoError
+
 __all__ = ["Int8States"]
 
 
@@ -36,5 +38,10 @@ class Int8States(Tensor):
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Iterable[type], args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
+        if func._schema.is_mutable and isinstance(args[0], Int8States):
+            raise OctavoError(
+                f"{func} writes to keys or values that an Int8Cache holds as codes; have the model write to a copy "
+                "(x = x * 2, not x *= 2), or leave its cache to the model"
+            )
         args, kwargs = tree_map_only(Int8States, Int8States.dequantized, (args, kwargs or {}))
         return func(*args, **kwargs)

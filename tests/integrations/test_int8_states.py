@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from octavo import ops
+from octavo.errors import OctavoError
 from octavo.integrations.int8_states import Int8States
 
 
@@ -24,3 +25,10 @@ def test_operations_get_code_times_scale(dtype: torch.dtype) -> None:
         (states[:, :, -2:], numbers[:, :, -2:]),
     ):
         assert type(result) is torch.Tensor and torch.equal(result, expected)
+
+
+def test_what_writes_to_them_is_refused() -> None:
+    states = Int8States(*ops.quantize_per_token(torch.randn(1, 2, 6, 4)), torch.float32)
+    with pytest.raises(OctavoError, match=r"mul_.*writes to keys or values"):
+        states *= 2
+    assert torch.equal(torch.empty(1, 2, 6, 4).copy_(states), states.dequantized())
