@@ -77,17 +77,21 @@ class Derived(nn.Module):
         """What the class for modules of `source` has besides."""
         return {}
 
+    @classmethod
+    def made_of(cls, source: type[nn.Module]) -> Any:
+        """By what the class for modules of `source` is another one, if that is: anything that can be a key."""
+
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         return _blank, type(self).__bases__, vars(self)
 
 
 def _blank(kind: Any, source: Any) -> Any:
-    cls = _class_of(kind, source)
+    cls = _class_of(kind, source, kind.made_of(source))
     return cls.__new__(cls)
 
 
 @functools.cache
-def _class_of(kind: Any, source: Any) -> Any:
+def _class_of(kind: Any, source: Any, made_of: Any) -> Any:
     members = {"source_class": source, **kind.members_for(source)}
     return type(f"Fused{source.__name__}", (kind, source), members)
 

@@ -38,6 +38,12 @@ class FusedRotary(Derived):
     def members_for(cls, source: Any) -> dict[str, Any]:
         return {"forward": _calling_fused(source.forward)}
 
+    @classmethod
+    def made_of(cls, source: Any) -> Any:
+        """`forward` and what the names in it mean: others may have patched them since another model was quantized."""
+        function = _innermost(source.forward)
+        return source.forward, tuple(id(function.__globals__.get(name)) for name in function.__code__.co_names)
+
 
 def _calling_fused(function: FunctionType) -> FunctionType:
     """The same code, or what wraps it, calling a fused one of each function that a kernel can stand for."""
@@ -89,18 +95,21 @@ def fused_rotaries(model: nn.Module) -> dict[str, FusedRotary]:
     found: dict[str, FusedRotary] = {}
     for name, module in model.named_modules():
         is_own = "forward" in vars(module) or isinstance(module, FusedRotary)
-        if not is_own and _rotations(type(module)):  # type: ignore[arg-type]  # mypy takes a class for no key
+        if not is_own and _rotations(type(module)):
             found[name] = FusedRotary.standing_for(module)
     return found
 
 
-@functools.cache
 def _rotations(source: Any) -> tuple[str, ...]:
     """Under which names the `forward` of a class of modules calls functions that a kernel can stand for."""
-    function = source.forward
+    function = _innermost(source.forward)
+    return _named(function) if isinstance(function, FunctionType) else ()
+
+
+def _innermost(function: Any) -> Any:
     while isinstance(function, FunctionType) and (wrapped := _wrapped(function)) is not None:
         function = wrapped
-    return _named(function) if isinstance(function, FunctionType) else ()
+    return function
 
 
 def _named(function: FunctionType) -> tuple[str, ...]:

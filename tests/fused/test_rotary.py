@@ -241,6 +241,24 @@ def test_the_class_of_other_models_is_not_touched() -> None:
     assert vars(class_of("llama.LlamaAttention"))["forward"] is before and not attentions(other)
 
 
+@pytest.mark.parametrize("name", ["apply_rotary_pos_emb", "eager_attention_forward", "LlamaAttention.forward"])
+def test_what_was_patched_since_another_model_was_quantized_is_called(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    octavo.quantize(llama(attn_implementation="eager"), "w8a16")
+    asked: list[int] = []
+    holder: Any = importlib.import_module("transformers.models.llama.modeling_llama")
+    *path, last = name.split(".")
+    for part in path:
+        holder = getattr(holder, part)
+    own = getattr(holder, last)
+    monkeypatch.setattr(holder, last, lambda *args, **kwargs: asked.append(1) or own(*args, **kwargs))
+    model = llama(attn_implementation="eager")
+    octavo.quantize(model, "w8a16")
+    model(torch.arange(4)[None])
+    assert len(asked) == 2
+
+
 def test_a_compiler_follows(monkeypatch: pytest.MonkeyPatch) -> None:
     model = quantized(llama())
     y = logits(model, IDS)
