@@ -273,7 +273,7 @@ def w8a8_experts_linear(
 ) -> Tensor:  # fmt: skip
     """The same with int8 inputs: `w8a8_linear` of each expert for the rows that were routed to it.
 
-    x: int8 [S, K], sorted by expert. x_scale: fp32 [S, 1]. ends: int32 [E]. weight: int8 [E, N, K].
+    x: int8 [S, K], sorted by expert. x_scale: fp32 [S, 1] or [1]. ends: int32 [E]. weight: int8 [E, N, K].
     weight_scale: fp32 [E, N, 1]. bias: [E, N] float, or None.
     Returns: [S, N] of `dtype`; zeros for rows past the last end.
     Raises: QuantizeError as `w8a8_linear` does.

@@ -36,6 +36,7 @@ __all__ = [
     "quantize_static",
     "quantize_weight",
     "rows_to_transposed",
+    "scale_of_rows",
     "w8a8_experts_linear",
     "w8a8_linear",
     "w8a16_conv",
@@ -190,12 +191,19 @@ def w8a8_experts_linear(
     dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
     check_codes(x, x_scale, weight, weight_scale, bias)
+    x_scale = scale_of_rows(x, x_scale)
     y = x.new_zeros((len(x), weight.shape[1]), dtype=dtype)
     for e, rows in _routed(ends):
         y[rows] = w8a8_linear(
             x[rows], x_scale[rows], weight[e], weight_scale[e], None if bias is None else bias[e], dtype
         )
     return y
+
+
+def scale_of_rows(x: Tensor, x_scale: Tensor) -> Tensor:
+    """[S, 1] for x [S, K], of one scale for all rows or of one for each, however they lie; no copy."""
+    rows = (len(x), 1)
+    return x_scale if x_scale.shape == rows else x_scale.reshape(-1, 1).expand(rows)
 
 
 def experts_input_gradient(grad: Tensor, ends: Tensor, weight: Tensor, weight_scale: Tensor) -> Tensor:

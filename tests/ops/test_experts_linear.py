@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import ModuleType
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from octavo import ops
 from octavo.errors import OctavoError, QuantizeError
+from octavo.ops import reference
 from octavo.primitives import quantize_weight
 from tests.ops.rounding import assert_off_by
 
@@ -103,6 +105,15 @@ def test_w8a8(counts: list[int], unrouted: int, n: int, k: int, dtype: torch.dty
     assert y.dtype == dtype and y.shape == (rows, n)
     assert_rounded_once(y, *exact(x.double() * x_scale.double(), counts, codes, scale, bias), k)
     assert not y[sum(counts) :].any()
+
+
+@pytest.mark.parametrize("served_by", [ops, reference], ids=["ops", "reference"])
+@pytest.mark.parametrize("shape", [(1,), (1, 1), (7,), (1, 7)])
+def test_one_scale_for_all_rows_or_one_each_however_they_lie(served_by: ModuleType, shape: tuple[int, ...]) -> None:
+    (codes, scale), counts = stack(3, 8, 16), [4, 0, 3]
+    x, x_scale = torch.randint(-127, 128, (7, 16), dtype=torch.int8), torch.rand(shape)
+    y = served_by.w8a8_experts_linear(x, x_scale, ends_of(counts), codes, scale, None, torch.float32)
+    assert_rounded_once(y, *exact(x.double() * x_scale.double().view(-1, 1), counts, codes, scale, None), 4)
 
 
 @pytest.mark.parametrize("dtype", DTYPES[:3])

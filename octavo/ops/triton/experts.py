@@ -74,7 +74,7 @@ def w8a8_experts_linear(
     reference.check_codes(x, x_scale, weight, weight_scale, bias)
     if dtype == torch.float64:
         return reference.w8a8_experts_linear(x, x_scale, ends, weight, weight_scale, bias, dtype)
-    return _linear(x, x_scale, ends, weight, weight_scale, bias, dtype)
+    return _linear(x, reference.scale_of_rows(x, x_scale), ends, weight, weight_scale, bias, dtype)
 
 
 def _linear(

@@ -115,6 +115,19 @@ def test_every_tile(rows: str, dtype: torch.dtype, device: str) -> None:
     assert not y[-2:].any()
 
 
+@pytest.mark.parametrize("shape", [(1,), (1, 1), (-1,), (1, -1)])
+@pytest.mark.parametrize("counts", [[1, 0, 0, 0, 0, 0, 0, 1], [30, 0, 20]])
+def test_one_scale_for_all_rows_or_one_each_however_they_lie(
+    shape: tuple[int, ...], counts: list[int], device: str
+) -> None:
+    """The kernels walk from one to the next: they read past a single one, and across a row of them."""
+    codes, scale = stack(len(counts), 7, 16)
+    x = torch.randint(-127, 128, (sum(counts), 16), dtype=torch.int8)
+    x_scale = torch.rand(sum(counts) if -1 in shape else 1).view(shape)
+    y = w8a8(x, x_scale, counts, codes, scale, None, torch.float32, device)
+    assert_rounded_once(y, *exact(x.double() * x_scale.double().view(-1, 1), counts, codes, scale, None), 4)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.int8])
 @pytest.mark.parametrize(("n", "k"), [(25, 2100), (50, 1030), (33, 270), (3, 1)])
 def test_every_piece_of_one_row(
