@@ -137,7 +137,8 @@ Tensor w8a16_embedding(const Tensor& indices, const Tensor& weight, const Tensor
   const bool indexes = indices.scalar_type() == ScalarType::Long;
   if (!type || !indexes) return reference<Tensor>("w8a16_embedding", indices, weight, weight_scale, dtype);
   STD_TORCH_CHECK(weight.scalar_type() == ScalarType::Char && weight.dim() == 2, "weight must be int8 [V, H]");
-  STD_TORCH_CHECK(weight_scale.scalar_type() == ScalarType::Float && weight_scale.numel() == weight.size(0),
+  STD_TORCH_CHECK(weight_scale.scalar_type() == ScalarType::Float && weight_scale.dim() == 2 &&
+                      weight_scale.size(0) == weight.size(0) && weight_scale.size(1) == 1,
                   "weight_scale must be fp32 [V, 1]");
   const Tensor which = dense(indices), table = dense(weight), scale = dense(weight_scale);
   std::vector<int64_t> sizes(indices.sizes().begin(), indices.sizes().end());

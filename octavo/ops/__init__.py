@@ -246,10 +246,15 @@ def w8a16_embedding(indices: Tensor, weight: Tensor, weight_scale: Tensor, dtype
 
     indices: [...] int32 or int64. weight: int8 [V, H]. weight_scale: fp32 [V, 1].
     Returns: [..., H] of `dtype`.
-    Raises: QuantizeError for indices of another dtype, IndexError on CPUs for an index that is no row of the table; the
-        kernel for GPUs gives NaN for it.
+    Raises: QuantizeError for indices of another dtype and for other scales, IndexError on CPUs for an index that is no
+        row of the table; the kernel for GPUs gives NaN for it.
     """
-    return _run(_embedding, lambda: reference.check_indices(indices, weight), indices, weight, weight_scale, dtype)
+
+    def check() -> None:
+        reference.check_table(weight, weight_scale)
+        reference.check_indices(indices, weight)
+
+    return _run(_embedding, check, indices, weight, weight_scale, dtype)
 
 
 def w8a16_experts_linear(

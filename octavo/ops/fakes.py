@@ -73,6 +73,7 @@ def _conv_transpose_fake(
 
 @torch.library.register_fake("octavo::w8a16_embedding", lib=library)
 def _embedding_fake(indices: Tensor, weight: Tensor, weight_scale: Tensor, dtype: torch.dtype) -> Tensor:
+    reference.check_table(weight, weight_scale)
     return weight.new_empty((*indices.shape, weight.shape[1]), dtype=dtype)
 
 

@@ -25,6 +25,7 @@ __all__ = [
     "check_indices",
     "check_input",
     "check_rows",
+    "check_table",
     "conv_input_gradient",
     "experts_bias_gradient",
     "experts_input_gradient",
@@ -304,6 +305,7 @@ def conv_input_gradient(
 
 
 def w8a16_embedding(indices: Tensor, weight: Tensor, weight_scale: Tensor, dtype: torch.dtype) -> Tensor:
+    check_table(weight, weight_scale)
     return (F.embedding(indices, weight).float() * F.embedding(indices, weight_scale)).to(dtype)
 
 
@@ -361,6 +363,15 @@ def check_codes(x: Tensor, x_scale: Tensor, weight: Tensor, weight_scale: Tensor
             "quantize this layer with 'w8a16'"
         )
     _check_layer(x, weight, weight_scale, bias)
+
+
+def check_table(weight: Tensor, weight_scale: Tensor) -> None:
+    """Raise QuantizeError unless there is a scale for each row of the table [V, H]."""
+    if weight.dim() != 2 or weight_scale.shape != (len(weight), 1):
+        raise QuantizeError(
+            f"weight_scale: shape is {list(weight_scale.shape)}, expected {[len(weight), 1]} for an int8 table of "
+            f"shape {list(weight.shape)}"
+        )
 
 
 def check_indices(indices: Tensor, weight: Tensor) -> None:

@@ -31,6 +31,12 @@ def test_a_scale_of_another_layer(served_by: ModuleType, shape: tuple[int, ...])
         served_by.w8a8_linear(codes(2, K), torch.ones(2, 1), codes(N, K), torch.ones(shape), None, torch.float32)
 
 
+@pytest.mark.parametrize("shape", WRONG_SCALES)
+def test_a_scale_of_another_table(served_by: ModuleType, shape: tuple[int, ...]) -> None:
+    with pytest.raises(QuantizeError, match=r"weight_scale: shape is .* expected \[8, 1\] for an int8 table"):
+        served_by.w8a16_embedding(torch.tensor([0, 1]), codes(N, K), torch.ones(shape), torch.float32)
+
+
 def test_groups_of_an_int8_input(served_by: ModuleType) -> None:
     with pytest.raises(QuantizeError, match=r"weight_scale: shape is \[8, 2\], expected \[8, 1\]"):
         served_by.w8a8_linear(codes(2, K), torch.ones(2, 1), codes(N, K), torch.ones(N, 2), None, torch.float32)

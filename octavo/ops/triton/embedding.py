@@ -26,6 +26,7 @@ def w8a16_embedding(indices: Tensor, weight: Tensor, weight_scale: Tensor, dtype
     """Shapes as in the table of `octavo.ops`. The product is rounded to fp32, and then to `dtype`."""
     if indices.dtype not in (torch.int32, torch.int64):
         return reference.w8a16_embedding(indices, weight, weight_scale, dtype)  # torch says what it takes
+    reference.check_table(weight, weight_scale)
     v, h = weight.shape
     y = torch.empty((*indices.shape, h), dtype=dtype, device=weight.device)
     weight = weight if weight.stride(1) == 1 else weight.contiguous()
