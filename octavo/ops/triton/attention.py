@@ -29,7 +29,7 @@ from torch import Tensor
 from octavo.ops import attention
 from octavo.ops.triton.launch import ceil_div, launch, power_of_two
 
-__all__ = ["broadcast_strides", "int8_attention", "int8_attention_of_codes"]
+__all__ = ["as_it_lies", "broadcast_strides", "int8_attention", "int8_attention_of_codes"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,7 +87,7 @@ def int8_attention_of_codes(
     q, q_scale = torch.ops.octavo.quantize_per_token(query)
     shared, groups = heads // kv_heads * rows, batch * kv_heads
     if shared <= _FEW.rows:
-        k, k_scale, v, v_scale = (_as_it_lies(x) for x in (key, key_scale, value, value_scale))
+        k, k_scale, v, v_scale = (as_it_lies(x) for x in (key, key_scale, value, value_scale))
     else:
         k, k_scale, v_scale = (x.contiguous() for x in (key, key_scale, value_scale))
         # Rows of the transposed v are at multiples of 16 bytes. What fills them up is multiplied by codes that are 0.
@@ -125,7 +125,7 @@ def int8_attention_of_codes(
     return y
 
 
-def _as_it_lies(x: Tensor) -> Tensor:
+def as_it_lies(x: Tensor) -> Tensor:
     """x [B, KV, S, n], or a copy where what belongs to a token is not next to each other, or 32 bits do not reach from
     the first token of a head to the last."""
     return x if x.stride(3) == 1 and x.shape[2] * x.stride(2) < 2**31 else x.contiguous()

@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from octavo.ops import attention
-from octavo.ops.triton.attention import broadcast_strides
+from octavo.ops.triton.attention import as_it_lies, broadcast_strides
 from octavo.ops.triton.launch import ceil_div, launch, power_of_two
 
 __all__ = ["float_attention_of_codes"]
@@ -83,7 +83,7 @@ def float_attention_of_codes(
     parts = ceil_div(tokens, steps * tile.tokens)
     sums = torch.empty((parts, groups * shared, width), dtype=torch.float32, device=query.device)
     statistics = torch.empty((2, parts, groups * shared), dtype=torch.float32, device=query.device)
-    key, value = (x if x.stride(3) == 1 else x.contiguous() for x in (key, value))
+    key, key_scale, value, value_scale = (as_it_lies(x) for x in (key, key_scale, value, value_scale))
     # A compiler is told of multiples of 16 only: a token of a cache has 8 bytes more, and would be read byte by byte.
     # In fp32, which tensor cores do not multiply, it is: wider loads leave too few registers there.
     unit = 1 if query.dtype == torch.float32 else math.gcd(16, *key.stride()[:3])

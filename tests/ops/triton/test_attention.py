@@ -112,9 +112,9 @@ def test_of_a_cache_nothing_is_copied(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_what_32_bits_do_not_reach_is_copied() -> None:
     tokens_first = torch.empty_strided((1, 1, 3, 8), (8, 8, 2**30, 1), device="meta", dtype=torch.int8)
-    assert attention._as_it_lies(tokens_first).is_contiguous()
-    assert attention._as_it_lies(tokens_first[:, :, :1]).stride(2) == 2**30
-    assert attention._as_it_lies(tokens_first.new_empty(1, 1, 8, 3).mT).is_contiguous()
+    assert attention.as_it_lies(tokens_first).is_contiguous()
+    assert attention.as_it_lies(tokens_first[:, :, :1]).stride(2) == 2**30
+    assert attention.as_it_lies(tokens_first.new_empty(1, 1, 8, 3).mT).is_contiguous()
 
 
 @given(

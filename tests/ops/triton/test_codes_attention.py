@@ -94,3 +94,13 @@ def test_what_does_not_go_together_is_refused(device: str) -> None:
     k, k_scale, v, v_scale = (x.to(device) for x in quantized(key, value))
     with pytest.raises(QuantizeError, match=r"key_scale: is torch\.float32"):
         float_attention_of_codes(query.to(device), k, k_scale[..., 0], v, v_scale, None, 0.3, False)
+
+
+def test_what_32_bits_do_not_reach_is_copied(monkeypatch: pytest.MonkeyPatch) -> None:
+    launched: list[tuple[object, ...]] = []
+    monkeypatch.setattr(codes_attention, "launch", lambda kernel, grid, *args, **meta: launched.append(args))
+    far = torch.empty_strided((1, 1, 3, 8), (8, 8, 2**30, 1), device="meta", dtype=torch.int8)
+    query, scale = torch.empty(1, 1, 1, 8, device="meta"), torch.empty(1, 1, 3, 1, device="meta")
+    float_attention_of_codes(query, far, scale, far, scale, None, 0.3, False)
+    tensors = [x for x in launched[0] if isinstance(x, Tensor)]
+    assert len(tensors) == 7 and all(x.is_contiguous() for x in tensors)
