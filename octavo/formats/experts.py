@@ -25,17 +25,34 @@ from octavo.modules import QuantExperts
 __all__ = ["Part", "expert_parts", "stored_expert_parts"]
 
 
+def _tensor(rows: range) -> Tensor:
+    return torch.arange(rows.start, rows.stop, rows.step, device="cpu")
+
+
 @dataclasses.dataclass(frozen=True)
 class Part:
     """One 2-D weight of one expert.
 
-    param: name of the stack [E, N, K] in the model. rows: int64 [n], which of its E * N rows the part is, in order.
-    is_shared: whether the name is the model library's, under which other readers look for it, and not our own.
+    param: name of the stack [E, N, K] in the model. is_shared: whether the name is the model library's, under which
+    other readers look for it, and not our own.
     """
 
     param: str
-    rows: Tensor
+    _rows: range | Tensor
     is_shared: bool
+
+    @classmethod
+    def of_rows(cls, param: str, rows: Tensor, is_shared: bool) -> Part:
+        """The part of the rows int64 [n], in order; kept as a range where they are one, for a model has millions."""
+        step = int(rows[1] - rows[0]) if len(rows) > 1 else 1
+        first = int(rows[0]) if len(rows) else 0
+        even = range(first, first + step * len(rows), step or 1)
+        return cls(param, even if torch.equal(_tensor(even), rows) else rows, is_shared)
+
+    @property
+    def rows(self) -> Tensor:
+        """int64 [n]: which of the E * N rows of the stack it is, in order."""
+        return _tensor(self._rows) if isinstance(self._rows, range) else self._rows
 
     def kind(self, stack: str) -> str:
         """What the weight is on disk: for readers that know its name an ordinary linear layer; else of kind `stack`."""
@@ -49,30 +66,41 @@ def expert_parts(
 
     model: float (on `meta` or not) or int8. on_disk: as for `octavo.formats.save`.
     """
-    numbered: dict[str, Tensor] = {}
-    owners: list[tuple[int, str]] = []
-    whole: dict[str, tuple[ExpertsSpec, Tensor]] = {}
+    parts: dict[str, Part] = {}
     for prefix, layer in model.named_modules():
         spec = layer.spec if isinstance(layer, QuantExperts) else spec_of(layer)
-        for param in spec.params if spec is not None else ():
-            assert spec is not None
-            name = f"{prefix}.{param}" if prefix else param
-            first = owners[-1][0] + numbered[owners[-1][1]][..., 0].numel() if owners else 0
-            stack = getattr(layer, param)
-            e, n = (stack if isinstance(layer, QuantExperts) else spec.rows(stack)).shape[:2]
-            # Two equal columns: older releases of transformers squeeze what they cut out, and would drop a single one.
-            numbered[name] = torch.arange(first, first + e * n, device="cpu").view(e, n, 1).repeat(1, 1, 2)
-            owners.append((first, name))
-            whole[name] = (spec, torch.arange(e * n, device="cpu").view(e, n))
+        if spec is not None:
+            parts |= _parts_of_layer(prefix, layer, spec, on_disk)
+    return parts
+
+
+def _parts_of_layer(
+    prefix: str,
+    layer: nn.Module,
+    spec: ExpertsSpec,
+    on_disk: Callable[[dict[str, Tensor]], Mapping[str, Tensor]] | None,
+) -> dict[str, Part]:
+    numbered: dict[str, Tensor] = {}
+    firsts: list[int] = []
+    end = 0
+    for param in spec.params:
+        stack = getattr(layer, param)
+        e, n = (stack if isinstance(layer, QuantExperts) else spec.rows(stack)).shape[:2]
+        # Two equal columns: older releases of transformers squeeze what they cut out, and would drop a single one.
+        ids = torch.arange(end, end + e * n, device="cpu").view(e, n, 1).repeat(1, 1, 2)
+        numbered[f"{prefix}.{param}" if prefix else param] = ids
+        firsts.append(end)
+        end += e * n
+    params, whole = list(numbered), dict(numbered)
     parts: dict[str, Part] = {}
-    numbered = {name: ids for name, ids in numbered.items() if not whole[name][0].transposed}
-    for name, ids in _cut_by_library(numbered, on_disk).items():
+    for name, ids in _cut_by_library({} if spec.transposed else numbered, on_disk).items():
         if ids.dim() == 2:
-            first, param = owners[bisect.bisect_right(owners, int(ids[0, 0]), key=lambda owner: owner[0]) - 1]
-            parts[name] = Part(param, ids[:, 0] - first, True)
-            whole.pop(param, None)
-    for param, (spec, rows) in whole.items():
-        parts |= {name: Part(param, part, False) for name, part in _cut(param, spec, rows)}
+            at = bisect.bisect_right(firsts, int(ids[0, 0])) - 1
+            parts[name] = Part.of_rows(params[at], ids[:, 0] - firsts[at], True)
+            whole.pop(params[at], None)
+    for param, ids in whole.items():
+        own = ids[..., 0] - firsts[params.index(param)]
+        parts |= {name: Part.of_rows(param, part, False) for name, part in _cut(param, spec, own)}
     return parts
 
 

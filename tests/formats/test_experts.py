@@ -18,7 +18,7 @@ from transformers import initialization
 
 import octavo
 from octavo.errors import CheckpointError
-from octavo.formats.experts import expert_parts
+from octavo.formats.experts import Part, expert_parts
 from octavo.modules import QuantExperts
 from octavo.primitives import dequantize, quantize_weight
 from tests import tiny_models
@@ -249,6 +249,27 @@ def test_parts_are_all_rows_once() -> None:
         for param, found in rows.items():
             total = math.prod(model.get_parameter(param).shape)
             assert sorted(found) == list(range(len(found))) and total % len(found) == 0
+
+
+@pytest.mark.parametrize("make", MODELS)
+def test_no_more_than_one_layers_rows_are_numbered_at_once(make: Callable[..., Any]) -> None:
+    """A large mixture has a hundred million rows: their numbers would be gigabytes, kept as long as its files are."""
+    model = build(make)
+    calls: list[set[str]] = []
+
+    def on_disk(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        calls.append({name.rpartition(".")[0] for name in tensors})
+        return dict(transformers.core_model_loading.revert_weight_conversion(model, tensors))
+
+    parts = expert_parts(model, on_disk)
+    assert len(calls) == 2 and all(len(stacks) <= 1 for stacks in calls)
+    assert not any(isinstance(value, Tensor) for part in parts.values() for value in vars(part).values())
+
+
+@pytest.mark.parametrize("rows", [[], [5], [3, 4, 5], [1, 3, 5], [3, 3], [5, 3, 1], [1, 2, 4]])
+def test_rows_of_any_order_are_kept(rows: list[int]) -> None:
+    kept = Part.of_rows("stack", torch.tensor(rows, dtype=torch.int64), True).rows
+    assert kept.tolist() == rows and kept.dtype == torch.int64
 
 
 def damaged(folder: Path, edit: Callable[[dict[str, Tensor]], object]) -> None:
