@@ -208,6 +208,15 @@ def test_weight_norm_under_the_names_that_it_had(tmp_path: Path) -> None:
     assert_same_checkpoint(tmp_path / "stream", tmp_path / "old")
 
 
+@pytest.mark.filterwarnings("ignore:.*(read by octavo only|bytes stay float):octavo.OctavoWarning")
+@pytest.mark.filterwarnings("ignore:.*weight_norm:FutureWarning")
+def test_a_model_under_the_older_weight_norm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(torch.nn.utils.parametrizations, "weight_norm")  # then the class takes the other
+    source = source_of(tmp_path, tiny_models.encodec, torch.float32)
+    assert sum(name.endswith("weight_g") for name in load_file(source / "model.safetensors")) > 10
+    both_ways(tmp_path, source)
+
+
 @pytest.mark.parametrize(
     ("edit", "message"),
     [
