@@ -20,6 +20,7 @@ import copy
 import dataclasses
 import itertools
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -56,6 +57,7 @@ class FusedGatedMLP(Derived):
     module's `forward` runs."""
 
     _parts: _Parts
+    _is_changed = False
 
     @staticmethod
     def of(mlp: nn.Module, parts: _Parts) -> FusedGatedMLP:
@@ -64,10 +66,18 @@ class FusedGatedMLP(Derived):
         new._parts = parts
         return new
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        """What the other module had, but for its layers, its mode and what is private, has to stay what it was when it
+        was asked what it computes."""
+        own, parts = vars(self), vars(self).get("_parts")
+        if parts and name[0] != "_" and name not in ("training", "forward", parts.gate, parts.up, parts.down):
+            own["_is_changed"] = self._is_changed or name in own or name in self._modules
+        super().__setattr__(name, value)
+
     def forward(self, *args: Tensor, **kwargs: Tensor) -> Tensor:
         """x [..., H] float -> [..., H]; x may have whatever name it had in the other module."""
         (x,) = (*args, *kwargs.values())
-        if not ops.fuses_gates(x) or self._would_be_missed():
+        if self._is_changed or not ops.fuses_gates(x) or self._would_be_missed():
             return super().forward(*args, **kwargs)  # type: ignore[misc, no-any-return]
         parts = self._parts
         gate = self._call(parts.gate, x)

@@ -18,6 +18,7 @@ import octavo
 from octavo import ops
 from octavo.fused.gated import FusedGatedMLP, fused_gated_mlps
 from octavo.ops import native
+from tests.tiny_models import llama
 
 pytest.importorskip("transformers")
 
@@ -212,6 +213,38 @@ def test_global_hooks_hear_the_activation() -> None:
     finally:
         handle.remove()
     assert nn.SiLU in heard
+
+
+class Scaled(GatedMLP):
+    def __init__(self, activation: Callable[[Tensor], Tensor] = F.silu) -> None:
+        super().__init__(activation)
+        self.scale = 1.0
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.w2(self.gated(self.w1(x), self.w3(x)) * self.scale)
+
+
+CHANGES = [(F.silu, "activation", F.relu), (nn.SiLU(), "activation", nn.ReLU().eval()), (F.silu, "scale", 2.0)]
+
+
+@pytest.mark.parametrize(("silu", "name", "value"), CHANGES, ids=["function", "module", "number"])
+def test_what_is_changed_afterwards_counts(silu: Any, name: str, value: Any) -> None:
+    mlp, x = Scaled(silu).eval(), rows(5, H)
+    new = fused(mlp)
+    for each in (new, mlp):
+        setattr(each, name, value)
+    with torch.no_grad():
+        assert torch.equal(copy.deepcopy(new).train().eval()(x), mlp(x))
+
+
+def test_quantizing_changes_nothing_that_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = llama()
+    octavo.quantize(model, "w8a8")
+    asked: list[int] = []
+    monkeypatch.setattr(ops, "fuses_gates", lambda x: asked.append(1) is not None)
+    with torch.no_grad():
+        copy.deepcopy(model).half().float()(torch.arange(4)[None])
+    assert len(asked) == len(model.model.layers)
 
 
 class WithDropout(GatedMLP):
