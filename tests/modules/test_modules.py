@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import io
 import pickle
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,19 +17,13 @@ from octavo.errors import OctavoError, QuantizeError
 from octavo.modules import (
     QuantConv,
     QuantConvTranspose,
-    QuantEmbedding,
     QuantLinear,
     QuantModule,
     QuantMultiheadAttention,
-    TiedQuantEmbedding,
-    TiedQuantLinear,
 )
 from octavo.primitives import choose_scale, dequantize, quantize_weight
 from octavo.primitives import quantize as codes_of
-from octavo.quantization.install import install
-from octavo.quantization.plan import plan
 from octavo.quantization.quantize import quantize
-from octavo.recipe import Recipe
 
 # -- the float model that an int8 model must equal --------------------------------------------------------------------
 
@@ -144,80 +137,6 @@ def test_a_model_in_16_bits(kind: str, dtype: torch.dtype) -> None:
     assert int8.float_dtype == dtype
 
 
-def test_the_conv1d_of_gpt2() -> None:
-    pytorch_utils = pytest.importorskip("transformers.pytorch_utils")
-    layer = pytorch_utils.Conv1D(6, 10)
-    nn.init.normal_(layer.bias)
-    model = nn.Sequential(copy.deepcopy(layer))
-    quantize(model, "w8a16")
-    assert isinstance(model[0], QuantLinear)
-    assert model[0].weight.shape == (6, 10) and model[0].weight.is_contiguous()
-    codes, scale = quantize_weight(layer.weight.T.contiguous())
-    assert torch.equal(model[0].weight, codes)
-    x = torch.randn(2, 3, 10)
-    expected = nn.functional.linear(x, dequantize(codes, scale), layer.bias)
-    torch.testing.assert_close(model(x), expected, rtol=1e-5, atol=1e-5)
-
-
-@pytest.mark.parametrize("mode", ["zeros", "reflect", "replicate", "circular"])
-@pytest.mark.parametrize("padding", [0, 2, "same", "valid"])
-@pytest.mark.parametrize("dims", [1, 2, 3])
-def test_padding(mode: str, padding: int | str, dims: int) -> None:
-    conv = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}[dims]
-    for kernel in (3, 4):  # "same" pads an even kernel more on one side
-        layer = conv(2, 3, kernel, padding=padding, padding_mode=mode, dilation=1 if mode != "zeros" else 2)
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", ".*even kernel lengths.*")
-            int8, truth = quantized(layer)
-            x = torch.randn(2, 2, *[9] * dims)
-            torch.testing.assert_close(int8(x), truth(x), rtol=1e-5, atol=1e-5)
-
-
-@pytest.mark.parametrize("kind", ["conv1d", "conv2d", "conv3d", "conv transpose 1d", "conv transpose 2d"])
-def test_one_image_without_a_batch(kind: str) -> None:
-    int8, truth, x = made(kind)
-    torch.testing.assert_close(int8(x[0]), truth(x[0]), rtol=1e-5, atol=1e-5)
-
-
-@pytest.mark.parametrize("kind", ["conv1d", "conv2d", "conv transpose 1d", "conv transpose 2d"])
-def test_no_images(kind: str) -> None:
-    int8, truth, x = made(kind)
-    assert int8(x[:0]).shape == truth(x[:0]).shape
-
-
-@pytest.mark.parametrize("output_size", [(10, 9), (11, 10), (2, 6, 10, 10), None])
-def test_output_size_of_a_transposed_convolution(output_size: tuple[int, ...] | None) -> None:
-    int8, truth = quantized(nn.ConvTranspose2d(4, 6, 3, stride=2, padding=1, output_padding=1))
-    x = torch.randn(2, 4, 5, 5)
-    if output_size == (10, 9):
-        size = list(output_size)
-        torch.testing.assert_close(int8(x, output_size=size), truth(x, output_size=size), rtol=1e-5, atol=1e-5)
-    elif output_size == (11, 10):
-        for layer in (int8, truth):
-            with pytest.raises(ValueError, match="requested an output size"):
-                layer(x, output_size=list(output_size))
-    else:
-        size = None if output_size is None else list(output_size)
-        torch.testing.assert_close(int8(x, output_size=size), truth(x, output_size=size), rtol=1e-5, atol=1e-5)
-
-
-def test_a_wrong_image_is_refused() -> None:
-    int8, _, _ = made("conv2d")
-    with pytest.raises(QuantizeError, match=r"input: shape is \[1, 3, 7, 7\], expected \[B, 4, \*D\] or \[4, \*D\]"):
-        int8(torch.randn(1, 3, 7, 7))
-    with pytest.raises(QuantizeError, match="with 2 dimensions in D"):
-        int8(torch.randn(4, 7))
-
-
-def test_padding_idx_is_kept() -> None:
-    int8, truth = quantized(nn.Embedding(11, 6, padding_idx=3))
-    assert isinstance(int8, QuantEmbedding)
-    assert int8.padding_idx == 3
-    assert not int8(torch.tensor([3])).any()
-    indices = torch.arange(11)
-    assert torch.equal(int8(indices), truth(indices))
-
-
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_autocast(dtype: torch.dtype) -> None:
     for kind in ("linear", "conv2d", "conv transpose 2d"):
@@ -228,197 +147,6 @@ def test_autocast(dtype: torch.dtype) -> None:
     int8, _, x = made("embedding")
     with torch.autocast("cpu", dtype):
         assert int8(x).dtype == torch.float32, "a lookup is not an operation that autocast casts"
-
-
-# -- attention ---------------------------------------------------------------------------------------------------------
-
-MASKS: dict[str, Callable[[int, int, int, int], dict[str, Any]]] = {
-    "no mask": lambda b, h, lq, lk: {},
-    "padding": lambda b, h, lq, lk: {"key_padding_mask": torch.arange(lk) >= torch.arange(lk - b + 1, lk + 1)[:, None]},
-    "float padding": lambda b, h, lq, lk: {"key_padding_mask": torch.randn(b, lk)},
-    "bool": lambda b, h, lq, lk: {"attn_mask": torch.ones(lq, lk, dtype=torch.bool).triu(1)},
-    "float": lambda b, h, lq, lk: {"attn_mask": torch.randn(lq, lk)},
-    "for each head": lambda b, h, lq, lk: {"attn_mask": torch.randn(b * h, lq, lk)},
-    "causal": lambda b, h, lq, lk: {
-        "attn_mask": nn.Transformer.generate_square_subsequent_mask(lk)[:lq],
-        "is_causal": lq == lk,
-    },
-    "both": lambda b, h, lq, lk: {
-        "attn_mask": torch.randn(lq, lk),
-        "key_padding_mask": torch.zeros(b, lk).masked_fill(torch.arange(lk) == lk - 1, float("-inf")),
-    },
-}
-
-
-def attention(**options: Any) -> tuple[nn.Module, nn.Module]:
-    layer = nn.MultiheadAttention(8, 2, **options)
-    for name, parameter in layer.named_parameters():
-        if "bias" in name:
-            nn.init.normal_(parameter)
-    return quantized(layer.eval())
-
-
-def assert_same_attention(
-    int8: nn.Module, truth: nn.Module, inputs: tuple[Tensor, Tensor, Tensor], **options: Any
-) -> None:
-    for need in (
-        {"need_weights": False},
-        {"need_weights": True},
-        {"need_weights": True, "average_attn_weights": False},
-    ):
-        ours, our_weights = int8(*inputs, **options, **need)
-        theirs, their_weights = truth(*inputs, **options, **need)
-        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
-        assert (our_weights is None) == (their_weights is None)
-        if our_weights is not None:
-            torch.testing.assert_close(our_weights, their_weights, rtol=1e-5, atol=1e-5)
-
-
-@pytest.mark.parametrize("mask", MASKS)
-@pytest.mark.parametrize(
-    "options",
-    [
-        {},
-        {"bias": False},
-        {"add_bias_kv": True},
-        {"add_zero_attn": True},
-        {"add_bias_kv": True, "add_zero_attn": True},
-        {"kdim": 6, "vdim": 10},
-        {"kdim": 6, "vdim": 10, "add_bias_kv": True, "bias": False},
-    ],
-    ids=lambda options: " ".join(options) or "plain",
-)
-@pytest.mark.parametrize("batch_first", [False, True])
-def test_attention(mask: str, options: dict[str, Any], batch_first: bool) -> None:
-    int8, truth = attention(batch_first=batch_first, **options)
-    b, lq, lk = 3, 4, 5
-    query = torch.randn(b, lq, 8)
-    key, value = torch.randn(b, lk, options.get("kdim", 8)), torch.randn(b, lk, options.get("vdim", 8))
-    inputs = (query, key, value) if batch_first else tuple(x.transpose(0, 1) for x in (query, key, value))
-    assert_same_attention(int8, truth, inputs, **MASKS[mask](b, 2, lq, lk))
-
-
-@pytest.mark.parametrize("mask", MASKS)
-@pytest.mark.parametrize("batch_first", [False, True])
-def test_self_attention(mask: str, batch_first: bool) -> None:
-    int8, truth = attention(batch_first=batch_first)
-    x = torch.randn((3, 5, 8) if batch_first else (5, 3, 8))
-    assert_same_attention(int8, truth, (x, x, x), **MASKS[mask](3, 2, 5, 5))
-    with torch.no_grad():  # nn.MultiheadAttention takes its fused path here
-        assert_same_attention(int8, truth, (x, x, x), **MASKS[mask](3, 2, 5, 5))
-
-
-@pytest.mark.parametrize("options", [{}, {"attn_mask": torch.randn(4, 5)}, {"attn_mask": torch.randn(2, 4, 5)}])
-def test_attention_without_a_batch(options: dict[str, Any]) -> None:
-    int8, truth = attention()
-    inputs = (torch.randn(4, 8), torch.randn(5, 8), torch.randn(5, 8))
-    assert_same_attention(int8, truth, inputs, **options)
-    hidden = torch.tensor([False, False, True, False, True])
-    assert_same_attention(int8, truth, inputs, key_padding_mask=hidden)
-
-
-def test_attention_per_group() -> None:
-    layer = nn.MultiheadAttention(8, 2, kdim=12, vdim=4)
-    int8, _ = quantized(layer, group_size=4)
-    assert int8.k_proj_weight_scale.shape == (8, 3)
-    truth = copy.deepcopy(layer)
-    for part in truth.modules():
-        for name, weight in part.named_parameters(recurse=False):
-            if name.endswith("weight"):
-                codes, scale = quantize_weight(weight.detach(), "per_group", group_size=4)
-                weight.data = dequantize(codes, scale)
-    inputs = (torch.randn(4, 3, 8), torch.randn(5, 3, 12), torch.randn(5, 3, 4))
-    assert_same_attention(int8, truth, inputs)
-
-
-def test_attention_under_autocast() -> None:
-    int8, truth = attention(batch_first=True)
-    x = torch.randn(2, 5, 8)
-    with torch.autocast("cpu", torch.bfloat16):
-        for options in ({}, {"need_weights": False}, {"attn_mask": torch.randn(5, 5), "need_weights": False}):
-            ours, theirs = int8(x, x, x, **options)[0], truth(x, x, x, **options)[0]
-            assert ours.dtype == theirs.dtype == torch.bfloat16
-            torch.testing.assert_close(ours, theirs, rtol=0.05, atol=0.05)
-
-
-def test_attention_in_16_bits() -> None:
-    int8, truth = attention(batch_first=True)
-    x = torch.randn(2, 5, 8)
-    y = int8.bfloat16()(x.bfloat16(), x.bfloat16(), x.bfloat16())[0]
-    torch.testing.assert_close(y, truth(x, x, x)[0].bfloat16(), rtol=0.05, atol=0.05)
-
-
-def test_scores_that_fp16_holds_once_they_are_scaled() -> None:
-    """q and k are 60 everywhere: 64 products of theirs are more than fp16 holds, an eighth of that is not."""
-    layer = nn.MultiheadAttention(64, 1, batch_first=True)
-    nn.init.zeros_(layer.in_proj_weight)
-    nn.init.constant_(layer.in_proj_bias, 60.0)
-    model = nn.ModuleList([layer.half()])
-    quantize(model, "w8a16")
-    x = torch.zeros(1, 4, 64, dtype=torch.float16)
-    y, weights = model[0](x, x, x)
-    assert bool(y.isfinite().all()) and weights.tolist() == [[[0.25] * 4] * 4]
-
-
-def test_attention_drops_out_in_training_only() -> None:
-    int8, truth = quantized(nn.MultiheadAttention(8, 2, dropout=0.5, batch_first=True))
-    x = torch.randn(2, 50, 8)
-    assert int8.training
-    assert not torch.equal(int8(x, x, x)[0], int8(x, x, x)[0])
-    assert_same_attention(int8.eval(), truth.eval(), (x, x, x))
-
-
-def test_is_causal_needs_its_mask() -> None:
-    int8, _ = attention()
-    x = torch.randn(4, 2, 8)
-    with pytest.raises(QuantizeError, match="is_causal=True is a hint about attn_mask, which is None"):
-        int8(x, x, x, is_causal=True)
-
-
-ENCODER_PARTS = ["self_attn", "self_attn.out_proj", "linear1", "linear2"]
-
-
-@pytest.mark.parametrize(
-    ("chosen", "nested"), [*((chosen, False) for chosen in range(1, 1 << len(ENCODER_PARTS))), (8, True), (15, True)]
-)
-def test_transformer_encoder(chosen: int, nested: bool) -> None:
-    """torch runs it in one fused kernel on the float weights, where it can: it must not with any of them int8."""
-    layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
-    model = nn.TransformerEncoder(layer, 2, enable_nested_tensor=nested).eval()
-    truth = copy.deepcopy(model)
-    wanted = [part for bit, part in enumerate(ENCODER_PARTS) if chosen >> bit & 1]
-    endings = tuple(f".{part}" for part in wanted)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # an out_proj inside of a float attention stays float
-        quantize(model, "w8a16", ignore=[lambda name, _: not name.endswith(endings)])
-    for name, part in truth.named_modules():
-        if isinstance(model.get_submodule(name), QuantModule):
-            rounded(part)
-    x = torch.randn(3, 5, 8)
-    hidden = torch.arange(5) >= torch.tensor([5, 4, 2])[:, None]
-    for options in ({}, {"src_key_padding_mask": hidden}, {"mask": torch.ones(5, 5, dtype=torch.bool).triu(1)}):
-        for grad in (torch.no_grad(), torch.enable_grad()):
-            with grad, warnings.catch_warnings():
-                warnings.filterwarnings("ignore", ".*nested tensors.*")
-                ours, theirs = model(x, **options), truth(x, **options)
-        kept = ~hidden if "src_key_padding_mask" in options else torch.ones(3, 5, dtype=torch.bool)
-        torch.testing.assert_close(ours[:, : theirs.shape[1]][kept], theirs[kept], rtol=1e-4, atol=1e-4)
-
-
-def test_transformer_with_a_decoder() -> None:
-    model = nn.Transformer(8, 2, 1, 1, 16, batch_first=True).eval()
-    truth = copy.deepcopy(model)
-    report = quantize(model, "w8a16")
-    for part in truth.modules():
-        if not isinstance(part, nn.LayerNorm):
-            rounded(part)
-    assert report.unasked_fraction == 0
-    source, target = torch.randn(2, 5, 8), torch.randn(2, 4, 8)
-    causal = nn.Transformer.generate_square_subsequent_mask(4)
-    with torch.no_grad():
-        torch.testing.assert_close(
-            model(source, target, tgt_mask=causal), truth(source, target, tgt_mask=causal), rtol=1e-4, atol=1e-4
-        )
 
 
 # -- gradients ---------------------------------------------------------------------------------------------------------
@@ -662,65 +390,6 @@ def test_wrong_codes_are_refused() -> None:
             QuantizeError, match=r"weight: codes are torch.* the scale is torch.*, expected int8 and fp32"
         ):
             QuantLinear(nn.Linear(12, 5), {"weight": wrong}, int8.scheme, torch.float32)
-
-
-# -- one table for two layers -----------------------------------------------------------------------------------------
-
-
-def assert_one_table(model: Tied) -> None:
-    assert isinstance(model.embedding, QuantEmbedding)
-    assert isinstance(model.lm_head, TiedQuantLinear)
-    assert model.lm_head.weight is model.embedding.weight
-    assert model.lm_head.weight_scale is model.embedding.weight_scale
-    assert [name for name, _ in model.lm_head.named_buffers()] == []
-
-
-def half(model: nn.Module, tmp_path: Path) -> nn.Module:
-    return model.half()
-
-
-def on_meta(model: nn.Module, tmp_path: Path) -> nn.Module:
-    return model.to("meta")
-
-
-@pytest.mark.parametrize("journey", [*JOURNEYS, half, on_meta])
-def test_tied_layers_stay_one(journey: Callable[[nn.Module, Path], nn.Module], tmp_path: Path) -> None:
-    arrived = journey(tied(), tmp_path)
-    assert isinstance(arrived, Tied)
-    assert_one_table(arrived)
-
-
-def test_tied_layers_compute_as_the_float_ones() -> None:
-    model = Tied()
-    truth = copy.deepcopy(model)
-    quantize(model, "w8a16", include=["Embedding"])  # the head shares the table, so it follows
-    assert_one_table(model)
-    rounded(truth.embedding)
-    rounded(truth.middle)
-    tokens = torch.randint(0, 20, (2, 3))
-    torch.testing.assert_close(model(tokens), truth(tokens), rtol=1e-5, atol=1e-5)
-    held = {name for name in model.state_dict() if not name.startswith("middle")}
-    assert held == {"embedding.weight", "embedding.weight_scale", "lm_head.bias"}
-
-
-def test_all_of_an_embedding_is_where_its_table_is() -> None:
-    with torch.device("meta"):
-        model = nn.Sequential(nn.Embedding(20, 8), nn.Embedding(20, 8))
-        model[1].weight = model[0].weight
-    install(model, plan(model, Recipe.of("w8a16", include=["Embedding"])))
-    assert [type(layer) for layer in model] == [QuantEmbedding, TiedQuantEmbedding]
-    assert {buffer.device.type for layer in model for buffer in layer._buffers.values()} == {"meta"}
-
-
-def test_tied_embeddings_share_a_table() -> None:
-    first, second = nn.Embedding(20, 8), nn.Embedding(20, 8)
-    second.weight = first.weight
-    model = nn.ModuleList([first, second])
-    quantize(model, "w8a16", include=["Embedding"])
-    assert isinstance(model[1], TiedQuantEmbedding)
-    tokens = torch.randint(0, 20, (2, 3))
-    assert torch.equal(model[0](tokens), model[1](tokens))
-    assert model.half()[1](tokens).dtype == torch.float16
 
 
 # -- compiled and exported --------------------------------------------------------------------------------------------
