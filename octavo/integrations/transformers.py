@@ -250,6 +250,7 @@ class OctavoQuantizer(HfQuantizer):  # type: ignore[misc]
         else:
             dtypes = {}
             self._decisions = plan(model, self.quantization_config.recipe)
+            _leave_new_ones(self._decisions, model, checkpoint_files or ())
         now: list[Decision] = []
         for decision in self._decisions:
             computed = not self.pre_quantized and weight_norm_of(model.get_submodule(decision.name))
@@ -555,6 +556,49 @@ def _reads_int8(rule: Any) -> bool:
     return any(isinstance(operation, _ReadParameter) for operation in getattr(rule, "operations", ()))
 
 
+<<<<<<< HEAD
+=======
+def _as_in_files(parts: Mapping[str, Part], model: PreTrainedModel, reader: CheckpointReader) -> dict[str, Part]:
+    """`parts` under the names that they have in these files, which may be of the model around `model`, or of that
+    within: transformers loads either into the other."""
+    prefix = f"{model.base_model_prefix}."
+
+    def in_files(name: str) -> str:
+        others = (name, prefix + name, name.removeprefix(prefix))
+        return next((each for each in others if each in reader or f"{each}_packed" in reader), name)
+
+    return {in_files(name): part for name, part in parts.items()}
+
+
+def _leave_new_ones(decisions: list[Decision], model: PreTrainedModel, files: Iterable[str]) -> None:
+    """Have layers stay float whose weight is not in the files, if these are safetensors: a head of another task, which
+    transformers gives random numbers to be trained."""
+    if not files or any(Path(file).suffix != ".safetensors" for file in files):
+        return
+    rules = get_model_conversion_mapping(model)
+    state = model.state_dict(keep_vars=True)
+    converted = _loading_names(model, rules, state)
+    converters = _of_kind(rules, WeightConverter)
+    targets = {source: rule.target_patterns for rule in converters for source in rule.source_patterns}
+    there: set[int] = set()
+    for file in files:
+        with CheckpointReader(file) as reader:
+            for name in reader.names:
+                first, pattern = converted(name)
+                one, *others = targets.get(pattern or "", [first])
+                if others and one not in first:
+                    return  # a pattern that says no name: what else the rule makes is not known
+                made = [first, name, *(first.replace(one, other) for other in others)]
+                there |= {id(state[each]) for each in made if each in state}
+    for decision in decisions:
+        layer = model.get_submodule(decision.name)
+        weights = [state.get(f"{decision.name}.{param}") for param in decision.kind.params_of(layer)]
+        if decision.scheme and not any(weight is None or id(weight) in there for weight in weights):
+            decision.scheme, decision.owner, decision.asked = None, None, True
+            decision.reason = "not in the checkpoint: it is new, and to be trained"
+
+
+>>>>>>> c4e3a0d (While loading, a layer that the checkpoint lacks stays float: its codes were what was in memory)
 def _tie(model: PreTrainedModel, files: Iterable[str]) -> None:
     """Tie the weights of the empty model, which transformers puts off until they are loaded: layers that share a
     weight get one int8 table.

@@ -233,6 +233,19 @@ def test_a_head_that_comes_before_the_embedding_it_is_tied_to(tmp_path: Path) ->
     assert loaded.lm_head.decoder.codes() == {} and loaded.roberta.embeddings.word_embeddings.codes()
 
 
+def test_a_head_that_the_checkpoint_lacks_is_new_and_stays_float(tmp_path: Path) -> None:
+    """transformers gives it random numbers, to be trained; there are no codes that could be made of its weight."""
+    source_of(tmp_path)
+    cls, config = transformers.LlamaForSequenceClassification, OctavoConfig()
+    model = cls.from_pretrained(tmp_path / "float", quantization_config=config, num_labels=3)
+    assert type(model.model.layers[0].mlp.up_proj) is QuantLinear
+    assert isinstance(model.score, nn.Linear) and 0.01 < model.score.weight.detach().std().item() < 0.03
+    (row,) = (row for row in octavo.coverage(model).rows if row.name == "score.weight")
+    assert row.reason == "not in the checkpoint: it is new, and to be trained"
+    model.save_pretrained(tmp_path / "saved")
+    assert_same(cls.from_pretrained(tmp_path / "saved"), model)
+
+
 @pytest.mark.filterwarnings("ignore:int8 layers of kind Embedding:octavo.OctavoWarning")
 @pytest.mark.parametrize("include", [[], ["lm_head"], ["Embedding"], ["Embedding", "lm_head"]])
 @pytest.mark.parametrize("apart", [True, False])
