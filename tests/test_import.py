@@ -16,10 +16,11 @@ for both."""
 UNASKED = {"transformers", "triton", "lm_eval", "compressed_tensors", "gguf", "peft", "rich", "yaml", "huggingface_hub"}
 
 PROBE = """
-import json, sys, time
+import gc, json, sys, time
 start = time.process_time()
 import torch
 before = set(sys.modules)
+gc.collect()  # of torch's objects, which may be due at any import after it, and takes longer than ours
 middle = time.process_time()
 import octavo
 from octavo import *

@@ -556,20 +556,6 @@ def _reads_int8(rule: Any) -> bool:
     return any(isinstance(operation, _ReadParameter) for operation in getattr(rule, "operations", ()))
 
 
-<<<<<<< HEAD
-=======
-def _as_in_files(parts: Mapping[str, Part], model: PreTrainedModel, reader: CheckpointReader) -> dict[str, Part]:
-    """`parts` under the names that they have in these files, which may be of the model around `model`, or of that
-    within: transformers loads either into the other."""
-    prefix = f"{model.base_model_prefix}."
-
-    def in_files(name: str) -> str:
-        others = (name, prefix + name, name.removeprefix(prefix))
-        return next((each for each in others if each in reader or f"{each}_packed" in reader), name)
-
-    return {in_files(name): part for name, part in parts.items()}
-
-
 def _leave_new_ones(decisions: list[Decision], model: PreTrainedModel, files: Iterable[str]) -> None:
     """Have layers stay float whose weight is not in the files, if these are safetensors: a head of another task, which
     transformers gives random numbers to be trained."""
@@ -598,7 +584,6 @@ def _leave_new_ones(decisions: list[Decision], model: PreTrainedModel, files: It
             decision.reason = "not in the checkpoint: it is new, and to be trained"
 
 
->>>>>>> c4e3a0d (While loading, a layer that the checkpoint lacks stays float: its codes were what was in memory)
 def _tie(model: PreTrainedModel, files: Iterable[str]) -> None:
     """Tie the weights of the empty model, which transformers puts off until they are loaded: layers that share a
     weight get one int8 table.
