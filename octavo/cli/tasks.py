@@ -37,13 +37,12 @@ def refuse_options(args: argparse.Namespace) -> None:
 def run(args: argparse.Namespace, terminal: Terminal) -> Answer:
     """The scores of PATH, next to the baseline's."""
     try:
-        import lm_eval as _lm_eval  # noqa: F401
+        from octavo.integrations.lm_eval import evaluate_tasks
     except ModuleNotFoundError as error:
-        raise MissingExtra("lm-eval is needed for --tasks: pip install 'octavo[lm-eval]'") from error
+        raise MissingExtra(f"{error.name} is needed for --tasks: pip install 'octavo[lm-eval]'") from error
     names = [name.strip() for name in args.tasks.split(",") if name.strip()]
     with terminal.progress(f"loading {args.path}"):
         from octavo.integrations import language_model
-        from octavo.integrations.lm_eval import evaluate_tasks
 
         device = device_of(args)
         model, tokenizer = language_model.load_language_model(args.path, device=device)

@@ -2,6 +2,8 @@
 
 hub.py              the public quantize, save, load and quantize_checkpoint: any module's, and transformers' models
 transformers.py     int8 layers while transformers loads and saves
+stored_names.py     what the tensors of its models are called in files
+stored_weights.py   which weights of an empty model files hold: what is tied, what is new
 language_model.py   tokenizers, chat templates and causal language models from folders, Hub ids and GGUF files
 calibration.py      a float language model, and text as batches of token ids
 attention.py        int8 attention in the place of transformers'

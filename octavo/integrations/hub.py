@@ -153,12 +153,12 @@ def _names_on_disk(model: nn.Module) -> dict[str, Any]:
     """`rename`, `on_disk` and `conversions` of a model of transformers, for `formats`; none of another."""
     if not _is_pretrained(model):
         return {}
-    from octavo.integrations import transformers
+    from octavo.integrations import stored_names
 
     return {
-        "rename": transformers.renaming(model),
-        "on_disk": partial(transformers.on_disk, model),
-        "conversions": partial(transformers.conversions, model),
+        "rename": stored_names.renaming(model),
+        "on_disk": partial(stored_names.on_disk, model),
+        "conversions": partial(stored_names.conversions, model),
     }
 
 
@@ -217,10 +217,10 @@ def save(
     model = _unwrapped(model)
     if _is_pretrained(model):
         _refuse_adapters(model)
-        from octavo.integrations import transformers
+        from octavo.integrations import stored_names
         from octavo.integrations.attention import attention_of
 
-        on_disk, attention = partial(transformers.on_disk, model), attention_of(model)
+        on_disk, attention = partial(stored_names.on_disk, model), attention_of(model)
     return formats.save(
         model,
         folder,
@@ -300,7 +300,7 @@ def quantize_checkpoint(
         _attention().check_int8_attention(built)
     known = _names_on_disk(built)
     if model is None and built.config.dtype is not None:  # else transformers takes the dtype of the files
-        from octavo.integrations.transformers import loaded_dtypes
+        from octavo.integrations.stored_names import loaded_dtypes
 
         known["dtype_of"] = loaded_dtypes(built)
     return quantize_files(source, dst, recipe, built, **known, max_shard_size=max_shard_size, progress=progress)

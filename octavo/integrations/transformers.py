@@ -13,7 +13,6 @@ read, `save_pretrained` one that brings transformers here.
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import re
 from collections.abc import Callable, Iterable, Mapping
@@ -30,9 +29,6 @@ from transformers.core_model_loading import (
     PrefixChange,
     WeightConverter,
     WeightRenaming,
-    build_glob_alternation,
-    rename_source_key,
-    revert_weight_conversion,
 )
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
@@ -44,6 +40,8 @@ from octavo.formats.checkpoint import CheckpointReader
 from octavo.formats.experts import Part
 from octavo.integrations.attention import attention_of, check_int8_attention, use_int8_attention
 from octavo.integrations.float_attention import use_float_attention
+from octavo.integrations.stored_names import on_disk, renaming
+from octavo.integrations.stored_weights import leave_new_ones, tie
 from octavo.layers import weight_norm_of
 from octavo.modules import QuantExperts, QuantModule
 from octavo.quantization.install import install, settle
@@ -51,7 +49,7 @@ from octavo.quantization.plan import Decision, plan
 from octavo.quantization.quantize import warn_unasked
 from octavo.recipe import Pattern, Recipe, Scheme
 
-__all__ = ["OctavoConfig", "OctavoQuantizer", "let_transformers_save", "loaded_dtypes", "on_disk", "renaming"]
+__all__ = ["OctavoConfig", "OctavoQuantizer", "let_transformers_save"]
 
 METHOD = "octavo"
 
@@ -228,7 +226,7 @@ class OctavoQuantizer(HfQuantizer):  # type: ignore[misc]
         """Swap the layers of the empty model; the weights then find their int8 places."""
         if self.quantization_config.attention == "int8":
             check_int8_attention(model)
-        _tie(model, checkpoint_files or ())
+        tie(model, checkpoint_files or ())
         if self.pre_quantized:
             if not checkpoint_files:
                 raise CheckpointError("the int8 checkpoint has no safetensors files; octavo reads no others")
@@ -250,7 +248,7 @@ class OctavoQuantizer(HfQuantizer):  # type: ignore[misc]
         else:
             dtypes = {}
             self._decisions = plan(model, self.quantization_config.recipe)
-            _leave_new_ones(self._decisions, model, checkpoint_files or ())
+            leave_new_ones(self._decisions, model, checkpoint_files or ())
         now: list[Decision] = []
         for decision in self._decisions:
             computed = not self.pre_quantized and weight_norm_of(model.get_submodule(decision.name))
@@ -527,8 +525,8 @@ def _renamings_of_parts(rule: Any) -> list[Any]:
     if all(each.endswith("weight") for each in sources):
         named.append(([_of_input(each) for each in sources], [_of_input(each) for each in targets]))
     made = [WeightRenaming(*names) for names in named]
-    for renaming in made:
-        renaming.scope_prefix, renaming.base_model_prefix = rule.scope_prefix, rule.base_model_prefix
+    for each in made:
+        each.scope_prefix, each.base_model_prefix = rule.scope_prefix, rule.base_model_prefix
     return made
 
 
@@ -554,159 +552,3 @@ def _merges_any(rule: Any, params: list[str]) -> bool:
 
 def _reads_int8(rule: Any) -> bool:
     return any(isinstance(operation, _ReadParameter) for operation in getattr(rule, "operations", ()))
-
-
-def _leave_new_ones(decisions: list[Decision], model: PreTrainedModel, files: Iterable[str]) -> None:
-    """Have layers stay float whose weight is not in the files, if these are safetensors: a head of another task, which
-    transformers gives random numbers to be trained."""
-    if not files or any(Path(file).suffix != ".safetensors" for file in files):
-        return
-    rules = get_model_conversion_mapping(model)
-    state = model.state_dict(keep_vars=True)
-    converted = _loading_names(model, rules, state)
-    converters = _of_kind(rules, WeightConverter)
-    targets = {source: rule.target_patterns for rule in converters for source in rule.source_patterns}
-    there: set[int] = set()
-    for file in files:
-        with CheckpointReader(file) as reader:
-            for name in reader.names:
-                first, pattern = converted(name)
-                one, *others = targets.get(pattern or "", [first])
-                if others and one not in first:
-                    return  # a pattern that says no name: what else the rule makes is not known
-                made = [first, name, *(first.replace(one, other) for other in others)]
-                there |= {id(state[each]) for each in made if each in state}
-    for decision in decisions:
-        layer = model.get_submodule(decision.name)
-        weights = [state.get(f"{decision.name}.{param}") for param in decision.kind.params_of(layer)]
-        if decision.scheme and not any(weight is None or id(weight) in there for weight in weights):
-            decision.scheme, decision.owner, decision.asked = None, None, True
-            decision.reason = "not in the checkpoint: it is new, and to be trained"
-
-
-def _tie(model: PreTrainedModel, files: Iterable[str]) -> None:
-    """Tie the weights of the empty model, which transformers puts off until they are loaded: layers that share a
-    weight get one int8 table.
-
-    As transformers then does: not those that are both in the files and differ, whatever the config says; and of two of
-    which one is there, that one is the source.
-    """
-    tied = model.all_tied_weights_keys
-    with contextlib.ExitStack() as stack:
-        safetensors = [file for file in files if tied and Path(file).suffix == ".safetensors"]
-        stored = _stored_tied(model, [stack.enter_context(CheckpointReader(file)) for file in safetensors])
-        for target, source in list(tied.items()):
-            one, other = stored.get(target), stored.get(source)
-            if one and other and not _are_equal(one, other):
-                del tied[target]
-                continue
-            if one and not other and list(tied.values()).count(source) == 1:
-                del tied[target]
-                target, source = source, target
-                tied[target] = source
-            parent, _, name = target.rpartition(".")
-            setattr(model.get_submodule(parent), name, model.get_parameter(source))
-
-
-_Read = Callable[[], Tensor]
-
-
-def _stored_tied(model: PreTrainedModel, readers: list[CheckpointReader]) -> dict[str, dict[str, _Read]]:
-    """Of the parameters that the model ties: the tensors that each is in the files, by what their names end with there,
-    "", "_packed" or "_scale"."""
-    tied = {*model.all_tied_weights_keys, *model.all_tied_weights_keys.values()}
-    rename = renaming(model)
-    stored: dict[str, dict[str, _Read]] = {}
-    for reader in readers:
-        for name in reader.names:
-            end = next(end for end in ("_packed", "_scale", "") if name.endswith(end))
-            if (param := rename(name.removesuffix(end))) in tied:
-                stored.setdefault(str(param), {})[end] = partial(reader.tensor, name)
-    return stored
-
-
-def _are_equal(one: Mapping[str, _Read], other: Mapping[str, _Read]) -> bool:
-    return one.keys() == other.keys() and all(torch.equal(one[end](), other[end]()) for end in one)
-
-
-def renaming(model: PreTrainedModel) -> Callable[[str], str | None]:
-    """Names on disk -> names in the model, by the rules that transformers loads with; None for a part of a tensor."""
-    state = model.state_dict()
-    converted = _loading_names(model, get_model_conversion_mapping(model), state)
-
-    def rename(name: str) -> str | None:
-        renamed, pattern = converted(name)
-        if renamed not in state and name in state:
-            return name
-        return None if pattern is not None else renamed
-
-    return rename
-
-
-def loaded_dtypes(model: PreTrainedModel) -> Callable[[str], torch.dtype | None]:
-    """Names on disk -> the dtype that transformers loads the tensor in, None for one that the model has no place for.
-
-    model: built in the dtype of its config, on `meta` or not.
-    """
-    state = model.state_dict()
-    converted = _loading_names(model, get_model_conversion_mapping(model), state)
-    kept = model._get_dtype_plan(model.config.dtype)  # patterns of names -> fp32
-    is_kept = build_glob_alternation(list(kept))[0].search if kept else lambda name: None
-
-    def dtype_of(name: str) -> torch.dtype | None:
-        renamed = converted(name)[0]
-        place = renamed if renamed in state else name
-        if place not in state:
-            return None
-        return torch.float32 if is_kept(place) else state[place].dtype
-
-    return dtype_of
-
-
-def conversions(model: PreTrainedModel, names: Iterable[str]) -> list[formats.Conversion]:
-    """How transformers makes tensors of the model of those on disk, where it does more than to rename them."""
-    rules = get_model_conversion_mapping(model)
-    converted = _loading_names(model, rules, model.state_dict())
-    groups: dict[str, dict[str, str]] = {}
-    for name in names:
-        target, pattern = converted(name)
-        if pattern is not None:
-            groups.setdefault(target, {})[name] = pattern
-    converters = _of_kind(rules, WeightConverter)
-    made = []
-    for target, patterns in groups.items():
-        rule = next(rule for rule in converters if set(patterns.values()) & set(rule.source_patterns))
-        made.append(formats.Conversion(tuple(patterns), partial(_convert, model, rule, target, patterns)))
-    return made
-
-
-def _convert(
-    model: PreTrainedModel, rule: Any, target: str, patterns: Mapping[str, str], tensors: Mapping[str, Tensor]
-) -> dict[str, Tensor]:
-    rule = copy.deepcopy(rule)  # it collects tensors
-    for name, tensor in tensors.items():
-        rule.add_tensor(target, name, patterns[name], tensor)
-    made = rule.convert(target, model=model, config=model.config)
-    return {name: value[0] if isinstance(value, list) else value for name, value in made.items()}
-
-
-def _of_kind(rules: Iterable[Any], kind: type) -> list[Any]:
-    return [rule for rule in rules if isinstance(rule, kind)]
-
-
-def _loading_names(
-    model: PreTrainedModel, rules: list[Any], state: Mapping[str, Tensor]
-) -> Callable[[str], tuple[str, str | None]]:
-    """Name on disk -> that in the model, and the pattern of the rule that converts the tensor if one does."""
-    return partial(
-        rename_source_key,
-        weight_renamings=_of_kind(rules, WeightRenaming),
-        weight_converters=_of_kind(rules, WeightConverter),
-        base_model_prefix=model.base_model_prefix,
-        meta_state_dict=state,
-    )
-
-
-def on_disk(model: PreTrainedModel, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors under their names in the model -> under their names on disk, as `save_pretrained` would write them."""
-    return dict(revert_weight_conversion(model, tensors))

@@ -74,5 +74,6 @@ def test_options_that_do_not_go_together(
 
 def test_without_lm_eval(run: Run, tiny_int8: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "lm_eval", None)
+    monkeypatch.delitem(sys.modules, "octavo.integrations.lm_eval", raising=False)
     ran = run("eval", tiny_int8, "--tasks", "numbers")
-    assert ran.code == 1 and "pip install 'octavo[lm-eval]'" in ran.err
+    assert ran.code == 1 and "lm_eval is needed for --tasks: pip install 'octavo[lm-eval]'" in ran.err

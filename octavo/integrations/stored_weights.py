@@ -1,0 +1,95 @@
+"""Which weights of an empty model the files hold, before transformers loads them: what is tied, and what is new."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import (
+    WeightConverter,
+)
+
+from octavo.formats.checkpoint import CheckpointReader
+from octavo.integrations.stored_names import loading_names, of_kind, renaming
+from octavo.quantization.plan import Decision
+
+__all__ = ["leave_new_ones", "tie"]
+
+
+def leave_new_ones(decisions: list[Decision], model: PreTrainedModel, files: Iterable[str]) -> None:
+    """Have layers stay float whose weight is not in the files, if these are safetensors: a head of another task, which
+    transformers gives random numbers to be trained."""
+    if not files or any(Path(file).suffix != ".safetensors" for file in files):
+        return
+    rules = get_model_conversion_mapping(model)
+    state = model.state_dict(keep_vars=True)
+    converted = loading_names(model, rules, state)
+    converters = of_kind(rules, WeightConverter)
+    targets = {source: rule.target_patterns for rule in converters for source in rule.source_patterns}
+    there: set[int] = set()
+    for file in files:
+        with CheckpointReader(file) as reader:
+            for name in reader.names:
+                first, pattern = converted(name)
+                one, *others = targets.get(pattern or "", [first])
+                if others and one not in first:
+                    return  # a pattern that says no name: what else the rule makes is not known
+                made = [first, name, *(first.replace(one, other) for other in others)]
+                there |= {id(state[each]) for each in made if each in state}
+    for decision in decisions:
+        layer = model.get_submodule(decision.name)
+        weights = [state.get(f"{decision.name}.{param}") for param in decision.kind.params_of(layer)]
+        if decision.scheme and not any(weight is None or id(weight) in there for weight in weights):
+            decision.scheme, decision.owner, decision.asked = None, None, True
+            decision.reason = "not in the checkpoint: it is new, and to be trained"
+
+
+def tie(model: PreTrainedModel, files: Iterable[str]) -> None:
+    """Tie the weights of the empty model, which transformers puts off until they are loaded: layers that share a
+    weight get one int8 table.
+
+    As transformers then does: not those that are both in the files and differ, whatever the config says; and of two of
+    which one is there, that one is the source.
+    """
+    tied = model.all_tied_weights_keys
+    with contextlib.ExitStack() as stack:
+        safetensors = [file for file in files if tied and Path(file).suffix == ".safetensors"]
+        stored = _stored_tied(model, [stack.enter_context(CheckpointReader(file)) for file in safetensors])
+        for target, source in list(tied.items()):
+            one, other = stored.get(target), stored.get(source)
+            if one and other and not _are_equal(one, other):
+                del tied[target]
+                continue
+            if one and not other and list(tied.values()).count(source) == 1:
+                del tied[target]
+                target, source = source, target
+                tied[target] = source
+            parent, _, name = target.rpartition(".")
+            setattr(model.get_submodule(parent), name, model.get_parameter(source))
+
+
+_Read = Callable[[], Tensor]
+
+
+def _stored_tied(model: PreTrainedModel, readers: list[CheckpointReader]) -> dict[str, dict[str, _Read]]:
+    """Of the parameters that the model ties: the tensors that each is in the files, by what their names end with there,
+    "", "_packed" or "_scale"."""
+    tied = {*model.all_tied_weights_keys, *model.all_tied_weights_keys.values()}
+    rename = renaming(model)
+    stored: dict[str, dict[str, _Read]] = {}
+    for reader in readers:
+        for name in reader.names:
+            end = next(end for end in ("_packed", "_scale", "") if name.endswith(end))
+            if (param := rename(name.removesuffix(end))) in tied:
+                stored.setdefault(str(param), {})[end] = partial(reader.tensor, name)
+    return stored
+
+
+def _are_equal(one: Mapping[str, _Read], other: Mapping[str, _Read]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[end](), other[end]()) for end in one)
