@@ -19,7 +19,7 @@ from octavo.cli.verb import (
     new_verb,
     positive,
     utf_8,
-)  # fmt: skip
+)
 from octavo.tables import human_bytes, human_percent
 
 if TYPE_CHECKING:
