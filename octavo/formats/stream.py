@@ -329,10 +329,10 @@ class _Tensors:
             decision = self._stack_of(name) or self._layer_of(name)[0]
             assert decision is not None
             codes, scale = (torch.Size(shape).numel() for shape in self._shapes[name])
-            after = codes + scale * info.dtype.itemsize
-            return Row(name, decision.label, info.shape, info.nbytes, after, str(decision.scheme), decision.note)
+            int8 = codes + scale * info.dtype.itemsize
+            return Row(name, decision.label, info.shape, info.nbytes, int8, str(decision.scheme), decision.note)
         if (experts := self._experts_of(name)) and experts.reason:
-            return Row(name, experts.label, info.shape, info.nbytes, info.nbytes, None, experts.reason, experts.asked)
+            return Row(name, experts.label, info.shape, info.nbytes, after, None, experts.reason, experts.asked)
         if module is None or owner is None:
             reason = f"not a parameter of {type(self._skeleton).__name__} as it lies on disk"
             return Row(name, "?", info.shape, info.nbytes, after, None, reason)
