@@ -135,11 +135,10 @@ def _tokens_of_each(
     route_all: bool,
 ) -> Iterator[Tensor]:
     """For each expert which of the T tokens it is shown, int64 [S]."""
-    there = x.any(-1).flatten()
-    counts = torch.ones_like(there) if counts is None else counts
+    counts = torch.ones(x.shape[:-1].numel(), dtype=torch.bool, device=x.device) if counts is None else counts
     if spec.routing == "sorted":  # an expert has a row for every token, of zeros if it was not routed there
-        counts = counts & there
-        chosen = torch.arange(experts, device=x.device).repeat_interleave(len(there) // experts).unsqueeze(1)
+        counts = counts & x.any(-1).flatten()
+        chosen = torch.arange(experts, device=x.device).repeat_interleave(len(counts) // experts).unsqueeze(1)
     else:
         chosen = chosen_experts(type(layer), spec, x, routing)
     for e in range(experts):
