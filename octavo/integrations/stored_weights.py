@@ -11,9 +11,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import (
-    WeightConverter,
-)
+from transformers.core_model_loading import WeightConverter
 
 from octavo.formats.checkpoint import CheckpointReader
 from octavo.integrations.stored_names import loading_names, of_kind, renaming

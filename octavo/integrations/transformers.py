@@ -24,12 +24,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import (
-    ConversionOps,
-    PrefixChange,
-    WeightConverter,
-    WeightRenaming,
-)
+from transformers.core_model_loading import ConversionOps, PrefixChange, WeightConverter, WeightRenaming
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
