@@ -6,8 +6,11 @@
         return self.head(x, table)              a call of ("self", "head") with the path ("table",) as argument 1
         if isinstance(self.a[0], nn.Linear):    a read of its class at the path ("self", "a", "0")
 
-Paths are followed through local names, loops, indices and `getattr`. `if`s that a read or call stands under are kept:
-`holds` says whether one does for a module as it is configured.
+What reads a weight in a product, `F.linear` or a convolution of torch's, is told from what reads it otherwise, also
+where a function of the model's library is handed the weight, and does nothing else with it (torchvision's
+`shifted_window_attention(x, self.qkv.weight, ...)`). Paths are followed through local names, loops, indices and
+`getattr`. `if`s that a read or call stands under are kept: `holds` says whether one does for a module as it is
+configured.
 """
 
 from __future__ import annotations
@@ -19,14 +22,20 @@ import inspect
 import linecache
 import operator
 import re
-from collections.abc import Iterator
+import sys
+import textwrap
+from collections.abc import Callable, Iterator, Mapping
+from types import FunctionType
 from typing import Any
 
 from torch import Tensor, nn
 
 from octavo.layers import KINDS
+from octavo.modules.int8_weight import PRODUCTS
 
-__all__ = ["SELF", "Call", "Method", "Path", "Read", "holds", "is_a", "is_readable", "is_weight", "methods_of"]
+__all__ = [
+    "SELF", "Call", "Method", "Path", "Read", "goes_into", "holds", "is_a", "is_readable", "is_weight", "methods_of",
+]  # fmt: skip
 
 SELF = "self"
 """First element of the path of a part of self, whatever a method calls it; of another path it is a parameter's name."""
@@ -55,7 +64,8 @@ Conditions = tuple[ast.expr, ...]
 
 @dataclasses.dataclass(frozen=True)
 class Read:
-    """`path.weight`, under `conditions`. asks: for its "values", or only for its "dtype" or "shape".
+    """`path.weight`, under `conditions`. asks: for its "values", only for its "dtype" or "shape", or, as the weight of
+    a product, `goes_into(F.linear)`.
 
     Or a test of what stands at `path`, () where that cannot be told. asks: `is_a("Linear")`, if that is what may be the
     name of a class there.
@@ -71,6 +81,11 @@ def is_a(name: str) -> str:
     return f"is a {name}"
 
 
+def goes_into(product: Callable[..., Any]) -> str:
+    """What a read asks that hands the weight to one of `PRODUCTS`."""
+    return f"goes into {product.__name__}"
+
+
 @dataclasses.dataclass(frozen=True)
 class Call:
     """`function(...)` of a part of self, under `conditions`. arguments: those that are paths, with their positions or
@@ -84,16 +99,18 @@ class Call:
 class Method:
     """A method, its parameters after self, and what it reads and calls, which is looked for when it is asked for.
 
+    known: what the names mean that are not its own.
     has_other_name: whether its class uses it outside of methods, as in `size = property(_size)`.
     asks_a_parameter: whether it takes the first of `self.parameters()`, which there has to be.
     """
 
-    def __init__(self, definition: ast.FunctionDef, text: str, has_other_name: bool) -> None:
+    def __init__(self, definition: ast.FunctionDef, text: str, known: Mapping[str, Any], has_other_name: bool) -> None:
         self._own, *others = [each.arg for each in (*definition.args.posonlyargs, *definition.args.args)] or [""]
         self.name = definition.name
         self.has_other_name = has_other_name
         self.parameters = (*others, *(each.arg for each in definition.args.kwonlyargs))
         self._definition = definition
+        self._known = known
         self.asks_a_parameter = _FIRST_PARAMETER.search(text) is not None
         self._may_read = _MENTION.search(text) is not None
         self._minds_int8 = "int8" in text
@@ -160,7 +177,8 @@ class Method:
 
     @functools.cached_property
     def _found(self) -> list[Read | Call]:
-        return list(_reads_and_calls(self._definition, (), self._names))
+        products = _products(self._definition, self._known, _is_attribute)
+        return list(_reads_and_calls(self._definition, (), self._names, products))
 
 
 def _is_plain_super(node: ast.AST) -> bool:
@@ -193,6 +211,7 @@ def _methods_of_class(cls: Any) -> tuple[Method, ...]:
 def _read_class(cls: type) -> Iterator[Method]:
     for file in _files_of_class(cls):
         lines = linecache.getlines(file)
+        known = vars(sys.modules[cls.__module__]) if cls.__module__ in sys.modules else {}
         for definition in _classes_of_file(file).get(cls.__qualname__, []):
             others = (part for part in definition.body if not isinstance(part, ast.FunctionDef))
             used = {node.id for part in others for node in ast.walk(part) if isinstance(node, ast.Name)}
@@ -201,19 +220,19 @@ def _read_class(cls: type) -> Iterator[Method]:
                     text = "".join(lines[part.lineno - 1 : part.end_lineno])
                     if "getattr(" in text:
                         _Getattr().visit(part)
-                    yield Method(part, text, part.name in used)
+                    yield Method(part, text, known, part.name in used)
                     if part.name == "__init__":
-                        yield from _made_by(part, text)
+                        yield from _made_by(part, text, known)
 
 
-def _made_by(init: ast.FunctionDef, text: str) -> Iterator[Method]:
+def _made_by(init: ast.FunctionDef, text: str, known: Mapping[str, Any]) -> Iterator[Method]:
     """The functions that a constructor makes, as in `self.head = lambda x: x @ self.embed.weight.T`."""
     for node in ast.walk(init):
         if isinstance(node, ast.Lambda | ast.FunctionDef) and node is not init:
             body: list[ast.stmt] = [ast.Return(node.body)] if isinstance(node, ast.Lambda) else node.body
             arguments = {**dict(ast.iter_fields(node.args)), "posonlyargs": [init.args.args[0], *node.args.posonlyargs]}
             name = getattr(node, "name", "<lambda>")
-            yield Method(ast.FunctionDef(name, ast.arguments(**arguments), body, []), text, has_other_name=True)
+            yield Method(ast.FunctionDef(name, ast.arguments(**arguments), body, []), text, known, has_other_name=True)
 
 
 class _Getattr(ast.NodeTransformer):
@@ -354,12 +373,79 @@ def _paths(node: ast.expr, names: _Names) -> set[Path]:
     return set()
 
 
-def _reads_and_calls(node: ast.AST, conditions: Conditions, names: _Names) -> Iterator[Read | Call]:
-    """What stands in and below `node`, each with the conditions that it stands under."""
+def _products(within: ast.AST, known: Mapping[str, Any], is_one: Callable[[ast.expr], bool]) -> dict[ast.expr, str]:
+    """Those arguments of the calls `within` that are what is looked for and go into a product, each with what that is.
+
+    known: what names mean that are not assigned to there.
+    """
+    nodes = list(ast.walk(within))
+    own = {node.id for node in nodes if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
+    own |= {node.arg for node in nodes if isinstance(node, ast.arg)}
+    found: dict[ast.expr, str] = {}
+    for call in (node for node in nodes if isinstance(node, ast.Call)):
+        given: list[tuple[int | str | None, ast.expr]] = list(enumerate(call.args))
+        given += [(keyword.arg, keyword.value) for keyword in call.keywords]
+        for key, argument in given:
+            if is_one(argument) and (product := _product_of(_meaning(call.func, known, own), key)):
+                found[argument] = product
+    return found
+
+
+def _is_attribute(node: ast.expr) -> bool:
+    return isinstance(node, ast.Attribute) and is_weight(node.attr)
+
+
+def _is_name(node: ast.expr) -> bool:
+    return isinstance(node, ast.Name)
+
+
+def _meaning(node: ast.expr, known: Mapping[str, Any], own: set[str]) -> Any:
+    """What `a.b.c` is; None if that is not known, as where `a` is one of a function's own names."""
+    match node:
+        case ast.Name(id=name):
+            return None if name in own else known.get(name)
+        case ast.Attribute(value=value, attr=attribute):
+            return getattr(_meaning(value, known, own), attribute, None)
+    return None
+
+
+def _product_of(function: Any, key: int | str | None) -> str | None:
+    """What an argument of `function`, at that position or of that name, goes into."""
+    if inspect.isbuiltin(function) and function in PRODUCTS:
+        return goes_into(function) if key in (1, "weight") else None
+    if not isinstance(function, FunctionType):
+        return None
+    parameters = function.__code__.co_varnames[: function.__code__.co_argcount + function.__code__.co_kwonlyargcount]
+    name = parameters[key] if isinstance(key, int) and key < function.__code__.co_argcount else key
+    return _products_of_parameters(function).get(name) if isinstance(name, str) else None
+
+
+@functools.cache
+def _products_of_parameters(function: FunctionType) -> dict[str, str]:
+    """Of the parameters that `function` makes a product of, and otherwise only asks for their shape and dtype: their
+    names, and what they go into."""
+    try:
+        (definition,) = ast.parse(textwrap.dedent(inspect.getsource(function))).body
+    except (OSError, TypeError, SyntaxError, ValueError):
+        return {}
+    products = _products(definition, function.__globals__, _is_name)
+    asked = (node for node in ast.walk(definition) if isinstance(node, ast.Attribute))
+    harmless = {node.value for node in asked if node.attr in _HARMLESS or node.attr in _ASPECTS}
+    goes: dict[str, set[str]] = {}
+    for node in ast.walk(definition):
+        if isinstance(node, ast.Name) and node not in harmless:
+            goes.setdefault(node.id, set()).add(products.get(node, "elsewhere"))
+    return {name: what for name, (what, *others) in goes.items() if not others and what != "elsewhere"}
+
+
+def _reads_and_calls(
+    node: ast.AST, conditions: Conditions, names: _Names, products: Mapping[ast.expr, str]
+) -> Iterator[Read | Call]:
+    """What stands in and below `node`, each with the conditions that it stands under. products: see `_products`."""
     if isinstance(node, ast.If | ast.IfExp):
-        yield from _reads_and_calls(node.test, conditions, names)
+        yield from _reads_and_calls(node.test, conditions, names, products)
         for branch, condition in ((node.body, node.test), (node.orelse, ast.UnaryOp(ast.Not(), node.test))):
-            yield from _in_turn(branch, (*conditions, condition), names)
+            yield from _in_turn(branch, (*conditions, condition), names, products)
         return
     if isinstance(node, ast.Attribute):
         asked = node.value if isinstance(node.value, ast.Attribute) and is_weight(node.value.attr) else None
@@ -369,7 +455,8 @@ def _reads_and_calls(node: ast.AST, conditions: Conditions, names: _Names) -> It
             yield from (Read(path, conditions, _ASPECTS[node.attr]) for path in sorted(_paths(asked.value, names)))
             return
         if is_weight(node.attr):
-            yield from (Read(path, conditions) for path in sorted(_paths(node.value, names)))
+            asks = products.get(node, "values")
+            yield from (Read(path, conditions, asks) for path in sorted(_paths(node.value, names)))
     if isinstance(node, ast.Call) and (arguments := _arguments(node, names)):
         functions = sorted(path for path in _paths(node.func, names) if path[0] == SELF)
         yield from (Call(path, arguments, conditions) for path in functions)
@@ -377,14 +464,16 @@ def _reads_and_calls(node: ast.AST, conditions: Conditions, names: _Names) -> It
         paths = sorted(_paths(tested, names)) or [()]
         yield from (Read(path, conditions, is_a(name)) for path in paths for name in sorted(_names_in(classes)))
     for _, value in ast.iter_fields(node):
-        yield from _in_turn(value, conditions, names)
+        yield from _in_turn(value, conditions, names, products)
 
 
-def _in_turn(value: Any, conditions: Conditions, names: _Names) -> Iterator[Read | Call]:
+def _in_turn(
+    value: Any, conditions: Conditions, names: _Names, products: Mapping[ast.expr, str]
+) -> Iterator[Read | Call]:
     """The same of a field of a node; what follows an `if` that returns stands under its being false."""
     for node in value if isinstance(value, list) else [value]:
         if isinstance(node, ast.AST):
-            yield from _reads_and_calls(node, conditions, names)
+            yield from _reads_and_calls(node, conditions, names, products)
         if isinstance(node, ast.If) and isinstance(node.body[-1], ast.Return | ast.Raise):
             conditions = (*conditions, ast.UnaryOp(ast.Not(), node.test))
 

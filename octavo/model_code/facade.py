@@ -9,7 +9,8 @@
 
 A class that does something before and after the layer that it derives from keeps its methods: they stand on top of the
 int8 layer as they stood on top of the float one, so that `super().forward` is the int8 layer's. Who asks a weight of a
-layer with a facade for its dtype is told the model's, and its shape; its values are NaN, for it has none.
+layer with a facade for its dtype is told the model's, and its shape; its values are NaN, for it has none. Where a
+weight is handed to `F.linear` or a convolution, it is an `Int8Weight`.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from octavo.layers import EXPERTS, LayerKind, float_class, weight_norm_of
 from octavo.model_code.class_source import is_readable, methods_of
 from octavo.model_code.written_out import is_written_out
 from octavo.modules import QuantModule
+from octavo.modules.int8_weight import Int8Weight
 from octavo.stand_ins import same_code
 
 __all__ = ["facade", "has_own_forward", "needs_facade", "why_no_facade"]
@@ -106,20 +108,26 @@ def _knows_its_class(function: object) -> bool:
     return isinstance(function, FunctionType) and "__class__" in function.__code__.co_freevars
 
 
-def facade(int8: type[QuantModule], layer: nn.Module, kind: LayerKind) -> type[QuantModule]:
-    """The class of an int8 layer like `int8` with what code written for `layer`, of that kind, asks for."""
-    made_of: tuple[Any, ...] = (int8, _own_classes(layer, kind), float_class(layer, kind), kind.params_of(layer))
+def facade(
+    int8: type[QuantModule], layer: nn.Module, kind: LayerKind, *, is_multiplied: bool = False
+) -> type[QuantModule]:
+    """The class of an int8 layer like `int8` with what code written for `layer`, of that kind, asks for.
+
+    is_multiplied: whether that hands the weight to products.
+    """
+    own = _own_classes(layer, kind)
+    made_of: tuple[Any, ...] = (int8, own, float_class(layer, kind), kind.params_of(layer), is_multiplied)
     return _facade(*made_of)  # type: ignore[no-any-return]
 
 
 @functools.cache
-def _facade(int8: Any, own: tuple[Any, ...], float_class: Any, params: tuple[str, ...]) -> Any:
+def _facade(int8: Any, own: tuple[Any, ...], float_class: Any, params: tuple[str, ...], is_multiplied: bool) -> Any:
     below = int8
     for cls in reversed(own):
         below = _on_top(cls, below, float_class)
-    shown = {param: _shown(param, getattr(int8, param, None)) for param in params}
+    shown = {param: _shown(param, getattr(int8, param, None), is_multiplied) for param in params}
     name = f"Quant{own[0].__name__}" if own else int8.__name__
-    return type(name, (_Facade, below), {**shown, "made_of": (int8, own, float_class, params)})
+    return type(name, (_Facade, below), {**shown, "made_of": (int8, own, float_class, params, is_multiplied)})
 
 
 def _on_top(cls: type[nn.Module], below: type[QuantModule], float_class: type[nn.Module]) -> type[QuantModule]:
@@ -145,14 +153,14 @@ def _bound(function: FunctionType, cell: CellType) -> FunctionType:
     return same_code(function, function.__globals__, closure)
 
 
-def _shown(param: str, inherited: object) -> property:
+def _shown(param: str, inherited: object, is_multiplied: bool) -> property:
     """A parameter as it looks from outside: shape and dtype of the float one. `inherited`: of the int8 class."""
 
-    def get(self: _Facade) -> Tensor:
+    def get(self: _Facade) -> Tensor | Int8Weight:
         shown = self._float.expand(self._shapes[param])
         if not torch.compiler.is_compiling():
             vars(shown).update(vars(self.codes_and_scale(param)[0]))  # what is noted on it, for one that it is loaded
-        return shown
+        return Int8Weight(self, shown) if is_multiplied else shown
 
     return property(get, inherited.fset if isinstance(inherited, property) else None)
 
@@ -164,7 +172,7 @@ class _Facade(QuantModule):
 
     def __init__(self, layer: nn.Module, *args: Any) -> None:
         super().__init__(layer, *args)
-        *_, params = self.made_of
+        *_, params, _ = self.made_of
         self._shapes = {param: getattr(layer, param).shape for param in params}
         self._follow_casts(self.codes_and_scale(params[0])[0].device)  # where its values are, if the layer was empty
         self._hold_rest(layer, params)

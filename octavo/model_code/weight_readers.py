@@ -1,6 +1,6 @@
 """Find code that reads a layer's weight instead of calling the layer.
 
-    F.linear(x, self.embed_tokens.weight)                   (a head written by hand: codes used without their scale)
+    y = x @ self.embed_tokens.weight.T                      (a head written by hand: codes used without their scale)
     for block in self.blocks: block.output.weight.div_(2)   (RWKV rescales its layers)
 
 An int8 layer in that place would give wrong numbers without an error, so such layers stay float with this reason.
@@ -15,6 +15,11 @@ configured (BLOOM reads its weights only if `self.pretraining_tp > 1 and self.sl
 is no obstacle either, but such a layer has to answer with the model's dtype (`facade.py`), or its input would be cast
 to int8. Nor is `.shape`, but where codes are laid out otherwise than the weight was (transposed convolutions, GPT-2's
 `Conv1D`) the layer has to answer with that of the weight.
+
+    qkv = F.linear(x, self.qkv.weight, bias)                (BEiT, EVA, Swin V2)
+
+is none either, also in a function that is handed the weight: such a layer has to show something that `F.linear` takes
+for a weight (`int8_weight.py`).
 
     if isinstance(layer, nn.Linear): x = layer(x)           (false of an int8 layer)
 
@@ -53,6 +58,7 @@ from octavo.model_code.class_source import (
     Method,
     Path,
     Read,
+    goes_into,
     holds,
     is_a,
     is_readable,
@@ -60,8 +66,9 @@ from octavo.model_code.class_source import (
     methods_of,
 )
 from octavo.model_code.written_out import is_written_out
+from octavo.modules.int8_weight import PRODUCTS
 
-__all__ = ["ask_a_parameter", "asked_about", "refuse_training", "told_apart", "weight_readers"]
+__all__ = ["ask_a_parameter", "asked_about", "multiplied", "refuse_training", "told_apart", "weight_readers"]
 
 _SETS_UP = re.compile(
     r"^_*(init|initialize)(_*weights?|_*parameters|_+)?$|^__init_subclass__$|^_init_added_|reset_parameters|resize|"
@@ -72,11 +79,30 @@ _SETS_UP = re.compile(
 
 
 def weight_readers(model: nn.Module) -> dict[str, str]:
-    """Module name -> the method (Class.method) that reads its weight directly, and not only its dtype or shape, for the
-    modules of `model`, in eval mode."""
+    """Module name -> the method (Class.method) that reads its weight directly, and neither in a product that codes can
+    be used in nor only for its dtype or shape, for the modules of `model`, in eval mode."""
     classes = {type(module) for module in model.modules() if not _is_known(type(module))}
     _warn_of_unreadable(classes)
-    return {each.layer: each.method for each in _found(model, classes, {"values"}, training=False)}
+    layers = dict(model.named_modules())
+    found = _found(model, classes, {"values", *_TAKERS}, training=False)
+    return {each.layer: each.method for each in found if not _is_product(each.asks, layers[each.layer])}
+
+
+def multiplied(model: nn.Module) -> set[str]:
+    """Names of the modules of `model` whose weights are handed to a product, in train or eval mode."""
+    classes = {type(module) for module in model.modules() if not _is_known(type(module))}
+    layers = dict(model.named_modules())
+    found = [each for training in (False, True) for each in _found(model, classes, _TAKERS.keys(), training=training)]
+    return {each.layer for each in found if _is_product(each.asks, layers[each.layer])}
+
+
+_TAKERS = {goes_into(product): kinds for product, kinds in PRODUCTS.items()}
+"""What a read asks that hands a weight to a product -> the kinds of layers of which codes can be handed to it."""
+
+
+def _is_product(asks: str, layer: nn.Module) -> bool:
+    kind = kind_of(layer)
+    return kind is not None and kind.name in _TAKERS.get(asks, ())
 
 
 def told_apart(model: nn.Module) -> dict[str, str]:
@@ -189,7 +215,7 @@ def _found(model: nn.Module, classes: Collection[type], asks: Collection[str], *
 def _asked(name: str, path: Path, asks: str, places: Mapping[str, nn.Module]) -> list[nn.Module]:
     """The layers that are asked by a read at `path` of the module called `name`. Of tests for a class those that it is
     about: where it cannot be told what is tested, those of that class which the module itself holds."""
-    if asks in ("values", "dtype", "shape"):
+    if asks in ("values", "dtype", "shape", *_TAKERS):
         return _at(name, path, places)
     layers = _at(name, path, places) if path[:1] == (SELF,) else list(_held(places[name]))
     return [layer for layer in layers if asks in {is_a(base.__name__) for base in type(layer).__mro__}]

@@ -48,16 +48,43 @@ class QuantConv(QuantModule):
 
     def forward(self, input: Tensor) -> Tensor:
         """[B, C, *D] or [C, *D] float -> [B, N, *D'] or [N, *D'] of the same dtype."""
+        if self.padding_mode == "zeros":
+            return self.product(input, self.bias, self.stride, self.padding, self.dilation, self.groups)
         batched, x = self._batched(input)
-        padding: Sequence[int] = [0] * len(self.stride)
-        if self.padding_mode != "zeros":
-            x = F.pad(x, self._explicit_padding, mode=self.padding_mode)
-        elif isinstance(self.padding, str):  # "same" may pad one side more than the other; "valid" pads nothing
-            x = F.pad(x, self._explicit_padding)
-        else:
-            padding = self.padding
-        y = ops.w8a16_conv(x, *self.codes_and_scale(), self.bias, self.stride, padding, self.dilation, self.groups)
+        x = F.pad(x, self._explicit_padding, mode=self.padding_mode)
+        y = self.product(x, self.bias, self.stride, 0, self.dilation, self.groups)
         return y if batched else y.squeeze(0)
+
+    def product(
+        self,
+        input: Tensor,
+        bias: Tensor | None = None,
+        stride: int | Sequence[int] = 1,
+        padding: int | Sequence[int] | str = 0,
+        dilation: int | Sequence[int] = 1,
+        groups: int = 1,
+    ) -> Tensor:
+        """What torch's convolution gives of the weight, and of a bias [N] and a geometry that need not be the layer's:
+        [B, C, *D] or [C, *D] float -> [B, N, *D'] or [N, *D'] of the same dtype."""
+        batched, x = self._batched(input)
+        stride, dilation = self._each(stride), self._each(dilation)
+        if isinstance(padding, str):  # "same" may pad one side more than the other; "valid" pads nothing
+            if padding == "same":
+                x = F.pad(x, self._same(dilation))
+            padding = 0
+        y = ops.w8a16_conv(x, *self.codes_and_scale(), bias, stride, self._each(padding), dilation, groups)
+        return y if batched else y.squeeze(0)
+
+    def _each(self, sizes: int | Sequence[int]) -> Sequence[int]:
+        """For each dimension, where they are not said for each, as torch's functions may leave it."""
+        each = [sizes] if isinstance(sizes, int) else sizes
+        return each if len(each) == len(self.kernel_size) else [*each] * len(self.kernel_size)
+
+    def _same(self, dilation: Sequence[int]) -> list[int]:
+        """How many zeros go before and after the last dimension, then before and after those ahead of it, so that the
+        output is as large as the input."""
+        zeros = [step * (size - 1) for step, size in zip(dilation, self.kernel_size, strict=True)]
+        return [side for total in reversed(zeros) for side in (total // 2, total - total // 2)]
 
     def _batched(self, input: Tensor) -> tuple[bool, Tensor]:
         dims = len(self.kernel_size) + 2

@@ -32,5 +32,10 @@ class QuantEmbedding(QuantModule):
         """[...] int -> [..., H] of the dtype that the model was cast to."""
         return ops.w8a16_embedding(input, *self.codes_and_scale(), self._float.dtype)
 
+    def product(self, input: Tensor, bias: Tensor | None = None) -> Tensor:
+        """[..., H] float -> [..., V] of the same dtype: the logits of a head that is written as
+        `F.linear(input, embedding.weight)`."""
+        return ops.w8a16_linear(input, *self.codes_and_scale(), bias)
+
     def extra_repr(self) -> str:
         return f"{self.num_embeddings}, {self.embedding_dim}, {self.scheme}"

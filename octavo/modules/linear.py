@@ -38,13 +38,17 @@ class QuantLinear(QuantModule):
         self.out_features, self.in_features = self.codes_and_scale()[0].shape
 
     def forward(self, input: Tensor) -> Tensor:
-        """[..., K] float -> [..., N] of the same dtype."""
-        if self.fake:
-            return self._simulate(input, input.float())
-        return ops.w8a16_linear(input, *self.codes_and_scale(), self.bias)
+        """[..., K] float -> [..., N] of the same dtype (of autocast's, inside autocast)."""
+        return self.product(input, self.bias)
 
-    def _simulate(self, input: Tensor, as_quantized: Tensor) -> Tensor:
-        bias = None if self.bias is None else self.bias.float()
+    def product(self, input: Tensor, bias: Tensor | None = None) -> Tensor:
+        """What `forward` gives, with another bias: [N] float."""
+        if self.fake:
+            return self._simulate(input, input.float(), bias)
+        return ops.w8a16_linear(input, *self.codes_and_scale(), bias)
+
+    def _simulate(self, input: Tensor, as_quantized: Tensor, bias: Tensor | None) -> Tensor:
+        bias = None if bias is None else bias.float()
         return F.linear(as_quantized, dequantize(*self.codes_and_scale()), bias).to(input.dtype)
 
     def extra_repr(self) -> str:
@@ -79,28 +83,27 @@ class DynamicQuantLinear(QuantLinear):
         """What makes two layers quantize an input alike."""
         return self.scheme.input
 
-    def forward(self, input: Tensor) -> Tensor:
-        """[..., K] float -> [..., N] of the same dtype (of autocast's, inside autocast)."""
+    def product(self, input: Tensor, bias: Tensor | None = None) -> Tensor:
         if self.fake:
             codes, scale = self.quantize_input(input)
             rounded = dequantize(codes, scale)
-            return self._simulate(input, input.float() + (rounded - input.float()).detach())
+            return self._simulate(input, input.float() + (rounded - input.float()).detach(), bias)
         x = ops.autocast(input)
         weight, weight_scale = self.codes_and_scale()
-        if (at_once := self._at_once(x, weight, weight_scale)) is not None:
+        if (at_once := self._at_once(x, weight, weight_scale, bias)) is not None:
             return at_once
         codes, scale = self.shared_input.quantized(
             input, lambda: (self._key(), x.dtype), self, lambda _: self.quantize_input(x)
         )
-        y = ops.w8a8_linear(codes, scale, weight, weight_scale, self.bias, x.dtype)
+        y = ops.w8a8_linear(codes, scale, weight, weight_scale, bias, x.dtype)
         return ops.straight_through(y, input, weight, weight_scale)
 
-    def _at_once(self, x: Tensor, weight: Tensor, weight_scale: Tensor) -> Tensor | None:
+    def _at_once(self, x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None) -> Tensor | None:
         """y where one call quantizes x and multiplies, which is faster for few rows than sharing their codes."""
         assert self.scheme.input is not None
         if self.scheme.input.granularity != "per_token":
             return None
-        return ops.w8a8_linear_at_once(x, None, weight, weight_scale, self.bias)
+        return ops.w8a8_linear_at_once(x, None, weight, weight_scale, bias)
 
 
 class StaticQuantLinear(DynamicQuantLinear):
@@ -124,8 +127,8 @@ class StaticQuantLinear(DynamicQuantLinear):
     def quantize_input(self, x: Tensor) -> tuple[Tensor, Tensor]:
         return ops.quantize_static(x, self.input_scale), self.input_scale
 
-    def _at_once(self, x: Tensor, weight: Tensor, weight_scale: Tensor) -> Tensor | None:
-        return ops.w8a8_linear_at_once(x, self.input_scale, weight, weight_scale, self.bias)
+    def _at_once(self, x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None) -> Tensor | None:
+        return ops.w8a8_linear_at_once(x, self.input_scale, weight, weight_scale, bias)
 
     def _key(self) -> object:
         if self.input_scale.is_meta:

@@ -16,7 +16,7 @@ from octavo.fused.norms import fused_norms
 from octavo.fused.rotary import fused_rotaries
 from octavo.layers import merge_weight_norm
 from octavo.model_code.facade import facade, needs_facade
-from octavo.model_code.weight_readers import asked_about, refuse_training, told_apart
+from octavo.model_code.weight_readers import asked_about, multiplied, refuse_training, told_apart
 from octavo.modules import (
     Codes,
     DynamicQuantLinear,
@@ -68,7 +68,7 @@ def install(
     places = _Places(model)
     owners: dict[str, QuantModule] = {}
     shared = SharedInput()
-    asked, tested = asked_about(model), told_apart(model)
+    asked, tested, factors = asked_about(model), told_apart(model), multiplied(model)
     todo = [decision for decision in decisions if decision.scheme]
     # Owners of shared tables first; then from the last to the first, which puts a child before its parent: an
     # attention block takes its out_proj over as it finds it.
@@ -77,7 +77,7 @@ def install(
         layer = model.get_submodule(decision.name)
         assert decision.scheme is not None
         merge_weight_norm(layer)
-        int8_class = _int8_class(decision, layer, decision.name in asked)
+        int8_class = _int8_class(decision, layer, decision.name in asked, decision.name in factors)
         new = owners[decision.name] = _int8_layer(int8_class, decision, layer, codes_of, owners, shared)
         places.swap(layer, new)
         if progress:
@@ -94,14 +94,14 @@ def install(
     keep_freed_memory()
 
 
-def _int8_class(decision: Decision, layer: nn.Module, is_asked: bool) -> Any:
+def _int8_class(decision: Decision, layer: nn.Module, is_asked: bool, is_multiplied: bool) -> Any:
     assert decision.scheme is not None
     if decision.owner is None:
         plain = decision.kind.module_for(decision.scheme)
     else:
         plain = TiedQuantEmbedding if decision.kind.name == "Embedding" else TiedQuantLinear
-    if is_asked or needs_facade(layer, decision.kind):
-        return facade(plain, layer, decision.kind)
+    if is_asked or is_multiplied or needs_facade(layer, decision.kind):
+        return facade(plain, layer, decision.kind, is_multiplied=is_multiplied)
     return plain
 
 

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from octavo.errors import QuantizeError, RecipeError
 from octavo.experts import routers
-from octavo.layers import KINDS, LayerKind, kind_of, users_of_parameters, weight_norm_of, why_not
+from octavo.layers import EXPERTS, KINDS, LayerKind, kind_of, users_of_parameters, weight_norm_of, why_not
 from octavo.model_code.facade import has_own_forward, needs_facade, why_no_facade
-from octavo.model_code.weight_readers import ask_a_parameter, asked_about, told_apart, weight_readers
+from octavo.model_code.weight_readers import ask_a_parameter, asked_about, multiplied, told_apart, weight_readers
 from octavo.modules import QuantModule
 from octavo.ops.reference import LONGEST_EXACT
 from octavo.quantization.coverage import ROUTER_REASON
@@ -29,10 +29,6 @@ from octavo.recipe import (
 )
 
 __all__ = ["Decision", "output_heads", "plan", "selects"]
-
-_WITH_FACADE = {*READ_BY_OTHERS, *OPT_IN_TARGETS}
-"""Kinds of layers that become int8 behind a facade, too. Others are opt-in there: a few small ones (the patches of a
-vision tower) would keep all readers but octavo from a checkpoint that they could read."""
 
 _KIND_NAMES = {kind.name for kind in KINDS} | {*OPT_IN_TARGETS}
 
@@ -73,10 +69,11 @@ def plan(model: nn.Module, recipe: Recipe) -> list[Decision]:
     layers = {name: layer for name, layer in model.named_modules() if kind_of(layer) is not None}
     _check_patterns(model, recipe, layers)
     heads = output_heads(model)
-    readers, tested, asked = weight_readers(model), told_apart(model), asked_about(model)
+    readers, tested, asked, factors = weight_readers(model), told_apart(model), asked_about(model), multiplied(model)
     deciding = routers(model)
     decisions: dict[str, Decision] = {}
     obstacles: dict[str, str] = {}
+    behind_facades = set()
     for name, layer in layers.items():
         kind = kind_of(layer)
         assert kind is not None
@@ -87,13 +84,13 @@ def plan(model: nn.Module, recipe: Recipe) -> list[Decision]:
             obstacles[name] = f"{readers[name]} reads its weight directly instead of calling it"
         elif name in tested:
             obstacles[name] = f"{tested[name]} tests its class, which would be another"
-        decision = decisions[name] = _decide(name, layer, kind, label, recipe, obstacles.get(name))
-        opt_in = label not in _WITH_FACADE and (name in asked or needs_facade(layer, kind))
-        if decision.scheme and opt_in and not _names(recipe, name, layer):
-            decision.scheme, decision.asked = None, True
-            decision.reason = f"opt-in: include {name!r} to quantize it; only octavo will read the checkpoint then"
+        is_seen = not (name in factors or has_own_forward(layer, kind))
+        decision = decisions[name] = _decide(name, layer, kind, label, recipe, obstacles.get(name), is_seen)
+        if decision.scheme and (name in asked or name in factors or needs_facade(layer, kind)):
+            behind_facades.add(name)
         if name in deciding and not (decision.asked or _names(recipe, name, layer)):
             decision.scheme, decision.reason, decision.asked = None, ROUTER_REASON, True
+    _keep_readable(decisions, layers, recipe, behind_facades)
     _leave_a_parameter(model, decisions, obstacles)
     # Each may leave a layer float that the other has to know of; neither does anything more the third time.
     for _ in range(2):
@@ -104,7 +101,10 @@ def plan(model: nn.Module, recipe: Recipe) -> list[Decision]:
     return list(decisions.values())
 
 
-def _decide(name: str, layer: nn.Module, kind: LayerKind, label: str, recipe: Recipe, obstacle: str | None) -> Decision:
+def _decide(
+    name: str, layer: nn.Module, kind: LayerKind, label: str, recipe: Recipe, obstacle: str | None, is_seen: bool
+) -> Decision:
+    """is_seen: whether calibration sees what the int8 layer will be given."""
     decision = Decision(name, kind, label, None)
     for pattern in recipe.ignore:
         if selects(pattern, name, layer, label):
@@ -121,12 +121,12 @@ def _decide(name: str, layer: nn.Module, kind: LayerKind, label: str, recipe: Re
         chosen = (scheme for pattern, scheme in recipe.overrides if pattern_matches(pattern, name, layer))
         wanted = next(chosen, recipe.scheme)
         decision.scheme = kind.effective(wanted)
-        if decision.scheme.is_static and has_own_forward(layer, kind):  # calibration saw what that is given
+        if decision.scheme.is_static and not is_seen:
             decision.scheme = decision.scheme.as_dynamic()
         if wanted.input and not decision.scheme.input:
             decision.note = f"the inputs of a {label} stay float"
         elif wanted.is_static and not decision.scheme.is_static:
-            what = type(layer).__name__ if has_own_forward(layer, kind) else label
+            what = label if is_seen else type(layer).__name__
             decision.note = f"the inputs of {what} have dynamic scales"
         elif decision.scheme.weight != wanted.weight:
             decision.note = f"the weights of {label} have a scale a channel, not {wanted.weight.granularity}"
@@ -134,6 +134,30 @@ def _decide(name: str, layer: nn.Module, kind: LayerKind, label: str, recipe: Re
             decision.scheme = kind.effective(Scheme("w8a16", wanted.weight))
             decision.note = f"its inputs stay float: int32 may not hold the sum of {k} products of codes"
     return decision
+
+
+def _keep_readable(
+    decisions: dict[str, Decision], layers: dict[str, nn.Module], recipe: Recipe, behind_facades: set[str]
+) -> None:
+    """A few convolutions behind facades (the patches of a vision tower) would keep all readers but octavo from a
+    checkpoint that they could read: such are opt-in. Not where the checkpoint is octavo's own for other layers, nor
+    where they are most of what becomes int8."""
+    sizes: dict[bool, int] = {False: 0, True: 0}
+    few = []
+    for name, decision in decisions.items():
+        if decision.scheme:
+            is_foreign = decision.label not in (*READ_BY_OTHERS, *OPT_IN_TARGETS, EXPERTS)
+            if is_foreign and name not in behind_facades:
+                return
+            layer, params = layers[name], decision.kind.params_of(layers[name])
+            sizes[is_foreign] += sum(getattr(layer, param).numel() for param in params)
+            if is_foreign and not _names(recipe, name, layer):
+                few.append(decision)
+    if sizes[True] <= sizes[False]:
+        for decision in few:
+            decision.scheme, decision.asked = None, True
+            name = decision.name
+            decision.reason = f"opt-in: include {name!r} to quantize it; only octavo will read the checkpoint then"
 
 
 def _names(recipe: Recipe, name: str, layer: nn.Module) -> bool:

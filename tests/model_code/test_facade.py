@@ -221,13 +221,16 @@ def test_can_be_compiled_and_exported(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["causal", "attention", "transposed"])
-def test_what_others_could_not_read_is_opt_in(name: str) -> None:
+def test_a_few_that_others_could_not_read_are_opt_in(name: str) -> None:
     """A vision tower's patches are not worth that vLLM cannot read the checkpoint."""
-    model = Around(CASES[name][0]())
-    report = octavo.quantize(model, "w8a16")
-    (reason,) = {row.reason for row in report.rows if len(row.shape) > 1 and "out_proj" not in row.name}
-    assert reason == "opt-in: include 'layer' to quantize it; only octavo will read the checkpoint then"
-    assert report.quantized_fraction == report.unasked_fraction == 0
+    make = CASES[name][0]
+    for beside, is_float in ((nn.Linear(32, 32), True), (nn.Linear(2, 2), False), (nn.Conv1d(2, 2, 1), False)):
+        model = nn.ModuleDict({"layer": make(), "beside": beside})
+        report = octavo.quantize(model, "w8a16")
+        reasons = {row.reason for row in report.rows if row.name.startswith("layer.") and "out_proj" not in row.name}
+        opt_in = "opt-in: include 'layer' to quantize it; only octavo will read the checkpoint then"
+        assert (opt_in in reasons) is is_float is not isinstance(model["layer"], QuantModule)
+        assert isinstance(model["beside"], QuantModule) and report.unasked_fraction == 0
 
 
 def test_what_its_class_has_is_there() -> None:
@@ -399,12 +402,128 @@ def test_who_asks_for_the_shape_of_a_weight_is_told_that_of_the_float_one() -> N
     assert model.up.weight.shape == (6, 4, 3) and model.turned.weight.shape == (8, 5)
 
 
+# -- weights that are handed to products ------------------------------------------------------------------------------
+
+
+class SeparateBiases(nn.Module):
+    """BEiT's attention."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv = nn.Linear(64, 48, bias=False)
+        self.q_bias, self.v_bias = nn.Parameter(torch.randn(16)), nn.Parameter(torch.randn(16))
+
+    def forward(self, x: Tensor) -> Tensor:
+        bias = torch.cat((self.q_bias, torch.zeros_like(self.v_bias), self.v_bias))
+        return F.linear(x, weight=self.qkv.weight, bias=bias)
+
+
+def attend(x: Tensor, qkv: Tensor, proj: Tensor, bias: Tensor | None = None) -> Tensor:
+    q, k, v = F.linear(x, qkv).chunk(3, -1)
+    return F.linear(F.scaled_dot_product_attention(q, k, v), proj, bias)
+
+
+class ByAFunction(nn.Module):
+    """Torchvision's Swin."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv, self.proj = nn.Linear(64, 48, bias=False), nn.Linear(16, 64)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return attend(x, self.qkv.weight, self.proj.weight, bias=self.proj.bias)
+
+
+class SamePadding(nn.Conv2d):
+    """TensorFlow's, as timm and efficientnet_pytorch have it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.conv2d(F.pad(x, (0, 1, 1, 2)), self.weight, self.bias, self.stride, 0, self.dilation, self.groups)
+
+
+class HeadByHand(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.body = nn.Embedding(40, 64), nn.Linear(64, 64)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return F.linear(torch.tanh(self.body(self.embed(ids))), self.embed.weight)
+
+
+MULTIPLIED: dict[str, tuple[Callable[[], nn.Module], Callable[[], Tensor]]] = {
+    "bias": (SeparateBiases, lambda: torch.randn(2, 5, 64)),
+    "function": (ByAFunction, lambda: torch.randn(2, 5, 64)),
+    "convolution": (
+        lambda: nn.Sequential(SamePadding(6, 8, 3, stride=2, groups=2), nn.Conv2d(8, 4, 1)),
+        lambda: torch.randn(2, 6, 9, 7),
+    ),
+    "head": (HeadByHand, lambda: ids(2, 5)),
+}
+
+
+def _exact(model: nn.Module, int8: nn.Module) -> nn.Module:
+    """The float model with the weights that the codes stand for."""
+    exact = copy.deepcopy(model)
+    for name, module in int8.named_modules():
+        if isinstance(module, QuantModule):
+            exact.get_submodule(name).weight.data = dequantize(*module.codes_and_scale())  # type: ignore[union-attr]
+    return exact
+
+
+@pytest.mark.parametrize("name", MULTIPLIED)
+def test_products_are_made_with_codes(name: str, tmp_path: Path) -> None:
+    make, inputs = MULTIPLIED[name]
+    torch.manual_seed(0)
+    model, x = make().eval(), inputs()
+    int8 = copy.deepcopy(model)
+    report = octavo.quantize(int8, "w8a16", include=["Embedding"] if name == "head" else [])
+    assert {row.scheme for row in report.rows if len(row.shape) > 1} == {"w8a16"}
+    y = int8(x)
+    torch.testing.assert_close(y, _exact(model, int8)(x), rtol=1e-5, atol=1e-5)
+    octavo.save(int8, tmp_path / "out")
+    for twin in (octavo.load(tmp_path / "out", model=make()).eval(), pickle.loads(pickle.dumps(int8))):
+        assert torch.equal(twin(x), y)
+    torch.compiler.reset()
+    torch.testing.assert_close(torch.compile(int8, fullgraph=True, backend="aot_eager")(x), y)
+    torch.testing.assert_close(torch.export.export(int8, (x,)).module()(x), y)
+
+
+@pytest.mark.parametrize("name", ["bias", "function"])
+def test_inputs_of_such_products_are_int8_with_dynamic_scales(name: str) -> None:
+    make, inputs = MULTIPLIED[name]
+    torch.manual_seed(0)
+    model, x = nn.Sequential(make(), nn.LazyLinear(8)).eval(), inputs()
+    model(x)
+    dynamic, static, fake = (copy.deepcopy(model) for _ in range(3))
+    octavo.quantize(dynamic, "w8a8")
+    octavo.quantize(fake, "w8a8", fake=True)
+    report = octavo.quantize(static, "w8a8-static", stats=octavo.calibrate(model, [x]))
+    schemes = {(row.scheme, row.reason) for row in report.rows if len(row.shape) > 1 and row.name.startswith("0")}
+    assert schemes == {("w8a8", "the inputs of Linear have dynamic scales")}
+    y = dynamic(x)
+    assert torch.equal(static[0](x), dynamic[0](x))
+    torch.testing.assert_close(fake(x), y, rtol=1e-3, atol=1e-3)
+    weights_only = _exact(model, dynamic)(x)
+    assert 0 < (y - weights_only).norm() / weights_only.norm() < 0.02
+
+
+def test_such_products_pass_gradients_on() -> None:
+    model = SeparateBiases().eval()
+    octavo.quantize(int8 := copy.deepcopy(model), "w8a16")
+    gradients = []
+    for each in (int8, _exact(model, int8)):
+        x = torch.randn(3, 64, generator=torch.Generator().manual_seed(0)).requires_grad_()
+        each(x).square().sum().backward()
+        gradients.append((x.grad, each.q_bias.grad))  # type: ignore[union-attr]
+    torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-4, atol=1e-4)
+
+
 # -- classes whose methods cannot stand on top of an int8 layer --------------------------------------------------------
 
 
 class Reading(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight) + self.bias
+        return x @ self.weight.T + self.bias
 
 
 class ReadingInAnotherMethod(nn.Linear):

@@ -19,7 +19,7 @@ from transformers.pytorch_utils import Conv1D
 
 import octavo
 from octavo.errors import OctavoWarning
-from octavo.model_code.weight_readers import asked_about, told_apart, weight_readers
+from octavo.model_code.weight_readers import asked_about, multiplied, told_apart, weight_readers
 
 
 class Block(nn.Module):
@@ -45,7 +45,7 @@ class Base(nn.Module):
 
 class MultipliesByIt(Base):
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.head.weight)
+        return x @ self.head.weight.T
 
 
 class InitialState(Base):
@@ -91,7 +91,7 @@ class ZippedLoop(Base):
 class LoopOverWritten(Base):
     def forward(self, x: Tensor) -> Tensor:
         for layer in (self.proj, self.blocks[0].up):
-            x = F.linear(x, layer.weight)
+            x = x @ layer.weight.T
         products = [x @ each.weight for each in [*self.experts.values(), self.head]]
         return x + sum(products)
 
@@ -200,7 +200,7 @@ class RecurrentByHand(Base):
 
 class AttentionByHand(Base):
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.attention.out_proj.weight)
+        return x @ self.attention.out_proj.weight.T
 
 
 class Property(Base):
@@ -409,7 +409,7 @@ class HandsItToBoth(Base):
         return x.to(layer.weight.dtype)
 
     def multiply(self, x: Tensor, layer: nn.Linear) -> Tensor:
-        return F.linear(x.to(layer.weight.dtype), layer.weight)
+        return x.to(layer.weight.dtype) @ layer.weight.T
 
     def forward(self, x: Tensor) -> Tensor:
         return self.multiply(self.cast(x, self.proj), self.head)
@@ -443,6 +443,91 @@ ASKS: list[tuple[nn.Module, set[str], dict[str, str]]] = [
 def test_asked_about(model: nn.Module, asked: set[str], read: dict[str, str]) -> None:
     assert weight_readers(model) == read
     assert {name for name in asked_about(model) if name not in read} == asked - read.keys()
+
+
+# -- ways to multiply --------------------------------------------------------------------------------------------------
+
+
+class Multiplies(Base):
+    """In all the ways in which codes can be used."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.table = nn.Conv1d(4, 4, 1), nn.Embedding(12, 4)
+
+    def by_name(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(input=x, weight=self.proj.weight, bias=None)
+
+    def in_a_loop(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = torch.nn.functional.linear(x.to(block.up.weight.dtype), block.up.weight) * block.up.weight.shape[0]
+        return x
+
+    def in_a_function(self, x: Tensor) -> Tensor:
+        return projected(x, self.attention.out_proj.weight, self.blocks[0].down.weight, scale=2)
+
+    def by_a_function_given_it_by_name(self, x: Tensor) -> Tensor:
+        return projected(x, second=self.blocks[1].down.weight, first=self.experts.a.weight)
+
+    def handed_to_a_method(self, x: Tensor, layer: nn.Module) -> Tensor:
+        return F.conv1d(x, layer.weight)  # type: ignore[arg-type]
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.in_a_function(self.in_a_loop(self.by_name(x)))
+        return F.linear(self.handed_to_a_method(x.T, self.conv).T, self.table.weight)
+
+
+def projected(x: Tensor, first: Tensor, second: Tensor, scale: float = 1) -> Tensor:
+    """What it is handed goes into products, here and further down."""
+    x = x.reshape(-1, first.shape[-1]).to(first.dtype)
+    return scale * once_more(F.linear(x, first), second)
+
+
+def once_more(x: Tensor, weight: Tensor) -> Tensor:
+    return F.linear(x, weight, None)
+
+
+class MultipliesOtherwise(Base):
+    """In ways in which codes would do something else."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.turned = Conv1D(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        linear = torch.mul
+        x = linear(x, self.proj.weight) + F.linear(self.head.weight, x)
+        x = F.linear(x, self.turned.weight)
+        x = normalized(x, self.experts.a.weight) + overwritten(x, self.experts.b.weight)
+        return F.linear(F.linear(x, self.blocks[0].up.weight.T), self.blocks[1].up.weight * 2)
+
+
+linear = F.linear
+
+
+def normalized(x: Tensor, weight: Tensor) -> Tensor:
+    return F.linear(x, weight) / weight.norm()
+
+
+def overwritten(x: Tensor, weight: Tensor) -> Tensor:
+    weight = weight / 2
+    return F.linear(x, weight)
+
+
+def test_multiplied() -> None:
+    model = Multiplies()
+    assert weight_readers(model) == {}
+    assert multiplied(model) == {
+        "proj", "blocks.0.up", "blocks.1.up", "blocks.2.up", "attention.out_proj", "blocks.0.down", "blocks.1.down",
+        "experts.a", "conv", "table",
+    }  # fmt: skip
+
+
+def test_multiplied_otherwise() -> None:
+    model = MultipliesOtherwise()
+    read = {"proj", "head", "turned", "experts.a", "experts.b", "blocks.0.up", "blocks.1.up"}
+    assert weight_readers(model) == dict.fromkeys(read, "MultipliesOtherwise.forward")
+    assert multiplied(model) == set()
 
 
 # -- ways to test a class ----------------------------------------------------------------------------------------------
@@ -548,7 +633,7 @@ def test_what_is_tested_is_replaced_by_nothing() -> None:
 
 class ReadsItself(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight)
+        return x @ self.weight.T
 
 
 class AsksItself(nn.Linear):
@@ -647,7 +732,7 @@ class WhenTraining(Base):
 
     def forward(self, x: Tensor, cache: Any = None) -> Tensor:
         if self.training and cache is None:
-            return F.linear(x.to(self.proj.weight.dtype), self.proj.weight)
+            return x.to(self.proj.weight.dtype) @ self.proj.weight.T
         return self.proj(x)
 
 
@@ -732,7 +817,7 @@ class WithABiasOfItsOwn(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self.q_bias is None:
             return self.qkv(x)
-        return F.linear(x, self.qkv.weight, self.q_bias)
+        return x @ self.qkv.weight.T + self.q_bias
 
 
 class UnlessItRotates(nn.Module):
@@ -746,7 +831,7 @@ class UnlessItRotates(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.rotation and x is not None:
-            return F.linear(x, self.qkv.weight)
+            return x @ self.qkv.weight.T
         return self.qkv(x)
 
 

@@ -103,8 +103,13 @@ class TimesTwo(nn.Linear):
         return F.linear(x, self.weight * 2, self.bias)
 
 
+class ItsNorm(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight, self.bias) / self.weight.norm()
+
+
 class OfTheWeightsDtype(nn.Linear):
-    """What it returns is of another dtype than what an int8 layer would."""
+    """What it returns is of another dtype than what a plain int8 layer would."""
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x.to(self.weight.dtype), self.weight, self.bias)
@@ -126,8 +131,8 @@ class MoreMethods(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight, self.bias)
 
-    def penalty(self) -> Tensor:
-        return self.weight.norm()
+    def rank(self) -> int:
+        return min(self.weight.shape)
 
 
 class Padded(nn.Conv1d):
@@ -135,17 +140,29 @@ class Padded(nn.Conv1d):
         return F.conv1d(F.pad(x, (1, 0)), self.weight, self.bias)
 
 
-@pytest.mark.parametrize("cls", [TimesTwo, OfTheWeightsDtype, NoisyInTraining, Remembers, MoreMethods])
+@pytest.mark.parametrize("cls", [TimesTwo, ItsNorm])
 @pytest.mark.filterwarnings("ignore:.*stay float:octavo.errors.OctavoWarning")
-def test_a_linear_layer_that_does_anything_else_stays_float(cls: type[nn.Linear]) -> None:
+def test_a_layer_that_does_anything_else_with_its_weight_stays_float(cls: type[nn.Linear]) -> None:
     model = nn.Sequential(cls(9, 5), nn.Linear(5, 5))
     row = octavo.quantize(model, "w8a16").rows[0]
     assert type(model[0]) is cls
     assert "reads its weight directly" in str(row.reason)
 
 
-@pytest.mark.filterwarnings("ignore:.*stay float:octavo.errors.OctavoWarning")
-def test_so_does_a_convolution() -> None:
-    model = nn.Sequential(Padded(6, 4, 3), nn.Conv1d(4, 4, 3))
-    octavo.quantize(model, "w8a16")
-    assert type(model[0]) is Padded
+@pytest.mark.parametrize("cls", [OfTheWeightsDtype, NoisyInTraining, Remembers, MoreMethods, Padded])
+def test_one_that_does_something_around_the_product_goes_on_doing_it(cls: Any) -> None:
+    is_linear = issubclass(cls, nn.Linear)
+    model = nn.Sequential(cls(9, 5) if is_linear else cls(6, 4, 3))
+    int8 = copy.deepcopy(model)
+    octavo.quantize(int8, "w8a16")
+    assert isinstance(int8[0], QuantModule) and type(int8[0]) is not QuantLinear
+    expected = _dequantized(model, int8)
+    for mode in (True, False):
+        x = _rows()
+        torch.testing.assert_close(int8.train(mode)(x), expected.train(mode)(x), rtol=1e-5, atol=1e-6)
+    if cls is OfTheWeightsDtype:
+        assert int8(_rows().half()).dtype == torch.float32
+    if cls is Remembers:
+        assert int8[0].seen == (2, 6, 9)
+    if cls is MoreMethods:
+        assert int8[0].rank() == 5

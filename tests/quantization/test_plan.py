@@ -86,7 +86,7 @@ class TestWhatStaysFloat:
     def test_a_subclass_that_multiplies_by_itself(self) -> None:
         class Doubled(nn.Linear):
             def forward(self, input: Tensor) -> Tensor:
-                return 2 * nn.functional.linear(input, self.weight, self.bias)
+                return nn.functional.linear(input, 2 * self.weight, self.bias)
 
         class Renamed(nn.Linear):
             pass

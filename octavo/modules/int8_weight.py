@@ -1,0 +1,51 @@
+"""The weight of an int8 layer, for code outside of the layer that multiplies with it.
+
+    qkv = F.linear(x, self.qkv.weight, torch.cat((self.q_bias, self.k_bias, self.v_bias)))      BEiT, EVA, Swin V2
+    return F.conv2d(self.pad(x), self.weight, self.bias, self.stride)                           TensorFlow's padding
+
+It is no tensor: torch asks whatever it is handed for a `__torch_function__`, and so these functions compute what the
+int8 layer would, with the bias, and the geometry, that they are given. To anything else it is what the float weight
+looks like from outside: a tensor of its shape and dtype, without values.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+from torch.nn import functional as F
+
+__all__ = ["PRODUCTS", "Int8Weight"]
+
+PRODUCTS: dict[Callable[..., Any], tuple[str, ...]] = {
+    F.linear: ("Linear", "Embedding"),
+    F.conv1d: ("Conv1d",),
+    F.conv2d: ("Conv2d",),
+    F.conv3d: ("Conv3d",),
+}
+"""Functions of an input, a weight, a bias and a geometry -> the kinds of layers whose int8 weights they take."""
+
+_PARAMETERS = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
+
+
+class Int8Weight:
+    """The `weight` of an int8 layer, that looks like the tensor `shown`."""
+
+    def __init__(self, layer: Any, shown: Tensor) -> None:
+        self.layer = layer
+        self.shown = shown
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.shown, name)
+
+    @classmethod
+    def __torch_function__(
+        cls, function: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        given: dict[str, Any] = {**dict(zip(_PARAMETERS, args, strict=False)), **(kwargs or {})}
+        weight = given.pop("weight", None)
+        if function in PRODUCTS and isinstance(weight, cls):
+            return weight.layer.product(**given)
+        shown = [each.shown if isinstance(each, cls) else each for each in args]
+        return function(*shown, **{key: v.shown if isinstance(v, cls) else v for key, v in (kwargs or {}).items()})
