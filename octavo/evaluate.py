@@ -30,6 +30,7 @@ from torch import Tensor, nn
 
 from octavo.errors import EvaluateError, OctavoWarning
 from octavo.feeding import Progress, at_rest, check_batches, device_of, drawn_again, feed, hooked, padding_masks
+from octavo.model_code.products import products_as_calls
 from octavo.report import Comparison, LayerQuality, NotCompared
 from octavo.smoothing.smoothed import smooth_scales
 
@@ -124,7 +125,7 @@ def compare(
     devices = device_of(float_model, "float_model"), device_of(int8_model, "int8_model")
     output = _OutputTally()
     count = 0
-    with at_rest(float_model, int8_model):
+    with at_rest(float_model, int8_model), products_as_calls(float_model), products_as_calls(int8_model):
         for count, batch in enumerate(batches, start=1):
             where = f"batch {count - 1}"
             masks = padding_masks(batch)

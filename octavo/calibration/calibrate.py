@@ -50,6 +50,7 @@ from octavo.feeding import (
     padding_masks,
 )
 from octavo.layers import is_stack, kind_of, why_not
+from octavo.model_code.products import products_as_calls
 from octavo.whole import replacing
 
 __all__ = ["Stats", "calibrate", "check_stats", "columns_of", "is_watched", "largest_of_columns"]
@@ -265,7 +266,8 @@ def calibrate(
     rank, processes = _share()
     total = operator.length_hint(batches)  # 0 for a generator, and for a DataLoader of an IterableDataset
     example, count = None, 0
-    with at_rest(model), hooked(layers, _seer(watch)), hooked(stacks, _seer_of_experts(watch)):
+    seen = hooked(layers, _seer(watch)), hooked(stacks, _seer_of_experts(watch))
+    with at_rest(model), products_as_calls(model), seen[0], seen[1]:
         for count, batch in enumerate(batches, start=1):
             example = batch if count == 1 else example
             if (count - 1) % processes == rank:

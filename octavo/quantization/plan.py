@@ -84,8 +84,7 @@ def plan(model: nn.Module, recipe: Recipe) -> list[Decision]:
             obstacles[name] = f"{readers[name]} reads its weight directly instead of calling it"
         elif name in tested:
             obstacles[name] = f"{tested[name]} tests its class, which would be another"
-        is_seen = not (name in factors or has_own_forward(layer, kind))
-        decision = decisions[name] = _decide(name, layer, kind, label, recipe, obstacles.get(name), is_seen)
+        decision = decisions[name] = _decide(name, layer, kind, label, recipe, obstacles.get(name))
         if decision.scheme and (name in asked or name in factors or needs_facade(layer, kind)):
             behind_facades.add(name)
         if name in deciding and not (decision.asked or _names(recipe, name, layer)):
@@ -101,10 +100,7 @@ def plan(model: nn.Module, recipe: Recipe) -> list[Decision]:
     return list(decisions.values())
 
 
-def _decide(
-    name: str, layer: nn.Module, kind: LayerKind, label: str, recipe: Recipe, obstacle: str | None, is_seen: bool
-) -> Decision:
-    """is_seen: whether calibration sees what the int8 layer will be given."""
+def _decide(name: str, layer: nn.Module, kind: LayerKind, label: str, recipe: Recipe, obstacle: str | None) -> Decision:
     decision = Decision(name, kind, label, None)
     for pattern in recipe.ignore:
         if selects(pattern, name, layer, label):
@@ -121,12 +117,12 @@ def _decide(
         chosen = (scheme for pattern, scheme in recipe.overrides if pattern_matches(pattern, name, layer))
         wanted = next(chosen, recipe.scheme)
         decision.scheme = kind.effective(wanted)
-        if decision.scheme.is_static and not is_seen:
+        if decision.scheme.is_static and has_own_forward(layer, kind):  # calibration saw what that is given
             decision.scheme = decision.scheme.as_dynamic()
         if wanted.input and not decision.scheme.input:
             decision.note = f"the inputs of a {label} stay float"
         elif wanted.is_static and not decision.scheme.is_static:
-            what = label if is_seen else type(layer).__name__
+            what = type(layer).__name__ if has_own_forward(layer, kind) else label
             decision.note = f"the inputs of {what} have dynamic scales"
         elif decision.scheme.weight != wanted.weight:
             decision.note = f"the weights of {label} have a scale a channel, not {wanted.weight.granularity}"

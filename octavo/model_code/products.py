@@ -1,0 +1,88 @@
+"""Products that other code makes with a layer's weight, as calls of the layer: so that hooks on it see them.
+
+    qkv = F.linear(x, self.qkv.weight, bias)                nothing calls self.qkv, and its hooks would not run
+
+Who watches layers (`calibrate`, `compare`) watches by hooks. While `products_as_calls` is open, such a product is made
+within a call of the layer, whose arguments and output are those of the product.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+from torch import nn
+from torch.overrides import TorchFunctionMode
+
+from octavo.model_code.weight_readers import multiplied
+from octavo.modules import QuantModule
+from octavo.modules.int8_weight import PRODUCTS, Int8Weight
+
+__all__ = ["products_as_calls"]
+
+
+@contextlib.contextmanager
+def products_as_calls(model: Any) -> Iterator[None]:
+    """While open, products with weights of layers of `model`, float or int8, run as calls of these layers. What is no
+    module is left alone."""
+    names = multiplied(model) if isinstance(model, nn.Module) else set()
+    modules = model.named_modules() if isinstance(model, nn.Module) else ()
+    layers = [layer for name, layer in modules if name in names or _shows_int8(layer)]
+    if not layers:
+        yield
+        return
+    mode = _AsCalls({id(layer._parameters.get("weight", layer)): layer for layer in layers})
+    hooks = [layer.register_forward_pre_hook(mode.begin) for layer in layers]
+    hooks += [layer.register_forward_hook(mode.end, always_call=True) for layer in layers]
+    try:
+        with mode:
+            yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _shows_int8(layer: nn.Module) -> bool:
+    return isinstance(layer, QuantModule) and isinstance(getattr(layer, "weight", None), Int8Weight)
+
+
+class _AsCalls(TorchFunctionMode):
+    """layers: id of a float weight, or of an int8 layer, -> the layer."""
+
+    def __init__(self, layers: Mapping[int, nn.Module]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._layers = layers
+        self._running: set[int] = set()
+
+    def begin(self, layer: nn.Module, inputs: Any) -> None:
+        self._running.add(id(layer))
+
+    def end(self, layer: nn.Module, inputs: Any, output: Any) -> None:
+        self._running.discard(id(layer))
+
+    def __torch_function__(
+        self,
+        function: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        named = dict(kwargs or {})
+        layer = self._layer(function, args, named)
+        if layer is None:
+            return function(*args, **named)
+        x = args[0] if args else named.pop("input")
+        vars(layer)["forward"] = lambda input: function(input, *args[1:], **named)
+        try:
+            return layer(x)
+        finally:
+            del vars(layer)["forward"]
+
+    def _layer(self, function: Any, args: tuple[Any, ...], named: Mapping[str, Any]) -> nn.Module | None:
+        """The layer whose weight `function` multiplies with, unless it is the layer itself that does it."""
+        if function not in PRODUCTS:
+            return None
+        weight = args[1] if len(args) > 1 else named.get("weight")
+        layer = self._layers.get(id(weight.layer if isinstance(weight, Int8Weight) else weight))
+        return None if id(layer) in self._running else layer
