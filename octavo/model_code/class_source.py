@@ -29,6 +29,7 @@ from types import FunctionType
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from octavo.layers import KINDS
 from octavo.modules.int8_weight import PRODUCTS
@@ -422,8 +423,10 @@ def _product_of(function: Any, key: int | str | None) -> str | None:
 
 @functools.cache
 def _products_of_parameters(function: FunctionType) -> dict[str, str]:
-    """Of the parameters that `function` makes a product of, and otherwise only asks for their shape and dtype: their
-    names, and what they go into."""
+    """Of the parameters that `function` makes a product of, and otherwise only asks for their shape and dtype, or
+    whether they are None: their names, and what they go into."""
+    if function is F.multi_head_attention_forward:  # which asks all that it is handed for a `__torch_function__` first
+        return {f"{name}_proj_weight": goes_into(F.linear) for name in ("q", "k", "v", "out")}
     try:
         (definition,) = ast.parse(textwrap.dedent(inspect.getsource(function))).body
     except (OSError, TypeError, SyntaxError, ValueError):
@@ -431,11 +434,16 @@ def _products_of_parameters(function: FunctionType) -> dict[str, str]:
     products = _products(definition, function.__globals__, _is_name)
     asked = (node for node in ast.walk(definition) if isinstance(node, ast.Attribute))
     harmless = {node.value for node in asked if node.attr in _HARMLESS or node.attr in _ASPECTS}
+    harmless |= {node.left for node in ast.walk(definition) if isinstance(node, ast.Compare) and _is_identity(node)}
     goes: dict[str, set[str]] = {}
     for node in ast.walk(definition):
         if isinstance(node, ast.Name) and node not in harmless:
             goes.setdefault(node.id, set()).add(products.get(node, "elsewhere"))
     return {name: what for name, (what, *others) in goes.items() if not others and what != "elsewhere"}
+
+
+def _is_identity(test: ast.Compare) -> bool:
+    return all(isinstance(op, ast.Is | ast.IsNot) for op in test.ops)
 
 
 def _reads_and_calls(

@@ -13,11 +13,12 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from torch import nn
+from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from octavo.model_code.weight_readers import multiplied
 from octavo.modules import QuantModule
-from octavo.modules.int8_weight import PRODUCTS, Int8Weight
+from octavo.modules.int8_weight import ATTENTION, PRODUCTS, Int8Weight
 
 __all__ = ["products_as_calls"]
 
@@ -69,6 +70,9 @@ class _AsCalls(TorchFunctionMode):
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         named = dict(kwargs or {})
+        if function is F.multi_head_attention_forward:
+            with self:  # which is off in here
+                return ATTENTION(*args, **named)
         layer = self._layer(function, args, named)
         if layer is None:
             return function(*args, **named)

@@ -2,6 +2,7 @@
 
     qkv = F.linear(x, self.qkv.weight, torch.cat((self.q_bias, self.k_bias, self.v_bias)))      BEiT, EVA, Swin V2
     return F.conv2d(self.pad(x), self.weight, self.bias, self.stride)                           TensorFlow's padding
+    F.multi_head_attention_forward(x, x, x, ..., q_proj_weight=self.q_proj.weight, ...)         WavLM, fairseq, ESM
 
 It is no tensor: torch asks whatever it is handed for a `__torch_function__`, and so these functions compute what the
 int8 layer would, with the bias, and the geometry, that they are given. To anything else it is what the float weight
@@ -16,7 +17,9 @@ from typing import Any
 from torch import Tensor
 from torch.nn import functional as F
 
-__all__ = ["PRODUCTS", "Int8Weight"]
+from octavo.stand_ins import same_code
+
+__all__ = ["ATTENTION", "PRODUCTS", "Int8Weight"]
 
 PRODUCTS: dict[Callable[..., Any], tuple[str, ...]] = {
     F.linear: ("Linear", "Embedding"),
@@ -25,6 +28,10 @@ PRODUCTS: dict[Callable[..., Any], tuple[str, ...]] = {
     F.conv3d: ("Conv3d",),
 }
 """Functions of an input, a weight, a bias and a geometry -> the kinds of layers whose int8 weights they take."""
+
+_attention: Any = F.multi_head_attention_forward
+ATTENTION = same_code(_attention, {**_attention.__globals__, "has_torch_function": lambda _: False}, None)
+"""Torch's function as it is, but that it does not ask what it is handed before it multiplies."""
 
 _PARAMETERS = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
 
@@ -43,6 +50,8 @@ class Int8Weight:
     def __torch_function__(
         cls, function: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        if function is F.multi_head_attention_forward:
+            return ATTENTION(*args, **(kwargs or {}))
         given: dict[str, Any] = {**dict(zip(_PARAMETERS, args, strict=False)), **(kwargs or {})}
         weight = given.pop("weight", None)
         if function in PRODUCTS and isinstance(weight, cls):

@@ -434,6 +434,23 @@ class ByAFunction(nn.Module):
         return attend(x, self.qkv.weight, self.proj.weight, bias=self.proj.bias)
 
 
+class ByTorchsFunction(nn.Module):
+    """WavLM's attention, and fairseq's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q_proj, self.k_proj, self.v_proj, self.out_proj = (nn.Linear(64, 64) for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        biases = torch.cat((self.q_proj.bias, self.k_proj.bias, self.v_proj.bias))
+        none = torch.empty([0])
+        return F.multi_head_attention_forward(
+            x, x, x, 64, 4, none, biases, None, None, False, 0.0, self.out_proj.weight, self.out_proj.bias, False,
+            need_weights=False, use_separate_proj_weight=True, q_proj_weight=self.q_proj.weight,
+            k_proj_weight=self.k_proj.weight, v_proj_weight=self.v_proj.weight,
+        )[0]  # fmt: skip
+
+
 class SamePadding(nn.Conv2d):
     """TensorFlow's, as timm and efficientnet_pytorch have it."""
 
@@ -453,6 +470,7 @@ class HeadByHand(nn.Module):
 MULTIPLIED: dict[str, tuple[Callable[[], nn.Module], Callable[[], Tensor]]] = {
     "bias": (SeparateBiases, lambda: torch.randn(2, 5, 64)),
     "function": (ByAFunction, lambda: torch.randn(2, 5, 64)),
+    "attention": (ByTorchsFunction, lambda: torch.randn(5, 2, 64)),
     "convolution": (
         lambda: nn.Sequential(SamePadding(6, 8, 3, stride=2, groups=2), nn.Conv2d(8, 4, 1)),
         lambda: torch.randn(2, 6, 9, 7),
@@ -488,7 +506,7 @@ def test_products_are_made_with_codes(name: str, tmp_path: Path) -> None:
     torch.testing.assert_close(torch.export.export(int8, (x,)).module()(x), y)
 
 
-@pytest.mark.parametrize("name", ["bias", "function"])
+@pytest.mark.parametrize("name", ["bias", "function", "attention"])
 def test_inputs_of_such_products_are_int8_too(name: str) -> None:
     make, inputs = MULTIPLIED[name]
     torch.manual_seed(0)
@@ -503,6 +521,8 @@ def test_inputs_of_such_products_are_int8_too(name: str) -> None:
         torch.testing.assert_close(fake(x), y, rtol=1e-3, atol=1e-3)
         weights_only = _exact(model, int8)(x)
         assert 0 < (y - weights_only).norm() / weights_only.norm() < 0.02
+        judged = octavo.compare(model, int8, [x])
+        assert not judged.not_compared and {layer.name for layer in judged.layers} == stats.observers.keys()
 
 
 def test_such_products_pass_gradients_on() -> None:
