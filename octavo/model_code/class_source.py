@@ -178,7 +178,7 @@ class Method:
 
     @functools.cached_property
     def _found(self) -> list[Read | Call]:
-        products = _products(self._definition, self._known, _is_attribute)
+        products = _products(self._definition, self._known, _is_weight_of_a_part)
         return list(_reads_and_calls(self._definition, (), self._names, products))
 
 
@@ -384,20 +384,17 @@ def _products(within: ast.AST, known: Mapping[str, Any], is_one: Callable[[ast.e
     own |= {node.arg for node in nodes if isinstance(node, ast.arg)}
     found: dict[ast.expr, str] = {}
     for call in (node for node in nodes if isinstance(node, ast.Call)):
-        given: list[tuple[int | str | None, ast.expr]] = list(enumerate(call.args))
-        given += [(keyword.arg, keyword.value) for keyword in call.keywords]
+        given: list[tuple[int | str | None, ast.expr]] = [(keyword.arg, keyword.value) for keyword in call.keywords]
+        if not any(isinstance(argument, ast.Starred) for argument in call.args):
+            given += enumerate(call.args)
         for key, argument in given:
             if is_one(argument) and (product := _product_of(_meaning(call.func, known, own), key)):
                 found[argument] = product
     return found
 
 
-def _is_attribute(node: ast.expr) -> bool:
+def _is_weight_of_a_part(node: ast.expr) -> bool:
     return isinstance(node, ast.Attribute) and is_weight(node.attr)
-
-
-def _is_name(node: ast.expr) -> bool:
-    return isinstance(node, ast.Name)
 
 
 def _meaning(node: ast.expr, known: Mapping[str, Any], own: set[str]) -> Any:
@@ -411,35 +408,47 @@ def _meaning(node: ast.expr, known: Mapping[str, Any], own: set[str]) -> Any:
 
 
 def _product_of(function: Any, key: int | str | None) -> str | None:
-    """What an argument of `function`, at that position or of that name, goes into."""
-    if inspect.isbuiltin(function) and function in PRODUCTS:
-        return goes_into(function) if key in (1, "weight") else None
-    if not isinstance(function, FunctionType):
+    """What an argument of `function`, at that position or of that name, goes into, and nothing else is done with it."""
+    if inspect.isbuiltin(function):
+        return goes_into(function) if function in PRODUCTS and key in (1, "weight") else None
+    if not isinstance(function, FunctionType) or inspect.unwrap(function) is not function:
         return None
-    parameters = function.__code__.co_varnames[: function.__code__.co_argcount + function.__code__.co_kwonlyargcount]
-    name = parameters[key] if isinstance(key, int) and key < function.__code__.co_argcount else key
-    return _products_of_parameters(function).get(name) if isinstance(name, str) else None
+    positional = function.__code__.co_varnames[: function.__code__.co_argcount]
+    name = positional[key] if isinstance(key, int) and key < len(positional) else key
+    return _product_of_parameter(function, name) if isinstance(name, str) else None
+
+
+_of_parameters: dict[tuple[FunctionType, str], str | None] = {}
+
+
+def _product_of_parameter(function: FunctionType, name: str) -> str | None:
+    """What `function` makes a product of its parameter `name` by, if it otherwise only asks for its shape and dtype, or
+    whether it is None."""
+    if function is F.multi_head_attention_forward:  # which asks all that it is handed for a `__torch_function__` first
+        return goes_into(F.linear) if name in {f"{part}_proj_weight" for part in ("q", "k", "v", "out")} else None
+    if (function, name) not in _of_parameters:
+        _of_parameters[function, name] = None  # to one that calls itself
+        _of_parameters[function, name] = _only_product(_definition_of(function), function.__globals__, name)
+    return _of_parameters[function, name]
+
+
+def _only_product(definition: ast.AST, known: Mapping[str, Any], name: str) -> str | None:
+    nodes = list(ast.walk(definition))
+    asked = [node.value for node in nodes if isinstance(node, ast.Attribute) and node.attr in {*_HARMLESS, *_ASPECTS}]
+    asked += [node.left for node in nodes if isinstance(node, ast.Compare) and _is_identity(node)]
+    uses = [node for node in nodes if isinstance(node, ast.Name) and node.id == name and node not in asked]
+    products = _products(definition, known, lambda node: isinstance(node, ast.Name) and node.id == name)
+    goes = {products.get(use) for use in uses}
+    return goes.pop() if len(goes) == 1 else None
 
 
 @functools.cache
-def _products_of_parameters(function: FunctionType) -> dict[str, str]:
-    """Of the parameters that `function` makes a product of, and otherwise only asks for their shape and dtype, or
-    whether they are None: their names, and what they go into."""
-    if function is F.multi_head_attention_forward:  # which asks all that it is handed for a `__torch_function__` first
-        return {f"{name}_proj_weight": goes_into(F.linear) for name in ("q", "k", "v", "out")}
+def _definition_of(function: FunctionType) -> ast.AST:
+    """The syntax of a function; an empty one where it has no source."""
     try:
-        (definition,) = ast.parse(textwrap.dedent(inspect.getsource(function))).body
-    except (OSError, TypeError, SyntaxError, ValueError):
-        return {}
-    products = _products(definition, function.__globals__, _is_name)
-    asked = (node for node in ast.walk(definition) if isinstance(node, ast.Attribute))
-    harmless = {node.value for node in asked if node.attr in _HARMLESS or node.attr in _ASPECTS}
-    harmless |= {node.left for node in ast.walk(definition) if isinstance(node, ast.Compare) and _is_identity(node)}
-    goes: dict[str, set[str]] = {}
-    for node in ast.walk(definition):
-        if isinstance(node, ast.Name) and node not in harmless:
-            goes.setdefault(node.id, set()).add(products.get(node, "elsewhere"))
-    return {name: what for name, (what, *others) in goes.items() if not others and what != "elsewhere"}
+        return ast.parse(textwrap.dedent(inspect.getsource(function)))
+    except (OSError, TypeError, SyntaxError):
+        return ast.Module([], [])
 
 
 def _is_identity(test: ast.Compare) -> bool:

@@ -484,6 +484,7 @@ def projected(x: Tensor, first: Tensor, second: Tensor, scale: float = 1) -> Ten
 
 
 def once_more(x: Tensor, weight: Tensor) -> Tensor:
+    assert weight is not None
     return F.linear(x, weight, None)
 
 
@@ -499,6 +500,8 @@ class MultipliesOtherwise(Base):
         x = linear(x, self.proj.weight) + F.linear(self.head.weight, x)
         x = F.linear(x, self.turned.weight)
         x = normalized(x, self.experts.a.weight) + overwritten(x, self.experts.b.weight)
+        x = in_parts(x, self.blocks[0].down.weight) + doubled(x, weight=self.blocks[1].down.weight)
+        x = F.linear(*(x, self.blocks[2].up.weight)) + F.linear(*[x], self.blocks[2].down.weight)
         return F.linear(F.linear(x, self.blocks[0].up.weight.T), self.blocks[1].up.weight * 2)
 
 
@@ -514,6 +517,23 @@ def overwritten(x: Tensor, weight: Tensor) -> Tensor:
     return F.linear(x, weight)
 
 
+def in_parts(x: Tensor, weight: Tensor) -> Tensor:
+    return F.linear(x, weight) if len(x) < 9 else torch.cat([in_parts(part, weight) for part in x.chunk(2)])
+
+
+def twice_the_weight(function: Any) -> Any:
+    @functools.wraps(function)
+    def call(x: Tensor, weight: Tensor) -> Tensor:
+        return function(x, 2 * weight)
+
+    return call
+
+
+@twice_the_weight
+def doubled(x: Tensor, weight: Tensor) -> Tensor:
+    return F.linear(x, weight)
+
+
 def test_multiplied() -> None:
     model = Multiplies()
     assert weight_readers(model) == {}
@@ -525,7 +545,8 @@ def test_multiplied() -> None:
 
 def test_multiplied_otherwise() -> None:
     model = MultipliesOtherwise()
-    read = {"proj", "head", "turned", "experts.a", "experts.b", "blocks.0.up", "blocks.1.up"}
+    read = {"proj", "head", "turned", "experts.a", "experts.b"}
+    read |= {f"blocks.{i}.{layer}" for i in range(3) for layer in ("up", "down")}
     assert weight_readers(model) == dict.fromkeys(read, "MultipliesOtherwise.forward")
     assert multiplied(model) == set()
 
