@@ -155,8 +155,18 @@ class _ExpertsKind(LayerKind):
         return codes, scale
 
 
-class _RecurrentKind(LayerKind):
-    """Recurrent layers: how many weights there are is for each of them to say; int8 inputs are dynamic."""
+class _DynamicKind(LayerKind):
+    """Layers of several weights: int8 inputs have dynamic scales."""
+
+    def effective(self, scheme: Scheme) -> Scheme:
+        return Scheme("w8a16", scheme.weight) if scheme.input is None else Scheme("w8a8")
+
+    def module_for(self, scheme: Scheme) -> type[modules.QuantModule]:
+        return self.module
+
+
+class _RecurrentKind(_DynamicKind):
+    """Recurrent layers: how many weights there are is for each of them to say."""
 
     def params_of(self, layer: nn.Module) -> tuple[str, ...]:
         return recurrent_weights(layer)
@@ -164,12 +174,6 @@ class _RecurrentKind(LayerKind):
     def biases_of(self, layer: nn.Module) -> tuple[str, ...]:
         names = (name.replace("weight", "bias") for name in recurrent_weights(layer))
         return tuple(name for name in names if getattr(layer, name, None) is not None)
-
-    def effective(self, scheme: Scheme) -> Scheme:
-        return Scheme("w8a16", scheme.weight) if scheme.input is None else Scheme("w8a8")
-
-    def module_for(self, scheme: Scheme) -> type[modules.QuantModule]:
-        return self.module
 
 
 _EXPERTS_KIND = _ExpertsKind(EXPERTS, (), modules.QuantExperts, params=(), int8_input=True)
@@ -191,12 +195,13 @@ KINDS: tuple[LayerKind, ...] = (
     LayerKind("ConvTranspose3d", ("ConvTranspose3d",), modules.QuantConvTranspose, rows=_output_channels_first),
     LayerKind("Embedding", ("Embedding",), modules.QuantEmbedding, biases=()),
     _EXPERTS_KIND,
-    LayerKind(
+    _DynamicKind(
         "MultiheadAttention",
         ("MultiheadAttention",),
         modules.QuantMultiheadAttention,
         params=("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight"),
         per_group=True,
+        int8_input=True,
         biases=("in_proj_bias", "bias_k", "bias_v"),
     ),
     *(

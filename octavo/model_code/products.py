@@ -1,6 +1,7 @@
 """Products that other code makes with a layer's weight, as calls of the layer: so that hooks on it see them.
 
     qkv = F.linear(x, self.qkv.weight, bias)                nothing calls self.qkv, and its hooks would not run
+    nn.MultiheadAttention                                   torch's own code does so with its out_proj
 
 Who watches layers (`calibrate`, `compare`) watches by hooks. While `products_as_calls` is open, such a product is made
 within a call of the layer, whose arguments and output are those of the product.
@@ -28,8 +29,9 @@ def products_as_calls(model: Any) -> Iterator[None]:
     """While open, products with weights of layers of `model`, float or int8, run as calls of these layers. What is no
     module is left alone."""
     names = multiplied(model) if isinstance(model, nn.Module) else set()
-    modules = model.named_modules() if isinstance(model, nn.Module) else ()
+    modules = list(model.named_modules()) if isinstance(model, nn.Module) else []
     layers = [layer for name, layer in modules if name in names or _shows_int8(layer)]
+    layers += [layer.out_proj for _, layer in modules if isinstance(layer, nn.MultiheadAttention)]
     if not layers:
         yield
         return

@@ -15,7 +15,17 @@ from octavo.modules.shared_input import SharedInput
 from octavo.primitives import dequantize
 from octavo.recipe import Scheme
 
-__all__ = ["DynamicQuantLinear", "QuantLinear", "StaticQuantLinear"]
+__all__ = ["DynamicQuantLinear", "QuantLinear", "StaticQuantLinear", "linear_per_token"]
+
+
+def linear_per_token(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None) -> Tensor:
+    """y = x W^T + b with int8 W and int8 x: [..., K] float -> [..., N] of the same dtype (of autocast's, inside it).
+
+    weight: int8 [N, K]. weight_scale: fp32 [N, 1]. bias: [N] float or None. The scales of x are those of its rows.
+    """
+    x = ops.autocast(x)
+    y = ops.w8a8_linear(*ops.quantize_per_token(x), weight, weight_scale, bias, x.dtype)
+    return ops.straight_through(y, x, weight, weight_scale)
 
 
 class QuantLinear(QuantModule):

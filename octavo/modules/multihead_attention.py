@@ -9,19 +9,20 @@ from torch.nn import functional as F
 from octavo import ops
 from octavo.errors import QuantizeError
 from octavo.modules.base import Codes, QuantModule
+from octavo.modules.linear import linear_per_token
 from octavo.recipe import Scheme
 
 __all__ = ["QuantMultiheadAttention"]
 
 
 class QuantMultiheadAttention(QuantModule):
-    """nn.MultiheadAttention with int8 projections; the attention itself is torch's, in float.
+    """nn.MultiheadAttention with int8 projections, and int8 inputs of theirs if the scheme says so, by scales of their
+    rows; the attention itself is torch's, in float.
 
     in_proj_weight: int8 [3E, E] (or q_proj_weight [E, E], k_proj_weight [E, kdim], v_proj_weight [E, vdim]), each
     with `*_scale` fp32 [N, 1] or [N, K/g]. in_proj_bias: [3E] float or None. out_proj: any layer E -> E.
     """
 
-    op_names: tuple[str, ...] = ("w8a16_linear",)
     embed_dim: int
     num_heads: int
     head_dim: int
@@ -37,6 +38,7 @@ class QuantMultiheadAttention(QuantModule):
 
     def __init__(self, layer: nn.Module, codes: Codes, scheme: Scheme, float_dtype: torch.dtype) -> None:
         super().__init__(layer, codes, scheme, float_dtype)
+        self.op_names = ("w8a16_linear",) if scheme.input is None else ("quantize_per_token", "w8a8_linear")
         for name in ("embed_dim", "num_heads", "head_dim", "kdim", "vdim", "dropout", "batch_first", "add_zero_attn"):
             setattr(self, name, getattr(layer, name))
         # torch's fused encoder path reads the float weights; it asks for this attribute first.
@@ -94,14 +96,18 @@ class QuantMultiheadAttention(QuantModule):
         if len(codes) == 1:
             weight, scale = codes[0]
             if query is key and key is value:
-                q, k, v = ops.w8a16_linear(query, weight, scale, self.in_proj_bias).chunk(3, dim=-1)
+                q, k, v = self._linear(query, weight, scale, self.in_proj_bias).chunk(3, dim=-1)
                 return q, k, v
             codes = list(zip(weight.chunk(3), scale.chunk(3), strict=True))
         q, k, v = (
-            ops.w8a16_linear(x, weight, scale, bias)
+            self._linear(x, weight, scale, bias)
             for x, (weight, scale), bias in zip((query, key, value), codes, biases, strict=True)
         )
         return q, k, v
+
+    def _linear(self, x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+        linear = ops.w8a16_linear if self.scheme.input is None else linear_per_token
+        return linear(x, weight, scale, bias)
 
     def _mask(
         self, q: Tensor, key_padding_mask: Tensor | None, attn_mask: Tensor | None, is_causal: bool

@@ -25,6 +25,7 @@ from torch.nn.utils.rnn import PackedSequence
 from octavo import ops
 from octavo.errors import QuantizeError
 from octavo.modules.base import Codes, QuantModule
+from octavo.modules.linear import linear_per_token
 from octavo.recipe import Scheme
 
 __all__ = ["QuantRecurrent", "QuantRecurrentCell", "recurrent_weights"]
@@ -90,9 +91,7 @@ class _Recurrent(QuantModule):
         (weight, scale), bias = self.codes_and_scale(f"weight_{part}"), self._parameters.get(f"bias_{part}")
         if self.scheme.input is None:
             return ops.w8a16_linear(x, weight, scale, bias)
-        x = ops.autocast(x)
-        y = ops.w8a8_linear(*ops.quantize_per_token(x), weight, scale, bias, x.dtype)
-        return ops.straight_through(y, x, weight, scale)
+        return linear_per_token(x, weight, scale, bias)
 
     def _zeros(self, x: Tensor, *shape: int) -> Tensor:
         return torch.zeros(shape, dtype=x.dtype, device=x.device)

@@ -118,6 +118,48 @@ def test_attention_per_group() -> None:
     assert_same_attention(int8, truth, inputs)
 
 
+def _per_token(x: Tensor) -> Tensor:
+    """What x is as int8, by scales of its rows, in float64."""
+    scale = x.double().abs().amax(-1, keepdim=True) / 127
+    return (x.double() / scale).round() * scale
+
+
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("options", [{}, {"bias": False}, {"kdim": 6, "vdim": 10, "add_bias_kv": True}], ids=str)
+@pytest.mark.parametrize("itself", [False, True])
+def test_attention_with_int8_inputs(mask: str, options: dict[str, Any], itself: bool) -> None:
+    layer = nn.MultiheadAttention(8, 2, batch_first=True, **options).eval()
+    model = nn.ModuleDict({"layer": copy.deepcopy(layer)})
+    (row, *_) = [row for row in quantize(model, "w8a8", ignore=["re:.*out_proj"]).rows if row.scheme]
+    assert row.scheme == "w8a8"
+    int8 = model["layer"]
+    for name, (codes, scale) in int8.codes().items():  # type: ignore[operator]
+        layer.get_parameter(name).data = dequantize(codes, scale)
+    layer.double()
+    query, key = torch.randn(3, 5, 8), torch.randn(3, 5, options.get("kdim", 8))
+    value = torch.randn(3, 5, options.get("vdim", 8))
+    if itself and not options.get("kdim"):
+        query = key = value
+    given = MASKS[mask](3, 2, 5, 5)
+    exact = {name: m.double() if isinstance(m, Tensor) and m.is_floating_point() else m for name, m in given.items()}
+    for need in (False, True):
+        ours, weights = int8(query, key, value, **given, need_weights=need)
+        theirs, their_weights = layer(*map(_per_token, (query, key, value)), **exact, need_weights=need)
+        torch.testing.assert_close(ours.double(), theirs, rtol=1e-5, atol=1e-5)
+        if need:
+            torch.testing.assert_close(weights.double(), their_weights, rtol=1e-5, atol=1e-5)
+
+
+def test_int8_inputs_pass_gradients_on() -> None:
+    model = nn.ModuleList([nn.MultiheadAttention(8, 2)])
+    truth = copy.deepcopy(model)
+    quantize(model, "w8a8")
+    x, same = (torch.linspace(-1, 1, 96).view(4, 3, 8).requires_grad_() for _ in range(2))
+    model[0](x, x, x)[0].square().sum().backward()
+    truth[0](same, same, same)[0].square().sum().backward()
+    torch.testing.assert_close(x.grad, same.grad, rtol=0.1, atol=0.02)
+
+
 def test_attention_under_autocast() -> None:
     int8, truth = attention(batch_first=True)
     x = torch.randn(2, 5, 8)
