@@ -42,16 +42,16 @@ TITLE = "Running: prefill and decode"
 HOW = """
 Each runtime loads the same bf16 checkpoint in a process of its own, and they take turns, batch 1; medians of the
 rounds, which are fewer for what has had a minute. In each turn a runtime runs twice, and the second run counts:
-the first wakes up what slept while others had theirs. Prefill is the time from the prompt to the first token,
-decode greedy, one token after the other, with transformers' own cache (attention int8: with an `Int8Cache`).
-Everything is eager, unless "compiled" (by `torch.compile` as it is called by default) or "compiled whole" (`octavo
-bench --compile`: static cache, prefill and decode in a graph each). All int8 includes the output head; in octavo
-w8a8 that is weight-only, for it is tied to the embedding. "Attention int8" is SmoothQuant's: both products of
-attention in int8 too, by octavo's own kernel, and an `Int8Cache`, which holds the codes that it would find;
-everywhere else attention is in bf16, torch's or, in octavo's models, that of
-`octavo.integrations.float_attention`, which takes the place of torch's as they are quantized. Error: of the logits
-after the prompt and after each of some tokens fed one by one, against the bf16 model's, as a share of their norm;
-a runtime with 0.3 or more computes something else, and its speed is no goal's rival.
+the first wakes up what slept while others had theirs. Prefill is the time from the prompt to the first token, decode
+greedy, one token after the other. Octavo's models have the key-value cache that the command line gives them, a
+`FloatCache`, or with int8 attention an `Int8Cache`; all others have transformers' own, and so had octavo's in what was
+measured before 2026-11-29. Everything is eager, unless "compiled" (by `torch.compile` as it is called by default) or
+"compiled whole" (`octavo bench --compile`: static cache, prefill and decode in a graph each). All int8 includes the
+output head; in octavo w8a8 that is weight-only, for it is tied to the embedding. "Attention int8" is SmoothQuant's:
+both products of attention in int8 too, by octavo's own kernel. Everywhere else attention is in bf16, torch's or, in
+octavo's models, that of `octavo.integrations.float_attention`, which takes the place of torch's as they are quantized.
+Error: of the logits after the prompt and after each of some tokens fed one by one, against the bf16 model's, as a
+share of their norm; a runtime with 0.3 or more computes something else, and its speed is no goal's rival.
 """
 PROMPT, NEW, REPEATS = 512, 16, 4
 VOCABULARY = 49152
