@@ -52,7 +52,7 @@ def add_parser(verbs: Verbs) -> None:
         "  octavo bench smollm2-int8 --compile", run,
     )  # fmt: skip
     parser.add_argument(
-        "--threads", metavar="N", type=positive, help="of torch, up to one a core (default: as torch decides)"
+        "--threads", metavar="N", type=positive, help="threads of torch, up to one a core (default: as torch decides)"
     )
     add_device(parser)
     models = parser.add_argument_group("a model: speed and memory")
@@ -60,20 +60,27 @@ def add_parser(verbs: Verbs) -> None:
         "path", metavar="PATH", type=a_path, nargs="?", help="checkpoint folder, Hub id or .gguf file; int8 or float"
     )
     models.add_argument("--baseline", metavar="PATH", type=a_path, help="the original, timed in the same run")
-    models.add_argument("--prompt-tokens", metavar="N", type=positive, help="in the prompt (default 512)")
-    models.add_argument("--new-tokens", metavar="N", type=positive, help="to decode (default 64)")
+    models.add_argument("--prompt-tokens", metavar="N", type=positive, help="tokens in the prompt (default 512)")
+    models.add_argument("--new-tokens", metavar="N", type=positive, help="tokens to decode (default 64)")
     models.add_argument("--repeats", metavar="N", type=positive, help="rounds for each model (default 5)")
     models.add_argument(
-        "--compile", action="store_true", default=None, help="by torch.compile, the baseline too; it takes minutes"
+        "--compile",
+        action="store_true",
+        default=None,
+        help="compile both models first (torch.compile), which takes minutes",
     )
     add_cache(models)
     ops = parser.add_argument_group("the ops on this machine; takes 4 GB of memory")
     ops.add_argument("--ops", action="store_true", help="time int8 linear layers next to bf16 ones; no PATH")
     ops.add_argument(
-        "--shapes", metavar="NxK", type=shape, nargs="+", help=f"of weights (default {' '.join(map(_by, SHAPES))})"
+        "--shapes",
+        metavar="NxK",
+        type=shape,
+        nargs="+",
+        help=f"shapes of weights (default {' '.join(map(_by, SHAPES))})",
     )
     ops.add_argument(
-        "--rows", metavar="M", type=positive, nargs="+", help=f"of input (default {' '.join(map(str, SIZES))})"
+        "--rows", metavar="M", type=positive, nargs="+", help=f"rows of input (default {' '.join(map(str, SIZES))})"
     )
 
 

@@ -40,10 +40,10 @@ def add_parser(verbs: Verbs) -> None:
     parser.add_argument("model", metavar="MODEL", type=a_path, help="checkpoint folder, Hub id or .gguf file; float")
     text = parser.add_mutually_exclusive_group()
     text.add_argument(
-        "--text", metavar="FILE", type=a_path, help="to run on, UTF-8 (default: Python's own documentation)"
+        "--text", metavar="FILE", type=a_path, help="text to run on, UTF-8 (default: Python's own documentation)"
     )
     text.add_argument(
-        "--jsonl", metavar="FILE", type=a_path, help='to run on: a line is {"text": ...} or {"messages": [...]}'
+        "--jsonl", metavar="FILE", type=a_path, help='texts to run on: a line is {"text": ...} or {"messages": [...]}'
     )
     add_samples(parser)
     parser.add_argument(

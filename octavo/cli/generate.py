@@ -48,7 +48,7 @@ def add_parser(verbs: Verbs) -> None:
     parser.add_argument("--seed", metavar="N", type=_seed, default=0, help="for a temperature above 0 (default 0)")
     parser.add_argument("--raw", action="store_true", help="go on with the text itself, without the chat template")
     parser.add_argument(
-        "--compile", action="store_true", help="by torch.compile first, which takes a minute or more; meant for GPUs"
+        "--compile", action="store_true", help="compile the model first (torch.compile), which takes a minute or more"
     )
     add_cache(parser)
     add_device(parser)

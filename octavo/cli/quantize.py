@@ -63,16 +63,24 @@ def add_parser(verbs: Verbs) -> None:
     parser.add_argument(
         "--recipe", metavar="FILE", type=a_path, help=".json or .yaml file that says scheme, targets and the rest"
     )
-    parser.add_argument("--group-size", metavar="G", type=positive, help="one scale for G columns, not for a whole row")
-    parser.add_argument("--max-shard-size", metavar="SIZE", default="5GB", help="of a file of weights (default 5GB)")
-    parser.add_argument("--attention", choices=ATTENTION, help="how Q K^T and P V are computed (default float)")
+    parser.add_argument(
+        "--group-size", metavar="G", type=positive, help="one scale for each G columns, not for a whole row"
+    )
+    parser.add_argument(
+        "--max-shard-size", metavar="SIZE", default="5GB", help="most that a file of weights holds (default 5GB)"
+    )
+    parser.add_argument(
+        "--attention", choices=ATTENTION, help="how the products of attention are computed (default float)"
+    )
     parser.add_argument(
         "--smooth", metavar="A", type=alpha, help="move activation outliers into the weights first: auto, or 0 to 1"
     )
     add_calibration(parser)
-    parser.add_argument("--observer", metavar="O", help="of static scales: absmax (default), percentile or mse")
     parser.add_argument(
-        "--no-repair", action="store_true", help="static inputs even where their error is found catastrophic"
+        "--observer", metavar="O", help="how static scales are found: absmax (default), percentile or mse"
+    )
+    parser.add_argument(
+        "--no-repair", action="store_true", help="keep static inputs even where their error is catastrophic"
     )
     add_device(parser)
 

@@ -46,11 +46,11 @@ def add_parser(verbs: Verbs) -> None:
     )
     parser.add_argument(
         "--alpha", metavar="A", type=alpha, default="auto",
-        help="0 to 1: share of the difficulty that moves; auto (default) measures the best of each pair of layers",
+        help="0 to 1: how much of the outliers moves; auto (default): what is measured best for each pair of layers",
     )  # fmt: skip
     parser.add_argument(
         "--scheme", choices=[name for name, preset in PRESETS.items() if preset.input], default="w8a8",
-        help="that the model is made ready for, and errors are measured under (default w8a8)",
+        help="to make the model ready for, and to measure errors under (default w8a8)",
     )  # fmt: skip
     add_calibration(parser)
     add_plot(parser)

@@ -46,11 +46,14 @@ def add_calibration(parser: argparse.ArgumentParser) -> None:
 def add_samples(parser: argparse.ArgumentParser) -> None:
     """The options that say how much of a text a model is run on."""
     parser.add_argument(
-        "--samples", metavar="N", type=positive, help=f"spread evenly over the text (default {_SAMPLES})"
+        "--samples",
+        metavar="N",
+        type=positive,
+        help=f"how many samples, spread evenly over the text (default {_SAMPLES})",
     )
     parser.add_argument(
         "--seq-len", metavar="L", type=positive,
-        help=f"tokens of a sample (default {_SEQ_LEN}, or what the model holds)",
+        help=f"tokens in a sample (default {_SEQ_LEN}, or what the model holds)",
     )  # fmt: skip
 
 

@@ -86,8 +86,8 @@ def add_cache(parser: argparse._ActionsContainer) -> None:
     """The option --cache of the verbs that feed a language model."""
     parser.add_argument(
         "--cache", choices=("float", "int8"),
-        help="what keys and values of earlier tokens are kept as, for PATH alone (default float: as it computes them; "
-        "int8 where its attention is in int8, for then that gives the same)",
+        help="how PATH keeps keys and values of earlier tokens (default: int8 if its attention is in int8, for then "
+        "that gives the same; else float)",
     )  # fmt: skip
 
 
