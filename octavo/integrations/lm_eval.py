@@ -47,12 +47,19 @@ def evaluate_tasks(
 ) -> TaskReport:
     """Scores of a causal language model of transformers, int8 or float, on tasks of lm_eval, next to a baseline's.
 
-    tasks: names of tasks, groups and tags of lm_eval, with * and ? for several. limit: documents of each task, the
-        first ones. fewshot: examples before each, where a task does not fix it. chat: put prompts into the tokenizer's
-        chat template. include_path: a folder with tasks of your own, in lm_eval's YAML. batch_size: requests at once.
-        progress: called with (answered, of how many), for each model and kind of request anew.
-    Raises: EvaluateError for no tasks, for a name that lm_eval does not know, for a folder that is none; what lm_eval
-        and datasets raise where a task's documents cannot be had.
+    model, tokenizer: as transformers has them; the model judged, and the tokenizer of both.
+    tasks: names of tasks, groups and tags of lm_eval, with * and ? for several.
+    baseline: the float model, to be asked the same; None for scores of `model` alone.
+    limit: documents of each task, the first ones; None for all.
+    fewshot: examples before each document, where a task does not fix it; None for the task's own number.
+    chat: put prompts into the tokenizer's chat template.
+    include_path: a folder with tasks of your own, in lm_eval's YAML.
+    batch_size: requests at once.
+    progress: called with (answered, of how many), for each model and kind of request anew.
+    Returns: a row for each task and metric: the score, its standard error, and next to a baseline the change, the
+        standard error of that, and the share of answers that changed between right and wrong. `print` it for a table.
+    Raises: EvaluateError for no tasks, for a name that lm_eval does not know, for a folder that is none, and where the
+        documents of a task cannot be had; what else lm_eval raises for a task that it cannot run.
     """
     if include_path is not None and not Path(include_path).is_dir():
         raise EvaluateError(f"include_path is {str(include_path)!r}, expected a folder with tasks in YAML files")
@@ -107,8 +114,17 @@ class _Counted(HFLM):  # type: ignore[misc]
 
 
 def _loaded(manager: TaskManager, names: list[str], fewshot: int | None) -> Any:
-    """The tasks with that many examples before a document, as lm_eval's command has it: none where a task says 0."""
-    loaded = manager.load(names)
+    """The tasks with that many examples before a document, as lm_eval's command has it: none where a task says 0.
+
+    Raises: EvaluateError if their documents cannot be had.
+    """
+    try:
+        loaded = manager.load(names)
+    except OSError as error:
+        raise EvaluateError(
+            f"tasks: the documents of {', '.join(names)} cannot be had: {error}; they are downloaded from the Hugging "
+            "Face Hub once, then found in its cache: look to the network, or include_path, for tasks of your own"
+        ) from error
     for task in loaded["tasks"].values():
         of_task = task.get_config("num_fewshot")
         task.set_config(key="num_fewshot", value=of_task or 0 if fewshot is None or of_task == 0 else fewshot)

@@ -182,6 +182,17 @@ def test_a_folder_that_is_none(models: tuple[Any, Any, Any], tmp_path: Path) -> 
         evaluate_tasks(models[0], models[2], ["first"], include_path=tmp_path / "none")
 
 
+@pytest.mark.usefixtures("only_these")
+def test_documents_that_cannot_be_had(models: tuple[Any, Any, Any], tmp_path: Path) -> None:
+    from octavo.integrations.lm_eval import evaluate_tasks
+
+    text = TASKS["first"].replace("dataset_path: json", "dataset_path: nobody/has-these").replace("first", "far")
+    (tmp_path / "far.yaml").write_text(text.replace("FOLDER", str(tmp_path)))
+    model, _, tokenizer = models
+    with pytest.raises(EvaluateError, match=r"documents of far cannot be had: .*nobody/has-these.*; they are down"):
+        evaluate_tasks(model, tokenizer, ["far"], include_path=tmp_path)
+
+
 @pytest.mark.slow
 def test_tasks_of_lm_eval_itself_are_known(models: tuple[Any, Any, Any]) -> None:
     from octavo.integrations.lm_eval import evaluate_tasks
