@@ -137,7 +137,10 @@ def register_experts(
         weights.
     transposed: the parameters are [E, H, U] and [E, I, H].
     up_bias, down_bias: names of biases [E, U], [E, H], if the class has them.
-    routing: what its `forward` takes and returns, see `octavo.experts.Routing`.
+    routing: what its `forward` takes and returns, for T tokens of H numbers, A experts for each:
+        "weighted"  (x [T, H], expert indices [T, A], routing weights [T, A]) -> [T, H]
+        "each"      (x [T, H], expert indices [T, A]) -> [T, A, H]
+        "sorted"    (x [E * n, H], n rows for each expert in turn) -> [E * n, H]
     Raises: QuantizeError if cls is no nn.Module, gate no function, or routing none of those.
 
     For gpt-fast's Mixtral (it is known already):

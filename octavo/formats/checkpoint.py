@@ -307,6 +307,7 @@ def _read_header(file: Path) -> tuple[dict[str, Any], int]:
 
 
 def not_readable(file: Path, error: OSError) -> CheckpointError:
+    """The error of a file that the system does not let be read."""
     return CheckpointError(f"{file}: cannot be read: {error.strerror}; change its permissions or get it again")
 
 

@@ -106,7 +106,10 @@ def state_dict(model: nn.Module, on_disk: OnDisk | None = None) -> dict[str, Ten
 
 
 def describe_layout(model: nn.Module, on_disk: OnDisk | None = None, attention: str = "float") -> dict[str, Any]:
-    """The `quantization_config` of a quantized model, marked as for octavo only."""
+    """The `quantization_config` of a quantized model as config.json holds it, marked as for octavo only.
+
+    on_disk, attention: as for `save`. Raises: QuantizeError if no layer holds codes.
+    """
     return quantization_config(*_described(model, on_disk), ecosystem=False, attention=attention)
 
 

@@ -128,7 +128,10 @@ def _spread(items: Sequence[T], count: int) -> list[T]:
 
 
 def save_float(model: Any, tokenizer: Any, folder: str | Path) -> None:
-    """Write a float transformers model and its tokenizer into a folder, as a checkpoint that any runtime loads."""
+    """Write a float transformers model and its tokenizer into a folder, as a checkpoint that any runtime loads.
+
+    folder: made if it is not there; files of the same names are replaced. Raises: what transformers does.
+    """
     with no_progress_bar():
         model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)

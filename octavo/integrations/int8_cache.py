@@ -43,7 +43,7 @@ class Int8Cache(Cache):
     config: the model's. Warns: where the model computes its attention by a function that is not octavo's, for then
         keys and values are dequantized, all of them for each token.
     Raises: OctavoError for an encoder-decoder, for layers that keep keys and values in a way of their own, and for
-        "flex_attention", which is compiled for plain tensors.
+        "flex_attention", which is compiled for plain tensors; later, for keys and values that want a gradient.
     """
 
     def __init__(self, config: PreTrainedConfig) -> None:

@@ -90,6 +90,7 @@ def _convert(
 
 
 def of_kind(rules: Iterable[Any], kind: type) -> list[Any]:
+    """Those of transformers' rules for loading that are of one class."""
     return [rule for rule in rules if isinstance(rule, kind)]
 
 

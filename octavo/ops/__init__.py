@@ -16,12 +16,20 @@
     quantize_per_tensor     [..., K] float        int8 [..., K], scale fp32 [1]
     quantize_static         [..., K] float, scale fp32 [1]   int8 [..., K]
     quantize_weight         [N, K] float          int8 [N, K], scale fp32 [N, 1]
+    quantize_states         [B, KV, T, D] float   int8 of its shape, scale fp32 [B, KV, T, 1], written into a cache
 
     op                      query                 key, value                  mask                         result
     int8_attention          [B, H, T, D] float    [B, KV, S, D] float         bool or float [B, H, T, S]   [B, H, T, D]
     float_attention         [B, H, T, D] float    [B, KV, S, D] float         bool [B, H, T, S]            [B, H, T, D]
     int8_attention_of_codes   likewise            int8 [B, KV, S, D], scales fp32 [B, KV, S, 1]   likewise   likewise
     float_attention_of_codes  likewise            int8 [B, KV, S, D], scales fp32 [B, KV, S, 1]   likewise   likewise
+
+    float, in one kernel    operands                                       result
+    float_linear            x [..., K], weight [N, K], bias [N]            [..., N]
+    rms_norm                x [..., K], weight [K]                         [..., K]
+    gated                   gate, up [..., I]                              [..., I]
+    rotary                  q [B, H, T, D], k [B, KV, T, D], cos, sin [B or 1, T, D]   q, k
+    recurrent               p [T, B, G * H] float, weight int8 [G * H, H]  [T, B, H]: all steps of a recurrent layer
 
 Each w8a16 op computes sum(code * x), accumulated in fp32 (fp64 for an fp64 x), *then* multiplies by the scale, adds the
 bias and rounds once to the output dtype: where the float model does not overflow fp16, neither does this, inside
@@ -671,7 +679,11 @@ class Serving:
 
 
 def backends() -> list[Serving]:
-    """Which kernels serve which op on the devices of this machine, and why: a row for each op and device."""
+    """Which kernels serve which op on the devices of this machine, and why.
+
+    Returns: a row for each op and device. backend: an instruction set of CPUs ("avx2", "avx512", ...), "triton" on CUDA
+        devices, or "reference", plain torch.
+    """
     rows = []
     for op in OPS:
         if _native.isa is None:

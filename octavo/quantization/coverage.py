@@ -52,8 +52,11 @@ class Row:
 
 @dataclasses.dataclass(frozen=True)
 class Coverage:
-    """All rows, in the order of the model's modules (of the tensors, where files were quantized). `print` it for a
-    table; `.to_json()` for a program."""
+    """What became int8, what stayed float, and why. `print` it for a table; `.to_json()` for a program.
+
+    rows: one `Row` for each float parameter that the model has or had, in the order of its modules (of the tensors,
+        where files were quantized).
+    """
 
     rows: tuple[Row, ...]
 

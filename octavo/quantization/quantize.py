@@ -51,8 +51,12 @@ def quantize(
     (octavo.quantization.heap).
 
     model: any module with its weights loaded, on any device.
-    scheme: a preset's name ("w8a16"), a Scheme or a Recipe; see octavo.recipe for `ignore`, `include`, `overrides`
-        and `group_size`, which are added to it.
+    scheme: a preset's name ("w8a16", "w8a8", "w8a8-static", "o1", "o2", "o3"), a Scheme or a Recipe.
+    ignore: layers that stay float: names of modules, "re:..." patterns, kinds of layers, or predicates (name, module)
+        -> bool; octavo.recipe has the rules.
+    include: likewise, what is quantized besides: the opt-in kinds "Embedding" and "OutputHead", or layers by name.
+    overrides: pattern -> the Scheme that layers matching it get instead.
+    group_size: columns of a weight that share a scale; None for one scale a row.
     attention: "int8" for Q K^T and P V as int8 products in every attention of a transformers model, "float" for none.
         `octavo.integrations.int8_cache.use_int8_cache(model)` then keeps the codes of earlier keys and values, which
         are else found anew for each token.

@@ -67,13 +67,19 @@ def smooth(
     batch: Any = None,
     progress: Progress | None = None,
 ) -> SmoothReport:
-    """Smooth a float model in place; what it computes stays the same. The formula is at the head of this file.
+    """Smooth a float model in place: outliers of activations move into the weights, what it computes stays the same.
+
+        s_j = amax(|x_j|)^alpha / amax(|w_j|)^(1 - alpha)      x_j' = x_j / s_j,  w_j' = w_j * s_j,  so that x' w' = x w
+
+    for each input channel j of the layers that one norm (or value or up projection) feeds, rounded to a power of two,
+    so that nothing else is rounded. Source: SmoothQuant (Xiao et al., arXiv:2211.10438), equation 4. What is proved,
+    and where within a tolerance only: the head of octavo.smoothing.smooth.
 
     model: float, on any device.
     stats: of this model, from `octavo.calibrate`. They follow: afterwards they are those of the smoothed model.
     alpha: 0 to 1, how much of the difficulty moves from activations to weights; "auto" takes for each pair the value of
-        `GRID` with the smallest error at the outputs of its layers, measured on the rows that `stats` kept, and leaves
-        alone a pair that none were kept of.
+        0, 0.05, ... 0.95 with the smallest error at the outputs of its layers, measured on the rows that `stats` kept,
+        and leaves alone a pair that none were kept of.
     scheme: the quantization that "auto" measures, and the report's errors are of; a preset's name or a Scheme.
     repair: as it will be given to `octavo.quantize`: whether layers that static inputs do not suit will get others. The
         alpha of those is chosen for dynamic inputs.
