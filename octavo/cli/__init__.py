@@ -9,8 +9,16 @@
     bench PATH          speed and memory, next to the original's; --ops: of the ops
     backends            which kernels serve
 
-One file a verb. A verb returns an `Answer`; how it is shown is `terminal.py`'s matter, and errors are told here: one
-paragraph and exit code 1 (2 for usage, 130 when interrupted, 128 + signal when terminated).
+One file a verb (`eval` is evaluate.py, with --tasks tasks.py; bench_ops.py and bench_worker.py are `bench`'s). A verb
+returns an `Answer`; how it is shown is `terminal.py`'s matter, and errors are told here: one paragraph and exit code 1
+(2 for usage, 130 when interrupted, 128 + signal when terminated). What verbs share:
+
+    verb.py        what every verb has, and options of several
+    sources.py     what a model is calibrated on
+    text.py        text to read, of a file or Python's own documentation
+    machine.py     what a measurement was taken on
+    memory.py      how much memory the process took, and how fast that is
+    op_speed.py    times ways to one result in turns
 """
 
 from __future__ import annotations

@@ -43,7 +43,7 @@ Results are contiguous, whatever the strides.
 
 Of each op, `schemas.py` has the schema, `fakes.py` the result's shape, `gradients.py` the gradient; here are the
 functions that modules call. `reference.py` and `attention.py` answer on every device; `native.py` loads the kernels for
-CPUs and `triton/` has those for CUDA devices, registered for the same ops.
+CPUs and `triton/` has those for CUDA devices, registered for the same ops. `gates.py` names the activations of `gated`.
 """
 
 from __future__ import annotations
