@@ -63,13 +63,17 @@ ROWS = 256
 class Stats:
     """What calibration saw.
 
-    observers: layer's name -> its inputs. unreached: layers that no token reached. shared: groups of layers that were
-    fed the very same tensor, at every call. example: the first batch, by which `octavo.smooth` finds its way through
-    the model; None for statistics that came without one. further: batches that go another way, on which smoothing is
-    proved too: they reach layers that no batch before them did, or give the model arguments of another structure: other
-    names, flags and numbers, tensors of other dtypes and numbers of dimensions (of these the first 16). experts: name
-    of a stack of down projections -> its inputs, expert by expert. columns: layer's name -> the largest magnitude of
-    each column of its weight, fp32 [K], by which a model is told from what smoothing makes of it.
+    observers: layer's name -> what was kept of its inputs [..., K], see octavo.calibration.observers.
+    unreached: layers that no token reached.
+    shared: groups of layers that were fed the very same tensor, at every call.
+    example: the first batch, by which `octavo.smooth` finds its way through the model; None for statistics that came
+        without one.
+    further: batches that go another way, on which smoothing is proved too: they reach layers that no batch before them
+        did, or give the model arguments of another structure: other names, flags and numbers, tensors of other dtypes
+        and numbers of dimensions (of these the first 16).
+    experts: name of a stack of down projections -> its inputs, expert by expert.
+    columns: layer's name -> the largest magnitude of each column of its weight, fp32 [K], by which a model is told from
+        what smoothing makes of it.
     """
 
     observers: dict[str, Observer]

@@ -105,8 +105,9 @@ class TokenChoice:
 class CompiledModel:
     """Prefill and decode of one sequence at a time. The model must not change from now on.
 
-    length: of prompt and continuation together, at most. choose: logits [1, V] of the model's dtype -> token int64
-    [1, 1]; compiled along with the model.
+    model: a causal language model of transformers, float or int8, in eval mode.
+    length: tokens of prompt and continuation together, at most.
+    choose: logits [1, V] of the model's dtype -> token int64 [1, 1]; compiled along with the model.
     Raises: OctavoError if the model has no key-value cache that can be static.
     """
 
