@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from octavo.cli import new_parser
-from tests.test_architecture import ROOMS
+from tests.test_architecture import LAYERS, ROOMS
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = (*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md")))
@@ -84,3 +84,12 @@ def test_code_of_the_readme_is_python() -> None:
 def test_the_house_is_listed_from_the_ground_up() -> None:
     listed = re.findall(r"^  ([\w]+)(?:\.py|/) {2,}\w", (ROOT / "CONTRIBUTING.md").read_text("utf-8"), re.MULTILINE)
     assert listed == ["__init__", *(room for room in ROOMS if room not in ("api", "", "__main__"))]
+
+
+def test_the_floors_are_those_of_the_house() -> None:
+    rows = re.findall(r"^\| (\d) [\w ]+ \| (.*) \|$", (ROOT / "docs/architecture.md").read_text("utf-8"), re.MULTILINE)
+    shown = {int(floor): [name.removesuffix(".py") for name in re.findall(r"`([\w.]+)/?`", row)] for floor, row in rows}
+    public = {"__init__": ""}
+    assert {floor: {public.get(name, name) for name in names} for floor, names in shown.items()} == {
+        floor: {room for room in rooms if room != "__main__"} for floor, rooms in enumerate(LAYERS)
+    }
