@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import ast
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,6 +19,10 @@ FOLDERS = ("octavo", "csrc", "tests", "docs", "bench", "examples")
 FILES = [*ROOT.glob("*.*"), *(path for folder in FOLDERS for path in (ROOT / folder).rglob("*.*"))]
 OF_OTHERS = {"llama.cpp", "utils.py"}
 """Names that look like files of this repository: another project, and one that is not to be."""
+
+PACKAGES = [path.parent for path in sorted((ROOT / "octavo").rglob("*/__init__.py"))]
+OF_THEIR_NAMES = {"cli", "triton"}
+"""Packages whose heads need not name all files: each is called as the verb, or the kind of op, that it is of."""
 
 each_document = pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
 
@@ -93,3 +98,12 @@ def test_the_floors_are_those_of_the_house() -> None:
     assert {floor: {public.get(name, name) for name in names} for floor, names in shown.items()} == {
         floor: {room for room in rooms if room != "__main__"} for floor, rooms in enumerate(LAYERS)
     }
+
+
+@pytest.mark.parametrize(
+    "package", [path for path in PACKAGES if path.name not in OF_THEIR_NAMES], ids=lambda p: p.name
+)
+def test_heads_of_packages_name_their_files(package: Path) -> None:
+    head = ast.get_docstring(ast.parse((package / "__init__.py").read_text("utf-8"))) or ""
+    files = {path.name for path in package.glob("*.py")} - {"__init__.py"}
+    assert files - {*re.findall(r"\w+\.py", head)} == set()

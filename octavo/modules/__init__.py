@@ -16,7 +16,7 @@ multihead_attention.py  QuantMultiheadAttention  nn.MultiheadAttention: its pack
 recurrent.py            QuantRecurrent           nn.LSTM, nn.GRU and nn.RNN
                         QuantRecurrentCell       their cells
 shared_input.py         SharedInput              by which layers that are fed the same tensor quantize it once
-int8_weight.py          Int8Weight               a weight, for code that hands it to F.linear or a convolution itself
+int8_weight.py          Int8Weight               what an int8 layer shows to code that multiplies with its weight itself
 float_linear.py         FloatLinear              a linear layer that stays float, and reads its weight faster
 
 A float parameter `P` becomes two buffers, `P` (int8 codes, output channels first) and `P_scale` (fp32). They keep
