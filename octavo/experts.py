@@ -112,7 +112,7 @@ def chosen_experts(cls: type[nn.Module], spec: ExpertsSpec, x: Tensor, routing: 
     if index.numel() != tokens.numel() * top_k or any(each.shape != index.shape for each in routing[1:wanted]):
         got = ", ".join(str(list(each.shape)) for each in routing[:wanted])
         raise QuantizeError(
-            f"{cls.__name__} was called with a routing of {got} for x {list(x.shape)}, expected [{tokens.numel()}, A] "
+            f"{cls.__name__} was called with a routing of {got} for x {list(x.shape)}, expected [{tokens.numel()}, A], "
             f"for its routing is {spec.routing!r}"
         )
     return index.reshape(tokens.numel(), top_k)

@@ -389,7 +389,7 @@ def test_a_routing_that_is_none_is_an_error() -> None:
     register_relu(Relu)
     model = int8(build(Relu, config()))
     x, index, weights = routing(6, 2)
-    fits = r"expected \[6, A\] for its routing is 'weighted'"
+    fits = r"expected \[6, A\], for its routing is 'weighted'"
     with pytest.raises(QuantizeError, match=r"Relu was called with a routing of \[6, 2\], \[6, 1\] .*" + fits):
         model(x, index, weights[:, :1])
     with pytest.raises(QuantizeError, match=r"a routing of \[3, 2\], \[3, 2\] for x \[6, 32\], " + fits):

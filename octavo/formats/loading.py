@@ -44,6 +44,9 @@ __all__ = [
     "stored_shape",
 ]
 
+_BUILD = "build the model that it was saved from"
+"""What is to be done where checkpoint and model do not fit each other."""
+
 Rename = Callable[[str], str | None]
 """Name of a tensor on disk -> name of the parameter that it is loaded into; None if it is a part of one."""
 
@@ -86,10 +89,12 @@ def load_into(
     rename: how names on disk become names of the model, where they differ. on_disk: the other way, as `save` took it.
     conversions: of tensors on disk, by their names, those that are other tensors in the model.
     Returns: `model`, its layers int8 as in the checkpoint.
-    Raises: CheckpointError, before the model is changed, for a folder that cannot be read or does not fit the model:
-        missing or unexpected tensors, other shapes, int8 weights for layers that cannot have them, different weights
-        for layers that the model ties.
+    Raises: CheckpointError, before the model is changed, for a model that is int8 already, and for a folder that cannot
+        be read or does not fit the model: missing or unexpected tensors, other shapes, int8 weights for layers that
+        cannot have them, different weights for layers that the model ties.
     """
+    if any(isinstance(module, QuantModule) for module in model.modules()):
+        raise CheckpointError(f"{folder}: the model holds int8 layers already; build it anew, as a float model")
     report = stored_coverage(Path(folder))
     with CheckpointReader(folder) as reader:
         saved = model.state_dict().keys()
@@ -285,11 +290,15 @@ def stored_decisions(
         layer = modules.get(prefix)
         kind = kind_of(layer) if layer is not None else None
         if layer is None or kind is None or param not in kind.params_of(layer):
-            raise CheckpointError(f"{where}: holds int8 codes for {on_disk!r}, and the model has no such layer")
+            raise CheckpointError(
+                f"{where}: holds int8 codes for {on_disk!r}, and the model has no such layer; {_BUILD}"
+            )
         rows = kind.rows(getattr(layer, param).detach().to("meta"), layer)
         got = stored_shape(reader, on_disk)
         if got != tuple(rows.shape):
-            raise CheckpointError(f"{where}: {on_disk!r} has shape {list(got)}, the model's has {list(rows.shape)}")
+            raise CheckpointError(
+                f"{where}: {on_disk!r} has shape {list(got)}, the model's has {list(rows.shape)}; {_BUILD}"
+            )
         _check_codes(reader, on_disk)
         label = "OutputHead" if prefix in heads else kind.name
         classes = [base.__name__ for base in type(layer).__mro__]
@@ -355,7 +364,7 @@ def _experts_decision(reader: CheckpointReader, prefix: str, layer: nn.Module, p
         got = stored_shape(reader, name)
         if got != (len(part.rows), k):
             raise CheckpointError(
-                f"{reader.path}: {name!r} has shape {list(got)}, the model's has {[len(part.rows), k]}"
+                f"{reader.path}: {name!r} has shape {list(got)}, the model's has {[len(part.rows), k]}; {_BUILD}"
             )
         _check_codes(reader, name)
         scheme = scheme_of(reader, name)
@@ -401,11 +410,12 @@ def _float_places(
                 for what, names in (("the model lacks", unexpected), ("the checkpoint lacks", missing))
                 if names
             )
+            + f"; {_BUILD}"
         )
     for name, on_disk in stored.items():
         got, expected = list(reader.info(on_disk).shape), list(state[name].shape)
         if got != expected:
-            raise CheckpointError(f"{where}: {on_disk!r} has shape {got}, the model's has {expected}")
+            raise CheckpointError(f"{where}: {on_disk!r} has shape {got}, the model's has {expected}; {_BUILD}")
         dtype, own = reader.info(on_disk).dtype, state[name].dtype
         if own.is_floating_point and not dtype.is_floating_point:
             raise CheckpointError(f"{where}: {on_disk!r} is {dtype}, the model's is {own}; the file is corrupt")

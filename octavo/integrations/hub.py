@@ -348,7 +348,7 @@ def resolve(source: str | Path) -> Path:
             )
         return path
     if isinstance(source, Path) or not _HUB_ID.fullmatch(source) or path.suffix == ".gguf":
-        raise CheckpointError(f"{source}: no such file or folder")
+        raise CheckpointError(f"{source}: no such file or folder; expected a checkpoint, or the id of one on the Hub")
     return _download(source)
 
 

@@ -123,7 +123,7 @@ def _loaded(manager: TaskManager, names: list[str], fewshot: int | None) -> Any:
     except OSError as error:
         raise EvaluateError(
             f"tasks: the documents of {', '.join(names)} cannot be had: {error}; they are downloaded from the Hugging "
-            "Face Hub once, then found in its cache: look to the network, or include_path, for tasks of your own"
+            "Face Hub once, then found in its cache: check the network, or give tasks of your own by include_path"
         ) from error
     for task in loaded["tasks"].values():
         of_task = task.get_config("num_fewshot")

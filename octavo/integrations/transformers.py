@@ -156,7 +156,8 @@ class _QuantizeParameter(_SharedOp):
         try:
             if weight.shape != expected:
                 raise CheckpointError(
-                    f"{name}: has shape {list(weight.shape)} in the checkpoint, the model's {list(expected)}"
+                    f"{name}: has shape {list(weight.shape)} in the checkpoint, the model's {list(expected)}; "
+                    "config.json and the weights are of different models"
                 )
             codes, scale = decision.kind.quantize_param(layer, weight, decision.scheme, name)
         except OctavoError as error:

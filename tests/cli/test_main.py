@@ -143,7 +143,9 @@ def test_a_missing_source_is_one_paragraph(verb: str, options: list[str], run: R
     }.get(verb, [])
     shown = run(verb, missing, *more, *options)
     assert shown.code == 1 and shown.out == ""
-    assert shown.err == f"error: {missing}: no such file or folder\n"
+    assert shown.err == (
+        f"error: {missing}: no such file or folder; expected a checkpoint, or the id of one on the Hub\n"
+    )
     assert list(tmp_path.iterdir()) == []
 
 
