@@ -96,10 +96,11 @@ def int8_attention_forward(
     position_bias: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """An attention function of transformers: what eager attention computes, with int8 products.
+    """An attention function of transformers: what eager attention computes, softmax(scaling * q k^T + mask) v, with
+    both products in int8, as octavo.ops.attention defines them.
 
-    query: [B or 1, H, T, D] float. key, value: [B, KV, S, D] float. attention_mask, position_bias: [B or 1, H or 1, T
-        or 1, S], added to the scores.
+    query: [B or 1, H, T, D] float. key, value: [B, KV, S, D] float, H a multiple of KV.
+    attention_mask, position_bias: [B or 1, H or 1, T or 1, S], added to the scores.
     Returns: [B, T, H, D] of query's dtype; None in place of the probabilities.
     Raises: QuantizeError for what it does not have: dropout, probabilities, sinks, a paged cache, sparse attention.
     """

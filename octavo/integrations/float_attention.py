@@ -73,9 +73,11 @@ def float_attention_forward(
     scaling: float | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """An attention function of transformers: what "sdpa" computes.
+    """An attention function of transformers: what "sdpa" computes, softmax(scaling * q k^T + mask) v.
 
-    query: [B, H, T, D] float. key, value: [B, KV, S, D] float. attention_mask: [B or 1, H or 1, T, S] or None.
+    query: [B, H, T, D] float. key, value: [B, KV, S, D] float, H a multiple of KV. attention_mask: [B or 1, H or 1, T,
+        S], bool (True: may attend) or float, added to the scores; None for a causal mask where `module` is causal.
+    scaling: None for 1 / sqrt(D).
     Returns: [B, T, H, D] of query's dtype; None in place of the probabilities.
     """
     if not dropout and _is_plain(query, key, value, kwargs):

@@ -60,6 +60,7 @@ def generate(
 ) -> Generated:
     """Let `model` continue `prompt` until it ends by itself or after `max_new_tokens`.
 
+    model, tokenizer: as `load_language_model` gives them.
     max_new_tokens: by default 128, or what the model has room for after the prompt.
     temperature: 0 takes the likeliest token each time; otherwise tokens are drawn, with `seed`, which is then the seed
         of torch's global generator.

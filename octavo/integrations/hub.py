@@ -490,7 +490,12 @@ def _model_class(config: Any, folder: Path) -> Any:
 
 
 def skeleton(folder: str | Path, *, trust_remote_code: bool = False) -> PreTrainedModel:
-    """The transformers model of a checkpoint folder, on `meta`: its structure without any weights."""
+    """The transformers model of a checkpoint folder, on `meta`: its structure without any weights.
+
+    Raises: CheckpointError for a folder without a config.json, or with that of a model that transformers does not have,
+        or whose code comes with the checkpoint, unless `trust_remote_code` says to run that; MissingExtra without
+        transformers.
+    """
     folder = Path(folder)
     config = _config(folder, trust_remote_code)
     model_class = _model_class(config, folder)

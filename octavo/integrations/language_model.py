@@ -118,7 +118,7 @@ def token_ids(tokenizer: Any, text: str, *, limit: int, window: int) -> Tensor:
     """The first `limit` tokens of `text`, for windows of `window` tokens that a model reads one by one.
 
     Where the tokenizer begins a text with a token of its own (BOS), each window begins with it.
-    Returns: int64 [T], T <= limit.
+    Returns: int64 [T], T <= limit, as `octavo.perplexity` takes them.
     """
     ids = tokenizer(text, add_special_tokens=False, verbose=False).input_ids[:limit]
     begin = tokenizer.bos_token_id
