@@ -27,7 +27,8 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -308,18 +309,32 @@ _FOR_THE_MODEL_ITSELF = ("cache", "past_key_values", "encoder_last_hidden_state"
 """What transformers' models return to be given back to them; only there are its factors undone."""
 
 
-def _tensors(output: Any) -> list[Tensor]:
-    """The tensors of an output, however nested, without what only the model itself can read; complex ones as pairs."""
+def _tensors(output: Any, seen: dict[int, object] | None = None) -> list[Tensor]:
+    """The tensors of an output, in whatever holds them, without what only the model itself can read; complex ones as
+    pairs. seen: what was looked into, by its id, for an object may hold itself."""
     if isinstance(output, Tensor):
         kept = output.detach().clone()
         return [torch.view_as_real(kept.resolve_conj()) if kept.is_complex() else kept]
+    seen = {} if seen is None else seen
+    if id(output) in seen or callable(output) or isinstance(output, ModuleType) or _is_cache(output):
+        return []
+    seen[id(output)] = output
+    return [tensor for part in _parts(output) for tensor in _tensors(part, seen)]
+
+
+def _is_cache(output: object) -> bool:
+    return any("Cache" in cls.__name__ for cls in type(output).__mro__)
+
+
+def _parts(output: Any) -> Iterable[Any]:
+    """What an output holds, if it is no tensor."""
     if isinstance(output, Mapping):
-        return [t for name, value in output.items() if name not in _FOR_THE_MODEL_ITSELF for t in _tensors(value)]
+        return [value for name, value in output.items() if name not in _FOR_THE_MODEL_ITSELF]
     if isinstance(output, tuple | list):
-        return [tensor for value in output for tensor in _tensors(value)]
+        return output
     if dataclasses.is_dataclass(output):
-        return _tensors(vars(output))
-    return []
+        return [getattr(output, field.name, None) for field in dataclasses.fields(output)]
+    return vars(output).values() if hasattr(output, "__dict__") else ()  # a namespace, a distribution
 
 
 # -- searching ------------------------------------------------------------------------------------------------------
@@ -453,7 +468,7 @@ class _Search:
         ):
             try:
                 output = _tensors(self._run())
-            except (RuntimeError, ValueError, LookupError, AssertionError) as error:  # NaN where the model forbids it
+            except Exception as error:  # NaN where the model forbids it, in whatever way it does
                 trial.blame(f"the model fails without it: {error}")
                 output = self._output
         changed = len(output) != len(self._output) or not all(map(_same, self._output, output))

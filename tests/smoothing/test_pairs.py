@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import types
 from collections.abc import Callable
 from typing import Any
 
@@ -163,6 +164,26 @@ class Answer:
     result: Tensor
 
 
+@dataclasses.dataclass(slots=True)
+class SlottedAnswer:
+    features: Tensor
+    result: Tensor
+
+
+class Namespace(types.SimpleNamespace):
+    """One that holds itself, the model and a library, too, as results of a task may."""
+
+    def __init__(self, model: nn.Module, **parts: Any) -> None:
+        super().__init__(parts=[parts], model=model, library=torch, me=self)
+
+
+class TapsCache:
+    """What a model keeps of the normed value for its next call."""
+
+    def __init__(self, normed: Tensor) -> None:
+        self.normed = normed
+
+
 class Taps(Net):
     """The normed value goes another way, too."""
 
@@ -174,7 +195,15 @@ class Taps(Net):
         y = self.norm(x)
         z = y if self.how == "residual" else x
         result = self.head(self.last(z + self.b(torch.relu(self.a(y)))))
-        returned = {"tuple": (result, [y]), "dict": {"features": y, "result": result}, "dataclass": Answer(y, result)}
+        returned = {
+            "tuple": (result, [y]),
+            "dict": {"features": y, "result": result},
+            "dataclass": Answer(y, result),
+            "slots": SlottedAnswer(y, result),
+            "namespace": Namespace(self, features=y, result=result),
+            "distribution": torch.distributions.Normal(y, result.square().mean() + 1, validate_args=False),
+            "cache": (result, TapsCache(y)),
+        }
         return returned.get(self.how, result)
 
 
@@ -182,11 +211,15 @@ def test_a_residual_that_taps_the_normed_value() -> None:
     assert reason(Taps("residual"), X, "norm") == "also reaches last on another way (a residual?)"
 
 
-@pytest.mark.parametrize("how", ["tuple", "dict", "dataclass"])
+@pytest.mark.parametrize("how", ["tuple", "dict", "dataclass", "slots", "namespace", "distribution"])
 def test_a_normed_value_that_is_returned(how: str) -> None:
     model = Taps(how)
     assert reason(model, X, "norm") == "reaches the model's output"
     assert listed(find_pairs(model, X)).keys() == {"a", "last"}
+
+
+def test_a_cache_is_the_models_own() -> None:
+    assert listed(find_pairs(Taps("cache"), X)) == WHOLE
 
 
 class Codes(Net):
@@ -243,16 +276,21 @@ def test_a_model_that_branches_on_the_normed_value() -> None:
 
 
 class RefusesIt(Net):
+    def __init__(self, error: type[Exception]) -> None:
+        super().__init__()
+        self.error = error
+
     def forward(self, x: Tensor) -> Tensor:
         y = self.norm(x)
         if y.abs().max() > 50:
-            raise ValueError("too large")
+            raise self.error("too large")
         return self.head(self.last(x + self.b(torch.relu(self.a(y)))))
 
 
-def test_a_model_that_refuses_the_scaled_value() -> None:
-    assert reason(RefusesIt(), X, "norm") == "the model fails without it: too large"
-    assert listed(find_pairs(RefusesIt(), X)) == {name: WHOLE[name] for name in ("a", "last")}
+@pytest.mark.parametrize("error", [ValueError, OverflowError, TypeError, StopIteration])
+def test_a_model_that_refuses_the_scaled_value(error: type[Exception]) -> None:
+    assert reason(RefusesIt(error), X, "norm") == "the model fails without it: too large"
+    assert listed(find_pairs(RefusesIt(error), X)) == {name: WHOLE[name] for name in ("a", "last")}
 
 
 # -- weights of several owners ----------------------------------------------------------------------------------------
