@@ -1,17 +1,22 @@
 """Batches, and models that are run on them to be watched or judged: in eval mode, without gradients, left as they were.
 
-A batch is a tensor (the model's one argument), a tuple or list (positional arguments) or a dict (keyword arguments).
+A batch is a tensor (the model's one argument), a tuple or list (positional arguments) or a dict (keyword arguments). It
+is left as it was, too: a model is fed a copy, for it may write into what it is given (a key-value cache grows), and be
+run on it again.
 """
 
 from __future__ import annotations
 
 import contextlib
+import copy
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
+from torch.overrides import TorchFunctionMode
 
 from octavo.errors import EvaluateError, QuantizeError
 
@@ -51,31 +56,56 @@ def check_batches(batches: object) -> None:
 
 
 def feed(model: Callable[..., Any], batch: Any, device: torch.device | None, who: str) -> Any:
-    """What `model` returns for `batch`, whose tensors are moved to `device` (None: left where they are).
+    """What `model` returns for a copy of `batch`, whose tensors are on `device` (None: where they are in the batch).
 
     who: what an error calls the model. Raises: EvaluateError for a batch of another type.
     """
-    if not isinstance(batch, Tensor | tuple | list | Mapping):
-        raise EvaluateError(
-            f"{who} was to be fed a {type(batch).__name__}; expected a tensor, a tuple of positional arguments or a "
-            "dict of keyword arguments"
-        )
-    if device is not None:
-        batch = on_tensors(batch, lambda tensor: tensor.to(device))
-    if isinstance(batch, Tensor):
-        return model(batch)
+
+    def moved(tensor: Tensor) -> Tensor:
+        return tensor.detach().to(device, copy=True).requires_grad_(tensor.requires_grad)
+
     if isinstance(batch, Mapping):
-        return model(**batch)
-    return model(*batch)
+        return model(**on_tensors(batch, moved))
+    if isinstance(batch, Tensor | PackedSequence):
+        return model(on_tensors(batch, moved))
+    if isinstance(batch, tuple | list):
+        return model(*on_tensors(batch, moved))
+    raise EvaluateError(
+        f"{who} was to be fed a {type(batch).__name__}; expected a tensor, a tuple of positional arguments or a "
+        "dict of keyword arguments"
+    )
 
 
 def on_tensors(batch: Any, do: Callable[[Tensor], Any]) -> Any:
-    """The batch with `do` of each of its tensors in its place, however nested in dicts, tuples and lists."""
-    if isinstance(batch, Tensor):
-        return do(batch)
+    """A deep copy of the batch with `do` of each of its tensors in its place, whatever holds them; a mapping becomes a
+    dict. Arguments that cannot be copied (a lock, an open file) are in it themselves."""
+    known: dict[int, Any] = {}
+
+    def copied(item: Any) -> Any:
+        if isinstance(item, torch.Generator):
+            return item.clone_state()
+        try:
+            with _CopyingBy(do):
+                return copy.deepcopy(item, known)
+        except TypeError:
+            return item
+
     if isinstance(batch, Mapping):
-        return {name: on_tensors(item, do) for name, item in batch.items()}
-    return type(batch)(on_tensors(item, do) for item in batch) if type(batch) in (tuple, list) else batch
+        return {name: copied(item) for name, item in batch.items()}
+    return type(batch)(map(copied, batch)) if type(batch) in (tuple, list) else copied(batch)
+
+
+class _CopyingBy(TorchFunctionMode):
+    """While open, the deep copy of a tensor is `do` of it."""
+
+    def __init__(self, do: Callable[[Tensor], Any]) -> None:
+        super().__init__()
+        self._do = do
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is not Tensor.__deepcopy__:
+            return func(*args, **(kwargs or {}))
+        return self._do(args[0])
 
 
 def first_tensor(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:
