@@ -214,6 +214,53 @@ def test_perplexity_refuses_what_is_not_logits(output: Any) -> None:
         perplexity(fixed(output), torch.zeros(4, dtype=torch.int64))
 
 
+def language_model(masked: bool) -> nn.Module:
+    """A BERT, which sees all of a text, or a GPT-2: small, and as unlike a model without knowledge as a trained one."""
+    from transformers import BertConfig, BertForMaskedLM, GPT2Config, GPT2LMHeadModel
+
+    if masked:
+        sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+        return BertForMaskedLM(BertConfig(vocab_size=64, initializer_range=0.3, **sizes)).eval()
+    return GPT2LMHeadModel(GPT2Config(vocab_size=64, n_embd=32, n_layer=2, n_head=4, initializer_range=0.3)).eval()
+
+
+@pytest.mark.filterwarnings("ignore::octavo.errors.OctavoWarning")  # embeddings stay float
+@pytest.mark.parametrize("scheme", [None, "w8a16", "w8a8", "o2"])
+@pytest.mark.parametrize("length", [2, 3, 100])
+def test_perplexity_of_what_sees_the_tokens_that_it_predicts_is_refused(scheme: str | None, length: int) -> None:
+    ids = torch.arange(length) * 7 % 64
+    for masked in (True, False):
+        model = language_model(masked)
+        if scheme is not None:
+            octavo.quantize(model, scheme)
+        if masked and scheme != "o2":  # whose scale is that of all tokens
+            for each in (model, lambda ids, model=model: model(ids).logits):
+                with pytest.raises(EvaluateError, match="expected a causal language model"):
+                    perplexity(each, ids)
+        else:
+            assert perplexity(model, ids) > 1
+
+
+def test_perplexity_of_what_may_not_be_said_or_is_drawn() -> None:
+    """Forbidden tokens and noise are none of what comes after."""
+    table = torch.randn(7, 7)
+    table[:, 2] = -math.inf
+    ids = torch.tensor([0, 1, 3, 4, 5, 6, 0, 1])
+    assert perplexity(bigram(table), ids) == pytest.approx(true_perplexity(table, ids.tolist(), 512), rel=1e-6)
+
+    def noisy(ids: Tensor) -> Tensor:
+        return table[ids] + torch.rand(())
+
+    state = torch.get_rng_state()
+    assert perplexity(noisy, ids) == pytest.approx(perplexity(bigram(table), ids), rel=1e-5)
+    torch.set_rng_state(state)
+    torch.rand(())
+    after = torch.get_rng_state()
+    torch.set_rng_state(state)
+    perplexity(noisy, ids)
+    assert torch.equal(torch.get_rng_state(), after)
+
+
 def test_perplexity_runs_in_eval_without_gradients_and_restores_each_modules_mode() -> None:
     class Model(nn.Module):
         def __init__(self) -> None:
