@@ -167,7 +167,7 @@ def compare(
     with at_rest(float_model, int8_model), products_as_calls(float_model), products_as_calls(int8_model):
         for count, batch in enumerate(batches, start=1):
             where = f"batch {count - 1}"
-            masks = padding_masks(batch)
+            masks = padding_masks(float_model, batch)
             if tallies and count == 1:
                 assert isinstance(float_model, nn.Module) and isinstance(int8_model, nn.Module)
                 for name, factors in smooth_scales(float_model, int8_model, batch).items():

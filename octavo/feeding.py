@@ -165,13 +165,18 @@ def hooked(modules: Mapping[str, nn.Module], register: Callable[[str, nn.Module]
             handle.remove()
 
 
-def padding_masks(batch: Any) -> list[Tensor]:
-    """The masks [B, T] that a batch has, as booleans, True where a position counts: `attention_mask`, then that of a
-    decoder, in which every position counts if it has a decoder's input and no `decoder_attention_mask`."""
+def padding_masks(model: Any, batch: Any) -> list[Tensor]:
+    """The masks [B, T] that a batch has, as booleans, True where a position counts: `attention_mask`, then the
+    decoder's: `decoder_attention_mask`, or all of its input, or what is no padding (-100) of the labels that an
+    encoder-decoder makes its input of."""
     if not isinstance(batch, Mapping):
         return []
     masks = [batch.get("attention_mask"), batch.get("decoder_attention_mask")]
     if masks[1] is None:
         fed = (batch.get(name) for name in ("decoder_input_ids", "decoder_inputs_embeds"))
         masks[1] = next((x.new_ones(x.shape[:2]) for x in fed if isinstance(x, Tensor)), None)
+    labels = batch.get("labels")
+    if masks[1] is None and getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        of_tokens = isinstance(labels, Tensor) and labels.dim() == 2 and not labels.is_floating_point()
+        masks[1] = labels != -100 if of_tokens else None
     return [mask.bool() for mask in masks if isinstance(mask, Tensor)]

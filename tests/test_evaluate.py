@@ -448,6 +448,37 @@ def test_a_decoders_output_has_the_decoders_padding(masked: bool) -> None:
     assert {name: getattr(found, name) for name in expected} == pytest.approx(expected, rel=1e-9)
 
 
+@pytest.mark.parametrize("is_encoder_decoder", [True, False])
+def test_labels_have_the_decoders_padding(is_encoder_decoder: bool) -> None:
+    """Of which an encoder-decoder makes the decoder's input; to others they say what a loss is of."""
+    f, q = torch.randn(2, 4, 7), torch.randn(2, 4, 7)
+    mask, labels = torch.tensor([[1, 0, 0, 0]] * 2), torch.tensor([[3, 0, 5, -100], [1, 2, -100, -100]])
+    batch = {"input_ids": torch.zeros(2, 4, dtype=torch.int64), "attention_mask": mask, "labels": labels}
+    model = fixed(f)
+    model.config = types.SimpleNamespace(is_encoder_decoder=is_encoder_decoder)  # type: ignore[attr-defined]
+    found = compare(model, fixed(q), [batch])
+    counts = labels != -100 if is_encoder_decoder else mask == 1
+    expected = truth(f[counts], q[counts])
+    assert {name: getattr(found, name) for name in expected} == pytest.approx(expected, rel=1e-9)
+
+
+def test_a_transformers_t5_makes_its_input_of_labels() -> None:
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    config = T5Config(vocab_size=64, d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4, decoder_start_token_id=0)
+    model = T5ForConditionalGeneration(config).eval()
+    names = [name for name, module in model.named_modules() if name.rpartition(".")[2] in ("q", "v", "o", "wi")]
+    noisy = with_noise(model, dict.fromkeys(names, 0.01))
+    labels = torch.randint(1, 64, (2, 6))
+    labels[0, 4:] = -100
+    batch = {"input_ids": torch.randint(1, 64, (2, 6)), "attention_mask": torch.tensor([[1] * 2 + [0] * 4, [1] * 6])}
+    spelled_out = {"decoder_input_ids": model._shift_right(labels), "decoder_attention_mask": (labels != -100).long()}
+    found, expected = (compare(model, noisy, [batch | more]) for more in ({"labels": labels}, spelled_out))
+    assert found.positions == 10
+    for name in ("kl", "top1", "sqnr_db", "cosine_mean", "cosine_min"):
+        assert getattr(found, name) == pytest.approx(getattr(expected, name), rel=1e-4)
+
+
 def test_a_mask_that_fits_no_output_is_a_warning_once() -> None:
     batch = {"attention_mask": torch.tensor([[1, 1, 1, 0]])}
     outputs = [torch.randn(1, 2, 5)] * 4

@@ -275,7 +275,7 @@ def calibrate(
         for count, batch in enumerate(batches, start=1):
             example = batch if count == 1 else example
             if (count - 1) % processes == rank:
-                watch.begin(batch, count - 1)
+                watch.begin(padding_masks(model, batch), count - 1)
                 feed(model, batch, device, f"batch {count - 1}: the model")
                 watch.end(batch)
             if progress is not None:
@@ -414,8 +414,8 @@ class _Watch:
         self._last: tuple[weakref.ref[Tensor], int | None, int, Observer] | None = None
         self._events = 0
 
-    def begin(self, batch: Any, index: int) -> None:
-        self._masks = [mask for mask in padding_masks(batch) if mask.dim() == 2]
+    def begin(self, masks: list[Tensor], index: int) -> None:
+        self._masks = [mask for mask in masks if mask.dim() == 2]
         self._batch = index
         self._calls = {}
 

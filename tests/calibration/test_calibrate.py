@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 import textwrap
+import types
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -433,6 +434,21 @@ def test_no_token_of_a_decoder_is_missed_where_the_encoder_has_as_many(masked: b
     batch = {"x": x, "decoder_inputs_embeds": y, "attention_mask": torch.tensor([[1, 0, 0]])}
     stats = calibrate(EncoderDecoder(), [batch | ({"decoder_attention_mask": torch.ones(1, 3)} if masked else {})])
     assert torch.equal(stats.observers["decoder"].amax, y.abs().amax((0, 1)))
+
+
+def test_labels_are_a_decoders_input() -> None:
+    """Though the encoder was fed as many tokens, and its mask would fit."""
+
+    class OfLabels(EncoderDecoder):
+        config = types.SimpleNamespace(is_encoder_decoder=True)
+
+        def forward(self, x: Tensor, labels: Tensor, attention_mask: Tensor) -> Tensor:  # type: ignore[override]
+            return super().forward(x, y, attention_mask)
+
+    x, y, labels = torch.randn(1, 3, 4), torch.randn(1, 3, 4), torch.tensor([[7, 0, -100]])
+    batch = {"x": x, "labels": labels, "attention_mask": torch.tensor([[1, 0, 0]])}
+    stats = calibrate(OfLabels(), [batch])
+    assert torch.equal(stats.observers["decoder"].amax, y[0, :2].abs().amax(0))
 
 
 def test_inference_tensors_are_calibrated_on() -> None:
