@@ -144,7 +144,7 @@ def scales_by_one_plus(norm: nn.Module, weight: nn.Parameter) -> bool:
     try:
         with torch.no_grad():
             weight.data = torch.zeros_like(before)
-            y = norm(x)
+            y = norm.forward(x)  # its hooks are for who runs the model
     except Exception:  # it wants more than x, whatever its way to say so: the proof is the judge then
         return False
     finally:
