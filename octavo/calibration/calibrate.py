@@ -36,7 +36,7 @@ from torch.utils.hooks import RemovableHandle
 
 from octavo.calibration.expert_inputs import ExpertsObserver, observe_experts, rows_of_each
 from octavo.calibration.observers import Observer, ObserverKind, observe
-from octavo.errors import CalibrateError, OctavoWarning
+from octavo.errors import CalibrateError, OctavoWarning, QuantizeError
 from octavo.experts import ExpertsSpec, argument_names, arguments, spec_of
 from octavo.feeding import (
     Progress,
@@ -53,7 +53,7 @@ from octavo.layers import is_stack, kind_of, why_not
 from octavo.model_code.products import products_as_calls
 from octavo.whole import replacing
 
-__all__ = ["Stats", "calibrate", "check_stats", "columns_of", "is_watched", "largest_of_columns"]
+__all__ = ["Stats", "calibrate", "check_is_float", "check_stats", "columns_of", "is_watched", "largest_of_columns"]
 
 ROWS = 256
 """Rows of a layer's input that are kept, to measure errors on."""
@@ -252,10 +252,10 @@ def calibrate(
     Raises: CalibrateError for a NaN or inf, naming the layer that it entered, for a model without linear layers, if no
         batch came, or none with a token that counts, for `rows` that are no number from 0 up, and for
         `route_all_experts` where there are no experts; EvaluateError for batches that are of another type, or a model
-        on `meta`; QuantizeError for what is no module.
+        on `meta`; QuantizeError for a model that is int8 already, and for what is no module.
     Warns: OctavoWarning if there are experts that no token was routed to; `Stats.unrouted` lists them.
     """
-    check_module(model)
+    check_is_float(model)
     check_batches(batches)
     if not isinstance(rows, int) or rows < 0:
         raise CalibrateError(f"rows is {rows!r}, expected a number, 0 or more, of rows of each layer's input to keep")
@@ -292,6 +292,15 @@ def calibrate(
     if stats.unrouted and rank == 0:
         _warn_of_unrouted(stats)
     return stats
+
+
+def check_is_float(model: nn.Module) -> None:
+    """Raise QuantizeError for a model that holds int8 layers, and for what is no module."""
+    check_module(model)
+    if any(hasattr(module, "quantized_params") for module in model.modules()):
+        raise QuantizeError(
+            "the model holds int8 layers; calibrate the float model, and smooth it first, then quantize"
+        )
 
 
 def check_stats(stats: object) -> None:

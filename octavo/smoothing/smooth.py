@@ -29,7 +29,14 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from octavo.calibration.calibrate import Stats, check_stats, columns_of, is_watched, largest_of_columns
+from octavo.calibration.calibrate import (
+    Stats,
+    check_is_float,
+    check_stats,
+    columns_of,
+    is_watched,
+    largest_of_columns,
+)
 from octavo.calibration.expert_inputs import ExpertsObserver
 from octavo.calibration.sensitivity import CATASTROPHE_DB, OUTPUTS, evenly, output_error, rounded_input
 from octavo.errors import CalibrateError, OctavoWarning, QuantizeError, RecipeError
@@ -90,8 +97,8 @@ def smooth(
         reason.
     Warns: OctavoWarning if layers that a folded norm may feed were reached by no batch.
     Raises: CalibrateError for statistics of another model, or without an example batch where no `batch` is given;
-        QuantizeError for an alpha that is out of range, a scheme whose inputs stay float, or a model that is int8
-        already; RecipeError for an unknown scheme; EvaluateError for a batch that the model cannot be fed.
+        QuantizeError for an alpha that is out of range, a scheme whose inputs stay float, a model that is int8 already,
+        or what is no module; RecipeError for an unknown scheme; EvaluateError for a batch that the model cannot be fed.
     """
     if alpha != "auto" and not (isinstance(alpha, float | int) and 0 <= alpha <= 1):
         raise QuantizeError(f"alpha is {alpha!r}, expected a number from 0 to 1, or 'auto'")
@@ -105,7 +112,7 @@ def smooth(
     example = stats.example if batch is None else batch
     if example is None:
         raise CalibrateError("these statistics hold no example batch; pass one as batch=")
-    _refuse_int8(model)
+    check_is_float(model)
     stats.check_are_of(model)
     examples = [example, *stats.further]
     before = [products(model, one) for one in examples]
@@ -123,11 +130,11 @@ def smooth(
         for one, trace in zip(examples, before, strict=True):
             for fold, why in _prove(model, one, folded, trace):
                 done.append(_left_out(fold.pair, why))
-    except BaseException:  # an interrupt, too: nothing is to stay folded that the statistics do not know of
+        _warn_of_unreached(model, stats, folded, before)
+    except BaseException:  # an interrupt, a warning that is an error: nothing stays folded that stats do not know of
         for fold in folded:
             fold.undo()
         raise
-    _warn_of_unreached(model, stats, folded, before)
     for fold in folded:
         fold.divide(stats)
         done.append(fold.report)
@@ -160,11 +167,6 @@ def _warn_of_unreached(model: nn.Module, stats: Stats, folded: list[_Fold], trac
             OctavoWarning,
             stacklevel=3,
         )
-
-
-def _refuse_int8(model: nn.Module) -> None:
-    if any(hasattr(module, "quantized_params") for module in model.modules()):
-        raise QuantizeError("the model holds int8 layers, whose codes cannot be scaled; smooth it first, then quantize")
 
 
 def _left_out(pair: Pair, why: str) -> SmoothedPair:

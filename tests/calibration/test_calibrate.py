@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 import octavo
 from octavo.calibration.calibrate import Stats, calibrate
-from octavo.errors import CalibrateError, EvaluateError
+from octavo.errors import CalibrateError, EvaluateError, QuantizeError
 
 
 def llama(**more: Any) -> Any:
@@ -218,6 +218,14 @@ def test_progress_and_bad_batches() -> None:
         calibrate(model, ["text"])
     with pytest.raises(CalibrateError, match="no linear layer to calibrate"):
         calibrate(nn.Sequential(nn.ReLU()), [torch.ones(1)])
+
+
+@pytest.mark.parametrize("ignore", [[], ["1"]])
+def test_an_int8_model_is_refused(ignore: list[str]) -> None:
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+    octavo.quantize(model, "w8a16", ignore=ignore)
+    with pytest.raises(QuantizeError, match="the model holds int8 layers; calibrate the float model"):
+        calibrate(model, [torch.ones(1, 3)])
 
 
 class Stream(IterableDataset[Tensor]):

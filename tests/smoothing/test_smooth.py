@@ -839,6 +839,32 @@ def test_an_interrupt_leaves_the_model_as_it_was() -> None:
     assert smooth(model, stats).smoothed
 
 
+def test_a_warning_that_is_an_error_leaves_the_model_as_it_was() -> None:
+    model = Branches().eval()
+    stats = calibrate(model, [torch.randn(64, 16)])
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(OctavoWarning, match="no batch of the calibration reached image"):
+            smooth(model, stats)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert smooth(model, stats).smoothed
+
+
+def test_hooks_see_whole_runs_of_the_model() -> None:
+    """What a norm is asked besides is no run."""
+    model, calls = Net(), {"norm": 0, "head": 0}
+    for name in calls:
+        model.get_submodule(name).register_forward_hook(lambda *_, name=name: calls.update({name: calls[name] + 1}))
+    smooth(model, calibrate(model, [X]))
+    assert calls["norm"] == calls["head"]
+
+
+def test_what_is_no_module_is_named() -> None:
+    with pytest.raises(QuantizeError, match=r"model is a dict, expected an nn\.Module"):
+        smooth({}, calibrate(Net(), [X]))  # type: ignore[arg-type]
+
+
 def test_weights_that_fp16_cannot_hold_scaled_are_left_as_they_are() -> None:
     """The norm's smallest weight is lost when it is divided, and multiplying does not bring it back."""
     model = nn.Sequential(nn.LayerNorm(8, bias=False), nn.Linear(8, 8, bias=False)).half()
