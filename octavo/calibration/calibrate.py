@@ -594,8 +594,8 @@ def _flattened(value: Any, tensors: dict[str, Tensor]) -> Any:
         return {"tensor": name}
     if isinstance(value, Mapping):
         return {"dict": {str(key): _flattened(item, tensors) for key, item in value.items()}}
-    if isinstance(value, tuple | list):
-        return {"list": [_flattened(item, tensors) for item in value]}
+    if isinstance(value, tuple | list) and not hasattr(value, "_fields"):  # a named tuple would lose its names
+        return {"tuple" if isinstance(value, tuple) else "list": [_flattened(item, tensors) for item in value]}
     if value is None or isinstance(value, str | int | float):
         return {"value": value}
     raise CalibrateError(
@@ -610,8 +610,9 @@ def _restored(value: Any, tensors: Mapping[str, Tensor]) -> Any:
         return tensors[content]
     if kind == "dict":
         return {key: _restored(item, tensors) for key, item in content.items()}
-    if kind == "list":
-        return [_restored(item, tensors) for item in content]
+    if kind in ("list", "tuple"):
+        items = [_restored(item, tensors) for item in content]
+        return tuple(items) if kind == "tuple" else items
     return content
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import os
 import re
@@ -274,6 +275,16 @@ def test_what_is_saved_is_loaded(tmp_path: Path) -> None:
     # Siblings were fed the same rows, which are written once.
     q, k = (loaded.observers[f"model.layers.0.self_attn.{name}_proj"] for name in "qk")
     assert q.rows is k.rows
+
+
+def test_a_tuple_is_loaded_as_one(tmp_path: Path) -> None:
+    """A model may ask for its type, or look something up by it."""
+    stats = calibrate(nn.Sequential(nn.Linear(3, 3)), [torch.ones(1, 3)])
+    stats.example = ({"sizes": (2, (3, 4)), "names": ["a", ("b",)]},)
+    assert Stats.load(stats.save(tmp_path / "stats.safetensors")).example == stats.example
+    stats.example = (collections.namedtuple("Named", "a b")(1, 2),)
+    with pytest.raises(CalibrateError, match="the first batch holds a Named, which a file cannot"):
+        stats.save(tmp_path / "stats.safetensors")
 
 
 def test_a_failed_save_leaves_the_old_file(tmp_path: Path) -> None:
