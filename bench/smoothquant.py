@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import octavo
 from bench.language import WINDOW, checkpoint, known_text, losses
-from octavo.calibration.calibrate import Stats
+from octavo.calibration.stats import Stats
 from octavo.integrations.language_model import load_language_model, token_ids
 from octavo.recipe import Recipe
 from octavo.tables import Table, human_percent

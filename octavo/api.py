@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from octavo.calibration.calibrate import Stats as Stats
 from octavo.calibration.calibrate import calibrate as calibrate
+from octavo.calibration.stats import Stats as Stats
 from octavo.errors import CalibrateError as CalibrateError
 from octavo.errors import CheckpointError as CheckpointError
 from octavo.errors import EvaluateError as EvaluateError

@@ -39,6 +39,10 @@ NEVER = {
         "modules": "calibration knows nothing of quantization",
         "ops": "calibration runs float models",
     },
+    "calibration.stats": {
+        "modules": "calibration knows nothing of quantization",
+        "ops": "calibration runs float models",
+    },
     "smoothing.smooth": {"modules": "smoothing changes float models", "ops": "smoothing changes float models"},
     "evaluate": {"quantization": "it judges any callable, float and int8 alike"},
 }

@@ -26,7 +26,7 @@ from octavo.tables import Table, in_general
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from octavo.calibration.calibrate import Stats
+    from octavo.calibration.stats import Stats
 
 __all__ = ["add_parser", "run"]
 

@@ -13,7 +13,7 @@ from octavo.plot import channel_ranges
 from octavo.recipe import PRESETS
 
 if TYPE_CHECKING:
-    from octavo.calibration.calibrate import Stats
+    from octavo.calibration.stats import Stats
     from octavo.report import SmoothReport
 
 __all__ = ["Alpha", "add_parser", "alpha", "run"]

@@ -16,7 +16,7 @@ from octavo.plot import new_figure
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from octavo.calibration.calibrate import Stats
+    from octavo.calibration.stats import Stats
 
 __all__ = [
     "Source",
@@ -104,7 +104,7 @@ def _stored(args: argparse.Namespace, file: str) -> Stats:
             raise CommandError(
                 f"{option} says how much of a text to run on, and --calibration {file} holds statistics; leave one out"
             )
-    from octavo.calibration.calibrate import Stats
+    from octavo.calibration.stats import Stats
 
     return Stats.load(file)
 

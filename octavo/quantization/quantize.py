@@ -8,8 +8,8 @@ from collections.abc import Iterable, Mapping
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from octavo.calibration.calibrate import Stats
 from octavo.calibration.observers import ObserverKind
+from octavo.calibration.stats import Stats
 from octavo.errors import OctavoWarning, QuantizeError
 from octavo.feeding import Progress, check_module
 from octavo.modules import QuantLinear

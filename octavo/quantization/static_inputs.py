@@ -6,9 +6,9 @@ from collections.abc import Callable
 
 from torch import Tensor, nn
 
-from octavo.calibration.calibrate import Stats, check_stats
 from octavo.calibration.observers import Observer, ObserverKind, check_observer
 from octavo.calibration.sensitivity import CATASTROPHE_DB, evenly, output_error, rounded_input
+from octavo.calibration.stats import Stats, check_stats
 from octavo.errors import CalibrateError
 from octavo.quantization.plan import Decision
 from octavo.recipe import Scheme

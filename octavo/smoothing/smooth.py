@@ -29,16 +29,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from octavo.calibration.calibrate import (
-    Stats,
-    check_is_float,
-    check_stats,
-    columns_of,
-    is_watched,
-    largest_of_columns,
-)
+from octavo.calibration.calibrate import check_is_float
 from octavo.calibration.expert_inputs import ExpertsObserver
 from octavo.calibration.sensitivity import CATASTROPHE_DB, OUTPUTS, evenly, output_error, rounded_input
+from octavo.calibration.stats import Stats, check_stats, columns_of, is_watched, largest_of_columns
 from octavo.errors import CalibrateError, OctavoWarning, QuantizeError, RecipeError
 from octavo.experts import spec_of
 from octavo.feeding import Progress

@@ -16,8 +16,9 @@ from torch import Tensor, nn
 
 import octavo
 from octavo import CalibrateError, OctavoWarning
-from octavo.calibration.calibrate import Stats, calibrate
+from octavo.calibration.calibrate import calibrate
 from octavo.calibration.expert_inputs import ExpertsObserver, rows_of_each
+from octavo.calibration.stats import Stats
 from tests.calibration.test_calibrate import assert_equal_stats
 from tests.outliers import ARCHITECTURES, Architecture
 

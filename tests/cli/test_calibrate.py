@@ -14,7 +14,8 @@ import pytest
 import torch
 import transformers
 
-from octavo.calibration.calibrate import Stats, calibrate
+from octavo.calibration.calibrate import calibrate
+from octavo.calibration.stats import Stats
 from octavo.cli.text import sample_text
 from octavo.errors import CalibrateError
 from octavo.integrations.calibration import load_float, text_batches

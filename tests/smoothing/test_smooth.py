@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from octavo import CalibrateError, QuantizeError, register_experts
-from octavo.calibration.calibrate import Stats, calibrate
+from octavo.calibration.calibrate import calibrate
+from octavo.calibration.stats import Stats
 from octavo.errors import OctavoWarning, RecipeError
 from octavo.modules import QuantExperts
 from octavo.quantization.quantize import quantize
