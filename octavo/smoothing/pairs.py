@@ -27,34 +27,29 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from types import ModuleType
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from octavo.experts import ExpertsSpec, spec_of
-from octavo.feeding import at_rest, device_of, drawn_again, feed, first_tensor, hooked, on_tensors
+from octavo.feeding import at_rest, first_tensor, hooked
 from octavo.layers import is_stack, kind_of, users_of_parameters
+from octavo.smoothing.trace import (
+    TOKENS,
+    Product,
+    Recorder,
+    Sink,
+    Trace,
+    equal,
+    every_product_in_sight,
+    fed,
+    largest_of,
+    tensors_of,
+)
 
-__all__ = [
-    "Layout", "Pair", "Sink", "equal", "find_pairs", "is_norm", "largest_of", "products", "scales_by_one_plus", "short",
-]  # fmt: skip
-
-
-@dataclasses.dataclass(frozen=True)
-class Sink:
-    """A weight whose columns a pair's factors are multiplied onto.
-
-    param: its name in the model. layer: name of the module that owns it. axis: the dimension that the input's channels
-    run along (1 of an nn.Linear's [N, K]).
-    """
-
-    param: str
-    layer: str
-    axis: int
+__all__ = ["Layout", "Pair", "find_pairs", "is_norm", "scales_by_one_plus"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,11 +86,11 @@ def find_pairs(model: nn.Module, example: Any, progress: Callable[[int, int], No
 
     model: float, not modified. example: a batch. progress: called with (families done, families in all).
     """
-    with at_rest(model), _every_product_in_sight(model):
-        base = _Run(model)
-        with base.watching():
-            output = _fed(model, example)
-        search = _Search(model, base, _tensors(output), lambda: _fed(model, example))
+    with at_rest(model), every_product_in_sight(model):
+        with Recorder(model) as recorder:
+            output = fed(model, example)
+        base = Trace(recorder.products, tensors_of(output))
+        search = _Search(model, base, lambda: fed(model, example))
         families = search.families()
         for done, family in enumerate(families, 1):
             search.try_family(family)
@@ -103,22 +98,6 @@ def find_pairs(model: nn.Module, example: Any, progress: Callable[[int, int], No
                 progress(done, len(families))
         search.try_experts()
     return search.pairs()
-
-
-def products(model: nn.Module, example: Any) -> tuple[list[Product], list[Tensor]]:
-    """Run `model` on `example`: every product with a weight, in order, and the tensors that it returns."""
-    with at_rest(model), _every_product_in_sight(model):
-        run = _Run(model)
-        with run.watching():
-            output = _fed(model, example)
-    return run.products, _tensors(output)
-
-
-def _fed(model: nn.Module, example: Any) -> Any:
-    """What `model` returns for the first tokens of `example`; if it draws random numbers, the same every time."""
-    device = device_of(model, "model")
-    with drawn_again(device):
-        return feed(model, short(example), device, "the model")
 
 
 def is_norm(module: nn.Module) -> bool:
@@ -152,202 +131,16 @@ def scales_by_one_plus(norm: nn.Module, weight: nn.Parameter) -> bool:
     return bool((y - bias if bias is not None else y).any())
 
 
-_TOKENS = 128
-_SEQUENCES = 2
-_ITEMS = 4
-"""Of a batch of images or sounds. An image that is no batch has no more channels."""
-
-
-def short(example: Any) -> Any:
-    """The first tokens of a batch of token ids [B, T], alone or in a dict; the first items of a batch of which all is
-    [B, ...]; any other as it is. Of what it feeds to a model, the inputs of every layer are kept."""
-    if isinstance(example, Tensor) and example.dtype == torch.int64 and example.dim() == 2:
-        return example[:_SEQUENCES, :_TOKENS]
-    if isinstance(example, Mapping) and isinstance(example.get("input_ids"), Tensor):
-        shape = example["input_ids"].shape
-        if len(shape) != 2 or any(not isinstance(v, Tensor) or v.shape != shape for v in example.values()):
-            return example
-        kept = {name: value[:_SEQUENCES] for name, value in example.items()}
-        mask = kept.get("attention_mask")
-        if mask is None or bool(mask[:, :1].all()):
-            return {name: value[:, :_TOKENS] for name, value in kept.items()}
-        # With padding on the left the first tokens may be none at all.
-        return {name: value[:, -_TOKENS:] for name, value in kept.items()} if bool(mask[:, -1:].all()) else kept
-    shapes: list[torch.Size] = []
-    on_tensors(example, lambda tensor: shapes.append(tensor.shape))
-    of_one_length = len({shape[:1] for shape in shapes}) == 1
-    if of_one_length and max(map(len, shapes)) >= 3 and shapes[0][0] > _ITEMS:
-        return on_tensors(example, lambda tensor: tensor[:_ITEMS])
-    return example
-
-
-# -- watching ------------------------------------------------------------------------------------------------------
-
-
-@dataclasses.dataclass
-class Product:
-    """One multiplication by a weight: `x` [..., K] is a copy of what was multiplied. experts: by which of the weights
-    of a stack [E, ...]."""
-
-    sink: Sink
-    x: Tensor
-    experts: slice
-
-
-_aten = torch.ops.aten
-_OPERANDS = {
-    _aten.mm: (0, 1, -2),
-    _aten.addmm: (1, 2, -2),
-    _aten.bmm: (0, 1, -2),
-    _aten.baddbmm: (1, 2, -2),
-    _aten._grouped_mm: (0, 1, -2),
-    _aten.linear: (0, 1, -1),
-    _aten.mv: (1, 0, -1),
-    _aten.addmv: (2, 1, -1),
-}
-"""Op -> the positions of x and of the weight among its arguments, and the weight's dimension that K runs along."""
-
-_COPIES = (_aten._to_copy, _aten.clone)
-
-
-class _Run(TorchDispatchMode):
-    """Records the products of one run; or tells `on_product` of them, which may replace x."""
-
-    def __init__(self, model: nn.Module, on_product: Callable[[int, Sink, Tensor], Tensor] | None = None) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.products: list[Product] = []
-        self._count = 0
-        self._on_product = on_product
-        self._weights: dict[int, list[tuple[str, Tensor]]] = {}
-        for name, parameter in model.named_parameters():
-            if parameter.dim() >= 2 and parameter.layout == torch.strided:
-                self._register(name, parameter)
-
-    def watching(self) -> _Run:
-        """The context to run the model in."""
-        return self
-
-    def _register(self, name: str, tensor: Tensor) -> None:
-        self._weights.setdefault(tensor.untyped_storage().data_ptr(), []).append((name, tensor))
-
-    def _weight(self, tensor: Any) -> tuple[str, Tensor] | None:
-        if not isinstance(tensor, Tensor) or tensor.layout != torch.strided:
-            return None
-        for name, weight in self._weights.get(tensor.untyped_storage().data_ptr(), ()):
-            start = weight.storage_offset()
-            if start <= tensor.storage_offset() < start + max(1, weight.numel()):
-                return name, weight
-        return None
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        op = func.overloadpacket
-        if op in _OPERANDS:
-            args = self._multiply(op, list(args))
-        result = func(*args, **(kwargs or {}))
-        if op in _COPIES:
-            copied = self._weight(args[0])
-            if copied is not None and result.shape == copied[1].shape:  # a weight in another dtype is that weight
-                self._register(copied[0], result)
-        return result
-
-    def _multiply(self, op: Any, args: list[Any]) -> list[Any]:
-        x_at, w_at, k_dim = _OPERANDS[op]
-        weight = self._weight(args[w_at])
-        if weight is None or self._weight(args[x_at]) is not None:
-            return args
-        name, whole = weight
-        k, stride = args[w_at].shape[k_dim], args[w_at].stride(k_dim)
-        axes = [a for a in range(whole.dim()) if whole.shape[a] == k and whole.stride(a) == stride]
-        if axes:
-            sink = Sink(name, name.rpartition(".")[0], axes[0])
-            if self._on_product is None:
-                self.products.append(Product(sink, args[x_at].clone(), _slices(whole, args[w_at])))
-            else:
-                args[x_at] = self._on_product(self._count, sink, args[x_at])
-            self._count += 1
-        return args
-
-
-def _slices(stack: Tensor, weight: Tensor) -> slice:
-    """Which slices of a stack a view of it covers."""
-    first = int(weight.storage_offset() - stack.storage_offset()) // max(1, stack.stride(0))
-    return slice(first, first + max(1, weight.numel() // stack[0].numel()))
-
-
-@contextlib.contextmanager
-def _every_product_in_sight(model: Any) -> Iterator[None]:
-    """Without the kernels of transformers' experts, which hide their products, and without the copies of weights that
-    autocast keeps, which hide whose they are and know of no fold."""
-    caches = torch.is_autocast_cache_enabled()
-    torch.set_autocast_cache_enabled(False)
-    torch.clear_autocast_cache()
-    try:
-        with _plain_experts(model):
-            yield
-    finally:
-        torch.set_autocast_cache_enabled(caches)
-
-
-@contextlib.contextmanager
-def _plain_experts(model: nn.Module) -> Iterator[None]:
-    """transformers' experts one after the other while this is open, in all parts of a model that have a config."""
-    switched: list[tuple[Any, str]] = []
-    for part in model.modules():
-        used = getattr(getattr(part, "config", None), "_experts_implementation", None)
-        if used not in (None, "eager") and callable(getattr(part, "set_experts_implementation", None)):
-            switched.append((part, used))
-    for part, _ in switched:
-        part.set_experts_implementation("eager")
-    try:
-        yield
-    finally:
-        for part, used in switched:
-            part.set_experts_implementation(used)
-
-
-_FOR_THE_MODEL_ITSELF = ("cache", "past_key_values", "encoder_last_hidden_state")
-"""What transformers' models return to be given back to them; only there are its factors undone."""
-
-
-def _tensors(output: Any, seen: dict[int, object] | None = None) -> list[Tensor]:
-    """The tensors of an output, in whatever holds them, without what only the model itself can read; complex ones as
-    pairs. seen: what was looked into, by its id, for an object may hold itself."""
-    if isinstance(output, Tensor):
-        kept = output.detach().clone()
-        return [torch.view_as_real(kept.resolve_conj()) if kept.is_complex() else kept]
-    seen = {} if seen is None else seen
-    if id(output) in seen or callable(output) or isinstance(output, ModuleType) or _is_cache(output):
-        return []
-    seen[id(output)] = output
-    return [tensor for part in _parts(output) for tensor in _tensors(part, seen)]
-
-
-def _is_cache(output: object) -> bool:
-    return any("Cache" in cls.__name__ for cls in type(output).__mro__)
-
-
-def _parts(output: Any) -> Iterable[Any]:
-    """What an output holds, if it is no tensor."""
-    if isinstance(output, Mapping):
-        return [value for name, value in output.items() if name not in _FOR_THE_MODEL_ITSELF]
-    if isinstance(output, tuple | list):
-        return output
-    if dataclasses.is_dataclass(output):
-        return [getattr(output, field.name, None) for field in dataclasses.fields(output)]
-    return vars(output).values() if hasattr(output, "__dict__") else ()  # a namespace, a distribution
-
-
 # -- searching ------------------------------------------------------------------------------------------------------
 
 
 class _Search:
     """Tries the layers of a model as sources, family by family."""
 
-    def __init__(self, model: nn.Module, base: _Run, output: list[Tensor], run: Callable[[], Any]) -> None:
+    def __init__(self, model: nn.Module, base: Trace, run: Callable[[], Any]) -> None:
         self._model = model
         self._modules = dict(model.named_modules())
-        self._base = base.products
-        self._output = output
+        self._base, self._output = base
         self._run = run
         self._users = users_of_parameters(model)
         reached = {product.sink.param for product in self._base}
@@ -460,14 +253,13 @@ class _Search:
         sources = {name: self._modules[name] for name in names}
         norms = {name: self._modules[name] for name in self._norm_inputs}
         trial = _Trial(self._base, self._norm_inputs, layout, sources)
-        trial_run = _Run(self._model, trial.on_product)
         with (
             hooked(norms, lambda name, m: m.register_forward_pre_hook(trial.norm_hook(name), with_kwargs=True)),
             hooked(sources, lambda name, m: m.register_forward_hook(trial.source_hook(name))),
-            trial_run.watching(),
+            Recorder(self._model, trial.on_product),
         ):
             try:
-                output = _tensors(self._run())
+                output = tensors_of(self._run())
             except Exception as error:  # NaN where the model forbids it, in whatever way it does
                 trial.blame(f"the model fails without it: {error}")
                 output = self._output
@@ -632,16 +424,6 @@ def _same(base: Tensor, x: Tensor) -> bool:
     return torch.allclose(base.float(), x.float(), rtol=1e-2, atol=1e-3 * largest_of(base), equal_nan=True)
 
 
-def equal(a: Tensor, b: Tensor) -> bool:
-    """Equal everywhere, or NaN in both: what a model computes of padding need not be a number."""
-    return torch.equal(a, b) or (a.shape == b.shape and bool(((a == b) | (a.isnan() & b.isnan())).all()))
-
-
-def largest_of(x: Tensor) -> float:
-    """The largest finite magnitude; 0 if there is none."""
-    return float(x.abs().nan_to_num(0.0, 0.0).max()) if x.numel() else 0.0
-
-
 _TINY = 1e-30
 """Nearer to 0 than this, fp32 has fewer digits, and a power of two may cost some."""
 
@@ -655,8 +437,8 @@ def _passed_on(layer: nn.Module, spec: ExpertsSpec) -> tuple[str, Layout] | None
     widths = {name: spec.rows(layer.get_parameter(name)).shape[1] for name in spec.up}
     n, k = sum(widths.values()), spec.rows(layer.get_parameter(spec.down)).shape[2]
     device = layer.get_parameter(spec.down).device
-    size = 2.0 ** (torch.arange(_TOKENS) % 16 - 4).unsqueeze(1)
-    h = (torch.randn(_TOKENS, n, generator=torch.Generator().manual_seed(0)) * size).to(device)
+    size = 2.0 ** (torch.arange(TOKENS) % 16 - 4).unsqueeze(1)
+    h = (torch.randn(TOKENS, n, generator=torch.Generator().manual_seed(0)) * size).to(device)
     base = spec.gate(layer, h.clone())
     every = torch.arange(n)
     for layout in (Layout("all", every, every),) if n == k else _partial_layouts(n, k, set()):

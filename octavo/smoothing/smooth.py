@@ -39,17 +39,8 @@ from octavo.feeding import Progress
 from octavo.layers import kind_of
 from octavo.recipe import Scheme
 from octavo.report import SmoothedPair, SmoothReport, sqnr_db
-from octavo.smoothing.pairs import (
-    Pair,
-    Product,
-    Sink,
-    equal,
-    find_pairs,
-    is_norm,
-    largest_of,
-    products,
-    scales_by_one_plus,
-)
+from octavo.smoothing.pairs import Pair, find_pairs, is_norm, scales_by_one_plus
+from octavo.smoothing.trace import Product, Sink, Trace, equal, largest_of, traced
 
 __all__ = ["GRID", "smooth"]
 
@@ -109,7 +100,7 @@ def smooth(
     check_is_float(model)
     stats.check_are_of(model)
     examples = [example, *stats.further]
-    before = [products(model, one) for one in examples]
+    before = [traced(model, one) for one in examples]
     done: list[SmoothedPair] = []
     folded: list[_Fold] = []
     pairs = find_pairs(model, example)
@@ -151,7 +142,7 @@ def _warn_of_unreached(model: nn.Module, stats: Stats, folded: list[_Fold], trac
     """That no batch reached a layer which a folded norm may feed: what it computes then was not looked at. (One whose
     weight was multiplied by was reached, if not called: the output projection of nn.MultiheadAttention.)"""
     fed = {sink.layer for fold in folded for sink in fold.pair.sinks}
-    fed.update(product.sink.layer for multiplied, _ in traces for product in multiplied)
+    fed.update(product.sink.layer for trace in traces for product in trace.products)
     widths = {fold.columns.shape[-1] for fold in folded}
     names = [name for name in stats.unreached if name not in fed and columns_of(model.get_submodule(name)) in widths]
     if names:
@@ -507,15 +498,13 @@ def _wide(values: Tensor) -> Tensor:
 _TOLERANCES = {torch.float64: 1e-4, torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 4e-2}
 """Of the largest value, that a tensor may differ by where a fold could not be exact."""
 
-Trace = tuple[list[Product], list[Tensor]]
-
 
 def _prove(model: nn.Module, example: Any, folded: list[_Fold], before: Trace) -> list[tuple[_Fold, str]]:
     """Run the smoothed model: every product and the output must be what they were. Folds that change any are undone,
     taken out of `folded` and returned with the reason."""
     undone = []
     while folded:
-        fault = _first_fault(before, products(model, example), folded)
+        fault = _first_fault(before, traced(model, example), folded)
         if fault is None:
             break
         at, what = fault
@@ -529,17 +518,18 @@ def _first_fault(before: Trace, after: Trace, folded: list[_Fold]) -> tuple[int,
     """Index and description of the first product, or (after the last) output, that is not what it was."""
     exact = all(fold.exact for fold in folded)
     owner = {sink.param: fold for fold in folded for sink in fold.pair.sinks}
-    for i, (b, a) in enumerate(zip(before[0], after[0], strict=False)):
+    for i, (b, a) in enumerate(zip(before.products, after.products, strict=False)):
         x = a.x
         if a.sink.param in owner:
             x = x.float() * owner[a.sink.param].factors_of(a)
         if a.sink != b.sink or a.x.shape != b.x.shape or not _agree(b.x.float(), x.float(), b.x.dtype, exact):
             return i, f"the input of {b.sink.layer} is another"
-    if len(before[0]) != len(after[0]):
-        return min(len(before[0]), len(after[0])), "other layers run"
-    outputs = zip(before[1], after[1], strict=False)
-    if len(before[1]) != len(after[1]) or not all(_agree(b, a, b.dtype, exact) for b, a in outputs):
-        return len(before[0]), "its output is another"
+    made = len(before.products), len(after.products)
+    if made[0] != made[1]:
+        return min(made), "other layers run"
+    outputs = zip(before.returned, after.returned, strict=False)
+    if len(before.returned) != len(after.returned) or not all(_agree(b, a, b.dtype, exact) for b, a in outputs):
+        return made[0], "its output is another"
     return None
 
 
@@ -554,11 +544,11 @@ def _agree(before: Tensor, after: Tensor, dtype: torch.dtype, exact: bool) -> bo
 
 def _culprit(model: nn.Module, example: Any, folded: list[_Fold], before: Trace, at: int) -> _Fold:
     """The fold without which the first fault is later or gone; it is undone."""
-    first = {fold: _first_event(fold, before[0]) for fold in folded}
+    first = {fold: _first_event(fold, before.products) for fold in folded}
     for fold in sorted(folded, key=lambda fold: abs(first[fold] - at)):
         fold.undo()
         rest = [other for other in folded if other is not fold]
-        fault = _first_fault(before, products(model, example), rest)
+        fault = _first_fault(before, traced(model, example), rest)
         if fault is None or fault[0] > at:
             return fold
         fold.apply()
