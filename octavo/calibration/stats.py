@@ -12,6 +12,7 @@ import errno
 import io
 import json
 import os
+from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -135,8 +136,8 @@ class Stats:
             "shared": self.shared,
             "experts": list(self.experts),
             "columns": list(self.columns),
-            "example": _flattened(self.example, tensors),
-            "further": [_flattened(batch, tensors) for batch in self.further],
+            "example": _flattened(_plain(self.example), tensors),
+            "further": [_flattened(_plain(batch), tensors) for batch in self.further],
         }
         _write_whole(Path(path), partial(save_file, tensors, metadata={"octavo": json.dumps(about)}))
         return Path(path)
@@ -270,15 +271,21 @@ _PARTS = ("amax", "histogram", "rows", "order")
 """The tensors of an Observer, by which they are called in the file."""
 
 
+def _plain(batch: Any) -> Any:
+    """Keyword arguments as a dict, whatever mapping they were in."""
+    return dict(batch) if isinstance(batch, Mapping) else batch
+
+
 def _flattened(value: Any, tensors: dict[str, Tensor]) -> Any:
-    """`value` as JSON, its tensors moved into `tensors`."""
+    """A batch, or what it holds, as JSON, its tensors moved into `tensors`. What would come back as another type is
+    refused: a named tuple, or the output of an encoder, whose parts a model asks for by name and by number."""
     if isinstance(value, Tensor):
         name = f"example:{sum(key.startswith('example:') for key in tensors)}"
         tensors[name] = value.detach().cpu().clone(memory_format=torch.contiguous_format)
         return {"tensor": name}
-    if isinstance(value, Mapping):
+    if type(value) in (dict, OrderedDict):
         return {"dict": {str(key): _flattened(item, tensors) for key, item in value.items()}}
-    if isinstance(value, tuple | list) and not hasattr(value, "_fields"):  # a named tuple would lose its names
+    if isinstance(value, tuple | list) and not hasattr(value, "_fields"):
         return {"tuple" if isinstance(value, tuple) else "list": [_flattened(item, tensors) for item in value]}
     if value is None or isinstance(value, str | int | float):
         return {"value": value}

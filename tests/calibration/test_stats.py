@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from safetensors import SafetensorError
 from torch import nn
 
@@ -74,9 +75,21 @@ def test_a_tuple_is_loaded_as_one(tmp_path: Path) -> None:
     stats = calibrate(nn.Sequential(nn.Linear(3, 3)), [torch.ones(1, 3)])
     stats.example = ({"sizes": (2, (3, 4)), "names": ["a", ("b",)]},)
     assert Stats.load(stats.save(tmp_path / "stats.safetensors")).example == stats.example
-    stats.example = (collections.namedtuple("Named", "a b")(1, 2),)
-    with pytest.raises(CalibrateError, match="the first batch holds a Named, which a file cannot"):
-        stats.save(tmp_path / "stats.safetensors")
+    stats.example = transformers.BatchEncoding({"sizes": {"of": (1, 2)}})
+    assert Stats.load(stats.save(tmp_path / "stats.safetensors")).example == {"sizes": {"of": (1, 2)}}
+
+
+@pytest.mark.parametrize(
+    "value", [collections.namedtuple("Named", "a b")(1, 2), transformers.modeling_outputs.BaseModelOutput()], ids=str
+)
+def test_what_would_come_back_as_another_type_is_refused(value: Any, tmp_path: Path) -> None:
+    """Which a model asks for its parts by name."""
+    stats = calibrate(nn.Sequential(nn.Linear(3, 3)), [torch.ones(1, 3)])
+    for stats.example in ((value,), {"x": [value]}):
+        with pytest.raises(
+            CalibrateError, match=f"the first batch holds a {type(value).__name__}, which a file cannot"
+        ):
+            stats.save(tmp_path / "stats.safetensors")
 
 
 def test_a_failed_save_leaves_the_old_file(tmp_path: Path) -> None:
