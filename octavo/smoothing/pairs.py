@@ -105,12 +105,10 @@ def is_norm(module: nn.Module) -> bool:
     nothing but vectors."""
     if isinstance(module, nn.LayerNorm | nn.RMSNorm):
         return True
-    called = re.search(r"norm", type(module).__name__, re.IGNORECASE)
-    parameters = [p for p in module.parameters() if p is not None]
     return (
-        called is not None
+        "norm" in type(module).__name__.lower()
         and not any(True for _ in module.children())
-        and all(p.dim() == 1 for p in parameters)
+        and all(p.dim() == 1 for p in module.parameters())
         and not isinstance(module, nn.modules.batchnorm._NormBase | nn.GroupNorm)
     )
 

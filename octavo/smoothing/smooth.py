@@ -15,7 +15,9 @@ branch on the sizes or values of tensors over the very same layers.
 Inside a stack of experts, up -> down, each expert has factors of its own: s is [E, I] there. Experts that calibration
 routed no token to have factors of 1.
 
-Where to fold is found by `octavo.smoothing.pairs`.
+Where to fold is found by `octavo.smoothing.pairs`. What will stay float takes factors as well as what becomes int8, for
+which that will be is not known here: an output head that a recipe includes gains by it, to others it makes no
+difference.
 """
 
 from __future__ import annotations
@@ -447,8 +449,8 @@ class _Fold:
         lost = ((_wide(scaled) / factors).to(data.dtype) - data).abs()
         if not bool((lost <= _MAY_BE_LOST * data.abs().amax()).all()):  # NaN and inf, too
             return f"{data.dtype} cannot hold its weights times the factors; smooth the model in fp32"
-        self.exact = self.exact and not bool(lost.any())
         inexact = bool(lost.any())
+        self.exact = self.exact and not inexact
         self._undo.append(partial(_restore, parameter, data) if inexact else partial(_divide, parameter, factors))
         parameter.data = scaled
         return None

@@ -198,9 +198,9 @@ def _plain_experts(model: nn.Module) -> Iterator[None]:
         used = getattr(getattr(part, "config", None), "_experts_implementation", None)
         if used not in (None, "eager") and callable(getattr(part, "set_experts_implementation", None)):
             switched.append((part, used))
-    for part, _ in switched:
-        part.set_experts_implementation("eager")
     try:
+        for part, _ in switched:
+            part.set_experts_implementation("eager")
         yield
     finally:
         for part, used in switched:
