@@ -158,9 +158,9 @@ def test_the_scale_is_one_that_the_dtype_holds_and_as_small_as_can_be(x: Tensor,
     assert (relative <= torch.finfo(stored).eps).all()
 
 
-@given(matrices(), st.sampled_from(["per_channel", "per_group"]))
-def test_in_one_pass_the_bits_are_the_same(x: Tensor, granularity: Granularity) -> None:
-    group_size = groups_of(granularity)
+@given(matrices(), st.sampled_from([None, 1, 2, 4]))
+def test_in_one_pass_the_bits_are_the_same(x: Tensor, group_size: int | None) -> None:
+    granularity: Granularity = "per_group" if group_size else "per_channel"
     codes, scale = quantize_weight(x, granularity, group_size=group_size)
     expected = choose_scale(x, granularity, group_size=group_size)
     assert torch.equal(scale, expected)
@@ -175,10 +175,14 @@ def test_codes_are_contiguous_whatever_the_strides(granularity: Granularity) -> 
     assert codes.is_contiguous()
 
 
-def test_in_one_pass_over_more_rows_than_a_block() -> None:
-    weight = torch.randn(1100, 1000, dtype=torch.bfloat16)  # blocks are of 524 rows: the last is not full
-    codes, scale = quantize_weight(weight)
-    assert torch.equal(scale, choose_scale(weight, "per_channel"))
+# Blocks are of 524 rows, of which the last is not full, and of one row that is longer than a block should be.
+@pytest.mark.parametrize("shape", [(1100, 1000), (2, 600_000)])
+@pytest.mark.parametrize("granularity", ["per_channel", "per_group", "per_tensor"])
+def test_in_one_pass_over_more_rows_than_a_block(granularity: Granularity, shape: tuple[int, int]) -> None:
+    weight = torch.randn(shape, dtype=torch.bfloat16)
+    weight[0, 0] = 7.0  # the largest: all blocks have its scale per tensor
+    codes, scale = quantize_weight(weight, granularity, group_size=groups_of(granularity))
+    assert torch.equal(scale, choose_scale(weight, granularity, group_size=groups_of(granularity)))
     assert torch.equal(codes, quantize(weight, scale))
 
 
@@ -220,9 +224,9 @@ def test_scales_are_the_same_where_a_division_by_a_number_is_not_exact(value_ran
 
 def test_the_default_dtype_has_no_say() -> None:
     torch.set_default_dtype(torch.bfloat16)
-    for x in (torch.randn(3, 4), torch.zeros(3, 4), torch.randn(3, 0)):
+    for x in (torch.randn(3, 4), torch.zeros(3, 4), torch.randn(3, 0), torch.randn(3, 4, device="meta")):
         codes, scale = quantize_weight(x)
-        assert (codes.dtype, scale.dtype) == (torch.int8, torch.float32)
+        assert (codes.dtype, scale.dtype, amax(x, "per_channel").dtype) == (torch.int8, torch.float32, torch.float32)
 
 
 # -- the ends of the number line --------------------------------------------------------------------------------------
@@ -237,6 +241,7 @@ def test_rows_of_subnormal_numbers(dtype: torch.dtype, steps: int) -> None:
     assert x[0, 0] > 0
     scale = choose_scale(x, "per_channel")
     assert torch.equal(scale.to(dtype).float(), scale) and scale.item() > 0
+    assert abs(scale.item() - steps * tiny / 127) < tiny  # one of the two numbers of the dtype that are next to it
     back = dequantize(quantize(x, scale), scale, torch.float64)
     assert ((back - x.double()).abs() <= scale.double() / 2).all()
 
