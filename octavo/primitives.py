@@ -245,14 +245,14 @@ def _check(x: Tensor, granularity: Granularity, group_size: int | None, name: st
 def _align(x: Tensor, scale: Tensor, name: str) -> tuple[Tensor, Tensor]:
     """View `x` and its scale so that they broadcast against each other."""
     if scale.numel() == 1:
-        return x, scale.reshape(1).float()
+        return x, scale.reshape(1)
     if scale.dim() == x.dim() and scale.shape == (*x.shape[:-1], 1):
-        return x, scale.float()
+        return x, scale
     if scale.dim() == 2 and scale.shape[0] == x.shape[0]:
         if scale.shape[1] == 1:
-            return x.reshape(len(x), x.shape[1:].numel()), scale.float()
+            return x.reshape(len(x), x.shape[1:].numel()), scale
         if x.dim() == 2 and scale.shape[1] and x.shape[1] % scale.shape[1] == 0:
-            return x.unflatten(-1, (scale.shape[1], -1)), scale.unsqueeze(-1).float()
+            return x.unflatten(-1, (scale.shape[1], -1)), scale.unsqueeze(-1)
     raise QuantizeError(
         f"{name}: a scale of shape {list(scale.shape)} does not fit shape {list(x.shape)}; expected [1] (per_tensor), "
         "[N, 1] (per_channel), [N, K/g] (per_group) or [..., 1] (per_token)"
