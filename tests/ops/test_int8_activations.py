@@ -106,7 +106,9 @@ def test_the_product_of_codes_is_exact(m: int, n: int, k: int, seed: int) -> Non
         assert torch.equal(reference.int8_matmul(x, w).long(), expected)
 
 
-def test_the_largest_sum_does_not_overflow() -> None:
+@pytest.mark.parametrize("devices", [("cpu",), ()], ids=["with a product of int8 matrices", "without"])
+def test_the_largest_sum_does_not_overflow(devices: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reference, "_HAS_INT_MM", devices)
     k = 70_000
     x = torch.full((1, k), 127, dtype=torch.int8)
     assert reference.int8_matmul(x, x).item() == 127 * 127 * k  # beyond what fp32 holds exactly

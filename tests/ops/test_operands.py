@@ -77,10 +77,12 @@ def test_an_input_that_no_layer_has(served_by: ModuleType, dtype: torch.dtype) -
 SPARSE = {
     "sparse": lambda x: x.to_sparse(),
     "mkldnn": lambda x: x.to_mkldnn(),
+    "nested": lambda x: torch.nested.nested_tensor([x, x[:1]], layout=torch.strided),
     "jagged": lambda x: torch.nested.nested_tensor([x, x[:1]], layout=torch.jagged),
 }
 
 
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")  # of torch's own making
 @pytest.mark.parametrize("layout", SPARSE)
 @pytest.mark.parametrize("grad", [False, True])
 def test_an_input_that_does_not_lie_in_memory_as_a_tensor_does(served_by: ModuleType, layout: str, grad: bool) -> None:
