@@ -110,7 +110,7 @@ class Observer:
     def _percentile(self, percentile: float) -> float:
         seen = self.histogram.cumsum(0)
         wanted = math.ceil(seen[-1].item() * min(max(percentile, 0.0), 100.0) / 100)
-        bin_ = int(torch.searchsorted(seen, wanted).clamp_max(_BINS - 1))
+        bin_ = int(torch.searchsorted(seen, wanted))
         return _bin_values(torch.tensor([bin_]), upper=True).item() if bin_ else 0.0
 
     def _least_squares(self, top: float) -> float:

@@ -37,9 +37,14 @@ def test_absmax_is_exact() -> None:
     assert seen.tokens == 400
 
 
-@given(st.integers(0, 50), st.integers(1, 400), st.sampled_from([50.0, 90.0, 99.0, 99.9, 100.0]))
-def test_percentile_is_that_of_all_values_up_to_a_bin(seed: int, n: int, percentile: float) -> None:
-    x = values(seed, n)
+@given(
+    st.integers(0, 50),
+    st.integers(1, 400),
+    st.sampled_from([50.0, 90.0, 99.0, 99.9, 100.0]),
+    st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
+)
+def test_percentile_is_that_of_all_values_up_to_a_bin(seed: int, n: int, percentile: float, dtype: torch.dtype) -> None:
+    x = values(seed, n).to(dtype)
     found = observe(x, 0, 1).largest("percentile", percentile=percentile)
     exact = x.abs().reshape(-1).sort().values[math.ceil(x.numel() * percentile / 100) - 1].item()
     assert exact <= found <= exact * (1 + 1 / 32)
@@ -54,6 +59,18 @@ def test_mse_is_nearly_the_best_clipping_point(seed: int) -> None:
     assert 0 < found <= top
     assert rounding_error(x, found) <= best * 1.1
     assert rounding_error(x, found) <= rounding_error(x, top) * 1.01
+
+
+@pytest.mark.parametrize("small", [0.0, 0.5], ids=["normal", "half of them small"])
+def test_mse_clips_a_lone_outlier(small: float) -> None:
+    """Of half a million values one is 60 times the usual: to hold it would cost all others 3 bits."""
+    x = torch.randn(2**16, 8)
+    x *= torch.where(torch.rand_like(x) < small, 0.02, 1.0)
+    x[7, 1] = 60
+    found = observe(x, 0, 1).largest("mse")
+    best = min(rounding_error(x, 60 * 2.0 ** (-i / 8)) for i in range(24))
+    assert rounding_error(x, found) <= best * 1.02
+    assert best < rounding_error(x, 60) / 1.5
 
 
 @given(st.integers(0, 20), st.lists(st.integers(0, 400), max_size=4))
@@ -102,6 +119,13 @@ def test_divided_ranges_are_those_of_divided_inputs() -> None:
     assert torch.equal(seen.amax, expected.amax)
     assert torch.equal(seen.histogram, expected.histogram)
     assert torch.equal(seen.rows, expected.rows)
+
+
+def test_typical_range_is_the_root_mean_square_of_what_is_divided_by_its_rows_largest() -> None:
+    x = values(2, 50).bfloat16()
+    x[3] = 0  # padding, say
+    exact = torch.stack([row / (row.abs().max() or 1) for row in x.double()]).square().mean(0).sqrt()
+    torch.testing.assert_close(observe(x, 0, 50).typical_range().double(), exact, rtol=1e-5, atol=0)
 
 
 def test_typical_range_is_not_swayed_by_one_huge_token() -> None:
