@@ -180,9 +180,18 @@ def test_fake_and_real_agree_to_rounding(masked: bool, softcap: float | None) ->
     assert sqnr_db(fake, exact(query, key, value, mask, 0.25, softcap)) < 60, "nothing was rounded"
 
 
-def test_blocks_of_rows_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_values_whose_scale_is_one_are_no_zeros() -> None:
+    """Codes of 127 and 0 at once: only of zeros a scale of 1 stands for nothing."""
+    query, key, _ = heads(tokens=1)
+    value = torch.tensor([127.0, 0.0, -64.0, 3.0]).expand(2, 2, 1, 4)
+    y = ops.int8_attention(query, key, value, None, 0.25)
+    torch.testing.assert_close(y, value[:, :1].expand(2, 4, 7, 4), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("masked", [(2, 4, 10, 12), (2, 1, 1, 12)])
+def test_blocks_of_rows_change_nothing(masked: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
     """In the composition: of the kernels, see native/test_attention.py."""
-    operands = (*heads(rows=10, tokens=12), torch.rand(2, 4, 10, 12) < 0.8, 0.25)
+    operands = (*heads(rows=10, tokens=12), torch.rand(masked) < 0.8, 0.25)
     whole = attention.int8_attention(*operands)
     monkeypatch.setattr(attention, "_BLOCK_SCORES", 3 * 2 * 4 * 12)
     assert torch.equal(attention.int8_attention(*operands), whole)
