@@ -45,7 +45,6 @@ _BLOCK_SCORES = 1 << 22
 def int8_attention(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float, softcap: float | None = None
 ) -> Tensor:
-    check_heads(query, key, value, mask)
     return int8_attention_of_codes(query, *_codes(key), *value_codes(value), mask, scaling, softcap)
 
 
