@@ -436,13 +436,13 @@ def test_a_mask_does_not_touch_a_pooled_output() -> None:
         assert compare(fixed(torch.randn(3, columns)), fixed(torch.randn(3, columns)), [batch]).positions == 3
 
 
-@pytest.mark.parametrize("masked", [True, False])
-def test_a_decoders_output_has_the_decoders_padding(masked: bool) -> None:
-    """Though the encoder was fed as many tokens, and its mask would fit."""
+@pytest.mark.parametrize(("masked", "tokens"), [(True, 4), (False, 4), (True, 6)])
+def test_a_decoders_output_has_the_decoders_padding(masked: bool, tokens: int) -> None:
+    """Though the encoder may be fed as many tokens, so that its mask would fit; no warning where it does not."""
     f, q = torch.randn(2, 4, 7), torch.randn(2, 4, 7)
     own = torch.tensor([[1, 1, 1, 0], [1, 1, 0, 0]]) if masked else torch.ones(2, 4)
     ids = torch.zeros(2, 4, dtype=torch.int64)
-    batch = {"input_ids": ids, "attention_mask": torch.tensor([[1, 0, 0, 0]] * 2), "decoder_input_ids": ids}
+    batch = {"input_ids": ids, "attention_mask": torch.eye(tokens)[:2], "decoder_input_ids": ids}
     found = compare(fixed(f), fixed(q), [batch | ({"decoder_attention_mask": own} if masked else {})])
     expected = truth(f[own == 1], q[own == 1])
     assert {name: getattr(found, name) for name in expected} == pytest.approx(expected, rel=1e-9)

@@ -155,13 +155,14 @@ def test_padding_that_is_not_a_number(dtype: torch.dtype) -> None:
 # -- what is folded ---------------------------------------------------------------------------------------------------
 
 
-def test_factors_are_the_papers_to_a_power_of_two() -> None:
+@pytest.mark.parametrize("alpha", [0, 0.7, 1])
+def test_factors_are_the_papers_to_a_power_of_two(alpha: float) -> None:
     model = spiked(Net())
     amax_x = model.norm(X).abs().amax((0, 1))
     amax_w = model.a.weight.abs().amax(0)
     before = model.norm.weight.clone()
-    smooth(model, calibrate(model, [X]), 0.7)
-    exact = amax_x**0.7 / amax_w**0.3
+    smooth(model, calibrate(model, [X]), alpha)
+    exact = amax_x**alpha / amax_w ** (1 - alpha)
     s = before / model.norm.weight
     assert torch.equal(s, 2.0 ** s.log2().round())
     assert ((s / exact).log2().abs() <= 0.5 + 1e-3).all()
