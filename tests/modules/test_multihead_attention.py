@@ -193,7 +193,8 @@ def test_attention_drops_out_in_training_only() -> None:
     int8, truth = quantized(nn.MultiheadAttention(8, 2, dropout=0.5, batch_first=True))
     x = torch.randn(2, 50, 8)
     assert int8.training
-    assert not torch.equal(int8(x, x, x)[0], int8(x, x, x)[0])
+    for need in (True, False):
+        assert not torch.equal(int8(x, x, x, need_weights=need)[0], int8(x, x, x, need_weights=need)[0])
     assert_same_attention(int8.eval(), truth.eval(), (x, x, x))
 
 
