@@ -38,8 +38,7 @@ def output_error(weight: Tensor, y: Tensor, x_rounded: Tensor, scheme: Scheme) -
     weight: fp32 [N, K]. y: fp32 [T, N], the float output. x_rounded: fp32 [T, K], the input as its codes stand for it.
     A token whose output is 0 does not count.
     """
-    args = scheme.weight
-    codes, scale = quantize_weight(weight, args.granularity, group_size=args.group_size)
+    codes, scale = quantize_weight(weight, scheme.weight.granularity)  # no int8 inputs meet weights in groups
     difference = torch.addmm(y, x_rounded, dequantize(codes, scale).T, beta=-1)
     signal = y.square().sum(-1)
     counts = signal > 0
