@@ -297,6 +297,23 @@ def test_the_report_tells_what_was_done() -> None:
     assert norm.error_after < norm.error_before / 3
 
 
+@pytest.mark.parametrize("repair", [True, False])
+def test_alpha_is_tuned_for_the_inputs_that_a_layer_will_get(repair: bool) -> None:
+    """One token that is huge ruins every static scale: `octavo.quantize` will give such a layer dynamic inputs."""
+    model = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 16))
+    with torch.no_grad():
+        for parameter in model[0].parameters():
+            parameter[3] *= 100
+        model[2].weight[:, 3] /= 100
+    x = torch.randn(64, 16)
+    x[0] *= 5000
+    dynamic, static = copy.deepcopy(model), copy.deepcopy(model)
+    smooth(dynamic, calibrate(dynamic, [x]), "auto", scheme="w8a8")
+    smooth(static, calibrate(static, [x]), "auto", scheme="w8a8-static", repair=repair)
+    assert not torch.equal(dynamic[2].weight, model[2].weight)
+    assert torch.equal(static[2].weight, dynamic[2].weight) == repair
+
+
 # -- inside a stack of experts -----------------------------------------------------------------------------------------
 
 DOWN = "model.layers.0.mlp.experts.down_proj"
