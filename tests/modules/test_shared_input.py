@@ -206,6 +206,20 @@ def test_a_block_quantizes_each_input_once(monkeypatch: pytest.MonkeyPatch, sche
     assert [tuple(shape) for shape in calls] == [(1100, 8), (1100, 8), (1100, 8), (1100, 16)]
 
 
+def test_layers_with_scales_of_their_own_share_nothing() -> None:
+    """As checkpoints of others may have them, of layers that are fed one tensor."""
+    torch.manual_seed(0)
+    model, x = Block(), torch.randn(1100, 8)
+    octavo.quantize(model, "w8a8-static", stats=octavo.calibrate(model, [x]), repair=False)
+    model.k.set_input_scale(3 * model.q.input_scale)
+    with torch.no_grad():
+        alone = model.k(x.clone())
+        assert not torch.equal(model.q(x), alone)
+        assert torch.equal(model.k(x), alone)
+        model.k.set_input_scale(model.q.input_scale)
+        assert not torch.equal(model.k(x), alone), "the scale that it has now"
+
+
 def test_sharing_changes_no_bit(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     model, x = Block(), torch.randn(5, 8)
