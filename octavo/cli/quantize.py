@@ -47,18 +47,17 @@ def add_parser(verbs: Verbs) -> None:
     parser.add_argument(
         "--ignore",
         metavar="P",
-        nargs="+",
-        action="extend",
+        action="append",
         default=[],
-        help="leave float: names of modules, 're:' patterns, or kinds of layers such as Conv2d",
+        help="leave float: a module by name or 're:' pattern, or a kind of layers such as Conv2d; repeat it for more",
     )
     parser.add_argument(
         "--include",
         metavar="P",
-        nargs="+",
-        action="extend",
+        action="append",
         default=[],
-        help=f"quantize what is not by default: {', '.join(OPT_IN_TARGETS)}, or modules by name or 're:' pattern",
+        help=f"quantize what is not by default: {', '.join(OPT_IN_TARGETS)}, or a module by name or 're:' pattern; "
+        "repeat it for more",
     )
     parser.add_argument(
         "--recipe", metavar="FILE", type=a_path, help=".json or .yaml file that says scheme, targets and the rest"

@@ -16,10 +16,22 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     tasks = parser.add_argument_group("tasks of lm_eval, instead of a text (pip install 'octavo[lm-eval]')")
     tasks.add_argument("--tasks", metavar="NAMES", help="such as arc_easy,hellaswag; `lm_eval ls tasks` lists them")
     tasks.add_argument("--limit", metavar="N", type=positive, help="the first N documents of each task (default all)")
-    tasks.add_argument("--fewshot", metavar="K", type=int, help="examples before each document, where a task lets you")
+    tasks.add_argument(
+        "--fewshot", metavar="K", type=_none_or_more, help="examples before each document, where a task lets you"
+    )
     tasks.add_argument("--chat", action="store_true", help="put prompts into the model's chat template")
     tasks.add_argument("--include-path", metavar="DIR", type=a_path, help="a folder with tasks of your own, in YAML")
     tasks.add_argument("--batch-size", metavar="B", type=positive, help="requests at once (default 1)")
+
+
+def _none_or_more(text: str) -> int:
+    number = int(text)
+    if number < 0:
+        raise ValueError(text)
+    return number
+
+
+_none_or_more.__name__ = "whole number"  # argparse says: invalid whole number value: '-1'
 
 
 def refuse_options(args: argparse.Namespace) -> None:
@@ -30,7 +42,7 @@ def refuse_options(args: argparse.Namespace) -> None:
         others = ("limit", "fewshot", "chat", "include_path", "batch_size")
         why = "is for --tasks, which is not given"
     for name in others:
-        if getattr(args, name) not in (None, False):
+        if (value := getattr(args, name)) is not None and value is not False:
             raise CommandError(f"--{name.replace('_', '-')} {why}")
 
 

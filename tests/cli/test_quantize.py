@@ -101,6 +101,14 @@ def test_errors_leave_nothing_behind(options: list[str], words: str, run: Run, t
     assert list(tmp_path.iterdir()) == []
 
 
+def test_patterns_stand_before_the_paths_and_several_times(run: Run, tiny: Path, tmp_path: Path) -> None:
+    ignore = ("--ignore", "re:.*mlp", "--ignore", "re:.*q_proj", "--include", "Embedding")
+    for out, args in (("before", (*ignore, tiny, tmp_path / "before")), ("after", (tiny, tmp_path / "after", *ignore))):
+        rows = run("quantize", *args, "--json").data["coverage"]["rows"]
+        reasons = {row["name"]: row["reason"] for row in rows if row["scheme"] is None and len(row["shape"]) == 2}
+        assert set(reasons.values()) == {"ignored by 're:.*mlp'", "ignored by 're:.*q_proj'"}, out
+
+
 @pytest.mark.parametrize("kind", ["Conv2d", "Experts"])
 def test_a_kind_that_the_model_lacks_is_not_what_was_meant(kind: str, run: Run, tiny: Path, tmp_path: Path) -> None:
     shown = run("quantize", tiny, tmp_path / "out", "--ignore", kind)

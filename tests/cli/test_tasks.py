@@ -59,6 +59,7 @@ def test_of_one_model_the_first_documents(run: Run, tiny_int8: Path, tasks: Path
     [
         (("--limit", 2), "--limit is for --tasks, which is not given"),
         (("--chat",), "--chat is for --tasks"),
+        (("--fewshot", 0), "--fewshot is for --tasks"),
         (("--tasks", "numbers", "--window", 64), "--window is for a text, and --tasks are judged instead"),
         (("--tasks", "numbers", "--tokens", 64), "--tokens is for a text"),
         (("--tasks", ",", "--include-path", "."), "tasks is empty, expected names"),
@@ -70,6 +71,12 @@ def test_options_that_do_not_go_together(
 ) -> None:
     ran = run("eval", tiny_int8, *(tasks if option == "FOLDER" else option for option in options))
     assert ran.code == 1 and told in ran.err and ran.out == ""
+
+
+@pytest.mark.parametrize("count", ["-1", "0.5", "few"])
+def test_a_number_of_examples_that_is_none(run: Run, count: str) -> None:
+    ran = run("eval", "model", "--tasks", "numbers", "--fewshot", count)
+    assert ran.code == 2 and f"argument --fewshot: invalid whole number value: '{count}'" in ran.err
 
 
 def test_without_lm_eval(run: Run, tiny_int8: Path, monkeypatch: pytest.MonkeyPatch) -> None:
