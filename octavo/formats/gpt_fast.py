@@ -18,6 +18,7 @@ gpt-fast runs any codes and scales.
 
 from __future__ import annotations
 
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -27,6 +28,7 @@ from torch import Tensor, nn
 from octavo.errors import CheckpointError, QuantizeError
 from octavo.experts import spec_of
 from octavo.formats.outputs import new_file
+from octavo.formats.saving import unwrapped
 from octavo.layers import kind_of, why_not
 from octavo.modules import Codes, QuantExperts, QuantLinear, QuantModule
 from octavo.primitives import quantize_weight
@@ -41,10 +43,12 @@ def state_dict(model: nn.Module) -> dict[str, Tensor]:
     """gpt-fast's quantized state dict of `model`; what its `create_quantized_state_dict` returns.
 
     model: a float model, whose linear layers and experts are quantized by gpt-fast's own formula; or one with octavo's
-        int8 ones (per_channel), whose codes are taken as they are. Not modified.
+        int8 ones (per_channel), whose codes are taken as they are. Not modified. Of one that torch.compile or
+        DataParallel wrapped, the model itself is meant.
     Returns: name -> tensor, as in the head of this file.
     Raises: QuantizeError for int8 layers that gpt-fast does not have: other kinds than linear, per_group, int8 inputs.
     """
+    model = unwrapped(model)
     tensors = dict(model.state_dict())
     for name, module in model.named_modules():
         if _is_conditional_feed_forward(module):
@@ -109,7 +113,8 @@ def read(file: str | Path) -> dict[str, Tensor]:
         weights.
     """
     try:
-        tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+        is_mapped = zipfile.is_zipfile(file)  # what torch wrote before 1.6 cannot be
+        tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=is_mapped)
     except Exception as error:  # what a damaged pickle raises differs between releases
         raise CheckpointError(f"{file}: is not a state dict that can be read safely: {error}") from error
     if not isinstance(tensors, dict) or not all(

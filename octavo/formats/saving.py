@@ -39,6 +39,7 @@ __all__ = [
     "quantization_config",
     "save",
     "state_dict",
+    "unwrapped",
     "write_descriptions",
 ]
 
@@ -94,6 +95,17 @@ def save(
         )
         write_descriptions(temporary, config, report)
     return Path(folder)
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model itself, whose names have no `_orig_mod.` or `module.` before them."""
+    while True:
+        if type(model).__name__ == "OptimizedModule":  # torch._dynamo's, which is slow to import
+            model = model._orig_mod  # type: ignore[assignment]
+        elif isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
+            model = model.module
+        else:
+            return model
 
 
 def state_dict(model: nn.Module, on_disk: OnDisk | None = None) -> dict[str, Tensor]:

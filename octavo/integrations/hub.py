@@ -23,6 +23,7 @@ from octavo.errors import CheckpointError, MissingExtra, OctavoError, QuantizeEr
 from octavo.feeding import Progress
 from octavo.formats.checkpoint import CheckpointReader, check_shard_size, read_config
 from octavo.formats.outputs import new_folder
+from octavo.formats.saving import unwrapped
 from octavo.formats.stream import quantize_files
 from octavo.quantization.coverage import Coverage
 from octavo.quantization.quantize import quantize as quantize_layers
@@ -214,7 +215,7 @@ def save(
     Warns: OctavoWarning if a layer's kind keeps transformers and vLLM from loading the folder.
     """
     on_disk, attention = None, "float"
-    model = _unwrapped(model)
+    model = unwrapped(model)
     if _is_pretrained(model):
         _refuse_adapters(model)
         from octavo.integrations import stored_names
@@ -241,17 +242,6 @@ def _refuse_adapters(model: nn.Module) -> None:
                 "(merge_and_unload()), or save the model without them (unload()) and the adapters by PEFT's "
                 "save_pretrained"
             )
-
-
-def _unwrapped(model: nn.Module) -> nn.Module:
-    """The model itself, whose names have no `_orig_mod.` or `module.` before them."""
-    while True:
-        if type(model).__name__ == "OptimizedModule":  # torch._dynamo's, which is slow to import
-            model = model._orig_mod  # type: ignore[assignment]
-        elif isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
-            model = model.module
-        else:
-            return model
 
 
 def quantize_checkpoint(

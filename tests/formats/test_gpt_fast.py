@@ -138,6 +138,19 @@ def test_a_model_quantized_by_octavo_is_written_with_its_own_codes(tmp_path: Pat
     assert torch.equal(loaded(x), model(x))
 
 
+@pytest.mark.parametrize("wrap", [nn.DataParallel, lambda model: torch.compile(model, backend="eager")])
+def test_of_a_wrapped_model_the_model_is_written(wrap: Any) -> None:
+    model = Block()
+    assert_same(gpt_fast.state_dict(wrap(model)), reference_state_dict(model))
+
+
+def test_a_file_that_cannot_be_mapped_is_read(tmp_path: Path) -> None:
+    """As torch wrote it before 1.6."""
+    tensors = reference_state_dict(Block())
+    torch.save(tensors, tmp_path / "old.pth", _use_new_zipfile_serialization=False)
+    assert_same(gpt_fast.read(tmp_path / "old.pth"), tensors)
+
+
 def test_a_whole_model_stays_close_to_the_float_one(tmp_path: Path) -> None:
     model = build(llama, torch.bfloat16)
     file = gpt_fast.save(model, tmp_path / "model_int8.pth")
