@@ -29,9 +29,10 @@ def copy_companions(src: str | Path, dst: str | Path, only: Collection[str] = ("
     Returns: the copied files' names, relative to `src`, sorted.
     Raises: CheckpointError naming a file that cannot be read.
 
-    Left out: weights in any format and their indexes; config.json, which whoever writes the weights writes; hidden
-    files; and folders that hold weights, which are other exports of the model (onnx/, checkpoint-500/), unless
-    modules.json names them as parts of it (the 2_Dense/ of a sentence-transformers model): those are copied whole.
+    Left out: weights in any format and their indexes; adapter_config.json, by which transformers would look for such;
+    config.json, which whoever writes the weights writes; hidden files; and folders that hold weights, which are other
+    exports of the model (onnx/, checkpoint-500/), unless modules.json names them as parts of it (the 2_Dense/ of a
+    sentence-transformers model): those are copied whole.
     """
     src, dst = Path(src), Path(dst)
     if not src.is_dir():
@@ -40,7 +41,7 @@ def copy_companions(src: str | Path, dst: str | Path, only: Collection[str] = ("
     chosen = [
         file
         for entry in src.iterdir()
-        if entry.name != "config.json" and not _is_clutter(entry.name)
+        if entry.name not in ("config.json", "adapter_config.json") and not _is_clutter(entry.name)
         for file in _companion_files(entry, whole=entry.name in parts)
         if any(fnmatchcase(file.name, pattern) for pattern in only)
     ]

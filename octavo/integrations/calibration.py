@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from octavo.errors import CalibrateError, QuantizeError
-from octavo.integrations.hub import no_progress_bar
+from octavo.integrations.hub import no_progress_bar, refuse_adapters_beside, resolve
 from octavo.integrations.language_model import broken_template, load_language_model, token_ids
 from octavo.modules import DynamicQuantLinear, QuantLinear, QuantModule, StaticQuantLinear
 
@@ -42,8 +42,10 @@ Document = str | Sequence[Mapping[str, Any]]
 def load_float(path: str | Path, *, device: str = "cpu") -> tuple[Any, Any]:
     """A float causal language model in its own dtype, in eval mode, and its tokenizer.
 
-    path: as for `octavo.load`. Raises: CheckpointError as `load_language_model` does; QuantizeError for an int8 one.
+    path: as for `octavo.load`. Raises: CheckpointError as `load_language_model` does, and for adapters of PEFT beside
+        the model; QuantizeError for an int8 one.
     """
+    refuse_adapters_beside(resolve(path))
     model, tokenizer = load_language_model(path, device=device)
     if any(isinstance(module, QuantModule) for module in model.modules()):
         raise QuantizeError(f"{path}: is quantized already; expected the float model that it was made of")

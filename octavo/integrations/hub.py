@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "brings_its_code", "is_gguf", "load", "load_tokenizer", "no_progress_bar", "quantize", "quantize_checkpoint",
-    "resolve", "save", "skeleton",
+    "refuse_adapters_beside", "resolve", "save", "skeleton",
 ]  # fmt: skip
 
 _Arguments = ParamSpec("_Arguments")
@@ -127,6 +127,8 @@ def load(
         return _load_gguf(source, **options)
     with CheckpointReader(source) as reader:
         int8 = formats.int8_names(reader)
+    if int8:
+        refuse_adapters_beside(source)
     config = _config(source, options.get("trust_remote_code", False))
     model_class = _model_class(config, source)
     if int8:
@@ -233,6 +235,15 @@ def save(
     )
 
 
+def refuse_adapters_beside(folder: Path) -> None:
+    """Raise CheckpointError for adapters in a checkpoint's folder, which transformers would put on the model."""
+    if (folder / "adapter_config.json").is_file():
+        raise CheckpointError(
+            f"{folder}: holds adapters of PEFT; in Python, merge them into the model that they are for "
+            "(merge_and_unload()) and save that, or take adapter_config.json away for the model without them"
+        )
+
+
 def _refuse_adapters(model: nn.Module) -> None:
     """Raise QuantizeError for a model whose layers PEFT has put others around: no class has weights of such names."""
     for name, module in model.named_modules():
@@ -285,6 +296,7 @@ def quantize_checkpoint(
         if model is not None:
             raise OctavoError(f"model would have no effect: transformers builds that of {source}; leave it out")
         return _quantize_gguf(source, dst, recipe, max_shard_size, progress)
+    refuse_adapters_beside(source)
     built = model if model is not None else skeleton(source, trust_remote_code=trust_remote_code)
     if recipe.attention == "int8":
         _attention().check_int8_attention(built)
@@ -431,6 +443,7 @@ def _config(folder: Path, trust_remote_code: bool) -> Any:
     config = read_config(folder)
     if config is None:
         CheckpointReader(folder).close()  # what is no checkpoint at all is said to be that
+        refuse_adapters_beside(folder)
         beside = folder.is_file() and (folder.parent / "config.json").is_file()
         fix = f"give the folder {folder.parent}, which has one, or, in Python," if beside else "in Python,"
         raise CheckpointError(

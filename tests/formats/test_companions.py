@@ -34,6 +34,8 @@ NOT_COMPANIONS = [
     ".cache/huggingface/x.metadata",
     ".gitattributes",
     "__pycache__/modeling_custom.cpython-311.pyc",
+    "adapter_config.json",
+    "adapter_model.safetensors",
     "additional_chat_templates/.hidden",
     "checkpoint-500/model.safetensors",
     "checkpoint-500/trainer_state.json",

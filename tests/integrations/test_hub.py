@@ -24,6 +24,7 @@ from torch import Tensor, nn
 import octavo
 from octavo import CheckpointError, OctavoWarning
 from octavo.integrations import hub
+from octavo.integrations.calibration import load_float
 from octavo.modules import QuantModule
 from tests import tiny_models
 from tests.tiny_checkpoints import gguf_file, language_model
@@ -318,6 +319,25 @@ def test_a_folder_that_is_not_whole_is_explained(
     break_it(tmp_path / which)
     with pytest.raises(CheckpointError, match=message):
         octavo.load(tmp_path / which)
+
+
+def test_adapters_beside_a_model_are_not_left_out_in_silence(tmp_path: Path) -> None:
+    """Where PEFT is installed, transformers puts them on what it loads."""
+    saved(tmp_path)
+    told = "holds adapters of PEFT; in Python, merge them"
+    for which in ("float", "int8"):
+        (tmp_path / which / "adapter_config.json").write_text("{}")
+    with pytest.raises(CheckpointError, match=f"float: {told}"):
+        octavo.quantize_checkpoint(tmp_path / "float", tmp_path / "out", "w8a16")
+    with pytest.raises(CheckpointError, match=f"float: {told}"):
+        load_float(tmp_path / "float")
+    with pytest.raises(CheckpointError, match=f"int8: {told}"):
+        octavo.load(tmp_path / "int8")
+    (tmp_path / "float" / "model.safetensors").rename(tmp_path / "float" / "adapter_model.safetensors")
+    (tmp_path / "float" / "config.json").unlink()
+    with pytest.raises(CheckpointError, match=f"float: {told}"):
+        octavo.load(tmp_path / "float")
+    assert not (tmp_path / "out").exists()
 
 
 def test_transformers_is_asked_for_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
