@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "brings_its_code", "is_gguf", "load", "load_tokenizer", "no_progress_bar", "quantize", "quantize_checkpoint",
-    "refuse_adapters_beside", "resolve", "save", "skeleton",
+    "refuse_adapters_beside", "resolve", "save", "skeleton", "transformers_class",
 ]  # fmt: skip
 
 _Arguments = ParamSpec("_Arguments")
@@ -467,7 +467,14 @@ def _config(folder: Path, trust_remote_code: bool) -> Any:
 def brings_its_code(config: Mapping[str, Any]) -> bool:
     """Whether the class of the model that a config.json is of is in code beside it, and not one of transformers'."""
     name = (config.get("architectures") or [""])[0]
-    return bool(config.get("auto_map")) and not hasattr(_transformers("to build the model"), str(name))
+    return bool(config.get("auto_map")) and transformers_class(name) is None
+
+
+def transformers_class(name: object) -> Any:
+    """The class of models that transformers has under that name; None if it has none."""
+    transformers = _transformers("to build the model")
+    found = getattr(transformers, str(name), None)
+    return found if isinstance(found, type) and issubclass(found, transformers.PreTrainedModel) else None
 
 
 def _model_class(config: Any, folder: Path) -> Any:
@@ -479,11 +486,10 @@ def _model_class(config: Any, folder: Path) -> Any:
             '["LlamaForCausalLM"]; write it there, or, in Python, pass model=, a freshly built one'
         )
     name = config.architectures[0]
-    found = getattr(transformers, name, None)
-    if found is not None:
+    if (found := transformers_class(name)) is not None:
         return found
     for auto_class, reference in (getattr(config, "auto_map", None) or {}).items():
-        if reference.endswith(f".{name}"):
+        if str(reference).endswith(f".{name}"):  # a tokenizer's is a list
             return getattr(transformers, auto_class)
     raise CheckpointError(
         f"{folder / 'config.json'}: architectures is {config.architectures}, which transformers "
@@ -502,11 +508,17 @@ def skeleton(folder: str | Path, *, trust_remote_code: bool = False) -> PreTrain
     folder = Path(folder)
     config = _config(folder, trust_remote_code)
     model_class = _model_class(config, folder)
-    with torch.device("meta"):
-        if hasattr(model_class, "_from_config"):
-            model = model_class._from_config(config)
-        else:
-            model = model_class.from_config(config, trust_remote_code=trust_remote_code)
+    try:
+        with torch.device("meta"):
+            if hasattr(model_class, "_from_config"):
+                model = model_class._from_config(config)
+            else:
+                model = model_class.from_config(config, trust_remote_code=trust_remote_code)
+    except _unreadable() as error:
+        raise CheckpointError(
+            f"{folder / 'config.json'}: transformers cannot build a {model_class.__name__} of it: {error}; correct "
+            "architectures there, or, in Python, pass model=, a freshly built one"
+        ) from error
     model.tie_weights()
     return model  # type: ignore[no-any-return]
 

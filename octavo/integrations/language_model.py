@@ -12,12 +12,11 @@ from typing import Any
 
 import jinja2
 import torch
-import transformers
 from torch import Tensor
 
 from octavo.errors import CheckpointError, OctavoError
 from octavo.formats.checkpoint import CheckpointReader
-from octavo.integrations.hub import is_gguf, load, load_tokenizer, no_progress_bar, resolve
+from octavo.integrations.hub import is_gguf, load, load_tokenizer, no_progress_bar, resolve, transformers_class
 
 __all__ = [
     "CACHE_NAMES", "broken_template", "cache_name", "has_key_value_cache", "last_logits_only", "load_causal",
@@ -52,7 +51,7 @@ def other_kind(source: Path) -> str | None:
     with CheckpointReader(source) as reader:
         config = reader.config or {}
     name = (config.get("architectures") or [""])[0]
-    model_class = getattr(transformers, name, None) if name else None
+    model_class = transformers_class(name)
     # A class that transformers does not have is `load`'s to refuse, or the checkpoint's own code.
     if model_class is not None and (config.get("is_encoder_decoder") or not model_class.can_generate()):
         return str(name)

@@ -30,7 +30,7 @@ from tests import tiny_models
 from tests.tiny_checkpoints import gguf_file, language_model
 from tests.tiny_models import build, llama, llava, mixtral, tokens
 
-pytest.importorskip("transformers")
+AutoModel = pytest.importorskip("transformers").AutoModel
 ROOT = Path(__file__).parents[2]
 
 
@@ -301,6 +301,8 @@ def test_checkpoints_quantized_by_others_are_refused(tmp_path: Path, config: dic
         (lambda folder: (folder / "config.json").write_text("{"), r"config\.json: cannot be read as JSON"),
         (lambda folder: edit(folder, model_type="nobody"), r"config\.json: transformers cannot read it"),
         (lambda folder: edit(folder, architectures=["Nobody"]), r"architectures is \['Nobody'\]"),
+        (lambda folder: edit(folder, architectures=["LlamaConfig"]), r"architectures is \['LlamaConfig'\]"),
+        (lambda folder: edit(folder, architectures=[5]), r"architectures is \[5\]"),
         (lambda folder: edit(folder, architectures=[]), r"architectures is \[\]"),
         (lambda folder: (folder / "model.safetensors").unlink(), "holds no weights"),
         (lambda folder: os.truncate(folder / "model.safetensors", 5000), "is not a whole safetensors file"),
@@ -309,7 +311,18 @@ def test_checkpoints_quantized_by_others_are_refused(tmp_path: Path, config: dic
             r"holds pickles \(pytorch_model\.bin\), expected safetensors; convert them once",
         ),
     ],
-    ids=["no-config", "no-json", "type", "architecture", "none", "weights", "truncated", "pickle"],
+    ids=[
+        "no-config",
+        "no-json",
+        "type",
+        "architecture",
+        "no-model",
+        "number",
+        "none",
+        "weights",
+        "truncated",
+        "pickle",
+    ],
 )
 @pytest.mark.parametrize("which", ["float", "int8"])
 def test_a_folder_that_is_not_whole_is_explained(
@@ -319,6 +332,20 @@ def test_a_folder_that_is_not_whole_is_explained(
     break_it(tmp_path / which)
     with pytest.raises(CheckpointError, match=message):
         octavo.load(tmp_path / which)
+
+
+def test_a_class_in_code_of_its_own_beside_a_tokenizer_in_such(tmp_path: Path) -> None:
+    code = {"AutoTokenizer": ["tokenization_own.OwnTokenizer", None], "AutoModel": "modeling_own.OwnModel"}
+    config = SimpleNamespace(architectures=["OwnModel"], auto_map=code)
+    assert hub._model_class(config, tmp_path) is AutoModel
+
+
+@pytest.mark.parametrize("name", ["BertModel", "WhisperModel"])
+def test_a_class_that_the_config_is_not_of(tmp_path: Path, name: str) -> None:
+    saved(tmp_path)
+    edit(tmp_path / "float", architectures=[name])
+    with pytest.raises(CheckpointError, match=rf"config\.json: transformers cannot build a {name} of it: .*correct"):
+        octavo.quantize_checkpoint(tmp_path / "float", tmp_path / "out", "w8a16")
 
 
 def test_adapters_beside_a_model_are_not_left_out_in_silence(tmp_path: Path) -> None:
