@@ -212,14 +212,14 @@ def save(
     max_shard_size: bytes, or "5GB".
     progress: called with (tensors written, number of tensors).
     Returns: the folder's path.
-    Raises: QuantizeError if no layer is int8, and for a transformers model with adapters of PEFT on it; CheckpointError
-        if the folder exists or cannot be written whole.
+    Raises: QuantizeError if no layer is int8, and for a transformers model with adapters of PEFT on it, or parts that
+        torch.compile wrapped; CheckpointError if the folder exists or cannot be written whole.
     Warns: OctavoWarning if a layer's kind keeps transformers and vLLM from loading the folder.
     """
     on_disk, attention = None, "float"
     model = unwrapped(model)
     if _is_pretrained(model):
-        _refuse_adapters(model)
+        _refuse_wrapped_parts(model)
         from octavo.integrations import stored_names
         from octavo.integrations.attention import attention_of
 
@@ -244,9 +244,14 @@ def refuse_adapters_beside(folder: Path) -> None:
         )
 
 
-def _refuse_adapters(model: nn.Module) -> None:
-    """Raise QuantizeError for a model whose layers PEFT has put others around: no class has weights of such names."""
+def _refuse_wrapped_parts(model: nn.Module) -> None:
+    """Raise QuantizeError for a model whose layers have others around them: no class has weights of such names."""
     for name, module in model.named_modules():
+        if name.endswith("._orig_mod"):
+            raise QuantizeError(
+                f"{name.removesuffix('._orig_mod')}: is wrapped by torch.compile, under which transformers would not "
+                "find its weights; save the model first, or compile such parts in place (part.compile())"
+            )
         if hasattr(module, "adapter_layer_names"):
             raise QuantizeError(
                 f"{name}: has adapters of PEFT on it, under which transformers would not find the weight; merge them "

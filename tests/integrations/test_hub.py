@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import octavo
-from octavo import CheckpointError, OctavoWarning
+from octavo import CheckpointError, OctavoWarning, QuantizeError
 from octavo.integrations import hub
 from octavo.integrations.calibration import load_float
 from octavo.modules import QuantModule
@@ -216,6 +216,21 @@ def test_what_was_loaded_is_saved_again_as_it_was(tmp_path: Path) -> None:
             assert (tmp_path / "again" / file.name).read_bytes() == file.read_bytes(), file.name
     first, again = (json.loads((tmp_path / name / "config.json").read_text()) for name in ("int8", "again"))
     assert first == again
+
+
+def test_a_model_with_compiled_parts_is_saved_where_they_keep_their_names(tmp_path: Path) -> None:
+    model = build(llama)
+    octavo.quantize(model, "w8a16")
+    inputs = inputs_of(model)
+    expected = output(model, inputs)
+    layer = model.model.layers[1]
+    model.model.layers[1] = torch.compile(layer, backend="eager")
+    with pytest.raises(QuantizeError, match=r"^model\.layers\.1: is wrapped by torch\.compile"):
+        octavo.save(model, tmp_path / "out")
+    model.model.layers[1] = layer
+    layer.compile(backend="eager")
+    octavo.save(model, tmp_path / "out")
+    assert torch.equal(output(octavo.load(tmp_path / "out"), inputs), expected)
 
 
 def test_llm_compressors_codes_are_run_as_they_are(tmp_path: Path) -> None:
