@@ -58,7 +58,7 @@ def new_file(dst: str | Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def _replacing(given: Path, is_taken: Callable[[Path], bool]) -> Iterator[Path]:
-    dst = given.resolve()
+    dst = temporary = given.resolve()
     try:
         if is_taken(dst):
             raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(dst))
@@ -68,7 +68,7 @@ def _replacing(given: Path, is_taken: Callable[[Path], bool]) -> Iterator[Path]:
             _sync_tree(temporary)
         _sync(dst.parent)
     except (OSError, SafetensorError) as error:
-        explained = _explain(_as_os_error(error), given, dst)
+        explained = _explain(_as_os_error(error), given, dst, temporary)
         if explained is None:
             raise
         raise explained from error
@@ -107,7 +107,7 @@ def _as_os_error(error: OSError | SafetensorError) -> OSError:
     return OSError(int(number[1]), os.strerror(int(number[1]))) if number else OSError(str(error))
 
 
-def _explain(error: OSError, given: Path, dst: Path) -> CheckpointError | None:
+def _explain(error: OSError, given: Path, dst: Path, temporary: Path) -> CheckpointError | None:
     """The user's error behind an OSError met while `dst` was built; None if it is not about `dst`."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         free = shutil.disk_usage(next(folder for folder in dst.parents if folder.is_dir())).free
@@ -115,10 +115,12 @@ def _explain(error: OSError, given: Path, dst: Path) -> CheckpointError | None:
             f"{given}: the disk is full ({error.strerror}, {free / 1e6:.0f} MB are free), nothing was kept; "
             "free some space or choose another disk"
         )
-    about = {str(path) for path in (error.filename, error.filename2) if path}
+    met = [str(path) for path in (error.filename, error.filename2) if path]
+    about = {path.replace(str(temporary), str(dst)) for path in met}
     if error.errno in (errno.EEXIST, errno.ENOTEMPTY) and str(dst) in about:
         return CheckpointError(f"{given}: already exists; choose another path or remove it")
-    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG):
+    refusals = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG)
+    if error.errno in refusals or any(path.startswith(str(temporary)) for path in met):
         where = ", ".join(sorted(about)) or str(dst)
         return CheckpointError(
             f"{given}: not written: {where}: {error.strerror}; choose another path or change the permissions"
