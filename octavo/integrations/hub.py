@@ -141,13 +141,16 @@ def load(
                 "download or quantize the checkpoint again"
             )
         config.quantization_config = {**described, "quant_method": METHOD}
-    loaded, info = model_class.from_pretrained(
-        source,
-        config=config,
-        output_loading_info=True,
-        ignore_mismatched_sizes=True,  # they are an error, below
-        **options,
-    )
+    try:
+        loaded, info = model_class.from_pretrained(
+            source,
+            config=config,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are an error, below
+            **options,
+        )
+    except OSError as error:  # files of other names than transformers looks for
+        raise CheckpointError(f"{source}: transformers cannot load it: {error}") from error
     _refuse_unfit(source, loaded, info)
     return loaded  # type: ignore[no-any-return]
 

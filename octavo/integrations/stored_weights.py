@@ -13,11 +13,26 @@ from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter
 
+from octavo import formats
+from octavo.errors import CheckpointError
 from octavo.formats.checkpoint import CheckpointReader
 from octavo.integrations.stored_names import loading_names, of_kind, renaming
 from octavo.quantization.plan import Decision
 
-__all__ = ["leave_new_ones", "tie"]
+__all__ = ["leave_new_ones", "refuse_int8", "tie"]
+
+
+def refuse_int8(files: Iterable[str]) -> None:
+    """Raise CheckpointError for codes in safetensors that are to be quantized: transformers, which goes by the config,
+    would miss the weights and make new ones."""
+    for file in (file for file in files if Path(file).suffix == ".safetensors"):
+        with CheckpointReader(file) as reader:
+            int8 = formats.int8_names(reader)
+        if int8:
+            raise CheckpointError(
+                f"{file}: holds int8 codes ({min(int8)}, ...), expected float weights to quantize; load it without "
+                "quantization_config, and of a part of a model (a tower) the whole model first"
+            )
 
 
 def leave_new_ones(decisions: list[Decision], model: PreTrainedModel, files: Iterable[str]) -> None:

@@ -36,7 +36,7 @@ from octavo.formats.experts import Part
 from octavo.integrations.attention import attention_of, check_int8_attention, use_int8_attention
 from octavo.integrations.float_attention import use_float_attention
 from octavo.integrations.stored_names import on_disk, renaming
-from octavo.integrations.stored_weights import leave_new_ones, tie
+from octavo.integrations.stored_weights import leave_new_ones, refuse_int8, tie
 from octavo.layers import weight_norm_of
 from octavo.modules import QuantExperts, QuantModule
 from octavo.quantization.install import install, settle
@@ -242,6 +242,7 @@ class OctavoQuantizer(HfQuantizer):  # type: ignore[misc]
                     if stored not in self._parts
                 }
         else:
+            refuse_int8(checkpoint_files or ())
             dtypes = {}
             self._decisions = plan(model, self.quantization_config.recipe)
             leave_new_ones(self._decisions, model, checkpoint_files or ())

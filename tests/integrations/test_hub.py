@@ -382,6 +382,15 @@ def test_adapters_beside_a_model_are_not_left_out_in_silence(tmp_path: Path) -> 
     assert not (tmp_path / "out").exists()
 
 
+def test_weights_of_a_name_that_transformers_does_not_look_for(tmp_path: Path) -> None:
+    model = saved(tmp_path)
+    (tmp_path / "int8" / "model.safetensors").rename(tmp_path / "int8" / "model.x.safetensors")
+    with pytest.raises(CheckpointError, match=r"int8: transformers cannot load it: .*no file named model\.safetensors"):
+        octavo.load(tmp_path / "int8")
+    inputs = inputs_of(model)
+    assert torch.equal(output(octavo.load(tmp_path / "int8", variant="x"), inputs), output(model, inputs))
+
+
 def test_transformers_is_asked_for_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     build(llama).save_pretrained(tmp_path / "float")
     monkeypatch.setitem(sys.modules, "transformers", None)

@@ -658,6 +658,16 @@ def test_asymmetric_int8_is_refused_by_the_config(tmp_path: Path, part: str) -> 
         octavo.load(tmp_path / "saved")
 
 
+@pytest.mark.parametrize("scheme", ["w8a16", "w8a8"])
+def test_codes_are_not_quantized_once_more(tmp_path: Path, scheme: str) -> None:
+    """Of a config that is not that of the checkpoint, as a tower's is not, transformers makes new weights."""
+    model = build(llama)
+    octavo.quantize(model, scheme)
+    octavo.save(model, tmp_path / "int8")
+    with pytest.raises(CheckpointError, match=r"holds int8 codes \(model\.layers\.0.*expected float weights"):
+        type(model).from_pretrained(tmp_path / "int8", config=model.config, quantization_config=OctavoConfig())
+
+
 def test_a_model_without_an_int8_layer_is_not_saved_as_int8(tmp_path: Path) -> None:
     cls = source_of(tmp_path)
     model = cls.from_pretrained(tmp_path / "float", quantization_config=OctavoConfig(ignore=["re:.*"]))
