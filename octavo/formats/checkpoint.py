@@ -93,7 +93,6 @@ class CheckpointReader:
         checked here, so a damaged checkpoint is known before any work starts.
 
     names: the tensors, shard by shard, in the order of their bytes.
-    metadata: the free-form strings of the shards' headers, such as {"format": "pt"}.
     config: config.json's content; None where there is none, and for a lone file.
 
     A context manager: leaving it closes the shards.
@@ -167,7 +166,7 @@ class CheckpointReader:
         return data.view(info.dtype).view(info.shape)
 
     def close(self) -> None:
-        """Close the shards. `names`, `info`, `metadata` and `config` stay."""
+        """Close the shards. `names`, `info` and `config` stay."""
         for file in self._open_files.values():
             file.close()
         self._open_files.clear()
@@ -317,7 +316,6 @@ class CheckpointWriter:
     folder: an existing folder, such as `new_folder` yields.
     plan: tensor's name -> (dtype, shape) of every tensor that will be written.
     max_shard_size: in bytes, or as "5GB"; a tensor that is larger gets a shard of its own.
-    metadata: strings for the shards' headers.
     Raises: CheckpointError for an empty plan, a dtype that safetensors has no word for, a max_shard_size that says no
         size, and a disk without room for the plan.
 
@@ -332,7 +330,6 @@ class CheckpointWriter:
         plan: Mapping[str, tuple[torch.dtype, tuple[int, ...]]],
         *,
         max_shard_size: int | str = "5GB",
-        metadata: Mapping[str, str] | None = None,
     ) -> None:
         self.folder = Path(folder)
         self._plan = {name: (dtype, tuple(shape)) for name, (dtype, shape) in plan.items()}
@@ -353,10 +350,10 @@ class CheckpointWriter:
                 "needed; free some space or choose another disk"
             )
         for shard, names in self._shards.items():
-            self._write_header(self.folder / shard, names, dict(metadata or {"format": "pt"}))
+            self._write_header(self.folder / shard, names)
 
-    def _write_header(self, file: Path, names: list[str], metadata: dict[str, str]) -> None:
-        header: dict[str, Any] = {"__metadata__": metadata}
+    def _write_header(self, file: Path, names: list[str]) -> None:
+        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
         offset = 0
         starts = {}
         for name in sorted(names, key=lambda name: -self._plan[name][0].itemsize):

@@ -153,12 +153,6 @@ def test_each_tensor_starts_at_a_multiple_of_its_element_size(tmp_path: Path) ->
         assert header[name]["data_offsets"][0] % tensor.element_size() == 0
 
 
-def test_metadata_is_the_callers(tmp_path: Path) -> None:
-    write(tmp_path, {"a": torch.zeros(1)}, metadata={"format": "pt", "by": "octavo"})
-    with safe_open(tmp_path / "model.safetensors", "pt") as file:
-        assert file.metadata() == {"format": "pt", "by": "octavo"}
-
-
 @pytest.mark.parametrize(
     ("name", "tensor", "message"),
     [
