@@ -23,6 +23,7 @@ only those, are beyond the ecosystem, and their config says `quant_method: octav
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
@@ -402,6 +403,7 @@ def _check_model(config: Any) -> None:
     groups = config.get("config_groups")
     if not isinstance(groups, Mapping) or not groups:
         raise _Unreadable(f"config_groups {groups!r}", "at least one group of layers")
+    _check_patterns("ignore", config.get("ignore"))
     for key in ("kv_cache_scheme", "transform_config"):
         if config.get(key):
             raise _Unreadable(f"{key} {config[key]!r}", "none")
@@ -413,9 +415,7 @@ def _check_model(config: Any) -> None:
 def _check_group(where: str, group: Any, model_format: Any) -> None:
     if not isinstance(group, Mapping):
         raise _Unreadable(f"{where} {group!r}", "an object with targets and weights")
-    targets = group.get("targets") or []
-    if not isinstance(targets, list) or not all(isinstance(target, str) for target in targets):
-        raise _Unreadable(f"{where}.targets {targets!r}", "a list of layers' names, classes and 're:' patterns")
+    _check_patterns(f"{where}.targets", group.get("targets"))
     if group.get("output_activations"):
         raise _Unreadable(f"{where}.output_activations (quantized outputs)", "none: float outputs")
     group_format = group.get("format") or model_format
@@ -428,6 +428,18 @@ def _check_group(where: str, group: Any, model_format: Any) -> None:
     _check_args(f"{where}.input_activations", inputs, _READABLE_INPUTS)
     if inputs["strategy"] == "token" and not inputs.get("dynamic", False):
         raise _Unreadable(f"{where}.input_activations.dynamic False with strategy 'token'", "True")
+
+
+def _check_patterns(where: str, patterns: Any) -> None:
+    if patterns is None:
+        return
+    if not isinstance(patterns, list) or not all(isinstance(pattern, str) for pattern in patterns):
+        raise _Unreadable(f"{where} {patterns!r}", "a list of layers' names, classes and 're:' patterns")
+    for pattern in (pattern for pattern in patterns if pattern.startswith("re:")):
+        try:
+            re.compile(pattern[3:])
+        except (re.error, OverflowError) as error:
+            raise _Unreadable(f"{where} {pattern!r}", f"a regular expression ({error})") from error
 
 
 def _check_args(where: str, args: Any, readable: Iterable[tuple[str, Any, tuple[Any, ...]]]) -> None:
