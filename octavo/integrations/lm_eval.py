@@ -21,7 +21,7 @@ import lm_eval
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
-from octavo.errors import EvaluateError
+from octavo.errors import EvaluateError, MissingExtra
 from octavo.report import TaskReport, TaskScore
 
 __all__ = ["evaluate_tasks"]
@@ -59,7 +59,8 @@ def evaluate_tasks(
     Returns: a row for each task and metric: the score, its standard error, and next to a baseline the change, the
         standard error of that, and the share of answers that changed between right and wrong. `print` it for a table.
     Raises: EvaluateError for no tasks, for a name that lm_eval does not know, for a folder that is none, and where the
-        documents of a task cannot be had; what else lm_eval raises for a task that it cannot run.
+        documents of a task cannot be had; MissingExtra for a package that a task needs; what else lm_eval raises for a
+        task that it cannot run.
     """
     if include_path is not None and not Path(include_path).is_dir():
         raise EvaluateError(f"include_path is {str(include_path)!r}, expected a folder with tasks in YAML files")
@@ -116,10 +117,14 @@ class _Counted(HFLM):  # type: ignore[misc]
 def _loaded(manager: TaskManager, names: list[str], fewshot: int | None) -> Any:
     """The tasks with that many examples before a document, as lm_eval's command has it: none where a task says 0.
 
-    Raises: EvaluateError if their documents cannot be had.
+    Raises: EvaluateError if their documents cannot be had, MissingExtra for a package that they need.
     """
     try:
         loaded = manager.load(names)
+    except ModuleNotFoundError as error:
+        raise MissingExtra(
+            f"tasks: {', '.join(names)} need the package {error.name}, which is not installed: pip install {error.name}"
+        ) from error
     except OSError as error:
         raise EvaluateError(
             f"tasks: the documents of {', '.join(names)} cannot be had: {error}; they are downloaded from the Hugging "

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import octavo
-from octavo import EvaluateError
+from octavo import EvaluateError, MissingExtra
 from octavo.integrations.language_model import load_language_model
 from octavo.report import TaskReport, TaskScore
 from tests.tiny_checkpoints import language_model
@@ -183,14 +183,29 @@ def test_a_folder_that_is_none(models: tuple[Any, Any, Any], tmp_path: Path) -> 
 
 
 @pytest.mark.usefixtures("only_these")
-def test_documents_that_cannot_be_had(models: tuple[Any, Any, Any], tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("changed", "error", "told"),
+    [
+        (("FOLDER/first.jsonl", "FOLDER/gone.jsonl"), EvaluateError, "the documents of own cannot be had: .*gone"),
+        (("path: json", "path: nobody/has-these"), EvaluateError, "the documents of own .*nobody/has-these.*; they are down"),
+        (
+            ('"{{q}}"', "!function code.text"),
+            MissingExtra,
+            "own need the package nowhere_to_be_found, which is not inst",
+        ),
+    ],
+)
+def test_tasks_that_cannot_be_loaded(
+    models: tuple[Any, Any, Any], tmp_path: Path, changed: tuple[str, str], error: type[Exception], told: str
+) -> None:
     from octavo.integrations.lm_eval import evaluate_tasks
 
-    text = TASKS["first"].replace("dataset_path: json", "dataset_path: nobody/has-these").replace("first", "far")
-    (tmp_path / "far.yaml").write_text(text.replace("FOLDER", str(tmp_path)))
-    model, _, tokenizer = models
-    with pytest.raises(EvaluateError, match=r"documents of far cannot be had: .*nobody/has-these.*; they are down"):
-        evaluate_tasks(model, tokenizer, ["far"], include_path=tmp_path)
+    text = TASKS["first"].replace("task: first", "task: own").replace(*changed).replace("FOLDER", str(tmp_path))
+    (tmp_path / "own.yaml").write_text(text)
+    (tmp_path / "first.jsonl").write_text(json.dumps({"q": "a", "choices": ["b"], "a": 0}))
+    (tmp_path / "code.py").write_text("import nowhere_to_be_found\n")
+    with pytest.raises(error, match=f"^tasks: {told}"):
+        evaluate_tasks(models[0], models[2], ["own"], include_path=tmp_path)
 
 
 @pytest.mark.slow
