@@ -21,7 +21,7 @@ from torch import nn
 from octavo import formats
 from octavo.errors import CheckpointError, MissingExtra, OctavoError, QuantizeError
 from octavo.feeding import Progress
-from octavo.formats.checkpoint import CheckpointReader, check_shard_size, read_config
+from octavo.formats.checkpoint import PICKLE_SUFFIXES, CheckpointReader, check_shard_size, read_config
 from octavo.formats.outputs import new_folder
 from octavo.formats.saving import unwrapped
 from octavo.formats.stream import quantize_files
@@ -373,7 +373,7 @@ def _download(hub_id: str) -> Path:
 
     try:
         # Asked first and with a limit, because snapshot_download waits for a silent network without end.
-        revision = HfApi().model_info(hub_id, timeout=_HUB_TIMEOUT).sha
+        model = HfApi().model_info(hub_id, timeout=_HUB_TIMEOUT)
     except RepositoryNotFoundError as error:
         raise CheckpointError(
             f"{hub_id}: neither a local path nor a model on the Hub that you may read; check the name, or log in with "
@@ -389,12 +389,24 @@ def _download(hub_id: str) -> Path:
                 f"{hub_id}: not a local path, not in the local cache, and the Hub cannot be reached; connect, or "
                 f"download the model elsewhere and give its folder ({type(error).__name__}: {error})"
             ) from error
+    _refuse_other_weights(hub_id, [file.rfilename for file in model.siblings or ()])
     try:
         return Path(
-            snapshot_download(hub_id, revision=revision, allow_patterns=list(_WANTED), ignore_patterns=list(_UNWANTED))
+            snapshot_download(hub_id, revision=model.sha, allow_patterns=list(_WANTED), ignore_patterns=list(_UNWANTED))
         )
     except (HfHubHTTPError, OSError) as error:
         raise CheckpointError(f"{hub_id}: cannot be downloaded: {error}") from error
+
+
+def _refuse_other_weights(hub_id: str, files: list[str]) -> None:
+    """Raise CheckpointError for a model of the Hub whose weights are all of kinds that are not downloaded."""
+    others = [file for file in files if file.endswith((*PICKLE_SUFFIXES, ".gguf"))]
+    if others and not any(file.endswith(".safetensors") for file in files):
+        raise CheckpointError(
+            f"{hub_id}: holds no safetensors, but {', '.join(others[:3])}; download one .gguf file (`hf download`) and "
+            "give its path, or convert pickles once, with from_pretrained(id).save_pretrained(folder) of the model's "
+            "class in transformers"
+        )
 
 
 def _transformers(what_for: str) -> Any:

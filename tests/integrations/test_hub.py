@@ -474,13 +474,29 @@ def test_weights_are_downloaded_once(monkeypatch: pytest.MonkeyPatch) -> None:
     from huggingface_hub.utils import filter_repo_objects
 
     asked: dict[str, Any] = {}
-    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", lambda *_, **__: SimpleNamespace(sha="a" * 40))
+    monkeypatch.setattr(
+        huggingface_hub.HfApi, "model_info", lambda *_, **__: SimpleNamespace(sha="a" * 40, siblings=[])
+    )
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **kwargs: asked.update(kwargs) or ".")
     hub.resolve("octavo-test/model")
     wanted = ["config.json", "model-00001-of-00002.safetensors", "2_Dense/model.safetensors", "modeling_own.py"]
     twice = ["consolidated.safetensors", "original/model.safetensors", "pytorch_model.bin", "original/config.json"]
     patterns = {key: asked[key] for key in ("allow_patterns", "ignore_patterns")}
     assert list(filter_repo_objects([*wanted, *twice], **patterns)) == wanted
+
+
+@pytest.mark.parametrize("file", ["pytorch_model.bin", "model-Q8_0.gguf"])
+def test_weights_that_are_no_safetensors_are_not_downloaded(monkeypatch: pytest.MonkeyPatch, file: str) -> None:
+    import huggingface_hub
+
+    siblings = [SimpleNamespace(rfilename=name) for name in ("config.json", file)]
+    told = SimpleNamespace(sha="a" * 40, siblings=siblings)
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", lambda *_, **__: told)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: ".")
+    with pytest.raises(CheckpointError, match=f"^octavo-test/model: holds no safetensors, but {file}; download one"):
+        hub.resolve("octavo-test/model")
+    siblings.append(SimpleNamespace(rfilename="model.safetensors"))
+    assert hub.resolve("octavo-test/model") == Path()
 
 
 # -- other sources ----------------------------------------------------------------------------------------------------
