@@ -45,7 +45,7 @@ def run(args: argparse.Namespace, terminal: Terminal) -> Answer:
     """Read the headers, the scales and the config of the checkpoint."""
     from octavo.formats import int8_names
     from octavo.formats.checkpoint import CheckpointReader
-    from octavo.integrations.hub import resolve
+    from octavo.integrations.local_files import resolve
 
     with terminal.progress(f"reading {args.path}") as progress, CheckpointReader(resolve(args.path)) as reader:
         config = (reader.config or {}).get("quantization_config") or {}
@@ -130,7 +130,7 @@ def _how_to_quantize(path: str, source: Path) -> str:
 
 
 def _brings_its_code(config: Mapping[str, Any]) -> bool:
-    from octavo.integrations.hub import brings_its_code
+    from octavo.integrations.model_classes import brings_its_code
 
     try:
         return brings_its_code(config)

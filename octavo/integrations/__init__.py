@@ -1,6 +1,8 @@
 """The edge: where octavo meets other people's libraries. Nothing below imports from here.
 
 hub.py              the public quantize, save, load and quantize_checkpoint: any module's, and transformers' models
+local_files.py      a folder, a file or a Hub id: where its files are
+model_classes.py    which class of transformers a checkpoint's model is of
 transformers.py     int8 layers while transformers loads and saves
 stored_names.py     what the tensors of its models are called in files
 stored_weights.py   which weights of an empty model files hold: what is tied, what is new

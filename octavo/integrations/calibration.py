@@ -17,8 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from octavo.errors import CalibrateError, QuantizeError
-from octavo.integrations.hub import no_progress_bar, refuse_adapters_beside, resolve
+from octavo.integrations.hub import no_progress_bar
 from octavo.integrations.language_model import broken_template, load_language_model, token_ids
+from octavo.integrations.local_files import refuse_adapters_beside, resolve
 from octavo.modules import DynamicQuantLinear, QuantLinear, QuantModule, StaticQuantLinear
 
 __all__ = [

@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-import re
 import struct
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial, wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ParamSpec
+from typing import Any, ParamSpec
 
 import torch
 from torch import nn
@@ -21,23 +20,24 @@ from torch import nn
 from octavo import formats
 from octavo.errors import CheckpointError, MissingExtra, OctavoError, QuantizeError
 from octavo.feeding import Progress
-from octavo.formats.checkpoint import PICKLE_SUFFIXES, CheckpointReader, check_shard_size, read_config
+from octavo.formats.checkpoint import CheckpointReader, check_shard_size
 from octavo.formats.outputs import new_folder
 from octavo.formats.saving import unwrapped
 from octavo.formats.stream import quantize_files
+from octavo.integrations.local_files import is_gguf, refuse_adapters_beside, resolve
+from octavo.integrations.model_classes import config_of, import_transformers, model_class_of, skeleton, unreadable
 from octavo.quantization.coverage import Coverage
 from octavo.quantization.quantize import quantize as quantize_layers
 from octavo.recipe import Pattern, Recipe, Scheme
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
-__all__ = [
-    "brings_its_code", "is_gguf", "load", "load_tokenizer", "no_progress_bar", "quantize", "quantize_checkpoint",
-    "refuse_adapters_beside", "resolve", "save", "skeleton", "transformers_class",
-]  # fmt: skip
+__all__ = ["load", "load_tokenizer", "no_progress_bar", "quantize", "quantize_checkpoint", "save"]
 
 _Arguments = ParamSpec("_Arguments")
+
+_ABOUT_THE_HUB = (
+    "revision", "code_revision", "subfolder", "cache_dir", "token", "force_download", "local_files_only",
+)  # fmt: skip
+"""Options of `from_pretrained` that say what is downloaded, or from where."""
 
 
 def _with_transformers(core: Callable[_Arguments, Coverage]) -> Callable[_Arguments, Coverage]:
@@ -109,8 +109,9 @@ def load(
                 f"{', '.join(options)} would have no effect: options are for transformers, which does not load what is "
                 "given as model=; leave them out"
             )
-        loaded = formats.load_into(resolve(path), model, **_names_on_disk(model), progress=progress)
-        _adopt(loaded, _stored_attention(resolve(path)))
+        source = resolve(path)
+        loaded = formats.load_into(source, model, **_names_on_disk(model), progress=progress)
+        _adopt(loaded, _stored_attention(source))
         return loaded
     if progress is not None:
         raise OctavoError(
@@ -129,8 +130,8 @@ def load(
         int8 = formats.int8_names(reader)
     if int8:
         refuse_adapters_beside(source)
-    config = _config(source, options.get("trust_remote_code", False))
-    model_class = _model_class(config, source)
+    config = config_of(source, options.get("trust_remote_code", False))
+    model_class = model_class_of(config, source)
     if int8:
         from octavo.integrations.transformers import METHOD
 
@@ -181,14 +182,14 @@ def _refuse_unfit(source: Path, loaded: nn.Module, info: Mapping[str, Any]) -> N
 
 def load_tokenizer(path: str | Path) -> Any:
     """The tokenizer of a source, by transformers. Raises CheckpointError if it has none that can be loaded."""
-    transformers = _transformers("to load a tokenizer")
+    transformers = import_transformers("to load a tokenizer")
     source = resolve(path)
     if is_gguf(source):
         with _reading_gguf(source, "its tokenizer"):
             return transformers.AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
     try:
         return transformers.AutoTokenizer.from_pretrained(source)
-    except _unreadable() as error:
+    except unreadable() as error:
         if "trust_remote_code" in str(error):  # an argument of transformers, which says what needs it
             raise CheckpointError(
                 f"{path}: its tokenizer is in code that comes with the checkpoint, which is run only for who trusts "
@@ -236,15 +237,6 @@ def save(
         attention=attention,
         progress=progress,
     )
-
-
-def refuse_adapters_beside(folder: Path) -> None:
-    """Raise CheckpointError for adapters in a checkpoint's folder, which transformers would put on the model."""
-    if (folder / "adapter_config.json").is_file():
-        raise CheckpointError(
-            f"{folder}: holds adapters of PEFT; in Python, merge them into the model that they are for "
-            "(merge_and_unload()) and save that, or take adapter_config.json away for the model without them"
-        )
 
 
 def _refuse_wrapped_parts(model: nn.Module) -> None:
@@ -330,97 +322,10 @@ def _quantize_gguf(
     return report
 
 
-# -- sources ----------------------------------------------------------------------------------------------------------
-
-_HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
-_HUB_TIMEOUT = 10.0
-"""Seconds that the Hub has to answer."""
-_ABOUT_THE_HUB = (
-    "revision", "code_revision", "subfolder", "cache_dir", "token", "force_download", "local_files_only",
-)  # fmt: skip
-"""Options of `from_pretrained` that say what is downloaded, or from where."""
-_WANTED = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.py", "*.md", "*.tiktoken")
-_UNWANTED = ("consolidated*", "original/*")
-"""The same weights once more, as who made the model published them first (Mistral, gpt-oss)."""
-
-
-def resolve(source: str | Path) -> Path:
-    """The local folder or file of a source; a Hub id is downloaded (or found in the local cache).
-
-    Raises: CheckpointError if there is no such path and the Hub does not have it or cannot be reached, and for a name
-        that transformers would not take for that of a .gguf file.
-    """
-    path = Path(source)
-    if path.exists():
-        if path.suffix.lower() == ".gguf" and path.suffix != ".gguf" and path.is_file():
-            raise CheckpointError(
-                f"{path}: transformers reads .gguf files by their name; rename it to {path.with_suffix('.gguf').name}"
-            )
-        return path
-    if isinstance(source, Path) or not _HUB_ID.fullmatch(source) or path.suffix == ".gguf":
-        raise CheckpointError(f"{source}: no such file or folder; expected a checkpoint, or the id of one on the Hub")
-    return _download(source)
-
-
-def _download(hub_id: str) -> Path:
-    from huggingface_hub import HfApi, snapshot_download
-    from huggingface_hub.errors import (
-        HfHubHTTPError,
-        HFValidationError,
-        LocalEntryNotFoundError,
-        RepositoryNotFoundError,
-    )
-
-    try:
-        # Asked first and with a limit, because snapshot_download waits for a silent network without end.
-        model = HfApi().model_info(hub_id, timeout=_HUB_TIMEOUT)
-    except RepositoryNotFoundError as error:
-        raise CheckpointError(
-            f"{hub_id}: neither a local path nor a model on the Hub that you may read; check the name, or log in with "
-            "`hf auth login` for a private one"
-        ) from error
-    except HFValidationError as error:
-        raise CheckpointError(f"{hub_id}: no such file or folder, and no id of the Hub either") from error
-    except Exception as error:  # offline, a proxy, a server's error: what is raised differs between releases
-        try:
-            return Path(snapshot_download(hub_id, local_files_only=True))
-        except LocalEntryNotFoundError:
-            raise CheckpointError(
-                f"{hub_id}: not a local path, not in the local cache, and the Hub cannot be reached; connect, or "
-                f"download the model elsewhere and give its folder ({type(error).__name__}: {error})"
-            ) from error
-    _refuse_other_weights(hub_id, [file.rfilename for file in model.siblings or ()])
-    try:
-        return Path(
-            snapshot_download(hub_id, revision=model.sha, allow_patterns=list(_WANTED), ignore_patterns=list(_UNWANTED))
-        )
-    except (HfHubHTTPError, OSError) as error:
-        raise CheckpointError(f"{hub_id}: cannot be downloaded: {error}") from error
-
-
-def _refuse_other_weights(hub_id: str, files: list[str]) -> None:
-    """Raise CheckpointError for a model of the Hub whose weights are all of kinds that are not downloaded."""
-    others = [file for file in files if file.endswith((*PICKLE_SUFFIXES, ".gguf"))]
-    if others and not any(file.endswith(".safetensors") for file in files):
-        raise CheckpointError(
-            f"{hub_id}: holds no safetensors, but {', '.join(others[:3])}; download one .gguf file (`hf download`) and "
-            "give its path, or convert pickles once, with from_pretrained(id).save_pretrained(folder) of the model's "
-            "class in transformers"
-        )
-
-
-def _transformers(what_for: str) -> Any:
-    try:
-        import transformers
-    except ImportError as error:
-        raise MissingExtra(f"transformers is needed {what_for}: pip install 'octavo[hf]'") from error
-    return transformers
-
-
 @contextlib.contextmanager
 def no_progress_bar() -> Iterator[None]:
     """While open, transformers draws no progress bars of its own."""
-    _transformers("to keep its progress bars away")
+    import_transformers("to keep its progress bars away")
     from transformers import modeling_gguf_pytorch_utils as gguf
     from transformers.utils import logging
 
@@ -438,7 +343,7 @@ def no_progress_bar() -> Iterator[None]:
 
 
 def _attention() -> Any:
-    _transformers("for attention='int8', which switches the attention of its models")
+    import_transformers("for attention='int8', which switches the attention of its models")
     from octavo.integrations import attention
 
     return attention
@@ -451,107 +356,10 @@ def _stored_attention(folder: Path) -> str:
     return config.get("attention", "float")  # type: ignore[no-any-return]
 
 
-def _unreadable() -> tuple[type[Exception], ...]:
-    """What transformers raises for a config or a tokenizer that is not as it should be."""
-    from huggingface_hub.errors import StrictDataclassError
-
-    return OSError, ValueError, KeyError, TypeError, AttributeError, ArithmeticError, StrictDataclassError
-
-
-def _config(folder: Path, trust_remote_code: bool) -> Any:
-    transformers = _transformers("to build the model; for a model of your own, pass model=")
-    config = read_config(folder)
-    if config is None:
-        CheckpointReader(folder).close()  # what is no checkpoint at all is said to be that
-        refuse_adapters_beside(folder)
-        beside = folder.is_file() and (folder.parent / "config.json").is_file()
-        fix = f"give the folder {folder.parent}, which has one, or, in Python," if beside else "in Python,"
-        raise CheckpointError(
-            f"{folder}: has no config.json, so what model it is of is not known; {fix} pass model=, a freshly built one"
-        )
-    if not trust_remote_code and brings_its_code(config):
-        raise CheckpointError(
-            f"{folder}: its model is not one of transformers' but in code that comes with the checkpoint, which is run "
-            "only for who trusts it; in Python, pass trust_remote_code=True to octavo.load or "
-            "octavo.quantize_checkpoint"
-        )
-    try:
-        return transformers.AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except _unreadable() as error:
-        raise CheckpointError(
-            f"{folder / 'config.json'}: transformers cannot read it: {error}; for a model that is not one of "
-            "transformers', in Python, pass model=, a freshly built one"
-        ) from error
-
-
-def brings_its_code(config: Mapping[str, Any]) -> bool:
-    """Whether the class of the model that a config.json is of is in code beside it, and not one of transformers'."""
-    name = (config.get("architectures") or [""])[0]
-    return bool(config.get("auto_map")) and transformers_class(name) is None
-
-
-def transformers_class(name: object) -> Any:
-    """The class of models that transformers has under that name; None if it has none."""
-    transformers = _transformers("to build the model")
-    found = getattr(transformers, str(name), None)
-    return found if isinstance(found, type) and issubclass(found, transformers.PreTrainedModel) else None
-
-
-def _model_class(config: Any, folder: Path) -> Any:
-    """The class that the config's first architecture names."""
-    transformers = _transformers("to build the model")
-    if not config.architectures:
-        raise CheckpointError(
-            f"{folder / 'config.json'}: architectures is {config.architectures}, expected the model's class, such as "
-            '["LlamaForCausalLM"]; write it there, or, in Python, pass model=, a freshly built one'
-        )
-    name = config.architectures[0]
-    if (found := transformers_class(name)) is not None:
-        return found
-    for auto_class, reference in (getattr(config, "auto_map", None) or {}).items():
-        if str(reference).endswith(f".{name}"):  # a tokenizer's is a list
-            return getattr(transformers, auto_class)
-    raise CheckpointError(
-        f"{folder / 'config.json'}: architectures is {config.architectures}, which transformers "
-        f"{transformers.__version__} does not have; upgrade transformers, or, in Python, pass model=, a freshly "
-        "built one"
-    )
-
-
-def skeleton(folder: str | Path, *, trust_remote_code: bool = False) -> PreTrainedModel:
-    """The transformers model of a checkpoint folder, on `meta`: its structure without any weights.
-
-    Raises: CheckpointError for a folder without a config.json, or with that of a model that transformers does not have,
-        or whose code comes with the checkpoint, unless `trust_remote_code` says to run that; MissingExtra without
-        transformers.
-    """
-    folder = Path(folder)
-    config = _config(folder, trust_remote_code)
-    model_class = _model_class(config, folder)
-    try:
-        with torch.device("meta"):
-            if hasattr(model_class, "_from_config"):
-                model = model_class._from_config(config)
-            else:
-                model = model_class.from_config(config, trust_remote_code=trust_remote_code)
-    except _unreadable() as error:
-        raise CheckpointError(
-            f"{folder / 'config.json'}: transformers cannot build a {model_class.__name__} of it: {error}; correct "
-            "architectures there, or, in Python, pass model=, a freshly built one"
-        ) from error
-    model.tie_weights()
-    return model  # type: ignore[no-any-return]
-
-
-def is_gguf(source: Path) -> bool:
-    """Whether a source is a .gguf file; a folder may be called so too."""
-    return source.suffix == ".gguf" and source.is_file()
-
-
 @contextlib.contextmanager
 def _reading_gguf(file: Path, what: str) -> Iterator[None]:
     """Errors that transformers meets in a .gguf file as ours. struct.error: a header that ends too soon."""
-    transformers = _transformers("to read a .gguf file")
+    transformers = import_transformers("to read a .gguf file")
     try:
         yield
     except ImportError as error:

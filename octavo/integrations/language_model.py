@@ -16,7 +16,9 @@ from torch import Tensor
 
 from octavo.errors import CheckpointError, OctavoError
 from octavo.formats.checkpoint import CheckpointReader
-from octavo.integrations.hub import is_gguf, load, load_tokenizer, no_progress_bar, resolve, transformers_class
+from octavo.integrations.hub import load, load_tokenizer, no_progress_bar
+from octavo.integrations.local_files import is_gguf, resolve
+from octavo.integrations.model_classes import transformers_class
 
 __all__ = [
     "CACHE_NAMES", "broken_template", "cache_name", "has_key_value_cache", "last_logits_only", "load_causal",

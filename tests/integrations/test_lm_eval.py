@@ -187,7 +187,7 @@ def test_a_folder_that_is_none(models: tuple[Any, Any, Any], tmp_path: Path) -> 
     ("changed", "error", "told"),
     [
         (("FOLDER/first.jsonl", "FOLDER/gone.jsonl"), EvaluateError, "the documents of own cannot be had: .*gone"),
-        (("path: json", "path: nobody/has-these"), EvaluateError, "the documents of own .*nobody/has-these.*; they are down"),
+        (("path: json", "path: nobody/has-these"), EvaluateError, "the documents .*nobody/has-these.*; they are down"),
         (
             ('"{{q}}"', "!function code.text"),
             MissingExtra,
