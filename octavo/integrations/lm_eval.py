@@ -58,12 +58,14 @@ def evaluate_tasks(
     progress: called with (answered, of how many), for each model and kind of request anew.
     Returns: a row for each task and metric: the score, its standard error, and next to a baseline the change, the
         standard error of that, and the share of answers that changed between right and wrong. `print` it for a table.
-    Raises: EvaluateError for no tasks, for a name that lm_eval does not know, for a folder that is none, and where the
-        documents of a task cannot be had; MissingExtra for a package that a task needs; what else lm_eval raises for a
-        task that it cannot run.
+    Raises: EvaluateError for no tasks, for a name that lm_eval does not know, for a folder that is none, for a chat
+        template that is not there, and where the documents of a task cannot be had; MissingExtra for a package that a
+        task needs; what else lm_eval raises for a task that it cannot run.
     """
     if include_path is not None and not Path(include_path).is_dir():
         raise EvaluateError(f"include_path is {str(include_path)!r}, expected a folder with tasks in YAML files")
+    if chat and not tokenizer.chat_template:
+        raise EvaluateError("chat is asked for, and the tokenizer has no chat template; leave it out")
     manager = TaskManager(include_path=include_path)
     names = _known(tasks, manager)
 

@@ -182,6 +182,13 @@ def test_a_folder_that_is_none(models: tuple[Any, Any, Any], tmp_path: Path) -> 
         evaluate_tasks(models[0], models[2], ["first"], include_path=tmp_path / "none")
 
 
+def test_a_chat_template_that_is_not_there(models: tuple[Any, Any, Any], tasks: Path) -> None:
+    from octavo.integrations.lm_eval import evaluate_tasks
+
+    with pytest.raises(EvaluateError, match=r"^chat is asked for, and the tokenizer has no chat template"):
+        evaluate_tasks(models[0], models[2], ["first"], include_path=tasks, chat=True)
+
+
 @pytest.mark.usefixtures("only_these")
 @pytest.mark.parametrize(
     ("changed", "error", "told"),
