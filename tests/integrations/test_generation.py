@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from transformers import PreTrainedTokenizerFast
 
+from octavo.errors import OctavoError
 from octavo.integrations.generation import generate
 from octavo.integrations.language_model import load_language_model
 from tests.tiny_checkpoints import byte_level_tokenizer, language_model
@@ -29,6 +30,13 @@ def test_the_chat_template_is_used_unless_raw(tmp_path: Path, plain: PreTrainedT
     assert prompt_tokens(folder) == len(said)
     assert prompt_tokens(folder, raw=True) == len(plain("Hello").input_ids)
     assert prompt_tokens(language_model(tmp_path / "plain")) == len(plain("Hello").input_ids)
+
+
+def test_a_prompt_without_tokens(tmp_path: Path) -> None:
+    """As of a tokenizer that drops what it does not know."""
+    model, tokenizer = load_language_model(language_model(tmp_path / "model"))
+    with pytest.raises(OctavoError, match="the prompt has no tokens"):
+        generate(model, tokenizer, "")
 
 
 def test_pieces_add_up_and_times_are_told(tmp_path: Path) -> None:
