@@ -13,9 +13,9 @@ import dataclasses
 import os
 import shlex
 import statistics
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from octavo.cli.sources import add_plot, add_samples, calibrated, check_outputs, ranges_of, source_of
 from octavo.cli.terminal import Answer, Terminal
@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from octavo.calibration.stats import Stats
 
 __all__ = ["add_parser", "run"]
+
+T = TypeVar("T")
 
 
 def add_parser(verbs: Verbs) -> None:
@@ -160,16 +162,9 @@ class _Row:
 
 def _table(rows: list[_Row], where: str) -> Table:
     """One line for each family of layers."""
-    families: dict[str, list[dict[str, Any]]] = {}
-    for row in rows:
-        families.setdefault(in_general(row.name), []).append(row.to_dict())
-    lines = tuple(
-        (
-            _family(family, [member["name"] for member in members]),
-            *(_span([member[key] for member in members]) for key in ("tokens", "amax", "median_channel_amax", "ratio")),
-        )
-        for family, members in families.items()
-    )
+    keys = ("tokens", "amax", "median_channel_amax", "ratio")
+    families = _families([row.to_dict() for row in rows], lambda row: str(row["name"]))
+    lines = tuple((called, *(_span([row[key] for row in members]) for key in keys)) for called, members in families)
     columns = ("input of", "tokens", "amax", "median channel's amax", "ratio")
     return Table(f"Inputs on {where}", columns, lines, "lrrrr")
 
@@ -186,18 +181,15 @@ class _ExpertsRow:
 
 def _table_of_experts(rows: list[_ExpertsRow]) -> Table:
     """One line for each family of stacks."""
-    families: dict[str, list[_ExpertsRow]] = {}
-    for row in rows:
-        families.setdefault(in_general(row.name), []).append(row)
     lines = tuple(
         (
-            _family(family, [row.name for row in members]),
+            called,
             _span([len(row.tokens) for row in members]),
             _span([tokens for row in members for tokens in row.tokens]),
             _span([amax for row in members for amax in row.amax]),
             str(sum(len(row.unrouted) for row in members)),
         )
-        for family, members in families.items()
+        for called, members in _families(rows, lambda row: row.name)
     )
     columns = ("inputs of", "experts", "tokens of one", "amax of one", "without tokens")
     return Table("Experts' down projections", columns, lines, "lrrrr")
@@ -212,16 +204,18 @@ def _table_of_unrouted(unrouted: dict[str, tuple[int, ...]]) -> Table:
 
 
 def _table_of_unreached(names: tuple[str, ...]) -> Table:
-    families: dict[str, list[str]] = {}
-    for name in names:
-        families.setdefault(in_general(name), []).append(name)
-    lines = tuple((_family(family, members),) for family, members in families.items())
+    lines = tuple((called,) for called, _ in _families(names, lambda name: name))
     title = f"Layers that no sample reached, {len(names)}; of these, what becomes int8 will have dynamic scales"
     return Table(title, ("layer",), lines)
 
 
-def _family(family: str, names: list[str]) -> str:
-    return names[0] if len(names) == 1 else f"{family}  x{len(names)}"
+def _families(items: Iterable[T], name_of: Callable[[T], str]) -> Iterator[tuple[str, list[T]]]:
+    """Those whose names differ in numbers only, and what to call them."""
+    families: dict[str, list[T]] = {}
+    for item in items:
+        families.setdefault(in_general(name_of(item)), []).append(item)
+    for family, members in families.items():
+        yield name_of(members[0]) if len(members) == 1 else f"{family}  x{len(members)}", members
 
 
 def _span(values: list[float]) -> str:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import math
-import re
 import shlex
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -19,7 +18,7 @@ from octavo.cli.terminal import Answer, Terminal
 from octavo.cli.verb import Verbs, a_path, new_verb
 from octavo.errors import CheckpointError, MissingExtra
 from octavo.recipe import pattern_matches
-from octavo.tables import Table, human_bytes, human_percent
+from octavo.tables import Table, human_bytes, human_percent, in_general
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -268,7 +267,7 @@ def _scale_ranges(reader: CheckpointReader, int8: list[str], progress: Any) -> l
 
     families: dict[str, list[Tensor]] = {}
     for done, name in enumerate(int8, 1):
-        families.setdefault(re.sub(r"\b\d+\b", "*", name), []).append(reader.tensor(f"{name}_scale"))
+        families.setdefault(in_general(name), []).append(reader.tensor(f"{name}_scale"))
         progress(done, len(int8))
     ranges = []
     for family, tensors in families.items():

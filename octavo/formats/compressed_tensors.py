@@ -46,6 +46,7 @@ __all__ = [
     "parts_of",
     "quantization_config",
     "stored_layout",
+    "stored_scheme",
     "unpack",
 ]
 
@@ -241,10 +242,14 @@ def _rows(shape: Iterable[int]) -> tuple[int, int]:
 
 def as_stored(scheme: Scheme) -> Scheme:
     """`scheme` as a reader of the files sees it, who is not told a preset's name, nor that all rows have one scale."""
-    weight = WeightArgs() if scheme.weight.group_size is None else scheme.weight
-    if scheme.input is None:
+    return stored_scheme(WeightArgs() if scheme.weight.group_size is None else scheme.weight, scheme.input)
+
+
+def stored_scheme(weight: WeightArgs, inputs: InputArgs | None) -> Scheme:
+    """The scheme of a layer whose files say that of its weight and its inputs."""
+    if inputs is None:
         return Scheme("w8a16", weight)
-    return Scheme("w8a8-static" if scheme.is_static else "w8a8", weight, scheme.input)
+    return Scheme("w8a8" if inputs.dynamic else "w8a8-static", weight, inputs)
 
 
 def quantization_config(

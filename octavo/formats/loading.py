@@ -223,19 +223,13 @@ def scheme_of(
     scale = reader.info(f"{name}_scale").shape
     columns = scale[-1] if len(scale) == 2 else 1
     if columns == 1:
-        return _scheme(WeightArgs(), inputs)
+        return layout.stored_scheme(WeightArgs(), inputs)
     if inputs is not None:
         raise CheckpointError(
             f"{reader.path}: {name}_scale has shape {list(scale)}, for weights in groups, under int8 inputs; expected "
             "one scale for each row of the weight: quantize the float model with octavo instead"
         )
-    return _scheme(WeightArgs("per_group", stored_shape(reader, name)[-1] // columns), None)
-
-
-def _scheme(weight: WeightArgs, inputs: InputArgs | None) -> Scheme:
-    if inputs is None:
-        return Scheme("w8a16", weight)
-    return Scheme("w8a8" if inputs.dynamic else "w8a8-static", weight, inputs)
+    return layout.stored_scheme(WeightArgs("per_group", stored_shape(reader, name)[-1] // columns), None)
 
 
 def _inputs_of(reader: CheckpointReader, name: str, module: str | None, classes: Collection[str]) -> InputArgs | None:
