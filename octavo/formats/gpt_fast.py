@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from octavo.errors import CheckpointError, QuantizeError
 from octavo.experts import spec_of
+from octavo.formats.loading import refuse_lost_buffers
 from octavo.formats.outputs import new_file
 from octavo.formats.saving import unwrapped
 from octavo.layers import kind_of, why_not
@@ -158,6 +159,7 @@ def load(file: str | Path, model: nn.Module) -> nn.Module:
                 f"{file}: does not fit the model: {name!r} is {floats[name].dtype} in the file and "
                 f"{expected[name].dtype} in the model"
             )
+    refuse_lost_buffers(file, model)
 
     def codes_of(decision: Decision, layer: nn.Module) -> tuple[Codes, torch.dtype]:
         if decision.name in stacks:

@@ -36,6 +36,7 @@ __all__ = [
     "int8_names",
     "load_into",
     "read_experts",
+    "refuse_lost_buffers",
     "restore_reasons",
     "scheme_of",
     "stored_coverage",
@@ -108,12 +109,7 @@ def load_into(
             name if name in tensors.made else rename(name) or name: name for name in tensors.names if name not in codes
         }
         floats = _float_places(tensors, stored, model, int8, decisions)
-        left = [name for name, buffer in model.named_buffers() if buffer.is_meta and name not in saved]
-        if left:
-            raise CheckpointError(
-                f"{folder}: does not hold {left[0]} ({len(left)} such: buffers that are not saved), and the model is "
-                "on meta; build the model with its weights, not on meta"
-            )
+        refuse_lost_buffers(folder, model)
 
         def codes_of(decision: Decision, layer: nn.Module) -> tuple[Codes, torch.dtype]:
             codes, dtype = {}, torch.float32
@@ -130,6 +126,17 @@ def load_into(
         install(model, decisions, codes_of=codes_of, progress=progress)
     restore_reasons(model, report, rename)
     return model
+
+
+def refuse_lost_buffers(path: str | Path, model: nn.Module) -> None:
+    """Raise CheckpointError for a model on meta with buffers that no file holds: they would stay without values."""
+    saved = model.state_dict().keys()
+    lost = [name for name, buffer in model.named_buffers() if buffer.is_meta and name not in saved]
+    if lost:
+        raise CheckpointError(
+            f"{path}: does not hold {lost[0]} ({len(lost)} such: buffers that are not saved), and the model is on "
+            "meta; build the model with its weights, not on meta"
+        )
 
 
 def read_experts(reader: CheckpointReader, param: str, parts: Mapping[str, Part]) -> tuple[Tensor, Tensor, torch.dtype]:

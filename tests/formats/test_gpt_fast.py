@@ -251,6 +251,15 @@ def test_a_file_that_does_not_fit_leaves_the_model_as_it_was(
     assert_same(dict(model.state_dict()), before)
 
 
+def test_a_buffer_that_is_nowhere_is_an_error_before_anything_changes(tmp_path: Path) -> None:
+    gpt_fast.save(Block(), tmp_path / "file.pth")
+    model = on_meta()
+    model.norm.register_buffer("table", torch.ones(6, device="meta"), persistent=False)
+    with pytest.raises(CheckpointError, match=r"file\.pth: does not hold norm\.table \(1 such: buffers that are not"):
+        gpt_fast.load(tmp_path / "file.pth", model)
+    assert type(model.wo) is nn.Linear
+
+
 def test_layers_that_gpt_fast_does_not_have_are_refused() -> None:
     model = Block()
     octavo.quantize(model, "w8a16", group_size=3)
