@@ -264,16 +264,26 @@ def _stored(model: nn.Module) -> dict[str, _Stored]:
             codes[f"{prefix}.{param}"] = _Stored(weight, layer.float_dtype, scale, layer.scheme, input_scale)
         scales |= {f"{prefix}.{name}" for name in layer.scale_names()}
     state = model.state_dict()
-    strange = [name for name, value in state.items() if not isinstance(value, Tensor)]
-    if strange:
-        raise CheckpointError(
-            f"{strange[0]}: is a {type(state[strange[0]]).__name__} in the model's state_dict, expected a tensor: "
-            "safetensors holds nothing else; save it apart, and have get_extra_state return a tensor or nothing"
-        )
+    _refuse_what_is_no_dense_tensor(state)
     left_out = scales | _copies(state, getattr(model, "all_tied_weights_keys", None) or {})
     return {
         name: codes.get(name) or _Stored(tensor, tensor.dtype) for name, tensor in state.items() if name not in left_out
     }
+
+
+def _refuse_what_is_no_dense_tensor(state: Mapping[str, Any]) -> None:
+    """Raise CheckpointError: safetensors holds nothing else."""
+    for name, value in state.items():
+        if not isinstance(value, Tensor):
+            raise CheckpointError(
+                f"{name}: is a {type(value).__name__} in the model's state_dict, expected a tensor: safetensors holds "
+                "nothing else; save it apart, and have get_extra_state return a tensor or nothing"
+            )
+        if value.layout != torch.strided:
+            raise CheckpointError(
+                f"{name}: is of layout {value.layout}, expected a dense tensor: safetensors holds nothing else; make "
+                "it dense, or, if the model makes it anew, a buffer that is not saved (persistent=False)"
+            )
 
 
 def _renamed(

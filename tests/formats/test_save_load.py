@@ -738,6 +738,14 @@ def test_state_that_is_no_tensor_is_named(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+def test_a_tensor_that_is_not_dense_is_named(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Linear(8, 8))
+    model.register_buffer("graph", torch.eye(4).to_sparse())
+    octavo.quantize(model, "w8a16")
+    with pytest.raises(CheckpointError, match=r"^graph: is of layout torch\.sparse_coo, expected a dense tensor"):
+        octavo.save(model, tmp_path / "int8")
+
+
 @pytest.mark.parametrize("wrap", [nn.DataParallel, lambda model: torch.compile(model, backend="eager")])
 def test_of_a_wrapped_model_the_model_is_saved(tmp_path: Path, wrap: Any) -> None:
     model, x = nn.Sequential(nn.Linear(8, 8)), torch.randn(2, 8)
