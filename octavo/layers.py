@@ -13,6 +13,8 @@
     LSTMCell, GRUCell,  weight_ih, weight_hh [N, K]                 QuantRecurrentCell        as the parameter
     RNNCell
 
+A layer is known by its class or one that it derives from, a linear one also by what it computes (`alike.py`).
+
 Codes have the output channels first, so that a scale always belongs to a row. A convolution under weight_norm becomes
 int8 as the weight that is computed. To add a kind: one row here, one module in `modules/`, one op in `ops/`, its name
 among the targets of `recipe.py`.
@@ -32,6 +34,7 @@ from torch.nn.utils import parametrizations, parametrize, remove_weight_norm
 from torch.nn.utils.weight_norm import WeightNorm
 
 from octavo import modules
+from octavo.alike import is_linear
 from octavo.experts import spec_of, why_not_stacks
 from octavo.modules.recurrent import recurrent_weights
 from octavo.ops import quantize_weight
@@ -39,8 +42,8 @@ from octavo.recipe import Scheme, WeightArgs
 from octavo.stand_ins import attributes, made_by
 
 __all__ = [
-    "EXPERTS", "KINDS", "LayerKind", "float_class", "is_stack", "kind_of", "merge_weight_norm", "users_of_parameters",
-    "weight_norm_of", "why_not",
+    "EXPERTS", "KINDS", "LINEAR", "LayerKind", "float_class", "is_stack", "kind_of", "merge_weight_norm",
+    "name_in_files", "users_of_parameters", "weight_norm_of", "why_not",
 ]  # fmt: skip
 
 
@@ -178,14 +181,16 @@ class _RecurrentKind(_DynamicKind):
 
 _EXPERTS_KIND = _ExpertsKind(EXPERTS, (), modules.QuantExperts, params=(), int8_input=True)
 
+LINEAR = LayerKind(
+    "Linear",
+    ("Linear", "NonDynamicallyQuantizableLinear", "FalconLinear", "FloatLinear"),
+    modules.QuantLinear,
+    per_group=True,
+    int8_input=True,
+)
+
 KINDS: tuple[LayerKind, ...] = (
-    LayerKind(
-        "Linear",
-        ("Linear", "NonDynamicallyQuantizableLinear", "FalconLinear", "FloatLinear"),
-        modules.QuantLinear,
-        per_group=True,
-        int8_input=True,
-    ),
+    LINEAR,
     LayerKind("Conv1D", ("Conv1D",), modules.QuantLinear, rows=_transposed, per_group=True, int8_input=True),
     LayerKind("Conv1d", ("Conv1d",), modules.QuantConv),
     LayerKind("Conv2d", ("Conv2d",), modules.QuantConv),
@@ -226,20 +231,29 @@ _HOMES = ("torch.nn.", "transformers.pytorch_utils", "transformers.models.falcon
 
 
 def kind_of(layer: nn.Module) -> LayerKind | None:
-    """The row of the table that `layer` is an instance of, by its class or a base class; None if there is none."""
+    """The row of the table that `layer` is of, by its class, a base class or what it computes; or None."""
     for base in type(layer).__mro__:
         if base.__module__.startswith(_HOMES):
             for kind in KINDS:
                 if base.__name__ in kind.classes:
                     return kind
-    return _EXPERTS_KIND if spec_of(layer) is not None else None
+    if spec_of(layer) is not None:
+        return _EXPERTS_KIND
+    return LINEAR if is_linear(layer) else None
 
 
 def float_class(layer: nn.Module, kind: LayerKind) -> type[nn.Module]:
-    """The class of the row `kind` that `layer`, which is no stack of experts, is an instance of."""
-    return next(
-        base for base in type(layer).__mro__ if base.__module__.startswith(_HOMES) and base.__name__ in kind.classes
-    )
+    """The class of the row `kind` that `layer`, which is no stack of experts, is an instance of, or computes as."""
+    classes = (base for base in type(layer).__mro__ if base.__module__.startswith(_HOMES))
+    return next((base for base in classes if base.__name__ in kind.classes), nn.Linear)
+
+
+def name_in_files(layer: nn.Module, kind: LayerKind) -> str:
+    """What `layer` is called in reports and files: its kind; or its class, of one that only computes as such and that
+    other readers, who go by the names of classes, would not find as that."""
+    if kind is LINEAR and all(base.__name__ != kind.name for base in type(layer).__mro__):
+        return type(layer).__name__
+    return kind.name
 
 
 _OF_FACADES = {"made_of", "_shapes"}

@@ -23,7 +23,7 @@ from octavo.formats.checkpoint import CheckpointReader, TensorInfo
 from octavo.formats.conversions import AsInModel, Conversion
 from octavo.formats.experts import Part, stored_expert_parts
 from octavo.formats.saving import COVERAGE_FILE, OnDisk
-from octavo.layers import EXPERTS, kind_of, weight_norm_of
+from octavo.layers import EXPERTS, kind_of, name_in_files, weight_norm_of
 from octavo.modules import Codes, QuantModule
 from octavo.quantization.coverage import REASONS_ATTRIBUTE, Coverage
 from octavo.quantization.install import install
@@ -301,7 +301,7 @@ def stored_decisions(
                 f"{where}: {on_disk!r} has shape {list(got)}, the model's has {list(rows.shape)}; {_BUILD}"
             )
         _check_codes(reader, on_disk)
-        label = "OutputHead" if prefix in heads else kind.name
+        label = "OutputHead" if prefix in heads else name_in_files(layer, kind)
         classes = [base.__name__ for base in type(layer).__mro__]
         scheme = kind.effective(scheme_of(reader, on_disk, module=prefix, classes=classes))
         input_scale = _input_scale(reader, on_disk, scheme)

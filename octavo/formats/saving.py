@@ -28,6 +28,7 @@ from octavo.formats.checkpoint import CheckpointWriter
 from octavo.formats.companions import NOT_A_TOKENIZERS, copy_companions
 from octavo.formats.experts import expert_parts
 from octavo.formats.outputs import new_folder
+from octavo.layers import KINDS, LINEAR, kind_of
 from octavo.modules import QuantExperts, QuantModule, StaticQuantLinear
 from octavo.quantization.coverage import Coverage, coverage
 from octavo.recipe import OPT_IN_TARGETS, READ_BY_OTHERS, Scheme
@@ -167,11 +168,17 @@ def quantization_config(
 
 def _without(kinds: list[str]) -> str:
     """How to quantize without layers of those kinds: what is opt-in was included, the rest has to be ignored."""
-    ignored = [kind for kind in kinds if kind not in OPT_IN_TARGETS]
+    known = {kind.name for kind in KINDS}
+    ignored = [kind for kind in kinds if kind in known and kind not in OPT_IN_TARGETS]
+    classes = [kind for kind in kinds if kind not in known and kind not in OPT_IN_TARGETS]
     ways = [f"with ignore={ignored}"] if ignored else []
-    if len(ignored) < len(kinds):
+    if classes:
+        ways.append(f"with the layers of class {', '.join(classes)} ignored by name")
+    if ways:
+        ways[0] = f"quantize {ways[0]}"
+    if any(kind in OPT_IN_TARGETS for kind in kinds):
         ways.append("include no embedding, nor a head that shares its weight")
-    return "quantize " + " and ".join(ways) if ignored else ways[0]
+    return " and ".join(ways)
 
 
 def _described(model: nn.Module, on_disk: OnDisk | None = None) -> tuple[dict[str, tuple[str, Scheme]], list[str]]:
@@ -191,7 +198,7 @@ def _described(model: nn.Module, on_disk: OnDisk | None = None) -> tuple[dict[st
     others = [
         name
         for name, module in model.named_modules()
-        if isinstance(module, nn.Linear)
+        if kind_of(module) is LINEAR
         or name in routed
         or (name in layers and name not in owners and not isinstance(module, QuantExperts))
     ]

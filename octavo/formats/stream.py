@@ -27,7 +27,7 @@ from octavo.formats.experts import Part, expert_parts
 from octavo.formats.loading import Rename
 from octavo.formats.outputs import new_folder
 from octavo.formats.saving import OnDisk, quantization_config, write_descriptions
-from octavo.layers import EXPERTS, weight_norm_of
+from octavo.layers import EXPERTS, LINEAR, kind_of, weight_norm_of
 from octavo.ops import quantize_weight
 from octavo.quantization.coverage import Coverage, Row, why_float
 from octavo.quantization.plan import Decision, plan
@@ -368,7 +368,7 @@ class _Tensors:
         return [
             name
             for name, module in self._modules.items()
-            if name not in int8 and (isinstance(module, nn.Linear) or name in tied or name in self._routers)
+            if name not in int8 and (kind_of(module) is LINEAR or name in tied or name in self._routers)
         ]
 
     def names(self) -> dict[str, str]:

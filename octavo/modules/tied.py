@@ -44,6 +44,7 @@ class TiedQuantLinear(_Tied, QuantLinear):  # type: ignore[misc, override]  # re
     def __init__(self, layer: nn.Module, owner: QuantModule) -> None:
         self._owner = (owner,)
         QuantModule.__init__(self, layer, {}, owner.scheme, owner.float_dtype)
+        self.register_parameter("bias", layer._parameters.get("bias"))
         self.out_features, self.in_features = self.codes_and_scale()[0].shape
 
 

@@ -12,7 +12,17 @@ from torch import Tensor, nn
 
 from octavo.errors import QuantizeError, RecipeError
 from octavo.experts import routers
-from octavo.layers import EXPERTS, KINDS, LayerKind, kind_of, users_of_parameters, weight_norm_of, why_not
+from octavo.layers import (
+    EXPERTS,
+    KINDS,
+    LINEAR,
+    LayerKind,
+    kind_of,
+    name_in_files,
+    users_of_parameters,
+    weight_norm_of,
+    why_not,
+)
 from octavo.model_code.facade import has_own_forward, needs_facade, why_no_facade
 from octavo.model_code.weight_readers import ask_a_parameter, asked_about, multiplied, told_apart, weight_readers
 from octavo.modules import QuantModule
@@ -37,7 +47,8 @@ _KIND_NAMES = {kind.name for kind in KINDS} | {*OPT_IN_TARGETS}
 class Decision:
     """The fate of one layer.
 
-    name: of the layer in the model. kind: its row of the table. label: the kind's name, or "OutputHead".
+    name: of the layer in the model. kind: its row of the table. label: the kind's name (`name_in_files`), or
+        "OutputHead".
     scheme: how it is to be quantized, or None: then `reason` says why not, and `asked` whether the recipe said so.
     note: why `scheme` is not the one that the recipe names, if it is another.
     owner: name of the layer whose codes this one shares, for a tied weight; None for a layer with its own.
@@ -89,6 +100,8 @@ def plan(model: nn.Module, recipe: Recipe) -> list[Decision]:
             behind_facades.add(name)
         if name in deciding and not (decision.asked or _names(recipe, name, layer)):
             decision.scheme, decision.reason, decision.asked = None, ROUTER_REASON, True
+        if label == kind.name:
+            decision.label = name_in_files(layer, kind)
     _keep_readable(decisions, layers, recipe, behind_facades)
     _leave_a_parameter(model, decisions, obstacles)
     # Each may leave a layer float that the other has to know of; neither does anything more the third time.
@@ -221,7 +234,7 @@ def output_heads(model: nn.Module) -> set[str]:
     return {
         name
         for name, layer in model.named_modules()
-        if isinstance(layer, nn.Linear)
+        if kind_of(layer) is LINEAR
         and (
             id(layer) in said or name.rpartition(".")[2] in _HEAD_NAMES or id(layer._parameters.get("weight")) in tables
         )

@@ -127,6 +127,14 @@ class Remembers(nn.Linear):
         return F.linear(x, self.weight, self.bias)
 
 
+class Changing(nn.Linear):
+    """Its weight is another after each call."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.weight.detach().mul_(2)
+        return F.linear(x, self.weight, self.bias)
+
+
 class MoreMethods(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight, self.bias)
@@ -140,7 +148,7 @@ class Padded(nn.Conv1d):
         return F.conv1d(F.pad(x, (1, 0)), self.weight, self.bias)
 
 
-@pytest.mark.parametrize("cls", [TimesTwo, ItsNorm])
+@pytest.mark.parametrize("cls", [TimesTwo, ItsNorm, Changing])
 @pytest.mark.filterwarnings("ignore:.*stay float:octavo.errors.OctavoWarning")
 def test_a_layer_that_does_anything_else_with_its_weight_stays_float(cls: type[nn.Linear]) -> None:
     model = nn.Sequential(cls(9, 5), nn.Linear(5, 5))
