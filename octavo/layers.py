@@ -15,9 +15,9 @@
 
 A layer is known by its class or one that it derives from, a linear one also by what it computes (`alike.py`).
 
-Codes have the output channels first, so that a scale always belongs to a row. A convolution under weight_norm becomes
-int8 as the weight that is computed. To add a kind: one row here, one module in `modules/`, one op in `ops/`, its name
-among the targets of `recipe.py`.
+Codes have the output channels first, so that a scale always belongs to a row. A convolution whose weight is computed
+becomes int8 as that weight (`computed_weights.py`). To add a kind: one row here, one module in `modules/`, one op in
+`ops/`, its name among the targets of `recipe.py`.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrizations, parametrize, remove_weight_norm
-from torch.nn.utils.weight_norm import WeightNorm
+from torch.nn.utils import parametrize
 
 from octavo import modules
 from octavo.alike import is_linear
+from octavo.computed_weights import computed_weight
 from octavo.experts import spec_of, why_not_stacks
 from octavo.modules.recurrent import recurrent_weights
 from octavo.ops import quantize_weight
@@ -42,8 +42,8 @@ from octavo.recipe import Scheme, WeightArgs
 from octavo.stand_ins import attributes, made_by
 
 __all__ = [
-    "EXPERTS", "KINDS", "LINEAR", "LayerKind", "float_class", "is_stack", "kind_of", "merge_weight_norm",
-    "name_in_files", "users_of_parameters", "weight_norm_of", "why_not",
+    "EXPERTS", "KINDS", "LINEAR", "LayerKind", "float_class", "is_stack", "kind_of", "name_in_files",
+    "users_of_parameters", "why_not",
 ]  # fmt: skip
 
 
@@ -330,33 +330,11 @@ def is_stack(module: nn.Module) -> bool:
     return kind_of(module) is _EXPERTS_KIND and _why_not_experts(module) is None
 
 
-def weight_norm_of(layer: nn.Module) -> tuple[str, str, int] | None:
-    """Of a layer whose weight, and nothing else of it, is computed by weight_norm, torch's of today or its older one
-    that is a hook (fairseq, HiFi-GAN, DAC): the names of the norm g and the direction v, and dim, in g * v / |v|. None
-    for others. The weight is the same until somebody trains it; convolutions of audio models are often left so."""
-    if parametrize.is_parametrized(layer):
-        made: nn.ModuleDict = layer.parametrizations  # type: ignore[assignment]
-        steps = [step for each in made.values() for step in each]  # type: ignore[attr-defined]
-        if list(made) != ["weight"] or [type(step) for step in steps] != [parametrizations._WeightNorm]:
-            return None
-        return "parametrizations.weight.original0", "parametrizations.weight.original1", steps[0].dim
-    hooks = [hook for hook in layer._forward_pre_hooks.values() if isinstance(hook, WeightNorm)]
-    if [hook.name for hook in hooks] != ["weight"] or not {"weight_g", "weight_v"} <= layer._parameters.keys():
-        return None
-    return "weight_g", "weight_v", hooks[0].dim
-
-
-def merge_weight_norm(layer: nn.Module) -> None:
-    """Make a parameter of a weight that the older weight_norm computes, which shows what it was when the layer ran."""
-    if not parametrize.is_parametrized(layer) and weight_norm_of(layer):
-        remove_weight_norm(layer)
-
-
 def why_not(layer: nn.Module, kind: LayerKind) -> str | None:
     """The reason why `layer`, of that kind, cannot be swapped for its int8 layer; None if it can."""
     if kind.name == EXPERTS:
         return _why_not_experts(layer)
-    merged = weight_norm_of(layer) is not None and issubclass(kind.module, modules.QuantConv)
+    merged = computed_weight(layer) is not None and issubclass(kind.module, modules.QuantConv)
     if parametrize.is_parametrized(layer) and not merged:
         computed = next(iter(layer.parametrizations))  # type: ignore[arg-type]
         return f"its {computed} is computed by a parametrization (weight_norm, ...); remove_parametrizations first"

@@ -236,6 +236,13 @@ def encodec(**changes: Any) -> Any:
     return EncodecModel(EncodecConfig(**{**small, "upsampling_ratios": [4, 2], **changes}))
 
 
+def bit() -> Any:
+    """Its convolutions standardize their weight each time."""
+    from transformers import BitConfig, BitModel
+
+    return BitModel(BitConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], num_groups=4))
+
+
 def build(make: Callable[..., Any], dtype: torch.dtype = torch.float32, **changes: Any) -> Any:
     """The model with reproducible weights, in eval mode; skips the test where transformers is missing."""
     pytest.importorskip("transformers")

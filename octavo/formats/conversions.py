@@ -16,10 +16,10 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from octavo.computed_weights import ComputedWeight, computed_weight
 from octavo.formats.checkpoint import CheckpointReader, TensorInfo
-from octavo.layers import weight_norm_of
 
-__all__ = ["AsInModel", "Conversion", "DtypeOf", "weight_norms"]
+__all__ = ["AsInModel", "Conversion", "DtypeOf", "computed_weights"]
 
 DtypeOf = Callable[[str], torch.dtype | None]
 """Name of a tensor on disk -> the dtype that the model's library loads it in; None for that which it has."""
@@ -36,24 +36,27 @@ class Conversion:
     convert: Callable[[dict[str, Tensor]], Mapping[str, Tensor]]
 
 
-def weight_norms(modules: Mapping[str, nn.Module], params: Mapping[str, str | None]) -> list[Conversion]:
-    """Of the layers under weight_norm, which lie on disk in two tensors each: into their weights.
+def computed_weights(modules: Mapping[str, nn.Module], params: Mapping[str, str | None]) -> list[Conversion]:
+    """Of the layers whose weights are computed of several tensors (or of one), which lie on disk: into these weights.
 
     modules: of the model, by name. params: name on disk -> name in the model.
     """
     on_disk = {param: name for name, param in params.items()}
     found = []
     for name, layer in modules.items():
-        if parts := weight_norm_of(layer):
-            norm, direction = (on_disk.get(f"{name}.{part}") for part in parts[:2])
-            if norm and direction:
-                found.append(Conversion((norm, direction), partial(_weight_of_norm, f"{name}.weight", parts[2])))
+        if computed := computed_weight(layer):
+            parts = {part: on_disk.get(f"{name}.{part}") for part in computed.parts}
+            sources = {part: source for part, source in parts.items() if source}
+            if len(sources) == len(parts):
+                compute = partial(_compute, f"{name}.weight", computed, sources)
+                found.append(Conversion(tuple(sources.values()), compute))
     return found
 
 
-def _weight_of_norm(name: str, dim: int, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    norm, direction = tensors.values()
-    return {name: torch._weight_norm(direction, norm, dim)}
+def _compute(
+    name: str, computed: ComputedWeight, sources: Mapping[str, str], tensors: dict[str, Tensor]
+) -> dict[str, Tensor]:
+    return {name: computed.compute({part: tensors[source] for part, source in sources.items()})}
 
 
 class AsInModel:

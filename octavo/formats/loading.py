@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from octavo.computed_weights import parts_of
 from octavo.errors import CheckpointError
 from octavo.experts import spec_of
 from octavo.feeding import Progress
@@ -23,7 +24,7 @@ from octavo.formats.checkpoint import CheckpointReader, TensorInfo
 from octavo.formats.conversions import AsInModel, Conversion
 from octavo.formats.experts import Part, stored_expert_parts
 from octavo.formats.saving import COVERAGE_FILE, OnDisk
-from octavo.layers import EXPERTS, kind_of, name_in_files, weight_norm_of
+from octavo.layers import EXPERTS, kind_of, name_in_files
 from octavo.modules import Codes, QuantModule
 from octavo.quantization.coverage import REASONS_ATTRIBUTE, Coverage
 from octavo.quantization.install import install
@@ -391,8 +392,8 @@ def _float_places(
     layers = [(decision, model.get_submodule(decision.name)) for decision in decisions]
     int8_ids = {id(getattr(layer, param)) for decision, layer in layers for param in decision.kind.params_of(layer)}
     state = model.state_dict(keep_vars=True)
-    for _, layer in layers:  # a weight under weight_norm has the names of what it is made of
-        int8_ids |= {id(layer.get_parameter(part)) for part in (weight_norm_of(layer) or ())[:2]}
+    for _, layer in layers:  # a weight that is computed has the names of what it is made of
+        int8_ids |= {id(layer.get_parameter(part)) for part in parts_of(layer)}
     swapped = {name for name, tensor in state.items() if id(tensor) in int8_ids}  # one layer may have several names
     unexpected = [name for name in stored if name not in state or name in swapped]
     tied = [name for name in unexpected if name in swapped and name not in int8]

@@ -16,18 +16,19 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from octavo.computed_weights import parts_of
 from octavo.errors import CheckpointError, QuantizeError
 from octavo.experts import routers, spec_of
 from octavo.feeding import Progress
 from octavo.formats import compressed_tensors as layout
 from octavo.formats.checkpoint import CheckpointReader, CheckpointWriter, TensorInfo
 from octavo.formats.companions import copy_companions
-from octavo.formats.conversions import AsInModel, Conversion, DtypeOf, weight_norms
+from octavo.formats.conversions import AsInModel, Conversion, DtypeOf, computed_weights
 from octavo.formats.experts import Part, expert_parts
 from octavo.formats.loading import Rename
 from octavo.formats.outputs import new_folder
 from octavo.formats.saving import OnDisk, quantization_config, write_descriptions
-from octavo.layers import EXPERTS, LINEAR, kind_of, weight_norm_of
+from octavo.layers import EXPERTS, LINEAR, kind_of
 from octavo.ops import quantize_weight
 from octavo.quantization.coverage import Coverage, Row, why_float
 from octavo.quantization.plan import Decision, plan
@@ -140,10 +141,10 @@ class _Tensors:
         others = [name for name in reader.names if name not in self._experts]
         int8 = {decision.name for decision in decisions if decision.scheme}
         params = {name: rename(name) for name in others}
-        norms = weight_norms(self._modules, params)
-        for name in (source for conversion in norms for source in conversion.sources):
+        computed = computed_weights(self._modules, params)
+        for name in (source for conversion in computed for source in conversion.sources):
             _refuse_other_shape(reader.info(name), skeleton.get_parameter(params[name] or "").shape)
-        self._reader = AsInModel(reader, [*conversions(others), *norms], int8, dtype_of)
+        self._reader = AsInModel(reader, [*conversions(others), *computed], int8, dtype_of)
         self._param = {name: name if name in self._reader.made else rename(name) for name in self._reader.names}
         self.parts = [name for name, param in self._param.items() if param is None and not self._stack_of(name)]
         self._shapes: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {}
@@ -171,8 +172,7 @@ class _Tensors:
         }
         for name in self._reader.made:
             layer = self._modules[name.rpartition(".")[0]]
-            if norm := weight_norm_of(layer):
-                there |= {id(layer.get_parameter(part)) for part in norm[:2]}
+            there |= {id(layer.get_parameter(part)) for part in parts_of(layer)}
         optional = getattr(self._skeleton, "_keys_to_ignore_on_load_missing", None) or ()
         missing = [
             name

@@ -29,6 +29,7 @@ from transformers.quantizers import HfQuantizer, register_quantization_config, r
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from octavo import formats
+from octavo.computed_weights import parts_of
 from octavo.errors import CheckpointError, OctavoError, RecipeError
 from octavo.formats import compressed_tensors as layout
 from octavo.formats.checkpoint import CheckpointReader
@@ -37,7 +38,6 @@ from octavo.integrations.attention import attention_of, check_int8_attention, us
 from octavo.integrations.float_attention import use_float_attention
 from octavo.integrations.stored_names import on_disk, renaming
 from octavo.integrations.stored_weights import leave_new_ones, refuse_int8, tie
-from octavo.layers import weight_norm_of
 from octavo.modules import QuantExperts, QuantModule
 from octavo.quantization.install import install, settle
 from octavo.quantization.plan import Decision, plan
@@ -248,7 +248,7 @@ class OctavoQuantizer(HfQuantizer):  # type: ignore[misc]
             leave_new_ones(self._decisions, model, checkpoint_files or ())
         now: list[Decision] = []
         for decision in self._decisions:
-            computed = not self.pre_quantized and weight_norm_of(model.get_submodule(decision.name))
+            computed = not self.pre_quantized and parts_of(model.get_submodule(decision.name))
             (self._later if computed else now).append(decision)  # its weight is there when those are that it is made of
         for decision in now:
             if decision.scheme:

@@ -23,7 +23,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from octavo.layers import EXPERTS, LayerKind, float_class, weight_norm_of
+from octavo.computed_weights import parts_of
+from octavo.layers import EXPERTS, LayerKind, float_class
 from octavo.model_code.class_source import is_readable, methods_of
 from octavo.model_code.written_out import is_written_out
 from octavo.modules import QuantModule
@@ -37,7 +38,7 @@ def needs_facade(layer: nn.Module, kind: LayerKind) -> bool:
     """Whether it is more than a plain layer of its kind: of a class of its own, or with parameters of its own."""
     if kind.name == EXPERTS:
         return False
-    weights = (*kind.params_of(layer), *(weight_norm_of(layer) or ())[:2])
+    weights = (*kind.params_of(layer), *parts_of(layer))
     held = (name for name, parameter in layer._parameters.items() if parameter is not None)
     own = [name for name in held if name not in weights and "bias" not in name]  # all int8 layers take biases over
     return bool(_own_classes(layer, kind) or own)

@@ -16,16 +16,20 @@ from typing import Any
 from torch import nn
 
 from octavo.alike import MADE_AND_DESCRIBED, gives_the_same, held_by
+from octavo.computed_weights import computes_in_forward
 
 __all__ = ["is_written_out"]
 
 
 def is_written_out(layer: nn.Module, base: Any) -> bool:
     """Whether `layer`, of a class that derives from `base`, has nothing of its own but a forward, which computes what
-    that of `base` does. It may be on `meta`."""
+    that of `base` does, with the weight or with what it computes of it (`octavo/computed_weights.py`). It may be on
+    `meta`."""
     cls: Any = type(layer)
     if not issubclass(cls, base):
         return True  # what it computes is all that `kind_of` knows it by
+    if computes_in_forward(layer):
+        return True
     own: Any = cls.__mro__[: cls.__mro__.index(base)]
     weight = layer._parameters.get("weight")
     if (

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from octavo import ops
+from octavo.computed_weights import pads_same_upper, same_upper
 from octavo.errors import QuantizeError
 from octavo.modules.base import Codes, QuantModule
 from octavo.recipe import Scheme
@@ -20,6 +21,7 @@ class QuantConv(QuantModule):
     """Convolution with int8 weights, one scale for each output channel.
 
     weight: int8 [N, C/groups, *k]. weight_scale: fp32 [N, 1]. bias: [N] float or None.
+    padding: as torch's, or "same_upper", of a class that pads so (`computed_weights.same_upper`).
     """
 
     op_names: tuple[str, ...] = ("w8a16_conv",)
@@ -44,6 +46,8 @@ class QuantConv(QuantModule):
             "output_padding",
         ):  # fmt: skip
             setattr(self, name, getattr(layer, name))
+        if pads_same_upper(layer):
+            self.padding = "same_upper"
         self._explicit_padding = getattr(layer, "_reversed_padding_repeated_twice", [])
 
     def forward(self, input: Tensor) -> Tensor:
@@ -68,9 +72,9 @@ class QuantConv(QuantModule):
         [B, C, *D] or [C, *D] float -> [B, N, *D'] or [N, *D'] of the same dtype."""
         batched, x = self._batched(input)
         stride, dilation = self._each(stride), self._each(dilation)
-        if isinstance(padding, str):  # "same" may pad one side more than the other; "valid" pads nothing
-            if padding == "same":
-                x = F.pad(x, self._same(dilation))
+        if isinstance(padding, str):  # torch's "same", which is for strides of 1, TensorFlow's, or "valid"
+            if padding != "valid":
+                x = F.pad(x, same_upper(x.shape[2:], self.kernel_size, stride, dilation))
             padding = 0
         y = ops.w8a16_conv(x, *self.codes_and_scale(), bias, stride, self._each(padding), dilation, groups)
         return y if batched else y.squeeze(0)
@@ -79,12 +83,6 @@ class QuantConv(QuantModule):
         """For each dimension, where they are not said for each, as torch's functions may leave it."""
         each = [sizes] if isinstance(sizes, int) else sizes
         return each if len(each) == len(self.kernel_size) else [*each] * len(self.kernel_size)
-
-    def _same(self, dilation: Sequence[int]) -> list[int]:
-        """How many zeros go before and after the last dimension, then before and after those ahead of it, so that the
-        output is as large as the input."""
-        zeros = [step * (size - 1) for step, size in zip(dilation, self.kernel_size, strict=True)]
-        return [side for total in reversed(zeros) for side in (total // 2, total - total // 2)]
 
     def _batched(self, input: Tensor) -> tuple[bool, Tensor]:
         dims = len(self.kernel_size) + 2

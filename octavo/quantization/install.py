@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from octavo.computed_weights import merge_older_weight_norm, parts_of, weight_of
 from octavo.feeding import Progress
 from octavo.fused.gated import fused_gated_mlps
 from octavo.fused.norms import fused_norms
 from octavo.fused.rotary import fused_rotaries
-from octavo.layers import merge_weight_norm
 from octavo.model_code.facade import facade, needs_facade
 from octavo.model_code.weight_readers import asked_about, multiplied, refuse_training, told_apart
 from octavo.modules import (
@@ -45,9 +45,7 @@ def quantized_codes(decision: Decision, layer: nn.Module) -> tuple[Codes, torch.
     assert decision.scheme is not None
     params = decision.kind.params_of(layer)
     codes = {
-        param: decision.kind.quantize_param(
-            layer, getattr(layer, param).detach(), decision.scheme, f"{decision.name}.{param}"
-        )
+        param: decision.kind.quantize_param(layer, weight_of(layer, param), decision.scheme, f"{decision.name}.{param}")
         for param in params
     }
     return codes, getattr(layer, params[0]).dtype
@@ -76,7 +74,7 @@ def install(
     for done, decision in enumerate(ordered, 1):
         layer = model.get_submodule(decision.name)
         assert decision.scheme is not None
-        merge_weight_norm(layer)
+        merge_older_weight_norm(layer)
         int8_class = _int8_class(decision, layer, decision.name in asked, decision.name in factors)
         new = owners[decision.name] = _int8_layer(int8_class, decision, layer, codes_of, owners, shared)
         places.swap(layer, new)
@@ -276,7 +274,7 @@ def _take_over(new: nn.Module, old: nn.Module) -> None:
         if not hasattr(new, name):
             new.register_buffer(name, buffer, persistent=name not in old._non_persistent_buffers_set)
     for name, parameter in old._parameters.items():
-        if not hasattr(new, name):
+        if not hasattr(new, name) and name not in parts_of(old):
             new.register_parameter(name, parameter)
     for name, child in old._modules.items():
         if not hasattr(new, name) and name != "parametrizations":  # what the weight was computed of

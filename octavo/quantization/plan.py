@@ -10,6 +10,7 @@ import difflib
 
 from torch import Tensor, nn
 
+from octavo.computed_weights import parts_of
 from octavo.errors import QuantizeError, RecipeError
 from octavo.experts import routers
 from octavo.layers import (
@@ -20,7 +21,6 @@ from octavo.layers import (
     kind_of,
     name_in_files,
     users_of_parameters,
-    weight_norm_of,
     why_not,
 )
 from octavo.model_code.facade import has_own_forward, needs_facade, why_no_facade
@@ -248,7 +248,7 @@ def _leave_a_parameter(model: nn.Module, decisions: dict[str, Decision], obstacl
         held = {id(parameter) for parameter in model.get_submodule(name).parameters()}
         for prefix, layer in model.get_submodule(name).named_modules(prefix=name):
             if (decision := decisions.get(prefix)) and decision.scheme:
-                weights = {*decision.kind.params_of(layer), *(weight_norm_of(layer) or ())}
+                weights = {*decision.kind.params_of(layer), *parts_of(layer)}
                 own = [parameter for short, parameter in layer.named_parameters() if short in weights]
                 sizes[prefix] = sum(parameter.numel() for parameter in own)
                 held -= set(map(id, own))

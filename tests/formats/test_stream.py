@@ -121,6 +121,7 @@ def source_of(folder: Path, make: Callable[..., Any], dtype: torch.dtype = torch
         (tiny_models.mixtral, {"scheme": "w8a8"}),
         (tiny_models.encodec, {}),
         (tiny_models.encodec, {"ignore": ["re:decoder"]}),
+        (tiny_models.bit, {}),
     ],
     ids=lambda value: value.__name__ if callable(value) else ",".join(map(str, value)) or "-",
 )

@@ -100,6 +100,7 @@ CASES = [
     (tiny_models.clip_vision, {"include": ["re:.*patch_embedding"]}),
     (tiny_models.encodec, {}),
     (tiny_models.encodec, {"scheme": "w8a8"}),
+    (tiny_models.bit, {}),
 ]
 
 
