@@ -102,7 +102,8 @@ def plan(model: nn.Module, recipe: Recipe) -> list[Decision]:
             decision.scheme, decision.reason, decision.asked = None, ROUTER_REASON, True
         if label == kind.name:
             decision.label = name_in_files(layer, kind)
-    _keep_readable(decisions, layers, recipe, behind_facades)
+    if hasattr(getattr(model, "config", None), "model_type"):  # others read models of transformers' only
+        _keep_readable(decisions, layers, recipe, behind_facades)
     _leave_a_parameter(model, decisions, obstacles)
     # Each may leave a layer float that the other has to know of; neither does anything more the third time.
     for _ in range(2):

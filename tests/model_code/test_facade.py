@@ -6,6 +6,7 @@ from __future__ import annotations
 import copy
 import functools
 import pickle
+import types
 import weakref
 from collections.abc import Callable
 from pathlib import Path
@@ -226,11 +227,23 @@ def test_a_few_that_others_could_not_read_are_opt_in(name: str) -> None:
     make = CASES[name][0]
     for beside, is_float in ((nn.Linear(32, 32), True), (nn.Linear(2, 2), False), (nn.Conv1d(2, 2, 1), False)):
         model = nn.ModuleDict({"layer": make(), "beside": beside})
+        model.config = types.SimpleNamespace(model_type="of transformers")  # type: ignore[assignment]
         report = octavo.quantize(model, "w8a16")
         reasons = {row.reason for row in report.rows if row.name.startswith("layer.") and "out_proj" not in row.name}
         opt_in = "opt-in: include 'layer' to quantize it; only octavo will read the checkpoint then"
         assert (opt_in in reasons) is is_float is not isinstance(model["layer"], QuantModule)
         assert isinstance(model["beside"], QuantModule) and report.unasked_fraction == 0
+
+
+@pytest.mark.parametrize("name", ["causal", "attention", "transposed"])
+def test_what_others_cannot_read_anyway_is_int8(name: str) -> None:
+    """They read neither a model that is not transformers' nor one with a plain convolution: WanVAE was float to 96%."""
+    alone, beside = Around(CASES[name][0]()), Around(CASES[name][0]())
+    beside.config = types.SimpleNamespace(model_type="of transformers")  # type: ignore[assignment]
+    beside.patches = nn.Conv2d(3, 4, 2)
+    for model in (alone, beside):
+        octavo.quantize(model, "w8a16")
+        assert isinstance(model.layer, QuantModule)
 
 
 def test_what_its_class_has_is_there() -> None:
