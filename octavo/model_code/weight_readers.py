@@ -73,9 +73,10 @@ __all__ = ["ask_a_parameter", "asked_about", "multiplied", "refuse_training", "t
 _SETS_UP = re.compile(
     r"^_*(init|initialize)(_*weights?|_*parameters|_+)?$|^__init_subclass__$|^_init_added_|reset_parameters|resize|"
     "tie_weights|extra_repr|^set_|num_parameters|floating_point_ops|"
-    "gradient_checkpointing(_enable|_disable)?$|input_require_grads$"
+    "gradient_checkpointing(_enable|_disable)?$|input_require_grads$|"
+    "^load_(from|pretrained|weights)$|^__prepare_scriptable__$"
 )
-"""Methods that make a model, count it or make it ready for training."""
+"""Methods that make a model, count it or make it ready for training, and what torch.jit.script alone calls."""
 
 
 def weight_readers(model: nn.Module) -> dict[str, str]:

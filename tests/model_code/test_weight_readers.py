@@ -702,6 +702,12 @@ class SetsUp(Base):
     def resize_token_embeddings(self, n: int) -> Tensor:
         return self.proj.weight[:n]
 
+    def load_from(self, weights: dict[str, Tensor]) -> None:  # MONAI's Swin UNETR
+        self.proj.weight.copy_(weights["proj"])
+
+    def __prepare_scriptable__(self) -> nn.Module:  # torchaudio's wav2vec 2.0
+        return self.head if self.proj.__class__.__name__ == "Linear" else self
+
 
 class Converted(Base):
     """By methods that are called once, when the model was made or is to be another: timm's, diffusers'."""
@@ -776,7 +782,7 @@ class WhenTraining(Base):
     ids=lambda model: type(model).__name__,
 )
 def test_spared(model: nn.Module) -> None:
-    assert weight_readers(model) == {}
+    assert weight_readers(model) == told_apart(model) == {}
 
 
 def test_a_layer_in_two_places_is_found_by_its_first_name() -> None:
