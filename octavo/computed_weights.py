@@ -198,10 +198,12 @@ def _seen_of(layer: nn.Module) -> _Padding | None:
 @functools.cache
 def _padding_of(cls: Any, held: Held, shapes: tuple[tuple[str, tuple[int, ...] | None], ...]) -> _Padding | None:
     """The same of a class, what a layer holds, and the shapes of its parameters: of one that holds random ones."""
+    settings = dict(held)
+    if not all(isinstance(settings.get(name), tuple) for name in ("kernel_size", "stride", "dilation")):
+        return None
     generator = torch.Generator("cpu").manual_seed(0)
     params = {name: None if shape is None else random(*shape, generator=generator) for name, shape in shapes}
-    layer, settings = holding(cls, held, params), dict(held)
-    weight = params["weight"]
+    layer, weight = holding(cls, held, params), params["weight"]
     assert weight is not None
     first: Tensor | None = None
     paddings: set[str] = set()
@@ -214,11 +216,22 @@ def _padding_of(cls: Any, held: Held, shapes: tuple[tuple[str, tuple[int, ...] |
                 return None
             first = seen.weight
             paddings.add(padding)
+    if not _keeps_dtype(cls, held, params):
+        return None
     if first is None or same_bits(first, weight) or first.shape != weight.shape:
         return None
     if paddings <= {"its own", "none"}:
         return "its own"
     return "same_upper" if paddings <= {"same_upper", "none"} else None
+
+
+def _keeps_dtype(cls: Any, held: Held, params: Mapping[str, Tensor | None]) -> bool:
+    """Whether all is bf16 where the parameters and x are, as of an int8 layer."""
+    narrow = {name: None if each is None else each.bfloat16() for name, each in params.items()}
+    weight = narrow["weight"]
+    assert weight is not None
+    seen = _runs(holding(cls, held, narrow), _smallest(weight, dict(held)))
+    return seen is not None and seen.x.dtype == seen.weight.dtype == torch.bfloat16
 
 
 def _inputs(weight: Tensor, settings: Mapping[str, Any], generator: torch.Generator) -> Iterator[Tensor]:

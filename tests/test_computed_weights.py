@@ -219,6 +219,21 @@ class InPlace(Standardized):
         return F.conv2d(x, self.weight.mul_(2).clone(), self.bias, self.stride, self.padding)
 
 
+class InFp32(Standardized):
+    """It returns fp32 whatever the dtype of the model is."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.conv2d(x.float(), self.weight.float() * 2, self.bias, self.stride, self.padding)
+
+
+class OtherStride(Standardized):
+    """Its settings are not those of torch's class."""
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.stride = 2  # type: ignore[assignment]
+
+
 class Asked(Standardized):
     """Somebody may call it for more than its forward."""
 
@@ -227,7 +242,8 @@ class Asked(Standardized):
 
 
 OTHERS = [
-    OfTheInput, Activated, Twice, Mirrored, OneSided, InTraining, OfBias, OfDilation, Drawn, InPlace, Asked,
+    OfTheInput, Activated, Twice, Mirrored, OneSided, InTraining, OfBias, OfDilation, Drawn, InPlace, InFp32,
+    OtherStride, Asked,
 ]  # fmt: skip
 
 
