@@ -113,6 +113,8 @@ def _how_to_quantize(path: str, source: Path) -> str:
 
     is_whole = source.is_dir() or source.name == "model.safetensors"
     folder = source if source.is_dir() else source.parent
+    if (source / "adapter_config.json").is_file():
+        return "To make it int8, merge the adapters of PEFT in it into their model first (merge_and_unload())."
     config = (read_config(folder) if is_whole else None) or {}
     given = path if source.is_dir() else str(folder)
     if _brings_its_code(config):

@@ -208,3 +208,13 @@ def test_damage_is_an_error(run: Run, foreign: Path) -> None:
         file.truncate(5000)
     shown = run("inspect", foreign)
     assert shown.code == 1 and "model.safetensors" in shown.err
+
+
+def test_of_adapters_it_is_said_what_comes_first(run: Run, tiny: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "adapters"
+    folder.mkdir()
+    shutil.copy(tiny / "model.safetensors", folder / "adapter_model.safetensors")
+    (folder / "adapter_config.json").write_text("{}")
+    shown = run("inspect", folder).out
+    assert "To make it int8, merge the adapters of PEFT" in shown and "quantize_checkpoint" not in shown
+    assert "holds adapters of PEFT; in Python, merge them" in run("quantize", folder, tmp_path / "out").err
