@@ -119,6 +119,8 @@ def source_of(folder: Path, make: Callable[..., Any], dtype: torch.dtype = torch
         (tiny_models.whisper, {"scheme": "w8a8"}),
         (tiny_models.llava, {"scheme": "w8a8", "ignore": ["re:.*vision_tower"]}),
         (tiny_models.mixtral, {"scheme": "w8a8"}),
+        (tiny_models.mixtral, {"scheme": "w8a8", "overrides": {"re:.*experts": octavo.Scheme.of("w8a16")}}),
+        (tiny_models.mixtral, {"overrides": {"re:.*layers.1.*experts": octavo.Scheme.of("w8a8")}}),
         (tiny_models.encodec, {}),
         (tiny_models.encodec, {"ignore": ["re:decoder"]}),
         (tiny_models.bit, {}),
