@@ -43,6 +43,26 @@ def test_statistics_of_another_model_are_refused_before_anything_changes(other: 
     assert all(torch.equal(value, before[key]) for key, value in other.state_dict().items())
 
 
+@pytest.mark.parametrize(
+    ("factors", "smoothed"),
+    [
+        ([1.0, 1.0, 4.0, 1.0], True),  # most channels may have been left as they are
+        ([0.5, 2.0, 4.0, 0.25], True),
+        ([1.0, 1.0, 1.0, 1.0], False),
+        ([1.0, 1.004, 0.997, 1.0], False),  # rounded to bf16
+        ([1.5, 2.0, 0.7, 3.0], False),  # trained further
+    ],
+)
+def test_columns_that_powers_of_two_multiplied_were_smoothed(factors: list[float], smoothed: bool) -> None:
+    model = nn.Sequential(nn.Linear(5, 3))
+    with torch.no_grad():
+        model[0].weight[:, 4] = 0  # a column that nothing can be told by
+        stats = octavo.calibrate(model, [torch.randn(2, 5)])
+        model[0].weight[:, :4] *= torch.tensor(factors)
+    with pytest.raises(CalibrateError, match="one of the two was smoothed") if smoothed else contextlib.nullcontext():
+        stats.check_are_of(model)
+
+
 def test_act_scales_that_lack_a_layer(tmp_path: Path) -> None:
     """A file of SmoothQuant's may be of some layers only: these get what they ask for, the others are named."""
     stats = calibrate(net(), [torch.randn(6, 4)])
