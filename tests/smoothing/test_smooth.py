@@ -271,6 +271,15 @@ def test_a_channel_that_was_dead_in_calibration_is_left_as_it_is() -> None:
     assert not torch.equal(model[1].weight, before)
 
 
+def test_a_channel_that_no_weight_reads_is_left_as_it_is() -> None:
+    model = spiked(Net())
+    with torch.no_grad():
+        model.a.weight[:, 5] = 0
+    before = model.norm.weight.clone()
+    smooth(model, calibrate(model, [X]))
+    assert model.norm.weight[5] == before[5] and model.norm.weight[3] < before[3]
+
+
 def test_an_expert_that_was_not_routed_to_still_fits() -> None:
     model = Experts((0, 2, 3))
     nn.init.normal_(model.norm.weight, std=20)
