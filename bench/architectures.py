@@ -6,15 +6,18 @@ import copy
 import os
 import tempfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
+from torch.overrides import TorchFunctionMode
 
 import octavo
 from bench.each_type import build, in_processes, model_types, output
+from octavo.computed_weights import computes_in_forward
 from octavo.evaluate import sqnr
 from octavo.experts import spec_of
 from octavo.formats.checkpoint import CheckpointReader
@@ -105,11 +108,32 @@ def widened(model: nn.Module, int8: nn.Module) -> nn.Module:
     for name, quantized in int8.named_modules():
         for param, (codes, scale) in quantized.codes().items() if isinstance(quantized, QuantModule) else ():
             layer = layers[name]
+            if computes_in_forward(layer):
+                layer.forward = partial(_with_weight, layer.forward, _weight(codes.flatten(1), scale).view(codes.shape))
+                continue
             weight = getattr(layer, param).data
             _rows(layer, weight).copy_(_weight(codes, scale))
             if parametrize.is_parametrized(layer, param):  # it was computed
                 setattr(layer, param, weight)
     return wide
+
+
+class _Handed(TorchFunctionMode):
+    """Convolutions are handed `weight` in place of what their layer computes."""
+
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__()
+        self.weight = weight
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in (torch.conv1d, torch.conv2d, torch.conv3d):
+            args = (args[0], self.weight.to(args[0].dtype), *args[2:])
+        return func(*args, **(kwargs or {}))
+
+
+def _with_weight(forward: Callable[..., Tensor], weight: Tensor, x: Tensor) -> Tensor:
+    with _Handed(weight):
+        return forward(x)
 
 
 def _rows(layer: nn.Module, weight: Tensor) -> Tensor:
