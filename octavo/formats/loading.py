@@ -63,9 +63,10 @@ def int8_names(reader: CheckpointReader, rename: Rename = lambda name: name) -> 
         layout.check_readable(config, str(reader.path / "config.json"))
 
     def is_plain(name: str) -> bool:
-        param = name.rpartition(".")[2]  # "weight", or one of a recurrent layer's
+        param = name.rpartition(".")[2]  # "weight", "weight_ih_l0", "in_proj_weight"
         known = f"{name}_scale" in reader or (config is not None and param == "weight")
-        return known and param.startswith("weight") and reader.info(name).dtype == torch.int8
+        is_one = param.startswith("weight") or param.endswith("_weight")
+        return known and is_one and reader.info(name).dtype == torch.int8
 
     def is_packed(name: str) -> bool:  # and no buffer of the model that has such a name
         weight = name.removesuffix("_packed")
