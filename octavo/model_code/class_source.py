@@ -6,11 +6,9 @@
         return self.head(x, table)              a call of ("self", "head") with the path ("table",) as argument 1
         if isinstance(self.a[0], nn.Linear):    a read of its class at the path ("self", "a", "0")
 
-What reads a weight in a product, `F.linear` or a convolution of torch's, is told from what reads it otherwise, also
-where a function of the model's library is handed the weight, and does nothing else with it (torchvision's
-`shifted_window_attention(x, self.qkv.weight, ...)`). Paths are followed through local names, loops, indices and
-`getattr`. `if`s that a read or call stands under are kept: `holds` says whether one does for a module as it is
-configured.
+What reads a weight in a product, `F.linear` or a convolution of torch's, is told from what reads it otherwise
+(`product_arguments.py`). Paths are followed through local names, loops, indices and `getattr`. `if`s that a read or
+call stands under are kept: `holds` says whether one does for a module as it is configured.
 """
 
 from __future__ import annotations
@@ -23,19 +21,16 @@ import linecache
 import operator
 import re
 import sys
-import textwrap
-from collections.abc import Callable, Iterator, Mapping
-from types import FunctionType
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from octavo.layers import KINDS
-from octavo.modules.int8_weight import PRODUCTS
+from octavo.model_code.product_arguments import ASPECTS, HARMLESS, products_within
 
 __all__ = [
-    "SELF", "Call", "Method", "Path", "Read", "goes_into", "holds", "is_a", "is_readable", "is_weight", "methods_of",
+    "SELF", "Call", "Method", "Path", "Read", "holds", "is_a", "is_readable", "is_weight", "methods_of",
 ]  # fmt: skip
 
 SELF = "self"
@@ -51,11 +46,6 @@ def is_weight(name: str) -> bool:
     """Whether it is the name of a parameter that becomes int8, or of a list of them."""
     return re.fullmatch(_WEIGHT, name) is not None
 
-
-_HARMLESS = {"device", "data_ptr", "is_meta", "dim", "ndim", "numel", "requires_grad"}
-
-_ASPECTS = {"dtype": "dtype", "shape": "shape", "size": "shape"}
-"""What is asked of a weight by these attributes of it."""
 
 Path = tuple[str, ...]
 """In a path "*" stands for an index that is not constant, "**" for anything below."""
@@ -80,11 +70,6 @@ class Read:
 def is_a(name: str) -> str:
     """What a read asks that tells classes of this name from others."""
     return f"is a {name}"
-
-
-def goes_into(product: Callable[..., Any]) -> str:
-    """What a read asks that hands the weight to one of `PRODUCTS`."""
-    return f"goes into {product.__name__}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -178,7 +163,7 @@ class Method:
 
     @functools.cached_property
     def _found(self) -> list[Read | Call]:
-        products = _products(self._definition, self._known, _is_weight_of_a_part)
+        products = products_within(self._definition, self._known, _is_weight_of_a_part)
         return list(_reads_and_calls(self._definition, (), self._names, products))
 
 
@@ -374,91 +359,15 @@ def _paths(node: ast.expr, names: _Names) -> set[Path]:
     return set()
 
 
-def _products(within: ast.AST, known: Mapping[str, Any], is_one: Callable[[ast.expr], bool]) -> dict[ast.expr, str]:
-    """Those arguments of the calls `within` that are what is looked for and go into a product, each with what that is.
-
-    known: what names mean that are not assigned to there.
-    """
-    nodes = list(ast.walk(within))
-    own = {node.id for node in nodes if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
-    own |= {node.arg for node in nodes if isinstance(node, ast.arg)}
-    found: dict[ast.expr, str] = {}
-    for call in (node for node in nodes if isinstance(node, ast.Call)):
-        given: list[tuple[int | str | None, ast.expr]] = [(keyword.arg, keyword.value) for keyword in call.keywords]
-        if not any(isinstance(argument, ast.Starred) for argument in call.args):
-            given += enumerate(call.args)
-        for key, argument in given:
-            if is_one(argument) and (product := _product_of(_meaning(call.func, known, own), key)):
-                found[argument] = product
-    return found
-
-
 def _is_weight_of_a_part(node: ast.expr) -> bool:
     return isinstance(node, ast.Attribute) and is_weight(node.attr)
-
-
-def _meaning(node: ast.expr, known: Mapping[str, Any], own: set[str]) -> Any:
-    """What `a.b.c` is; None if that is not known, as where `a` is one of a function's own names."""
-    match node:
-        case ast.Name(id=name):
-            return None if name in own else known.get(name)
-        case ast.Attribute(value=value, attr=attribute):
-            return getattr(_meaning(value, known, own), attribute, None)
-    return None
-
-
-def _product_of(function: Any, key: int | str | None) -> str | None:
-    """What an argument of `function`, at that position or of that name, goes into, and nothing else is done with it."""
-    if inspect.isbuiltin(function):
-        return goes_into(function) if function in PRODUCTS and key in (1, "weight") else None
-    if not isinstance(function, FunctionType) or inspect.unwrap(function) is not function:
-        return None
-    positional = function.__code__.co_varnames[: function.__code__.co_argcount]
-    name = positional[key] if isinstance(key, int) and key < len(positional) else key
-    return _product_of_parameter(function, name) if isinstance(name, str) else None
-
-
-_of_parameters: dict[tuple[FunctionType, str], str | None] = {}
-
-
-def _product_of_parameter(function: FunctionType, name: str) -> str | None:
-    """What `function` makes a product of its parameter `name` by, if it otherwise only asks for its shape and dtype, or
-    whether it is None."""
-    if function is F.multi_head_attention_forward:  # which asks all that it is handed for a `__torch_function__` first
-        return goes_into(F.linear) if name in {f"{part}_proj_weight" for part in ("q", "k", "v", "out")} else None
-    if (function, name) not in _of_parameters:
-        _of_parameters[function, name] = None  # to one that calls itself
-        _of_parameters[function, name] = _only_product(_definition_of(function), function.__globals__, name)
-    return _of_parameters[function, name]
-
-
-def _only_product(definition: ast.AST, known: Mapping[str, Any], name: str) -> str | None:
-    nodes = list(ast.walk(definition))
-    asked = [node.value for node in nodes if isinstance(node, ast.Attribute) and node.attr in {*_HARMLESS, *_ASPECTS}]
-    asked += [node.left for node in nodes if isinstance(node, ast.Compare) and _is_identity(node)]
-    uses = [node for node in nodes if isinstance(node, ast.Name) and node.id == name and node not in asked]
-    products = _products(definition, known, lambda node: isinstance(node, ast.Name) and node.id == name)
-    goes = {products.get(use) for use in uses}
-    return goes.pop() if len(goes) == 1 else None
-
-
-@functools.cache
-def _definition_of(function: FunctionType) -> ast.AST:
-    """The syntax of a function; an empty one where it has no source."""
-    try:
-        return ast.parse(textwrap.dedent(inspect.getsource(function)))
-    except (OSError, TypeError, SyntaxError):
-        return ast.Module([], [])
-
-
-def _is_identity(test: ast.Compare) -> bool:
-    return all(isinstance(op, ast.Is | ast.IsNot) for op in test.ops)
 
 
 def _reads_and_calls(
     node: ast.AST, conditions: Conditions, names: _Names, products: Mapping[ast.expr, str]
 ) -> Iterator[Read | Call]:
-    """What stands in and below `node`, each with the conditions that it stands under. products: see `_products`."""
+    """What stands in and below `node`, each with the conditions that it stands under. products: as `products_within`
+    gives them."""
     if isinstance(node, ast.If | ast.IfExp):
         yield from _reads_and_calls(node.test, conditions, names, products)
         for branch, condition in ((node.body, node.test), (node.orelse, ast.UnaryOp(ast.Not(), node.test))):
@@ -466,10 +375,10 @@ def _reads_and_calls(
         return
     if isinstance(node, ast.Attribute):
         asked = node.value if isinstance(node.value, ast.Attribute) and is_weight(node.value.attr) else None
-        if asked and node.attr in _HARMLESS:
+        if asked and node.attr in HARMLESS:
             return
-        if asked and node.attr in _ASPECTS:
-            yield from (Read(path, conditions, _ASPECTS[node.attr]) for path in sorted(_paths(asked.value, names)))
+        if asked and node.attr in ASPECTS:
+            yield from (Read(path, conditions, ASPECTS[node.attr]) for path in sorted(_paths(asked.value, names)))
             return
         if is_weight(node.attr):
             asks = products.get(node, "values")

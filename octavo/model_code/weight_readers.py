@@ -58,13 +58,13 @@ from octavo.model_code.class_source import (
     Method,
     Path,
     Read,
-    goes_into,
     holds,
     is_a,
     is_readable,
     is_weight,
     methods_of,
 )
+from octavo.model_code.product_arguments import goes_into
 from octavo.model_code.written_out import is_written_out
 from octavo.modules.int8_weight import PRODUCTS
 
