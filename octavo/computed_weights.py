@@ -120,7 +120,7 @@ def same_upper(
     return padding
 
 
-_DIMENSIONS: dict[Any, int] = {torch.conv1d: 1, torch.conv2d: 2, torch.conv3d: 3}
+_CONVOLUTIONS = {torch.conv1d, torch.conv2d, torch.conv3d}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,7 +145,7 @@ class _Watch(TorchFunctionMode):
         self.seen: list[_Convolution] = []
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func not in _DIMENSIONS:
+        if func not in _CONVOLUTIONS:
             return func(*args, **(kwargs or {}))
         given = {"x" if key == "input" else key: value for key, value in (kwargs or {}).items()}
         self.seen.append(_Convolution(torch.empty(0), *args, **given))

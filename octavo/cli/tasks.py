@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 from octavo.cli.terminal import Answer, Terminal
-from octavo.cli.verb import CommandError, a_path, device_of, keep_cache, positive
+from octavo.cli.verb import CommandError, a_path, device_of, keep_cache, not_negative, positive
 from octavo.errors import MissingExtra
 
 __all__ = ["add_options", "refuse_options", "run"]
@@ -17,21 +17,11 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     tasks.add_argument("--tasks", metavar="NAMES", help="such as arc_easy,hellaswag; `lm_eval ls tasks` lists them")
     tasks.add_argument("--limit", metavar="N", type=positive, help="the first N documents of each task (default all)")
     tasks.add_argument(
-        "--fewshot", metavar="K", type=_none_or_more, help="examples before each document, where a task lets you"
+        "--fewshot", metavar="K", type=not_negative, help="examples before each document, where a task lets you"
     )
     tasks.add_argument("--chat", action="store_true", help="put prompts into the model's chat template")
     tasks.add_argument("--include-path", metavar="DIR", type=a_path, help="a folder with tasks of your own, in YAML")
     tasks.add_argument("--batch-size", metavar="B", type=positive, help="requests at once (default 1)")
-
-
-def _none_or_more(text: str) -> int:
-    number = int(text)
-    if number < 0:
-        raise ValueError(text)
-    return number
-
-
-_none_or_more.__name__ = "whole number"  # argparse says: invalid whole number value: '-1'
 
 
 def refuse_options(args: argparse.Namespace) -> None:

@@ -17,7 +17,7 @@ from octavo.errors import OctavoError
 
 __all__ = [
     "CommandError", "Run", "Verbs", "a_path", "add_cache", "add_device", "cache_of", "device_of", "keep_cache",
-    "new_verb", "positive", "utf_8",
+    "new_verb", "not_negative", "positive", "utf_8",
 ]  # fmt: skip
 
 Verbs = Any
@@ -47,15 +47,21 @@ def new_verb(verbs: Verbs, name: str, line: str, example: str, run: Run) -> argp
     return parser
 
 
-def positive(text: str) -> int:
-    """An argument that is a whole number of at least 1."""
-    number = int(text)
-    if number < 1:
-        raise ValueError(text)
+def _whole_number(least: int, called: str) -> Callable[[str], int]:
+    """An argument that is a whole number of at least that. argparse says: invalid positive whole number value: '0'."""
+
+    def number(text: str) -> int:
+        value = int(text)
+        if value < least:
+            raise ValueError(text)
+        return value
+
+    number.__name__ = called
     return number
 
 
-positive.__name__ = "positive whole number"  # argparse says: invalid positive whole number value: '0'
+positive = _whole_number(1, "positive whole number")
+not_negative = _whole_number(0, "whole number")
 
 
 def utf_8(text: str) -> str:

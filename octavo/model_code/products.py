@@ -18,8 +18,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from octavo.model_code.weight_readers import multiplied
-from octavo.modules import QuantModule
-from octavo.modules.int8_weight import ATTENTION, PRODUCTS, Int8Weight
+from octavo.modules.int8_weight import ATTENTION, PRODUCTS, Int8Weight, shows_int8_weight
 
 __all__ = ["products_as_calls"]
 
@@ -30,7 +29,7 @@ def products_as_calls(model: Any) -> Iterator[None]:
     module is left alone."""
     names = multiplied(model) if isinstance(model, nn.Module) else set()
     modules = list(model.named_modules()) if isinstance(model, nn.Module) else []
-    layers = [layer for name, layer in modules if name in names or _shows_int8(layer)]
+    layers = [layer for name, layer in modules if name in names or shows_int8_weight(layer)]
     layers += [layer.out_proj for _, layer in modules if isinstance(layer, nn.MultiheadAttention)]
     if not layers:
         yield
@@ -44,10 +43,6 @@ def products_as_calls(model: Any) -> Iterator[None]:
     finally:
         for hook in hooks:
             hook.remove()
-
-
-def _shows_int8(layer: nn.Module) -> bool:
-    return isinstance(layer, QuantModule) and isinstance(getattr(layer, "weight", None), Int8Weight)
 
 
 class _AsCalls(TorchFunctionMode):

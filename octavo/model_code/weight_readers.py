@@ -66,7 +66,7 @@ from octavo.model_code.class_source import (
 )
 from octavo.model_code.product_arguments import goes_into
 from octavo.model_code.written_out import is_written_out
-from octavo.modules.int8_weight import PRODUCTS
+from octavo.modules.int8_weight import PRODUCTS, shows_int8_weight
 
 __all__ = ["ask_a_parameter", "asked_about", "multiplied", "refuse_training", "told_apart", "weight_readers"]
 
@@ -84,9 +84,7 @@ def weight_readers(model: nn.Module) -> dict[str, str]:
     be used in nor only for its dtype or shape, for the modules of `model`, in eval mode."""
     classes = {type(module) for module in model.modules() if not _is_known(type(module))}
     _warn_of_unreadable(classes)
-    layers = dict(model.named_modules())
-    found = _found(model, classes, {"values", *_TAKERS}, training=False)
-    return {each.layer: each.method for each in found if not _is_product(each.asks, layers[each.layer])}
+    return {each.layer: each.method for each in _read(model, classes, training=False)}
 
 
 def multiplied(model: nn.Module) -> set[str]:
@@ -102,8 +100,16 @@ _TAKERS = {goes_into(product): kinds for product, kinds in PRODUCTS.items()}
 
 
 def _is_product(asks: str, layer: nn.Module) -> bool:
+    """Whether a read of the weight of `layer`, float or int8, is a product that its codes can be used in."""
     kind = kind_of(layer)
-    return kind is not None and kind.name in _TAKERS.get(asks, ())
+    return asks in _TAKERS and (shows_int8_weight(layer) if kind is None else kind.name in _TAKERS[asks])
+
+
+def _read(model: nn.Module, classes: Collection[type], *, training: bool) -> Iterator[_Found]:
+    """Reads of weights that codes would spoil, by modules of `classes` in train or eval mode."""
+    layers = dict(model.named_modules())
+    found = _found(model, classes, {"values", *_TAKERS}, training=training)
+    return (each for each in found if not _is_product(each.asks, layers[each.layer]))
 
 
 def told_apart(model: nn.Module) -> dict[str, str]:
@@ -158,8 +164,8 @@ def refuse_training(model: nn.Module, int8: Collection[str]) -> None:
     model: with float layers or int8 ones in their places, whose names are the same.
     """
     classes = {cls for cls in {type(module) for module in model.modules()} if _mentions(cls, {"training"})}
-    in_eval = set(_found(model, classes, {"values"}, training=False))
-    for found in dict.fromkeys(_found(model, classes, {"values"}, training=True)):
+    in_eval = set(_read(model, classes, training=False))
+    for found in dict.fromkeys(_read(model, classes, training=True)):
         if found.layer in int8 and found not in in_eval:
             found.module.register_forward_pre_hook(_Refusal(found.layer, found.method))
 

@@ -14,12 +14,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
+from octavo.modules.base import QuantModule
 from octavo.stand_ins import same_code
 
-__all__ = ["ATTENTION", "PRODUCTS", "Int8Weight"]
+__all__ = ["ATTENTION", "PRODUCTS", "Int8Weight", "shows_int8_weight"]
 
 PRODUCTS: dict[Callable[..., Any], tuple[str, ...]] = {
     F.linear: ("Linear", "Embedding"),
@@ -58,3 +59,8 @@ class Int8Weight:
             return weight.layer.product(**given)
         shown = [each.shown if isinstance(each, cls) else each for each in args]
         return function(*shown, **{key: v.shown if isinstance(v, cls) else v for key, v in (kwargs or {}).items()})
+
+
+def shows_int8_weight(layer: nn.Module) -> bool:
+    """Whether it is an int8 layer whose `weight` is an `Int8Weight`."""
+    return isinstance(layer, QuantModule) and isinstance(getattr(layer, "weight", None), Int8Weight)

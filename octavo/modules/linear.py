@@ -45,9 +45,8 @@ class QuantLinear(QuantModule):
 
     def __init__(self, layer: nn.Module, codes: Codes, scheme: Scheme, float_dtype: torch.dtype) -> None:
         super().__init__(layer, codes, scheme, float_dtype)
-        self.register_parameter(
-            "bias", layer._parameters.get("bias")
-        )  # a class of its own need not say that it has none
+        # A class that only computes what nn.Linear does need not say that it has no bias.
+        self.register_parameter("bias", layer._parameters.get("bias"))
         self.out_features, self.in_features = self.codes_and_scale()[0].shape
 
     def forward(self, input: Tensor) -> Tensor:

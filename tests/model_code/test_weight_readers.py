@@ -891,6 +891,29 @@ def test_what_reads_weights_while_training_refuses_to_be_trained(tmp_path: Path)
     assert spared.train().inner(inputs).shape == (3, 4)
 
 
+class MultipliesWhenTraining(nn.Module):
+    """By codes that its product can use, or by those of a layer whose weight lies turned around."""
+
+    def __init__(self, turned: bool) -> None:
+        super().__init__()
+        self.layer: nn.Module = Conv1D(4, 4) if turned else nn.Linear(4, 4, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            return F.linear(x, self.layer.weight)  # type: ignore[arg-type]
+        return self.layer(x)  # type: ignore[no-any-return]
+
+
+def test_products_while_training_are_refused_where_codes_cannot_be_used() -> None:
+    inputs = torch.randn(3, 4)
+    fits, turned = MultipliesWhenTraining(turned=False), MultipliesWhenTraining(turned=True)
+    for model in (fits, turned):
+        octavo.quantize(model, "w8a16")
+    torch.testing.assert_close(fits.train()(inputs), fits.eval()(inputs))
+    with pytest.raises(octavo.OctavoError, match=r"layer: MultipliesWhenTraining\.forward reads its weight directly"):
+        turned.train()(inputs)
+
+
 def test_mamba_2_hands_its_output_projection_to_a_kernel_while_training() -> None:
     transformers = pytest.importorskip("transformers")
     config = transformers.Mamba2Config(
