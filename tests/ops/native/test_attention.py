@@ -362,9 +362,10 @@ def test_float_attention(
     assert torch.equal(ops.float_attention(query, key, values, mask, size**-0.5, is_causal=is_causal), y)
 
 
-def test_float_attention_of_what_is_not_finite(served_dtypes: tuple[torch.dtype, ...]) -> None:
+def test_float_attention_of_what_is_not_finite(isa: str) -> None:
     """A query gives NaN if it, a key or a value that it may attend to has NaN or inf; others are as they were."""
-    for dtype in served_dtypes:
+    rows = 2 * 200  # of a key head; where torch serves so many, an inf spoils the queries of a block
+    for dtype in (dtype for dtype, most in native.select(isa).attends_in.items() if most >= rows):
         query, key, value = (torch.randn(1, heads, 200, 16).to(dtype) for heads in (2, 1, 1))
         clean = ops.float_attention(query, key, value, None, 0.25, is_causal=True)
         for bad in (float("nan"), float("inf")):
@@ -401,7 +402,7 @@ def test_backends_tells_in_which_dtypes_float_attention_is_torch_s(isa: str, mon
     row = next(row for row in ops.backends() if row.op == "float_attention" and row.device == "cpu")
     served = any(found.attends_in.values())
     for dtype in FLOATS if served else []:
-        assert (str(dtype)[6:] in row.why) == (found.attends_in[dtype] < native.ANY_NUMBER)
+        assert (f" {str(dtype)[6:]}" in row.why) == (found.attends_in[dtype] < native.ANY_NUMBER)
     assert row.backend == (isa if served else "reference")
     some = {torch.float32: native.ANY_NUMBER, torch.bfloat16: 12, torch.float16: 0}
     monkeypatch.setattr(ops, "_native", dataclasses.replace(found, attends_in=some))
