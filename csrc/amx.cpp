@@ -256,6 +256,14 @@ __attribute__((noinline)) void multiply(const char* w, const char* x, int64_t st
   }
 }
 
+}  // namespace
+}  // namespace octavo
+
+#include "few_tile_rows.h"
+
+namespace octavo {
+namespace {
+
 template <class Tiles>
 struct TileLinear {
   struct Scratch {
@@ -327,22 +335,12 @@ struct TileLinear {
   }
 };
 
-using LinearInt8 = TileLinear<Int8Tiles>;
-using LinearBf16 = TileLinear<Bf16Tiles>;
-
-}  // namespace
-}  // namespace octavo
-
-#pragma GCC pop_options
-
-// Compiled for any processor, since this runs when the library is loaded: the kernels of AVX-512, which are constants,
-// but for the linear layers.
-namespace octavo {
-
-namespace {
-
-const LinearKernels& avx512_bf16() { return avx512_kernels.w8a16(Float::bf16); }
-const LinearKernels& avx512_int8() { return avx512_kernels.w8a8; }
+// The kernels of AVX-512, which are constants that no header has.
+template <Float type>
+const LinearKernels& avx512_floats() {
+  return avx512_kernels.w8a16(type);
+}
+const LinearKernels& avx512_codes() { return avx512_kernels.w8a8; }
 
 template <const LinearKernels& (*kernels)()>
 struct Avx512 {
@@ -352,23 +350,43 @@ struct Avx512 {
   static void pack(const Linear& layer, int64_t m0, int64_t m1) { kernels().pack(layer, m0, m1); }
 };
 
-template <class Tiles, class Rest>
-constexpr LinearKernels tiles_or{
-    Either<Tiles, Rest>::scratch_bytes,
-    Either<Tiles, Rest>::run,
-    [](const Linear& layer) { return Tiles::takes(layer) ? 0 : Rest::packed_bytes(layer); },
-    Rest::pack,
+// A layer is that of the first of `Tiles` that takes it, or else `Rest`'s.
+template <class Rest, class... Tiles>
+struct InTiles : Rest {};
+
+template <class Rest, class First, class... More>
+struct InTiles<Rest, First, More...> : Either<First, InTiles<Rest, More...>> {
+  static size_t packed_bytes(const Linear& layer) {
+    return First::takes(layer) ? 0 : InTiles<Rest, More...>::packed_bytes(layer);
+  }
+  static void pack(const Linear& layer, int64_t m0, int64_t m1) { Rest::pack(layer, m0, m1); }
 };
 
+template <Float type, int digits, class... More>
+using Floats = InTiles<Avx512<avx512_floats<type>>,
+                       FewTileRows<FloatDigits<type, digits>, Avx512<avx512_floats<type>>>, More...>;
+using Codes = InTiles<Avx512<avx512_codes>, FewTileRows<CodeDigits, Avx512<avx512_codes>>, TileLinear<Int8Tiles>>;
+
+template <class Layer>
+constexpr LinearKernels packing_kernels{Layer::scratch_bytes, Layer::run, Layer::packed_bytes, Layer::pack};
+
 }  // namespace
+}  // namespace octavo
+
+#pragma GCC pop_options
+
+// Compiled for any processor, since this runs when the library is loaded.
+namespace octavo {
 
 extern const Kernels amx_kernels = [] {
   Kernels kernels = avx512_kernels;
   kernels.float_attention_of[static_cast<int>(Float::bf16)].most_rows = kAttentionRows;  // torch's has tiles for many
   for (FloatLinearKernels& none : kernels.float_linear_of) none = {};  // torch's have too; not measured
   kernels.isa = "amx";
-  kernels.w8a16_of[static_cast<int>(Float::bf16)] = tiles_or<LinearBf16, Avx512<avx512_bf16>>;
-  kernels.w8a8 = tiles_or<LinearInt8, Avx512<avx512_int8>>;
+  kernels.w8a16_of[static_cast<int>(Float::f32)] = packing_kernels<Floats<Float::f32, 4>>;
+  kernels.w8a16_of[static_cast<int>(Float::bf16)] = packing_kernels<Floats<Float::bf16, 3, TileLinear<Bf16Tiles>>>;
+  kernels.w8a16_of[static_cast<int>(Float::f16)] = packing_kernels<Floats<Float::f16, 3>>;
+  kernels.w8a8 = packing_kernels<Codes>;
   return kernels;
 }();
 
