@@ -101,10 +101,11 @@ struct Vec {
 
   static F from_bf16(__m256i v) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(v), 16)); }
 
+  static Bits subnormal(F v) { return _mm512_fpclass_ps_mask(v, 0x20); }
+
   // Rounded half to even. The instruction for it makes zeros of subnormal numbers, which are rare.
   static __m256i to_bf16(F v) {
-    constexpr int kSubnormal = 0x20;
-    if (__builtin_expect(_mm512_fpclass_ps_mask(v, kSubnormal) != 0, 0)) return to_bf16_by_hand(v);
+    if (__builtin_expect(subnormal(v) != 0, 0)) return to_bf16_by_hand(v);
     return (__m256i)_mm512_cvtneps_pbh(v);
   }
 
@@ -115,6 +116,15 @@ struct Vec {
     const __mmask16 nan = _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
     const __m512i result = _mm512_mask_or_epi32(rounded, nan, bits, _mm512_set1_epi32(0x400000));
     return _mm512_cvtepi32_epi16(_mm512_srli_epi32(result, 16));
+  }
+
+  // 32 numbers, two vectors, in bf16.
+  static void store_bf16(void* p, F front, F back) {
+    if (__builtin_expect((subnormal(front) | subnormal(back)) != 0, 0)) {
+      _mm512_storeu_si512(p, _mm512_inserti64x4(_mm512_castsi256_si512(to_bf16(front)), to_bf16(back), 1));
+    } else {
+      _mm512_storeu_si512(p, (__m512i)_mm512_cvtne2ps_pbh(back, front));
+    }
   }
 
   // From one of the types of two bytes, and to it.

@@ -204,12 +204,15 @@ struct Finish {
     if (layer.bias) bias = V::load(element(layer.bias, layer.bias_type, n), layer.bias_type, count);
   }
 
-  // -> y[m, n : n + count]
-  OCTAVO_INLINE void store(int64_t m, typename V::F y) const {
+  OCTAVO_INLINE typename V::F value(int64_t m, typename V::F y) const {
     const float x_scale = layer.x_scale ? layer.x_scale[m * layer.x_scale_step] : 1.0f;
     if (layer.groups == 1) y = V::mul(y, V::mul(V::set1(x_scale), scale));
-    if (layer.bias) y = V::add(y, bias);
-    V::store(element(layer.y, layer.y_type, m * layer.N + n), layer.y_type, count, y);
+    return layer.bias ? V::add(y, bias) : y;
+  }
+
+  // -> y[m, n : n + count]
+  OCTAVO_INLINE void store(int64_t m, typename V::F y) const {
+    V::store(element(layer.y, layer.y_type, m * layer.N + n), layer.y_type, count, value(m, y));
   }
 };
 

@@ -1,16 +1,8 @@
 // Few rows of x in tiles: W is read once, as codes, from where it lies. Included by amx.cpp.
 //
 // What takes time with few rows is to read W, as long as nothing is done to a code on its way: 16 cycles of the tile
-// unit pass for 1 KB of it. So codes stay codes, and it is x that becomes int8:
-//
-//     codes    as they are, a column of a tile for each row of x
-//     bf16     three columns for each row of x: fixed-point numbers of 23 bits, in three digits of base 256 that have
-//              signs. The unit is a power of two, 2^-22 of what the row's largest magnitude is rounded up to, so
-//              that what lies within 2^14 of the largest is exact, and what does not is off by at most half a unit.
-//              Products and their sums are exact in int32; digits are put together in fp32.
-//
-//                                  16 columns of x
-//     16 rows of W, 64 columns     a tile of sums for each 16: up to 4, of 21 rows of bf16 or 64 of codes
+// unit pass for 1 KB of it. So codes stay codes, and it is x that becomes int8, in digits (digits.h): each row of x is
+// a column of a tile, or three or four. Up to 6 tiles of columns meet 16 rows of W at once, up to 2 of them 32 rows.
 //
 // While a panel of W is met, the next one is asked for in the order in which it lies in memory.
 #pragma once
@@ -20,87 +12,6 @@ namespace {
 
 constexpr int kMostTiles = 6;  // of x
 constexpr int64_t kColumnsOfTiles = kMostTiles * kTile;
-
-// A row of x as it is.
-struct CodeDigits {
-  static constexpr int kDigits = 1;
-  static constexpr int kLeastRows = 3;
-  static constexpr int64_t kSize = 1;
-  bool is_finite() const { return true; }
-  CodeDigits() = default;
-  CodeDigits(const char*, int64_t) {}
-  void of(const char* x, int count, __m512i (&digits)[kDigits]) const {
-    digits[0] = _mm512_maskz_loadu_epi8(count < 64 ? mask64(count) : ~__mmask64{0}, x);
-  }
-  __m512 value(const __m512 (&sums)[kDigits]) const { return sums[0]; }
-};
-
-// A row of x in floats: `up` makes fixed-point numbers of its values, in two factors, which may be beyond what one holds.
-template <Float kType, int kCount>
-struct FloatDigits {
-  static constexpr int kDigits = kCount;
-  static constexpr int kLeastRows = 1;
-  static constexpr int64_t kSize = size_of(kType);
-  static constexpr int kBits = 8 * kDigits - 2;
-  float up[2], down[2];
-  bool finite;
-
-  FloatDigits() = default;
-  FloatDigits(const char* x, int64_t K) {
-    __m512 most = _mm512_setzero_ps();
-    for (int64_t k = 0; k < K; k += Vec::kLanes)
-      most = Vec::largest(most, Vec::load(x + k * kSize, kType, static_cast<int>(min64(Vec::kLanes, K - k))));
-    const float largest = Vec::across(most);
-    uint32_t bits;
-    memcpy(&bits, &largest, sizeof bits);
-    const int exponent = static_cast<int>(bits >> 23);  // 255 of NaN and inf, 0 of subnormal numbers
-    finite = exponent < 255;
-    const int shift = kBits + 126 - (exponent > 0 ? exponent : 1);
-    up[0] = two_to(shift / 2), up[1] = two_to(shift - shift / 2);
-    down[0] = two_to(-(shift / 2)), down[1] = two_to(shift / 2 - shift);
-  }
-
-  bool is_finite() const { return finite; }
-
-  void of(const char* x, int count, __m512i (&digits)[kDigits]) const {
-    __m512i fixed[4];
-#pragma GCC unroll 4
-    for (int i = 0; i < 4; i++) {
-      const int there = count - i * Vec::kLanes;
-      const __m512 v = there >= Vec::kLanes ? Vec::load(x + i * Vec::kLanes * kSize, kType)
-                       : there > 0          ? Vec::load(x + i * Vec::kLanes * kSize, kType, there)
-                                            : _mm512_setzero_ps();
-      const __m512 units = _mm512_mul_ps(_mm512_mul_ps(v, _mm512_set1_ps(up[0])), _mm512_set1_ps(up[1]));
-      fixed[i] = _mm512_add_epi32(_mm512_cvtps_epi32(units), _mm512_set1_epi32(static_cast<int>(0x80808080)));
-    }
-    // Bytes of that sum are the digits, 128 too large.
-    const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 0, 0, 0, 0, 0, 0, 0, 0);
-    const __m512i first =
-        _mm512_add_epi32(_mm512_mullo_epi32(lane, _mm512_set1_epi32(0x10101010)), _mm512_set1_epi32(0x0c080400));
-#pragma GCC unroll 4
-    for (int d = 0; d < kDigits; d++) {
-      const __m512i at = _mm512_add_epi8(first, _mm512_set1_epi8(static_cast<char>(d)));
-      const __m512i front = _mm512_permutex2var_epi8(fixed[0], at, fixed[1]);
-      const __m512i back = _mm512_permutex2var_epi8(fixed[2], at, fixed[3]);
-      digits[d] = _mm512_xor_si512(_mm512_inserti64x4(front, _mm512_castsi512_si256(back), 1), _mm512_set1_epi8(-128));
-    }
-  }
-
-  __m512 value(const __m512 (&sums)[kDigits]) const {
-    __m512 sum = sums[kDigits - 1];
-#pragma GCC unroll 4
-    for (int d = kDigits - 2; d >= 0; d--) sum = _mm512_fmadd_ps(sum, _mm512_set1_ps(256.0f), sums[d]);
-    return _mm512_mul_ps(_mm512_mul_ps(sum, _mm512_set1_ps(down[0])), _mm512_set1_ps(down[1]));
-  }
-
- private:
-  static float two_to(int n) {
-    const uint32_t bits = static_cast<uint32_t>(n + 127) << 23;
-    float value;
-    memcpy(&value, &bits, sizeof value);
-    return value;
-  }
-};
 
 // kPanels times 16 rows of W, `row` bytes apart, and kTiles tiles of x: a step along K.
 template <int kPanels, int kTiles>
@@ -180,13 +91,13 @@ __attribute__((noinline)) void few_products(const char* w, int64_t row, const ch
   settle();
 }
 
-// `Rest` serves rows that have no digits: those with NaN or inf.
-template <class Digits, class Rest>
+// `Rest` serves rows that have no digits. `kLeast`: rows of x; fewer are not faster than dot products.
+template <class Row, class Rest, int kLeast>
 struct FewTileRows {
-  static constexpr int64_t kMostRows = kColumnsOfTiles / Digits::kDigits;
+  static constexpr int64_t kDigits = Row::kDigits, kMostRows = kColumnsOfTiles / kDigits;
 
   struct Scratch {
-    Digits rows[kMostRows];
+    Row rows[kMostRows];
     alignas(64) char columns[kColumnsOfTiles][kRowBytes];
     alignas(64) char rest[2 * kTileBytes];
     alignas(64) int32_t sums[kMostTiles * kTileSums];
@@ -196,8 +107,8 @@ struct FewTileRows {
   };
 
   static bool takes(const Linear& layer) {
-    return layer.M >= Digits::kLeastRows && layer.M <= kMostRows && layer.N >= kBlock && layer.K <= kLongestExact &&
-           (layer.groups == 1 || layer.K / layer.groups % kRowBytes == 0);
+    return layer.M >= kLeast && layer.M <= kMostRows && layer.N >= kBlock && layer.K <= kLongestExact &&
+           (layer.groups == 1 || layer.K / layer.groups % kUnitCodes == 0);
   }
 
   static size_t scratch_bytes(const Linear& layer) {
@@ -210,46 +121,50 @@ struct FewTileRows {
     if (!lay(layer, block, scratch)) return Rest::run(layer, block, memory);
     _tile_loadconfig(&kWholeTiles);
     switch (tiles_of(block.m1 - block.m0)) {
-      case 1: panels<2, 1>(layer, block, scratch); break;
-      case 2: panels<2, 2>(layer, block, scratch); break;
-      case 3: panels<1, 3>(layer, block, scratch); break;
-      case 4: panels<1, 4>(layer, block, scratch); break;
-      case 5: panels<1, 5>(layer, block, scratch); break;
-      case 6: panels<1, 6>(layer, block, scratch); break;
+      case 1:
+        panels<2, 1>(layer, block, scratch);
+        break;
+      case 2:
+        panels<2, 2>(layer, block, scratch);
+        break;
+      case 3:
+        panels<1, 3>(layer, block, scratch);
+        break;
+      case 4:
+        panels<1, 4>(layer, block, scratch);
+        break;
+      case 5:
+        panels<1, 5>(layer, block, scratch);
+        break;
+      case 6:
+        panels<1, 6>(layer, block, scratch);
+        break;
     }
     _tile_release();
   }
 
  private:
-  static int64_t tiles_of(int64_t rows) { return ceil_div(rows * Digits::kDigits, kTile); }
+  static int64_t tiles_of(int64_t rows) { return ceil_div(rows * kDigits, kTile); }
 
   // x -> tiles, those of a step next to each other. Returns whether its rows have digits.
   static bool lay(const Linear& layer, Block block, Scratch& scratch) {
-    const int64_t rows = block.m1 - block.m0, row = layer.K * Digits::kSize, tiles = tiles_of(rows);
+    const int64_t rows = block.m1 - block.m0, row = layer.K * Row::kSize, tiles = tiles_of(rows);
     const char* const x = static_cast<const char*>(layer.x) + block.m0 * row;
     for (int64_t m = 0; m < rows; m++) {
-      scratch.rows[m] = Digits(x + m * row, layer.K);
+      scratch.rows[m] = Row(x + m * row, layer.K);
       if (!scratch.rows[m].is_finite()) return false;
     }
-    for (int64_t c = rows * Digits::kDigits; c < tiles * kTile; c++) memset(scratch.columns[c], 0, kRowBytes);
+    for (int64_t c = rows * kDigits; c < tiles * kTile; c++) memset(scratch.columns[c], 0, kRowBytes);
     char* to = scratch.x;
     for (int64_t k = 0; k < layer.K; k += kRowBytes) {
       const int count = static_cast<int>(min64(kRowBytes, layer.K - k));
       for (int64_t m = 0; m < rows; m++) {
-        __m512i digits[Digits::kDigits];
-        scratch.rows[m].of(x + m * row + k * Digits::kSize, count, digits);
+        __m512i digits[kDigits];
+        scratch.rows[m].of(x + m * row + k * Row::kSize, count, digits);
 #pragma GCC unroll 4
-        for (int d = 0; d < Digits::kDigits; d++)
-          _mm512_store_si512(scratch.columns[m * Digits::kDigits + d], digits[d]);
+        for (int d = 0; d < kDigits; d++) _mm512_store_si512(scratch.columns[m * kDigits + d], digits[d]);
       }
-      for (int64_t tile = 0; tile < tiles; tile++, to += kTileBytes) {
-        __m512i r[kTile];
-#pragma GCC unroll 16
-        for (int i = 0; i < kTile; i++) r[i] = _mm512_load_si512(scratch.columns[tile * kTile + i]);
-        transpose(r);
-#pragma GCC unroll 16
-        for (int i = 0; i < kTile; i++) _mm512_store_si512(to + i * kRowBytes, r[i]);
-      }
+      for (int64_t tile = 0; tile < tiles; tile++, to += kTileBytes) turn(scratch.columns[tile * kTile], kRowBytes, to);
     }
     return true;
   }
@@ -264,7 +179,9 @@ struct FewTileRows {
       const char* const panel = w + first * K;
       if (whole < steps) {
         for (int64_t i = 0; i < kRows; i++)
-          _mm512_store_si512(scratch.rest + i * kRowBytes, _mm512_maskz_loadu_epi8(mask64(static_cast<int>(K % kRowBytes)), panel + i * K + whole * kRowBytes));
+          _mm512_store_si512(
+              scratch.rest + i * kRowBytes,
+              _mm512_maskz_loadu_epi8(mask64(static_cast<int>(K % kRowBytes)), panel + i * K + whole * kRowBytes));
       }
       Ahead ahead{panel + kRows * K, w + block.n1 * K};
       if (layer.groups == 1) {
@@ -272,7 +189,8 @@ struct FewTileRows {
         lay_out<kPanels, kTiles>(scratch.sums, scratch);
       } else {
         for (int64_t g = 0; g < layer.groups; g++) {
-          few_products<kPanels, kTiles>(panel, K, scratch.x, g * group, (g + 1) * group, whole, scratch.rest, ahead, scratch.sums);
+          few_products<kPanels, kTiles>(panel, K, scratch.x, g * group, (g + 1) * group, whole, scratch.rest, ahead,
+                                        scratch.sums);
           add_group<kPanels, kTiles>(layer.w_scale + first * layer.groups + g, layer.groups, g > 0, scratch);
         }
         lay_out<kPanels, kTiles>(scratch.totals, scratch);
@@ -281,11 +199,12 @@ struct FewTileRows {
       for (int64_t from = n; from < end; from += kTile) {
         const Finish<Vec> columns(layer, from, static_cast<int>(min64(kTile, end - from)));
         for (int64_t m = 0; m < block.m1 - block.m0; m++) {
-          __m512 sums[Digits::kDigits];
-#pragma GCC unroll 4
-          for (int d = 0; d < Digits::kDigits; d++)
-            sums[d] = _mm512_loadu_ps(scratch.values[m * Digits::kDigits + d] + (from - first));
-          columns.store(block.m0 + m, scratch.rows[m].value(sums));
+          const auto sums = [&](int d) { return _mm512_loadu_ps(scratch.values[m * kDigits + d] + (from - first)); };
+          __m512 y = together<kDigits>(sums);
+          if constexpr (kDigits > 1)
+            y = _mm512_mul_ps(_mm512_mul_ps(y, _mm512_set1_ps(scratch.rows[m].down[0])),
+                              _mm512_set1_ps(scratch.rows[m].down[1]));
+          columns.store(block.m0 + m, y);
         }
       }
     }

@@ -1,0 +1,117 @@
+// A row of x as tiles want it: int8 codes as they are, bf16 in the order of looked up codes, or floats as int8 digits.
+//
+// Digits are those of fixed-point numbers, in base 256, with signs. The unit is a power of two, so small that the
+// largest magnitude of the row takes all but one bit: of three digits it is 2^-22 of what that is rounded up to. A
+// value of bf16 within 2^14 of the row's largest is exact, and what is smaller is off by half a unit at most. Products
+// of digits and codes, and their sums, are exact in int32; what they come to is put together in fp32.
+//
+// Each kind has
+//     kVectors     vectors of 64 bytes that a unit of 64 values becomes
+//     kDigits      which are that many digits; or else they lie behind each other along K
+//     kSize        bytes of a value
+//     is_finite    false: it has NaN or inf, of which there are no digits
+//     of           the first `count` of 64 values, zeros behind them
+//
+// Included by amx.cpp after its target pragma.
+#pragma once
+
+namespace octavo {
+namespace {
+
+struct CodeRow {
+  static constexpr int kVectors = 1, kDigits = 1;
+  static constexpr int64_t kSize = 1;
+  CodeRow() = default;
+  CodeRow(const char*, int64_t) {}
+  bool is_finite() const { return true; }
+  OCTAVO_INLINE void of(const char* x, int count, __m512i (&v)[kVectors]) const {
+    v[0] = _mm512_maskz_loadu_epi8(first_bytes(count), x);
+  }
+};
+
+struct Bf16Row {
+  static constexpr int kVectors = 2, kDigits = 1;
+  static constexpr int64_t kSize = 2;
+  Bf16Row() = default;
+  Bf16Row(const char*, int64_t) {}
+  bool is_finite() const { return true; }
+  OCTAVO_INLINE void of(const char* x, int count, __m512i (&v)[kVectors]) const {
+    const __m512i front = _mm512_maskz_loadu_epi8(first_bytes(2 * count), x);
+    const __m512i back = count > 32 ? _mm512_maskz_loadu_epi8(first_bytes(2 * count - 64), x + 64) : Vec::zeros();
+    const Halves both = halves(front, back);
+    v[0] = both.first, v[1] = both.second;
+  }
+};
+
+template <Float kType, int kCount>
+struct DigitRow {
+  static constexpr int kVectors = kCount, kDigits = kCount;
+  static constexpr int64_t kSize = size_of(kType);
+
+  // Values times both of `up` are in units, and those times both of `down` are values: one factor may be too large.
+  float up[2], down[2];
+
+  DigitRow() = default;
+  DigitRow(const char* x, int64_t K) {
+    __m512 most = _mm512_setzero_ps();
+    for (int64_t k = 0; k < K; k += Vec::kLanes)
+      most = Vec::largest(most, Vec::load(x + k * kSize, kType, static_cast<int>(min64(Vec::kLanes, K - k))));
+    const float largest = Vec::across(most);
+    uint32_t bits;
+    memcpy(&bits, &largest, sizeof bits);
+    const int exponent = static_cast<int>(bits >> 23);  // 255 of NaN and inf, 0 of subnormal numbers
+    finite_ = exponent < 255;
+    const int shift = 8 * kDigits - 2 + 126 - (exponent > 0 ? exponent : 1);
+    up[0] = two_to(shift / 2), up[1] = two_to(shift - shift / 2);
+    down[0] = two_to(-(shift / 2)), down[1] = two_to(shift / 2 - shift);
+  }
+
+  bool is_finite() const { return finite_; }
+
+  OCTAVO_INLINE void of(const char* x, int count, __m512i (&digits)[kVectors]) const {
+    __m512i fixed[4];
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; i++) {
+      const char* const at = x + i * Vec::kLanes * kSize;
+      const int there = count - i * Vec::kLanes;
+      const __m512 v = there >= Vec::kLanes ? Vec::load(at, kType)
+                       : there > 0          ? Vec::load(at, kType, there)
+                                            : _mm512_setzero_ps();
+      const __m512 units = _mm512_mul_ps(_mm512_mul_ps(v, _mm512_set1_ps(up[0])), _mm512_set1_ps(up[1]));
+      fixed[i] = _mm512_add_epi32(_mm512_cvtps_epi32(units), _mm512_set1_epi32(static_cast<int>(0x80808080)));
+    }
+    // Bytes of that sum are the digits, 128 too large.
+    const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 0, 0, 0, 0, 0, 0, 0, 0);
+    const __m512i lowest =
+        _mm512_add_epi32(_mm512_mullo_epi32(lane, _mm512_set1_epi32(0x10101010)), _mm512_set1_epi32(0x0c080400));
+#pragma GCC unroll 4
+    for (int d = 0; d < kDigits; d++) {
+      const __m512i at = _mm512_add_epi8(lowest, _mm512_set1_epi8(static_cast<char>(d)));
+      const __m512i front = _mm512_permutex2var_epi8(fixed[0], at, fixed[1]);
+      const __m512i back = _mm512_permutex2var_epi8(fixed[2], at, fixed[3]);
+      digits[d] = _mm512_xor_si512(_mm512_inserti64x4(front, _mm512_castsi512_si256(back), 1), _mm512_set1_epi8(-128));
+    }
+  }
+
+ private:
+  bool finite_;
+
+  static float two_to(int n) {
+    const uint32_t bits = static_cast<uint32_t>(n + 127) << 23;
+    float value;
+    memcpy(&value, &bits, sizeof value);
+    return value;
+  }
+};
+
+// The sums of all digits, `sums(d)` of one -> in units.
+template <int kDigits, class Sums>
+OCTAVO_INLINE __m512 together(const Sums& sums) {
+  __m512 total = sums(kDigits - 1);
+#pragma GCC unroll 4
+  for (int d = kDigits - 2; d >= 0; d--) total = _mm512_fmadd_ps(total, _mm512_set1_ps(256.0f), sums(d));
+  return total;
+}
+
+}  // namespace
+}  // namespace octavo

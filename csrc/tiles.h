@@ -1,0 +1,44 @@
+// The tile unit of AMX: 8 tiles, 16 rows of 64 bytes each, which it multiplies into 16 x 16 sums.
+//
+//     y^T = W x^T
+//
+// This way round, W is the operand that tiles take row by row, as it lies in memory; x, which is the smaller one, is
+// laid out in the order that the other operand has: a column for each of 16 rows of x, in units of four bytes along K.
+// Included by amx.cpp after its target pragma.
+#pragma once
+
+namespace octavo {
+namespace {
+
+constexpr int64_t kTile = 16;  // rows of a tile, and columns of a tile of sums
+constexpr int64_t kRowBytes = 64;
+constexpr int64_t kTileBytes = kTile * kRowBytes;
+constexpr int64_t kTileSums = kTile * kTile;
+constexpr int64_t kBlock = 2 * kTile;
+constexpr int64_t kUnitCodes = 64;  // along K, in which x is laid out and W read: a row of a tile of codes
+
+struct alignas(64) TileConfig {
+  uint8_t palette = 1, start_row = 0, reserved[14] = {};
+  uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+  uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+};
+constexpr TileConfig kWholeTiles;
+
+// What was stored so far is there for the tiles to load. GCC's intrinsics do not say that they read memory.
+inline void settle() { __asm__ volatile("" ::: "memory"); }
+
+// 16 rows of 64 bytes each <- 16 columns of 64 bytes, `step` bytes from one to the next; units of four bytes.
+OCTAVO_INLINE void turn(const char* columns, int64_t step, char* rows) {
+  __m512i r[kTile];
+#pragma GCC unroll 16
+  for (int i = 0; i < kTile; i++) r[i] = _mm512_loadu_si512(columns + i * step);
+  transpose(r);
+#pragma GCC unroll 16
+  for (int i = 0; i < kTile; i++) _mm512_storeu_si512(rows + i * kRowBytes, r[i]);
+}
+
+// The bytes of 64 that are there.
+inline __mmask64 first_bytes(int count) { return count < 64 ? mask64(count) : ~__mmask64{0}; }
+
+}  // namespace
+}  // namespace octavo
