@@ -87,8 +87,8 @@ void write(void* base, Float type, int64_t i, float value) {
     static_cast<float*>(base)[i] = value;
   else if (type == Float::bf16)
     static_cast<uint16_t*>(base)[i] = to_bf16(value);
-  else  // powers of two, which are all that is needed of fp16
-    static_cast<uint16_t*>(base)[i] = static_cast<uint16_t>((std::ilogb(value) + 15) << 10 | (value < 0) << 15);
+  else
+    static_cast<_Float16*>(base)[i] = static_cast<_Float16>(value);
 }
 
 // Half a unit in the last place of `type`, relative; and the smallest difference there is.
@@ -102,27 +102,31 @@ struct Shape {
 struct Case {
   Shape shape;
   bool codes;       // w8a8, else w8a16
+  Float x_type;     // in w8a16
+  int64_t groups;   // of columns, in w8a16
   bool ends_only;   // codes are -128 and 127 only
   bool row_scales;  // x_scale is [M], else [1]
   bool bias;
   Float bias_type, y_type;
   int64_t threads;  // columns are dealt out to so many, in units of 32
   bool at_start;
-  int64_t nan_row;  // of x in w8a16, or -1
+  int64_t odd_row;  // of x in w8a16, or -1: it has a value that is
+  float odd;        // NaN, inf, or so large that next to it the others have few bits
 };
 
 [[noreturn]] void fail(const Case& c, const char* what, int64_t m, int64_t n, double got, double expected) {
-  fprintf(stderr, "%s M=%ld N=%ld K=%ld ends_only=%d row_scales=%d bias=%d of type %d, y of type %d, threads=%ld\n",
-          c.codes ? "w8a8" : "w8a16", c.shape.M, c.shape.N, c.shape.K, c.ends_only, c.row_scales, c.bias,
-          static_cast<int>(c.bias_type), static_cast<int>(c.y_type), c.threads);
+  fprintf(stderr, "%s of type %d M=%ld N=%ld K=%ld groups=%ld ends_only=%d row_scales=%d bias=%d of type %d, ",
+          c.codes ? "w8a8" : "w8a16", static_cast<int>(c.x_type), c.shape.M, c.shape.N, c.shape.K, c.groups,
+          c.ends_only, c.row_scales, c.bias, static_cast<int>(c.bias_type));
+  fprintf(stderr, "y of type %d, threads=%ld\n", static_cast<int>(c.y_type), c.threads);
   fprintf(stderr, "%s at [%ld, %ld]: got %.9g, expected %.9g\n", what, m, n, got, expected);
   exit(1);
 }
 
 void check(const Case& c) {
   const auto [M, N, K] = c.shape;
-  const int64_t size = c.codes ? 1 : 2;
-  const Fenced x(M * K * size, c.at_start), w(N * K, c.at_start), w_scale(N * 4, c.at_start),
+  const int64_t size = c.codes ? 1 : size_of(c.x_type), odd_place = K ? (c.odd_row + 1) * 7 % K : 0;
+  const Fenced x(M * K * size, c.at_start), w(N * K, c.at_start), w_scale(N * c.groups * 4, c.at_start),
       x_scale((c.row_scales ? M : 1) * 4, c.at_start), bias(N * size_of(c.bias_type), c.at_start),
       y(M * N * size_of(c.y_type), c.at_start);
   const auto code = [&] { return static_cast<int8_t>(c.ends_only ? (any(0, 1) ? 127 : -128) : any(-128, 127)); };
@@ -131,23 +135,28 @@ void check(const Case& c) {
     if (c.codes)
       x.as<int8_t>()[i] = code();
     else
-      x.as<uint16_t>()[i] = to_bf16(i / std::max<int64_t>(K, 1) == c.nan_row ? NAN : normal());
+      write(x.as<void>(), c.x_type, i, i == c.odd_row * K + odd_place ? c.odd : normal());
   }
-  for (int64_t n = 0; n < N; n++) w_scale.as<float>()[n] = std::ldexp(1 + 0.01f * n / N, -8);
+  for (int64_t n = 0; n < N * c.groups; n++) w_scale.as<float>()[n] = std::ldexp(1 + 0.01f * (n % 97), -8);
   for (int64_t m = 0; m < (c.row_scales ? M : 1); m++) x_scale.as<float>()[m] = 0.01f + 0.001f * m;
   for (int64_t n = 0; n < N; n++) write(bias.as<void>(), c.bias_type, n, std::ldexp(n % 2 ? -1 : 1, n % 7 - 3));
   memset(y.as<char>(), 0x5a, M * N * size_of(c.y_type));
 
   Linear layer{};
-  layer.M = M, layer.N = N, layer.K = K, layer.groups = 1;
-  layer.x = x.as<void>(), layer.x_type = c.codes ? Float::f32 : Float::bf16;
+  layer.M = M, layer.N = N, layer.K = K, layer.groups = c.groups;
+  layer.x = x.as<void>(), layer.x_type = c.codes ? Float::f32 : c.x_type;
   if (c.codes) layer.x_scale = x_scale.as<float>(), layer.x_scale_step = c.row_scales;
   layer.w = w.as<int8_t>(), layer.w_scale = w_scale.as<float>();
   if (c.bias) layer.bias = bias.as<void>(), layer.bias_type = c.bias_type;
   layer.y = y.as<void>(), layer.y_type = c.y_type;
 
-  const LinearKernels& kernels = c.codes ? amx_kernels.w8a8 : amx_kernels.w8a16(Float::bf16);
-  const Fenced scratch(kernels.scratch_bytes(layer), c.at_start, 64);
+  const LinearKernels& kernels = c.codes ? amx_kernels.w8a8 : amx_kernels.w8a16(c.x_type);
+  const size_t packed_bytes = kernels.packed_bytes(layer);
+  const Fenced scratch(kernels.scratch_bytes(layer), c.at_start, 64), packed(packed_bytes, c.at_start, 64);
+  if (packed_bytes) {  // left to AVX-512
+    layer.packed = packed.as<char>();
+    kernels.pack(layer, 0, M);
+  }
   const int64_t units = (N + 31) / 32;
   for (int64_t t = 0; t < c.threads; t++) {
     const int64_t n0 = units * t / c.threads * 32, n1 = std::min(units * (t + 1) / c.threads * 32, N);
@@ -159,8 +168,10 @@ void check(const Case& c) {
     for (int64_t n = 0; n < N; n++) {
       const int8_t* const row = w.as<int8_t>() + n * K;
       const double got = read(layer.y, c.y_type, m * N + n);
-      if (m == c.nan_row && K) {
-        if (!std::isnan(got)) fail(c, "a row with NaN", m, n, got, NAN);
+      if (m == c.odd_row && K && !std::isfinite(c.odd)) {
+        const int code = row[odd_place];
+        if (std::isnan(c.odd) || code == 0 ? !std::isnan(got) : got != (code > 0 ? c.odd : -c.odd))
+          fail(c, "a row with NaN or inf", m, n, got, code * c.odd);
         continue;
       }
       double expected, error;  // before y is rounded to its type
@@ -171,13 +182,17 @@ void check(const Case& c) {
         expected = static_cast<double>(sum) * layer.x_scale[m * layer.x_scale_step] * layer.w_scale[n];
         error = 3 * std::fabs(expected) * half_ulp(Float::f32);
       } else {
-        double sum = 0, magnitude = 0;
+        double largest = 0, sum = 0, magnitude = 0, codes = 0;
         for (int64_t k = 0; k < K; k++) {
-          const double product = read(layer.x, Float::bf16, m * K + k) * row[k];
-          sum += product, magnitude += std::fabs(product);
+          const double value = read(layer.x, c.x_type, m * K + k);
+          const double scaled = row[k] * static_cast<double>(layer.w_scale[n * c.groups + k * c.groups / K]);
+          sum += value * scaled, magnitude += std::fabs(value * scaled), codes += std::fabs(scaled);
+          largest = std::max(largest, std::fabs(value));
         }
-        expected = sum * layer.w_scale[n];
-        error = (16 + std::sqrt(static_cast<double>(K))) * magnitude * layer.w_scale[n] * half_ulp(Float::f32);
+        // Digits have a unit of 2^-22 of what the largest is rounded up to, or of 2^-30 in fp32.
+        const double half_unit = largest * std::ldexp(1, c.x_type == Float::f32 ? -30 : -22);
+        expected = sum;
+        error = (16 + std::sqrt(static_cast<double>(K))) * magnitude * half_ulp(Float::f32) + half_unit * codes;
       }
       if (c.bias) {
         expected += read(layer.bias, c.bias_type, n);
@@ -192,42 +207,20 @@ void check(const Case& c) {
 
 const Float kTypes[] = {Float::f32, Float::bf16, Float::f16};
 
-Case any_case(Shape shape, bool codes) {
+Case any_case(Shape shape, bool codes, Float x_type, int64_t groups = 1) {
   const bool ends_only = any(0, 3) == 0, row_scales = any(0, 1), bias = any(0, 1), at_start = any(0, 1);
-  const int64_t nan_row = codes || any(0, 3) ? -1 : any(0, shape.M - 1);
-  const Float bias_type = kTypes[any(0, 2)], y_type = kTypes[any(0, 2)];
-  return {shape, codes, ends_only, row_scales, bias, bias_type, y_type, any(1, 3), at_start, nan_row};
+  const int64_t odd_row = codes || any(0, 3) ? -1 : any(0, shape.M - 1);
+  const float odd = any(0, 2) ? any(0, 1) ? 30000 : INFINITY : NAN;
+  const Float bias_type = kTypes[any(0, 2)], y_type = codes ? kTypes[any(0, 2)] : x_type;
+  return {shape,     codes,  x_type,    groups,   ends_only, row_scales, bias,
+          bias_type, y_type, any(1, 3), at_start, odd_row,   odd};
 }
 
+// Codes, and one type of floats in turn.
 void check_both(Shape shape) {
-  check(any_case(shape, true));
-  check(any_case(shape, false));
-}
-
-// Few rows and groups of columns, left to AVX-512, must arrive there: with enough scratch, and packed where it wants
-// that.
-void check_left_to_avx512(int64_t M, int64_t groups) {
-  const int64_t N = 33, K = 64;
-  const Fenced x(M * K * 2, false), w(N * K, false), w_scale(N * groups * 4, false), y(M * N * 4, false);
-  for (int64_t i = 0; i < M * K; i++) x.as<uint16_t>()[i] = to_bf16(1);
-  for (int64_t i = 0; i < N * K; i++) w.as<int8_t>()[i] = 1;
-  for (int64_t n = 0; n < N * groups; n++) w_scale.as<float>()[n] = n % 2 ? 3 : 1;
-  Linear layer{M,      N,       K,          x.as<void>(), Float::bf16, nullptr, 0, w.as<int8_t>(), w_scale.as<float>(),
-               groups, nullptr, Float::f32, y.as<void>(), Float::f32};
-  const LinearKernels& kernels = amx_kernels.w8a16(Float::bf16);
-  const Fenced scratch(kernels.scratch_bytes(layer), false, 64), packed(kernels.packed_bytes(layer), false, 64);
-  if (kernels.packed_bytes(layer)) {
-    layer.packed = packed.as<char>();
-    kernels.pack(layer, 0, M);
-  }
-  kernels.run(layer, {0, M, 0, N}, scratch.as<void>());
-  for (int64_t i = 0; i < M * N; i++) {
-    const float expected = groups == 2 ? 32 + 96 : 64 * w_scale.as<float>()[i % N];
-    if (y.as<float>()[i] != expected) {
-      fprintf(stderr, "M=%ld groups=%ld: y[%ld] is %g, expected %g\n", M, groups, i, y.as<float>()[i], expected);
-      exit(1);
-    }
-  }
+  static int turn = 0;
+  check(any_case(shape, true, Float::f32));
+  check(any_case(shape, false, kTypes[turn++ % 3]));
 }
 
 }  // namespace
@@ -239,18 +232,25 @@ int main(int argc, char** argv) {
     return 0;
   }
   generator.seed(argc > 1 ? static_cast<unsigned>(atoi(argv[1])) : 1);
-  check_left_to_avx512(3, 1);
-  check_left_to_avx512(7, 2);
-  check_left_to_avx512(50, 2);
   for (const int64_t M : {1, 4, 5, 15, 16, 17, 31, 32, 33, 48, 65})
     for (const int64_t N : {1, 15, 16, 17, 32, 33, 95})
       for (const int64_t K : {0, 1, 31, 32, 33, 63, 64, 65, 257}) check_both({M, N, K});
   for (int i = 0; i < 60; i++) check_both({any(1, 300), any(1, 130), any(0, 700)});
-  check_both({300, 70, 4100});  // several blocks of rows of x
-  check_both({37, 70, 8300});   // several pieces of K
-  check_both({33, 70, 12345});
+  for (const int64_t M : {1, 3, 16, 25, 33, 70})  // groups: of units of 64, and of others, which are left to AVX-512
+    for (const Float type : kTypes) {
+      check(any_case({M, 49, 640}, false, type, 5));
+      check(any_case({M, 33, 192}, false, type, 3));
+      check(any_case({M, 33, 2112}, false, type, 11));
+      check(any_case({M, 49, 96}, false, type, 3));
+    }
+  check_both({300, 70, 4160});  // several blocks of rows of x, W as it lies
+  for (const Float type : kTypes) {
+    check(any_case({37, 70, 4100}, true, type));  // several pieces of K
+    check(any_case({37, 70, 4100}, false, type));
+    check(any_case({133, 40, 2176}, false, type, 17));
+  }
   for (const bool codes : {true, false}) {  // and several rounds of columns, since sums wait for the last piece
-    Case all_at_once = any_case({129, 1060, 8256}, codes);
+    Case all_at_once = any_case({129, 1060, codes ? 4160 : 2112}, codes, Float::bf16);
     all_at_once.threads = 1;
     check(all_at_once);
   }
