@@ -1,22 +1,6 @@
-// AMX: a unit that multiplies tiles, 16 rows of 64 bytes each, into 16 x 16 sums.
-//
-//     y^T = W x^T
-//
-// This way round, W is the operand that tiles take row by row, as it lies in memory; x, which is the smaller one, is
-// packed into the order that the other operand has: [K / 4][16 rows of x][4] codes, [K / 2][16 rows of x][2] bf16.
-//
-//                            16 rows of x   16 rows of x
-//                               tile 6         tile 7
-//     16 rows of W  tile 4      tile 0         tile 2        a block of sums: 4 loads of a tile for 4 products
-//     16 rows of W  tile 5      tile 1         tile 3        at each step along K
-//
-// A block of rows of x, packed, stays in the L2 cache while panels of W, 32 rows each, pass by. A panel is copied, or
-// widened to bf16, into tiles in L2 as well: read from where it is, its 32 rows would lie on as many pages, which no
-// hardware prefetcher follows. That copy, and the way from sums to y, are work for the vector units. They do it while
-// the tile unit is busy, 16 cycles for each product: see `Meanwhile`.
-//
-// Whatever else there is, groups, fp32 and fp16 activations, few rows, and all that is not a linear layer, is left to
-// AVX-512.
+// AMX: a unit that multiplies tiles, 16 rows of 64 bytes each, into 16 x 16 sums (tiles.h). Linear layers are its: with
+// few rows of x (few_tile_rows.h), and with many (many_tile_rows.h). What it is not faster in, or cannot do, is left to
+// AVX-512: one or two rows of codes, groups of columns that are no multiple of 64, and all that is not a linear layer.
 
 #if defined(__x86_64__)
 
@@ -111,7 +95,10 @@ namespace octavo {
 extern const Kernels amx_kernels = [] {
   Kernels kernels = avx512_kernels;
   kernels.float_attention_of[static_cast<int>(Float::bf16)].most_rows = kAttentionRows;  // torch's has tiles for many
-  for (FloatLinearKernels& none : kernels.float_linear_of) none = {};  // torch's have too; not measured
+  // And for linear layers that stay float, but in fp16; in bf16 it does not read W for a few rows as fast as these.
+  kernels.float_linear_of[static_cast<int>(Float::f32)] = {};
+  kernels.float_linear_of[static_cast<int>(Float::bf16)].most_rows = 3;
+  kernels.float_linear_of[static_cast<int>(Float::f16)].most_rows = 12;
   kernels.isa = "amx";
   kernels.w8a16_of[static_cast<int>(Float::f32)] = packing_kernels<LinearF32>;
   kernels.w8a16_of[static_cast<int>(Float::bf16)] = packing_kernels<LinearBf16>;

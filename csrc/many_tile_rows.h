@@ -21,8 +21,8 @@ namespace {
 
 constexpr int64_t kStepBytes = 2 * kTileBytes + 64;  // of a panel: odd, in cache lines, to spread over a cache's sets
 
-// Sizes in scratch, 1.3 MB in all: L2 holds 2 MB, and others use it too.
-constexpr int64_t kPackedTiles = 512;    // of x: 512 KB
+// Sizes in scratch, of what should stay in L2, which holds 2 MB.
+constexpr int64_t kPackedTiles = 1024;   // of x: 1 MB, or half of it next to panels that are twice as large in bf16
 constexpr int64_t kPieceSteps = 64;      // of K, at most, that x is laid out for at a time: a panel has 132 KB, twice
 constexpr int64_t kWaitingBlocks = 128;  // of sums, where K is in pieces: 512 KB
 constexpr int64_t kMostBlocks = 32;      // of rows of x
@@ -281,7 +281,7 @@ struct ManyTileRows {
     const int64_t group = layer.groups > 1 ? units_of_group(layer) : 1;
     const int64_t fit = kPieceSteps / kSteps / group * group;  // units of a piece
     const int64_t units = ceil_div(ceil_div(all, ceil_div(all, fit)), group) * group;
-    const int64_t most = min64(kMostBlocks, kPackedTiles / (2 * units * Row::kVectors));
+    const int64_t most = min64(kMostBlocks, kPackedTiles / (2 * units * Row::kVectors * kSteps));
     const int64_t blocks = max64(1, ceil_div(block.m1 - block.m0, kBlock));
     const int64_t rows = ceil_div(blocks, ceil_div(blocks, most)) * kBlock;
     const int64_t columns = units < all ? max64(1, kWaitingBlocks / (rows / kBlock)) * kBlock : block.n1 - block.n0;

@@ -3,8 +3,8 @@
     y = x @ weight.T + bias      x [..., K], weight [N, K], bias [N]
 
 A token of a model whose layers are int8 waits for what is still float: for the output head above all, which is as many
-weights as several of its blocks. On CPUs without tiles (AMX) torch reads them at half of memory's speed in bf16 for a
-row of x, in fp16 and fp32 at a tenth to a half for a few (docs/kernels.md). Where this package has a kernel that is
+weights as several of its blocks. On CPUs torch reads them at a half to two thirds of memory's speed in bf16 for a row
+of x, in fp16 and fp32 at a tenth to a half for a few (docs/kernels.md). Where this package has a kernel that is
 faster and nobody wants a gradient (`ops.float_linear`), that does it; elsewhere `torch.nn.Linear` does, as before.
 """
 
