@@ -94,11 +94,13 @@ namespace octavo {
 
 extern const Kernels amx_kernels = [] {
   Kernels kernels = avx512_kernels;
-  kernels.float_attention_of[static_cast<int>(Float::bf16)].most_rows = kAttentionRows;  // torch's has tiles for many
-  // And for linear layers that stay float, but in fp16; in bf16 it does not read W for a few rows as fast as these.
+  // Torch has tiles for bf16, too. It is slower where a few rows wait for keys, values or weights that stay float.
+  kernels.float_attention_of[static_cast<int>(Float::bf16)].most_rows = kAttentionRows;
   kernels.float_linear_of[static_cast<int>(Float::f32)] = {};
-  kernels.float_linear_of[static_cast<int>(Float::bf16)].most_rows = 3;
-  kernels.float_linear_of[static_cast<int>(Float::f16)].most_rows = 12;
+  FloatLinearKernels &bf16 = kernels.float_linear_of[static_cast<int>(Float::bf16)],
+                     &f16 = kernels.float_linear_of[static_cast<int>(Float::f16)];
+  bf16.most_rows = bf16.most_rows_next_to_wider = 3;
+  f16.most_rows = f16.most_rows_next_to_wider = 12;
   kernels.isa = "amx";
   kernels.w8a16_of[static_cast<int>(Float::f32)] = packing_kernels<LinearF32>;
   kernels.w8a16_of[static_cast<int>(Float::bf16)] = packing_kernels<LinearBf16>;
