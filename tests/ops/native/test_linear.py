@@ -215,17 +215,30 @@ def test_experts(isa: str, rows: list[int], rest: int, n: int, k: int, dtype: to
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("dtype", FLOATS)
-@pytest.mark.parametrize("m", [3, 60])
+@pytest.mark.parametrize("m", [3, 20, 60])
 def test_what_is_not_finite_stays_in_its_row(isa: str, bad: float, dtype: torch.dtype, m: int) -> None:
     x = torch.randn(m, 70).to(dtype)
     x[1, 69] = bad
-    weight, weight_scale = codes(5, 70).clamp(min=1), torch.rand(5, 1)
+    weight, weight_scale = codes(37, 70).clamp(min=1), torch.rand(37, 1)
     y = ops.w8a16_linear(x, weight, weight_scale)
-    assert torch.equal(y[1].double(), torch.full((5,), bad).double()) or (bad != bad and bool(y[1].isnan().all()))
+    assert torch.equal(y[1].double(), torch.full((37,), bad).double()) or (bad != bad and bool(y[1].isnan().all()))
     y8 = ops.w8a8_linear(*ops.quantize_per_token(x), weight, weight_scale, None, dtype)
     assert y8[1].isnan().all()
     others = [i for i in range(m) if i != 1]
     assert y[others].isfinite().all() and y8[others].isfinite().all()
+
+
+@pytest.mark.parametrize("groups", [1, 5])
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("m", [1, 4, 20, 60])
+def test_an_outlier_leaves_the_others_of_its_row(isa: str, dtype: torch.dtype, groups: int, m: int) -> None:
+    """4096 times as large as they are, where codes are 0: AMX makes fixed-point numbers of a row."""
+    x, weight, weight_scale = torch.randn(m, 640).to(dtype), codes(37, 640), torch.rand(37, groups)
+    x[:, 77], weight[:, 77] = 4096, 0
+    y = ops.w8a16_linear(x, weight, weight_scale)
+    expected, error_of_sums = linear_in_double(x, weight, weight_scale, None, 4 + 640**0.5)
+    parts, _ = linear_in_double(x.abs(), weight.abs(), weight_scale, None, 0)
+    assert_rounds_to(y, expected, error_of_sums + parts * 2.0 ** (-18 if dtype == torch.float32 else -10))
 
 
 def test_experts_lay_out_as_many_rows_at_a_time_as_stay_in_cache(isa: str) -> None:
