@@ -18,23 +18,26 @@
 namespace octavo {
 namespace {
 
-struct CodeRow {
+// What needs to know nothing of a row before it is taken.
+struct PlainRow {
+  PlainRow() = default;
+  PlainRow(const char*, int64_t) {}
+  bool is_finite() const { return true; }
+};
+
+struct CodeRow : PlainRow {
+  using PlainRow::PlainRow;
   static constexpr int kVectors = 1, kDigits = 1;
   static constexpr int64_t kSize = 1;
-  CodeRow() = default;
-  CodeRow(const char*, int64_t) {}
-  bool is_finite() const { return true; }
   OCTAVO_INLINE void of(const char* x, int count, __m512i (&v)[kVectors]) const {
     v[0] = _mm512_maskz_loadu_epi8(first_bytes(count), x);
   }
 };
 
-struct Bf16Row {
+struct Bf16Row : PlainRow {
+  using PlainRow::PlainRow;
   static constexpr int kVectors = 2, kDigits = 1;
   static constexpr int64_t kSize = 2;
-  Bf16Row() = default;
-  Bf16Row(const char*, int64_t) {}
-  bool is_finite() const { return true; }
   OCTAVO_INLINE void of(const char* x, int count, __m512i (&v)[kVectors]) const {
     const __m512i front = _mm512_maskz_loadu_epi8(first_bytes(2 * count), x);
     const __m512i back = count > 32 ? _mm512_maskz_loadu_epi8(first_bytes(2 * count - 64), x + 64) : Vec::zeros();
@@ -48,22 +51,13 @@ struct DigitRow {
   static constexpr int kVectors = kCount, kDigits = kCount;
   static constexpr int64_t kSize = size_of(kType);
 
-  // Values times both of `up` are in units, and those times both of `down` are values: one factor may be too large.
-  float up[2], down[2];
+  float shift;  // values times 2^shift are in units
 
   DigitRow() = default;
   DigitRow(const char* x, int64_t K) {
-    __m512 most = _mm512_setzero_ps();
-    for (int64_t k = 0; k < K; k += Vec::kLanes)
-      most = Vec::largest(most, Vec::load(x + k * kSize, kType, static_cast<int>(min64(Vec::kLanes, K - k))));
-    const float largest = Vec::across(most);
-    uint32_t bits;
-    memcpy(&bits, &largest, sizeof bits);
-    const int exponent = static_cast<int>(bits >> 23);  // 255 of NaN and inf, 0 of subnormal numbers
-    finite_ = exponent < 255;
-    const int shift = 8 * kDigits - 2 + 126 - (exponent > 0 ? exponent : 1);
-    up[0] = two_to(shift / 2), up[1] = two_to(shift - shift / 2);
-    down[0] = two_to(-(shift / 2)), down[1] = two_to(shift / 2 - shift);
+    const float largest = RowKernels<Vec>::amax_of(x, kType, K);
+    finite_ = std::isfinite(largest);
+    shift = finite_ && largest > 0 ? 8 * kDigits - 3 - std::ilogb(largest) : 0;
   }
 
   bool is_finite() const { return finite_; }
@@ -77,8 +71,8 @@ struct DigitRow {
       const __m512 v = there >= Vec::kLanes ? Vec::load(at, kType)
                        : there > 0          ? Vec::load(at, kType, there)
                                             : _mm512_setzero_ps();
-      const __m512 units = _mm512_mul_ps(_mm512_mul_ps(v, _mm512_set1_ps(up[0])), _mm512_set1_ps(up[1]));
-      fixed[i] = _mm512_add_epi32(_mm512_cvtps_epi32(units), _mm512_set1_epi32(static_cast<int>(0x80808080)));
+      const __m512i units = _mm512_cvtps_epi32(Vec::times_two_to(v, Vec::set1(shift)));
+      fixed[i] = _mm512_add_epi32(units, _mm512_set1_epi32(static_cast<int>(0x80808080)));
     }
     // Bytes of that sum are the digits, 128 too large.
     const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 0, 0, 0, 0, 0, 0, 0, 0);
@@ -95,13 +89,6 @@ struct DigitRow {
 
  private:
   bool finite_;
-
-  static float two_to(int n) {
-    const uint32_t bits = static_cast<uint32_t>(n + 127) << 23;
-    float value;
-    memcpy(&value, &bits, sizeof value);
-    return value;
-  }
 };
 
 // The sums of all digits, `sums(d)` of one -> in units.

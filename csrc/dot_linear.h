@@ -204,6 +204,7 @@ struct Finish {
     if (layer.bias) bias = V::load(element(layer.bias, layer.bias_type, n), layer.bias_type, count);
   }
 
+  // y[m, n : n + count], before it is rounded
   OCTAVO_INLINE typename V::F value(int64_t m, typename V::F y) const {
     const float x_scale = layer.x_scale ? layer.x_scale[m * layer.x_scale_step] : 1.0f;
     if (layer.groups == 1) y = V::mul(y, V::mul(V::set1(x_scale), scale));

@@ -13,12 +13,14 @@ namespace {
 constexpr int kMostTiles = 6;  // of x
 constexpr int64_t kColumnsOfTiles = kMostTiles * kTile;
 
-// kPanels times 16 rows of W, `row` bytes apart, and kTiles tiles of x: a step along K.
-template <int kPanels, int kTiles>
+// 16 rows of W each, which meet so many tiles of x at once: there are 8 tiles in all.
+constexpr int panels_for(int tiles) { return tiles <= 2 ? 2 : 1; }
+
+// Panels of W, whose rows are `row` bytes apart, and kTiles tiles of x: a step along K.
+template <int kTiles>
 OCTAVO_INLINE void few_step(const char* w, int64_t row, const char* x) {
   _tile_loadd(6, w, row);
-  if constexpr (kPanels == 2) {
-    static_assert(kTiles <= 2);
+  if constexpr (panels_for(kTiles) == 2) {
     _tile_loadd(4, x, kRowBytes);
     _tile_loadd(7, w + kTile * row, row);
     _tile_dpbssd(0, 6, 4);
@@ -29,7 +31,6 @@ OCTAVO_INLINE void few_step(const char* w, int64_t row, const char* x) {
       _tile_dpbssd(3, 7, 5);
     }
   } else {
-    static_assert(kTiles >= 3);
     _tile_loadd(7, x, kRowBytes);
     _tile_dpbssd(0, 6, 7);
     _tile_loadd(7, x + kTileBytes, kRowBytes);
@@ -64,11 +65,12 @@ struct Ahead {
   }
 };
 
-// sums[a tile for each 16 columns of x][kPanels] = W x^T over steps [step, end). Behind `whole` is what is left of K,
-// with zeros behind it, in `rest`.
-template <int kPanels, int kTiles>
+// sums[a tile for each 16 columns of x][panels of W] = W x^T over steps [step, end). Behind `whole` is what is left of
+// K, with zeros behind it, in `rest`.
+template <int kTiles>
 __attribute__((noinline)) void few_products(const char* w, int64_t row, const char* x, int64_t step, int64_t end,
                                             int64_t whole, const char* rest, Ahead& ahead, int32_t* sums) {
+  constexpr int kPanels = panels_for(kTiles);
   settle();
   _tile_zero(0);
   _tile_zero(1);
@@ -78,8 +80,7 @@ __attribute__((noinline)) void few_products(const char* w, int64_t row, const ch
   _tile_zero(5);
   for (; step < end; step++) {
     const bool there = step < whole;
-    few_step<kPanels, kTiles>(there ? w + step * kRowBytes : rest, there ? row : kRowBytes,
-                              x + step * kTiles * kTileBytes);
+    few_step<kTiles>(there ? w + step * kRowBytes : rest, there ? row : kRowBytes, x + step * kTiles * kTileBytes);
     ahead.fetch<kPanels * kTile>();
   }
   _tile_stored(0, sums, kRowBytes);
@@ -102,7 +103,7 @@ struct FewTileRows {
     alignas(64) char rest[2 * kTileBytes];
     alignas(64) int32_t sums[kMostTiles * kTileSums];
     alignas(64) float totals[kMostTiles * kTileSums];
-    alignas(64) float values[kColumnsOfTiles][kBlock + kTile];  // of each column of x, for rows of W
+    alignas(64) int32_t columns_of_sums[kColumnsOfTiles][kBlock + kTile];  // of each column of x, for rows of W
     alignas(64) char x[];
   };
 
@@ -120,26 +121,7 @@ struct FewTileRows {
     auto& scratch = *static_cast<Scratch*>(memory);
     if (!lay(layer, block, scratch)) return Rest::run(layer, block, memory);
     _tile_loadconfig(&kWholeTiles);
-    switch (tiles_of(block.m1 - block.m0)) {
-      case 1:
-        panels<2, 1>(layer, block, scratch);
-        break;
-      case 2:
-        panels<2, 2>(layer, block, scratch);
-        break;
-      case 3:
-        panels<1, 3>(layer, block, scratch);
-        break;
-      case 4:
-        panels<1, 4>(layer, block, scratch);
-        break;
-      case 5:
-        panels<1, 5>(layer, block, scratch);
-        break;
-      case 6:
-        panels<1, 6>(layer, block, scratch);
-        break;
-    }
+    run_tiles(tiles_of(block.m1 - block.m0), layer, block, scratch);
     _tile_release();
   }
 
@@ -169,50 +151,44 @@ struct FewTileRows {
     return true;
   }
 
-  template <int kPanels, int kTiles>
+  // So many tiles of x, 1 to kTiles.
+  template <int kTiles = kMostTiles>
+  static void run_tiles(int64_t tiles, const Linear& layer, Block block, Scratch& scratch) {
+    if constexpr (kTiles > 1) {
+      if (tiles < kTiles) return run_tiles<kTiles - 1>(tiles, layer, block, scratch);
+    }
+    panels<kTiles>(layer, block, scratch);
+  }
+
+  template <int kTiles>
   static void panels(const Linear& layer, Block block, Scratch& scratch) {
-    constexpr int64_t kRows = kPanels * kTile;
+    constexpr int64_t kRows = panels_for(kTiles) * kTile;
     const char* const w = reinterpret_cast<const char*>(layer.codes());
     const int64_t K = layer.K, steps = ceil_div(K, kRowBytes), whole = K / kRowBytes, group = steps / layer.groups;
     for (int64_t n = block.n0; n < block.n1; n += kRows) {
       const int64_t first = min64(n, layer.N - kRows);  // the last panel may begin before n
       const char* const panel = w + first * K;
       if (whole < steps) {
+        const __mmask64 there = mask64(static_cast<int>(K % kRowBytes));
         for (int64_t i = 0; i < kRows; i++)
-          _mm512_store_si512(
-              scratch.rest + i * kRowBytes,
-              _mm512_maskz_loadu_epi8(mask64(static_cast<int>(K % kRowBytes)), panel + i * K + whole * kRowBytes));
+          _mm512_store_si512(scratch.rest + i * kRowBytes,
+                             _mm512_maskz_loadu_epi8(there, panel + i * K + whole * kRowBytes));
       }
       Ahead ahead{panel + kRows * K, w + block.n1 * K};
-      if (layer.groups == 1) {
-        few_products<kPanels, kTiles>(panel, K, scratch.x, 0, steps, whole, scratch.rest, ahead, scratch.sums);
-        lay_out<kPanels, kTiles>(scratch.sums, scratch);
-      } else {
-        for (int64_t g = 0; g < layer.groups; g++) {
-          few_products<kPanels, kTiles>(panel, K, scratch.x, g * group, (g + 1) * group, whole, scratch.rest, ahead,
-                                        scratch.sums);
-          add_group<kPanels, kTiles>(layer.w_scale + first * layer.groups + g, layer.groups, g > 0, scratch);
-        }
-        lay_out<kPanels, kTiles>(scratch.totals, scratch);
+      for (int64_t g = 0; g < layer.groups; g++) {
+        few_products<kTiles>(panel, K, scratch.x, g * group, (g + 1) * group, whole, scratch.rest, ahead, scratch.sums);
+        if (layer.groups > 1) add_group<kTiles>(layer.w_scale + first * layer.groups + g, layer.groups, g > 0, scratch);
       }
-      const int64_t end = min64(n + kRows, block.n1);
-      for (int64_t from = n; from < end; from += kTile) {
-        const Finish<Vec> columns(layer, from, static_cast<int>(min64(kTile, end - from)));
-        for (int64_t m = 0; m < block.m1 - block.m0; m++) {
-          const auto sums = [&](int d) { return _mm512_loadu_ps(scratch.values[m * kDigits + d] + (from - first)); };
-          __m512 y = together<kDigits>(sums);
-          if constexpr (kDigits > 1)
-            y = _mm512_mul_ps(_mm512_mul_ps(y, _mm512_set1_ps(scratch.rows[m].down[0])),
-                              _mm512_set1_ps(scratch.rows[m].down[1]));
-          columns.store(block.m0 + m, y);
-        }
-      }
+      const Block part{block.m0, block.m1, n, min64(n + kRows, block.n1)};
+      layer.groups > 1 ? finish<kTiles>(layer, part, first, scratch.totals, scratch)
+                       : finish<kTiles>(layer, part, first, scratch.sums, scratch);
     }
   }
 
   // totals (+)= a group's sums under the scales of its rows of W.
-  template <int kPanels, int kTiles>
+  template <int kTiles>
   static void add_group(const float* scale, int64_t step, bool add, Scratch& scratch) {
+    constexpr int kPanels = panels_for(kTiles);
     for (int p = 0; p < kPanels; p++) {
       for (int64_t i = 0; i < kTile; i++) {
         const __m512 by = _mm512_set1_ps(scale[(p * kTile + i) * step]);
@@ -227,17 +203,21 @@ struct FewTileRows {
     }
   }
 
-  // Tiles of sums, a row for each of W -> values, a row for each column of x.
-  template <int kPanels, int kTiles, class Sum>
-  static void lay_out(const Sum* sums, Scratch& scratch) {
-    for (int t = 0; t < kTiles; t++) {
-      for (int p = 0; p < kPanels; p++, sums += kTileSums) {
-        __m512i r[kTile];
-#pragma GCC unroll 16
-        for (int i = 0; i < kTile; i++) r[i] = _mm512_castps_si512(Vec::from_sums(sums + i * kTile, 0));
-        transpose(r);
-#pragma GCC unroll 16
-        for (int i = 0; i < kTile; i++) _mm512_storeu_si512(scratch.values[t * kTile + i] + p * kTile, r[i]);
+  // Tiles of sums, whose rows are those of W from `first` on -> y of a part.
+  template <int kTiles, class Sum>
+  static void finish(const Linear& layer, Block part, int64_t first, const Sum* sums, Scratch& scratch) {
+    for (int t = 0; t < kTiles; t++)
+      for (int p = 0; p < panels_for(kTiles); p++, sums += kTileSums)
+        turn(sums, kRowBytes, scratch.columns_of_sums[t * kTile] + p * kTile, sizeof scratch.columns_of_sums[0]);
+    for (int64_t n = part.n0; n < part.n1; n += kTile) {
+      const Finish<Vec> columns(layer, n, static_cast<int>(min64(kTile, part.n1 - n)));
+      for (int64_t m = 0; m < part.m1 - part.m0; m++) {
+        __m512 y = together<kDigits>([&](int d) {
+          const int32_t* const column = scratch.columns_of_sums[m * kDigits + d] + (n - first);
+          return Vec::from_sums(reinterpret_cast<const Sum*>(column), 0);
+        });
+        if constexpr (kDigits > 1) y = Vec::times_two_to(y, Vec::set1(-scratch.rows[m].shift));
+        columns.store(part.m0 + m, y);
       }
     }
   }

@@ -161,7 +161,7 @@ class Finishing {
 
   template <class Any>
   __attribute__((noinline)) static void turn_around(Any* sums) {
-    turn(reinterpret_cast<char*>(sums), kRowBytes, reinterpret_cast<char*>(sums));
+    turn(sums, kRowBytes, sums);
   }
 
   // Some rows of 16 from m on, from the `first` of these on.
@@ -256,12 +256,12 @@ struct ManyTileRows {
   using Sum = typename Tiles::Sum;
 
   struct Scratch {
-    alignas(64) char x[kPackedTiles * kTileBytes];
+    alignas(64) char x[kPackedTiles / kSteps * kTileBytes];
     alignas(64) char panels[2][kPieceSteps * kStepBytes];
     alignas(64) Sums<Sum> sums[kWaitingBlocks];
     alignas(64) Sum parts[kDigits][4 * kTileSums];
     alignas(64) char columns[Row::kVectors][kTileBytes];
-    alignas(64) float down[2][kMostBlocks * kBlock];
+    alignas(64) float down[kMostBlocks * kBlock];  // the exponent of a row's unit
     Row rows[kMostBlocks * kBlock];
   };
 
@@ -284,7 +284,7 @@ struct ManyTileRows {
     const int64_t most = min64(kMostBlocks, kPackedTiles / (2 * units * Row::kVectors * kSteps));
     const int64_t blocks = max64(1, ceil_div(block.m1 - block.m0, kBlock));
     const int64_t rows = ceil_div(blocks, ceil_div(blocks, most)) * kBlock;
-    const int64_t columns = units < all ? max64(1, kWaitingBlocks / (rows / kBlock)) * kBlock : block.n1 - block.n0;
+    const int64_t columns = units < all ? kWaitingBlocks / (rows / kBlock) * kBlock : block.n1 - block.n0;
     _tile_loadconfig(&kWholeTiles);
     for (int64_t m = block.m0; m < block.m1; m += rows) {
       const int64_t m1 = min64(m + rows, block.m1);
@@ -313,7 +313,7 @@ struct ManyTileRows {
       for (int64_t m = m0, i = 0; m < m1; m++, i++) {
         scratch.rows[i] = Row(static_cast<const char*>(layer.x) + m * row, layer.K);
         if (!scratch.rows[i].is_finite()) return false;
-        scratch.down[0][i] = scratch.rows[i].down[0], scratch.down[1][i] = scratch.rows[i].down[1];
+        scratch.down[i] = -scratch.rows[i].shift;
       }
     }
     return true;
@@ -416,8 +416,7 @@ struct ManyTileRows {
       for (int64_t j = 0; j < kTile; j++) {
         const int64_t at = tile * kTileSums + j * kTile;
         __m512 v = together<kDigits>([&](int d) { return Vec::from_sums(scratch.parts[d] + at, 0); });
-        if constexpr (kDigits > 1)
-          v = Vec::mul(Vec::mul(v, Vec::load(scratch.down[0] + row)), Vec::load(scratch.down[1] + row));
+        if constexpr (kDigits > 1) v = Vec::times_two_to(v, Vec::load(scratch.down + row));
         if (scale) v = Vec::mul(v, Vec::set1(scale[min64(n + j, layer.N - 1) * layer.groups]));
         Vec::store(sums + at, add ? Vec::add(v, Vec::load(sums + at)) : v);
       }

@@ -27,14 +27,17 @@ constexpr TileConfig kWholeTiles;
 // What was stored so far is there for the tiles to load. GCC's intrinsics do not say that they read memory.
 inline void settle() { __asm__ volatile("" ::: "memory"); }
 
-// 16 rows of 64 bytes each <- 16 columns of 64 bytes, `step` bytes from one to the next; units of four bytes.
-OCTAVO_INLINE void turn(const char* columns, int64_t step, char* rows) {
+// 16 rows of 64 bytes each <- 16 columns of 64 bytes, in units of four bytes. `step`, `row`: bytes from one to the
+// next.
+OCTAVO_INLINE void turn(const void* from, int64_t step, void* to, int64_t row = kRowBytes) {
+  const char* const columns = static_cast<const char*>(from);
+  char* const rows = static_cast<char*>(to);
   __m512i r[kTile];
 #pragma GCC unroll 16
   for (int i = 0; i < kTile; i++) r[i] = _mm512_loadu_si512(columns + i * step);
   transpose(r);
 #pragma GCC unroll 16
-  for (int i = 0; i < kTile; i++) _mm512_storeu_si512(rows + i * kRowBytes, r[i]);
+  for (int i = 0; i < kTile; i++) _mm512_storeu_si512(rows + i * row, r[i]);
 }
 
 // The bytes of 64 that are there.
