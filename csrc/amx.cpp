@@ -34,7 +34,13 @@
 
 #include "few_tile_rows.h"
 
+#include "many_tiles.h"
+
 #include "many_tile_rows.h"
+
+#include "windows.h"
+
+#include "tile_convolution.h"
 
 namespace octavo {
 namespace {
@@ -85,6 +91,9 @@ using LinearInt8 = InTiles<Avx512<avx512_codes>, FewTileRows<CodeRow, Avx512<avx
 template <class Layer>
 constexpr LinearKernels packing_kernels{Layer::scratch_bytes, Layer::run, Layer::packed_bytes, Layer::pack};
 
+template <class Of>
+constexpr ConvolutionKernels convolution{1024, kBlock, Of::most_windows, Of::scratch_bytes, Of::run};
+
 }  // namespace
 }  // namespace octavo
 
@@ -107,6 +116,9 @@ extern const Kernels amx_kernels = [] {
   kernels.w8a16_of[static_cast<int>(Float::bf16)] = packing_kernels<LinearBf16>;
   kernels.w8a16_of[static_cast<int>(Float::f16)] = packing_kernels<LinearF16>;
   kernels.w8a8 = packing_kernels<LinearInt8>;
+  kernels.convolution_of[static_cast<int>(Float::f32)] = &convolution<TileConvolution<Float::f32>>;
+  kernels.convolution_of[static_cast<int>(Float::bf16)] = &convolution<TileConvolution<Float::bf16>>;
+  kernels.convolution_of[static_cast<int>(Float::f16)] = &convolution<TileConvolution<Float::f16>>;
   return kernels;
 }();
 

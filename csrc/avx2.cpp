@@ -27,6 +27,8 @@
 
 #include "units.h"
 
+#include "windows.h"
+
 #include "convolution.h"
 
 #include "narrow_convolution.h"

@@ -2,26 +2,13 @@
 //
 //     y[b, n, p] = sum_k x[start of window p of image b + element k] * w[n, k] * w_scale[n] + bias[n]
 //
-// No window is ever laid out as a row. Windows that are next to each other begin at elements that are, as a rule; so
-// the tiles that outer_linear.h multiplies are filled from the image directly, an element of 12 windows at a time,
-// piece by piece into scratch, where the piece stays while all rows of W pass by. Sums are turned around as they are
-// stored.
+// No window is ever laid out as a row. The tiles that outer_linear.h multiplies are filled from the image directly, an
+// element of 12 windows at a time (windows.h), piece by piece into scratch, where the piece stays while all rows of W
+// pass by. Sums are turned around as they are stored.
 #pragma once
 
 namespace octavo {
 namespace {
-
-constexpr int kPieces = (kTileRows + Vec::kLanes - 1) / Vec::kLanes;  // vectors of a lane for each row of a tile
-
-// Windows of a tile that begin at the same distance from each other: where the window of lane 0 would begin, and which
-// lanes they are of each piece.
-struct Run {
-  int64_t start, first, end;
-  Vec::Range lanes(int piece) const {
-    const auto within = [&](int64_t lane) { return max64(0, min64(Vec::kLanes, lane - piece * Vec::kLanes)); };
-    return {within(first), within(end)};
-  }
-};
 
 // `Elements`: of the image, as a `Unit` multiplies them: see units.h.
 template <class Unit, class Elements>
@@ -48,21 +35,14 @@ class OuterConvolution : OuterLinear<Unit> {
     char* const packed = static_cast<char*>(memory) + sizeof(Scratch);
     for (int64_t m = block.m0, most = most_windows(c); m < block.m1; m += most) {
       const Block some{m, min64(m + most, block.m1), block.n0, block.n1};
-      multiply(c, image, some, layer_of(c, some.m1 - some.m0, packed), scratch);
+      Linear layer = layer_of(c, some.m1 - some.m0);
+      layer.packed = packed;
+      multiply(c, image, some, layer, scratch);
     }
   }
 
  private:
-  static int64_t tile_bytes(const Convolution& c) { return Outer::tile_bytes(layer_of(c, 0, nullptr)); }
-
-  // M windows as rows of x, packed.
-  static Linear layer_of(const Convolution& c, int64_t M, char* packed) {
-    Linear layer{};
-    layer.M = M, layer.N = c.N, layer.K = c.K;
-    layer.w = c.w, layer.groups = 1;
-    layer.packed = packed;
-    return layer;
-  }
+  static int64_t tile_bytes(const Convolution& c) { return Outer::tile_bytes(layer_of(c, 0)); }
 
   static void multiply(const Convolution& c, int64_t image, Block block, const Linear& layer, Scratch& scratch) {
     for (int64_t m = 0; m < layer.M; m += kTileRows)
@@ -75,59 +55,13 @@ class OuterConvolution : OuterLinear<Unit> {
     }
   }
 
-  static int64_t start_of(const Convolution& c, int64_t p) {
-    const int64_t last = p % c.windows[2], middle = p / c.windows[2] % c.windows[1];
-    return p / c.windows[2] / c.windows[1] * c.step[0] + middle * c.step[1] + last * c.step[2];
-  }
-
   // Windows [p, p + count) of an image -> a tile.
   static void pack(const Convolution& c, int64_t image, int64_t p, int64_t count, char* to) {
-    const int64_t step = c.step[2] == 2 ? 2 : 1;
-    Run runs[kTileRows];
-    int many = 0;
-    for (int64_t i = 0; i < count; i++) {
-      const int64_t start = image * c.image_step + start_of(c, p + i) - i * step;
-      if (!many || runs[many - 1].start != start) runs[many++] = {start, i, i};
-      runs[many - 1].end = i + 1;
-    }
-    step == 2 ? lay_pieces<2>(c, runs, many, to) : lay_pieces<1>(c, runs, many, to);
+    WindowsAcross<kTileRows, kBytes>::each(c, image, p, count, [&](auto piece, const auto& across) {
+      lay_windows<piece>(c, across, to + piece * Vec::kLanes * kUnitBytes);
+    });
   }
 
-  template <int kStep, int kPiece = 0>
-  static void lay_pieces(const Convolution& c, const Run* runs, int many, char* to) {
-    lay_piece<kStep, kPiece>(c, runs, many, to + kPiece * Vec::kLanes * kUnitBytes);
-    if constexpr (kPiece + 1 < kPieces) lay_pieces<kStep, kPiece + 1>(c, runs, many, to);
-  }
-
-  // Where the lanes of a piece are, each from an element of the image on. As a rule they are one run or two.
-  struct Some {
-    const char* x;
-    Vec::Range lanes;
-  };
-
-  template <int kStep, int kPiece>
-  static void lay_piece(const Convolution& c, const Run* runs, int many, char* to) {
-    constexpr int64_t kFirst = kPiece * Vec::kLanes;
-    Some some[kTileRows];
-    int count = 0;
-    for (const Run* run = runs; run < runs + many; run++)
-      if (run->first < kFirst + Vec::kLanes && run->end > kFirst)
-        some[count++] = {static_cast<const char*>(c.x) + (run->start + kFirst * kStep) * kBytes, run->lanes(kPiece)};
-    const auto load = [&](int i, int64_t at) { return Vec::strided<kBytes>(some[i].x + at, kStep, some[i].lanes); };
-    if (count == 1) lay_windows<kPiece>(c, [&](int64_t at) { return load(0, at); }, to);
-    if (count == 2) lay_windows<kPiece>(c, [&](int64_t at) { return Vec::both(load(0, at), load(1, at)); }, to);
-    if (count > 2)
-      lay_windows<kPiece>(
-          c,
-          [&](int64_t at) {
-            Vec::I v = load(0, at);
-            for (int i = 1; i < count; i++) v = Vec::both(v, load(i, at));
-            return v;
-          },
-          to);
-  }
-
-  // across(at): the element of all windows of the piece, `at` bytes behind the first of each.
   template <int kPiece, class Across>
   OCTAVO_INLINE static void lay_windows(const Convolution& c, const Across& across, char* to) {
     constexpr int kLeft = kTileRows - kPiece * Vec::kLanes, kRows = kLeft < Vec::kLanes ? kLeft : Vec::kLanes;
@@ -140,7 +74,7 @@ class OuterConvolution : OuterLinear<Unit> {
 
   // Sums [m1 - m0, 32] -> y, in which the windows of a column lie next to each other.
   static void store(const Convolution& c, int64_t image, Block part, const float* sums) {
-    const int64_t P = c.windows[0] * c.windows[1] * c.windows[2];
+    const int64_t P = windows_of(c);
     constexpr int kLanes = Vec::kLanes;
     for (int64_t n = part.n0; n < part.n1; n += kLanes) {
       const int columns = static_cast<int>(min64(kLanes, part.n1 - n));
@@ -164,7 +98,7 @@ class OuterConvolution : OuterLinear<Unit> {
 };
 
 template <class Of>
-constexpr ConvolutionKernels convolution{Of::most_windows, Of::scratch_bytes, Of::run};
+constexpr ConvolutionKernels convolution{256, kTileRows, Of::most_windows, Of::scratch_bytes, Of::run};
 
 }  // namespace
 }  // namespace octavo

@@ -230,7 +230,9 @@ struct FloatLinearKernels {
 constexpr int64_t kAnyNumber = INT64_MAX;  // of rows
 
 struct ConvolutionKernels {
-  int64_t (*most_windows)(const Convolution&);  // of an image, that `run` is best given at once
+  // What `run` is best given at once: so many columns of y at most, and windows of an image, in multiples of a unit.
+  int64_t most_columns, unit;
+  int64_t (*most_windows)(const Convolution&);
   // Of `scratch`: 64-byte aligned, and not shared between threads.
   size_t (*scratch_bytes)(const Convolution&);
   // Windows [m0, m1) of an image, columns [n0, n1) of y.

@@ -1,17 +1,7 @@
-// Many rows of x in tiles: a block of sums, 32 rows of W by 32 of x, fills four of the eight tiles.
+// Many rows of x in tiles: each is a column of many_tiles.h.
 //
-//                            16 rows of x   16 rows of x
-//                               tile 6         tile 7
-//     16 rows of W  tile 4      tile 0         tile 2        4 loads of a tile for 4 products at each step along K
-//     16 rows of W  tile 5      tile 1         tile 3
-//
-// Rows of x, laid out once, stay in the L2 cache while panels of W, 32 rows each, pass by. Codes are read from where
-// they lie, if their rows begin at lines of the cache, and asked for a panel ahead; otherwise, or to be widened to
-// bf16, a panel is copied into tiles in L2. That, and the way from sums to y, are work for the vector units. They do it
-// while the tile unit is busy, 16 cycles for each product: see `Meanwhile`.
-//
-// Groups of columns that have scales of their own, and the digits of fp16 and fp32 (digits.h), are parts of a sum: each
-// is a block of sums of its own, and they are folded together in fp32.
+// Groups of columns of W that have scales of their own, and the digits of fp16 and fp32 (digits.h), are parts of a sum:
+// each is a block of sums of its own, and they are folded together in fp32.
 //
 // Included by amx.cpp after its target pragma.
 #pragma once
@@ -19,121 +9,86 @@
 namespace octavo {
 namespace {
 
-constexpr int64_t kStepBytes = 2 * kTileBytes + 64;  // of a panel: odd, in cache lines, to spread over a cache's sets
+template <class Row, class Sum>
+class RowColumns {
+  const Linear& layer_;
 
-// Sizes in scratch, of what should stay in L2, which holds 2 MB.
-constexpr int64_t kPackedTiles = 1024;   // of x: 1 MB, or half of it next to panels that are twice as large in bf16
-constexpr int64_t kPieceSteps = 64;      // of K, at most, that x is laid out for at a time: a panel has 132 KB, twice
-constexpr int64_t kWaitingBlocks = 128;  // of sums, where K is in pieces: 512 KB
-constexpr int64_t kMostBlocks = 32;      // of rows of x
-
-// How tiles multiply: `left` with tile 6, `right` with tile 7. `kSteps` tiles for a unit of 64 values.
-struct Int8Tiles {
-  using Sum = int32_t;
-  static constexpr int64_t kSteps = 1;
-  static void left() {
-    _tile_dpbssd(0, 4, 6);
-    _tile_dpbssd(1, 5, 6);
-  }
-  static void right() {
-    _tile_dpbssd(2, 4, 7);
-    _tile_dpbssd(3, 5, 7);
-  }
-  static void store_w(char* to, __m512i codes) { _mm512_storeu_si512(to, codes); }
-};
-
-// Subnormal numbers of x are zeros to the tile unit.
-struct Bf16Tiles {
-  using Sum = float;
-  static constexpr int64_t kSteps = 2;
-  static void left() {
-    _tile_dpbf16ps(0, 4, 6);
-    _tile_dpbf16ps(1, 5, 6);
-  }
-  static void right() {
-    _tile_dpbf16ps(2, 4, 7);
-    _tile_dpbf16ps(3, 5, 7);
-  }
-  static void store_w(char* to, __m512i codes) {
-    const Halves both = looked_up(codes);
-    _mm512_storeu_si512(to, both.first);
-    _mm512_storeu_si512(to + kStepBytes, both.second);
-  }
-};
-
-// A panel of W: where its first tile lies, and bytes to the next row, to the next step, and to the second tile.
-struct Panel {
-  const char* tiles;
-  int64_t row, step, second;
-};
-
-// A panel of W on its way: up to 32 rows, over `length` columns, into tiles; or, where it is read from where it lies,
-// into the cache. A row is read to its end before the next is begun, so that W is read as it lies in memory; the row
-// after it is asked for at the same time.
-template <class Tiles>
-class Filling {
  public:
-  Filling(const int8_t* w, int64_t row, int64_t rows, int64_t length, char* tiles)
-      : w_(w), row_(row), rows_(rows), length_(length), units_(ceil_div(length, kUnitCodes)), tiles_(tiles) {}
+  static constexpr int64_t kParts = Row::kDigits, kVectors = Row::kVectors;
+  static constexpr bool kFolds = kParts > 1;
 
-  // The next `count` units of rows.
-  OCTAVO_INLINE void some(int64_t count) { tiles_ ? copy(count) : fetch(count); }
+  class Finishing;
 
-  void rest() { some(kBlock * units_ + 1); }
+  struct Memory {
+    alignas(64) char columns[kVectors][kTileBytes];
+    alignas(64) float down[kMostBlocks * kBlock];
+    Row rows[kMostBlocks * kBlock];
+  };
+
+  RowColumns(const Linear& layer, Memory& memory) : layer_(layer), memory_(memory) {}
+
+  // Returns whether the rows have digits.
+  bool meet(int64_t m0, int64_t m1) {
+    first_ = m0;
+    if constexpr (kFolds) {
+      for (int64_t m = m0, i = 0; m < m1; m++, i++) {
+        memory_.rows[i] = Row(row(m), layer_.K);
+        if (!memory_.rows[i].is_finite()) return false;
+        memory_.down[i] = -memory_.rows[i].shift;
+      }
+    }
+    return true;
+  }
+
+  __m512 down(int64_t i) const { return Vec::load(memory_.down + i); }
+
+  void lay(int64_t m, int64_t m1, int64_t k, int64_t length, char* to, int64_t second) {
+    for (; m < m1; m += kTile, to += second) lay_tiles(m, min64(kTile, m1 - m), k, length, to, 2 * second);
+  }
+
+  // Each lies on a page of its own.
+  void ask_for_y(Block block) const {
+    for (int64_t m = block.m0; m < block.m1; m++)
+      __builtin_prefetch(element(layer_.y, layer_.y_type, m * layer_.N + block.n0), 1, kIntoL2);
+  }
 
  private:
-  OCTAVO_INLINE void fetch(int64_t count) {
-    for (; count > 0 && done_ < rows_; count--) {
-      __builtin_prefetch(w_ + unit_ * kUnitCodes, 0, kIntoL2);
-      if (++unit_ == units_) unit_ = 0, done_++, w_ += row_;
+  const char* row(int64_t m) const { return static_cast<const char*>(layer_.x) + m * layer_.K * Row::kSize; }
+
+  // Past the last of `rows` it is met again; the sums are not used.
+  __attribute__((noinline)) void lay_tiles(int64_t m, int64_t rows, int64_t k0, int64_t length, char* tiles,
+                                           int64_t part) {
+    const char* const x = row(m) + k0 * Row::kSize;
+    const int64_t step = layer_.K * Row::kSize;
+    for (int64_t k = 0; k < length; k += kUnitCodes, tiles += kVectors / kParts * kTileBytes) {
+      if (std::is_same_v<Row, CodeRow> && rows == kTile && length - k >= kUnitCodes) {
+        turn(x + k, step, tiles);
+        continue;
+      }
+      for (int64_t r = 0; r < kTile; r++) {
+        const int64_t one = min64(r, rows - 1);
+        __m512i v[kVectors];
+        memory_.rows[m - first_ + one].of(x + one * step + k * Row::kSize,
+                                          static_cast<int>(min64(kUnitCodes, length - k)), v);
+#pragma GCC unroll 4
+        for (int j = 0; j < kVectors; j++) _mm512_store_si512(memory_.columns[j] + r * kRowBytes, v[j]);
+      }
+      for (int j = 0; j < kVectors; j++)
+        turn(memory_.columns[j], kRowBytes, tiles + (kParts > 1 ? j * part : j * kTileBytes));
     }
   }
 
-  OCTAVO_INLINE void copy(int64_t count) {
-    while (count > 0 && done_ < rows_) {
-      const int64_t end = min64(unit_ + count, units_);
-      count -= end - unit_;
-      stretch(unit_, end);
-      unit_ = end;
-      if (unit_ == units_) unit_ = 0, done_++, w_ += row_, tiles_ += kRowBytes;
-    }
-  }
-
-  OCTAVO_INLINE void stretch(int64_t unit, int64_t end) {
-    const int64_t whole = min64(end, length_ / kUnitCodes), row = row_;
-    const int8_t* w = w_ + unit * kUnitCodes;
-    char* to = tiles_ + unit * Tiles::kSteps * kStepBytes;
-    for (; unit < whole; unit++, w += kUnitCodes, to += Tiles::kSteps * kStepBytes) {
-      __builtin_prefetch(w + row, 0, kIntoL2);
-      Tiles::store_w(to, _mm512_loadu_si512(w));
-    }
-    if (unit < end) {
-      const int count = static_cast<int>(length_ % kUnitCodes);
-      Tiles::store_w(to, _mm512_maskz_loadu_epi8(mask64(count), w));
-    }
-  }
-
-  const int8_t* w_;
-  int64_t row_, rows_, length_, units_;
-  char* tiles_;
-  int64_t done_ = 0, unit_ = 0;
+  Memory& memory_;
+  int64_t first_ = 0;  // of the rows that were met
 };
 
-// The sums of a block, a row for each of W: as the tile unit has them, or parts of them folded together.
-template <class Sum>
-union Sums {
-  Sum whole[4 * kTileSums];
-  float folded[4 * kTileSums];
-};
-
-// The sums of a block on their way into y, in portions of some hundred operations: the processor looks some 500 ahead,
-// and has to find the next tiles there. Two tiles of 16 rows of x are turned around, then a few rows at a time stored.
-template <class Sum>
-class Finishing {
+// Two tiles of 16 rows of x are turned around, then a few rows at a time stored.
+template <class Row, class Sum>
+class RowColumns<Row, Sum>::Finishing {
  public:
   Finishing() = default;
-  Finishing(const Linear& layer, Block part, Sums<Sum>& sums, bool folded)
-      : layer_(&layer),
+  Finishing(const RowColumns& columns, Block part, Sums<Sum>& sums, bool folded)
+      : layer_(&columns.layer_),
         part_(part),
         sums_(&sums),
         folded_(folded),
@@ -190,85 +145,17 @@ class Finishing {
   int64_t left_ = 0;
 };
 
-// What the vector units do while the tile unit multiplies: the next panel of W, and the sums of the block before.
-template <class Tiles>
-struct Meanwhile {
-  Filling<Tiles> panel;
-  Finishing<typename Tiles::Sum> sums;
-  int64_t portion;  // units of rows after each step: the panel is full when the one before it has met all of x
-
-  OCTAVO_INLINE void work() {
-    panel.some(portion);
-    sums.one();
-  }
-};
-
-// A block of sums, added to those that are there or not, over `steps` of a panel of W and of one or two tiles of x,
-// `x_second` bytes apart.
-template <class Tiles, int kTilesOfX>
-__attribute__((noinline)) void multiply(const Panel& panel, const char* x, int64_t x_second, int64_t steps,
-                                        typename Tiles::Sum* sums, bool add, Meanwhile<Tiles>& meanwhile) {
-  const char *const w = panel.tiles, *const next_w = w + panel.second, *const next_x = x + x_second;
-  const int64_t row = panel.row, w_step = panel.step;
-  settle();
-  if (add) {
-    _tile_loadd(0, sums, kRowBytes);
-    _tile_loadd(1, sums + kTileSums, kRowBytes);
-    if constexpr (kTilesOfX == 2) {
-      _tile_loadd(2, sums + 2 * kTileSums, kRowBytes);
-      _tile_loadd(3, sums + 3 * kTileSums, kRowBytes);
-    }
-  } else {
-    _tile_zero(0);
-    _tile_zero(1);
-    if constexpr (kTilesOfX == 2) {
-      _tile_zero(2);
-      _tile_zero(3);
-    }
-  }
-  for (int64_t step = 0; step < steps; step++) {
-    _tile_loadd(4, w + step * w_step, row);
-    _tile_loadd(5, next_w + step * w_step, row);
-    _tile_loadd(6, x + step * kTileBytes, kRowBytes);
-    Tiles::left();
-    if constexpr (kTilesOfX == 2) {
-      _tile_loadd(7, next_x + step * kTileBytes, kRowBytes);
-      Tiles::right();
-    }
-    meanwhile.work();
-  }
-  meanwhile.sums.rest();  // they may lie where these are stored
-  _tile_stored(0, sums, kRowBytes);
-  _tile_stored(1, sums + kTileSums, kRowBytes);
-  if constexpr (kTilesOfX == 2) {
-    _tile_stored(2, sums + 2 * kTileSums, kRowBytes);
-    _tile_stored(3, sums + 3 * kTileSums, kRowBytes);
-  }
-  settle();
-}
-
 // `Rest` serves rows that have no digits. `kLeast`: rows of x; fewer are not faster than dot products.
 template <class Row, class Tiles, class Rest, int kLeast>
 struct ManyTileRows {
-  static constexpr int64_t kDigits = Row::kDigits, kSteps = Tiles::kSteps;
-  static_assert(Row::kVectors == kDigits * kSteps);
-
-  using Sum = typename Tiles::Sum;
-
-  struct Scratch {
-    alignas(64) char x[kPackedTiles / kSteps * kTileBytes];
-    alignas(64) char panels[2][kPieceSteps * kStepBytes];
-    alignas(64) Sums<Sum> sums[kWaitingBlocks];
-    alignas(64) Sum parts[kDigits][4 * kTileSums];
-    alignas(64) char columns[Row::kVectors][kTileBytes];
-    alignas(64) float down[kMostBlocks * kBlock];  // the exponent of a row's unit
-    Row rows[kMostBlocks * kBlock];
-  };
+  using Columns = RowColumns<Row, typename Tiles::Sum>;
+  using Many = ManyTiles<Columns, Tiles>;
+  using Scratch = typename Many::Scratch;
 
   static bool takes(const Linear& layer) {
-    return layer.M >= kLeast && layer.K > 0 && (kDigits == 1 || layer.K <= kLongestExact) &&
-           (layer.groups == 1 ||
-            (layer.K / layer.groups % kUnitCodes == 0 && units_of_group(layer) * kSteps <= kPieceSteps));
+    return layer.M >= kLeast && layer.K > 0 && (Row::kDigits == 1 || layer.K <= kLongestExact) &&
+           (layer.groups == 1 || (layer.K / layer.groups % kUnitCodes == 0 &&
+                                  Many::units_of_group(layer) * Tiles::kSteps <= kPieceSteps));
   }
 
   static size_t scratch_bytes(const Linear& layer) {
@@ -277,156 +164,8 @@ struct ManyTileRows {
 
   static void run(const Linear& layer, Block block, void* memory) {
     auto& scratch = *static_cast<Scratch*>(memory);
-    const int64_t all = ceil_div(layer.K, kUnitCodes);
-    const int64_t group = layer.groups > 1 ? units_of_group(layer) : 1;
-    const int64_t fit = kPieceSteps / kSteps / group * group;  // units of a piece
-    const int64_t units = ceil_div(ceil_div(all, ceil_div(all, fit)), group) * group;
-    const int64_t most = min64(kMostBlocks, kPackedTiles / (2 * units * Row::kVectors * kSteps));
-    const int64_t blocks = max64(1, ceil_div(block.m1 - block.m0, kBlock));
-    const int64_t rows = ceil_div(blocks, ceil_div(blocks, most)) * kBlock;
-    const int64_t columns = units < all ? kWaitingBlocks / (rows / kBlock) * kBlock : block.n1 - block.n0;
-    _tile_loadconfig(&kWholeTiles);
-    for (int64_t m = block.m0; m < block.m1; m += rows) {
-      const int64_t m1 = min64(m + rows, block.m1);
-      if (!meet(layer, m, m1, scratch)) {
-        Rest::run(layer, {m, m1, block.n0, block.n1}, memory);
-        continue;
-      }
-      for (int64_t n = block.n0; n < block.n1; n += columns) {
-        const Block part{m, m1, n, min64(n + columns, block.n1)};
-        for (int64_t unit = 0; unit < all; unit += units) {
-          const int64_t k = unit * kUnitCodes;
-          piece(layer, part, k, min64(units * kUnitCodes, layer.K - k), scratch);
-        }
-      }
-    }
-    _tile_release();
-  }
-
- private:
-  static int64_t units_of_group(const Linear& layer) { return layer.K / layer.groups / kUnitCodes; }
-
-  // Rows [m0, m1) of x, for which there is room. Returns whether they have digits.
-  static bool meet(const Linear& layer, int64_t m0, int64_t m1, Scratch& scratch) {
-    if constexpr (kDigits > 1) {
-      const int64_t row = layer.K * Row::kSize;
-      for (int64_t m = m0, i = 0; m < m1; m++, i++) {
-        scratch.rows[i] = Row(static_cast<const char*>(layer.x) + m * row, layer.K);
-        if (!scratch.rows[i].is_finite()) return false;
-        scratch.down[i] = -scratch.rows[i].shift;
-      }
-    }
-    return true;
-  }
-
-  // 16 rows of x, from row i on of those that were met, over `length` columns -> tiles: a digit's, those of 32 rows,
-  // behind each other. Past the last of `rows` it is met again; the sums are not used.
-  __attribute__((noinline)) static void lay(const char* x, int64_t row, int64_t i, int64_t rows, int64_t length,
-                                            char* tiles, int64_t digit, Scratch& scratch) {
-    for (int64_t k = 0; k < length; k += kUnitCodes, tiles += kSteps * kTileBytes) {
-      if (std::is_same_v<Row, CodeRow> && rows == kTile && length - k >= kUnitCodes) {
-        turn(x + k, row, tiles);
-        continue;
-      }
-      for (int64_t r = 0; r < kTile; r++) {
-        const int64_t one = min64(r, rows - 1);
-        __m512i v[Row::kVectors];
-        scratch.rows[i + one].of(x + one * row + k * Row::kSize, static_cast<int>(min64(kUnitCodes, length - k)), v);
-#pragma GCC unroll 4
-        for (int j = 0; j < Row::kVectors; j++) _mm512_store_si512(scratch.columns[j] + r * kRowBytes, v[j]);
-      }
-      for (int j = 0; j < Row::kVectors; j++)
-        turn(scratch.columns[j], kRowBytes, tiles + (kDigits > 1 ? j * digit : j * kTileBytes));
-    }
-  }
-
-  // The sums of `part` over K elements [k, k + length); and y, if these are the last.
-  static void piece(const Linear& layer, Block part, int64_t k, int64_t length, Scratch& scratch) {
-    const int64_t units = ceil_div(length, kUnitCodes), steps = units * kSteps;
-    const int64_t blocks = ceil_div(part.m1 - part.m0, kBlock);
-    const int64_t group = layer.groups > 1 ? units_of_group(layer) : units;
-    const bool folds = kDigits > 1 || layer.groups > 1;
-    const bool first = k == 0, last = k + length == layer.K, whole = first && last;
-    const int64_t row = layer.K * Row::kSize, tile = steps * kTileBytes;  // bytes
-    for (int64_t m = part.m0, i = 0; m < part.m1; m += kTile, i += kTile) {
-      char* const to = scratch.x + i / kBlock * kDigits * 2 * tile + i % kBlock / kTile * tile;
-      lay(static_cast<const char*>(layer.x) + m * row + k * Row::kSize, row, i, min64(kTile, part.m1 - m), length, to,
-          2 * tile, scratch);
-    }
-    const int8_t* const w = layer.codes() + k;
-    const bool lies_well = kSteps == 1 && (reinterpret_cast<uintptr_t>(w) | static_cast<uintptr_t>(layer.K)) % 64 == 0;
-    const auto in_place = [&](int64_t n) { return lies_well && n + kBlock <= part.n1; };
-    const auto filling = [&](int64_t n, char* tiles) {
-      const int64_t rows = max64(0, min64(kBlock, part.n1 - n));  // past the last column there is nothing to fill
-      return Filling<Tiles>(w + n * layer.K, layer.K, rows, length, in_place(n) ? nullptr : tiles);
-    };
-
-    char *copy = scratch.panels[0], *next = scratch.panels[1];
-    if (!in_place(part.n0)) filling(part.n0, copy).rest();
-    Finishing<Sum> sums_before;
-    Sums<Sum>* sums = scratch.sums;
-    for (int64_t n = part.n0; n < part.n1; n += kBlock) {
-      const char* const there = reinterpret_cast<const char*>(w + n * layer.K);
-      const Panel panel = in_place(n) ? Panel{there, layer.K, kRowBytes, kTile * layer.K}
-                                      : Panel{copy, kRowBytes, kStepBytes, kTileBytes};
-      const int64_t portion = ceil_div(kBlock, kSteps * blocks * kDigits);
-      Meanwhile<Tiles> meanwhile{filling(n + kBlock, next), sums_before, portion};
-      const char* x = scratch.x;
-      for (int64_t m = part.m0; m < part.m1; m += kBlock, x += kDigits * 2 * tile) {
-        const Block block{m, min64(m + kBlock, part.m1), n, min64(n + kBlock, part.n1)};
-        if (last) ask_for_y(layer, block);
-        if (!folds) products(panel, 0, x, tile, steps, block, sums->whole, !first, meanwhile);
-        for (int64_t g = 0; folds && g < units; g += group) {
-          for (int64_t d = 0; d < kDigits; d++)
-            products(panel, g * kSteps, x + d * 2 * tile, tile, group * kSteps, block, scratch.parts[d], false,
-                     meanwhile);
-          fold(layer, block, m - part.m0, k / kUnitCodes + g, !first || g > 0, scratch, sums->folded);
-        }
-        if (last) meanwhile.sums = Finishing<Sum>(layer, block, *sums, folds);
-        if (!whole) sums++;
-      }
-      meanwhile.panel.rest();
-      sums_before = meanwhile.sums;
-      char* const used = copy;
-      copy = next;
-      next = used;
-    }
-    sums_before.rest();
-  }
-
-  // The sums of a block over `steps` from `step` on.
-  static void products(const Panel& panel, int64_t step, const char* x, int64_t x_second, int64_t steps, Block block,
-                       Sum* sums, bool add, Meanwhile<Tiles>& meanwhile) {
-    const Panel from{panel.tiles + step * panel.step, panel.row, panel.step, panel.second};
-    x += step * kTileBytes;
-    if (block.m1 - block.m0 > kTile)
-      multiply<Tiles, 2>(from, x, x_second, steps, sums, add, meanwhile);
-    else
-      multiply<Tiles, 1>(from, x, x_second, steps, sums, add, meanwhile);
-  }
-
-  // sums (+)= parts: digits put together, under the scales of a group if there are groups. `i`: of the rows that were
-  // met, the block's first; `unit`: of K, the group's first.
-  static void fold(const Linear& layer, Block block, int64_t i, int64_t unit, bool add, const Scratch& scratch,
-                   float* sums) {
-    const int64_t tiles = block.m1 - block.m0 > kTile ? 4 : 2;
-    const float* scale = layer.groups > 1 ? layer.w_scale + unit / units_of_group(layer) : nullptr;
-    for (int64_t tile = 0; tile < tiles; tile++) {
-      const int64_t n = block.n0 + tile % 2 * kTile, row = i + tile / 2 * kTile;
-      for (int64_t j = 0; j < kTile; j++) {
-        const int64_t at = tile * kTileSums + j * kTile;
-        __m512 v = together<kDigits>([&](int d) { return Vec::from_sums(scratch.parts[d] + at, 0); });
-        if constexpr (kDigits > 1) v = Vec::times_two_to(v, Vec::load(scratch.down + row));
-        if (scale) v = Vec::mul(v, Vec::set1(scale[min64(n + j, layer.N - 1) * layer.groups]));
-        Vec::store(sums + at, add ? Vec::add(v, Vec::load(sums + at)) : v);
-      }
-    }
-  }
-
-  // The lines of y that a block writes: each lies on a page of its own.
-  static void ask_for_y(const Linear& layer, Block block) {
-    for (int64_t m = block.m0; m < block.m1; m++)
-      __builtin_prefetch(element(layer.y, layer.y_type, m * layer.N + block.n0), 1, kIntoL2);
+    Columns rows(layer, scratch.memory);
+    Many::run(layer, rows, block, scratch, [&](Block rest) { Rest::run(layer, rest, memory); });
   }
 };
 

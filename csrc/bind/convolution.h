@@ -18,8 +18,7 @@ using octavo::NarrowConvolutionKernels;
 using Sizes = std::vector<int64_t>;
 using Three = std::array<int64_t, 3>;  // of dimensions: of fewer, those in front have nothing to say
 
-constexpr int64_t kColumnsAtOnce = 256;  // of y, for which windows are packed once
-constexpr int64_t kFewWindows = 48;      // of a part that are worth it
+constexpr int64_t kFewWindows = 48;  // of a part that are worth it
 
 Three three(const Sizes& sizes, int64_t in_front) {
   Three all{in_front, in_front, in_front};
@@ -95,22 +94,21 @@ Sizes with_dimension(const Sizes& so_far, int64_t count, int64_t step) {
 template <class Part>
 void run(const Convolution& c, const ConvolutionKernels& kernels, int64_t groups, int64_t images, const Part& part) {
   const int64_t P = c.windows[0] * c.windows[1] * c.windows[2];
-  const int64_t columns = (c.N + kColumnsAtOnce - 1) / kColumnsAtOnce, whole = groups * images * columns;
-  const int64_t most = kernels.most_windows(c);
+  const int64_t columns = (c.N + kernels.most_columns - 1) / kernels.most_columns, whole = groups * images * columns;
+  const int64_t width = up_to_multiple((c.N + columns - 1) / columns, kColumns), most = kernels.most_windows(c);
   int64_t parts = (P + most - 1) / most;
   parts *= even_parts(whole * parts, P / parts, kFewWindows);
-  const int64_t height = up_to_multiple((P + parts - 1) / parts, octavo::kPackedRows);
+  const int64_t height = up_to_multiple((P + parts - 1) / parts, kernels.unit);
   parts = (P + height - 1) / height;
   const size_t bytes = kernels.scratch_bytes(c);
-  in_parallel(
-      whole * parts, std::min(height, P) * std::min(c.N, kColumnsAtOnce) * c.K, [&](int64_t begin, int64_t end) {
-        void* const memory = scratch_of(bytes);
-        for (int64_t i = begin; i < end; i++) {
-          const int64_t n = i % columns * kColumnsAtOnce, m = i / columns % parts * height;
-          const int64_t image = i / columns / parts % images, group = i / columns / parts / images;
-          kernels.run(part(group), image, {m, std::min(m + height, P), n, std::min(n + kColumnsAtOnce, c.N)}, memory);
-        }
-      });
+  in_parallel(whole * parts, std::min(height, P) * std::min(c.N, width) * c.K, [&](int64_t begin, int64_t end) {
+    void* const memory = scratch_of(bytes);
+    for (int64_t i = begin; i < end; i++) {
+      const int64_t n = i % columns * width, m = i / columns % parts * height;
+      const int64_t image = i / columns / parts % images, group = i / columns / parts / images;
+      kernels.run(part(group), image, {m, std::min(m + height, P), n, std::min(n + width, c.N)}, memory);
+    }
+  });
 }
 
 Tensor narrow_convolution(const Convolved& in, const NarrowConvolutionKernels& kernel) {

@@ -14,7 +14,6 @@ using octavo::Block;
 using octavo::Linear;
 using octavo::LinearKernels;
 
-constexpr int64_t kColumns = 32;      // of y, the unit in which work is dealt out
 constexpr int64_t kRowsOfPart = 129;  // of x, that are worth laying W across for
 
 // What the operands of a linear layer are, before anyone asks which rows of them.

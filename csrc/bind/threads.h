@@ -11,6 +11,7 @@
 namespace {
 
 constexpr int64_t kWorthAThread = 128 << 10;  // products that a thread should at least have to make
+constexpr int64_t kColumns = 32;              // of y, the unit in which work is dealt out
 constexpr int64_t kUnitsOfThread = 8;         // of work, from which it does not matter who has one more
 constexpr int64_t kElement = 8;               // products that take as long as what is done to an element of a row
 

@@ -1,0 +1,182 @@
+// Convolutions in tiles: each window of an image is a column of many_tiles.h.
+//
+//     y[b, n, p] = sum_k x[start of window p of image b + element k] * w[n, k] * w_scale[n] + bias[n]
+//
+// No window is ever laid out as a row: 16 of them are filled into a tile from the image directly, an element of all at a
+// time (windows.h). Sums have a row for each column of y, in which windows lie next to each other: they are stored as
+// they are.
+//
+// What tiles multiply is bf16. An element of fp16 is the sum of two such numbers, its parts, one of fp32 that of three,
+// exactly, since each takes the eight bits of a significand that come next. Products with all parts add up in fp32, the
+// smallest first.
+//
+// Included by amx.cpp after its target pragma.
+#pragma once
+
+namespace octavo {
+namespace {
+
+// Pairs of elements of 16 windows, as `Vec::strided` loads them, -> units of bf16, of each part.
+template <Float kType>
+struct Parts {
+  static constexpr int kCount = kType == Float::f32 ? 3 : kType == Float::f16 ? 2 : 1;
+
+  OCTAVO_INLINE static void of(__m512i first, __m512i second, __m512i (&units)[kCount]) {
+    if constexpr (kType == Float::bf16) {
+      units[0] = _mm512_or_si512(first, _mm512_slli_epi32(second, 16));
+    } else {
+      if constexpr (kType == Float::f16) {
+        first = Vec::units(Vec::from_integers(first, kType)), second = Vec::units(Vec::from_integers(second, kType));
+      }
+#pragma GCC unroll 3
+      for (int part = kCount - 1; part >= 0; part--) {
+        const __m512i high = _mm512_set1_epi32(static_cast<int>(0xffff0000));
+        // second & high | first >> 16
+        units[part] = _mm512_ternarylogic_epi32(second, high, _mm512_srli_epi32(first, 16), 0xea);
+        first = behind(first, _mm512_and_si512(first, high)), second = behind(second, _mm512_and_si512(second, high));
+      }
+    }
+  }
+
+ private:
+  // What is left of a value behind its first part; nothing of inf.
+  OCTAVO_INLINE static __m512i behind(__m512i value, __m512i part) {
+    const __m512 v = Vec::floats(value);
+    const __mmask16 infinite = _mm512_fpclass_ps_mask(v, 0x18);
+    return Vec::units(_mm512_maskz_sub_ps(static_cast<__mmask16>(~infinite), v, Vec::floats(part)));
+  }
+};
+
+template <Float kType>
+class WindowColumns {
+  const Convolution& c_;
+  const int64_t image_;
+
+ public:
+  static constexpr int64_t kParts = Parts<kType>::kCount, kVectors = kParts * Bf16Tiles::kSteps;
+  static constexpr bool kFolds = false;
+
+  class Finishing;
+  struct Memory {};
+
+  WindowColumns(const Convolution& c, int64_t image) : c_(c), image_(image) {}
+
+  bool meet(int64_t, int64_t) { return true; }
+
+  void lay(int64_t m, int64_t m1, int64_t k, int64_t length, char* to, int64_t second) {
+    for (; m < m1; m += kTile, to += second) {
+      WindowsAcross<kTile, kBytes>::each(c_, image_, m, min64(kTile, m1 - m), [&](auto, const auto& across) {
+        lay_tiles(across, c_.element + k, length, to, 2 * second);
+      });
+    }
+  }
+
+  void ask_for_y(Block block) const {
+    for (int64_t n = block.n0; n < block.n1; n++) __builtin_prefetch(y(n, block.m0), 1, kIntoL2);
+  }
+
+ private:
+  static constexpr int64_t kBytes = size_of(kType);
+
+  char* y(int64_t n, int64_t m) const {
+    return static_cast<char*>(c_.y) + (image_ * c_.y_step + n * windows_of(c_) + m) * kBytes;
+  }
+
+  template <class Across>
+  static void lay_tiles(const Across& across, const int64_t* element, int64_t length, char* to, int64_t part) {
+    for (int64_t k = 0; k < length; k += kUnitCodes, to += Bf16Tiles::kSteps * kTileBytes) {
+      const int64_t left = length - k;
+      const auto one = [&](int64_t i) { return across(element[k + i] * kBytes); };
+      if (left >= kUnitCodes)
+        lay_unit(one, to, part);
+      else
+        lay_unit([&](int64_t i) { return i < left ? one(i) : Vec::zeros(); }, to, part);
+    }
+  }
+
+  // In the order of looked up codes: of each 16 elements the first 8 are the first tile's.
+  template <class One>
+  OCTAVO_INLINE static void lay_unit(const One& one, char* to, int64_t part) {
+    for (int64_t i = 0; i < kUnitCodes; i += 16, to += 4 * kRowBytes) {
+      for (int64_t j = 0; j < 8; j += 2) {
+        for (int64_t half = 0; half < 2; half++) {
+          __m512i units[kParts];
+          Parts<kType>::of(one(i + half * 8 + j), one(i + half * 8 + j + 1), units);
+#pragma GCC unroll 3
+          for (int p = 0; p < kParts; p++)
+            _mm512_store_si512(to + p * part + half * kTileBytes + j / 2 * kRowBytes, units[p]);
+        }
+      }
+    }
+  }
+};
+
+// A few rows at a time, of 32 windows.
+template <Float kType>
+class WindowColumns<kType>::Finishing {
+ public:
+  Finishing() = default;
+  Finishing(const WindowColumns& columns, Block part, const Sums<float>& sums, bool)
+      : columns_(&columns), part_(part), sums_(sums.whole), n_(part.n0) {}
+
+  OCTAVO_INLINE void one() {
+    if (n_ < part_.n1) store();
+  }
+
+  void rest() {
+    while (n_ < part_.n1) store();
+  }
+
+ private:
+  static constexpr int64_t kRows = 8;
+
+  __attribute__((noinline)) void store() {
+    const Convolution& c = columns_->c_;
+    const int count = static_cast<int>(part_.m1 - part_.m0);
+    for (const int64_t end = min64(n_ + kRows, part_.n1); n_ < end; n_++) {
+      const int64_t row = n_ - part_.n0;
+      const float* const from = sums_ + row / kTile * kTileSums + row % kTile * kTile;
+      const __m512 scale = Vec::set1(c.w_scale[n_]), bias = c.bias ? value(c.bias, c.bias_type, n_) : Vec::set1(0);
+      const __m512 front = Vec::add(Vec::mul(Vec::load(from), scale), bias);
+      const __m512 back = Vec::add(Vec::mul(Vec::load(from + 2 * kTileSums), scale), bias);
+      char* const y = columns_->y(n_, part_.m0);
+      if (kType == Float::bf16 && count == kBlock) {
+        Vec::store_bf16(y, front, back);
+      } else {
+        Vec::store(y, kType, static_cast<int>(min64(kTile, count)), front);
+        if (count > kTile) Vec::store(y + kTile * kBytes, kType, static_cast<int>(count - kTile), back);
+      }
+    }
+  }
+
+  static __m512 value(const void* base, Float type, int64_t i) {
+    return _mm512_broadcastss_ps(_mm512_castps512_ps128(Vec::load(element(base, type, i), type, 1)));
+  }
+
+  const WindowColumns* columns_ = nullptr;
+  Block part_{};
+  const float* sums_ = nullptr;
+  int64_t n_ = 0;  // of the next row
+};
+
+template <Float kType>
+struct TileConvolution {
+  using Columns = WindowColumns<kType>;
+  using Many = ManyTiles<Columns, Bf16Tiles>;
+  using Scratch = typename Many::Scratch;
+
+  static int64_t most_windows(const Convolution& c) {
+    return typename Many::Plan(layer_of(c, windows_of(c))).most * kBlock;
+  }
+
+  static size_t scratch_bytes(const Convolution&) { return sizeof(Scratch); }
+
+  static void run(const Convolution& c, int64_t image, Block block, void* memory) {
+    Columns windows(c, image);
+    const auto none = [](Block) {};
+    Many::run(layer_of(c, windows_of(c)), windows, block, *static_cast<Scratch*>(memory), none);
+  }
+};
+
+}  // namespace
+}  // namespace octavo
