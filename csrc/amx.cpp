@@ -6,6 +6,8 @@
 
 #include <immintrin.h>
 
+#include <algorithm>
+#include <array>
 #include <cmath>
 #include <cstring>
 #include <type_traits>
@@ -18,7 +20,7 @@
 
 #pragma GCC push_options
 #pragma GCC target( \
-    "avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi,avx512vnni,avx512bf16,amx-tile,amx-int8,amx-bf16")
+    "avx2,bmi2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi,avx512vnni,avx512bf16,amx-tile,amx-int8,amx-bf16")
 
 #include "rows.h"
 

@@ -15,7 +15,7 @@ class RowColumns {
 
  public:
   static constexpr int64_t kParts = Row::kDigits, kVectors = Row::kVectors;
-  static constexpr bool kFolds = kParts > 1;
+  static constexpr bool kFolds = kParts > 1, kMixes = false;
 
   class Finishing;
 
@@ -154,8 +154,8 @@ struct ManyTileRows {
 
   static bool takes(const Linear& layer) {
     return layer.M >= kLeast && layer.K > 0 && (Row::kDigits == 1 || layer.K <= kLongestExact) &&
-           (layer.groups == 1 || (layer.K / layer.groups % kUnitCodes == 0 &&
-                                  Many::units_of_group(layer) * Tiles::kSteps <= kPieceSteps));
+           (layer.groups == 1 ||
+            (layer.K / layer.groups % kUnitCodes == 0 && Many::units_of_group(layer) * Tiles::kSteps <= kPieceSteps));
   }
 
   static size_t scratch_bytes(const Linear& layer) {

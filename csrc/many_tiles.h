@@ -5,11 +5,11 @@
 //     16 rows of W  tile 4       tile 0            tile 2       4 loads of a tile for 4 products at each step along K
 //     16 rows of W  tile 5       tile 1            tile 3
 //
-// A column is a row of x (many_tile_rows.h) or a window of an image (tile_convolution.h). Columns, laid out once, stay in
-// the L2 cache while panels of W, 32 rows each, pass by. Codes are read from where they lie, if their rows begin at
+// A column is a row of x (many_tile_rows.h) or a window of an image (tile_convolution.h). Columns, laid out once, stay
+// in the L2 cache while panels of W, 32 rows each, pass by. Codes are read from where they lie, if their rows begin at
 // lines of the cache, and asked for a panel ahead; otherwise, or to be widened to bf16, a panel is copied into tiles in
-// L2. That, and the way from sums to y, are work for the vector units. They do it while the tile unit is busy, 16 cycles
-// for each product: see `Meanwhile`.
+// L2. That, and the way from sums to y, are work for the vector units. They do it while the tile unit is busy, 16
+// cycles for each product: see `Meanwhile`.
 //
 // Included by amx.cpp after its target pragma.
 #pragma once
@@ -24,6 +24,7 @@ constexpr int64_t kPackedTiles = 1024;   // of x: 1 MB, or half of it next to pa
 constexpr int64_t kPieceSteps = 64;      // of K, at most, that x is laid out for at a time: a panel has 132 KB, twice
 constexpr int64_t kWaitingBlocks = 128;  // of sums, where K is in pieces: 512 KB
 constexpr int64_t kMostBlocks = 32;      // of columns
+constexpr int64_t kLeastBlocks = 4;      // the same: or to fill panels would take longer than to multiply
 
 // How tiles multiply: `left` with tile 6, `right` with tile 7. `kSteps` tiles for a unit of 64 values.
 struct Int8Tiles {
@@ -186,6 +187,7 @@ __attribute__((noinline)) void multiply(const Panel& panel, const char* x, int64
 //     kParts       into which values are split, which have sums each; and
 //     kFolds       these are of digits, and are folded together; or else they add up
 //     kVectors     tiles of 16 columns over a unit of 64 values, in all parts
+//     kMixes       the columns of a block are in both tiles, however few there are
 //     Memory       of the columns that are met, in scratch
 //     meet         columns [m0, m1), for which there is room: returns whether they can be laid out
 //     lay          columns [m, m1), up to 32, over values [k, k + length) -> tiles of 16 columns each, `second` bytes
@@ -219,7 +221,8 @@ struct ManyTiles {
 
     explicit Plan(const Linear& layer) : all(ceil_div(layer.K, kUnitCodes)) {
       const int64_t group = layer.groups > 1 ? units_of_group(layer) : 1;
-      const int64_t fit = kPieceSteps / kSteps / group * group;
+      int64_t fit = kPieceSteps / kSteps / group * group;
+      if (!Columns::kFolds) fit = min64(fit, kPackedTiles / (2 * Columns::kVectors * kSteps * kLeastBlocks));
       units = ceil_div(ceil_div(all, ceil_div(all, fit)), group) * group;
       most = min64(kMostBlocks, kPackedTiles / (2 * units * Columns::kVectors * kSteps));
     }
@@ -231,8 +234,7 @@ struct ManyTiles {
     const Plan plan(layer);
     const int64_t blocks = max64(1, ceil_div(block.m1 - block.m0, kBlock));
     const int64_t rows = ceil_div(blocks, ceil_div(blocks, plan.most)) * kBlock;
-    const int64_t columns =
-        plan.units < plan.all ? kWaitingBlocks / (rows / kBlock) * kBlock : block.n1 - block.n0;
+    const int64_t columns = plan.units < plan.all ? kWaitingBlocks / (rows / kBlock) * kBlock : block.n1 - block.n0;
     _tile_loadconfig(&kWholeTiles);
     for (int64_t m = block.m0; m < block.m1; m += rows) {
       const int64_t m1 = min64(m + rows, block.m1);
@@ -310,14 +312,14 @@ struct ManyTiles {
                        Sum* sums, bool add, Doing& meanwhile) {
     const Panel from{panel.tiles + step * panel.step, panel.row, panel.step, panel.second};
     x += step * kTileBytes;
-    if (block.m1 - block.m0 > kTile)
+    if (block.m1 - block.m0 > kTile || Columns::kMixes)
       multiply<Tiles, 2>(from, x, x_second, steps, sums, add, meanwhile);
     else
       multiply<Tiles, 1>(from, x, x_second, steps, sums, add, meanwhile);
   }
 
-  // sums (+)= parts: digits put together, under the scales of a group if there are groups. `i`: of the columns that were
-  // met, the block's first; `unit`: of K, the group's first.
+  // sums (+)= parts: digits put together, under the scales of a group if there are groups. `i`: of the columns that
+  // were met, the block's first; `unit`: of K, the group's first.
   static void fold(const Linear& layer, const Columns& columns, Block block, int64_t i, int64_t unit, bool add,
                    const Scratch& scratch, float* sums) {
     const int64_t tiles = block.m1 - block.m0 > kTile ? 4 : 2;

@@ -2,8 +2,8 @@
 //
 //     y[b, n, p] = sum_k x[start of window p of image b + element k] * w[n, k] * w_scale[n] + bias[n]
 //
-// No window is ever laid out as a row: 16 of them are filled into a tile from the image directly, an element of all at a
-// time (windows.h). Sums have a row for each column of y, in which windows lie next to each other: they are stored as
+// No window is ever laid out as a row: 16 of them are filled into a tile from the image directly, an element of all at
+// a time (windows.h). Sums have a row for each column of y, in which windows lie next to each other: they are stored as
 // they are.
 //
 // What tiles multiply is bf16. An element of fp16 is the sum of two such numbers, its parts, one of fp32 that of three,
@@ -16,34 +16,65 @@
 namespace octavo {
 namespace {
 
-// Pairs of elements of 16 windows, as `Vec::strided` loads them, -> units of bf16, of each part.
+// An element of windows of fp32 or fp16, 16 at a time, as `Vec` loads them, -> pairs in bf16, of each part.
 template <Float kType>
-struct Parts {
-  static constexpr int kCount = kType == Float::f32 ? 3 : kType == Float::f16 ? 2 : 1;
+struct Parts : Vec {
+  static constexpr int kCount = kType == Float::f32 ? 3 : 2;
+  static constexpr bool kMixes = false;
 
-  OCTAVO_INLINE static void of(__m512i first, __m512i second, __m512i (&units)[kCount]) {
-    if constexpr (kType == Float::bf16) {
-      units[0] = _mm512_or_si512(first, _mm512_slli_epi32(second, 16));
-    } else {
-      if constexpr (kType == Float::f16) {
-        first = Vec::units(Vec::from_integers(first, kType)), second = Vec::units(Vec::from_integers(second, kType));
-      }
+  // The part `part` of pairs lies `next` bytes behind the first one.
+  OCTAVO_INLINE static void store_pairs(__m512i first, __m512i second, char* to, int64_t, int64_t next) {
+    if (kType == Float::f16) first = units(from_integers(first, kType)), second = units(from_integers(second, kType));
+    const __m512i high = _mm512_set1_epi32(static_cast<int>(0xffff0000));
 #pragma GCC unroll 3
-      for (int part = kCount - 1; part >= 0; part--) {
-        const __m512i high = _mm512_set1_epi32(static_cast<int>(0xffff0000));
-        // second & high | first >> 16
-        units[part] = _mm512_ternarylogic_epi32(second, high, _mm512_srli_epi32(first, 16), 0xea);
-        first = behind(first, _mm512_and_si512(first, high)), second = behind(second, _mm512_and_si512(second, high));
-      }
+    for (int part = kCount - 1; part >= 0; part--) {
+      // second & high | first >> 16
+      const __m512i pairs = _mm512_ternarylogic_epi32(second, high, _mm512_srli_epi32(first, 16), 0xea);
+      _mm512_store_si512(to + part * next, pairs);
+      first = behind(first, _mm512_and_si512(first, high)), second = behind(second, _mm512_and_si512(second, high));
     }
   }
 
  private:
   // What is left of a value behind its first part; nothing of inf.
   OCTAVO_INLINE static __m512i behind(__m512i value, __m512i part) {
-    const __m512 v = Vec::floats(value);
-    const __mmask16 infinite = _mm512_fpclass_ps_mask(v, 0x18);
-    return Vec::units(_mm512_maskz_sub_ps(static_cast<__mmask16>(~infinite), v, Vec::floats(part)));
+    const __mmask16 infinite = _mm512_fpclass_ps_mask(floats(value), 0x18);
+    return units(_mm512_maskz_sub_ps(static_cast<__mmask16>(~infinite), floats(value), floats(part)));
+  }
+};
+
+// Of bf16, 32 windows at a time. The first of two tiles has the windows whose number is 0 to 3 of each eight.
+template <>
+struct Parts<Float::bf16> {
+  static constexpr int kCount = 1;
+  static constexpr bool kMixes = true;
+  static constexpr int kLanes = 32;
+  using I = __m512i;
+
+  static I zeros() { return Vec::zeros(); }
+  static I both(I a, I b) { return Vec::both(a, b); }
+
+  // As those of `Vec`.
+  struct Range {
+    __mmask32 lanes;
+    uint64_t spread;
+    Range() = default;
+    Range(int64_t first, int64_t end)
+        : lanes(static_cast<__mmask32>((1ull << end) - (1ull << first))),
+          spread(_pdep_u64(lanes, 0x5555555555555555)) {}
+  };
+  template <int64_t size>
+  OCTAVO_INLINE static I strided(const char* x, int64_t step, const Range& range) {
+    if (step == 1) return _mm512_maskz_loadu_epi16(range.lanes, x);
+    const I front = _mm512_maskz_loadu_epi16(static_cast<__mmask32>(range.spread), x);
+    const I back = _mm512_maskz_loadu_epi16(static_cast<__mmask32>(range.spread >> 32), x + 64);
+    const __m512i in_order = _mm512_setr_epi64(0, 2, 4, 6, 1, 3, 5, 7);
+    return _mm512_permutexvar_epi64(in_order, _mm512_packus_epi32(front, back));
+  }
+
+  OCTAVO_INLINE static void store_pairs(I first, I second, char* to, int64_t other, int64_t) {
+    _mm512_store_si512(to, _mm512_unpacklo_epi16(first, second));
+    _mm512_store_si512(to + other, _mm512_unpackhi_epi16(first, second));
   }
 };
 
@@ -54,7 +85,7 @@ class WindowColumns {
 
  public:
   static constexpr int64_t kParts = Parts<kType>::kCount, kVectors = kParts * Bf16Tiles::kSteps;
-  static constexpr bool kFolds = false;
+  static constexpr bool kFolds = false, kMixes = Parts<kType>::kMixes;
 
   class Finishing;
   struct Memory {};
@@ -64,11 +95,10 @@ class WindowColumns {
   bool meet(int64_t, int64_t) { return true; }
 
   void lay(int64_t m, int64_t m1, int64_t k, int64_t length, char* to, int64_t second) {
-    for (; m < m1; m += kTile, to += second) {
-      WindowsAcross<kTile, kBytes>::each(c_, image_, m, min64(kTile, m1 - m), [&](auto, const auto& across) {
-        lay_tiles(across, c_.element + k, length, to, 2 * second);
-      });
-    }
+    constexpr int64_t kLanes = Parts<kType>::kLanes;
+    WindowsAcross<kBlock, kBytes, Parts<kType>>::each(c_, image_, m, m1 - m, [&](auto piece, const auto& across) {
+      if (piece * kLanes < m1 - m) lay_tiles(across, c_.element + k, length, to + piece * second, second);
+    });
   }
 
   void ask_for_y(Block block) const {
@@ -83,29 +113,25 @@ class WindowColumns {
   }
 
   template <class Across>
-  static void lay_tiles(const Across& across, const int64_t* element, int64_t length, char* to, int64_t part) {
+  static void lay_tiles(const Across& across, const int64_t* element, int64_t length, char* to, int64_t second) {
     for (int64_t k = 0; k < length; k += kUnitCodes, to += Bf16Tiles::kSteps * kTileBytes) {
       const int64_t left = length - k;
       const auto one = [&](int64_t i) { return across(element[k + i] * kBytes); };
       if (left >= kUnitCodes)
-        lay_unit(one, to, part);
+        lay_unit(one, to, second);
       else
-        lay_unit([&](int64_t i) { return i < left ? one(i) : Vec::zeros(); }, to, part);
+        lay_unit([&](int64_t i) { return i < left ? one(i) : Vec::zeros(); }, to, second);
     }
   }
 
   // In the order of looked up codes: of each 16 elements the first 8 are the first tile's.
   template <class One>
-  OCTAVO_INLINE static void lay_unit(const One& one, char* to, int64_t part) {
-    for (int64_t i = 0; i < kUnitCodes; i += 16, to += 4 * kRowBytes) {
-      for (int64_t j = 0; j < 8; j += 2) {
-        for (int64_t half = 0; half < 2; half++) {
-          __m512i units[kParts];
-          Parts<kType>::of(one(i + half * 8 + j), one(i + half * 8 + j + 1), units);
-#pragma GCC unroll 3
-          for (int p = 0; p < kParts; p++)
-            _mm512_store_si512(to + p * part + half * kTileBytes + j / 2 * kRowBytes, units[p]);
-        }
+  OCTAVO_INLINE static void lay_unit(const One& one, char* to, int64_t second) {
+    for (int64_t i = 0; i < kUnitCodes; i += 16) {
+      for (int64_t j = 0; j < 16; j += 2) {
+        const int64_t row = i / 4 + j % 8 / 2;
+        Parts<kType>::store_pairs(one(i + j), one(i + j + 1), to + j / 8 * kTileBytes + row * kRowBytes, second,
+                                  2 * second);
       }
     }
   }
@@ -137,8 +163,9 @@ class WindowColumns<kType>::Finishing {
       const int64_t row = n_ - part_.n0;
       const float* const from = sums_ + row / kTile * kTileSums + row % kTile * kTile;
       const __m512 scale = Vec::set1(c.w_scale[n_]), bias = c.bias ? value(c.bias, c.bias_type, n_) : Vec::set1(0);
-      const __m512 front = Vec::add(Vec::mul(Vec::load(from), scale), bias);
-      const __m512 back = Vec::add(Vec::mul(Vec::load(from + 2 * kTileSums), scale), bias);
+      __m512 front = Vec::add(Vec::mul(Vec::load(from), scale), bias);
+      __m512 back = Vec::add(Vec::mul(Vec::load(from + 2 * kTileSums), scale), bias);
+      if (kMixes) in_order(front, back);
       char* const y = columns_->y(n_, part_.m0);
       if (kType == Float::bf16 && count == kBlock) {
         Vec::store_bf16(y, front, back);
@@ -147,6 +174,15 @@ class WindowColumns<kType>::Finishing {
         if (count > kTile) Vec::store(y + kTile * kBytes, kType, static_cast<int>(count - kTile), back);
       }
     }
+  }
+
+  // Fours of the first and of the second in turn.
+  OCTAVO_INLINE static void in_order(__m512& first, __m512& second) {
+    const __m512i low = _mm512_setr_epi64(0, 1, 8, 9, 2, 3, 10, 11),
+                  high = _mm512_setr_epi64(4, 5, 12, 13, 6, 7, 14, 15);
+    const __m512d a = _mm512_castps_pd(first), b = _mm512_castps_pd(second);
+    first = _mm512_castpd_ps(_mm512_permutex2var_pd(a, low, b));
+    second = _mm512_castpd_ps(_mm512_permutex2var_pd(a, high, b));
   }
 
   static __m512 value(const void* base, Float type, int64_t i) {

@@ -18,20 +18,10 @@ inline Linear layer_of(const Convolution& c, int64_t M) {
   return layer;
 }
 
-// Of windows in a row, which begin at the same distance from each other: where the window of lane 0 would begin, and
-// which lanes they are of each piece, a vector's.
-struct Run {
-  int64_t start, first, end;
-  Vec::Range lanes(int piece) const {
-    const auto within = [&](int64_t lane) { return max64(0, min64(Vec::kLanes, lane - piece * Vec::kLanes)); };
-    return {within(first), within(end)};
-  }
-};
-
-// `kCount` windows, or fewer, of which elements have `kBytes`.
-template <int64_t kCount, int64_t kBytes>
+// `kCount` windows, or fewer, of which elements have `kBytes`, in vectors of `V`.
+template <int64_t kCount, int64_t kBytes, class V = Vec>
 class WindowsAcross {
-  static constexpr int64_t kPieces = (kCount + Vec::kLanes - 1) / Vec::kLanes;
+  static constexpr int64_t kPieces = (kCount + V::kLanes - 1) / V::kLanes;
 
  public:
   // Windows [p, p + count) of an image: lay(piece, across) for each vector of them. `piece` is a constant, its number;
@@ -50,6 +40,16 @@ class WindowsAcross {
   }
 
  private:
+  // Windows that begin at the same distance from each other: where that of lane 0 would begin, and which lanes they are
+  // of each piece, a vector's.
+  struct Run {
+    int64_t start, first, end;
+    typename V::Range lanes(int piece) const {
+      const auto within = [&](int64_t lane) { return max64(0, min64(V::kLanes, lane - piece * V::kLanes)); };
+      return {within(first), within(end)};
+    }
+  };
+
   static int64_t start_of(const Convolution& c, int64_t p) {
     const int64_t last = p % c.windows[2], middle = p / c.windows[2] % c.windows[1];
     return p / c.windows[2] / c.windows[1] * c.step[0] + middle * c.step[1] + last * c.step[2];
@@ -64,27 +64,47 @@ class WindowsAcross {
   // Where the lanes of a piece are, each from an element of the image on. As a rule they are one run or two.
   struct Some {
     const char* x;
-    Vec::Range lanes;
+    typename V::Range lanes;
   };
 
   template <int kStep, int kPiece, class Lay>
   static void piece(const Convolution& c, const Run* runs, int many, const Lay& lay) {
-    constexpr int64_t kFirst = kPiece * Vec::kLanes;
-    constexpr std::integral_constant<int, kPiece> number;
+    constexpr int64_t kFirst = kPiece * V::kLanes;
     Some some[kCount];
     int count = 0;
     for (const Run* run = runs; run < runs + many; run++)
-      if (run->first < kFirst + Vec::kLanes && run->end > kFirst)
+      if (run->first < kFirst + V::kLanes && run->end > kFirst)
         some[count++] = {static_cast<const char*>(c.x) + (run->start + kFirst * kStep) * kBytes, run->lanes(kPiece)};
-    const auto load = [&](int i, int64_t at) { return Vec::strided<kBytes>(some[i].x + at, kStep, some[i].lanes); };
-    if (count == 1) lay(number, [&](int64_t at) { return load(0, at); });
-    if (count == 2) lay(number, [&](int64_t at) { return Vec::both(load(0, at), load(1, at)); });
-    if (count > 2)
-      lay(number, [&](int64_t at) {
-        Vec::I v = load(0, at);
-        for (int i = 1; i < count; i++) v = Vec::both(v, load(i, at));
+    if (count)
+      runs_of<kStep>(some, count, [&](const auto& across) { lay(std::integral_constant<int, kPiece>(), across); });
+  }
+
+  template <int kStep>
+  OCTAVO_INLINE static typename V::I load(const Some& run, int64_t at) {
+    return V::template strided<kBytes>(run.x + at, kStep, run.lanes);
+  }
+
+  // Up to four are copied, for what is laid out could lie where they do, as far as the compiler knows.
+  template <int kStep, int kRuns = 1, class Then>
+  static void runs_of(const Some* some, int count, const Then& then) {
+    if constexpr (kRuns > 4) {
+      then([=](int64_t at) {
+        typename V::I v = load<kStep>(some[0], at);
+        for (int i = 1; i < count; i++) v = V::both(v, load<kStep>(some[i], at));
         return v;
       });
+    } else if (count > kRuns) {
+      runs_of<kStep, kRuns + 1>(some, count, then);
+    } else {
+      std::array<Some, kRuns> own;
+      std::copy_n(some, kRuns, own.begin());
+      then([=](int64_t at) {
+        typename V::I v = load<kStep>(own[0], at);
+#pragma GCC unroll 4
+        for (int i = 1; i < kRuns; i++) v = V::both(v, load<kStep>(own[i], at));
+        return v;
+      });
+    }
   }
 };
 
