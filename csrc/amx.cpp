@@ -6,8 +6,6 @@
 
 #include <immintrin.h>
 
-#include <algorithm>
-#include <array>
 #include <cmath>
 #include <cstring>
 #include <type_traits>

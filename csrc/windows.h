@@ -75,36 +75,24 @@ class WindowsAcross {
     for (const Run* run = runs; run < runs + many; run++)
       if (run->first < kFirst + V::kLanes && run->end > kFirst)
         some[count++] = {static_cast<const char*>(c.x) + (run->start + kFirst * kStep) * kBytes, run->lanes(kPiece)};
-    if (count)
-      runs_of<kStep>(some, count, [&](const auto& across) { lay(std::integral_constant<int, kPiece>(), across); });
+    // As copies, for what is laid out could lie where `some` does, as far as the compiler knows.
+    constexpr std::integral_constant<int, kPiece> number;
+    if (count == 1) lay(number, [one = some[0]](int64_t at) { return load<kStep>(one, at); });
+    if (count == 2)
+      lay(number, [one = some[0], other = some[1]](int64_t at) {
+        return V::both(load<kStep>(one, at), load<kStep>(other, at));
+      });
+    if (count > 2)
+      lay(number, [&](int64_t at) {
+        typename V::I v = load<kStep>(some[0], at);
+        for (int i = 1; i < count; i++) v = V::both(v, load<kStep>(some[i], at));
+        return v;
+      });
   }
 
   template <int kStep>
   OCTAVO_INLINE static typename V::I load(const Some& run, int64_t at) {
     return V::template strided<kBytes>(run.x + at, kStep, run.lanes);
-  }
-
-  // Up to four are copied, for what is laid out could lie where they do, as far as the compiler knows.
-  template <int kStep, int kRuns = 1, class Then>
-  static void runs_of(const Some* some, int count, const Then& then) {
-    if constexpr (kRuns > 4) {
-      then([=](int64_t at) {
-        typename V::I v = load<kStep>(some[0], at);
-        for (int i = 1; i < count; i++) v = V::both(v, load<kStep>(some[i], at));
-        return v;
-      });
-    } else if (count > kRuns) {
-      runs_of<kStep, kRuns + 1>(some, count, then);
-    } else {
-      std::array<Some, kRuns> own;
-      std::copy_n(some, kRuns, own.begin());
-      then([=](int64_t at) {
-        typename V::I v = load<kStep>(own[0], at);
-#pragma GCC unroll 4
-        for (int i = 1; i < kRuns; i++) v = V::both(v, load<kStep>(own[i], at));
-        return v;
-      });
-    }
   }
 };
 

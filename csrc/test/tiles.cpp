@@ -223,6 +223,91 @@ void check_both(Shape shape) {
   check(any_case(shape, false, kTypes[turn++ % 3]));
 }
 
+// -- convolutions ----------------------------------------------------------------------------------------------------
+
+struct Plane {
+  int64_t C, N, images;
+  int64_t windows[2], count[2], stride[2];
+};
+
+void check_convolution(const Plane& in, Float type, float odd) {
+  const int64_t P = in.windows[0] * in.windows[1], K = in.C * in.count[0] * in.count[1];
+  int64_t size[2];
+  for (int d = 0; d < 2; d++) size[d] = (in.windows[d] - 1) * in.stride[d] + in.count[d];
+  const int64_t image = in.C * size[0] * size[1], odd_place = any(0, in.images * image - 1);
+  const bool at_start = any(0, 1), has_bias = any(0, 1);
+  const Float bias_type = kTypes[any(0, 2)];
+  const Fenced x(in.images * image * size_of(type), at_start), w(in.N * K, at_start), w_scale(in.N * 4, at_start),
+      bias(in.N * size_of(bias_type), at_start), y(in.images * in.N * P * size_of(type), at_start),
+      element(K * 8, at_start);
+  for (int64_t i = 0; i < in.N * K; i++) w.as<int8_t>()[i] = static_cast<int8_t>(any(-128, 127));
+  for (int64_t i = 0; i < in.images * image; i++) write(x.as<void>(), type, i, normal());
+  if (odd != 0) write(x.as<void>(), type, odd_place, odd);
+  for (int64_t n = 0; n < in.N; n++) w_scale.as<float>()[n] = std::ldexp(1 + 0.01f * (n % 97), -8);
+  for (int64_t n = 0; n < in.N; n++) write(bias.as<void>(), bias_type, n, std::ldexp(n % 2 ? -1 : 1, n % 7 - 3));
+  memset(y.as<char>(), 0x5a, in.images * in.N * P * size_of(type));
+  for (int64_t k = 0; k < K; k++) {
+    const int64_t j = k % in.count[1], i = k / in.count[1] % in.count[0], c = k / in.count[1] / in.count[0];
+    element.as<int64_t>()[k] = (c * size[0] + i) * size[1] + j;
+  }
+
+  Convolution c{};
+  c.N = in.N, c.K = K, c.x = x.as<void>(), c.type = type, c.image_step = image;
+  c.windows[0] = 1, c.windows[1] = in.windows[0], c.windows[2] = in.windows[1];
+  c.step[1] = in.stride[0] * size[1], c.step[2] = in.stride[1];
+  c.element = element.as<int64_t>(), c.w = w.as<int8_t>(), c.w_scale = w_scale.as<float>();
+  if (has_bias) c.bias = bias.as<void>(), c.bias_type = bias_type;
+  c.y = y.as<void>(), c.y_step = in.N * P;
+  const ConvolutionKernels& kernels = *amx_kernels.convolution(type);
+  const Fenced scratch(kernels.scratch_bytes(c), at_start, 64);
+  const int64_t cut = std::min(P, kernels.unit * any(1, 4)), split = std::min<int64_t>(in.N, 32 * any(1, 3));
+  for (int64_t b = 0; b < in.images; b++)
+    for (int64_t m = 0; m < P; m += cut)
+      for (int64_t n = 0; n < in.N; n += split)
+        kernels.run(c, b, {m, std::min(m + cut, P), n, std::min(n + split, in.N)}, scratch.as<void>());
+  const auto fail = [&](int64_t i, double got, double expected) {
+    fprintf(stderr, "convolution of type %d: C=%ld N=%ld images=%ld, windows %ld x %ld, filters %ld x %ld, ",
+            static_cast<int>(type), in.C, in.N, in.images, in.windows[0], in.windows[1], in.count[0], in.count[1]);
+    fprintf(stderr, "strides %ld, %ld: y[%ld] is %.9g, expected %.9g\n", in.stride[0], in.stride[1], i, got, expected);
+    exit(1);
+  };
+  if (holds_tiles()) fail(-1, 1, 0);
+
+  for (int64_t i = 0; i < in.images * in.N * P; i++) {
+    const int64_t p = i % P, n = i / P % in.N, b = i / P / in.N;
+    const int64_t start = b * image + p / in.windows[1] * c.step[1] + p % in.windows[1] * c.step[2];
+    double sum = 0, magnitude = 0;
+    for (int64_t k = 0; k < K; k++) {
+      const double product = read(c.x, type, start + c.element[k]) * c.w[n * K + k];
+      sum += product, magnitude += std::fabs(product);
+    }
+    const double added = has_bias ? read(c.bias, bias_type, n) : 0, expected = sum * c.w_scale[n] + added;
+    const double got = read(c.y, type, i);
+    if (!std::isfinite(expected)) {
+      if (std::isnan(expected) ? !std::isnan(got) : got != expected) fail(i, got, expected);
+      continue;
+    }
+    double error = (16 + std::sqrt(static_cast<double>(K))) * magnitude * c.w_scale[n] * half_ulp(Float::f32);
+    error += std::fabs(expected) * half_ulp(Float::f32);
+    error = 1.001 * (error + (std::fabs(expected) + error) * half_ulp(type)) + smallest(type);
+    if (type == Float::f16 && std::fabs(expected) + error >= 65504) continue;  // infinite, or not
+    if (!(std::fabs(got - expected) <= error)) fail(i, got, expected);
+  }
+}
+
+void check_convolutions() {
+  for (const Float type : kTypes) {
+    for (int i = 0; i < 16; i++) {
+      const Plane any_plane{
+          any(1, 20), any(1, 50), any(1, 2), {any(1, 9), any(1, 40)}, {any(1, 3), any(1, 3)}, {any(1, 3), any(1, 3)}};
+      const float odd[] = {0, 30000, INFINITY, NAN};
+      check_convolution(any_plane, type, odd[i % 4]);
+    }
+    check_convolution({240, 33, 1, {1, 33}, {3, 3}, {1, 1}}, type, 0);  // several pieces of K
+    check_convolution({1, 33, 1, {30, 40}, {1, 2}, {1, 1}}, type, 0);   // several rounds of windows
+  }
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
@@ -254,5 +339,6 @@ int main(int argc, char** argv) {
     all_at_once.threads = 1;
     check(all_at_once);
   }
+  check_convolutions();
   puts("amx, emulated: every shape right, and nothing touched outside of its operands");
 }
