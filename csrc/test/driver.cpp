@@ -97,13 +97,20 @@ Format format_of(Float type) {
   return type == Float::f32 ? Format{8, 23} : type == Float::bf16 ? Format{8, 7} : Format{5, 10};
 }
 
+double power_of_two(int exponent) {  // of a normal double
+  const uint64_t bits = static_cast<uint64_t>(exponent + 1023) << 52;
+  double power;
+  memcpy(&power, &bits, sizeof power);
+  return power;
+}
+
 double decode(uint32_t bits, Float type) {
   const auto [e, f] = format_of(type);
   const int exponent = static_cast<int>((bits >> f) & ((1u << e) - 1)), bias = (1 << (e - 1)) - 1;
   const double fraction = bits & ((1u << f) - 1), sign = (bits >> (e + f)) & 1 ? -1 : 1;
   if (exponent == (1 << e) - 1) return fraction != 0 ? std::nan("") : sign * std::numeric_limits<double>::infinity();
-  if (exponent == 0) return sign * std::ldexp(fraction, 1 - bias - f);
-  return sign * std::ldexp(std::ldexp(1, f) + fraction, exponent - bias - f);
+  if (exponent == 0) return sign * fraction * power_of_two(1 - bias - f);
+  return sign * (power_of_two(f) + fraction) * power_of_two(exponent - bias - f);
 }
 
 // The distance from |value| to the next larger magnitude.
@@ -111,14 +118,14 @@ double ulp(double value, Float type) {
   const auto [e, f] = format_of(type);
   int exponent;
   std::frexp(value, &exponent);
-  return std::ldexp(1, std::max(exponent - 1, 2 - (1 << (e - 1))) - f);
+  return power_of_two(std::max(exponent - 1, 2 - (1 << (e - 1))) - f);
 }
 
 // The bits of |value| rounded to a 16-bit type: half way, to the even one. Infinity is where the next number would be.
 uint32_t encode(double value, Float type) {
   const auto [e, f] = format_of(type);
   const uint32_t infinity = ((1u << e) - 1) << f;
-  const auto at = [&](uint32_t bits) { return bits < infinity ? decode(bits, type) : std::ldexp(1, 1 << (e - 1)); };
+  const auto at = [&](uint32_t bits) { return bits < infinity ? decode(bits, type) : power_of_two(1 << (e - 1)); };
   value = std::fabs(value);
   if (!(value < at(infinity))) return infinity;
   uint32_t low = 0, high = infinity;
@@ -224,7 +231,8 @@ struct Problem {
 
   // fp32 rounds each of the products' sums; their errors are as often up as down.
   void solve() {
-    std::vector<double> values(shape.K);
+    std::vector<double> values(shape.K), weights(shape.N * shape.K);
+    for (int64_t i = 0; i < shape.N * shape.K; i++) weights[i] = weight(i);
     for (int64_t m = 0; m < shape.M; m++) {
       for (int64_t k = 0; k < shape.K; k++) values[k] = int8 ? x_codes[m * shape.K + k] : x[m * shape.K + k];
       const double scale_of_row = int8 ? x_scale[x_scale.size() > 1 ? m : 0] : 1;
@@ -233,7 +241,7 @@ struct Problem {
         for (int64_t g = 0; g < shape.groups; g++) {
           double part = 0, part_magnitude = 0;
           for (int64_t k = g * shape.K / shape.groups; k < (g + 1) * shape.K / shape.groups; k++) {
-            const double product = values[k] * weight(n * shape.K + k);
+            const double product = values[k] * weights[n * shape.K + k];
             part += product, part_magnitude += std::fabs(product);
           }
           const double scale = scale_of(n * shape.groups + g);
@@ -503,8 +511,9 @@ int8_t code_of(float value, float scale) {
 double largest_of(Floats& x, int64_t begin, int64_t end) {
   double largest = 0;
   for (int64_t i = begin; i < end; i++) {
-    if (std::isnan(x[i])) return x[i];
-    largest = std::max(largest, std::fabs(x[i]));
+    const double value = x[i];
+    if (std::isnan(value)) return value;
+    largest = std::max(largest, std::fabs(value));
   }
   return largest;
 }
