@@ -2,9 +2,9 @@
 //
 //     y[b, n, p] = sum_k x[start of window p of image b + element k] * w[n, k] * w_scale[n] + bias[n]
 //
-// No window is ever laid out as a row: 16 of them are filled into a tile from the image directly, an element of all at
-// a time (windows.h). Sums have a row for each column of y, in which windows lie next to each other: they are stored as
-// they are.
+// No window is ever laid out as a row: tiles are filled from the image directly, an element of many at a time
+// (windows.h). Sums have a row for each column of y, in which windows lie next to each other: they are stored as they
+// are.
 //
 // What tiles multiply is bf16. An element of fp16 is the sum of two such numbers, its parts, one of fp32 that of three,
 // exactly, since each takes the eight bits of a significand that come next. Products with all parts add up in fp32, the
@@ -95,9 +95,8 @@ class WindowColumns {
   bool meet(int64_t, int64_t) { return true; }
 
   void lay(int64_t m, int64_t m1, int64_t k, int64_t length, char* to, int64_t second) {
-    constexpr int64_t kLanes = Parts<kType>::kLanes;
     WindowsAcross<kBlock, kBytes, Parts<kType>>::each(c_, image_, m, m1 - m, [&](auto piece, const auto& across) {
-      if (piece * kLanes < m1 - m) lay_tiles(across, c_.element + k, length, to + piece * second, second);
+      lay_tiles(across, c_.element + k, length, to + piece * second, second);
     });
   }
 
