@@ -93,7 +93,7 @@ template <class Layer>
 constexpr LinearKernels packing_kernels{Layer::scratch_bytes, Layer::run, Layer::packed_bytes, Layer::pack};
 
 template <class Of>
-constexpr ConvolutionKernels convolution{1024, kBlock, Of::most_windows, Of::scratch_bytes, Of::run};
+constexpr ConvolutionKernels convolution{Of::kLeastColumns, 1024, kBlock, Of::most_windows, Of::scratch_bytes, Of::run};
 
 }  // namespace
 }  // namespace octavo

@@ -98,7 +98,7 @@ class OuterConvolution : OuterLinear<Unit> {
 };
 
 template <class Of>
-constexpr ConvolutionKernels convolution{256, kTileRows, Of::most_windows, Of::scratch_bytes, Of::run};
+constexpr ConvolutionKernels convolution{32, 256, kTileRows, Of::most_windows, Of::scratch_bytes, Of::run};
 
 }  // namespace
 }  // namespace octavo

@@ -204,8 +204,6 @@ struct Attention {
 constexpr int64_t kAttentionTokens = 128;  // the unit in which `AttentionKernels::tokens` is dealt out
 constexpr int64_t kAttentionRows = 12;     // that `AttentionKernels::rows` takes at most
 
-constexpr int64_t kFewColumns = 32;  // of a convolution: fewer make a narrow one
-
 constexpr int64_t kPackedRows = 12;                // of x, the unit in which `pack` is dealt out
 constexpr int64_t kRowsAtOnce = 43 * kPackedRows;  // for which W is laid across anew
 
@@ -230,6 +228,7 @@ struct FloatLinearKernels {
 constexpr int64_t kAnyNumber = INT64_MAX;  // of rows
 
 struct ConvolutionKernels {
+  int64_t least_columns;  // fewer make a narrow convolution
   // What `run` is best given at once: so many columns of y at most, and windows of an image, in multiples of a unit.
   int64_t most_columns, unit;
   int64_t (*most_windows)(const Convolution&);

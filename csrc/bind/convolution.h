@@ -161,8 +161,9 @@ Tensor wide_convolution(const Convolved& in, const ConvolutionKernels& kernel) {
 }
 
 Tensor by_kernel(const Convolved& in) {
-  return in.N() < octavo::kFewColumns ? narrow_convolution(in, *kernels().narrow_convolution(in.type))
-                                      : wide_convolution(in, *kernels().convolution(in.type));
+  const ConvolutionKernels& wide = *kernels().convolution(in.type);
+  return in.N() < wide.least_columns ? narrow_convolution(in, *kernels().narrow_convolution(in.type))
+                                     : wide_convolution(in, wide);
 }
 
 bool has_kernel(const Tensor& x) {
