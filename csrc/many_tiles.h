@@ -140,9 +140,9 @@ struct Meanwhile {
 
 // A block of sums, added to those that are there or not, over `steps` of a panel of W and of one or two tiles of x,
 // `x_second` bytes apart.
-template <class Tiles, int kTilesOfX, class Meanwhile>
+template <class Tiles, int kTilesOfX, class Finishing>
 __attribute__((noinline)) void multiply(const Panel& panel, const char* x, int64_t x_second, int64_t steps,
-                                        typename Tiles::Sum* sums, bool add, Meanwhile& meanwhile) {
+                                        typename Tiles::Sum* sums, bool add, Meanwhile<Tiles, Finishing>& meanwhile) {
   const char *const w = panel.tiles, *const next_w = w + panel.second, *const next_x = x + x_second;
   const int64_t row = panel.row, w_step = panel.step;
   settle();
@@ -203,7 +203,6 @@ struct ManyTiles {
 
   using Sum = typename Tiles::Sum;
   using Finishing = typename Columns::Finishing;
-  using Doing = Meanwhile<Tiles, Finishing>;
 
   struct Scratch {
     alignas(64) char x[kPackedTiles / kSteps * kTileBytes];
@@ -282,7 +281,7 @@ struct ManyTiles {
       const Panel panel = in_place(n) ? Panel{there, layer.K, kRowBytes, kTile * layer.K}
                                       : Panel{copy, kRowBytes, kStepBytes, kTileBytes};
       const int64_t portion = ceil_div(kBlock, kSteps * blocks * kParts);
-      Doing meanwhile{filling(n + kBlock, next), sums_before, portion};
+      Meanwhile<Tiles, Finishing> meanwhile{filling(n + kBlock, next), sums_before, portion};
       const char* x = scratch.x;
       for (int64_t m = part.m0; m < part.m1; m += kBlock, x += kParts * 2 * tile) {
         const Block block{m, min64(m + kBlock, part.m1), n, min64(n + kBlock, part.n1)};
@@ -309,7 +308,7 @@ struct ManyTiles {
 
   // The sums of a block over `steps` from `step` on.
   static void products(const Panel& panel, int64_t step, const char* x, int64_t x_second, int64_t steps, Block block,
-                       Sum* sums, bool add, Doing& meanwhile) {
+                       Sum* sums, bool add, Meanwhile<Tiles, Finishing>& meanwhile) {
     const Panel from{panel.tiles + step * panel.step, panel.row, panel.step, panel.second};
     x += step * kTileBytes;
     if (block.m1 - block.m0 > kTile || Columns::kMixes)

@@ -62,7 +62,7 @@ void run(Attention& a, const AttentionKernels& k) {
   a.mask.allowed = allowed.data();
   in_parallel(static_cast<int64_t>(allowed.size()), a.S, [&](int64_t begin, int64_t end) { k.mask(a, begin, end); });
   const size_t bytes = k.scratch_bytes(a);
-  const int64_t parts = (a.S + octavo::kAttentionTokens - 1) / octavo::kAttentionTokens;
+  const int64_t parts = ceil_div(a.S, octavo::kAttentionTokens);
   const auto over_tokens = [&](auto step, int64_t cost) {
     in_parallel(key_heads * parts, octavo::kAttentionTokens * cost, [&](int64_t begin, int64_t end) {
       void* const memory = scratch_of(bytes);
@@ -73,8 +73,7 @@ void run(Attention& a, const AttentionKernels& k) {
       }
     });
   };
-  const int64_t tiles = (rows + octavo::kAttentionRows - 1) / octavo::kAttentionRows,
-                height = (rows + tiles - 1) / tiles;
+  const int64_t tiles = ceil_div(rows, octavo::kAttentionRows), height = ceil_div(rows, tiles);
   const auto over_rows = [&](auto step, int64_t cost) {
     in_parallel(key_heads * tiles, height * cost, [&](int64_t begin, int64_t end) {
       void* const memory = scratch_of(bytes);

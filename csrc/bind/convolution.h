@@ -94,16 +94,15 @@ Sizes with_dimension(const Sizes& so_far, int64_t count, int64_t step) {
 // The convolutions of all groups and images, of which each has `part(group)`.
 template <class Part>
 void run(const Convolution& c, const ConvolutionKernels& kernels, int64_t groups, int64_t images, const Part& part) {
-  const auto pieces = [](int64_t all, int64_t most) { return (all + most - 1) / most; };
   const int64_t P = c.windows[0] * c.windows[1] * c.windows[2], most = kernels.most_windows(c);
-  const int64_t widest = pieces(c.N, kernels.most_columns), of_widest = groups * images * widest;
-  int64_t parts = pieces(P, most);
+  const int64_t widest = ceil_div(c.N, kernels.most_columns), of_widest = groups * images * widest;
+  int64_t parts = ceil_div(P, most);
   parts *= even_parts(of_widest * parts, P / parts, kFewWindows);
-  const int64_t height = up_to_multiple(pieces(P, parts), kernels.unit);
-  parts = pieces(P, height);
+  const int64_t height = up_to_multiple(ceil_div(P, parts), kernels.unit);
+  parts = ceil_div(P, height);
   const int64_t sharers = std::max<int64_t>(1, torch::stable::get_num_threads() / (of_widest * parts));  // of windows
-  const int64_t width = up_to_multiple(std::max(kFewColumnsOfPart, pieces(c.N, widest * sharers)), kColumns);
-  const int64_t columns = pieces(c.N, width), whole = groups * images * columns;
+  const int64_t width = up_to_multiple(std::max(kFewColumnsOfPart, ceil_div(c.N, widest * sharers)), kColumns);
+  const int64_t columns = ceil_div(c.N, width), whole = groups * images * columns;
   const size_t bytes = kernels.scratch_bytes(c);
   in_parallel(whole * parts, std::min(height, P) * std::min(c.N, width) * c.K, [&](int64_t begin, int64_t end) {
     void* const memory = scratch_of(bytes);

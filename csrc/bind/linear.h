@@ -80,7 +80,7 @@ void deal_out(const std::vector<Linear>& layers, int64_t size, const Of& of, con
   std::vector<int64_t> ends;  // of the layers, counted in units
   int64_t units = 0, products = 0;
   for (const Linear& layer : layers) {
-    ends.push_back(units += (of(layer) + size - 1) / size);
+    ends.push_back(units += ceil_div(of(layer), size));
     products += layer.N * layer.K * layer.M;
   }
   if (units == 0) return;
@@ -116,8 +116,7 @@ void run(std::vector<Linear> layers, const LinearKernels& kernels, const Tensor&
   deal_out(
       layers, kColumns, [&](const Linear& layer) { return parts * columns(layer); },
       [&](const Linear& layer, int64_t begin, int64_t end) {
-        const int64_t width = columns(layer),
-                      height = up_to_multiple((layer.M + parts - 1) / parts, octavo::kPackedRows);
+        const int64_t width = columns(layer), height = up_to_multiple(ceil_div(layer.M, parts), octavo::kPackedRows);
         void* const scratch = scratch_of(scratch_bytes);
         for (int64_t part = begin / width; part * width < end; part++) {
           const int64_t n0 = std::max(begin - part * width, int64_t{0}), n1 = std::min(end - part * width, layer.N);
@@ -136,7 +135,7 @@ void cut(int64_t m0, int64_t m1, const Of& layer, const LinearKernels& kernels, 
   const size_t bytes = kernels.packed_bytes ? kernels.packed_bytes(all) : 0;
   const auto parts = static_cast<int64_t>((bytes + kPackedAtOnce - 1) / kPackedAtOnce);
   if (parts <= 1) return layers.push_back(all);
-  const int64_t step = up_to_multiple((m1 - m0 + parts - 1) / parts, octavo::kRowsAtOnce);
+  const int64_t step = up_to_multiple(ceil_div(m1 - m0, parts), octavo::kRowsAtOnce);
   for (int64_t m = m0; m < m1; m += step) layers.push_back(layer(m, std::min(m + step, m1)));
 }
 

@@ -78,7 +78,7 @@ constexpr int64_t kPiece = 16 << 10;
 // Calls work(piece) for each piece of `count` values that lie one after another.
 template <class Work>
 void in_pieces(int64_t count, const Work& work) {
-  over_rows((count + kPiece - 1) / kPiece, kPiece, [&](int64_t begin, int64_t end) {
+  over_rows(ceil_div(count, kPiece), kPiece, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; i++) work(i, i * kPiece, std::min(kPiece, count - i * kPiece));
   });
 }
@@ -118,7 +118,7 @@ std::tuple<Tensor, Tensor> quantize_per_tensor(const Tensor& x) {
   Tensor codes = empty(x, with_last(x, x.size(-1)), ScalarType::Char);
   Tensor scale = empty(x, {1}, ScalarType::Float);
   const Rows in = rows(values, *type, codes, scale);
-  std::vector<float> largest((x.numel() + kPiece - 1) / kPiece);
+  std::vector<float> largest(ceil_div(x.numel(), kPiece));
   in_pieces(x.numel(), [&](int64_t i, int64_t start, int64_t length) {
     largest[i] = kernels().amax(piece_of(in, start, length), 0, 1);
   });

@@ -27,7 +27,8 @@ void* scratch_of(size_t bytes) {
   return aligned(memory.data());
 }
 
-int64_t up_to_multiple(int64_t value, int64_t of) { return (value + of - 1) / of * of; }
+int64_t ceil_div(int64_t value, int64_t by) { return (value + by - 1) / by; }
+int64_t up_to_multiple(int64_t value, int64_t of) { return ceil_div(value, of) * of; }
 
 template <class Work>
 void in_parallel(int64_t units, int64_t cost_of_unit, const Work& work) {
