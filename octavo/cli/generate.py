@@ -152,9 +152,9 @@ _seed.__name__ = "seed (0 to 2^64 - 1)"
 
 def _temperature(text: str) -> float:
     value = float(text)
-    if not 0 <= value < float("inf"):
+    if not (value == 0 or 1e-6 <= value < float("inf")):
         raise ValueError(text)
     return value
 
 
-_temperature.__name__ = "temperature (0 or more)"
+_temperature.__name__ = "temperature (0, or 1e-6 and more)"

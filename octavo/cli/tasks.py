@@ -39,10 +39,12 @@ def refuse_options(args: argparse.Namespace) -> None:
 def run(args: argparse.Namespace, terminal: Terminal) -> Answer:
     """The scores of PATH, next to the baseline's."""
     try:
-        from octavo.integrations.lm_eval import evaluate_tasks
+        from octavo.integrations.lm_eval import evaluate_tasks, find_tasks
     except ModuleNotFoundError as error:
         raise MissingExtra(f"{error.name} is needed for --tasks: pip install 'octavo[lm-eval]'") from error
     names = [name.strip() for name in args.tasks.split(",") if name.strip()]
+    with terminal.progress("looking up tasks"):
+        found = find_tasks(names, include_path=args.include_path)
     with terminal.progress(f"loading {args.path}"):
         from octavo.integrations import language_model
 
@@ -52,8 +54,8 @@ def run(args: argparse.Namespace, terminal: Terminal) -> Answer:
         baseline = None if args.baseline is None else language_model.load_causal(args.baseline, device=device)
     with terminal.progress(f"tasks of {args.path}") as progress, terminal.without_bars():
         report = evaluate_tasks(
-            model, tokenizer, names, baseline=baseline, limit=args.limit, fewshot=args.fewshot, chat=args.chat,
-            include_path=args.include_path, batch_size=args.batch_size or 1, progress=progress,
+            model, tokenizer, found, baseline=baseline, limit=args.limit, fewshot=args.fewshot, chat=args.chat,
+            batch_size=args.batch_size or 1, progress=progress,
         )  # fmt: skip
     data = {"path": args.path, "cache": cache, "limit": args.limit, "fewshot": args.fewshot, **report.to_dict()}
     if args.baseline is not None:

@@ -68,9 +68,12 @@ def generate(
     on_text: called with each piece of text as soon as whole words are there.
     compiling: where it is given, the model is compiled before it writes (`CompiledModel`), inside this context. Greedy
         text is what it would be without; drawn tokens are others, for the same seed.
-    Raises: OctavoError if there is no room for so many tokens, if the prompt has none, or some that the model lacks, if
-        the chat template is broken, or if the model, or how it is configured to choose tokens, cannot be compiled.
+    Raises: OctavoError for a temperature below 0, or so small that logits over it are infinite; if there is no room for
+        so many tokens, if the prompt has none, or some that the model lacks, if the chat template is broken, or if the
+        model, or how it is configured to choose tokens, cannot be compiled.
     """
+    if not (temperature == 0 or 1e-6 <= temperature < float("inf")):
+        raise OctavoError(f"temperature is {temperature}, expected 0 for the likeliest tokens, or 1e-6 and more")
     inputs = _inputs(tokenizer, prompt, raw).to(model.device)
     if not inputs["input_ids"].numel():
         raise OctavoError("the prompt has no tokens; expected text that the tokenizer has tokens for")

@@ -10,6 +10,7 @@ Probabilities are computed in fp32: in bf16, as lm_eval does by itself, the log 
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import math
 import statistics
@@ -24,7 +25,7 @@ from lm_eval.tasks import TaskManager
 from octavo.errors import EvaluateError, MissingExtra
 from octavo.report import TaskReport, TaskScore
 
-__all__ = ["evaluate_tasks"]
+__all__ = ["FoundTasks", "evaluate_tasks", "find_tasks"]
 
 Progress = Callable[[int, int], None]
 
@@ -32,10 +33,40 @@ Documents = dict[tuple[str, Any], float]
 """(task, id of a document) -> a metric of it."""
 
 
+@dataclasses.dataclass(frozen=True)
+class FoundTasks:
+    """Names of tasks that lm_eval knows, none with * or ?, and where it found them."""
+
+    names: tuple[str, ...]
+    manager: TaskManager
+
+
+def find_tasks(tasks: Sequence[str], *, include_path: str | Path | None = None) -> FoundTasks:
+    """Names looked up, which takes seconds, before a model is loaded, which takes longer.
+
+    tasks, include_path, Raises: as `evaluate_tasks` has them, for names and folders.
+    Returns: what `evaluate_tasks` takes in the place of names.
+    """
+    if include_path is not None and not Path(include_path).is_dir():
+        raise EvaluateError(f"include_path is {str(include_path)!r}, expected a folder with tasks in YAML files")
+    if not tasks:
+        raise EvaluateError("tasks is empty, expected names of lm_eval's tasks, such as 'arc_easy'")
+    manager = TaskManager(include_path=include_path)
+    for task in tasks:
+        if not manager.match_tasks([task]):
+            close = difflib.get_close_matches(task, manager.all_tasks)
+            hint = f"; close to it: {', '.join(close)}" if close else ""
+            raise EvaluateError(
+                f"tasks: lm_eval has no task, group or tag {task!r}{hint}; `lm_eval ls tasks` lists them, and "
+                "include_path adds a folder of your own"
+            )
+    return FoundTasks(tuple(manager.match_tasks(list(tasks))), manager)
+
+
 def evaluate_tasks(
     model: Any,
     tokenizer: Any,
-    tasks: Sequence[str],
+    tasks: Sequence[str] | FoundTasks,
     *,
     baseline: Any = None,
     limit: int | None = None,
@@ -48,12 +79,12 @@ def evaluate_tasks(
     """Scores of a causal language model of transformers, int8 or float, on tasks of lm_eval, next to a baseline's.
 
     model, tokenizer: as transformers has them; the model judged, and the tokenizer of both.
-    tasks: names of tasks, groups and tags of lm_eval, with * and ? for several.
+    tasks: names of tasks, groups and tags of lm_eval, with * and ? for several; or what `find_tasks` made of them.
     baseline: the float model, to be asked the same; None for scores of `model` alone.
     limit: documents of each task, the first ones; None for all.
     fewshot: examples before each document, where a task does not fix it; None for the task's own number.
     chat: put prompts into the tokenizer's chat template.
-    include_path: a folder with tasks of your own, in lm_eval's YAML.
+    include_path: a folder with tasks of your own, in lm_eval's YAML, where `tasks` are names.
     batch_size: requests at once.
     progress: called with (answered, of how many), for each model and kind of request anew.
     Returns: a row for each task and metric: the score, its standard error, and next to a baseline the change, the
@@ -62,18 +93,15 @@ def evaluate_tasks(
         template that is not there, and where the documents of a task cannot be had; MissingExtra for a package that a
         task needs; what else lm_eval raises for a task that it cannot run.
     """
-    if include_path is not None and not Path(include_path).is_dir():
-        raise EvaluateError(f"include_path is {str(include_path)!r}, expected a folder with tasks in YAML files")
     if chat and not tokenizer.chat_template:
         raise EvaluateError("chat is asked for, and the tokenizer has no chat template; leave it out")
-    manager = TaskManager(include_path=include_path)
-    names = _known(tasks, manager)
+    found = tasks if isinstance(tasks, FoundTasks) else find_tasks(tasks, include_path=include_path)
 
     def run(judged: Any) -> dict[str, Any]:
         # Loaded for each model anew, as a task draws its examples from a generator of its own.
         results: dict[str, Any] = lm_eval.evaluate(
             _Counted(judged, tokenizer, batch_size, progress),
-            _loaded(manager, names, fewshot),
+            _loaded(found, fewshot),
             limit=limit,
             apply_chat_template=chat,
             fewshot_as_multiturn=True,
@@ -116,20 +144,21 @@ class _Counted(HFLM):  # type: ignore[misc]
         self._progress(self._answered, self._total)
 
 
-def _loaded(manager: TaskManager, names: list[str], fewshot: int | None) -> Any:
+def _loaded(found: FoundTasks, fewshot: int | None) -> Any:
     """The tasks with that many examples before a document, as lm_eval's command has it: none where a task says 0.
 
     Raises: EvaluateError if their documents cannot be had, MissingExtra for a package that they need.
     """
+    names = ", ".join(found.names)
     try:
-        loaded = manager.load(names)
+        loaded = found.manager.load(list(found.names))
     except ModuleNotFoundError as error:
         raise MissingExtra(
-            f"tasks: {', '.join(names)} need the package {error.name}, which is not installed: pip install {error.name}"
+            f"tasks: {names} need the package {error.name}, which is not installed: pip install {error.name}"
         ) from error
     except OSError as error:
         raise EvaluateError(
-            f"tasks: the documents of {', '.join(names)} cannot be had: {error}; they are downloaded from the Hugging "
+            f"tasks: the documents of {names} cannot be had: {error}; they are downloaded from the Hugging "
             "Face Hub once, then found in its cache: check the network, or give tasks of your own by include_path"
         ) from error
     for task in loaded["tasks"].values():
@@ -137,21 +166,6 @@ def _loaded(manager: TaskManager, names: list[str], fewshot: int | None) -> Any:
         task.set_config(key="num_fewshot", value=of_task or 0 if fewshot is None or of_task == 0 else fewshot)
         task.set_fewshot_seed(seed=1234)
     return loaded
-
-
-def _known(tasks: Sequence[str], manager: TaskManager) -> list[str]:
-    """The names that `tasks` stand for."""
-    if not tasks:
-        raise EvaluateError("tasks is empty, expected names of lm_eval's tasks, such as 'arc_easy'")
-    for task in tasks:
-        if not manager.match_tasks([task]):
-            close = difflib.get_close_matches(task, manager.all_tasks)
-            hint = f"; close to it: {', '.join(close)}" if close else ""
-            raise EvaluateError(
-                f"tasks: lm_eval has no task, group or tag {task!r}{hint}; `lm_eval ls tasks` lists them, and "
-                "include_path adds a folder of your own"
-            )
-    return list(manager.match_tasks(list(tasks)))
 
 
 def _scores(results: Mapping[str, Any], baseline: Mapping[str, Any] | None) -> Iterator[TaskScore]:

@@ -102,6 +102,7 @@ def test_no_verb_shows_the_help_and_is_a_usage_error(run: Run) -> None:
         ["generate", "a", "--prompt", " "],
         ["generate", "a", "--prompt", "x", "--temperature", "-1"],
         ["generate", "a", "--prompt", "x", "--temperature", "nan"],
+        ["generate", "a", "--prompt", "x", "--temperature", "1e-300"],
         ["generate", "a", "--prompt", "x", "--seed", "18446744073709551616"],
         ["generate", "a", "--prompt", "x", "--seed", "-1"],
         ["bench", "a", "--repeats", "0"],

@@ -73,6 +73,12 @@ def test_options_that_do_not_go_together(
     assert ran.code == 1 and told in ran.err and ran.out == ""
 
 
+@pytest.mark.usefixtures("tasks")
+def test_names_are_looked_up_before_a_model_is(run: Run, tmp_path: Path) -> None:
+    ran = run("eval", tmp_path / "no model", "--tasks", "nmbers", "--include-path", tmp_path)
+    assert ran.code == 1 and "no task, group or tag 'nmbers'" in ran.err
+
+
 @pytest.mark.parametrize("count", ["-1", "0.5", "few"])
 def test_a_number_of_examples_that_is_none(run: Run, count: str) -> None:
     ran = run("eval", "model", "--tasks", "numbers", "--fewshot", count)

@@ -39,6 +39,19 @@ def test_a_prompt_without_tokens(tmp_path: Path) -> None:
         generate(model, tokenizer, "")
 
 
+@pytest.mark.parametrize("temperature", [-1.0, 1e-300, float("inf"), float("nan")])
+def test_temperatures_that_are_none(tmp_path: Path, temperature: float) -> None:
+    model, tokenizer = load_language_model(language_model(tmp_path / "model"))
+    with pytest.raises(OctavoError, match=f"^temperature is {temperature}, expected 0 for the likeliest"):
+        generate(model, tokenizer, "Hello", temperature=temperature)
+
+
+def test_the_least_temperature_draws_the_likeliest(tmp_path: Path) -> None:
+    model, tokenizer = load_language_model(language_model(tmp_path / "model"))
+    greedy, drawn = (generate(model, tokenizer, "Hello", max_new_tokens=5, temperature=t).text for t in (0, 1e-6))
+    assert greedy == drawn
+
+
 def test_pieces_add_up_and_times_are_told(tmp_path: Path) -> None:
     model, tokenizer = load_language_model(language_model(tmp_path / "model"))
     pieces: list[str] = []
