@@ -58,13 +58,14 @@ class QuantMultiheadAttention(QuantModule):
         is_causal: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
         """As nn.MultiheadAttention: query [B, L, E], key [B, S, kdim], value [B, S, vdim] if batch_first."""
+        joined = _joined(query, key, value)  # before they are turned, which makes three tensors of one
         batched = query.dim() == 3
         if not batched:
             query, key, value = (x.unsqueeze(0) for x in (query, key, value))
             key_padding_mask = None if key_padding_mask is None else key_padding_mask.unsqueeze(0)
         elif not self.batch_first:
             query, key, value = (x.transpose(0, 1) for x in (query, key, value))
-        q, k, v = self._project(query, key, value)
+        q, k, v = self._project(query, key, value, joined)
         mask = self._mask(q, key_padding_mask, attn_mask, is_causal)
         if self.bias_k is not None and self.bias_v is not None:
             k = torch.cat([k, self.bias_k.to(k.dtype).expand(k.shape[0], 1, -1)], dim=1)
@@ -90,19 +91,28 @@ class QuantMultiheadAttention(QuantModule):
             return y.squeeze(0), None if weights is None else weights.squeeze(0)
         return (y if self.batch_first else y.transpose(0, 1)), weights
 
-    def _project(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _project(
+        self, query: Tensor, key: Tensor, value: Tensor, joined: tuple[int, ...]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """q, k and v; those of one tensor by one product, where there is one weight for all three."""
+        inputs = (query, key, value)
         biases = [None] * 3 if self.in_proj_bias is None else self.in_proj_bias.chunk(3)
         codes = list(self.codes().values())
-        if len(codes) == 1:
-            weight, scale = codes[0]
-            if query is key and key is value:
-                q, k, v = self._linear(query, weight, scale, self.in_proj_bias).chunk(3, dim=-1)
-                return q, k, v
-            codes = list(zip(weight.chunk(3), scale.chunk(3), strict=True))
-        q, k, v = (
-            self._linear(x, weight, scale, bias)
-            for x, (weight, scale), bias in zip((query, key, value), codes, biases, strict=True)
-        )
+        if len(codes) == 3:
+            q, k, v = (
+                self._linear(x, weight, scale, bias)
+                for x, (weight, scale), bias in zip(inputs, codes, biases, strict=True)
+            )
+            return q, k, v
+        ((weight, scale),) = codes
+        projected: list[Tensor] = []
+        for count in joined:
+            first = len(projected)
+            rows = slice(first * self.embed_dim, (first + count) * self.embed_dim)
+            bias = None if self.in_proj_bias is None else self.in_proj_bias[rows]
+            y = self._linear(inputs[first], weight[rows], scale[rows], bias)
+            projected += y.chunk(count, dim=-1)
+        q, k, v = projected
         return q, k, v
 
     def _linear(self, x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
@@ -126,3 +136,11 @@ class QuantMultiheadAttention(QuantModule):
 
     def extra_repr(self) -> str:
         return f"embed_dim={self.embed_dim}, num_heads={self.num_heads}, {self.scheme}"
+
+
+def _joined(query: Tensor, key: Tensor, value: Tensor) -> tuple[int, ...]:
+    """How many of the three in a row are the same tensor: (3,) in self attention, (2, 1) in DETR's, which adds
+    positions to queries and keys only, (1, 2) where keys and values come from another model."""
+    if key is value:
+        return (3,) if query is key else (1, 2)
+    return (2, 1) if query is key else (1, 1, 1)

@@ -95,6 +95,30 @@ def test_self_attention(mask: str, batch_first: bool) -> None:
         assert_same_attention(int8, truth, (x, x, x), **MASKS[mask](3, 2, 5, 5))
 
 
+@pytest.mark.parametrize(
+    ("given", "products"),
+    [("xxx", 1), ("xxy", 2), ("xyy", 2), ("xyx", 3), ("xyz", 3)],
+)
+@pytest.mark.parametrize("layout", ["batch first", "batch second", "no batch"])
+def test_what_is_one_tensor_is_multiplied_once(
+    given: str, products: int, layout: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    int8, truth = attention(batch_first=layout == "batch first")
+    x, y, z = torch.randn(3, *((5, 8) if layout == "no batch" else (3, 5, 8)))
+    inputs = tuple({"x": x, "y": y, "z": z}[name] for name in given)
+    inner, rows = type(int8)._linear, []
+
+    def counted(self: Any, x: Tensor, weight: Tensor, *rest: Any) -> Any:
+        rows.append(len(weight))
+        return inner(self, x, weight, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(type(int8), "_linear", counted)
+        int8(*inputs)
+    assert len(rows) == products and sum(rows) == 24
+    assert_same_attention(int8, truth, inputs)  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize("options", [{}, {"attn_mask": torch.randn(4, 5)}, {"attn_mask": torch.randn(2, 4, 5)}])
 def test_attention_without_a_batch(options: dict[str, Any]) -> None:
     int8, truth = attention()
