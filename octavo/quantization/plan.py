@@ -298,7 +298,8 @@ def _tie(model: nn.Module, decisions: dict[str, Decision], obstacles: dict[str, 
             or blocked
             or any(member.kind.name not in ("Linear", "Embedding") for member in known)
         ):
-            other = blocked.name if blocked else next(n for n in names if n.rpartition(".")[0] != wanted[0].name)
+            elsewhere = (name for name in names if name.rpartition(".")[0] != wanted[0].name)
+            other = blocked.name if blocked else next(elsewhere, names[-1])  # the last: within one layer
             for member in wanted:
                 member.scheme, member.owner = None, None
                 member.reason = obstacles[member.name] = f"shares its weight with {other}, which stays float"

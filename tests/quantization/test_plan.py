@@ -187,6 +187,28 @@ class TestLayersThatHangTogether:
             "table.weight": "tied to bare",
         }
 
+    def test_the_float_user_of_a_weight_is_named(self) -> None:
+        """Wherever it stands; `table` has the weight's first name."""
+        model = nn.ModuleDict({"table": nn.Linear(8, 8), "other": nn.Module()})
+        model["other"].bare = model["table"].weight
+        (decision,) = plan(model, Recipe())
+        assert decision.reason == "shares its weight with other.bare, which stays float"
+
+    @pytest.mark.parametrize(
+        ("layer", "one", "other"),
+        [
+            (nn.GRU(8, 8, num_layers=2), "weight_ih_l0", "weight_ih_l1"),
+            (nn.RNNCell(8, 8), "weight_ih", "weight_hh"),
+            (nn.MultiheadAttention(8, 2, kdim=4, vdim=4), "k_proj_weight", "v_proj_weight"),
+        ],
+    )
+    def test_a_layer_that_shares_a_weight_with_itself_stays_float(self, layer: nn.Module, one: str, other: str) -> None:
+        model = nn.ModuleDict({"a": copy.deepcopy(layer), "b": nn.Linear(8, 8)})
+        setattr(model["a"], other, getattr(model["a"], one))
+        with pytest.warns(OctavoWarning, match=rf"shares its weight with a\.{other}, which stays float"):
+            octavo.quantize(model, "w8a16")
+        assert type(model["a"]) is type(layer) and isinstance(model["b"], QuantLinear)
+
     def test_packed_projections_that_are_shared_stay_float(self) -> None:
         first, second = nn.MultiheadAttention(8, 2), nn.MultiheadAttention(8, 2)
         second.in_proj_weight = first.in_proj_weight
