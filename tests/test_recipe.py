@@ -70,6 +70,7 @@ def test_what_the_presets_stand_for() -> None:
         assert scheme.weight.granularity == weight
         assert (scheme.input and (scheme.input.granularity, scheme.input.dynamic)) == activation
         assert str(scheme) == name
+        assert scheme.is_static is (activation == ("per_tensor", False))
     assert set(table) == set(PRESETS)
 
 
@@ -77,6 +78,7 @@ def test_a_scheme_in_words() -> None:
     assert str(Scheme("w8a8", WeightArgs("per_tensor"))) == "w8a8 weight per_tensor"
     assert str(Scheme("w8a8", input=InputArgs("per_tensor"))) == "w8a8 input per_tensor dynamic"
     assert str(Scheme("w8a8-static").as_dynamic()) == "w8a8"
+    assert str(Scheme("o3").as_dynamic()) == "w8a8 weight per_tensor"
 
 
 @pytest.mark.parametrize("suffix", [".json", ".yaml", ".yml"])
@@ -88,7 +90,12 @@ def test_files(tmp_path: Path, suffix: str) -> None:
         else "scheme: w8a16\nignore:\n  - 're:.*down_proj'\n",
         encoding="utf-8-sig",  # as some editors write it
     )
-    assert Recipe.from_file(path) == Recipe.of("w8a16", ignore=["re:.*down_proj"])
+    assert Recipe.from_file(path) == Recipe.from_file(str(path)) == Recipe.of("w8a16", ignore=["re:.*down_proj"])
+
+
+def test_a_scheme_without_a_name_is_w8a16() -> None:
+    per_tensor = {"weight": {"granularity": "per_tensor"}}
+    assert Scheme.from_dict(per_tensor) == Scheme("w8a16", WeightArgs("per_tensor"))
 
 
 def test_a_whole_recipe_in_yaml(tmp_path: Path) -> None:
@@ -127,7 +134,10 @@ def test_of_adds_to_a_recipe() -> None:
     assert [pattern for pattern, _ in more.overrides] == ["d", "b"], "the first that matches counts: what was added"
     again = Recipe.of(base, overrides={"b": Scheme()})
     assert again.overrides == (("b", Scheme()),) and Recipe.from_dict(again.to_dict()) == again
+    assert more.schemes == (Scheme(), Scheme(), Scheme.of("w8a16", group_size=32))
     assert base.ignore == ("a",), "a recipe is not changed by what is made of it"
+    int8 = Recipe.of(base, attention="int8")
+    assert int8.attention == Recipe.of(int8).attention == "int8" and Recipe.of(int8, attention="float") == base
 
 
 def test_of_takes_a_scheme() -> None:
@@ -286,6 +296,7 @@ def test_a_predicate_does_not_fit_in_a_file(field: str) -> None:
         ("a.json", "{", "a.json: not valid JSON"),
         ("a.yaml", "a: [", "a.yaml: not valid YAML"),
         ("a.yaml", "scheme: 2026-13-45", "a.yaml: not valid YAML: month must be in 1..12"),
+        ("a.yaml", "[a]: b", "a.yaml: not valid YAML"),
         ("a.toml", "", "a.toml: a recipe ends in .json, .yaml or .yml, got '.toml'"),
         ("a.yaml", "ignored: [x]", "a.yaml: recipe: unknown key 'ignored'"),
         ("a.yaml", "", "a.yaml: recipe is None, expected a mapping"),

@@ -218,9 +218,10 @@ def test_names_are_in_the_order_of_the_bytes(tmp_path: Path) -> None:
     tensors = sharded(tmp_path)
     with CheckpointReader(tmp_path) as reader:
         assert reader.names == list(tensors)
-    save_file({"b": torch.zeros(2), "a": torch.zeros(2, dtype=torch.float64)}, tmp_path / "model.safetensors")
+    wide = torch.zeros(2, dtype=torch.float64)  # the library puts it first
+    save_file({"b": torch.zeros(2), "a": wide, "c": wide.clone()}, tmp_path / "model.safetensors")
     with safe_open(tmp_path / "model.safetensors", "pt") as real, CheckpointReader(tmp_path) as reader:
-        assert reader.names == real.offset_keys()
+        assert reader.names == real.offset_keys() != sorted(reader.names)
 
 
 def test_a_tensor_is_the_callers_own(tmp_path: Path) -> None:
@@ -239,6 +240,25 @@ def test_shards_of_a_variant(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors.index.json").rename(tmp_path / "model.safetensors.index.fp16.json")
     with CheckpointReader(tmp_path) as reader:
         assert sorted(reader.names) == sorted(tensors)
+
+
+def test_the_index_without_a_variant_counts(tmp_path: Path) -> None:
+    tensors = sharded(tmp_path)
+    shutil.copy(tmp_path / "model-00001-of-00002.safetensors", tmp_path / "model.fp16-00001-of-00001.safetensors")
+    variant = json.dumps({"weight_map": {"layer.0.weight": "model.fp16-00001-of-00001.safetensors"}})
+    (tmp_path / "model.safetensors.index.fp16.json").write_text(variant)
+    with CheckpointReader(tmp_path) as reader:
+        assert sorted(reader.names) == sorted(tensors)
+
+
+def test_of_several_variants_none_is_meant(tmp_path: Path) -> None:
+    save_file({"a": torch.zeros(1)}, tmp_path / "model-00001-of-00001.safetensors")
+    for variant in ("bf16", "fp16"):
+        index = tmp_path / f"model.safetensors.index.{variant}.json"
+        index.write_text(json.dumps({"weight_map": {"a": "model-00001-of-00001.safetensors"}}))
+    several = r"several sets of weights \(model.safetensors.index.bf16.json, model.safetensors.index.fp16.json\)"
+    with pytest.raises(CheckpointError, match=several):
+        CheckpointReader(tmp_path)
 
 
 def test_the_hubs_cache_of_links_is_followed(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from torch.nn.utils.parametrizations import weight_norm
 import octavo
 from octavo import OctavoWarning, Recipe, RecipeError, Scheme
 from octavo.modules import QuantEmbedding, QuantLinear, QuantModule, TiedQuantLinear
-from octavo.quantization.plan import plan
+from octavo.quantization.plan import output_heads, plan
 from tests.nearness import relative_error
 from tests.tiny_models import build, llama, tied_llama, tokens, whisper
 
@@ -220,11 +220,47 @@ class TestLayersThatHangTogether:
         torch.testing.assert_close(model[1](x, x, x)[0], expected)
 
     def test_a_shared_bias_keeps_nothing_from_being_quantized(self) -> None:
-        model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
-        model[1].bias = model[0].bias
+        """Nor does it make one table of two, or keep those that are from being one."""
+        model = nn.Sequential(*(nn.Linear(8, 8) for _ in range(4)))
+        model[1].bias, model[3].weight = model[0].bias, model[2].weight
+        x = torch.randn(5, 8)
+        expected = model(x)
         octavo.quantize(model, "w8a16")
         assert all(isinstance(layer, QuantLinear) for layer in model)
-        assert model[1].bias is model[0].bias
+        assert model[1].bias is model[0].bias and model[3].weight is model[2].weight is not model[1].weight
+        assert 0 < relative_error(model(x), expected) < 0.03
+
+    def test_linear_layers_that_share_are_in_groups_and_have_float_inputs(self) -> None:
+        for options, shape, note in (
+            ({"scheme": "w8a16", "group_size": 4}, (8, 2), None),
+            ({"scheme": "w8a8"}, (8, 1), "its weight is shared: its inputs stay float"),
+        ):
+            model = nn.Sequential(nn.Linear(8, 8, bias=False), nn.Linear(8, 8, bias=False))
+            model[1].weight = model[0].weight
+            (row, _) = octavo.quantize(model, **options).rows
+            assert model[1].weight_scale is model[0].weight_scale and model[0].weight_scale.shape == shape
+            assert row.reason == note and str(row.scheme).startswith("w8a16")
+
+    def test_a_table_that_cannot_be_int8_keeps_its_head_float_though_none_asked_for_it(self) -> None:
+        model = nn.ModuleDict({"table": nn.Embedding(9, 8, max_norm=1.0), "head": nn.Linear(8, 9, bias=False)})
+        model["head"].weight = model["table"].weight
+        fates = {d.name: (d.scheme, d.reason, d.asked) for d in plan(model, Recipe.of("w8a16", include=["OutputHead"]))}
+        assert fates == {
+            "table": (None, "max_norm renormalizes the float table at every lookup", False),
+            "head": (None, "shares its weight with table, which stays float", False),
+        }
+
+    def test_a_layer_within_one_that_stays_float_does_not(self) -> None:
+        class Adapted(nn.Linear):
+            def __init__(self) -> None:
+                super().__init__(8, 8)
+                self.adapter = nn.Linear(8, 8)
+
+            def forward(self, input: Tensor) -> Tensor:
+                return nn.functional.linear(input, 2 * self.weight) + self.adapter(input)
+
+        outer, inner = plan(nn.ModuleList([Adapted()]), Recipe())
+        assert (outer.scheme, inner.name, inner.scheme) == (None, "0.adapter", Scheme())
 
     def test_a_shared_table_has_one_scheme(self) -> None:
         """An embedding cannot be cut into groups, so its head is not either."""
@@ -284,6 +320,40 @@ class TestMoreOfTransformers:
             actual = model(ids).logits
         assert {name for name, m in model.named_modules() if type(m) is nn.Linear} == {"lm_head"}
         assert 0 < relative_error(actual, expected) < 0.03
+
+
+class NamesItsHead(nn.Module):
+    """As models of transformers do, some through a part that they have not: `head` is then an exception."""
+
+    def __init__(self, head: nn.Module | type[Exception] | None) -> None:
+        super().__init__()
+        self.first, self.lm_head, self.said = nn.Linear(4, 4), nn.Linear(4, 9), head
+
+    def get_output_embeddings(self) -> nn.Module | None:
+        if self.said is not None and not isinstance(self.said, nn.Module):
+            raise self.said
+        return self.said
+
+
+@pytest.mark.parametrize(
+    ("said", "heads"),
+    [
+        (nn.Linear(4, 9), {"said"}),
+        (nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 9)), {"said.0", "said.1"}),
+        (None, set()),
+        (NotImplementedError, set()),
+        (AttributeError, set()),
+    ],
+)
+def test_output_heads_are_what_the_model_says_and_what_is_called_one(said: Any, heads: set[str]) -> None:
+    assert output_heads(NamesItsHead(said)) == {"lm_head", *heads}
+
+
+def test_int32_holds_the_sums_of_as_many_products_as_the_arithmetic_says() -> None:
+    k = (2**31 - 1) // 128**2
+    with torch.device("meta"):
+        model = nn.Sequential(nn.Linear(k, 1), nn.Linear(k + 1, 1))
+    assert [str(decision.scheme) for decision in plan(model, Recipe.of("w8a8"))] == ["w8a8", "w8a16"]
 
 
 def test_the_plan_of_a_skeleton_is_that_of_the_model() -> None:

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.utils.parametrizations import weight_norm
 
 from octavo.smoothing.pairs import Layout, Pair, find_pairs, is_norm
 from tests.outliers import ARCHITECTURES, EVERY_ARCHITECTURE, Architecture, multiply_experts, outputs
@@ -462,6 +463,16 @@ def test_norms_that_are_called_by_keyword() -> None:
 def test_norms_without_a_weight() -> None:
     model = nn.Sequential(nn.LayerNorm(16, elementwise_affine=False), nn.Linear(16, 4))
     assert reason(model, X, "0") == "has no weight to fold into"
+
+
+def test_a_norm_over_more_than_the_channels() -> None:
+    model = nn.Sequential(nn.LayerNorm(X.shape[1:]), nn.Linear(16, 4))
+    assert reason(model, X, "0") == "does not scale the channels of its output"
+
+
+def test_a_weight_that_is_computed_has_nothing_to_fold_into() -> None:
+    model = nn.Sequential(weight_norm(nn.Linear(16, 24)), nn.ReLU(), nn.Linear(24, 16), nn.ReLU(), nn.Linear(16, 4))
+    assert listed(find_pairs(model, X)) == {"2": ("4.weight",)}
 
 
 def test_torch_encoder_layers_are_seen_through() -> None:
