@@ -284,7 +284,7 @@ def _tie(model: nn.Module, decisions: dict[str, Decision], obstacles: dict[str, 
         members = [decisions.get(name.rpartition(".")[0]) for name in names]
         known = [member for member in members if member is not None]
         wanted = [member for member in known if member.scheme]
-        if not wanted or all(name.endswith("bias") for name in names):
+        if not wanted or all("bias" in name.rpartition(".")[2] for name in names):
             continue
         ignored = [member for member in known if member.reason and member.reason.startswith("ignored by")]
         if ignored:

@@ -230,6 +230,17 @@ class TestLayersThatHangTogether:
         assert model[1].bias is model[0].bias and model[3].weight is model[2].weight is not model[1].weight
         assert 0 < relative_error(model(x), expected) < 0.03
 
+    def test_so_does_a_shared_bias_of_recurrent_layers(self) -> None:
+        first, second = nn.LSTM(8, 8), nn.LSTM(8, 8)
+        second.bias_ih_l0 = first.bias_ih_l0
+        model = nn.ModuleList([first, second])
+        x = torch.randn(5, 3, 8)
+        expected = [layer(x)[0] for layer in model]
+        assert octavo.quantize(model, "w8a16").quantized_fraction > 0.8
+        for layer, before in zip(model, expected, strict=True):
+            assert 0 < relative_error(layer(x)[0], before) < 0.03
+        assert model[1].bias_ih_l0 is model[0].bias_ih_l0
+
     def test_linear_layers_that_share_are_in_groups_and_have_float_inputs(self) -> None:
         for options, shape, note in (
             ({"scheme": "w8a16", "group_size": 4}, (8, 2), None),
