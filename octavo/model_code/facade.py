@@ -176,7 +176,7 @@ class _Facade(QuantModule):
         *_, params, _ = self.made_of
         self._shapes = {param: getattr(layer, param).shape for param in params}
         self._follow_casts(self.codes_and_scale(params[0])[0].device)  # where its values are, if the layer was empty
-        self._hold_rest(layer, params)
+        self._hold_rest(layer)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         return _empty, self.made_of, vars(self)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -106,13 +106,13 @@ class QuantModule(nn.Module):
         if "_float" in self._buffers:
             self._float.fill_(torch.nan)
 
-    def _hold_rest(self, layer: nn.Module, params: Collection[str]) -> None:
-        """Hold what the float layer holds besides `params`, and this one does not: what its own code may ask for."""
+    def _hold_rest(self, layer: nn.Module) -> None:
+        """Hold what the float layer holds, and this one does not: what its own code may ask for."""
         for name, value in kept_attributes(layer).items():
             if name not in vars(self):
                 setattr(self, name, value)
         for name, parameter in layer._parameters.items():
-            if name not in params and not hasattr(self, name):
+            if not hasattr(self, name):  # a weight it has, as codes
                 self.register_parameter(name, parameter)
         for name, buffer in layer._buffers.items():
             self.register_buffer(name, buffer, persistent=name not in layer._non_persistent_buffers_set)

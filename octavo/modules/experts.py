@@ -39,7 +39,7 @@ class QuantExperts(QuantModule):
         )
         self.spec = spec
         self.source_class = type(layer)
-        self._hold_rest(layer, codes)
+        self._hold_rest(layer)
         self._names = argument_names(type(layer))
 
     def __getattr__(self, name: str) -> Any:
