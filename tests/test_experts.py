@@ -284,6 +284,24 @@ def test_a_gate_that_is_a_method_of_the_class() -> None:
 
 @torch.no_grad()
 @pytest.mark.usefixtures("registry")
+def test_a_setting_of_a_layer_goes_before_that_of_its_class() -> None:
+    register_relu(Methodical, gate=lambda layer, h: layer.gate(h))
+    layer = build(Methodical, config())
+    layer.limit = 0.3  # type: ignore[assignment]
+    check(layer, "Methodical")
+
+
+@pytest.mark.usefixtures("registry")
+def test_files_hold_what_they_held_and_scales() -> None:
+    register_relu(Relu)
+    layer = build(Relu, config())
+    model = int8(layer)
+    assert torch.equal(model.floor, layer.floor) and "floor" not in layer.state_dict()
+    assert model.state_dict().keys() == {*layer.state_dict(), "inner_scale", "outer_scale"}
+
+
+@torch.no_grad()
+@pytest.mark.usefixtures("registry")
 def test_a_registered_class_is_pickled_and_asks_to_be_registered_again(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its gate here is a lambda, which no pickle holds."""
     register_relu(Relu)

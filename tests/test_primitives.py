@@ -287,8 +287,9 @@ def test_what_is_not_finite_is_refused_by_name(bad: float, granularity: Granular
     with pytest.raises(QuantizeError, match=rf"blocks\.3\.weight: holds {word}"):
         choose_scale(x, granularity, group_size=groups_of(granularity), name="blocks.3.weight")
     if granularity in ("per_channel", "per_group"):
-        with pytest.raises(QuantizeError, match=rf"blocks\.3\.weight: holds {word}"):
-            quantize_weight(x, granularity, group_size=groups_of(granularity), name="blocks.3.weight")
+        for function in (quantize_weight, ops.quantize_weight):
+            with pytest.raises(QuantizeError, match=rf"blocks\.3\.weight: holds {word}"):
+                function(x, granularity, group_size=groups_of(granularity), name="blocks.3.weight")
 
 
 def test_nan_is_found_in_a_later_block_of_rows() -> None:
@@ -369,6 +370,25 @@ def test_dequantize_rounds_once() -> None:
     for dtype in DTYPES:
         exact = codes.double() * scale.double()
         assert torch.equal(dequantize(codes, scale, dtype), exact.float().to(dtype))
+
+
+@pytest.mark.parametrize(
+    ("shape", "granularity"),
+    [
+        (shape, granularity)
+        for shape in [(8,), (4, 8), (2, 3, 8), (0, 8)]
+        for granularity in ("per_channel", "per_tensor")
+    ]
+    + [((4, 8), "per_group")],
+)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_op_gives_the_same_bits(shape: tuple[int, ...], granularity: Granularity, dtype: torch.dtype) -> None:
+    weight, group_size = torch.randn(shape).to(dtype), groups_of(granularity)
+    codes, scale = quantize_weight(weight, granularity, group_size=group_size)
+    found, own = ops.quantize_weight(weight, granularity, group_size=group_size)
+    assert torch.equal(found, codes) and torch.equal(own, scale)
+    told, of_told = ops.quantize_weight(weight.to("meta"), granularity, group_size=group_size)
+    assert told.is_meta and of_told.is_meta and (told.shape, of_told.shape) == (codes.shape, scale.shape)
 
 
 @pytest.mark.parametrize("function", [quantize_weight, ops.quantize_weight])

@@ -265,3 +265,15 @@ def test_a_compiler_follows(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ops, "_rotary", None)
     compiled = torch.compile(model, fullgraph=True, backend="eager")
     torch.testing.assert_close(logits(compiled, IDS), y)
+
+
+@torch.no_grad()
+def test_operands_that_do_not_go_together_are_left_to_torch() -> None:
+    q, k, cos, sin = torch.randn(2, 4, 3, 8), torch.randn(2, 2, 3, 8), torch.randn(2, 3, 8), torch.randn(1, 3, 8)
+    assert (ops.rotary(q, k, cos, sin) is None) == (ops._native.isa is None)
+    odd = tuple(x[..., :7].contiguous() for x in (q, k, cos, sin))
+    for wrong in (
+        odd, (q, k.bfloat16(), cos, sin), (q, k, cos.double(), sin), (q, k, cos, sin.to("meta")), (q, k[:1], cos, sin),
+        (q, k[:, :, :2], cos, sin), (q, k, cos[:, :2], sin), (q, k, cos, torch.cat([cos, sin])), (q, k, cos[0], sin[0]),
+    ):  # fmt: skip
+        assert ops.rotary(*wrong) is None

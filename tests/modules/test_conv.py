@@ -24,6 +24,7 @@ def test_padding(mode: str, padding: int | str, dims: int) -> None:
             int8, truth = quantized(layer)
             x = torch.randn(2, 2, *[9] * dims)
             torch.testing.assert_close(int8(x), truth(x), rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(int8(x[1]), truth(x)[1], rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", ["conv1d", "conv2d", "conv3d", "conv transpose 1d", "conv transpose 2d"])

@@ -150,8 +150,16 @@ def test_which_layers_get_one() -> None:
     class Own(nn.Linear):
         pass
 
+    class Packed(nn.Parameter):
+        """As of those who quantize it their own way."""
+
     bound = linear()
     bound.forward = lambda x: x  # type: ignore[method-assign]
+    packed, masked, adapted, scaled = (linear() for _ in range(4))
+    packed.weight = Packed(packed.weight.data)
+    masked.register_buffer("mask", torch.ones(N, K))
+    adapted.add_module("adapter", nn.Identity())
+    scaled.register_parameter("factor", nn.Parameter(torch.ones(N)))
     with torch.device("meta"):
         empty = linear()
     model = nn.ModuleDict(
@@ -160,6 +168,7 @@ def test_which_layers_get_one() -> None:
             "fp64": linear(torch.float64), "small": nn.Linear(8, 8), "derived": Own(K, N), "bound": bound,
             "normed": nn.utils.parametrizations.weight_norm(linear()),
             "attention": nn.MultiheadAttention(K, 4),
+            "packed": packed, "masked": masked, "adapted": adapted, "scaled": scaled,
         }
     )  # fmt: skip
     assert list(float_linears(model)) == ["plain", "without_bias", "bf16", "meta"]

@@ -62,6 +62,13 @@ def test_convolutions(cls: Any, function: Any, data: st.DataObject) -> None:
     torch.testing.assert_close(function(x, weight, bias, **options).double(), expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize(("cls", "function"), CONVOLUTIONS, ids=["1d", "2d", "3d"])
+def test_what_a_call_leaves_out_is_not_the_layers_either(cls: Any, function: Any) -> None:
+    weight, exact = weight_of(cls(4, 6, 2, stride=3, padding=1, dilation=2))
+    x = torch.randn(2, 4, *[9] * (exact.dim() - 2))
+    torch.testing.assert_close(function(x, weight).double(), function(x.double(), exact), rtol=1e-5, atol=1e-5)
+
+
 def test_the_padding_of_a_layer_is_its_own() -> None:
     """Also where it is a word, or what is around the input is not zeros."""
     for options in ({"padding": "same", "dilation": 2}, {"padding": (1, 2), "padding_mode": "reflect"}):

@@ -392,6 +392,14 @@ def test_wrong_codes_are_refused() -> None:
             QuantLinear(nn.Linear(12, 5), {"weight": wrong}, int8.scheme, torch.float32)
 
 
+@every_layer
+def test_a_layer_that_is_made_of_codes_by_hand(kind: str) -> None:
+    layer, x = (make() for make in LAYERS[kind])
+    int8, _ = quantized(layer)
+    assert isinstance(int8, QuantModule)
+    assert torch.equal(type(int8)(layer, int8.codes(), int8.scheme, torch.float32)(x), int8(x))
+
+
 # -- compiled and exported --------------------------------------------------------------------------------------------
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import octavo
 from octavo.modules import QuantModule
-from tests.modules.test_modules import KINDS, whole
+from tests.modules.test_modules import KINDS, Attention, whole
 from tests.tiny_models import build, llama, mixtral, tokens
 
 
@@ -48,6 +49,16 @@ def test_int8_inputs(scheme: str) -> None:
     octavo.quantize(model, scheme, stats=stats)
     model.set_attn_implementation("sdpa")  # octavo's calls an op, and is no module
     assert_says_what_it_calls(model, ids)
+
+
+@pytest.mark.parametrize(
+    "make", [Attention, lambda: nn.LSTM(8, 8), lambda: nn.GRUCell(8, 8)], ids=["attention", "LSTM", "cell"]
+)
+@pytest.mark.parametrize("scheme", ["w8a16", "w8a8"])
+def test_attentions_and_recurrent_layers(make: Callable[[], nn.Module], scheme: str) -> None:
+    model = nn.Sequential(make())
+    octavo.quantize(model, scheme)
+    assert_says_what_it_calls(model, torch.randn(3, 8))
 
 
 @pytest.mark.parametrize("scheme", ["w8a16", "w8a8"])

@@ -110,6 +110,15 @@ def test_a_layer_is_never_served_the_same_codes_twice() -> None:
         assert quantize.calls == calls
 
 
+def test_nor_is_one_that_did_not_quantize_them() -> None:
+    """As where the first of the layers is not called again."""
+    shared, quantize, x = SharedInput(), Counted(), torch.randn(3, 4)
+    for layer in (ONE, OTHER, OTHER):
+        codes = shared.quantized(x, lambda: "k", layer, quantize)
+    assert quantize.calls == 2
+    assert shared.quantized(x, lambda: "k", ONE, quantize) is codes
+
+
 @pytest.mark.parametrize("scheme", ["w8a8", "o2", "w8a8-static"])
 def test_a_buffer_that_is_filled_behind_torchs_back(scheme: str) -> None:
     """As streaming code does: a tensor over numpy's memory, whose version does not count what numpy writes."""

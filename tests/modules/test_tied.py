@@ -28,6 +28,7 @@ def assert_one_table(model: Tied) -> None:
     assert model.lm_head.weight is model.embedding.weight
     assert model.lm_head.weight_scale is model.embedding.weight_scale
     assert [name for name, _ in model.lm_head.named_buffers()] == []
+    assert (model.lm_head.out_features, model.lm_head.in_features) == (20, 8)
 
 
 def half(model: nn.Module, tmp_path: Path) -> nn.Module:
