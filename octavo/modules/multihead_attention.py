@@ -96,9 +96,9 @@ class QuantMultiheadAttention(QuantModule):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """q, k and v; those of one tensor by one product, where there is one weight for all three."""
         inputs = (query, key, value)
-        biases = [None] * 3 if self.in_proj_bias is None else self.in_proj_bias.chunk(3)
         codes = list(self.codes().values())
         if len(codes) == 3:
+            biases = [None] * 3 if self.in_proj_bias is None else self.in_proj_bias.chunk(3)
             q, k, v = (
                 self._linear(x, weight, scale, bias)
                 for x, (weight, scale), bias in zip(inputs, codes, biases, strict=True)
