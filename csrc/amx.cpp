@@ -59,6 +59,7 @@ struct Avx512 {
   static void run(const Linear& layer, Block block, void* scratch) { kernels().run(layer, block, scratch); }
   static size_t packed_bytes(const Linear& layer) { return kernels().packed_bytes(layer); }
   static void pack(const Linear& layer, int64_t m0, int64_t m1) { kernels().pack(layer, m0, m1); }
+  static int64_t passes(const Linear&) { return 1; }
 };
 
 // A layer is that of the first of `Tiles` that takes it, or else `Rest`'s.
@@ -71,6 +72,9 @@ struct InTiles<Rest, First, More...> : Either<First, InTiles<Rest, More...>> {
     return First::takes(layer) ? 0 : InTiles<Rest, More...>::packed_bytes(layer);
   }
   static void pack(const Linear& layer, int64_t m0, int64_t m1) { Rest::pack(layer, m0, m1); }
+  static int64_t passes(const Linear& layer) {
+    return First::takes(layer) ? First::passes(layer) : InTiles<Rest, More...>::passes(layer);
+  }
 };
 
 // Of rows with NaN or inf, which have no digits.
@@ -90,7 +94,7 @@ using LinearInt8 = InTiles<Avx512<avx512_codes>, FewTileRows<CodeRow, Avx512<avx
                            ManyTileRows<CodeRow, Int8Tiles, Avx512<avx512_codes>, 5>>;
 
 template <class Layer>
-constexpr LinearKernels packing_kernels{Layer::scratch_bytes, Layer::run, Layer::packed_bytes, Layer::pack};
+constexpr LinearKernels tile_kernels{Layer::scratch_bytes, Layer::run, Layer::packed_bytes, Layer::pack, Layer::passes};
 
 template <class Of>
 constexpr ConvolutionKernels convolution{Of::kLeastColumns, 1024, kBlock, Of::most_windows, Of::scratch_bytes, Of::run};
@@ -113,10 +117,10 @@ extern const Kernels amx_kernels = [] {
   bf16.most_rows = bf16.most_rows_next_to_wider = 3;
   f16.most_rows = f16.most_rows_next_to_wider = 12;
   kernels.isa = "amx";
-  kernels.w8a16_of[static_cast<int>(Float::f32)] = packing_kernels<LinearF32>;
-  kernels.w8a16_of[static_cast<int>(Float::bf16)] = packing_kernels<LinearBf16>;
-  kernels.w8a16_of[static_cast<int>(Float::f16)] = packing_kernels<LinearF16>;
-  kernels.w8a8 = packing_kernels<LinearInt8>;
+  kernels.w8a16_of[static_cast<int>(Float::f32)] = tile_kernels<LinearF32>;
+  kernels.w8a16_of[static_cast<int>(Float::bf16)] = tile_kernels<LinearBf16>;
+  kernels.w8a16_of[static_cast<int>(Float::f16)] = tile_kernels<LinearF16>;
+  kernels.w8a8 = tile_kernels<LinearInt8>;
   kernels.convolution_of[static_cast<int>(Float::f32)] = &convolution<TileConvolution<Float::f32>>;
   kernels.convolution_of[static_cast<int>(Float::bf16)] = &convolution<TileConvolution<Float::bf16>>;
   kernels.convolution_of[static_cast<int>(Float::f16)] = &convolution<TileConvolution<Float::f16>>;

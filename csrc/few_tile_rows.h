@@ -112,6 +112,8 @@ struct FewTileRows {
            (layer.groups == 1 || layer.K / layer.groups % kUnitCodes == 0);
   }
 
+  static int64_t passes(const Linear&) { return 1; }
+
   static size_t scratch_bytes(const Linear& layer) {
     const size_t bytes = sizeof(Scratch) + tiles_of(layer.M) * ceil_div(layer.K, kRowBytes) * kTileBytes;
     return bytes > Rest::scratch_bytes(layer) ? bytes : Rest::scratch_bytes(layer);

@@ -216,6 +216,9 @@ struct LinearKernels {
   // is read as it lies. Null where it always is.
   size_t (*packed_bytes)(const Linear&) = nullptr;
   void (*pack)(const Linear&, int64_t m0, int64_t m1) = nullptr;
+
+  // How many times W is read, each time for as many rows of x as stay in cache. Null where threads do not share these.
+  int64_t (*passes)(const Linear&) = nullptr;
 };
 
 // Of layers whose weights are float: `linear` is faster than torch's own up to so many rows of x. None at 0.

@@ -158,6 +158,8 @@ struct ManyTileRows {
             (layer.K / layer.groups % kUnitCodes == 0 && Many::units_of_group(layer) * Tiles::kSteps <= kPieceSteps));
   }
 
+  static int64_t passes(const Linear& layer) { return typename Many::Plan(layer).passes(layer.M); }
+
   static size_t scratch_bytes(const Linear& layer) {
     return sizeof(Scratch) > Rest::scratch_bytes(layer) ? sizeof(Scratch) : Rest::scratch_bytes(layer);
   }

@@ -225,14 +225,17 @@ struct ManyTiles {
       units = ceil_div(ceil_div(all, ceil_div(all, fit)), group) * group;
       most = min64(kMostBlocks, kPackedTiles / (2 * units * Columns::kVectors * kSteps));
     }
+
+    // For so many columns.
+    int64_t passes(int64_t columns) const { return ceil_div(ceil_div(columns, kBlock), most); }
   };
 
   // `rest(block)` serves columns that cannot be laid out.
   template <class Rest>
   static void run(const Linear& layer, Columns& x, Block block, Scratch& scratch, const Rest& rest) {
     const Plan plan(layer);
-    const int64_t blocks = max64(1, ceil_div(block.m1 - block.m0, kBlock));
-    const int64_t rows = ceil_div(blocks, ceil_div(blocks, plan.most)) * kBlock;
+    const int64_t all = max64(1, block.m1 - block.m0);
+    const int64_t rows = ceil_div(ceil_div(all, kBlock), plan.passes(all)) * kBlock;
     const int64_t columns = plan.units < plan.all ? kWaitingBlocks / (rows / kBlock) * kBlock : block.n1 - block.n0;
     _tile_loadconfig(&kWholeTiles);
     for (int64_t m = block.m0; m < block.m1; m += rows) {

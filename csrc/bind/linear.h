@@ -14,7 +14,8 @@ using octavo::Block;
 using octavo::Linear;
 using octavo::LinearKernels;
 
-constexpr int64_t kRowsOfPart = 129;  // of x, that are worth laying W across for
+constexpr int64_t kRowsOfPart = 129;   // of x, that are worth laying W across for
+constexpr int64_t kUnpackedRows = 32;  // of x, the unit of parts where it is not packed
 
 // What the operands of a linear layer are, before anyone asks which rows of them.
 struct Operands {
@@ -93,6 +94,13 @@ void deal_out(const std::vector<Linear>& layers, int64_t size, const Of& of, con
   });
 }
 
+// Into how many parts rows of x are cut, of which threads take columns of y, one part after the other: so that each has
+// as much to do; or has rows of its own to lay out, where W is read for some rows at a time, and no more often so.
+int64_t parts_of(const Linear& layer, const LinearKernels& kernels) {
+  const int64_t passes = kernels.passes ? kernels.passes(layer) : 1;
+  return std::max(even_parts(ceil_div(layer.N, kColumns), layer.M, kRowsOfPart), even_shares(passes));
+}
+
 // Rows of x are packed where the kernels want it, then columns of y computed. `like`: what memory is allocated like.
 void run(std::vector<Linear> layers, const LinearKernels& kernels, const Tensor& like) {
   size_t scratch_bytes = 0, packed_bytes = 0;
@@ -111,12 +119,12 @@ void run(std::vector<Linear> layers, const LinearKernels& kernels, const Tensor&
     deal_out(layers, octavo::kPackedRows, [](const Linear& layer) { return layer.packed ? layer.M : 0; }, kernels.pack);
   }
   const auto columns = [](const Linear& layer) { return up_to_multiple(layer.N, kColumns); };
-  const int64_t M = layers.size() == 1 ? layers[0].M : 0;  // of experts each is a part
-  const int64_t parts = M ? even_parts(columns(layers[0]) / kColumns, M, kRowsOfPart) : 1;
+  const int64_t parts = layers.size() == 1 ? parts_of(layers[0], kernels) : 1;  // of experts each is a part
   deal_out(
       layers, kColumns, [&](const Linear& layer) { return parts * columns(layer); },
       [&](const Linear& layer, int64_t begin, int64_t end) {
-        const int64_t width = columns(layer), height = up_to_multiple(ceil_div(layer.M, parts), octavo::kPackedRows);
+        const int64_t unit = layer.packed ? octavo::kPackedRows : kUnpackedRows;
+        const int64_t width = columns(layer), height = up_to_multiple(ceil_div(layer.M, parts), unit);
         void* const scratch = scratch_of(scratch_bytes);
         for (int64_t part = begin / width; part * width < end; part++) {
           const int64_t n0 = std::max(begin - part * width, int64_t{0}), n1 = std::min(end - part * width, layer.N);

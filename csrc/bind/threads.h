@@ -53,4 +53,11 @@ int64_t even_parts(int64_t whole, int64_t rows, int64_t least) {
   return std::max<int64_t>(1, std::min(threads, rows / least));
 }
 
+// Into how many shares, of as many each, threads can take `whole` units of work.
+int64_t even_shares(int64_t whole) {
+  int64_t shares = std::max<int64_t>(1, std::min<int64_t>(torch::stable::get_num_threads(), whole));
+  while (whole % shares != 0) shares--;
+  return shares;
+}
+
 }  // namespace

@@ -112,6 +112,29 @@ def test_nor_does_it_where_rows_are_shared_for_want_of_columns(isa: str, n: int)
         assert_same_bits(layers(), alone)
 
 
+@pytest.mark.parametrize("m", [512, 750])
+def test_nor_does_it_where_threads_have_rows_of_their_own(isa: str, m: int) -> None:
+    """As where a layer is read twice or three times, each time for as many rows as stay in cache."""
+    n, k = 96, 4096
+    x, weight, scale = torch.randn(m, k).bfloat16(), codes(n, k), torch.rand(n, 1)
+    x8, x_scale = ops.quantize_per_token(x)
+
+    def layers() -> list[Tensor]:
+        return [
+            ops.w8a16_linear(x, weight, scale),
+            ops.w8a16_linear(x.float(), weight, scale),
+            ops.w8a8_linear(x8, x_scale, weight, scale, None, torch.bfloat16),
+        ]
+
+    torch.set_num_threads(1)
+    alone = layers()
+    exact = (x8.double() @ weight.double().T * x_scale.double() * scale.double().T).bfloat16()
+    torch.testing.assert_close(alone[2], exact, rtol=2**-7, atol=0)
+    for threads in (2, 3, 4):
+        torch.set_num_threads(threads)
+        assert_same_bits(layers(), alone)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_nor_does_it_where_a_part_has_one_tile_of_rows_and_the_layer_many(isa: str, dtype: torch.dtype) -> None:
     """K is summed in pieces then, or it is not: for groups so small that dot products serve many rows, too."""
