@@ -58,14 +58,13 @@ class QuantMultiheadAttention(QuantModule):
         is_causal: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
         """As nn.MultiheadAttention: query [B, L, E], key [B, S, kdim], value [B, S, vdim] if batch_first."""
-        joined = _joined(query, key, value)  # before they are turned, which makes three tensors of one
+        q, k, v = self._project(query, key, value)
         batched = query.dim() == 3
         if not batched:
-            query, key, value = (x.unsqueeze(0) for x in (query, key, value))
+            q, k, v = (x.unsqueeze(0) for x in (q, k, v))
             key_padding_mask = None if key_padding_mask is None else key_padding_mask.unsqueeze(0)
         elif not self.batch_first:
-            query, key, value = (x.transpose(0, 1) for x in (query, key, value))
-        q, k, v = self._project(query, key, value, joined)
+            q, k, v = (x.transpose(0, 1) for x in (q, k, v))
         mask = self._mask(q, key_padding_mask, attn_mask, is_causal)
         if self.bias_k is not None and self.bias_v is not None:
             k = torch.cat([k, self.bias_k.to(k.dtype).expand(k.shape[0], 1, -1)], dim=1)
@@ -91,10 +90,8 @@ class QuantMultiheadAttention(QuantModule):
             return y.squeeze(0), None if weights is None else weights.squeeze(0)
         return (y if self.batch_first else y.transpose(0, 1)), weights
 
-    def _project(
-        self, query: Tensor, key: Tensor, value: Tensor, joined: tuple[int, ...]
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """q, k and v; those of one tensor by one product, where there is one weight for all three."""
+    def _project(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """q, k and v, laid out as the inputs; those of one tensor by one product, where one weight is for all three."""
         inputs = (query, key, value)
         codes = list(self.codes().values())
         if len(codes) == 3:
@@ -106,7 +103,7 @@ class QuantMultiheadAttention(QuantModule):
             return q, k, v
         ((weight, scale),) = codes
         projected: list[Tensor] = []
-        for count in joined:
+        for count in _joined(query, key, value):
             first = len(projected)
             rows = slice(first * self.embed_dim, (first + count) * self.embed_dim)
             bias = None if self.in_proj_bias is None else self.in_proj_bias[rows]
