@@ -56,6 +56,7 @@ struct Vec {
   using F = __m256;
   using I = __m256i;
   using Bits = unsigned;
+  using Lanes = __m256;  // all bits of those that are meant
 
   static F set1(float value) { return _mm256_set1_ps(value); }
   static F add(F a, F b) { return _mm256_add_ps(a, b); }
@@ -71,10 +72,11 @@ struct Vec {
   static F whole(F v) { return _mm256_round_ps(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 
   // In two halves, for the smallest numbers have no such exponent.
-  static F times_two_to(F v, F n) {
-    const __m256i whole = _mm256_cvtps_epi32(n), half = _mm256_srai_epi32(whole, 1);
-    return mul(mul(v, power_of_two(half)), power_of_two(_mm256_sub_epi32(whole, half)));
+  static F times_two_to(Lanes there, F v, F n) {
+    const __m256i whole = _mm256_and_si256(units(there), _mm256_cvtps_epi32(n)), half = _mm256_srai_epi32(whole, 1);
+    return _mm256_and_ps(there, mul(mul(v, power_of_two(half)), power_of_two(_mm256_sub_epi32(whole, half))));
   }
+  static Lanes is_not_below(F a, F b) { return _mm256_cmp_ps(a, b, _CMP_NLT_UQ); }
   static F power_of_two(__m256i n) {
     return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(n, _mm256_set1_epi32(127)), 23));
   }

@@ -19,6 +19,7 @@ struct Vec {
   using F = __m512;
   using I = __m512i;
   using Bits = __mmask16;
+  using Lanes = __mmask16;
 
   static F set1(float value) { return _mm512_set1_ps(value); }
   static F add(F a, F b) { return _mm512_add_ps(a, b); }
@@ -33,6 +34,8 @@ struct Vec {
   static F with_sign_of(F v, F magnitude) { return _mm512_or_ps(magnitude, _mm512_and_ps(v, _mm512_set1_ps(-0.0f))); }
   static F whole(F v) { return _mm512_roundscale_ps(v, _MM_FROUND_TO_NEAREST_INT); }
   static F times_two_to(F v, F n) { return _mm512_scalef_ps(v, n); }
+  static F times_two_to(Lanes there, F v, F n) { return _mm512_maskz_scalef_ps(there, v, n); }
+  static Lanes is_not_below(F a, F b) { return _mm512_cmp_ps_mask(a, b, _CMP_NLT_UQ); }
 
   // Of lanes: the first `count`, all, those that a comparison holds for; of a value where they are set, or another.
   static Bits first(int count) { return mask16(count); }
