@@ -29,6 +29,10 @@
 
 #include "fp32.h"
 
+#include "avx512_products.h"
+
+#include "outer_linear.h"
+
 #include "tiles.h"
 
 #include "digits.h"
@@ -42,6 +46,22 @@
 #include "windows.h"
 
 #include "tile_convolution.h"
+
+#include "mask.h"
+
+#include "softmax.h"
+
+#include "heads.h"
+
+#include "tile_products.h"
+
+#include "int8_rows.h"
+
+#include "int8_attention.h"
+
+#include "attention_rows.h"
+
+#include "float_attention.h"
 
 namespace octavo {
 namespace {
@@ -96,6 +116,28 @@ using LinearInt8 = InTiles<Avx512<avx512_codes>, FewTileRows<CodeRow, Avx512<avx
 template <class Layer>
 constexpr LinearKernels tile_kernels{Layer::scratch_bytes, Layer::run, Layer::packed_bytes, Layer::pack, Layer::passes};
 
+// Few rows of attention, which are those kernels'.
+template <class Of, const AttentionKernels* (*kernels)()>
+struct FewOfAvx512 {
+  using Stored = Of;  // of keys and values
+  static constexpr bool kCodes = std::is_same_v<Stored, int8_t>;
+  static bool take(const Attention& a) { return a.rows() <= kAttentionRows; }
+  static size_t packed(const Attention& a) { return kernels()->packed_bytes(a); }
+  static size_t scratch(const Attention& a) { return kernels()->scratch_bytes(a); }
+  static void tokens(const Attention& a, int64_t key_head, int64_t s0, int64_t s1, void* memory) {
+    kernels()->tokens(a, key_head, s0, s1, memory);
+  }
+  static void rows(const Attention& a, int64_t key_head, int64_t r0, int64_t r1, void* memory) {
+    kernels()->rows(a, key_head, r0, r1, memory);
+  }
+};
+const AttentionKernels* avx512_floats_of_few() { return avx512_kernels.float_attention(Float::bf16).attention; }
+const AttentionKernels* avx512_codes_of_few() { return avx512_kernels.attention_of_codes(Float::bf16); }
+
+using Int8InTiles = Int8Attention<SignedUnit, WeightedUnit, TileProducts>;
+using Bf16InTiles = FloatAttention<Bf16Unit, FewOfAvx512<uint16_t, avx512_floats_of_few>, TileProducts>;
+using Bf16OfCodesInTiles = FloatAttention<Bf16Unit, FewOfAvx512<int8_t, avx512_codes_of_few>, TileProducts>;
+
 template <class Of>
 constexpr ConvolutionKernels convolution{Of::kLeastColumns, 1024, kBlock, Of::most_windows, Of::scratch_bytes, Of::run};
 
@@ -109,8 +151,10 @@ namespace octavo {
 
 extern const Kernels amx_kernels = [] {
   Kernels kernels = avx512_kernels;
-  // Torch has tiles for bf16, too. It is slower where a few rows wait for keys, values or weights that stay float.
-  kernels.float_attention_of[static_cast<int>(Float::bf16)].most_rows = kAttentionRows;
+  kernels.int8_attention = &attention<Int8InTiles>;
+  kernels.float_attention_of[static_cast<int>(Float::bf16)] = {kAnyNumber, &attention<Bf16InTiles>};
+  kernels.attention_of_codes_of[static_cast<int>(Float::bf16)] = &attention<Bf16OfCodesInTiles>;
+  // Torch has tiles for bf16, too. It is slower where a few rows wait for weights that stay float.
   kernels.float_linear_of[static_cast<int>(Float::f32)] = {};
   FloatLinearKernels &bf16 = kernels.float_linear_of[static_cast<int>(Float::bf16)],
                      &f16 = kernels.float_linear_of[static_cast<int>(Float::f16)];

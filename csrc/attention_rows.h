@@ -37,7 +37,8 @@ struct FixedPoint {
 // `Unit`, beyond what linear layers ask of it:
 //     rounded      kElements vectors of fp32 -> units
 //     kFixed       whether they are fixed-point
-template <class Unit>
+// `kRows`: of a tile, at most.
+template <class Unit, int64_t kRows = kAttentionRows>
 struct AttentionTile {
   using V = Vec;
   using F = Vec::F;
@@ -50,31 +51,31 @@ struct AttentionTile {
   // What is between the two products of a tile, and the second.
   struct Scratch {
     int64_t ldq, ldp;  // bytes
-    float* scores;     // [tokens / 32][12][32]
-    float* y;          // [12][32]
-    char *q, *p;       // [12][ldq], [12][ldp]: units
-    float* p_scale;    // [12], of fixed-point ones
+    float* scores;     // [tokens / 32][kRows][32]
+    float* y;          // [kRows][32]
+    char *q, *p;       // [kRows][ldq], [kRows][ldp]: units
+    float* p_scale;    // [kRows], of fixed-point ones
 
     Scratch(const Attention& a, int64_t tokens, char* memory)
         : ldq(padded_row(ceil_div(a.D, kVector) * kVectorBytes)),
           ldp(padded_row(bytes_of(whole(tokens)))),
           scores(reinterpret_cast<float*>(memory)) {
-      y = scores + kAttentionRows * whole(tokens);
-      q = reinterpret_cast<char*>(y + kAttentionRows * kBlockN);
-      p = q + kAttentionRows * ldq;
-      p_scale = reinterpret_cast<float*>(p + kAttentionRows * ldp);
+      y = scores + kRows * whole(tokens);
+      q = reinterpret_cast<char*>(y + kRows * kBlockN);
+      p = q + kRows * ldq;
+      p_scale = reinterpret_cast<float*>(p + kRows * ldp);
     }
     static int64_t bytes(const Attention& a, int64_t tokens) {
       const Scratch at(a, tokens, nullptr);
-      return kAttentionRows * ((whole(tokens) + kBlockN + 1) * static_cast<int64_t>(sizeof(float)) + at.ldq + at.ldp);
+      return kRows * ((whole(tokens) + kBlockN + 1) * static_cast<int64_t>(sizeof(float)) + at.ldq + at.ldp);
     }
-    float* scores_of(int64_t i, int64_t token) const { return scores + token * kAttentionRows + i * kBlockN; }
+    float* scores_of(int64_t i, int64_t token) const { return scores + token * kRows + i * kBlockN; }
     char* units_of(int64_t i, int64_t token) const { return p + i * ldp + bytes_of(token); }
   };
 
   // Rows [r0, r1) of a key head.
   int64_t key_head, count;
-  Place places[kAttentionRows];
+  Place places[kRows];
   AttentionTile(const Attention& a, int64_t of, int64_t r0, int64_t r1) : key_head(of), count(r1 - r0) {
     find_places(a, key_head, r0, r1, places);
   }
@@ -96,18 +97,22 @@ struct AttentionTile {
     }
   }
 
-  // multiply(range): the products of the tile's rows with keys -> scratch.scores. top, total: [12], of the tile's rows.
+  // multiply(range): the products of the tile's rows with keys -> scratch.scores. top, total: of the tile's rows.
   // Returns: the tokens outside of which all e^... are 0.
   template <class Multiply>
   Range weigh(const Attention& a, const Tokens& tokens, const Scratch& scratch, float* top, float* total,
               const Multiply& multiply) const {
-    Allowed allowed[kAttentionRows];
+    Allowed allowed[kRows];
     for (int64_t i = 0; i < count; i++) allowed[i] = allowed_of(a, places[i], tokens);
     const Range range = range_of(allowed, count, tokens);
     multiply(range);
-    for (int64_t i = 0; i < count; i++) top[i] = largest_score(a, places[i].of_mask, allowed[i], tokens, scratch, i);
-    for (int64_t i = 0; i < count; i++)
-      total[i] = exponentials(a.scaling, allowed[i], range, tokens, scratch, i, top[i]);
+    for (int64_t first = 0; first < count; first += kTogether) {
+      const int64_t last = min64(first + kTogether, count);
+      for (int64_t i = first; i < last; i++)
+        top[i] = largest_score(a, places[i].of_mask, allowed[i], tokens, scratch, i);
+      for (int64_t i = first; i < last; i++)
+        total[i] = exponentials(a.scaling, allowed[i], range, tokens, scratch, i, top[i]);
+    }
     return range;
   }
 
@@ -122,6 +127,8 @@ struct AttentionTile {
   }
 
  private:
+  static constexpr int64_t kTogether = kAttentionRows;  // rows whose scores are in L1 at the same time
+
   // Which tokens a row may attend to.
   static Allowed allowed_of(const Attention& a, const Place& place) {
     return a.mask.kind == Mask::Kind::none ? Allowed{0, a.S, true, true} : a.mask.allowed[place.of_mask];

@@ -1,11 +1,11 @@
-// Attention in float, by outer products, a few rows of the query at a time:
+// Attention in float, a few rows of the query at a time:
 //
 //     y = softmax(scaling * q k^T) v             sums and the softmax in fp32
 //
 //     tokens   32 keys are laid across, as units [D / u][32 keys][u] (outer_linear.h), and 32 values, [S / u][32
 //              columns][u] for each 32 columns of v: u is 2 in bf16, whose products are of pairs, and 1 otherwise (fp16
 //              is widened to fp32 on the way)
-//     rows     up to 12: their scores with all keys, e^(score - largest) as units (attention_rows.h), y
+//     rows     12, or 32 in tiles: their scores with all keys, e^(score - largest) as units (attention_rows.h), y
 //
 // Many rows of a key head share what is laid out (`packed`). For few nothing is: see few_queries.h.
 //
@@ -16,17 +16,19 @@
 namespace octavo {
 namespace {
 
-// What `Unit` has is at the head of attention_rows.h and few_queries.h.
-template <class Unit, class Few>
+// What `Unit` has is at the head of attention_rows.h and few_queries.h. `Products`: see heads.h.
+template <class Unit, class Few, class Products = OuterProducts>
 struct FloatAttention {
   using V = Vec;
   using X = typename Unit::X;
   using Stored = typename Few::Stored;  // of keys and values: X, or codes
-  using Tile = AttentionTile<Unit>;
+  static constexpr int64_t kRows = Products::kRows;
+  using Tile = AttentionTile<Unit, kRows>;
   using Scratch = typename Tile::Scratch;
   static constexpr int64_t kUnit = Unit::kElements;
 
   static int64_t units(int64_t elements) { return ceil_div(elements, kUnit); }
+  static int64_t of_keys(const Attention& a) { return Products::read(units(a.D)); }
 
   // Of one key head.
   struct Laid {
@@ -36,7 +38,7 @@ struct FloatAttention {
     float *k_scale, *v_scale;  // [count] of codes
 
     Laid(const Attention& a, int64_t key_head)
-        : count(whole(a.S)), panel(units(a.D) * kBlockN * kUnitBytes), keys(a.packed + key_head * packed(a)) {
+        : count(whole(a.S)), panel(of_keys(a) * kBlockN * kUnitBytes), keys(a.packed + key_head * packed(a)) {
       values = keys + count / kBlockN * panel;
       k_scale = reinterpret_cast<float*>(values + Tile::bytes_of(count) * whole(a.Dv)), v_scale = k_scale + count;
     }
@@ -52,7 +54,7 @@ struct FloatAttention {
   static size_t packed(const Attention& a) {
     if (Few::take(a)) return Few::packed(a);
     const size_t scales = Few::kCodes ? 2 * sizeof(float) : 0;
-    return whole(a.S) * (units(a.D) * kUnitBytes + scales) + Tile::bytes_of(whole(a.S)) * whole(a.Dv);
+    return whole(a.S) * (of_keys(a) * kUnitBytes + scales) + Tile::bytes_of(whole(a.S)) * whole(a.Dv);
   }
   static size_t scratch(const Attention& a) { return Few::take(a) ? Few::scratch(a) : Scratch::bytes(a, a.S); }
 
@@ -78,6 +80,8 @@ struct FloatAttention {
           return Unit::load_x(x, count...);
       };
       lay_across<Unit>(key, end - s, a.D, to.keys_from(s));
+      memset(to.keys_from(s) + units(a.D) * kBlockN * kUnitBytes, 0,
+             (of_keys(a) - units(a.D)) * kBlockN * kUnitBytes);
       for (int64_t column = 0; column < whole(a.Dv); column += kStrip)
         for (int64_t token = s; token < s + kBlockN; token += kUnit) {
           V::I w[2];
@@ -108,21 +112,23 @@ struct FloatAttention {
     const Laid laid(a, key_head);
     const Scratch scratch(a, a.S, static_cast<char*>(memory));
     lay_rows(a, tile, scratch);
-    float top[kAttentionRows], total[kAttentionRows];
-    const int64_t steps = units(a.D);
+    float top[kRows], total[kRows];
+    const typename Products::InUse in_use;
+    const int64_t steps = of_keys(a);
     const auto range = tile.weigh(a, laid.tokens(), scratch, top, total, [&](const auto& range) {
       for (int64_t s = range.first; s < range.last; s += kBlockN)
-        outer_tile_of<Unit>(
+        Products::template multiply<Unit>(
             tile.count, {scratch.q, scratch.ldq, kUnitBytes, laid.keys_from(s), steps * kStripBytes, steps, nullptr},
-            scratch.scores_of(0, s), false);
+            scratch.scores_of(0, s));
       if constexpr (Few::kCodes)
         for (int64_t i = 0; i < tile.count; i++) Tile::template scale<float>(laid.tokens(), range, scratch, i, 1);
     });
     for (int64_t n = 0; n < a.Dv; n += kBlockN) {
-      outer_tile_of<Unit>(tile.count,
-                          {scratch.units_of(0, range.first), scratch.ldp, kUnitBytes, laid.values_from(range.first, n),
-                           laid.steps() * kStripBytes, (whole(range.last) - range.first) / kUnit, nullptr},
-                          scratch.y, false);
+      Products::template multiply<Unit>(
+          tile.count,
+          {scratch.units_of(0, range.first), scratch.ldp, kUnitBytes, laid.values_from(range.first, n),
+           laid.steps() * kStripBytes, (whole(range.last) - range.first) / kUnit, nullptr},
+          scratch.y);
       for (int64_t i = 0; i < tile.count; i++) tile.store(a, i, n, scratch.y + i * kBlockN, total[i]);
     }
   }

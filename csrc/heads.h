@@ -1,4 +1,4 @@
-// Heads of attention: where their rows lie, and which of them one call computes.
+// Heads of attention: where their rows lie, which of them one call computes, and how many are multiplied at once.
 //
 // Included by a translation unit after its target pragma, like outer_linear.h, whose blocks these are.
 #pragma once
@@ -64,6 +64,27 @@ inline const void* query_row(const Attention& a, int64_t batch, const Place& pla
 
 // The first element of its row of y.
 inline int64_t result_row(const Attention& a, const Place& place) { return (place.head * a.T + place.query) * a.Dv; }
+
+// How attention multiplies rows by what is laid across, where outer products are what there is. (Another way is
+// tile_products.h.)
+struct OuterProducts {
+  static constexpr int64_t kRows = kAttentionRows;  // at once, at most
+
+  // Of so many units of a sum as many are read, up to `kPast` more: those of x are zeros, and others finite.
+  static constexpr int64_t kPast = 0;
+  static int64_t read(int64_t units) { return units; }
+
+  // Of a thread that multiplies.
+  struct InUse {
+    InUse() {}
+  };
+
+  // sums[rows, 32] = x[rows, units] panel[units, 32]
+  template <class Unit>
+  OCTAVO_INLINE static void multiply(int64_t rows, const OuterOperands& in, typename Unit::Sum* sums) {
+    outer_tile_of<Unit>(rows, in, sums, false);
+  }
+};
 
 }  // namespace
 }  // namespace octavo

@@ -1,9 +1,9 @@
-// Attention with both products in int8, by outer products, a few rows of the query at a time.
+// Attention with both products in int8, a few rows of the query at a time.
 //
 //     tokens   32 keys are quantized, unless they are codes, and laid across, [D / u][32 keys][u], as a linear layer's
 //              rows of W are (outer_linear.h); 32 values too, [S / u][32 columns][u] for each 32 columns of v, where
 //              the u tokens of a unit are u rows as they lie
-//     rows     up to 12: their codes, their scores with all keys, the probabilities' codes, y (int8_rows.h). What is
+//     rows     12, or 32 in tiles: their codes, their scores with all keys, the probabilities' codes, y (int8_rows.h). What is
 //              between the two products stays in scratch, which is in L1 for 500 tokens and in L2 for 10000
 //
 // Many rows of a key head share what is laid out. For few nothing is: see few_int8_queries.h.
@@ -14,10 +14,12 @@
 namespace octavo {
 namespace {
 
-template <class Score, class Weighted>
+// `Products`: see heads.h.
+template <class Score, class Weighted, class Products = OuterProducts>
 struct Int8Attention {
   using V = Vec;
-  using Rows = Int8Rows<Score, Weighted>;
+  static constexpr int64_t kRows = Products::kRows;
+  using Rows = Int8Rows<Score, Weighted, kRows>;
   static constexpr int64_t kUnit = Score::kElements;
 
   // What `packed` holds of one key head.
@@ -28,7 +30,7 @@ struct Int8Attention {
     float *k_scale, *v_scale;  // [count]
 
     Tokens(const Attention& a, int64_t key_head)
-        : count(whole(a.S)), panel(Rows::units(a.D) * kBlockN * kUnitBytes), keys(a.packed + key_head * packed(a)) {
+        : count(whole(a.S)), panel(Products::read(Rows::units(a.D)) * kBlockN * kUnitBytes), keys(a.packed + key_head * packed(a)) {
       values = keys + count / kBlockN * panel;
       k_scale = reinterpret_cast<float*>(values + steps() * whole(a.Dv) * kUnitBytes);
       v_scale = k_scale + count;
@@ -41,7 +43,9 @@ struct Int8Attention {
   };
 
   static size_t packed(const Attention& a) {
-    return whole(a.S) * (Rows::units(a.D) * kUnitBytes + whole(a.Dv) * Weighted::kCodeBytes + 2 * sizeof(float));
+    return whole(a.S) * (Products::read(Rows::units(a.D)) * kUnitBytes + whole(a.Dv) * Weighted::kCodeBytes +
+                         2 * sizeof(float)) +
+           Products::kPast * kBlockN * kUnitBytes;
   }
 
   static void tokens(const Attention& a, int64_t key_head, int64_t s0, int64_t s1, void* memory) {
@@ -70,20 +74,20 @@ struct Int8Attention {
 
   struct Scratch {
     int64_t ldp;
-    int32_t* scores;  // [tokens / 32][12][32]; after the softmax's first pass fp32
-    int32_t* y;       // [12][32]
-    char *q, *p;      // units: [12][of q], [12][ldp]
-    int8_t* codes;    // [12][D]
+    int32_t* scores;  // [tokens / 32][kRows][32]; after the softmax's first pass fp32
+    int32_t* y;       // [kRows][32]
+    char *q, *p;      // units: [kRows][of q], [kRows][ldp]
+    int8_t* codes;    // [kRows][D]
 
     Scratch(const Attention& a, void* memory) : ldp(Rows::bytes_of_codes(a)), scores(static_cast<int32_t*>(memory)) {
-      y = scores + kAttentionRows * whole(a.S);
-      q = reinterpret_cast<char*>(y + kAttentionRows * kBlockN);
-      p = q + kAttentionRows * Rows::bytes_of_units(a);
-      codes = reinterpret_cast<int8_t*>(p + kAttentionRows * ldp);
+      y = scores + kRows * whole(a.S);
+      q = reinterpret_cast<char*>(y + kRows * kBlockN);
+      p = q + kRows * Rows::bytes_of_units(a);
+      codes = reinterpret_cast<int8_t*>(p + kRows * ldp);
     }
     static size_t bytes(const Attention& a) {
       const Scratch at(a, nullptr);
-      return kAttentionRows * ((whole(a.S) + kBlockN) * sizeof(int32_t) + Rows::bytes_of_units(a) + at.ldp + a.D);
+      return kRows * ((whole(a.S) + kBlockN) * sizeof(int32_t) + Rows::bytes_of_units(a) + at.ldp + a.D);
     }
   };
 
@@ -94,20 +98,25 @@ struct Int8Attention {
     const Scratch scratch(a, memory);
     const typename Rows::Queries q(a, key_head, r0, r1, scratch.q, scratch.codes);
     const typename Rows::Part part = Rows::part_of(a, tokens.k_scale, tokens.v_scale, q);
+    const typename Products::InUse in_use;
+    const int64_t of_keys = Products::read(Rows::units(a.D));
     for (int64_t s = part.first; s < part.last; s += kBlockN)
-      outer_tile_of<Score>(q.count,
-                           {q.units, q.ldq, kUnitBytes, tokens.keys + s / kBlockN * tokens.panel,
-                            Rows::units(a.D) * kStripBytes, Rows::units(a.D), nullptr},
-                           scratch.scores + s * kAttentionRows, false);
-    float scale[kAttentionRows];
-    Rows::softmax(a, tokens.k_scale, tokens.v_scale, q, part, scratch.scores, kAttentionRows, scratch.p, scratch.ldp,
-                  scale);
+      Products::template multiply<Score>(
+          q.count,
+          {q.units, q.ldq, kUnitBytes, tokens.keys + s / kBlockN * tokens.panel, of_keys * kStripBytes, of_keys,
+           nullptr},
+          scratch.scores + s * kRows);
+    float scale[kRows];
+    Rows::softmax(a, tokens.k_scale, tokens.v_scale, q, part, scratch.scores, kRows, scratch.p, scratch.ldp, scale);
+    const int64_t steps = (part.last - part.first) / kUnit, of_values = Products::read(steps);
+    for (int64_t i = 0; i < q.count; i++)
+      memset(scratch.p + i * scratch.ldp + part.last * Weighted::kCodeBytes, 0, (of_values - steps) * kUnitBytes);
     for (int64_t n = 0; n < a.Dv; n += kBlockN) {
-      outer_tile_of<Weighted>(
+      Products::template multiply<Weighted>(
           q.count,
           {scratch.p + part.first * Weighted::kCodeBytes, scratch.ldp, kUnitBytes, tokens.values_from(part.first, n),
-           tokens.steps() * kStripBytes, (part.last - part.first) / kUnit, nullptr},
-          scratch.y, false);
+           tokens.steps() * kStripBytes, of_values, nullptr},
+          scratch.y);
       for (int64_t i = 0; i < q.count; i++)
         Rows::store(a, result_row(a, q.places[i]), n, scratch.y + i * kBlockN, scale[i]);
     }

@@ -19,8 +19,8 @@ namespace {
 // `Score` is the unit of q times k, `Weighted` of probabilities times v, which beyond what linear layers ask of it has
 //     kCodeBytes     of a code in a unit
 //     store_codes    a vector of whole numbers, as such codes
-// and what value_strips.h asks of it.
-template <class Score, class Weighted>
+// and what value_strips.h asks of it. `kRows`: at once, at most.
+template <class Score, class Weighted, int64_t kRows = kAttentionRows>
 struct Int8Rows {
   using V = Vec;
   static constexpr int64_t kUnit = Score::kElements;
@@ -64,13 +64,13 @@ struct Int8Rows {
 
   // -- rows ------------------------------------------------------------------------------------------------------
 
-  // Rows [r0, r1) of q. units: [12][ldq], what they are laid to; codes: [12][D], of use to nobody afterwards.
+  // Rows [r0, r1) of q. units: [kRows][ldq], what they are laid to; codes: [kRows][D], of use to nobody afterwards.
   struct Queries {
     int64_t count, ldq;
     char* units;
-    Place places[kAttentionRows];
-    float scale[kAttentionRows];  // times scaling
-    int32_t excess[kAttentionRows];
+    Place places[kRows];
+    float scale[kRows];  // times scaling
+    int32_t excess[kRows];
 
     Queries(const Attention& a, int64_t key_head, int64_t r0, int64_t r1, char* units, int8_t* codes)
         : count(r1 - r0), ldq(bytes_of_units(a)), units(units) {
@@ -120,19 +120,23 @@ struct Int8Rows {
   // scale[count]. The codes of what a row's own mask forbids, and only others' allow, are zeros.
   static void softmax(const Attention& a, const float* k_scale, const float* v_scale, const Queries& queries,
                       const Part& part, int32_t* sums, int64_t rows, char* codes, int64_t ldp, float* scale) {
-    SoftmaxRow row[kAttentionRows];
-    for (int64_t i = 0; i < queries.count; i++) {
-      row[i] = SoftmaxRow{};
-      row[i].x = reinterpret_cast<float*>(sums) + i * kBlockN, row[i].step = rows * kBlockN;
-      row[i].excess = queries.excess[i], row[i].scale = queries.scale[i];
-      row[i].k_scale = k_scale, row[i].v_scale = v_scale;
-      row[i].first = part.first, row[i].last = min64(part.last, a.S);
-      row[i].has_softcap = a.has_softcap, row[i].softcap = a.softcap;
-      row[i].codes = codes + i * ldp;
-      if (a.mask.kind != Mask::Kind::none) put_mask(a, part, queries.places[i].of_mask, row[i]);
+    SoftmaxRow row[kTogether];
+    for (int64_t first = 0; first < queries.count; first += kTogether) {
+      const int64_t count = min64(kTogether, queries.count - first);
+      for (int64_t j = 0; j < count; j++) {
+        const int64_t i = first + j;
+        row[j] = SoftmaxRow{};
+        row[j].x = reinterpret_cast<float*>(sums) + i * kBlockN, row[j].step = rows * kBlockN;
+        row[j].excess = queries.excess[i], row[j].scale = queries.scale[i];
+        row[j].k_scale = k_scale, row[j].v_scale = v_scale;
+        row[j].first = part.first, row[j].last = min64(part.last, a.S);
+        row[j].has_softcap = a.has_softcap, row[j].softcap = a.softcap;
+        row[j].codes = codes + i * ldp;
+        if (a.mask.kind != Mask::Kind::none) put_mask(a, part, queries.places[i].of_mask, row[j]);
+      }
+      Softmax<Weighted>::run(row, count);
+      for (int64_t j = 0; j < count; j++) scale[first + j] = Softmax<Weighted>::scale_of(row[j]);
     }
-    Softmax<Weighted>::run(row, queries.count);
-    for (int64_t i = 0; i < queries.count; i++) scale[i] = Softmax<Weighted>::scale_of(row[i]);
   }
 
   // Sums -> y[n : n + 32] of a row that begins at element `row`.
@@ -144,6 +148,8 @@ struct Int8Rows {
   }
 
  private:
+  static constexpr int64_t kTogether = kAttentionRows;  // rows whose sums are in L1 at the same time
+
   static void put_mask(const Attention& a, const Part& part, int64_t of_mask, SoftmaxRow& row) {
     const Allowed& allowed = a.mask.allowed[of_mask];
     if (!part.trusted || !allowed.plain) {

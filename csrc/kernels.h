@@ -202,7 +202,7 @@ struct Attention {
 };
 
 constexpr int64_t kAttentionTokens = 128;  // the unit in which `AttentionKernels::tokens` is dealt out
-constexpr int64_t kAttentionRows = 12;     // that `AttentionKernels::rows` takes at most
+constexpr int64_t kAttentionRows = 12;     // of a key head that are few
 
 constexpr int64_t kPackedRows = 12;                // of x, the unit in which `pack` is dealt out
 constexpr int64_t kRowsAtOnce = 43 * kPackedRows;  // for which W is laid across anew
@@ -250,6 +250,7 @@ struct NarrowConvolutionKernels {
 };
 
 struct AttentionKernels {
+  int64_t most_rows;                          // that `rows` takes at once
   size_t (*packed_bytes)(const Attention&);   // of `Attention::packed`, for each key head: a multiple of 64
   size_t (*scratch_bytes)(const Attention&);  // of the steps behind the mask's, 64-byte aligned
   // The mask -> `mask.allowed`, for rows [i0, i1) of its B * H * T; if there is one.

@@ -122,11 +122,11 @@ struct MaskRows {
 };
 
 template <class Of>
-constexpr AttentionKernels attention{Of::packed, Of::scratch, MaskRows::look, Of::tokens, Of::rows};
+constexpr AttentionKernels attention{Of::kRows, Of::packed, Of::scratch, MaskRows::look, Of::tokens, Of::rows};
 
 // With the steps that follow where rows need all tokens before values are multiplied.
 template <class Of>
-constexpr AttentionKernels attention_in_parts{Of::packed, Of::scratch, MaskRows::look, Of::tokens,
+constexpr AttentionKernels attention_in_parts{Of::kRows, Of::packed, Of::scratch, MaskRows::look, Of::tokens,
                                               Of::rows,   Of::values,  Of::join};
 
 }  // namespace

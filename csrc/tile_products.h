@@ -1,0 +1,103 @@
+// How attention multiplies rows in tiles: 32 at a time, by 32 columns.
+//
+//                             16 columns   16 columns
+//                               tile 6       tile 7
+//     16 rows      tile 4       tile 0       tile 1        x's rows are read as they lie, units of four bytes along K; what
+//     16 rows      tile 5       tile 2       tile 3        they meet is laid across for outer products, as tiles want it
+//
+// Included by amx.cpp after its target pragma, like heads.h, which has the other way, and tiles.h.
+#pragma once
+
+namespace octavo {
+namespace {
+
+struct TileProducts {
+  static constexpr int64_t kRows = 2 * kTile;
+  static constexpr int64_t kPast = kTile - 1;
+  static int64_t read(int64_t units) { return ceil_div(units, kTile) * kTile; }
+
+  class InUse {
+   public:
+    InUse() { _tile_loadconfig(&kWholeTiles); }
+    ~InUse() { _tile_release(); }
+    InUse(const InUse&) = delete;
+    InUse& operator=(const InUse&) = delete;
+  };
+
+  template <class Unit>
+  static void multiply(int64_t rows, const OuterOperands& in, typename Unit::Sum* sums) {
+    rows > kTile ? of_tiles<Unit, 2>(in, sums) : of_tiles<Unit, 1>(in, sums);
+  }
+
+ private:
+  // Past the last row are others, whose sums are not used.
+  template <class Unit, int kTilesOfX>
+  __attribute__((noinline)) static void of_tiles(const OuterOperands& in, typename Unit::Sum* sums) {
+    constexpr int64_t kSumsRow = kBlockN * sizeof(typename Unit::Sum);
+    const char *x = in.x, *panel = in.panel;
+    const int64_t row = in.row;
+    settle();
+    _tile_zero(0);
+    _tile_zero(1);
+    if constexpr (kTilesOfX == 2) {
+      _tile_zero(2);
+      _tile_zero(3);
+    }
+    for (int64_t step = 0; step < in.steps; step += kTile, x += kRowBytes, panel += kTile * kStripBytes) {
+      _tile_loadd(6, panel, kStripBytes);
+      _tile_loadd(7, panel + kRowBytes, kStripBytes);
+      _tile_loadd(4, x, row);
+      first<Unit>();
+      if constexpr (kTilesOfX == 2) {
+        _tile_loadd(5, x + kTile * row, row);
+        second<Unit>();
+      }
+    }
+    _tile_stored(0, sums, kSumsRow);
+    _tile_stored(1, sums + kTile, kSumsRow);
+    if constexpr (kTilesOfX == 2) {
+      _tile_stored(2, sums + kTile * kBlockN, kSumsRow);
+      _tile_stored(3, sums + kTile * kBlockN + kTile, kSumsRow);
+    }
+    settle();
+  }
+
+  template <class Unit>
+  static constexpr bool kCodes = std::is_same_v<typename Unit::Sum, int32_t>;
+
+  template <class Unit>
+  static void first() {
+    if constexpr (kCodes<Unit>) {
+      _tile_dpbssd(0, 4, 6);
+      _tile_dpbssd(1, 4, 7);
+    } else {
+      _tile_dpbf16ps(0, 4, 6);
+      _tile_dpbf16ps(1, 4, 7);
+    }
+  }
+  template <class Unit>
+  static void second() {
+    if constexpr (kCodes<Unit>) {
+      _tile_dpbssd(2, 5, 6);
+      _tile_dpbssd(3, 5, 7);
+    } else {
+      _tile_dpbf16ps(2, 5, 6);
+      _tile_dpbf16ps(3, 5, 7);
+    }
+  }
+};
+
+// Codes with their signs.
+struct SignedUnit {
+  using X = int8_t;
+  using Sum = int32_t;
+  static constexpr int64_t kElements = 4;
+  static constexpr int32_t kOffset = 0;
+  static __m512i load_x(const int8_t* x) { return _mm512_loadu_si512(x); }
+  static __m512i load_x(const int8_t* x, int count) { return _mm512_maskz_loadu_epi8(mask64(count), x); }
+  static __m512i load_w(const int8_t* w) { return load_x(w); }
+  static __m512i load_w(const int8_t* w, int count) { return load_x(w, count); }
+};
+
+}  // namespace
+}  // namespace octavo
