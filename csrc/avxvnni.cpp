@@ -10,6 +10,8 @@
 
 #include <cmath>
 #include <cstring>
+#include <limits>
+#include <new>
 #include <type_traits>
 
 #include "kernels.h"

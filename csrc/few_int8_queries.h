@@ -20,7 +20,7 @@ struct FewInt8Queries {
   using V = Vec;
   using Rows = Int8Rows<Score, Weighted>;
   using Strips = ValueStrips<Weighted, int8_t>;
-  static constexpr int64_t kRows = kAttentionRows;
+  static int64_t most_rows(const Attention&) { return kAttentionRows; }
 
   static int64_t parts_of(const Attention& a) { return ceil_div(a.S, kAttentionTokens); }
 

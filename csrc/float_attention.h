@@ -5,7 +5,8 @@
 //     tokens   32 keys are laid across, as units [D / u][32 keys][u] (outer_linear.h), and 32 values, [S / u][32
 //              columns][u] for each 32 columns of v: u is 2 in bf16, whose products are of pairs, and 1 otherwise (fp16
 //              is widened to fp32 on the way)
-//     rows     12, or 32 in tiles: their scores with all keys, e^(score - largest) as units (attention_rows.h), y
+//     rows     12, or 32 in tiles, with up to 1024 tokens at a time: scores, e^(score - largest) as units
+//              (attention_rows.h), and their sums with values; y is what all tokens' are, joined by the largest scores
 //
 // Many rows of a key head share what is laid out (`packed`). For few nothing is: see few_queries.h.
 //
@@ -42,7 +43,9 @@ struct FloatAttention {
       values = keys + count / kBlockN * panel;
       k_scale = reinterpret_cast<float*>(values + Tile::bytes_of(count) * whole(a.Dv)), v_scale = k_scale + count;
     }
-    Tokens tokens() const { return {0, count, Few::kCodes ? k_scale : nullptr, Few::kCodes ? v_scale : nullptr}; }
+    Tokens tokens(int64_t s) const {  // of the part that begins at s
+      return {s, min64(kPart, count - s), Few::kCodes ? k_scale + s : nullptr, Few::kCodes ? v_scale + s : nullptr};
+    }
     int64_t steps() const { return count / kUnit; }  // of values
     char* keys_from(int64_t s) const { return keys + s / kBlockN * panel; }
     char* values_from(int64_t s, int64_t column) const {
@@ -56,7 +59,50 @@ struct FloatAttention {
     const size_t scales = Few::kCodes ? 2 * sizeof(float) : 0;
     return whole(a.S) * (of_keys(a) * kUnitBytes + scales) + Tile::bytes_of(whole(a.S)) * whole(a.Dv);
   }
-  static size_t scratch(const Attention& a) { return Few::take(a) ? Few::scratch(a) : Scratch::bytes(a, a.S); }
+
+  // Many tokens are met in parts, whose keys and values are in L2 while some tiles pass by.
+  static constexpr int64_t kPart = 1024, kTiles = 8;
+  static int64_t part_of(const Attention& a) { return min64(kPart, a.S); }
+  static int64_t most_rows(const Attention& a) { return (a.S <= kPart ? 1 : kTiles) * kRows; }
+
+  // Of a tile, of tokens that it has met: the largest scores, and the sums of e^(score - largest).
+  struct Sofar {
+    static constexpr int64_t kCount = ceil_div(kRows, V::kLanes) * V::kLanes;
+    static constexpr float kLowest = std::numeric_limits<float>::lowest();
+    float top[kCount], total[kCount];
+
+    // Of no tokens.
+    Sofar() {
+      for (int64_t i = 0; i < kCount; i++) top[i] = -INFINITY, total[i] = 0;
+    }
+
+    // kept, taken: what sums with values, of these and of `more`, are multiplied by to be added.
+    void add(const Sofar& more, float scaling, float* kept, float* taken) {
+      for (int64_t i = 0; i < kCount; i += V::kLanes) {
+        const auto mine = V::load(top + i), its = V::load(more.top + i), largest = V::max(mine, its);
+        const auto shift = V::max(largest, V::set1(kLowest));  // so that -inf less this is a number
+        const auto weight = [&](V::F top) { return exp_of_negative<V>(V::mul(V::set1(scaling), V::sub(top, shift))); };
+        const auto keep = weight(mine), take = weight(its);
+        V::store(kept + i, keep), V::store(taken + i, take), V::store(top + i, largest);
+        V::store(total + i, V::fmadd(V::load(total + i), keep, V::mul(V::load(more.total + i), take)));
+      }
+    }
+  };
+  // A tile on its way.
+  struct Sums {
+    Tile tile;
+    Sofar sofar;
+    float* y;  // [kRows][Dv, up to a multiple of 32]: sums with values
+  };
+  static Sums* sums_at(const Attention& a, void* memory) {
+    return reinterpret_cast<Sums*>(static_cast<char*>(memory) + ceil_div(Scratch::bytes(a, part_of(a)), 64) * 64);
+  }
+
+  static size_t scratch(const Attention& a) {
+    if (Few::take(a)) return Few::scratch(a);
+    const int64_t rows = most_rows(a);
+    return reinterpret_cast<intptr_t>(sums_at(a, nullptr) + rows / kRows) + rows * whole(a.Dv) * sizeof(float);
+  }
 
   // -- tokens ----------------------------------------------------------------------------------------------------
 
@@ -80,8 +126,7 @@ struct FloatAttention {
           return Unit::load_x(x, count...);
       };
       lay_across<Unit>(key, end - s, a.D, to.keys_from(s));
-      memset(to.keys_from(s) + units(a.D) * kBlockN * kUnitBytes, 0,
-             (of_keys(a) - units(a.D)) * kBlockN * kUnitBytes);
+      memset(to.keys_from(s) + units(a.D) * kBlockN * kUnitBytes, 0, (of_keys(a) - units(a.D)) * kBlockN * kUnitBytes);
       for (int64_t column = 0; column < whole(a.Dv); column += kStrip)
         for (int64_t token = s; token < s + kBlockN; token += kUnit) {
           V::I w[2];
@@ -108,29 +153,80 @@ struct FloatAttention {
 
   static void rows(const Attention& a, int64_t key_head, int64_t r0, int64_t r1, void* memory) {
     if (Few::take(a)) return Few::rows(a, key_head, r0, r1, memory);
-    const Tile tile(a, key_head, r0, r1);
     const Laid laid(a, key_head);
-    const Scratch scratch(a, a.S, static_cast<char*>(memory));
-    lay_rows(a, tile, scratch);
-    float top[kRows], total[kRows];
+    const Scratch scratch(a, part_of(a), static_cast<char*>(memory));
     const typename Products::InUse in_use;
-    const int64_t steps = of_keys(a);
-    const auto range = tile.weigh(a, laid.tokens(), scratch, top, total, [&](const auto& range) {
-      for (int64_t s = range.first; s < range.last; s += kBlockN)
-        Products::template multiply<Unit>(
-            tile.count, {scratch.q, scratch.ldq, kUnitBytes, laid.keys_from(s), steps * kStripBytes, steps, nullptr},
-            scratch.scores_of(0, s));
-      if constexpr (Few::kCodes)
-        for (int64_t i = 0; i < tile.count; i++) Tile::template scale<float>(laid.tokens(), range, scratch, i, 1);
+    if (a.S > kPart) return rows_in_parts(a, laid, key_head, r0, r1, scratch, memory);
+    const Tile tile(a, key_head, r0, r1);
+    Sofar of_all;
+    const auto range = weigh(a, tile, laid, 0, scratch, of_all);
+    multiply_values(a, tile, laid, range, 0, scratch,
+                    [&](int64_t i, int64_t n, const float* sums) { tile.store(a, i, n, sums, of_all.total[i]); });
+  }
+
+  static void rows_in_parts(const Attention& a, const Laid& laid, int64_t key_head, int64_t r0, int64_t r1,
+                            const Scratch& scratch, void* memory) {
+    Sums* const sums = sums_at(a, memory);
+    float* const y = reinterpret_cast<float*>(sums + most_rows(a) / kRows);
+    memset(y, 0, (r1 - r0) * whole(a.Dv) * sizeof(float));
+    int64_t tiles = 0;
+    for (int64_t r = r0; r < r1; r += kRows, tiles++)
+      new (sums + tiles) Sums{Tile(a, key_head, r, min64(r + kRows, r1)), Sofar(), y + (r - r0) * whole(a.Dv)};
+    for (int64_t s = 0; s < laid.count; s += kPart)
+      for (int64_t t = 0; t < tiles; t++) add_part(a, laid, s, scratch, sums[t]);
+    for (int64_t t = 0; t < tiles; t++)
+      for (int64_t n = 0; n < a.Dv; n += kBlockN)
+        for (int64_t i = 0; i < sums[t].tile.count; i++)
+          sums[t].tile.store(a, i, n, sums[t].y + i * whole(a.Dv) + n, sums[t].sofar.total[i]);
+  }
+
+  // The part that begins at token s.
+  static void add_part(const Attention& a, const Laid& laid, int64_t s, const Scratch& scratch, Sums& sums) {
+    Sofar of_part;
+    const auto range = weigh(a, sums.tile, laid, s, scratch, of_part);
+    if (range.first == range.last) return;
+    float keep[Sofar::kCount], take[Sofar::kCount];
+    sums.sofar.add(of_part, a.scaling, keep, take);
+    multiply_values(a, sums.tile, laid, range, s, scratch, [&](int64_t i, int64_t n, const float* added) {
+      float* const y = sums.y + i * whole(a.Dv) + n;
+      for (int64_t j = 0; j < kBlockN; j += V::kLanes)
+        V::store(y + j, V::fmadd(V::load(y + j), V::set1(keep[i]), V::mul(V::load(added + j), V::set1(take[i]))));
     });
+  }
+
+  // e^(score - largest) of the tile with tokens of that part, as units -> scratch. Returns: of which tokens.
+  static typename Tile::Range weigh(const Attention& a, const Tile& tile, const Laid& laid, int64_t s,
+                                    const Scratch& scratch, Sofar& of_part) {
+    return tile.weigh(a, laid.tokens(s), scratch, of_part.top, of_part.total, [&](const auto& range) {
+      if (range.first < range.last) multiply_keys(a, tile, laid, range, s, scratch);
+    });
+  }
+
+  // put(i, n, sums): those of row i with columns [n, n + 32) of values.
+  template <class Put>
+  static void multiply_values(const Attention& a, const Tile& tile, const Laid& laid, const typename Tile::Range& range,
+                              int64_t s, const Scratch& scratch, const Put& put) {
     for (int64_t n = 0; n < a.Dv; n += kBlockN) {
       Products::template multiply<Unit>(
           tile.count,
-          {scratch.units_of(0, range.first), scratch.ldp, kUnitBytes, laid.values_from(range.first, n),
+          {scratch.units_of(0, range.first - s), scratch.ldp, kUnitBytes, laid.values_from(range.first, n),
            laid.steps() * kStripBytes, (whole(range.last) - range.first) / kUnit, nullptr},
           scratch.y);
-      for (int64_t i = 0; i < tile.count; i++) tile.store(a, i, n, scratch.y + i * kBlockN, total[i]);
+      for (int64_t i = 0; i < tile.count; i++) put(i, n, scratch.y + i * kBlockN);
     }
+  }
+
+  // Scores of tokens of a part that begins at s.
+  static void multiply_keys(const Attention& a, const Tile& tile, const Laid& laid, const typename Tile::Range& range,
+                            int64_t s, const Scratch& scratch) {
+    const int64_t steps = of_keys(a);
+    lay_rows(a, tile, scratch);
+    for (int64_t token = range.first; token < range.last; token += kBlockN)
+      Products::template multiply<Unit>(
+          tile.count, {scratch.q, scratch.ldq, kUnitBytes, laid.keys_from(token), steps * kStripBytes, steps, nullptr},
+          scratch.scores_of(0, token - s));
+    if constexpr (Few::kCodes)
+      for (int64_t i = 0; i < tile.count; i++) Tile::template scale<float>(laid.tokens(s), range, scratch, i, 1);
   }
 
   // The tile's rows of q -> scratch.

@@ -69,6 +69,7 @@ inline int64_t result_row(const Attention& a, const Place& place) { return (plac
 // tile_products.h.)
 struct OuterProducts {
   static constexpr int64_t kRows = kAttentionRows;  // at once, at most
+  static int64_t rows_next_to(int64_t /*tokens*/) { return kRows; }
 
   // Of so many units of a sum as many are read, up to `kPast` more: those of x are zeros, and others finite.
   static constexpr int64_t kPast = 0;

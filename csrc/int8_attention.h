@@ -3,7 +3,8 @@
 //     tokens   32 keys are quantized, unless they are codes, and laid across, [D / u][32 keys][u], as a linear layer's
 //              rows of W are (outer_linear.h); 32 values too, [S / u][32 columns][u] for each 32 columns of v, where
 //              the u tokens of a unit are u rows as they lie
-//     rows     12, or 32 in tiles: their codes, their scores with all keys, the probabilities' codes, y (int8_rows.h). What is
+//     rows     12, or 32 in tiles: their codes, their scores with all keys, the probabilities' codes, y (int8_rows.h).
+//     What is
 //              between the two products stays in scratch, which is in L1 for 500 tokens and in L2 for 10000
 //
 // Many rows of a key head share what is laid out. For few nothing is: see few_int8_queries.h.
@@ -30,7 +31,9 @@ struct Int8Attention {
     float *k_scale, *v_scale;  // [count]
 
     Tokens(const Attention& a, int64_t key_head)
-        : count(whole(a.S)), panel(Products::read(Rows::units(a.D)) * kBlockN * kUnitBytes), keys(a.packed + key_head * packed(a)) {
+        : count(whole(a.S)),
+          panel(Products::read(Rows::units(a.D)) * kBlockN * kUnitBytes),
+          keys(a.packed + key_head * packed(a)) {
       values = keys + count / kBlockN * panel;
       k_scale = reinterpret_cast<float*>(values + steps() * whole(a.Dv) * kUnitBytes);
       v_scale = k_scale + count;
@@ -91,6 +94,8 @@ struct Int8Attention {
     }
   };
 
+  static int64_t most_rows(const Attention& a) { return Products::rows_next_to(a.S); }
+
   static size_t scratch(const Attention& a) { return max64(Scratch::bytes(a), kBlockN * max64(a.D, whole(a.Dv))); }
 
   static void rows(const Attention& a, int64_t key_head, int64_t r0, int64_t r1, void* memory) {
@@ -101,11 +106,10 @@ struct Int8Attention {
     const typename Products::InUse in_use;
     const int64_t of_keys = Products::read(Rows::units(a.D));
     for (int64_t s = part.first; s < part.last; s += kBlockN)
-      Products::template multiply<Score>(
-          q.count,
-          {q.units, q.ldq, kUnitBytes, tokens.keys + s / kBlockN * tokens.panel, of_keys * kStripBytes, of_keys,
-           nullptr},
-          scratch.scores + s * kRows);
+      Products::template multiply<Score>(q.count,
+                                         {q.units, q.ldq, kUnitBytes, tokens.keys + s / kBlockN * tokens.panel,
+                                          of_keys * kStripBytes, of_keys, nullptr},
+                                         scratch.scores + s * kRows);
     float scale[kRows];
     Rows::softmax(a, tokens.k_scale, tokens.v_scale, q, part, scratch.scores, kRows, scratch.p, scratch.ldp, scale);
     const int64_t steps = (part.last - part.first) / kUnit, of_values = Products::read(steps);

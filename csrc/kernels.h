@@ -250,7 +250,7 @@ struct NarrowConvolutionKernels {
 };
 
 struct AttentionKernels {
-  int64_t most_rows;                          // that `rows` takes at once
+  int64_t (*most_rows)(const Attention&);     // that `rows` takes at once
   size_t (*packed_bytes)(const Attention&);   // of `Attention::packed`, for each key head: a multiple of 64
   size_t (*scratch_bytes)(const Attention&);  // of the steps behind the mask's, 64-byte aligned
   // The mask -> `mask.allowed`, for rows [i0, i1) of its B * H * T; if there is one.

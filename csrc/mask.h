@@ -122,12 +122,12 @@ struct MaskRows {
 };
 
 template <class Of>
-constexpr AttentionKernels attention{Of::kRows, Of::packed, Of::scratch, MaskRows::look, Of::tokens, Of::rows};
+constexpr AttentionKernels attention{Of::most_rows, Of::packed, Of::scratch, MaskRows::look, Of::tokens, Of::rows};
 
 // With the steps that follow where rows need all tokens before values are multiplied.
 template <class Of>
-constexpr AttentionKernels attention_in_parts{Of::kRows, Of::packed, Of::scratch, MaskRows::look, Of::tokens,
-                                              Of::rows,   Of::values,  Of::join};
+constexpr AttentionKernels attention_in_parts{Of::most_rows, Of::packed, Of::scratch, MaskRows::look,
+                                              Of::tokens,    Of::rows,   Of::values,  Of::join};
 
 }  // namespace
 }  // namespace octavo

@@ -92,15 +92,18 @@ struct Softmax {
   }
 
   template <Kind kind, bool capped>
-  static F score(const SoftmaxRow& row, const float* x, int64_t s, int i) {
-    const F scale = V::mul(V::set1(row.scale), V::load(row.k_scale + s + i));
-    F score = V::mul(V::from_sums(reinterpret_cast<const int32_t*>(x + i), row.excess), scale);
-    if constexpr (capped) score = V::mul(tanh_of<V>(V::div(score, V::set1(row.softcap))), V::set1(row.softcap));
-    if constexpr (kind == Kind::none) return score;
+  static F score(const SoftmaxRow& row, const float* sums, int64_t s, int i) {
+    F x = V::from_sums(reinterpret_cast<const int32_t*>(sums + i), row.excess);
+    F by = V::mul(V::set1(row.scale), V::load(row.k_scale + s + i));
+    if constexpr (capped) {
+      const F softcap = V::set1(row.softcap);
+      x = tanh_of<V>(V::div(V::mul(x, by), softcap)), by = softcap;
+    }
+    if constexpr (kind == Kind::none) return V::mul(x, by);
     const int there = count(row, s + i);
     if constexpr (kind == Kind::boolean)
-      return V::select(MaskRows::changes_nothing<kind>(row.mask, s + i, there), score, V::set1(-INFINITY));
-    return V::add(score, MaskRows::load<kind>(row.mask, s + i, there));
+      return V::select(MaskRows::changes_nothing<kind>(row.mask, s + i, there), V::mul(x, by), V::set1(-INFINITY));
+    return V::fmadd(x, by, MaskRows::load<kind>(row.mask, s + i, there));
   }
 
   static void weights(SoftmaxRow& row) {

@@ -2,8 +2,9 @@
 //
 //                             16 columns   16 columns
 //                               tile 6       tile 7
-//     16 rows      tile 4       tile 0       tile 1        x's rows are read as they lie, units of four bytes along K; what
-//     16 rows      tile 5       tile 2       tile 3        they meet is laid across for outer products, as tiles want it
+//     16 rows      tile 4       tile 0       tile 1        x's rows are read as they lie, units of four bytes along K;
+//     what 16 rows      tile 5       tile 2       tile 3        they meet is laid across for outer products, as tiles
+//     want it
 //
 // Included by amx.cpp after its target pragma, like heads.h, which has the other way, and tiles.h.
 #pragma once
@@ -13,6 +14,8 @@ namespace {
 
 struct TileProducts {
   static constexpr int64_t kRows = 2 * kTile;
+  // Whose scores with all tokens stay in L2.
+  static int64_t rows_next_to(int64_t tokens) { return tokens > 4096 ? kTile : kRows; }
   static constexpr int64_t kPast = kTile - 1;
   static int64_t read(int64_t units) { return ceil_div(units, kTile) * kTile; }
 

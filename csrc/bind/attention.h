@@ -73,7 +73,7 @@ void run(Attention& a, const AttentionKernels& k) {
       }
     });
   };
-  const int64_t tiles = ceil_div(rows, k.most_rows), height = ceil_div(rows, tiles);
+  const int64_t tiles = ceil_div(rows, k.most_rows(a)), height = ceil_div(rows, tiles);
   const auto over_rows = [&](auto step, int64_t cost) {
     in_parallel(key_heads * tiles, height * cost, [&](int64_t begin, int64_t end) {
       void* const memory = scratch_of(bytes);

@@ -880,7 +880,7 @@ void attend(const AttentionKernels& kernels, Attention a) {
   const int64_t of_mask = a.mask.kind == Mask::Kind::none ? 0 : a.mask.B * a.mask.H * a.mask.T;
   kernels.mask(a, 0, of_mask / 2);
   kernels.mask(a, of_mask / 2, of_mask);
-  const int64_t rows = a.rows(), height = rows <= kernels.most_rows ? rows : 1 + random_below(kernels.most_rows);
+  const int64_t rows = a.rows(), height = rows <= kernels.most_rows(a) ? rows : 1 + random_below(kernels.most_rows(a));
   const auto over_tokens = [&](auto step) {
     for (int64_t head = 0; head < a.B * a.KV; head++)
       for (int64_t s0, s1 = a.S; s1 > 0; s1 = s0) {
