@@ -982,9 +982,14 @@ void check_float_attention(const Kernels& kernels, AttentionCase c, bool of_code
 }
 
 void check_attentions(const Kernels& kernels) {
-  constexpr int64_t kT[] = {1, 2, 3, 7, 12, 13, 30}, kS[] = {1, 2, 15, 16, 17, 31, 32, 33, 64, 65, 129, 200, 300};
+  constexpr int64_t kT[] = {1, 2, 3, 7, 12, 13, 30, 45}, kS[] = {1, 2, 15, 16, 17, 31, 32, 33, 64, 65, 129, 200, 300};
   constexpr int64_t kD[] = {1, 2, 3, 4, 5, 15, 16, 31, 33, 63, 64, 65, 130};
   using Kind = Mask::Kind;
+  constexpr int64_t kMany = 1060;  // tokens, more than float attention meets at a time
+  for (const Float type : kTypes)
+    if (kernels.float_attention(type).attention)
+      for (const Kind kind : {Kind::causal, Kind::boolean})
+        check_float_attention(kernels, AttentionCase(1, 1, 2, kMany / 8, kMany, 33, 17, kind, &type), random_below(2));
   for (int64_t S : kS) {
     for (int64_t D : kD) {
       const auto random_case = [&](Kind kind, const Float* type) {

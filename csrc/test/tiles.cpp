@@ -14,6 +14,7 @@
 #include <cstring>
 #include <limits>
 #include <random>
+#include <vector>
 
 #include "../kernels.h"
 
@@ -308,6 +309,113 @@ void check_convolutions() {
   }
 }
 
+// -- attention -------------------------------------------------------------------------------------------------------
+
+// Operands of float type, or codes with scales, each token of each head behind the one before.
+struct Sequence {
+  int64_t heads, tokens, size;
+  Fenced x, scale;
+  Heads values, scales;
+
+  Sequence(int64_t heads, int64_t tokens, int64_t size, bool codes, bool at_start)
+      : heads(heads),
+        tokens(tokens),
+        size(size),
+        x(heads * tokens * size * (codes ? 1 : 2), at_start),
+        scale(heads * tokens * 4, at_start),
+        values{x.as<void>(), Float::bf16, heads * tokens * size, tokens * size, size},
+        scales{codes ? scale.as<void>() : nullptr, Float::f32, heads * tokens, tokens, 1} {
+    for (int64_t i = 0; i < heads * tokens; i++) scale.as<float>()[i] = codes ? 0.01f + 0.0001f * (i % 89) : 1;
+    for (int64_t i = 0; i < heads * tokens * size; i++) {
+      if (codes)
+        x.as<int8_t>()[i] = static_cast<int8_t>(any(-127, 127));
+      else
+        write(x.as<void>(), Float::bf16, i, normal());
+    }
+  }
+  double at(int64_t head, int64_t token, int64_t i) const {
+    const int64_t row = head * tokens + token;
+    const double value = scales.x ? x.as<int8_t>()[row * size + i] : read(x.as<void>(), Float::bf16, row * size + i);
+    return value * scale.as<float>()[row];
+  }
+};
+
+void attend(const AttentionKernels& kernels, Attention a, bool at_start) {
+  const Fenced packed(kernels.packed_bytes(a) * a.KV, at_start, 64), scratch(kernels.scratch_bytes(a), at_start, 64);
+  a.packed = packed.as<char>();
+  if (a.mask.kind != Mask::Kind::none) kernels.mask(a, 0, a.mask.T);
+  const int64_t height = any(1, std::min(a.rows(), kernels.most_rows(a)));
+  for (int64_t head = 0; head < a.KV; head++) kernels.tokens(a, head, 0, a.S, scratch.as<void>());
+  for (int64_t head = 0; head < a.KV; head++)
+    for (int64_t r = 0; r < a.rows(); r += height)
+      kernels.rows(a, head, r, std::min(r + height, a.rows()), scratch.as<void>());
+}
+
+// Int8 products have the bits of AVX-512's, which driver.cpp checks; bf16 ones are held to double.
+void check_attention(int64_t KV, int64_t shared, int64_t T, int64_t S, int64_t D, int64_t Dv, bool codes, bool causal) {
+  const bool at_start = any(0, 1);
+  const Sequence q(KV * shared, T, D, false, at_start), k(KV, S, D, codes, at_start), v(KV, S, Dv, codes, at_start);
+  const int64_t count = KV * shared * T * Dv;
+  const Fenced y(count * 2, at_start), other(count * 2, at_start);
+  Attention a{};
+  a.B = 1, a.H = KV * shared, a.KV = KV, a.T = T, a.S = S, a.D = D, a.Dv = Dv;
+  a.q = q.values, a.k = k.values, a.v = v.values, a.k_scale = k.scales, a.v_scale = v.scales;
+  std::vector<Allowed> allowed(T);
+  if (causal) a.mask = {Mask::Kind::causal, nullptr, 1, 1, T, 0, 0, 0, allowed.data()};
+  a.scaling = 1 / std::sqrt(static_cast<float>(D)), a.y_type = Float::bf16;
+  const auto fail = [&](const char* what, int64_t i, double got, double expected) {
+    fprintf(stderr,
+            "%s, KV=%ld shared=%ld T=%ld S=%ld D=%ld Dv=%ld codes=%d causal=%d: y[%ld] is %.9g, expected %.9g\n", what,
+            KV, shared, T, S, D, Dv, codes, causal, i, got, expected);
+    exit(1);
+  };
+
+  if (!causal) {
+    a.y = y.as<void>();
+    attend(*amx_kernels.int8_attention, a, at_start);
+    a.y = other.as<void>();
+    attend(*avx512_kernels.int8_attention, a, at_start);
+    for (int64_t i = 0; i < count; i++)
+      if (y.as<uint16_t>()[i] != other.as<uint16_t>()[i])
+        fail("int8 attention", i, read(y.as<void>(), Float::bf16, i), read(other.as<void>(), Float::bf16, i));
+  }
+
+  a.y = y.as<void>();
+  attend(codes ? *amx_kernels.attention_of_codes(Float::bf16) : *amx_kernels.float_attention(Float::bf16).attention, a,
+         at_start);
+  if (holds_tiles()) fail("tiles are held after the call", 0, 1, 0);
+  std::vector<double> weight(S);
+  for (int64_t row = 0; row < KV * shared * T; row++) {
+    const int64_t head = row / T, key_head = head / shared, last = causal ? std::min(S, row % T + 1) : S;
+    double top = -INFINITY, total = 0;
+    for (int64_t s = 0; s < last; s++) {
+      weight[s] = 0;
+      for (int64_t d = 0; d < D; d++) weight[s] += q.at(head, row % T, d) * k.at(key_head, s, d) * a.scaling;
+      top = std::max(top, weight[s]);
+    }
+    for (int64_t s = 0; s < last; s++) total += weight[s] = std::exp(weight[s] - top);
+    for (int64_t d = 0; d < Dv; d++) {
+      double expected = 0, size = 0;
+      for (int64_t s = 0; s < last; s++) {
+        expected += weight[s] / total * v.at(key_head, s, d);
+        size += std::fabs(weight[s] / total * v.at(key_head, s, d));
+      }
+      const double got = read(a.y, Float::bf16, row * Dv + d);
+      if (!(std::fabs(got - expected) <= 0x1p-8 * (size + std::fabs(expected))))
+        fail("attention", row * Dv + d, got, expected);
+    }
+  }
+}
+
+void check_attentions() {
+  constexpr int64_t kT[] = {13, 16, 17, 32, 33, 70}, kS[] = {1, 31, 32, 33, 64, 65, 96, 130};
+  constexpr int64_t kD[] = {1, 3, 16, 33, 64, 65, 130};
+  for (const int64_t T : kT)
+    for (const int64_t S : kS)
+      check_attention(any(1, 2), any(1, 2), T, S, kD[any(0, 6)], kD[any(0, 6)], any(0, 1), any(0, 1));
+  for (const bool codes : {true, false}) check_attention(1, 2, 530, 1060, 17, 33, codes, !codes);  // in parts
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
@@ -340,5 +448,6 @@ int main(int argc, char** argv) {
     check(all_at_once);
   }
   check_convolutions();
+  check_attentions();
   puts("amx, emulated: every shape right, and nothing touched outside of its operands");
 }

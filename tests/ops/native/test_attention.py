@@ -362,6 +362,31 @@ def test_float_attention(
     assert torch.equal(ops.float_attention(query, key, values, mask, size**-0.5, is_causal=is_causal), y)
 
 
+@pytest.mark.parametrize("kind", ["boolean causal", "boolean random"])
+@pytest.mark.parametrize("tokens", [1025, 4200])
+def test_attention_of_many_tokens(isa: str, served_dtypes: tuple[torch.dtype, ...], tokens: int, kind: str) -> None:
+    """Which float attention meets in parts: some rows may attend to one of these only, or to none at all."""
+    torch.manual_seed(tokens)
+    rows = 90
+    for dtype in served_dtypes:
+        query, key, value = (
+            torch.randn(1, heads, count, 24).to(dtype) for heads, count in ((4, rows), (2, tokens), (2, tokens))
+        )
+        key[:, :, tokens // 3] *= 3
+        mask = a_mask(kind, 1, 4, rows, tokens, 7)
+        assert mask is not None
+        mask = mask.expand(1, 4, rows, tokens).clone()
+        mask[:, :, 5] = False
+        mask[:, :, 6] = torch.arange(tokens) > 1030
+        mask[:, :, 7] = torch.arange(tokens) < 30
+        y = ops.float_attention(query, key, value, mask, 0.2)
+        expected, parts = (exact(query, key, v, mask, 0.2) for v in (value, value.abs()))
+        assert_rounds_to(y, expected, parts * (2.0**-8 if dtype == torch.bfloat16 else 2.0**-17))
+        assert not y[:, :, 5].any()
+        y = ops.int8_attention(query, key, value, mask, 0.2)
+        assert_rounds_to(y, *attention_in_double(query, key, value, mask, 0.2, None))
+
+
 def test_float_attention_of_what_is_not_finite(isa: str, served_dtypes: tuple[torch.dtype, ...]) -> None:
     """A query gives NaN if it, a key or a value that it may attend to has NaN or inf; others are as they were."""
     rows = 2 * 200  # of a key head; where torch serves so many, an inf spoils the queries of a block
