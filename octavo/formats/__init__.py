@@ -9,7 +9,6 @@ conversions.py         tensors that are others on disk than in the model
 checkpoint.py          the files: sharded safetensors, one tensor at a time
 outputs.py             folders and files that appear whole or not at all
 companions.py          what lies beside the weights
-gpt_fast.py            gpt-fast's own layout, a state dict in a .pth file
 """
 
 from octavo.formats.conversions import Conversion

@@ -17,6 +17,7 @@ generation.py       a model writes, token by token
 compiled.py         prefill and decode compiled whole
 equal_calls.py      a pass over their graphs: equal calls are made once
 side_by_side.py     another: layers that read the same row become one launch on GPUs
+gpt_fast.py         gpt-fast's int8 checkpoints: a state dict in a .pth file
 peft.py             adapters on int8 layers
 lm_eval.py          scores on tasks, of a model and its baseline
 """

@@ -30,7 +30,7 @@ from octavo.quantization.coverage import Coverage
 from octavo.quantization.quantize import quantize as quantize_layers
 from octavo.recipe import Pattern, Recipe, Scheme
 
-__all__ = ["load", "load_tokenizer", "no_progress_bar", "quantize", "quantize_checkpoint", "save"]
+__all__ = ["adopt", "load", "load_tokenizer", "no_progress_bar", "quantize", "quantize_checkpoint", "save"]
 
 _Arguments = ParamSpec("_Arguments")
 
@@ -55,7 +55,7 @@ def _with_transformers(core: Callable[_Arguments, Coverage]) -> Callable[_Argume
         if asked == "int8":
             _attention().check_int8_attention(model)
         report = core(*args, **kwargs)
-        _adopt(model, asked)
+        adopt(model, asked)
         return report
 
     return quantize
@@ -64,7 +64,7 @@ def _with_transformers(core: Callable[_Arguments, Coverage]) -> Callable[_Argume
 quantize = _with_transformers(quantize_layers)
 
 
-def _adopt(model: nn.Module, attention: str) -> None:
+def adopt(model: nn.Module, attention: str) -> None:
     """Of a model that became int8, what concerns transformers: how its models attend, and how they are saved.
 
     attention: "int8", or "float", which transformers models get faster in decode.
@@ -111,7 +111,7 @@ def load(
             )
         source = resolve(path)
         loaded = formats.load_into(source, model, **_names_on_disk(model), progress=progress)
-        _adopt(loaded, _stored_attention(source))
+        adopt(loaded, _stored_attention(source))
         return loaded
     if progress is not None:
         raise OctavoError(

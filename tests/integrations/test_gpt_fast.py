@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import octavo
 from octavo import CheckpointError, QuantizeError
-from octavo.formats import gpt_fast
+from octavo.integrations import gpt_fast
 from tests.tiny_models import build, llama, tokens
 
 
@@ -159,6 +159,16 @@ def test_a_whole_model_stays_close_to_the_float_one(tmp_path: Path) -> None:
     with torch.no_grad():
         ours, float_ = loaded(ids).logits.float(), model(ids).logits.float()
     assert (ours - float_).norm() / float_.norm() < 0.02
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_was_loaded_is_saved_by_transformers_as_int8(tmp_path: Path, dtype: torch.dtype, tied: bool) -> None:
+    file = gpt_fast.save(build(llama, dtype, tie_word_embeddings=tied), tmp_path / "model_int8.pth")
+    loaded = gpt_fast.load(file, build(llama, dtype, tie_word_embeddings=tied))
+    loaded.save_pretrained(tmp_path / "saved")
+    again = type(loaded).from_pretrained(tmp_path / "saved")
+    assert_same(gpt_fast.state_dict(again), torch.load(file, weights_only=True))
 
 
 def test_the_file_appears_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
