@@ -71,7 +71,7 @@ def adopt(model: nn.Module, attention: str) -> None:
     """
     if attention == "int8":
         _attention().use_int8_attention(model)
-    if not any(map(_is_pretrained, model.modules())):
+    if not any(map(_is_of_transformers, model.modules())):
         return
     from octavo.integrations.float_attention import use_float_attention
     from octavo.integrations.transformers import let_transformers_save
@@ -84,6 +84,11 @@ def adopt(model: nn.Module, attention: str) -> None:
 def _is_pretrained(module: nn.Module) -> bool:
     """Whether it is a model of transformers, which need not be installed."""
     return hasattr(module, "save_pretrained") and hasattr(module, "base_model_prefix")
+
+
+def _is_of_transformers(module: nn.Module) -> bool:
+    """Whether it is a model of transformers or, as a block, a part of one."""
+    return _is_pretrained(module) or type(module).__module__.startswith("transformers.")
 
 
 def load(

@@ -480,13 +480,28 @@ def _innermost_model(model: PreTrainedModel, name: str) -> PreTrainedModel:
 
 
 def let_transformers_save(model: nn.Module) -> None:
-    """Make `save_pretrained` of an int8 model, and of the models within it, write int8: of itself it does so for the
-    outermost of one that it loaded, and would take the codes of any other for weights."""
+    """Make `save_pretrained` of an int8 model, of the models within it and of those that it is a part of write int8: of
+    itself it does so for the outermost of one that it loaded, and would take the codes of any other for weights."""
+    PreTrainedModel.hf_quantizer = _WhereNoneIs()
     for part in model.modules():
-        if not isinstance(part, PreTrainedModel) or isinstance(getattr(part, "hf_quantizer", None), OctavoQuantizer):
+        if not isinstance(part, PreTrainedModel) or isinstance(vars(part).get("hf_quantizer"), OctavoQuantizer):
             continue
-        if any(isinstance(module, QuantModule) for module in part.modules()):
+        if _holds_int8(part):  # one of its own: a pickle brings this module along
             part.hf_quantizer = OctavoQuantizer(OctavoConfig())
+
+
+class _WhereNoneIs:
+    """`hf_quantizer` of the models that have none: of one that holds int8 layers a quantizer to save it with. Which
+    models an int8 one is a part of, or will be, no one knows before that."""
+
+    def __get__(self, model: PreTrainedModel | None, owner: type) -> OctavoQuantizer:
+        if model is None or not _holds_int8(model):
+            raise AttributeError(f"{owner.__name__!r} object has no attribute 'hf_quantizer'")
+        return OctavoQuantizer(OctavoConfig())
+
+
+def _holds_int8(model: nn.Module) -> bool:
+    return any(isinstance(module, QuantModule) for module in model.modules())
 
 
 def _for_saving(rules: Iterable[Any], model: PreTrainedModel) -> list[Any]:

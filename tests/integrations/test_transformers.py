@@ -58,13 +58,17 @@ def with_static_inputs(
 
 
 def assert_same(ours: nn.Module, theirs: nn.Module) -> None:
+    assert_same_tensors(ours, theirs)
+    classes = [[(name, type(m)) for name, m in model.named_modules()] for model in (ours, theirs)]
+    assert classes[0] == classes[1]
+
+
+def assert_same_tensors(ours: nn.Module, theirs: nn.Module) -> None:
     one, other = ours.state_dict(), theirs.state_dict()
     assert one.keys() == other.keys()
     for name in one:
         assert one[name].dtype == other[name].dtype, name
         assert torch.equal(one[name], other[name]), name
-    classes = [[(name, type(m)) for name, m in model.named_modules()] for model in (ours, theirs)]
-    assert classes[0] == classes[1]
 
 
 CASES = [
@@ -166,6 +170,39 @@ def test_a_model_within_one_that_was_loaded_is_saved_as_int8(tmp_path: Path, how
         part.save_pretrained(tmp_path / name)
         assert "weight_packed" in {each.rpartition(".")[2] for each in names_in(tmp_path / name)}
         assert_same(type(part).from_pretrained(tmp_path / name), part)
+
+
+@pytest.mark.parametrize(
+    ("make", "part"),
+    [
+        (tiny_models.llava, "model.language_model"),
+        (tiny_models.llava, "model.vision_tower"),
+        (tiny_models.llama, "model.layers"),
+        (tiny_models.llama, "model.layers.1"),
+    ],
+)
+def test_a_model_of_which_a_part_was_quantized_is_saved_as_int8(
+    tmp_path: Path, make: Callable[[], Any], part: str
+) -> None:
+    model = source_of(tmp_path, make).from_pretrained(tmp_path / "float")
+    octavo.quantize(model.get_submodule(part), "w8a16")
+    model.save_pretrained(tmp_path / "int8")
+    assert_same_tensors(type(model).from_pretrained(tmp_path / "int8"), model)
+
+
+def test_a_model_that_an_int8_one_was_put_into_is_saved_as_int8(tmp_path: Path) -> None:
+    body = source_of(tmp_path).from_pretrained(tmp_path / "float").model
+    octavo.quantize(body, "w8a16")
+    model = transformers.LlamaForSequenceClassification(body.config).to(torch.bfloat16)
+    model.model = body
+    model.save_pretrained(tmp_path / "int8")
+    assert_same(type(model).from_pretrained(tmp_path / "int8"), model)
+
+
+def test_models_without_int8_layers_have_no_quantizer() -> None:
+    octavo.quantize(build(tiny_models.llama), "w8a16")
+    assert not hasattr(build(tiny_models.llama), "hf_quantizer")
+    assert not hasattr(transformers.PreTrainedModel, "hf_quantizer")
 
 
 @pytest.mark.parametrize("scheme", ["w8a16", "w8a8"])
