@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from octavo import formats
-from octavo.errors import CheckpointError, MissingExtra, OctavoError, QuantizeError
+from octavo.errors import CheckpointError, MissingExtra, OctavoError
 from octavo.feeding import Progress
 from octavo.formats.checkpoint import CheckpointReader, check_shard_size
 from octavo.formats.outputs import new_folder
@@ -228,10 +228,10 @@ def save(
     on_disk, attention = None, "float"
     model = unwrapped(model)
     if _is_pretrained(model):
-        _refuse_wrapped_parts(model)
         from octavo.integrations import stored_names
         from octavo.integrations.attention import attention_of
 
+        stored_names.refuse_wrapped_parts(model)
         on_disk, attention = partial(stored_names.on_disk, model), attention_of(model)
     return formats.save(
         model,
@@ -242,22 +242,6 @@ def save(
         attention=attention,
         progress=progress,
     )
-
-
-def _refuse_wrapped_parts(model: nn.Module) -> None:
-    """Raise QuantizeError for a model whose layers have others around them: no class has weights of such names."""
-    for name, module in model.named_modules():
-        if name.endswith("._orig_mod"):
-            raise QuantizeError(
-                f"{name.removesuffix('._orig_mod')}: is wrapped by torch.compile, under which transformers would not "
-                "find its weights; save the model first, or compile such parts in place (part.compile())"
-            )
-        if hasattr(module, "adapter_layer_names"):
-            raise QuantizeError(
-                f"{name}: has adapters of PEFT on it, under which transformers would not find the weight; merge them "
-                "(merge_and_unload()), or save the model without them (unload()) and the adapters by PEFT's "
-                "save_pretrained"
-            )
 
 
 def quantize_checkpoint(

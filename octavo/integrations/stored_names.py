@@ -12,7 +12,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
@@ -24,8 +24,9 @@ from transformers.core_model_loading import (
 )
 
 from octavo import formats
+from octavo.errors import QuantizeError
 
-__all__ = ["conversions", "loaded_dtypes", "loading_names", "of_kind", "on_disk", "renaming"]
+__all__ = ["conversions", "loaded_dtypes", "loading_names", "of_kind", "on_disk", "refuse_wrapped_parts", "renaming"]
 
 
 def renaming(model: PreTrainedModel) -> Callable[[str], str | None]:
@@ -110,3 +111,19 @@ def loading_names(
 def on_disk(model: PreTrainedModel, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """Tensors under their names in the model -> under their names on disk, as `save_pretrained` would write them."""
     return dict(revert_weight_conversion(model, tensors))
+
+
+def refuse_wrapped_parts(model: nn.Module) -> None:
+    """Raise QuantizeError for a model whose layers have others around them: no class has weights of such names."""
+    for name, module in model.named_modules():
+        if name.endswith("._orig_mod"):
+            raise QuantizeError(
+                f"{name.removesuffix('._orig_mod')}: is wrapped by torch.compile, under which transformers would not "
+                "find its weights; save the model first, or compile such parts in place (part.compile())"
+            )
+        if hasattr(module, "adapter_layer_names"):
+            raise QuantizeError(
+                f"{name}: has adapters of PEFT on it, under which transformers would not find the weight; merge them "
+                "(merge_and_unload()), or save the model without them (unload()) and the adapters by PEFT's "
+                "save_pretrained"
+            )

@@ -36,7 +36,7 @@ from octavo.formats.checkpoint import CheckpointReader
 from octavo.formats.experts import Part
 from octavo.integrations.attention import attention_of, check_int8_attention, use_int8_attention
 from octavo.integrations.float_attention import use_float_attention
-from octavo.integrations.stored_names import on_disk, renaming
+from octavo.integrations.stored_names import on_disk, refuse_wrapped_parts, renaming
 from octavo.integrations.stored_weights import leave_new_ones, refuse_int8, tie
 from octavo.modules import QuantExperts, QuantModule
 from octavo.quantization.install import install, settle
@@ -445,7 +445,10 @@ class OctavoQuantizer(HfQuantizer):  # type: ignore[misc]
         return model
 
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, Tensor], dict[str, str]]:
-        """What `save_pretrained` writes, and the config that says how it is laid out."""
+        """What `save_pretrained` writes, and the config that says how it is laid out. Raises: QuantizeError as
+        `octavo.save` does for parts that are wrapped."""
+        if not getattr(model, "_hf_peft_config_loaded", False):  # else adapters alone are written
+            refuse_wrapped_parts(model)
         names = partial(on_disk, model)
         self.quantization_config.layout = formats.describe_layout(model, names, attention_of(model))
         model.config.quantization_config = self.quantization_config

@@ -136,6 +136,8 @@ def test_a_model_with_adapters_on_it_is_not_saved_as_one_without(tmp_path: Path)
     for each in (model, model.get_base_model()):
         with pytest.raises(QuantizeError, match=r"q_proj: has adapters of PEFT on it.*merge_and_unload"):
             octavo.save(each, tmp_path / "out")
+    with pytest.raises(QuantizeError, match=r"q_proj: has adapters of PEFT on it.*merge_and_unload"):
+        model.get_base_model().save_pretrained(tmp_path / "pretrained")
     octavo.save(model.unload(), tmp_path / "out")
     octavo.load(tmp_path / "out")
 
