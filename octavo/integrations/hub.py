@@ -155,8 +155,13 @@ def load(
             ignore_mismatched_sizes=True,  # they are an error, below
             **options,
         )
-    except OSError as error:  # files of other names than transformers looks for
-        raise CheckpointError(f"{source}: transformers cannot load it: {error}") from error
+    except OctavoError:
+        raise
+    except unreadable() as error:
+        skeleton(source, trust_remote_code=options.get("trust_remote_code", False))  # tells of a config at fault
+        if isinstance(error, OSError):  # files of other names than transformers looks for
+            raise CheckpointError(f"{source}: transformers cannot load it: {error}") from error
+        raise
     _refuse_unfit(source, loaded, info)
     return loaded  # type: ignore[no-any-return]
 

@@ -116,8 +116,8 @@ def skeleton(folder: str | Path, *, trust_remote_code: bool = False) -> PreTrain
                 model = model_class.from_config(config, trust_remote_code=trust_remote_code)
     except unreadable() as error:
         raise CheckpointError(
-            f"{folder / 'config.json'}: transformers cannot build a {model_class.__name__} of it: {error}; correct "
-            "architectures there, or, in Python, pass model=, a freshly built one"
+            f"{folder / 'config.json'}: transformers cannot build a {model_class.__name__} of it: {error!r}; "
+            "correct that, or architectures, there, or, in Python, pass model=, a freshly built one"
         ) from error
     model.tie_weights()
     return model  # type: ignore[no-any-return]
