@@ -244,7 +244,7 @@ def _scheme_table(report: Coverage) -> Table:
 
 @dataclasses.dataclass(frozen=True)
 class ScaleRange:
-    """The scales of a family of weights (those whose names differ in numbers only).
+    """The scales of a family of weights (those whose names differ in numbers only) that are of one dtype.
 
     zero, subnormal, negative, not_finite: how many are not as they should be. Subnormal is meant in the dtype that they
     are stored in: such a scale has lost bits. ones: how many are exactly 1, which is what a row of zeros gets.
@@ -267,22 +267,22 @@ class ScaleRange:
 def _scale_ranges(reader: CheckpointReader, int8: list[str], progress: Any) -> list[ScaleRange]:
     import torch
 
-    families: dict[str, list[Tensor]] = {}
+    families: dict[tuple[str, torch.dtype], list[Tensor]] = {}
     for done, name in enumerate(int8, 1):
-        families.setdefault(in_general(name), []).append(reader.tensor(f"{name}_scale"))
+        stored = reader.tensor(f"{name}_scale")
+        families.setdefault((in_general(name), stored.dtype), []).append(stored)
         progress(done, len(int8))
     ranges = []
-    for family, tensors in families.items():
-        stored = torch.cat([tensor.flatten() for tensor in tensors])
-        if not stored.numel():
+    for (family, dtype), tensors in families.items():
+        scale = torch.cat([tensor.flatten().double() for tensor in tensors])
+        if not scale.numel():
             continue
-        tiny = torch.finfo(stored.dtype).tiny
-        scale = stored.double()
+        tiny = torch.finfo(dtype).tiny if dtype.is_floating_point else 0
         ranges.append(
             ScaleRange(
                 family,
                 len(tensors),
-                str(stored.dtype).removeprefix("torch."),
+                str(dtype).removeprefix("torch."),
                 scale.numel(),
                 scale.min().item(),
                 scale.median().item(),

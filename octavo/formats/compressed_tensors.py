@@ -181,7 +181,7 @@ def decode(name: str, tensors: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, to
         n, k = _rows(codes.shape)
         raise CheckpointError(
             f"{name}_scale: is {scale.dtype} {list(scale.shape)}, expected floating point [{n}, 1], or [{n}, groups] "
-            f"with groups that divide the {k} columns of a 2-D weight"
+            f"with groups that divide the {k} columns of a 2-D weight, of 16 bits or more"
         )
     return codes, _finite(scale, f"{name}_scale"), scale.dtype
 
@@ -209,8 +209,10 @@ def decode_input_scale(scale: Tensor, name: str) -> Tensor:
 
     Raises: CheckpointError naming it, `name`, if it is of another shape or dtype, not finite or not positive.
     """
-    if not scale.is_floating_point() or scale.dim() > 1 or scale.numel() != 1:
-        raise CheckpointError(f"{name}: is {scale.dtype} {list(scale.shape)}, expected floating point [1]")
+    if not _can_be_scale(scale) or scale.dim() > 1 or scale.numel() != 1:
+        raise CheckpointError(
+            f"{name}: is {scale.dtype} {list(scale.shape)}, expected floating point [1], of 16 bits or more"
+        )
     if not bool(scale > 0):
         raise CheckpointError(f"{name}: is {scale.item()}, expected a positive scale; the file is corrupt")
     return _finite(scale, name).reshape(1)
@@ -228,8 +230,12 @@ def _finite(scale: Tensor, name: str) -> Tensor:
     return scale.float()
 
 
+def _can_be_scale(tensor: Tensor) -> bool:
+    return tensor.is_floating_point() and tensor.itemsize > 1
+
+
 def _is_scale_of(codes: Tensor, scale: Tensor) -> bool:
-    if not scale.is_floating_point() or scale.dim() != 2 or scale.shape[0] != codes.shape[0]:
+    if not _can_be_scale(scale) or scale.dim() != 2 or scale.shape[0] != codes.shape[0]:
         return False
     groups = scale.shape[1]
     return groups == 1 or (codes.dim() == 2 and groups > 0 and codes.shape[1] % groups == 0)

@@ -211,10 +211,11 @@ def _experts_decision(file: str, model: nn.Module, name: str, tensors: Mapping[s
 
 
 def _check_scales(file: str, name: str, scales: Tensor) -> None:
-    if not scales.is_floating_point() or not bool(torch.isfinite(scales).all()):
+    can_be = scales.is_floating_point() and scales.itemsize > 1
+    if not can_be or not bool(torch.isfinite(scales).all()):
         raise CheckpointError(
-            f"{file}: {name} is {scales.dtype} or holds NaN or inf, expected finite floating point scales; the file is "
-            "corrupt"
+            f"{file}: {name} is {scales.dtype} or holds NaN or inf, expected finite floating point scales of 16 "
+            "bits or more; the file is corrupt"
         )
 
 

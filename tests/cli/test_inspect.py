@@ -108,6 +108,18 @@ def test_odd_scales_are_flagged(run: Run, foreign: Path) -> None:
     assert "1 zero, 1 subnormal, 1 negative, 2 NaN or inf, 1 exactly 1 (rows of zeros)" in shown
 
 
+@pytest.mark.parametrize("dtype", [torch.int32, torch.float8_e4m3fn, torch.float8_e8m0fnu])
+def test_scales_of_a_dtype_that_scales_do_not_have_are_shown(dtype: torch.dtype, run: Run, foreign: Path) -> None:
+    tensors = load_file(foreign / "model.safetensors")
+    name = "model.layers.1.mlp.down_proj.weight_scale"
+    tensors[name] = (tensors[name].float() * 2**10).to(dtype)
+    save_file(tensors, foreign / "model.safetensors", {"format": "pt"})
+    shown = run("inspect", foreign, "--json").data["scales"]
+    found = {s["dtype"]: s for s in shown if "down_proj" in s["family"]}
+    assert found.keys() == {"bfloat16", str(dtype).removeprefix("torch.")}
+    assert found[str(dtype).removeprefix("torch.")]["maximum"] == tensors[name].double().max().item()
+
+
 def test_people_see_it_all(run: Run, tiny_int8: Path) -> None:
     shown = run("inspect", tiny_int8)
     assert shown.code == 0 and shown.err == ""

@@ -238,6 +238,7 @@ def test_what_is_no_int8_checkpoint_is_refused(tmp_path: Path, content: Any, mes
         ({"wo.scales": torch.zeros(5)}, r"scales \[5\], expected"),
         ({"wo.scales": torch.full((6,), torch.nan)}, r"wo\.scales is .* holds NaN or inf, expected finite"),
         ({"wo.scales": torch.ones(6, dtype=torch.int8)}, r"wo\.scales is torch\.int8 .*, expected .* floating point"),
+        ({"wo.scales": torch.ones(6).to(torch.float8_e5m2)}, r"wo\.scales is torch\.float8_e5m2 .* 16 bits or more"),
         ({"norm.bias": torch.zeros(6, dtype=torch.int8)}, r"'norm\.bias' is torch\.int8 .* and torch\.float32 in the"),
         ({"norm.scales": torch.zeros(6)}, r"'norm', which is no plain linear layer"),
         ({"gone.scales": torch.zeros(6), "gone.weight": torch.zeros(6, 9, dtype=torch.int8)}, r"'gone', which is no"),
