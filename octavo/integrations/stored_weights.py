@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from functools import partial
 from pathlib import Path
 
@@ -19,7 +19,7 @@ from octavo.formats.checkpoint import CheckpointReader
 from octavo.integrations.stored_names import loading_names, of_kind, renaming
 from octavo.quantization.plan import Decision
 
-__all__ = ["leave_new_ones", "refuse_int8", "tie"]
+__all__ = ["leave_new_ones", "refuse_int8", "refuse_other_dtypes", "tie"]
 
 
 def refuse_int8(files: Iterable[str]) -> None:
@@ -33,6 +33,24 @@ def refuse_int8(files: Iterable[str]) -> None:
                 f"{file}: holds int8 codes ({min(int8)}, ...), expected float weights to quantize; load it without "
                 "quantization_config, and of a part of a model (a tower) the whole model first"
             )
+
+
+def refuse_other_dtypes(reader: CheckpointReader, model: PreTrainedModel, int8: Collection[str]) -> None:
+    """Raise CheckpointError for a weight that the files hold a scale of, but no int8 codes: transformers would load
+    what they hold in its place as float numbers, without the scale.
+
+    int8: the weights of which there are codes, by their names on disk.
+    """
+    state, rename = model.state_dict(), renaming(model)
+    for name in reader.names:
+        weight = name.removesuffix("_scale")
+        if weight == name or weight in int8 or rename(name) in state or rename(weight) not in state:
+            continue
+        found = f"is {reader.info(weight).dtype}" if weight in reader else "is missing"
+        raise CheckpointError(
+            f"{reader.path}: {weight!r} {found}, expected int8 codes, for its scale is there ({name!r}); download or "
+            "quantize the checkpoint again"
+        )
 
 
 def leave_new_ones(decisions: list[Decision], model: PreTrainedModel, files: Iterable[str]) -> None:

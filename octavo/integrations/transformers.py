@@ -37,7 +37,7 @@ from octavo.formats.experts import Part
 from octavo.integrations.attention import attention_of, check_int8_attention, use_int8_attention
 from octavo.integrations.float_attention import use_float_attention
 from octavo.integrations.stored_names import on_disk, refuse_wrapped_parts, renaming
-from octavo.integrations.stored_weights import leave_new_ones, refuse_int8, tie
+from octavo.integrations.stored_weights import leave_new_ones, refuse_int8, refuse_other_dtypes, tie
 from octavo.modules import QuantExperts, QuantModule
 from octavo.quantization.install import install, settle
 from octavo.quantization.plan import Decision, plan
@@ -229,6 +229,7 @@ class OctavoQuantizer(HfQuantizer):  # type: ignore[misc]
             self._folder = Path(checkpoint_files[0]).parent
             with CheckpointReader(self._folder) as reader:
                 int8 = formats.int8_names(reader, renaming(model))
+                refuse_other_dtypes(reader, model, int8.values())
                 self._parts = formats.stored_expert_parts(model, partial(on_disk, model), int8)
                 if all(name in reader or f"{name}_packed" in reader for name in self._parts):
                     # As of float ones, transformers reports those that the class has no place for: a head, a tower.

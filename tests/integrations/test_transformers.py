@@ -646,8 +646,12 @@ def damage(folder: Path, edit: Callable[[dict[str, Tensor]], object]) -> None:
             lambda t: t.update({"model.layers.0.mlp.up_proj.weight_packed": torch.zeros(42, 3, dtype=torch.int32)}),
             r"up_proj\.weight_packed: is torch\.int32 \[42, 3\], expected torch\.int32 \[42, 8\]",
         ),
+        (
+            lambda t: t.pop("model.layers.0.mlp.up_proj.weight_packed"),
+            r"up_proj\.weight' is missing, expected int8 codes",
+        ),
     ],
-    ids=["nan", "missing", "shape"],
+    ids=["nan", "missing", "shape", "codes"],
 )
 def test_a_damaged_int8_checkpoint_is_named(
     tmp_path: Path, edit: Callable[[dict[str, Tensor]], object], message: str
@@ -674,8 +678,16 @@ def test_a_damaged_int8_checkpoint_is_named(
             lambda t: t.update({f"{UP}.input_zero_point": torch.zeros(1, dtype=torch.int8)}),
             r"up_proj\.input_zero_point' means asymmetric inputs",
         ),
+        (
+            lambda t: t.update({f"{UP}.weight": t[f"{UP}.weight"].bfloat16()}),
+            r"up_proj\.weight' is torch\.bfloat16, exp",
+        ),
+        (
+            lambda t: t.update({f"{UP}.weight": t[f"{UP}.weight"].to(torch.uint8)}),
+            r"up_proj\.weight' is torch\.uint8, exp",
+        ),
     ],
-    ids=["nan", "scale", "input_scale", "zero", "shape", "asymmetric"],
+    ids=["nan", "scale", "input_scale", "zero", "shape", "asymmetric", "cast", "unsigned"],
 )
 def test_a_damaged_checkpoint_with_int8_inputs_is_named(
     tmp_path: Path, edit: Callable[[dict[str, Tensor]], object], message: str
