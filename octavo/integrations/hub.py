@@ -197,6 +197,10 @@ def load_tokenizer(path: str | Path) -> Any:
     if is_gguf(source):
         with _reading_gguf(source, "its tokenizer"):
             return transformers.AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
+    if source.is_file():
+        raise CheckpointError(
+            f"{path}: is a file of weights, expected the folder that a tokenizer is in too; give {source.parent}"
+        )
     try:
         return transformers.AutoTokenizer.from_pretrained(source)
     except unreadable() as error:

@@ -33,6 +33,12 @@ def test_a_source_without_a_tokenizer_is_refused(tmp_path: Path) -> None:
     assert load_causal(folder).device.type == "cpu"
 
 
+def test_a_file_of_weights_is_no_language_model(tmp_path: Path) -> None:
+    file = language_model(tmp_path / "model") / "model.safetensors"
+    with pytest.raises(CheckpointError, match=rf"^{file}: is a file of weights, .*; give {file.parent}$"):
+        load_language_model(file)
+
+
 def test_of_a_model_that_sees_too_the_part_that_reads_text_says_how_many_tokens_it_holds() -> None:
     model = build(llava)
     model.config.text_config.max_position_embeddings = 96
