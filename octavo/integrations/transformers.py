@@ -92,9 +92,9 @@ class OctavoConfig(QuantizationConfigMixin):  # type: ignore[misc]
     def from_dict(cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
         """What transformers calls with the quantization_config of a config.json, or with a dict of a user's.
 
-        Raises: RecipeError for a key that is none of the arguments, where the dict has a "scheme".
+        Raises: RecipeError for a key that is none of the arguments, where the dict describes no checkpoint.
         """
-        if "scheme" in config_dict:
+        if not {"config_groups", "format"} & config_dict.keys():
             given = {key: value for key, value in config_dict.items() if key != "quant_method"}
             unknown = given.keys() - {"scheme", "ignore", "include", "overrides", "group_size", "attention"}
             if unknown:

@@ -765,3 +765,11 @@ def test_a_recipe_in_a_dict_of_ones_own(tmp_path: Path) -> None:
     assert_same(model, expected_of(cls, tmp_path, "w8a8", ignore=["re:.*down_proj"]))
     with pytest.raises(RecipeError, match=r"unknown key 'nonsense'; expected scheme.* or attention"):
         cls.from_pretrained(tmp_path / "float", quantization_config={**asked, "nonsense": 1})
+
+
+def test_a_dict_without_a_scheme_says_the_rest(tmp_path: Path) -> None:
+    cls = source_of(tmp_path)
+    model = cls.from_pretrained(tmp_path / "float", quantization_config={"quant_method": "octavo", "group_size": 2})
+    assert_same(model, expected_of(cls, tmp_path, group_size=2))
+    with pytest.raises(RecipeError, match="unknown key 'group'"):
+        cls.from_pretrained(tmp_path / "float", quantization_config={"quant_method": "octavo", "group": 8})
