@@ -19,6 +19,7 @@ from octavo.formats.loading import (
     load_into,
     read_experts,
     restore_reasons,
+    stored_attention,
     stored_coverage,
     stored_decisions,
 )
@@ -45,6 +46,7 @@ __all__ = [
     "restore_reasons",
     "save",
     "state_dict",
+    "stored_attention",
     "stored_coverage",
     "stored_decisions",
     "stored_expert_parts",

@@ -11,6 +11,7 @@ import json
 import re
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -29,7 +30,7 @@ from octavo.modules import Codes, QuantModule
 from octavo.quantization.coverage import REASONS_ATTRIBUTE, Coverage
 from octavo.quantization.install import install
 from octavo.quantization.plan import Decision, output_heads
-from octavo.recipe import InputArgs, Scheme, WeightArgs
+from octavo.recipe import ATTENTION, InputArgs, Scheme, WeightArgs
 
 __all__ = [
     "Rename",
@@ -40,6 +41,7 @@ __all__ = [
     "refuse_lost_buffers",
     "restore_reasons",
     "scheme_of",
+    "stored_attention",
     "stored_coverage",
     "stored_decisions",
     "stored_parts",
@@ -51,6 +53,20 @@ _BUILD = "build the model that it was saved from"
 
 Rename = Callable[[str], str | None]
 """Name of a tensor on disk -> name of the parameter that it is loaded into; None if it is a part of one."""
+
+
+def stored_attention(config: Mapping[str, Any]) -> str:
+    """How attention is computed, "float" or "int8", by a config.json's `quantization_config`.
+
+    Raises: CheckpointError for anything else.
+    """
+    attention = config.get("attention", "float")
+    if attention not in ATTENTION:
+        raise CheckpointError(
+            f"config.json: quantization_config.attention is {attention!r}, expected one of "
+            f"{', '.join(map(repr, ATTENTION))}; correct it, or leave it out for float attention"
+        )
+    return str(attention)
 
 
 def int8_names(reader: CheckpointReader, rename: Rename = lambda name: name) -> dict[str, str]:

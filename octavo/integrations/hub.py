@@ -350,8 +350,7 @@ def _attention() -> Any:
 def _stored_attention(folder: Path) -> str:
     """How the model of a checkpoint folder computes its attention: "float" or "int8"."""
     with CheckpointReader(folder) as reader:
-        config = (reader.config or {}).get("quantization_config") or {}
-    return config.get("attention", "float")  # type: ignore[no-any-return]
+        return formats.stored_attention((reader.config or {}).get("quantization_config") or {})
 
 
 @contextlib.contextmanager

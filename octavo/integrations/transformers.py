@@ -86,7 +86,7 @@ class OctavoConfig(QuantizationConfigMixin):  # type: ignore[misc]
     @property
     def attention(self) -> str:
         """How the model's attention is computed: "float" or "int8"."""
-        return str(self.layout.get("attention", self.recipe.attention))
+        return formats.stored_attention(self.layout) if self.layout else self.recipe.attention
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import octavo
-from octavo import QuantizeError, Recipe, RecipeError
+from octavo import CheckpointError, QuantizeError, Recipe, RecipeError
 from octavo.modules import QuantModule
 from tests.tiny_models import TEXT, bert, build, gpt2, llama, qwen2, t5, tokens, vit, whisper
 
@@ -290,6 +290,17 @@ def test_a_loaded_checkpoint_has_its_attention(tmp_path: Path) -> None:
     for loaded in (octavo.load(tmp_path / "int8"), octavo.load(tmp_path / "int8", model=build(llama))):
         assert attention_of(loaded) == "int8"
         assert torch.equal(output(loaded, inputs), expected)
+
+
+def test_an_attention_that_does_not_exist_is_refused(tmp_path: Path) -> None:
+    saved(tmp_path)
+    file = tmp_path / "int8" / "config.json"
+    config = json.loads(file.read_text())
+    config["quantization_config"]["attention"] = "int4"
+    file.write_text(json.dumps(config))
+    for model in (None, build(llama)):
+        with pytest.raises(CheckpointError, match="attention is 'int4', expected one of 'float', 'int8'"):
+            octavo.load(tmp_path / "int8", model=model)
 
 
 def test_a_checkpoint_of_float_attention_says_nothing_of_it(tmp_path: Path) -> None:
