@@ -1,7 +1,8 @@
 """How a class of mixture-of-experts layers holds its experts: which 3-D weights, in which layout, called how.
 
 Every class under transformers' experts interface says so itself (`has_gate`, `has_bias`, `is_transposed`,
-`is_concatenated`, `_apply_gate`), and is known without being listed. Any other class is told with one call:
+`is_concatenated`, `_apply_gate`), and is known without being listed. Others are known by what they are seen to do
+(`watched_experts.py`). Any other class is told with one call:
 
     octavo.register_experts(MyExperts, up=("w1", "w3"), down="w2", gate=lambda layer, h: ...)
 
@@ -23,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from octavo.errors import QuantizeError
+from octavo.watched_experts import own_gate, watched_experts
 
 __all__ = [
     "ExpertsSpec",
@@ -37,12 +39,13 @@ __all__ = [
     "why_not_stacks",
 ]
 
-Routing = Literal["weighted", "each", "sorted"]
+Routing = Literal["weighted", "each", "sorted", "split"]
 """What `forward` takes and returns:
 
 weighted   (x [T, H], expert indices [T, A], routing weights [T, A]) -> [T, H]   transformers' experts
 each       (x [T, H], expert indices [T, A]) -> [T, A, H]                        gpt-fast's ConditionalFeedForward
 sorted     (x [E * n, H], n rows for each expert in turn) -> [E * n, H]          Llama 4's
+split      (x [S, H], how many rows each expert has, in turn) -> [S, H]          JetMoe's linear layers
 
 T may be several sizes ([B, S, H] with [B, S, A] or [B * S, A]), and an A of 1 be left out. An index below 0, or of E or
 above (expert parallelism's sign for another process's), belongs to no expert.
@@ -53,7 +56,10 @@ Gate = Callable[[nn.Module, Tensor], Tensor]
 
 @dataclasses.dataclass(frozen=True)
 class ExpertsSpec:
-    """One class of experts; see `register_experts` for the fields."""
+    """One class of experts; see `register_experts` for the fields.
+
+    identity: whether an index of E or above, of a "weighted" routing, is that of an expert that returns its input.
+    """
 
     up: tuple[str, ...]
     down: str
@@ -64,6 +70,7 @@ class ExpertsSpec:
     down_bias: str | None = None
     norm: str | None = None
     routing: Routing = "weighted"
+    identity: bool = False
 
     @property
     def params(self) -> tuple[str, ...]:
@@ -78,7 +85,11 @@ class ExpertsSpec:
         """Rows x [S, H] through the up projection and the gate of one expert of a float layer: [S, I]."""
         bias = None if self.up_bias is None else getattr(layer, self.up_bias)[expert]
         h = [nn.functional.linear(x, self.rows(getattr(layer, name)[expert]), bias) for name in self.up]
-        return self.gate(layer, h[0] if len(h) == 1 else torch.cat(h, -1))
+        return self.gated(layer, x, h)
+
+    def gated(self, layer: nn.Module, x: Tensor, h: list[Tensor]) -> Tensor:
+        """What goes into the down projection: of what the up projections made of x, or of x where there are none."""
+        return self.gate(layer, x if not h else h[0] if len(h) == 1 else torch.cat(h, -1))
 
 
 def argument_names(cls: type[nn.Module]) -> tuple[str, ...]:
@@ -132,7 +143,7 @@ def register_experts(
     """Tell octavo how the class `cls` holds its experts; a subclass counts if it does not change `forward`.
 
     up: name of the 3-D parameter [E, U, H] of the projection before the gate; several are used as if they were one,
-        their outputs side by side in the order given. down: of the projection after it, [E, H, I].
+        their outputs side by side in the order given; () for none. down: of the projection after it, [E, H, I].
     gate: called with the layer and h [S, U]; returns [S, I]. It may use whatever the layer and its class have but these
         weights.
     transposed: the parameters are [E, H, U] and [E, I, H].
@@ -141,6 +152,7 @@ def register_experts(
         "weighted"  (x [T, H], expert indices [T, A], routing weights [T, A]) -> [T, H]
         "each"      (x [T, H], expert indices [T, A]) -> [T, A, H]
         "sorted"    (x [E * n, H], n rows for each expert in turn) -> [E * n, H]
+        "split"     (x [S, H], how many rows each expert has, in turn) -> [S, H]
     Raises: QuantizeError if cls is no nn.Module, gate no function, or routing none of those.
 
     For gpt-fast's Mixtral (it is known already):
@@ -170,7 +182,7 @@ def spec_of(layer: nn.Module) -> ExpertsSpec | None:
     """
     if (told := registered(type(layer))) is not None:
         return told
-    spec = _by_interface(layer) or _by_name(layer)
+    spec = _by_interface(layer) or _by_name(layer) or _by_run(layer)
     return spec if spec is not None and all(_is_stack(layer, name) for name in spec.params) else None
 
 
@@ -200,7 +212,7 @@ def why_not_stacks(layer: nn.Module, spec: ExpertsSpec) -> str | None:
         if other is not None and getattr(layer, other, None) is None:
             return f"{type(layer).__name__} is said to have {other!r}, and has none"
     counts = {name: len(layer.get_parameter(name)) for name in spec.params}
-    if len(set(counts.values())) > 1:
+    if len(set(counts.values())) > 1 and not spec.identity:  # which may have weights that it never reads
         return f"its weights are of different numbers of experts ({counts})"
     return None
 
@@ -217,17 +229,13 @@ def _by_interface(layer: Any) -> ExpertsSpec | None:
     return ExpertsSpec(
         (up,),
         "down_proj",
-        _own_gate if layer.has_gate else _activation,
+        own_gate if layer.has_gate else _activation,
         transposed=layer.is_transposed,
         interleaved=not layer.is_concatenated,
         up_bias=f"{up}_bias" if layer.has_bias else None,
         down_bias="down_proj_bias" if layer.has_bias else None,
         norm="post_expert_norm" if getattr(layer, "has_post_expert_norm", False) else None,
     )
-
-
-def _own_gate(layer: Any, h: Tensor) -> Tensor:
-    return layer._apply_gate(h)  # type: ignore[no-any-return]
 
 
 def _activation(layer: Any, h: Tensor) -> Tensor:
@@ -248,9 +256,8 @@ _TRANSFORMERS = {
     "Llama4TextExperts": ExpertsSpec(
         ("gate_up_proj",), "down_proj", _act_on_first_half, transposed=True, routing="sorted"
     ),
-    "Step3p7Experts": ExpertsSpec(("gate_up_proj",), "down_proj", _own_gate),
 }
-"""Classes of transformers that are not under its interface."""
+"""Classes of transformers that are not under its interface, and multiply by all weights at once."""
 
 _CONDITIONAL_FEED_FORWARD = ExpertsSpec(("w1", "w3"), "w2", _silu_on_first_half, routing="each")
 
@@ -264,6 +271,11 @@ def _by_name(layer: nn.Module) -> ExpertsSpec | None:
         arguments = list(inspect.signature(type(layer).forward).parameters)
         return _CONDITIONAL_FEED_FORWARD if arguments == ["self", "x", "expert_indices"] else None
     return None
+
+
+def _by_run(layer: nn.Module) -> ExpertsSpec | None:
+    seen = watched_experts(layer)
+    return None if seen is None else ExpertsSpec(**vars(seen))
 
 
 _ROUTER = re.compile(r"(gate|gating|router\w*|shared_experts?_gate)(\.|$)")

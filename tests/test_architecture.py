@@ -23,7 +23,17 @@ LAYERS = (
     # 1 running
     ("ops",),
     # 2 parts
-    ("stand_ins", "alike", "computed_weights", "experts", "modules", "layers", "fused", "model_code"),
+    (
+        "stand_ins",
+        "alike",
+        "computed_weights",
+        "watched_experts",
+        "experts",
+        "modules",
+        "layers",
+        "fused",
+        "model_code",
+    ),
     # 3 pipeline
     ("calibration", "smoothing", "quantization"),
     # 4 disk and judgement

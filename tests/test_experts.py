@@ -68,6 +68,7 @@ def config(**changes: Any) -> types.SimpleNamespace:
         **dict.fromkeys(("rms_norm_eps", "post_norm_eps"), 1e-6),
     }
     more = {"mlp_hidden_act": "relu2", "moe_latent_size": None}
+    more |= {"expert_ffn_hidden_size": I, "zero_expert_num": 2}
     more |= {"swiglu_alpha": 1.7, "swiglu_limit": 0.7, "mlp_gate_softcap": 0.9, "mlp_up_softcap": 0.8}
     return types.SimpleNamespace(**{**same, **more, "_experts_implementation": "eager", **changes})
 
@@ -151,6 +152,40 @@ def check_sorted(layer: nn.Module) -> None:
         assert relative_error(weights(x), dequantized(layer, weights)(x)) < 1e-5
         assert relative_error(activations(x), layer(x)) < 0.03
     assert weights(torch.randn(0, H)).shape == (0, H)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("scheme", ["w8a16", "w8a8"])
+def test_experts_that_return_what_they_are_given(scheme: str) -> None:
+    """LongCat's "zero experts": indices behind those of the experts with weights."""
+    module = pytest.importorskip("transformers.models.longcat_flash.modeling_longcat_flash")
+    layer = build(module.LongcatFlashExperts, config())
+    model = int8(layer, scheme)
+    truth = dequantized(layer, model) if scheme == "w8a16" else layer
+    x, index, weights = routing(9, 2)
+    index[:3, 0], index[2:5, 1] = E, E + 1
+    assert relative_error(model(x, index, weights), truth(x, index, weights)) < (1e-5 if scheme == "w8a16" else 0.03)
+    index[:] = E
+    torch.testing.assert_close(model(x, index, weights), x * weights.sum(1, True))
+
+
+@torch.no_grad()
+def test_a_linear_layer_for_each_expert() -> None:
+    """JetMoe's, which is given how many rows each has."""
+    module = pytest.importorskip("transformers.models.jetmoe.modeling_jetmoe")
+    layer = build(lambda _: module.JetMoeParallelExperts(E, H, I), config())
+    weights, activations = int8(layer, "w8a16"), int8(layer, "w8a8")
+    truth = dequantized(layer, weights)
+    for sizes in ([3, 0, 1, 0, 4], [0, 0, 0, 0, 1], [0] * E, [2] * E):
+        x = torch.randn(sum(sizes), H)
+        y = weights(x, sizes)
+        assert y.shape == (len(x), I)
+        assert relative_error(y, truth(x, sizes)) < 1e-5
+        assert torch.equal(weights(x, expert_size=torch.tensor(sizes)), y)
+        assert relative_error(activations(x, sizes), layer(x, sizes)) < 0.03
+    for wrong in ([2] * (E - 1), [3] * E):
+        with pytest.raises(QuantizeError, match="JetMoeParallelExperts was called with 10 rows, and "):
+            weights(torch.randn(10, H), wrong)
 
 
 # -- gpt-fast's class and the user's own ------------------------------------------------------------------------------
@@ -449,17 +484,12 @@ def test_a_3d_parameter_that_is_no_expert_is_left_alone_and_listed() -> None:
 
 NOT_COVERED = {
     "inkling": ("InklingSharedExperts", lambda module: module.InklingSharedExperts(config(n_shared_experts=2))),
-    "jetmoe": ("JetMoeParallelExperts", lambda module: module.JetMoeParallelExperts(E, H, I)),
-    "longcat_flash": (
-        "LongcatFlashExperts",
-        lambda module: module.LongcatFlashExperts(config(expert_ffn_hidden_size=I, zero_expert_num=2)),
-    ),
     "dbrx": (
         "DbrxExpertGLU",
         lambda module: module.DbrxExperts(config(ffn_hidden_size=I, ffn_act_fn={"name": "silu"})),
     ),
 }
-"""Experts of other structures: identity experts, all experts at once, a linear layer each, 2-D weights."""
+"""Experts of other structures: all experts at once, 2-D weights."""
 
 
 @pytest.mark.parametrize("name", NOT_COVERED)
@@ -728,7 +758,7 @@ def test_routers_next_to_modules_stay_float_and_the_experts_are_linear_layers() 
 
 
 class ParallelExperts(nn.Module):
-    """A stack of a class that nothing is known of but its name, as JetMoe's."""
+    """A stack of a class that nothing is known of but its name."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -158,6 +158,25 @@ def jetmoe() -> Any:
     return JetMoeForCausalLM(config)
 
 
+def xlnet() -> Any:
+    """Its attention holds 3-D weights of a kind that nothing is known of."""
+    from transformers import XLNetConfig, XLNetLMHeadModel
+
+    return XLNetLMHeadModel(XLNetConfig(vocab_size=VOCABULARY, d_model=32, n_layer=1, n_head=4, d_inner=40))
+
+
+def longcat() -> Any:
+    """Of its experts two return what they are given."""
+    from transformers import LongcatFlashConfig, LongcatFlashForCausalLM
+
+    config = LongcatFlashConfig(
+        vocab_size=VOCABULARY, hidden_size=32, num_layers=1, num_hidden_layers=2, num_attention_heads=2,
+        ffn_hidden_size=40, q_lora_rank=16, kv_lora_rank=16, qk_nope_head_dim=8, qk_rope_head_dim=8, v_head_dim=16,
+        head_dim=8, n_routed_experts=4, zero_expert_num=2, expert_ffn_hidden_size=24, moe_topk=2,
+    )  # fmt: skip
+    return LongcatFlashForCausalLM(config)
+
+
 def qwen3_moe(**changes: Any) -> Any:
     from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 

@@ -248,6 +248,8 @@ class _Watch:
     def _counts(self, module: nn.Module, x: Tensor) -> Tensor | None:
         """Which rows of x [..., K] are no padding, as booleans for all of them; None if all count."""
         spec = spec_of(module)
+        if spec is not None and spec.routing == "split":  # by expert, and no more by token
+            return None
         copies = len(module.get_parameter(spec.down)) if spec is not None and spec.routing == "sorted" else 1
         counts: list[Tensor] = []
         for mask in self._masks:

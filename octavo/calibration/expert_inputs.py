@@ -139,6 +139,8 @@ def _tokens_of_each(
     if spec.routing == "sorted":  # an expert has a row for every token, of zeros if it was not routed there
         counts = counts & x.any(-1).flatten()
         chosen = torch.arange(experts, device=x.device).repeat_interleave(len(counts) // experts).unsqueeze(1)
+    elif spec.routing == "split":
+        chosen = torch.arange(experts).repeat_interleave(torch.as_tensor(routing[0]).cpu()).to(x.device).unsqueeze(1)
     else:
         chosen = chosen_experts(type(layer), spec, x, routing)
     for e in range(experts):

@@ -145,4 +145,4 @@ def _cut(param: str, spec: ExpertsSpec, rows: Tensor) -> Iterator[tuple[str, Ten
             yield f"{at}gate_proj.weight", gate
             yield f"{at}up_proj.weight", up
         else:
-            yield f"{at}{short}.weight", own
+            yield f"{at}weight" if short == "weight" else f"{at}{short}.weight", own

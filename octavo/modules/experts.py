@@ -91,6 +91,14 @@ class QuantExperts(QuantModule):
                 )
             ends = torch.arange(1, experts + 1, dtype=torch.int32, device=x.device) * (len(x) // experts)
             return self._run(x, torch.arange(len(x), device=x.device), ends)
+        if self.spec.routing == "split":
+            sizes = torch.as_tensor(routing[0], dtype=torch.int32, device=x.device)
+            if len(sizes) != experts or sizes.sum() != len(x):
+                raise QuantizeError(
+                    f"{self.source_class.__name__} was called with {len(x)} rows, and {sizes.tolist()} of them for its "
+                    f"{experts} experts"
+                )
+            return self._run(x, None, sizes.cumsum(0, dtype=torch.int32))
         index = chosen_experts(self.source_class, self.spec, first, routing)
         # What belongs to no expert sorts behind all.
         expert, order = index.where(index >= 0, experts).reshape(-1).sort(stable=True)
@@ -102,17 +110,22 @@ class QuantExperts(QuantModule):
             return by_token.view(*routing[0].shape, y.shape[-1])
         wide = torch.promote_types(y.dtype, torch.float32)
         weighted = by_token.view(*index.shape, y.shape[-1]).to(wide) * routing[1].reshape(*index.shape, 1).to(wide)
-        return weighted.sum(1).to(x.dtype).view(first.shape)
+        total = weighted.sum(1)
+        if self.spec.identity:
+            total = total + x.to(wide) * routing[1].reshape(index.shape).to(wide).where(index >= experts, 0).sum(
+                1, True
+            )
+        return total.to(x.dtype).view(first.shape)
 
-    def _run(self, x: Tensor, token: Tensor, ends: Tensor) -> Tensor:
-        """Rows x[token] [S, H], sorted by expert, through their experts: [S, H]."""
+    def _run(self, x: Tensor, token: Tensor | None, ends: Tensor) -> Tensor:
+        """Rows x[token] [S, H], or x itself, sorted by expert, through their experts: [S, H]."""
         h = [self._project(x, name, self.spec.up_bias, ends, token) for name in self.spec.up]
-        gated = self.spec.gate(self, h[0] if len(h) == 1 else torch.cat(h, -1))
+        gated = self.spec.gated(self, x, h)
         y = self._project(gated, self.spec.down, self.spec.down_bias, ends, None)
         return y if self.spec.norm is None else getattr(self, self.spec.norm)(y)
 
     def _project(self, x: Tensor, name: str, bias_name: str | None, ends: Tensor, token: Tensor | None) -> Tensor:
-        weight, scale = self.codes_and_scale(name)
+        weight, scale = (each[: len(ends)] for each in self.codes_and_scale(name))
         bias = None if bias_name is None else getattr(self, bias_name)
         if self.scheme.input is None:
             return ops.w8a16_experts_linear(x if token is None else x[token], ends, weight, scale, bias)

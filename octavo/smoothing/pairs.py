@@ -35,7 +35,7 @@ from torch import Tensor, nn
 
 from octavo.experts import ExpertsSpec, spec_of
 from octavo.feeding import at_rest, first_tensor, hooked
-from octavo.layers import is_stack, kind_of, users_of_parameters
+from octavo.layers import EXPERTS, is_stack, kind_of, users_of_parameters
 from octavo.smoothing.trace import (
     TOKENS,
     Product,
@@ -166,7 +166,8 @@ class _Search:
 
             return hook
 
-        stacks = {name: module for name, module in self._modules.items() if is_stack(module)}
+        specs = {name: spec_of(module) for name, module in self._modules.items() if is_stack(module)}
+        stacks = {name: self._modules[name] for name, spec in specs.items() if spec is not None and spec.up}
         watched = {**self._sources(), **stacks}
         with hooked(watched, lambda name, module: module.register_forward_hook(note(name), with_kwargs=True)):
             self._run()
@@ -175,7 +176,8 @@ class _Search:
         found = {}
         for name, module in self._modules.items():
             kind = kind_of(module)
-            linear = kind is not None and kind.int8_input and module._parameters.get("weight") is not None
+            weight = module._parameters.get("weight")
+            linear = kind is not None and kind.int8_input and kind.name != EXPERTS and weight is not None
             if linear or is_norm(module):
                 found[name] = module
         return found

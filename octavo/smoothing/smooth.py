@@ -432,7 +432,7 @@ class _Fold:
         assert spec is not None and self.pair.layout is not None
         weight = self._model.get_parameter(self.pair.source)
         factors = torch.ones(spec.rows(weight).shape[:2], device=weight.device)  # [E, U]
-        factors[:, self.pair.layout.rows.to(weight.device)] = inverse
+        factors[: len(inverse), self.pair.layout.rows.to(weight.device)] = inverse
         bias = None if spec.up_bias is None else getattr(layer, spec.up_bias)
         why = self._scale(weight, factors.unsqueeze(1 if spec.transposed else 2))
         return why or (None if bias is None else self._scale(bias, factors))

@@ -264,3 +264,38 @@ def test_it_follows_what_is_divided() -> None:
     rows = before.rows_of(1).double()
     expected = (rows / rows.abs().amax(1, keepdim=True)).square().mean(0).sqrt()
     torch.testing.assert_close(before.typical_range()[1].double(), expected)
+
+
+class Sorted(nn.Module):
+    """A linear layer for each expert, which is given how many rows it has."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(3, 6, 4))
+
+    def forward(self, x: Tensor, sizes: list[int]) -> Tensor:
+        return torch.cat([rows @ self.weight[e].T for e, rows in enumerate(x.split(sizes))])
+
+
+@ANY
+@pytest.mark.parametrize("route_all", [False, True])
+def test_rows_that_are_sorted_by_expert(route_all: bool) -> None:
+    """There is no up projection: they are inputs of the down projection themselves. Padding is known no more."""
+
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.experts = Sorted()
+
+        def forward(self, x: Tensor, attention_mask: Tensor) -> Tensor:
+            return self.experts(x.flatten(0, 1), [4, 0, 3])  # type: ignore[no-any-return]
+
+    x, mask = torch.randn(1, 7, 4), torch.tensor([[0, 0, 0, 1, 1, 1, 1]])
+    stats = calibrate(Block(), [{"x": x, "attention_mask": mask}], route_all_experts=route_all)
+    seen, rows = stats.experts["experts.weight"], x[0].abs()
+    assert seen.tokens.tolist() == ([7, 7, 7] if route_all else [4, 0, 3])
+    expected = (
+        rows.amax(0).expand(3, 4) if route_all else torch.stack([rows[:4].amax(0), torch.zeros(4), rows[4:].amax(0)])
+    )
+    assert torch.equal(seen.amax, expected)
+    assert torch.equal(stats.observers["experts"].amax, rows.amax(0))

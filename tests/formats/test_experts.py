@@ -86,6 +86,29 @@ def test_from_file_to_file(tmp_path: Path, make: Callable[..., Any], scheme: str
     assert not any(row.scheme is None and len(row.shape) == 3 for row in report.rows)
 
 
+@pytest.mark.parametrize(
+    ("make", "first"),
+    [(tiny_models.jetmoe, "model.layers.0.self_attention.experts.input_linear.0"),
+     (tiny_models.longcat, "model.layers.0.mlp.experts.0.gate_proj")],
+)  # fmt: skip
+@pytest.mark.parametrize("scheme", ["w8a16", "w8a8"])
+def test_experts_that_are_known_by_what_they_do(
+    tmp_path: Path, make: Callable[..., Any], first: str, scheme: str
+) -> None:
+    """Loaded as they were saved, and the same from file to file: LongCat's lie there one by one, JetMoe's in one."""
+    model = build(make)
+    model.save_pretrained(tmp_path / "float")
+    report = octavo.quantize(model, scheme)
+    assert report.unasked_fraction == 0
+    octavo.save(model, tmp_path / "memory")
+    there = weights(tmp_path / "memory")
+    assert f"{first}.weight_scale" in there
+    assert torch.equal(logits(octavo.load(tmp_path / "memory")), logits(model))
+    octavo.quantize_checkpoint(tmp_path / "float", tmp_path / "stream", scheme)
+    streamed = weights(tmp_path / "stream")
+    assert there.keys() == streamed.keys() and all(torch.equal(there[name], streamed[name]) for name in there)
+
+
 @pytest.mark.parametrize(("make", "expert"), [(tiny_models.mixtral, "block_sparse_moe.experts.1.w1"),
                                              (tiny_models.qwen3_moe, "mlp.experts.1.gate_proj")])  # fmt: skip
 def test_plain_transformers_loads_them(tmp_path: Path, make: Callable[..., Any], expert: str) -> None:

@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import importlib
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -423,6 +424,24 @@ def test_any_number_of_experts(count: int, top_k: int) -> None:
         smooth(model, calibrate(model, [batch]))
     )
     assert torch.equal(outputs(model, other), wanted)
+
+
+@pytest.mark.parametrize(
+    ("make", "source", "none"),
+    [
+        (tiny_models.longcat, "model.layers.0.mlp.experts.gate_up_proj", None),
+        (tiny_models.jetmoe, "model.layers.0.post_attention_layernorm", "model.layers.0.mlp.input_linear.weight"),
+    ],
+)
+@torch.no_grad()
+def test_experts_that_are_known_by_what_they_do(make: Callable[..., Any], source: str, none: str | None) -> None:
+    """LongCat's have more up projections than down ones; within JetMoe's linear layers there is nothing to smooth."""
+    model, ids = tiny_models.build(make), tiny_models.tokens(2, 20)
+    before = model(ids).logits
+    report = smooth(model, calibrate(model, [ids], route_all_experts=True), 0.5)
+    reasons = {pair.source: pair.reason for pair in report.pairs}
+    assert reasons[source] is None and none not in reasons
+    assert torch.equal(model(ids).logits, before)
 
 
 def test_every_expert_has_factors_of_its_own() -> None:
