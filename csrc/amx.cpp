@@ -1,7 +1,7 @@
 // AMX: a unit that multiplies tiles, 16 rows of 64 bytes each, into 16 x 16 sums (tiles.h). Linear layers are its: with
 // few rows of x (few_tile_rows.h), and with many (many_tile_rows.h); and so are convolutions of many columns
-// (tile_convolution.h). What it is not faster in, or cannot do, is left to AVX-512: one or two rows of codes, groups of
-// columns that are no multiple of 64, and all else.
+// (tile_convolution.h) and attention of many rows (tile_products.h). What it is not faster in, or cannot do, is left to
+// AVX-512: one or two rows of codes, groups of columns that are no multiple of 64, few rows of attention, and all else.
 
 #if defined(__x86_64__)
 

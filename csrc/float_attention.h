@@ -76,7 +76,7 @@ struct FloatAttention {
       for (int64_t i = 0; i < kCount; i++) top[i] = -INFINITY, total[i] = 0;
     }
 
-    // kept, taken: what sums with values, of these and of `more`, are multiplied by to be added.
+    // kept, taken: what these sums with values, and those of `more`, are multiplied by to be added.
     void add(const Sofar& more, float scaling, float* kept, float* taken) {
       for (int64_t i = 0; i < kCount; i += V::kLanes) {
         const auto mine = V::load(top + i), its = V::load(more.top + i), largest = V::max(mine, its);
@@ -88,6 +88,7 @@ struct FloatAttention {
       }
     }
   };
+
   // A tile on its way.
   struct Sums {
     Tile tile;

@@ -3,9 +3,8 @@
 //     tokens   32 keys are quantized, unless they are codes, and laid across, [D / u][32 keys][u], as a linear layer's
 //              rows of W are (outer_linear.h); 32 values too, [S / u][32 columns][u] for each 32 columns of v, where
 //              the u tokens of a unit are u rows as they lie
-//     rows     12, or 32 in tiles: their codes, their scores with all keys, the probabilities' codes, y (int8_rows.h).
-//     What is
-//              between the two products stays in scratch, which is in L1 for 500 tokens and in L2 for 10000
+//     rows     12, in tiles 32 or 16: their codes, their scores with all keys, the probabilities' codes, y
+//              (int8_rows.h). What is between the two products stays in scratch: in L1 for 500 tokens, in L2 for 10000
 //
 // Many rows of a key head share what is laid out. For few nothing is: see few_int8_queries.h.
 //

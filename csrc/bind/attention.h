@@ -55,6 +55,12 @@ Mask mask_of(const Tensor& mask, const Attention& a) {
 // with the last but one, so that every thread gets its share.
 int64_t from_both_ends(int64_t i, int64_t count) { return i % 2 == 0 ? i / 2 : count - 1 - i / 2; }
 
+// Rows for one call: as many as it takes, unless threads had too few calls then.
+int64_t rows_at_once(int64_t key_heads, int64_t rows, int64_t most) {
+  const int64_t of_call = ceil_div(key_heads * rows, kUnitsOfThread * torch::stable::get_num_threads());
+  return std::min(most, std::max(of_call, octavo::kAttentionRows));
+}
+
 void run(Attention& a, const AttentionKernels& k) {
   const int64_t key_heads = a.B * a.KV, rows = a.rows();
   if (key_heads * rows * a.Dv == 0) return;
@@ -73,7 +79,7 @@ void run(Attention& a, const AttentionKernels& k) {
       }
     });
   };
-  const int64_t tiles = ceil_div(rows, k.most_rows(a)), height = ceil_div(rows, tiles);
+  const int64_t tiles = ceil_div(rows, rows_at_once(key_heads, rows, k.most_rows(a))), height = ceil_div(rows, tiles);
   const auto over_rows = [&](auto step, int64_t cost) {
     in_parallel(key_heads * tiles, height * cost, [&](int64_t begin, int64_t end) {
       void* const memory = scratch_of(bytes);
