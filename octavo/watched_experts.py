@@ -24,6 +24,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.parameter import is_lazy
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
@@ -50,7 +51,7 @@ class WatchedExperts:
 def watched_experts(layer: nn.Module) -> WatchedExperts | None:
     """How `layer`, which may be on `meta`, holds its experts; None if it is not seen to be a stack of experts."""
     params = {name: parameter for name, parameter in layer._parameters.items() if parameter is not None}
-    if not params or layer._buffers or any(parameter.dim() != 3 for parameter in params.values()):
+    if not params or layer._buffers or any(is_lazy(parameter) or parameter.dim() != 3 for parameter in params.values()):
         return None
     cls: Any = type(layer)
     held = _held_by(layer)
