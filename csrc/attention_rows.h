@@ -127,8 +127,6 @@ struct AttentionTile {
   }
 
  private:
-  static constexpr int64_t kTogether = kAttentionRows;  // rows whose scores are in L1 at the same time
-
   // Which tokens a row may attend to.
   static Allowed allowed_of(const Attention& a, const Place& place) {
     return a.mask.kind == Mask::Kind::none ? Allowed{0, a.S, true, true} : a.mask.allowed[place.of_mask];

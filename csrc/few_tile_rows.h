@@ -122,9 +122,8 @@ struct FewTileRows {
   static void run(const Linear& layer, Block block, void* memory) {
     auto& scratch = *static_cast<Scratch*>(memory);
     if (!lay(layer, block, scratch)) return Rest::run(layer, block, memory);
-    _tile_loadconfig(&kWholeTiles);
+    const TilesInUse in_use;
     run_tiles(tiles_of(block.m1 - block.m0), layer, block, scratch);
-    _tile_release();
   }
 
  private:

@@ -65,6 +65,8 @@ inline const void* query_row(const Attention& a, int64_t batch, const Place& pla
 // The first element of its row of y.
 inline int64_t result_row(const Attention& a, const Place& place) { return (place.head * a.T + place.query) * a.Dv; }
 
+constexpr int64_t kTogether = kAttentionRows;  // rows whose scores are in L1 at the same time
+
 // How attention multiplies rows by what is laid across, where outer products are what there is. (Another way is
 // tile_products.h.)
 struct OuterProducts {

@@ -148,8 +148,6 @@ struct Int8Rows {
   }
 
  private:
-  static constexpr int64_t kTogether = kAttentionRows;  // rows whose sums are in L1 at the same time
-
   static void put_mask(const Attention& a, const Part& part, int64_t of_mask, SoftmaxRow& row) {
     const Allowed& allowed = a.mask.allowed[of_mask];
     if (!part.trusted || !allowed.plain) {

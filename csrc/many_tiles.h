@@ -237,7 +237,7 @@ struct ManyTiles {
     const int64_t all = max64(1, block.m1 - block.m0);
     const int64_t rows = ceil_div(ceil_div(all, kBlock), plan.passes(all)) * kBlock;
     const int64_t columns = plan.units < plan.all ? kWaitingBlocks / (rows / kBlock) * kBlock : block.n1 - block.n0;
-    _tile_loadconfig(&kWholeTiles);
+    const TilesInUse in_use;
     for (int64_t m = block.m0; m < block.m1; m += rows) {
       const int64_t m1 = min64(m + rows, block.m1);
       if (!x.meet(m, m1)) {
@@ -252,7 +252,6 @@ struct ManyTiles {
         }
       }
     }
-    _tile_release();
   }
 
  private:

@@ -2,11 +2,10 @@
 //
 //                             16 columns   16 columns
 //                               tile 6       tile 7
-//     16 rows      tile 4       tile 0       tile 1        x's rows are read as they lie, units of four bytes along K;
-//     what 16 rows      tile 5       tile 2       tile 3        they meet is laid across for outer products, as tiles
-//     want it
+//     16 rows      tile 4       tile 0       tile 1        x is read as it lies: rows of units of four bytes along K
+//     16 rows      tile 5       tile 2       tile 3        columns are laid across, as outer products have them
 //
-// Included by amx.cpp after its target pragma, like heads.h, which has the other way, and tiles.h.
+// Included by amx.cpp after its target pragma, like heads.h, which has the other way, avx512_products.h and tiles.h.
 #pragma once
 
 namespace octavo {
@@ -19,13 +18,7 @@ struct TileProducts {
   static constexpr int64_t kPast = kTile - 1;
   static int64_t read(int64_t units) { return ceil_div(units, kTile) * kTile; }
 
-  class InUse {
-   public:
-    InUse() { _tile_loadconfig(&kWholeTiles); }
-    ~InUse() { _tile_release(); }
-    InUse(const InUse&) = delete;
-    InUse& operator=(const InUse&) = delete;
-  };
+  using InUse = TilesInUse;
 
   template <class Unit>
   static void multiply(int64_t rows, const OuterOperands& in, typename Unit::Sum* sums) {
@@ -90,16 +83,11 @@ struct TileProducts {
   }
 };
 
-// Codes with their signs.
-struct SignedUnit {
-  using X = int8_t;
-  using Sum = int32_t;
-  static constexpr int64_t kElements = 4;
+// Codes with their signs, which tiles multiply as they are.
+struct SignedUnit : Int8Unit {
   static constexpr int32_t kOffset = 0;
-  static __m512i load_x(const int8_t* x) { return _mm512_loadu_si512(x); }
-  static __m512i load_x(const int8_t* x, int count) { return _mm512_maskz_loadu_epi8(mask64(count), x); }
-  static __m512i load_w(const int8_t* w) { return load_x(w); }
-  static __m512i load_w(const int8_t* w, int count) { return load_x(w, count); }
+  static WV load_w(const W* w) { return load_x(w); }
+  static WV load_w(const W* w, int count) { return load_x(w, count); }
 };
 
 }  // namespace

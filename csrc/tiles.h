@@ -24,6 +24,15 @@ struct alignas(64) TileConfig {
 };
 constexpr TileConfig kWholeTiles;
 
+// While it lives this thread has the tiles.
+class TilesInUse {
+ public:
+  TilesInUse() { _tile_loadconfig(&kWholeTiles); }
+  ~TilesInUse() { _tile_release(); }
+  TilesInUse(const TilesInUse&) = delete;
+  TilesInUse& operator=(const TilesInUse&) = delete;
+};
+
 // What was stored so far is there for the tiles to load. GCC's intrinsics do not say that they read memory.
 inline void settle() { __asm__ volatile("" ::: "memory"); }
 

@@ -35,6 +35,7 @@ from octavo.recipe import InputArgs, Scheme, WeightArgs, pattern_matches
 
 __all__ = [
     "as_stored",
+    "can_be_scale",
     "check_readable",
     "decode",
     "decode_input_scale",
@@ -209,7 +210,7 @@ def decode_input_scale(scale: Tensor, name: str) -> Tensor:
 
     Raises: CheckpointError naming it, `name`, if it is of another shape or dtype, not finite or not positive.
     """
-    if not _can_be_scale(scale) or scale.dim() > 1 or scale.numel() != 1:
+    if not can_be_scale(scale) or scale.dim() > 1 or scale.numel() != 1:
         raise CheckpointError(
             f"{name}: is {scale.dtype} {list(scale.shape)}, expected floating point [1], of 16 bits or more"
         )
@@ -230,12 +231,13 @@ def _finite(scale: Tensor, name: str) -> Tensor:
     return scale.float()
 
 
-def _can_be_scale(tensor: Tensor) -> bool:
+def can_be_scale(tensor: Tensor) -> bool:
+    """Whether its dtype is one that scales are stored in: floating point of 16 bits or more."""
     return tensor.is_floating_point() and tensor.itemsize > 1
 
 
 def _is_scale_of(codes: Tensor, scale: Tensor) -> bool:
-    if not _can_be_scale(scale) or scale.dim() != 2 or scale.shape[0] != codes.shape[0]:
+    if not can_be_scale(scale) or scale.dim() != 2 or scale.shape[0] != codes.shape[0]:
         return False
     groups = scale.shape[1]
     return groups == 1 or (codes.dim() == 2 and groups > 0 and codes.shape[1] % groups == 0)

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from octavo.errors import CheckpointError, QuantizeError
 from octavo.experts import spec_of
+from octavo.formats.compressed_tensors import can_be_scale
 from octavo.formats.loading import refuse_lost_buffers
 from octavo.formats.outputs import new_file
 from octavo.formats.saving import unwrapped
@@ -211,8 +212,7 @@ def _experts_decision(file: str, model: nn.Module, name: str, tensors: Mapping[s
 
 
 def _check_scales(file: str, name: str, scales: Tensor) -> None:
-    can_be = scales.is_floating_point() and scales.itemsize > 1
-    if not can_be or not bool(torch.isfinite(scales).all()):
+    if not can_be_scale(scales) or not bool(torch.isfinite(scales).all()):
         raise CheckpointError(
             f"{file}: {name} is {scales.dtype} or holds NaN or inf, expected finite floating point scales of 16 "
             "bits or more; the file is corrupt"

@@ -112,9 +112,8 @@ class QuantExperts(QuantModule):
         weighted = by_token.view(*index.shape, y.shape[-1]).to(wide) * routing[1].reshape(*index.shape, 1).to(wide)
         total = weighted.sum(1)
         if self.spec.identity:
-            total = total + x.to(wide) * routing[1].reshape(index.shape).to(wide).where(index >= experts, 0).sum(
-                1, True
-            )
+            of_itself = routing[1].reshape(index.shape).to(wide).where(index >= experts, 0).sum(1, keepdim=True)
+            total = total + x.to(wide) * of_itself
         return total.to(x.dtype).view(first.shape)
 
     def _run(self, x: Tensor, token: Tensor | None, ends: Tensor) -> Tensor:
@@ -125,7 +124,9 @@ class QuantExperts(QuantModule):
         return y if self.spec.norm is None else getattr(self, self.spec.norm)(y)
 
     def _project(self, x: Tensor, name: str, bias_name: str | None, ends: Tensor, token: Tensor | None) -> Tensor:
-        weight, scale = (each[: len(ends)] for each in self.codes_and_scale(name))
+        weight, scale = self.codes_and_scale(name)
+        if self.spec.identity:  # there may be weights that are never read
+            weight, scale = weight[: len(ends)], scale[: len(ends)]
         bias = None if bias_name is None else getattr(self, bias_name)
         if self.scheme.input is None:
             return ops.w8a16_experts_linear(x if token is None else x[token], ends, weight, scale, bias)
