@@ -53,7 +53,10 @@ NEVER = {
         "modules": "calibration knows nothing of quantization",
         "ops": "calibration runs float models",
     },
-    "smoothing.smooth": {"modules": "smoothing changes float models", "ops": "smoothing changes float models"},
+    **{
+        f"smoothing.{file}": {"modules": "smoothing changes float models", "ops": "smoothing changes float models"}
+        for file in ("smooth", "factors", "fold", "proof")
+    },
     "evaluate": {"quantization": "it judges any callable, float and int8 alike"},
 }
 """Room, or file of a room -> rooms that are below it and still not for it, and why."""

@@ -1,25 +1,26 @@
-"""Which layer's output channels can be scaled down, and which weights up in return? Found by watching the model run.
+"""Find the pairs of layers between which smoothing can move scale: one layer's outputs are divided by factors, and the
+weights that those outputs are multiplied by take the factors back.
 
-No architecture is listed here. The model runs once as it is; then, for each family of layers (those whose names differ
-in numbers only), once more with the output channels of that family multiplied by known powers of two. Wherever a tensor
-is multiplied by a weight, what arrives is held against what arrived before:
+No architecture is listed. The model is watched while it runs: once unchanged, then once for each family of layers
+(layers whose names differ only in numbers), with the output channels of that family multiplied by known powers of two.
+At every multiplication by a weight, the input is compared with the input of the unchanged run:
 
-    unchanged                        that weight is not fed by the layer
-    multiplied by the same powers    it is a *sink*: its columns can take the factors back
-    anything else                    a *leak*: the layer's output goes another way too (a residual, a softmax, ...)
+    unchanged                        the layer does not feed this weight
+    multiplied by the same powers    the weight is a *sink*: its columns can take the factors back
+    anything else                    a *leak*: the output also goes somewhere else (a residual, a softmax, ...)
 
-What arrived is then replaced by what had arrived before, so that one layer's trial does not reach the next. A layer
-with sinks and no leak is one side of a `Pair`. Powers of two scale exactly in every float dtype (but for the smallest
-numbers of fp16): a test for equality is a test for equality. They reach from 1/4 to 1024, so that an activation that is
-linear only near zero or only far from it (relu6, a clamp) is no way through, even if the example stays within its
-linear part.
+After the comparison the input of the unchanged run is put back, so that the trial of one layer does not affect the
+next. A layer with sinks and no leak is the source of a `Pair`. Powers of two scale exactly in every float dtype (except
+for the smallest numbers of fp16), so the comparison is for equality. They range from 1/4 to 1024, so that an activation
+that is linear only near zero or only far from it (relu6, a clamp) is seen not to pass factors on, even if the example
+itself stays in the linear range.
 
-This finds norm -> {q, k, v}, norm -> {gate, up, router, experts}, up -> down and v -> o (grouped heads and the fused
-q/k/v of several layouts too), fc1 -> relu -> fc2, and, just as well, that BERT's norms have a residual for a second
-consumer.
+This finds norm -> {q, k, v}, norm -> {gate, up, router, experts}, up -> down and v -> o (also with grouped heads and
+several layouts of a fused q/k/v) and fc1 -> relu -> fc2. It also finds that the norms of BERT feed a residual as well,
+so that nothing can be folded there.
 
-Between the two projections of a stack of experts nothing can be scaled from outside. There the gate alone is run in
-place of the model, on numbers from tiny to huge: which part of the up projection does it pass on channel by channel?
+The two projections inside a stack of experts cannot be scaled from outside. There only the gate between them is run, on
+numbers from tiny to huge, to see which part of the up projection it passes on channel by channel.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -36,6 +37,8 @@ from torch import Tensor, nn
 from octavo.experts import ExpertsSpec, spec_of
 from octavo.feeding import at_rest, first_tensor, hooked
 from octavo.layers import EXPERTS, is_stack, kind_of, users_of_parameters
+from octavo.smoothing.layouts import Layout, numbers_of, partial_layouts
+from octavo.smoothing.norms import is_norm
 from octavo.smoothing.trace import (
     TOKENS,
     Product,
@@ -48,21 +51,9 @@ from octavo.smoothing.trace import (
     largest_of,
     tensors_of,
 )
+from octavo.tables import in_general
 
-__all__ = ["Layout", "Pair", "find_pairs", "is_norm", "scales_by_one_plus"]
-
-
-@dataclasses.dataclass(frozen=True)
-class Layout:
-    """How a source's output channels become a sink's input channels.
-
-    rows: int64 [S], the output channels that are scaled. channels: int64 [K], for each input channel of the sinks the
-    entry of `rows` that feeds it (a grouped key-value head feeds several query heads).
-    """
-
-    name: str
-    rows: Tensor
-    channels: Tensor
+__all__ = ["Pair", "find_pairs"]
 
 
 @dataclasses.dataclass
@@ -79,6 +70,11 @@ class Pair:
     sinks: tuple[Sink, ...] = ()
     reason: str | None = None
     experts: str | None = None
+
+    @property
+    def sink_names(self) -> tuple[str, ...]:
+        """What reports call the sinks: their layers; inside a stack of experts the down projection."""
+        return tuple(sink.layer if self.experts is None else sink.param for sink in self.sinks)
 
 
 def find_pairs(model: nn.Module, example: Any, progress: Callable[[int, int], None] | None = None) -> list[Pair]:
@@ -98,35 +94,6 @@ def find_pairs(model: nn.Module, example: Any, progress: Callable[[int, int], No
                 progress(done, len(families))
         search.try_experts()
     return search.pairs()
-
-
-def is_norm(module: nn.Module) -> bool:
-    """Whether a module is a normalization over the last dimension, of whatever class: it is called a norm, and holds
-    nothing but vectors."""
-    if isinstance(module, nn.LayerNorm | nn.RMSNorm):
-        return True
-    return (
-        "norm" in type(module).__name__.lower()
-        and not any(True for _ in module.children())
-        and all(p.dim() == 1 for p in module.parameters())
-        and not isinstance(module, nn.modules.batchnorm._NormBase | nn.GroupNorm)
-    )
-
-
-def scales_by_one_plus(norm: nn.Module, weight: nn.Parameter) -> bool:
-    """Whether the norm's output for a weight of zeros is not zero (its bias aside)."""
-    x = torch.linspace(-1, 1, len(weight), device=weight.device, dtype=weight.dtype).unsqueeze(0)
-    bias = norm._parameters.get("bias")
-    before = weight.data
-    try:
-        with torch.no_grad():
-            weight.data = torch.zeros_like(before)
-            y = norm.forward(x)  # its hooks are for who runs the model
-    except Exception:  # it wants more than x, whatever its way to say so: the proof is the judge then
-        return False
-    finally:
-        weight.data = before
-    return bool((y - bias if bias is not None else y).any())
 
 
 # -- searching ------------------------------------------------------------------------------------------------------
@@ -149,10 +116,10 @@ class _Search:
         self._widths: dict[str, int] = {}
         self._order: list[str] = []
         self._found: dict[str, Pair] = {}
-        self._look()
+        self._run_once()
 
-    def _look(self) -> None:
-        """What enters the norms, and the sources in the order in which they run, with the width of their output."""
+    def _run_once(self) -> None:
+        """Run the model, and note the inputs of norms, the order in which the sources run and their output widths."""
 
         def note(name: str) -> Callable[..., None]:
             def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
@@ -187,7 +154,7 @@ class _Search:
         grouped: dict[tuple[str, int], list[str]] = {}
         for name in self._order:
             if not is_stack(self._modules[name]) and self._width_is_known(name):
-                grouped.setdefault((_NUMBER.sub("*", name), self._widths[name]), []).append(name)
+                grouped.setdefault((in_general(name), self._widths[name]), []).append(name)
         return list(grouped.values())
 
     def _width_is_known(self, name: str) -> bool:
@@ -246,7 +213,7 @@ class _Search:
             return [same]
         parent = self._modules[name.rpartition(".")[0]]
         widths = {product.x.shape[-1] for product in self._base if product.sink.layer != name and _near(name, product)}
-        return [same, *(layout for k in sorted(widths) for layout in _partial_layouts(n, k, _numbers_of(parent)))]
+        return [same, *(layout for k in sorted(widths) for layout in partial_layouts(n, k, numbers_of(parent)))]
 
     def _trial(self, names: list[str], layout: Layout) -> list[Pair]:
         """Run the model with the outputs of `names` multiplied by powers of two, and see where they arrive."""
@@ -441,7 +408,7 @@ def _passed_on(layer: nn.Module, spec: ExpertsSpec) -> tuple[str, Layout] | None
     h = (torch.randn(TOKENS, n, generator=torch.Generator().manual_seed(0)) * size).to(device)
     base = spec.gate(layer, h.clone())
     every = torch.arange(n)
-    for layout in (Layout("all", every, every),) if n == k else _partial_layouts(n, k, set()):
+    for layout in (Layout("all", every, every),) if n == k else partial_layouts(n, k, set()):
         powers = _powers(k, 0, torch.float32).to(device)
         scaled = h.clone()
         scaled[:, layout.rows.to(device)] *= powers
@@ -458,43 +425,6 @@ def _passed_on(layer: nn.Module, spec: ExpertsSpec) -> tuple[str, Layout] | None
 def _near(name: str, product: Product) -> bool:
     """Whether a product belongs to the block that layer `name` is in."""
     return product.sink.layer.rpartition(".")[0] == name.rpartition(".")[0]
-
-
-def _numbers_of(module: nn.Module) -> set[int]:
-    """The whole numbers that a module (and its config) holds: the size of a head and their number are among them."""
-    places = [vars(module), getattr(getattr(module, "config", None), "__dict__", {})]
-    return {v for place in places for v in place.values() if isinstance(v, int) and not isinstance(v, bool) and v > 0}
-
-
-def _partial_layouts(n: int, k: int, numbers: set[int]) -> Iterator[Layout]:
-    """Ways in which a linear layer with N outputs may feed one with K inputs through a part of its outputs, or several
-    times over; `numbers` may be sizes or counts of heads."""
-    if n < k and k % n == 0:  # values of grouped heads
-        for head in _head_sizes(n, k, numbers):
-            yield Layout(f"heads of {head}", torch.arange(n), _grouped(n, k, head))
-    if n == 2 * k:  # gate and up in one
-        yield Layout("second half", torch.arange(k, n), torch.arange(k))
-        yield Layout("first half", torch.arange(k), torch.arange(k))
-        yield Layout("odd", torch.arange(1, n, 2), torch.arange(k))
-    values = (n - k) // 2
-    if n > k and (n - k) % 2 == 0 and values and k % values == 0:  # q, k and v in one
-        for head in [k] if values == k else _head_sizes(values, k, numbers):  # then heads make no difference
-            yield Layout(f"last, heads of {head}", torch.arange(n - values, n), _grouped(values, k, head))
-        for head in _head_sizes(values, k, numbers):
-            group = k // values + 2  # query heads of a key-value head, its key and its value
-            rows = torch.arange(n).view(-1, group, head)[:, -1].reshape(-1)
-            yield Layout(f"interleaved, heads of {head}", rows, _grouped(values, k, head))
-
-
-def _head_sizes(values: int, k: int, numbers: set[int]) -> list[int]:
-    sizes = {v for v in numbers if values % v == 0 and v > 1} | {k // v for v in numbers if k % v == 0}
-    return sorted(size for size in sizes if size > 1 and values % size == 0)
-
-
-def _grouped(values: int, k: int, head: int) -> Tensor:
-    """For each of K channels, in heads, the value channel that feeds it: key-value head i feeds K / values heads."""
-    channel = torch.arange(k)
-    return channel // (head * (k // values)) * head + channel % head
 
 
 _NUMBER = re.compile(r"\b\d+\b")

@@ -21,7 +21,8 @@ from octavo.layers import kind_of
 from octavo.modules import QuantLinear
 from octavo.modules.float_linear import FloatLinear
 from octavo.primitives import dequantize
-from octavo.smoothing.pairs import find_pairs, is_norm, scales_by_one_plus
+from octavo.smoothing.norms import is_norm, scales_by_one_plus
+from octavo.smoothing.pairs import find_pairs
 
 __all__ = ["smooth_scales"]
 

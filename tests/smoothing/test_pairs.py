@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.parametrizations import weight_norm
 
-from octavo.smoothing.pairs import Layout, Pair, find_pairs, is_norm
+from octavo.smoothing.layouts import Layout
+from octavo.smoothing.pairs import Pair, find_pairs
 from tests.outliers import ARCHITECTURES, EVERY_ARCHITECTURE, Architecture, multiply_experts, outputs
 
 
@@ -496,16 +497,6 @@ def test_padding() -> None:
 
 
 # -- parts ------------------------------------------------------------------------------------------------------------
-
-
-def test_what_is_a_norm() -> None:
-    assert is_norm(OwnNorm(8))
-    assert is_norm(nn.LayerNorm(8))
-    assert is_norm(nn.RMSNorm(8))
-    assert not is_norm(nn.BatchNorm1d(8))
-    assert not is_norm(nn.GroupNorm(2, 8))
-    assert not is_norm(nn.Linear(8, 8))
-    assert not is_norm(nn.Sequential(nn.LayerNorm(8)))
 
 
 class Attention(nn.Module):

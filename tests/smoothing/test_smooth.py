@@ -22,7 +22,8 @@ from octavo.errors import OctavoWarning, RecipeError
 from octavo.modules import QuantExperts
 from octavo.quantization.quantize import quantize
 from octavo.report import SmoothReport
-from octavo.smoothing.pairs import Layout, find_pairs
+from octavo.smoothing.layouts import Layout
+from octavo.smoothing.pairs import find_pairs
 from octavo.smoothing.smooth import smooth
 from tests import tiny_models
 from tests.outliers import (
