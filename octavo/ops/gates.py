@@ -1,9 +1,9 @@
-"""The activations of gated MLPs that kernels know: all of them are g * sigmoid(z) with z = g (a + b g^2).
+"""The activations of gated MLPs that kernels support. Each is g * sigmoid(z) with z = g (a + b g^2).
 
     silu        g / (1 + e^-g)                                     a = 1
     gelu_tanh   g / 2 (1 + tanh(sqrt(2 / pi) (g + 0.044715 g^3)))  a = sqrt(8 / pi), b = 0.044715 a
 
-for (1 + tanh(u)) / 2 is sigmoid(2 u).
+because (1 + tanh(u)) / 2 = sigmoid(2 u).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ __all__ = ["GATES", "Gate"]
 
 
 class Gate(NamedTuple):
-    """One activation. formula: by torch's op. a, b: what makes z of g."""
+    """One activation. formula: torch's op for it. a, b: the coefficients of z."""
 
     formula: Callable[[Tensor], Tensor]
     a: float

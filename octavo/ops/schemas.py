@@ -55,7 +55,7 @@ OPS: dict[str, str] = {
 
 
 def reference_of(op: str) -> Callable[..., Any]:
-    """What answers the op in plain torch, on every device."""
+    """The function that computes the op in plain torch, on every device."""
     return getattr(attention if op in attention.__all__ else reference, op)
 
 
@@ -66,15 +66,15 @@ for _name, _schema in OPS.items():
         _one.define(_name + _schema)
         _one.impl(_name, reference_of(_name), "CompositeExplicitAutograd")
 
-# What is there for gradients alone is not in the table. A gradient that asks which rows an expert has is an op of its
-# own, for no compiler can follow it.
+# Ops for gradients only, which are not in the table. The gradient of experts is an op because it depends on the values
+# of `ends`, which no compiler can trace.
 library.define("straight_through(Tensor y, Tensor x, Tensor weight, Tensor weight_scale, Tensor? ends) -> Tensor")
 library.impl("straight_through", lambda y, x, weight, weight_scale, ends: y.clone(), "CompositeExplicitAutograd")
 library.define("experts_input_gradient(Tensor grad, Tensor ends, Tensor weight, Tensor weight_scale) -> Tensor")
 library.impl("experts_input_gradient", reference.experts_input_gradient, "CompositeExplicitAutograd")
 
-# What layers, norms and gated MLPs call where nobody differentiates, nor compiles (but for float_linear). The reference
-# is the ops that one does the work of, or the modules that float ones were; of `recurrent` octavo/modules/recurrent.py.
+# Kernels for models that run eagerly (eager.py). They have no reference: their result is that of the ops or modules
+# that they stand for.
 library.define(
     "w8a8_linear_at_once(Tensor x, Tensor? input_scale, Tensor weight, Tensor weight_scale, Tensor? bias) -> Tensor"
 )
@@ -88,12 +88,12 @@ library.define(
     "bool int8_inputs, bool backwards) -> Tensor"
 )
 
-# What `Int8Cache` calls: `quantize_per_token` of keys, and of values (`value_codes`), to where they are kept.
+# Called by `Int8Cache`: `quantize_per_token` of keys, or of values (`value_codes`), written into the cache.
 for _one in (library, _reference_library):
     _one.define("quantize_states(Tensor x, Tensor(a!) codes, Tensor(b!) scale, bool are_values) -> ()")
     _one.impl("quantize_states", attention.quantize_states, "CompositeExplicitAutograd")
 
-# What a compiler joins (`integrations/side_by_side.py`): layers of one input, [..., N] of each next to each other.
+# Layers that read one input, joined in compiled graphs (`integrations/side_by_side.py`): outputs are concatenated.
 library.define("w8a16_linears(Tensor x, Tensor[] weight, Tensor[] weight_scale, Tensor?[] bias) -> Tensor")
 library.impl("w8a16_linears", reference.w8a16_linears, "CompositeExplicitAutograd")
 library.define(

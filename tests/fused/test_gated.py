@@ -17,7 +17,7 @@ from torch.nn import functional as F
 import octavo
 from octavo import ops
 from octavo.fused.gated import FusedGatedMLP, fused_gated_mlps
-from octavo.ops import native
+from octavo.ops import dispatch, eager, native
 from tests.tiny_models import llama
 
 pytest.importorskip("transformers")
@@ -38,7 +38,7 @@ every_class = pytest.mark.parametrize("name", RECOGNIZED)
 @pytest.fixture(autouse=True)
 def _few_rows_are_enough(monkeypatch: pytest.MonkeyPatch) -> None:
     """For kernels to serve these small MLPs."""
-    monkeypatch.setattr(ops, "_LEAST_TO_GATE", 1)
+    monkeypatch.setattr(eager, "_LEAST_TO_GATE", 1)
 
 
 def mlp_of(name: str) -> Any:
@@ -512,7 +512,7 @@ def test_what_is_ignored_stays() -> None:
 
 def test_without_kernels_the_module_s_own_forward_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     called = calls_of_kernels(monkeypatch)
-    monkeypatch.setattr(ops, "_native", native.Native(None, "none"))
+    monkeypatch.setattr(dispatch, "native_kernels", native.Native(None, "none"))
     mlp, x = GatedMLP().eval(), rows(5, H)
     with torch.no_grad():
         assert torch.equal(fused(mlp)(x), mlp(x)) and not called

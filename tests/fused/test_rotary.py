@@ -17,6 +17,7 @@ from torch import Tensor, nn
 import octavo
 from octavo import ops
 from octavo.fused.rotary import FusedRotary, fused_rotaries
+from octavo.ops import dispatch, eager
 from tests.ops.native.kernels import WITH_KERNELS
 from tests.tiny_models import llama, qwen3_moe
 
@@ -262,7 +263,7 @@ def test_what_was_patched_since_another_model_was_quantized_is_called(
 def test_a_compiler_follows(monkeypatch: pytest.MonkeyPatch) -> None:
     model = quantized(llama())
     y = logits(model, IDS)
-    monkeypatch.setattr(ops, "_rotary", None)
+    monkeypatch.setattr(eager, "_rotary", None)
     compiled = torch.compile(model, fullgraph=True, backend="eager")
     torch.testing.assert_close(logits(compiled, IDS), y)
 
@@ -270,7 +271,7 @@ def test_a_compiler_follows(monkeypatch: pytest.MonkeyPatch) -> None:
 @torch.no_grad()
 def test_operands_that_do_not_go_together_are_left_to_torch() -> None:
     q, k, cos, sin = torch.randn(2, 4, 3, 8), torch.randn(2, 2, 3, 8), torch.randn(2, 3, 8), torch.randn(1, 3, 8)
-    assert (ops.rotary(q, k, cos, sin) is None) == (ops._native.isa is None)
+    assert (ops.rotary(q, k, cos, sin) is None) == (dispatch.native_kernels.isa is None)
     odd = tuple(x[..., :7].contiguous() for x in (q, k, cos, sin))
     for wrong in (
         odd, (q, k.bfloat16(), cos, sin), (q, k, cos.double(), sin), (q, k, cos, sin.to("meta")), (q, k[:1], cos, sin),

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 import octavo
 from octavo import ops
+from octavo.ops import dispatch
 from tests.ops.test_attention import exact
 from tests.tiny_models import bert, build, falcon, gpt2, llama, mixtral, qwen2, t5, tokens, whisper
 
@@ -26,7 +27,7 @@ from octavo.integrations.attention import attention_of  # noqa: E402
 from octavo.integrations.float_attention import NAME, float_attention_forward, use_float_attention  # noqa: E402
 
 needs_kernel = pytest.mark.skipif(
-    not any(ops._native.attends_in.values()), reason="this processor has no kernel of octavo's"
+    not any(dispatch.native_kernels.attends_in.values()), reason="this processor has no kernel of octavo's"
 )
 
 UNIT = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
@@ -36,7 +37,7 @@ UNIT = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
 @pytest.fixture
 def composed(monkeypatch: pytest.MonkeyPatch) -> None:
     """As where the package has no kernel for float attention."""
-    monkeypatch.setattr(ops, "_native", dataclasses.replace(ops._native, attends_in={}))
+    monkeypatch.setattr(dispatch, "native_kernels", dataclasses.replace(dispatch.native_kernels, attends_in={}))
 
 
 def operands(

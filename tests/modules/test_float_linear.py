@@ -15,10 +15,10 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn import functional as F
 
 import octavo
-from octavo import ops
 from octavo.formats import load_into
 from octavo.modules import QuantLinear, QuantModule
 from octavo.modules.float_linear import FloatLinear, float_linears
+from octavo.ops import dispatch
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 N, K = 512, 520
@@ -114,7 +114,7 @@ def test_a_compiled_graph_has_the_op_for_any_number_of_rows() -> None:
             assert_is_near(compiled(x), x, new)
     ours, torchs = torch.ops.octavo.float_linear.default, torch._C._nn.linear
     # torch 2.10 tells all that it compiles that it is exported.
-    has_kernel = ops._native.multiplies_in.get(torch.float32) and torch.__version__ >= "2.13"
+    has_kernel = dispatch.native_kernels.multiplies_in.get(torch.float32) and torch.__version__ >= "2.13"
     assert graphs == [[ours if has_kernel else torchs]]
     x = torch.randn(3, K, requires_grad=True)
     compiled(x).sum().backward()
@@ -228,7 +228,7 @@ def test_loading_gives_one_too(tmp_path: Any) -> None:
 
 
 @pytest.mark.skipif(
-    not ops._native.multiplies_in.get(torch.bfloat16), reason="this processor has no kernel of octavo's"
+    not dispatch.native_kernels.multiplies_in.get(torch.bfloat16), reason="this processor has no kernel of octavo's"
 )
 @pytest.mark.filterwarnings("ignore:.*Profiler clears events")  # torch 2.10, of any use of it
 def test_the_kernel_is_what_runs() -> None:

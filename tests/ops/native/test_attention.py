@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from octavo import ops
-from octavo.ops import native
+from octavo.ops import dispatch, native
 from octavo.ops.attention import value_codes
 from tests.ops.native.kernels import FLOATS, WITH_KERNELS, assert_rounds_to
 from tests.ops.native.run_python import run_python
@@ -425,14 +425,14 @@ def test_large_scores_do_not_overflow_in_float_attention(served_dtypes: tuple[to
 
 def test_backends_tells_in_which_dtypes_float_attention_is_torch_s(isa: str, monkeypatch: pytest.MonkeyPatch) -> None:
     found = native.select(isa)
-    monkeypatch.setattr(ops, "_native", found)
+    monkeypatch.setattr(dispatch, "native_kernels", found)
     row = next(row for row in ops.backends() if row.op == "float_attention" and row.device == "cpu")
     served = any(found.attends_in.values())
     for dtype in FLOATS if served else []:
         assert (f" {str(dtype)[6:]}" in row.why) == (found.attends_in[dtype] < native.ANY_NUMBER)
     assert row.backend == (isa if served else "reference")
     some = {torch.float32: native.ANY_NUMBER, torch.bfloat16: 12, torch.float16: 0}
-    monkeypatch.setattr(ops, "_native", dataclasses.replace(found, attends_in=some))
+    monkeypatch.setattr(dispatch, "native_kernels", dataclasses.replace(found, attends_in=some))
     row = next(row for row in ops.backends() if row.op == "float_attention" and row.device == "cpu")
     assert row.backend == isa
     assert row.why.endswith("; torch's own in bfloat16 from 13 rows of a key head on; torch's own in float16")

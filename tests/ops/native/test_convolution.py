@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from octavo import ops
-from octavo.ops import native
+from octavo.ops import dispatch, native
 from tests.ops.native.kernels import FLOATS, WITH_KERNELS, assert_rounds_to, codes, strided
 from tests.ops.test_conv import CONV, CONV_TRANSPOSE, in_double, torch_layout
 
@@ -232,7 +232,7 @@ def test_wrong_convolutions_are_errors(isa: str, change: dict[str, Any], message
 @pytest.mark.parametrize("op", ["w8a16_conv", "w8a16_conv_transpose"])
 def test_backends_tells_which_convolutions_have_kernels(isa: str, op: str, monkeypatch: pytest.MonkeyPatch) -> None:
     found = native.select(isa)
-    monkeypatch.setattr(ops, "_native", found)
+    monkeypatch.setattr(dispatch, "native_kernels", found)
     row = next(row for row in ops.backends() if row.op == op and row.device == "cpu")
     assert row.backend == (isa if found.convolves else "reference")
     assert ("shorter than a stride" in row.why) == (found.convolves and op == "w8a16_conv_transpose")

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from octavo import ops
-from octavo.ops import native
+from octavo.ops import dispatch, native
 from tests.ops.native.kernels import (
     FLOATS,
     ISAS,
@@ -31,9 +31,9 @@ pytestmark = WITH_KERNELS
 @pytest.fixture(scope="module", params=[isa for isa in ISAS if isa in ("avx2", "avx512")])
 def isa(request: pytest.FixtureRequest) -> Iterator[str]:
     """Those of the instruction sets that multiply floats."""
-    before, ops._native = ops._native, native.select(request.param)
+    before, dispatch.native_kernels = dispatch.native_kernels, native.select(request.param)
     yield request.param
-    ops._native = before
+    dispatch.native_kernels = before
     native.select(before.isa or "")
 
 
@@ -157,12 +157,12 @@ def test_what_has_no_faster_kernel_is_torchs_in_the_op_too(isa: str) -> None:
 @pytest.mark.skipif("scalar" not in ISAS, reason="there are no kernels")
 def test_an_instruction_set_without_them() -> None:
     x, weight = torch.randn(2, 8), torch.randn(5, 8)
-    before, ops._native = ops._native, native.select("scalar")
+    before, dispatch.native_kernels = dispatch.native_kernels, native.select("scalar")
     try:
-        assert not any(ops._native.multiplies_in.values())
+        assert not any(dispatch.native_kernels.multiplies_in.values())
         assert torch.equal(torch.ops.octavo.float_linear(x, weight, None), F.linear(x, weight))
         with torch.no_grad():
             assert ops.float_linear(x, weight, None) is None
     finally:
-        ops._native = before
+        dispatch.native_kernels = before
         native.select(before.isa or "")

@@ -19,6 +19,7 @@ from triton.knobs import HookChain
 
 import octavo
 from octavo import ops
+from octavo.ops import dispatch
 from octavo.ops.reference import LONGEST_EXACT
 from octavo.ops.triton import direct, int8_linear, launch, linear, quantize, vector
 from octavo.ops.triton.launch import Started
@@ -309,20 +310,20 @@ class Watching(TorchDispatchMode):
 
 def test_whoever_listens_is_heard() -> None:
     x = torch.randn(2, 3)
-    assert not ops._nothing_listens(x)  # a gradient may be wanted
+    assert not dispatch.may_bypass_dispatcher(x)  # a gradient may be wanted
     with torch.no_grad():
-        assert ops._nothing_listens(x)
-        assert not ops._nothing_listens(torch.nn.Parameter(x))
+        assert dispatch.may_bypass_dispatcher(x)
+        assert not dispatch.may_bypass_dispatcher(torch.nn.Parameter(x))
         with Watching():
-            assert not ops._nothing_listens(x)
+            assert not dispatch.may_bypass_dispatcher(x)
         with torch.device("cpu"):
-            assert not ops._nothing_listens(x)
+            assert not dispatch.may_bypass_dispatcher(x)
         with torch.profiler.profile():
-            assert not ops._nothing_listens(x)
+            assert not dispatch.may_bypass_dispatcher(x)
         seen: list[bool] = []
 
         def note(row: Tensor) -> Tensor:
-            seen.append(ops._nothing_listens(row))
+            seen.append(dispatch.may_bypass_dispatcher(row))
             return row + 0
 
         torch.vmap(note)(x)
@@ -330,10 +331,10 @@ def test_whoever_listens_is_heard() -> None:
         with pytest.warns((DeprecationWarning, FutureWarning), match="`torch.jit.trace` is deprecated"):
             torch.jit.trace(note, (x,), check_trace=False)
         assert seen == [False] * 3
-        compiled = torch.compile(lambda row: row + ops._nothing_listens(row), fullgraph=True, backend="eager")
+        compiled = torch.compile(lambda row: row + dispatch.may_bypass_dispatcher(row), fullgraph=True, backend="eager")
         assert torch.equal(compiled(x), x)
     with torch.inference_mode():
-        assert ops._nothing_listens(x)
+        assert dispatch.may_bypass_dispatcher(x)
 
 
 @pytest.mark.gpu

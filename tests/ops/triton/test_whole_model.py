@@ -7,7 +7,7 @@ import torch
 
 import octavo
 from octavo import ops
-from octavo.ops import native
+from octavo.ops import dispatch, native
 from octavo.ops import triton as kernels
 from tests import tiny_models as tiny
 
@@ -41,7 +41,7 @@ def test_a_model_on_triton_computes_what_it_does_on_the_cpu(
                 return function(*args)  # type: ignore[operator]
 
             monkeypatch.setattr(ops, name, serve)
-        monkeypatch.setattr(ops, "_native", native.Native(None, "a GPU answers"))
+        monkeypatch.setattr(dispatch, "native_kernels", native.Native(None, "a GPU answers"))
         found = model.to(device)(ids.to(device)).logits.cpu()
     experts = {f"{scheme}_experts_linear"} if make is tiny.mixtral else set()
     assert {"w8a16_embedding", f"{scheme}_linear", *experts} <= served
