@@ -4,6 +4,7 @@ hub.py              the public quantize, save, load and quantize_checkpoint: any
 local_files.py      a folder, a file or a Hub id: where its files are
 model_classes.py    which class of transformers a checkpoint's model is of
 transformers.py     int8 layers while transformers loads and saves
+weight_rules.py     transformers' rules for loading and saving weights, where a layer is int8
 stored_names.py     what the tensors of its models are called in files
 stored_weights.py   which weights of an empty model files hold: what is tied, what is new
 language_model.py   tokenizers, chat templates and causal language models from folders, Hub ids and GGUF files

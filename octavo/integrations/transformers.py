@@ -13,9 +13,8 @@ read, `save_pretrained` one that brings transformers here.
 
 from __future__ import annotations
 
-import copy
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,21 +23,30 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import ConversionOps, PrefixChange, WeightConverter, WeightRenaming
+from transformers.core_model_loading import ConversionOps, PrefixChange, WeightConverter
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from octavo import formats
 from octavo.computed_weights import parts_of
 from octavo.errors import CheckpointError, OctavoError, RecipeError
-from octavo.formats import compressed_tensors as layout
 from octavo.formats.checkpoint import CheckpointReader
 from octavo.formats.experts import Part
 from octavo.integrations.attention import attention_of, check_int8_attention, use_int8_attention
 from octavo.integrations.float_attention import use_float_attention
 from octavo.integrations.stored_names import on_disk, refuse_wrapped_parts, renaming
 from octavo.integrations.stored_weights import leave_new_ones, refuse_int8, refuse_other_dtypes, tie
-from octavo.modules import QuantExperts, QuantModule
+from octavo.integrations.weight_rules import (
+    QuantizeParameter,
+    ReadParameter,
+    for_each_stack,
+    for_saving,
+    merges,
+    renamings_of_parts,
+    stored_scale,
+    unpacked,
+)
+from octavo.modules import QuantModule
 from octavo.quantization.install import install, settle
 from octavo.quantization.plan import Decision, plan
 from octavo.quantization.quantize import warn_unasked
@@ -125,76 +133,6 @@ def _refuse_static(recipe: Recipe) -> None:
             )
 
 
-class _SharedOp(ConversionOps):  # type: ignore[misc]
-    """A conversion without state of its own: transformers copies the operations for every parameter, and a copy would
-    drag the quantizer and the whole model along."""
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        return self
-
-
-class _QuantizeParameter(_SharedOp):
-    """Float weight, as just read from disk -> codes and scale."""
-
-    def __init__(self, quantizer: OctavoQuantizer) -> None:
-        self.quantizer = quantizer
-
-    def convert(self, input_dict: dict[str, Any], *, full_layer_name: str, **_: Any) -> dict[str, Tensor]:
-        made: dict[str, Tensor] = {}
-        for name, value in input_dict.items():
-            weight = value[0] if isinstance(value, list) else value
-            # Of one weight the name is that of the layer; of several (a fused q, k and v), some may be to stay float.
-            name = full_layer_name if len(input_dict) == 1 else name
-            made |= self._quantized(name, weight) if self.quantizer.is_int8(name) else {name: weight}
-        return made
-
-    def _quantized(self, name: str, weight: Tensor) -> dict[str, Tensor]:
-        decision, layer, module = self.quantizer.target(name)
-        assert decision.scheme is not None
-        param = name.rpartition(".")[2]
-        expected = getattr(layer, param).shape
-        try:
-            if weight.shape != expected:
-                raise CheckpointError(
-                    f"{name}: has shape {list(weight.shape)} in the checkpoint, the model's {list(expected)}; "
-                    "config.json and the weights are of different models"
-                )
-            codes, scale = decision.kind.quantize_param(layer, weight, decision.scheme, name)
-        except OctavoError as error:
-            return self.quantizer.put_off(error, name)
-        module.float_dtype = weight.dtype
-        return {name: codes, f"{name}_scale": scale}
-
-
-class _ReadParameter(_SharedOp):
-    """What lies on disk for an int8 layer -> what it holds in memory; plain codes, which are the same, come without.
-
-    read: makes the tensor of the second argument's shape, under the name of the first, from those on disk. These were
-        all checked before.
-    """
-
-    def __init__(self, quantizer: OctavoQuantizer, read: Callable[[str, Tensor, dict[str, Tensor]], Tensor]) -> None:
-        # transformers leaves the dtype of what is loaded alone if an operation has this attribute
-        self.hf_quantizer = quantizer
-        self.read = read
-
-    def convert(self, input_dict: dict[str, Any], *, full_layer_name: str, model: Any, **_: Any) -> dict[str, Tensor]:
-        tensors = {name: value[0] if isinstance(value, list) else value for name, value in input_dict.items()}
-        layer, name = full_layer_name.rsplit(".", 1)
-        place = model.get_submodule(layer)._buffers[name]
-        return {full_layer_name: self.read(full_layer_name, place, tensors)}
-
-
-def _unpacked(name: str, place: Tensor, tensors: dict[str, Tensor]) -> Tensor:
-    (packed,) = (tensor for part, tensor in tensors.items() if part.endswith("_packed"))
-    return layout.unpack(packed, place.shape, name=f"{name}_packed")
-
-
-def _scale(name: str, place: Tensor, tensors: dict[str, Tensor]) -> Tensor:
-    (scale,) = tensors.values()
-    return scale.float().expand(place.shape).contiguous()  # one for the whole weight is that of every row
-
-
 @register_quantizer(METHOD)
 class OctavoQuantizer(HfQuantizer):  # type: ignore[misc]
     """The hooks that transformers calls while it loads a model."""
@@ -224,33 +162,16 @@ class OctavoQuantizer(HfQuantizer):  # type: ignore[misc]
             check_int8_attention(model)
         tie(model, checkpoint_files or ())
         if self.pre_quantized:
-            if not checkpoint_files:
-                raise CheckpointError("the int8 checkpoint has no safetensors files; octavo reads no others")
-            self._folder = Path(checkpoint_files[0]).parent
-            with CheckpointReader(self._folder) as reader:
-                int8 = formats.int8_names(reader, renaming(model))
-                refuse_other_dtypes(reader, model, int8.values())
-                self._parts = formats.stored_expert_parts(model, partial(on_disk, model), int8)
-                if all(name in reader or f"{name}_packed" in reader for name in self._parts):
-                    # As of float ones, transformers reports those that the class has no place for: a head, a tower.
-                    modules = {name for name, _ in model.named_modules()}
-                    unplaced = {name for name in int8 if name.rpartition(".")[0] not in modules}
-                    int8 = {name: at for name, at in int8.items() if name not in unplaced or at in self._parts}
-                self._decisions = formats.stored_decisions(reader, model, int8, self._parts)
-                dtypes = {
-                    name: reader.info(f"{stored}_scale").dtype
-                    for name, stored in int8.items()
-                    if stored not in self._parts
-                }
+            float_dtypes = self._read_decisions(model, checkpoint_files or [])
         else:
             refuse_int8(checkpoint_files or ())
-            dtypes = {}
+            float_dtypes = {}
             self._decisions = plan(model, self.quantization_config.recipe)
             leave_new_ones(self._decisions, model, checkpoint_files or ())
         now: list[Decision] = []
         for decision in self._decisions:
             computed = not self.pre_quantized and parts_of(model.get_submodule(decision.name))
-            (self._later if computed else now).append(decision)  # its weight is there when those are that it is made of
+            (self._later if computed else now).append(decision)  # once the weights that it is computed from are loaded
         for decision in now:
             if decision.scheme:
                 layer = self._replaced[decision.name] = model.get_submodule(decision.name)
@@ -258,40 +179,69 @@ class OctavoQuantizer(HfQuantizer):  # type: ignore[misc]
                 self._targets.update({f"{decision.name}.{param}": (decision, layer) for param in params})
         install(model, now, ignore=self.quantization_config.recipe.ignore)
         self._leave_experts_to_us(model)
-        for decision in self._decisions:
-            if decision.owner is not None:  # tied for good: transformers need not, and could not, tie it again
-                own, table = f"{decision.name}.weight", f"{decision.owner}.weight"
-                model.all_tied_weights_keys.pop(own, None)
-                if model.all_tied_weights_keys.get(table) == own:  # a file that holds the table by its other name
-                    del model.all_tied_weights_keys[table]
+        self._keep_ties(model)
         self._model = model
-        for name, dtype in dtypes.items():
+        for name, dtype in float_dtypes.items():
             self.target(name)[2].float_dtype = dtype
         if not self.pre_quantized:
             self._make_float_places()
             # Some of transformers' conversions (`Transpose`, `Split`) ask the model for the parameter that they make.
             model.get_parameter = self._float_parameter  # type: ignore[method-assign]
 
+    def _read_decisions(self, model: PreTrainedModel, checkpoint_files: list[str]) -> dict[str, torch.dtype]:
+        """Find out from an int8 checkpoint which layers are int8: sets `_folder`, `_parts` and `_decisions`.
+
+        Returns: name of an int8 parameter, but for those of experts -> the dtype that it had in the float model.
+        """
+        if not checkpoint_files:
+            raise CheckpointError("the int8 checkpoint has no safetensors files; octavo reads no others")
+        self._folder = Path(checkpoint_files[0]).parent
+        with CheckpointReader(self._folder) as reader:
+            int8 = formats.int8_names(reader, renaming(model))
+            refuse_other_dtypes(reader, model, int8.values())
+            self._parts = formats.stored_expert_parts(model, partial(on_disk, model), int8)
+            if all(name in reader or f"{name}_packed" in reader for name in self._parts):
+                # Weights that the class has no place for (a head, a tower) are left out: transformers reports them,
+                # as it does for float ones.
+                modules = {name for name, _ in model.named_modules()}
+                unplaced = {name for name in int8 if name.rpartition(".")[0] not in modules}
+                int8 = {name: at for name, at in int8.items() if name not in unplaced or at in self._parts}
+            self._decisions = formats.stored_decisions(reader, model, int8, self._parts)
+            return {
+                name: reader.info(f"{stored}_scale").dtype for name, stored in int8.items() if stored not in self._parts
+            }
+
+    def _keep_ties(self, model: PreTrainedModel) -> None:
+        """Take int8 layers that share a table off transformers' list of tied weights: they share it already, and
+        transformers could not tie codes."""
+        for decision in self._decisions:
+            if decision.owner is not None:
+                own, table = f"{decision.name}.weight", f"{decision.owner}.weight"
+                model.all_tied_weights_keys.pop(own, None)
+                if model.all_tied_weights_keys.get(table) == own:  # a file that holds the table by its other name
+                    del model.all_tied_weights_keys[table]
+
     def _make_float_places(self) -> None:
-        """Transformers before 5.23 casts what it reads to the dtype of its place, also what is yet to be quantized."""
+        """Put float tensors where codes will be: transformers before 5.23 casts what it reads to the dtype of the one
+        that it replaces, even a weight that is yet to be quantized."""
         for name in self._targets:
             _, layer, module = self.target(name)
             param = name.rpartition(".")[2]
             module._buffers[param] = module.codes()[param][0].to(getattr(layer, param).dtype)
 
     def _float_parameter(self, name: str) -> Any:
-        """The parameter of the float model, also where an int8 layer stands by now."""
+        """`model.get_parameter`, which for an int8 layer returns the parameter of the float layer that it replaced."""
         if name in self._targets:
             return getattr(self._targets[name][1], name.rpartition(".")[2])
         assert self._model is not None
         return nn.Module.get_parameter(self._model, name)
 
     def param_element_size(self, model: PreTrainedModel, param_name: str, param: Tensor) -> float:
-        """Bytes of an element once it is loaded, by which transformers deals layers out to devices."""
+        """Bytes of an element once loaded; transformers plans by it which layers go on which device."""
         return 1 if self.is_int8(param_name) else param.element_size()
 
     def target(self, name: str) -> tuple[Decision, nn.Module, QuantModule]:
-        """Of the int8 parameter `name`: its decision, the float layer that stood there, the int8 layer."""
+        """(decision, float layer that was replaced, int8 layer) of the int8 parameter `name`."""
         decision, layer = self._targets[name]
         assert self._model is not None
         module = self._model.get_submodule(decision.name)
@@ -299,8 +249,8 @@ class OctavoQuantizer(HfQuantizer):  # type: ignore[misc]
         return decision, layer, module
 
     def put_off(self, error: OctavoError, name: str) -> dict[str, Tensor]:
-        """Keep `error` until the loading is over: transformers would swallow it and raise another that tells nothing.
-        Returns: something for `name` to be until then."""
+        """Keep `error`, to raise it when loading is over: transformers would replace it by an error without the reason.
+        Returns: placeholders for `name` until then."""
         self._error = self._error or error
         module = self.target(name)[2]
         codes, scale = module.codes()[name.rpartition(".")[2]]
@@ -317,58 +267,46 @@ class OctavoQuantizer(HfQuantizer):  # type: ignore[misc]
         return self.is_int8(param_name) or any(map(self.is_int8, self._beside(param_name)))
 
     def _beside(self, name: str) -> list[str]:
-        """What transformers makes of the same tensors as parameter `name`, if that is the first of several."""
+        """The other parameters that transformers makes of the same tensors as `name`, if `name` is the first."""
         rules = (rule.target_patterns for rule in self._rules if isinstance(rule, WeightConverter))
         return [name.replace(first, other) for first, *others in rules if first in name for other in others]
 
     def get_quantize_ops(self) -> ConversionOps:
-        return _QuantizeParameter(self)
+        return QuantizeParameter(self)
 
     def get_weight_conversions(self) -> list[WeightConverter]:
-        """The rules for reading int8 layers, by what their tensors are called on disk and in the model."""
+        """The rules for reading int8 layers: from the names of their tensors on disk to those in the model."""
         if not self.pre_quantized:
             return []
-        scale, unpacked = _ReadParameter(self, _scale), _ReadParameter(self, _unpacked)
+        scale, codes = ReadParameter(self, stored_scale), ReadParameter(self, unpacked)
         # A recurrent layer has several weights, and names of its own for them.
         named = {name.rpartition(".")[2] for name in self._targets}
         params = {"weight"} | {name for name in named if not name.endswith("weight")}
         return [
-            *(WeightConverter([f"{name}_packed", f"{name}_shape"], name, [unpacked]) for name in sorted(params)),
+            *(WeightConverter([f"{name}_packed", f"{name}_shape"], name, [codes]) for name in sorted(params)),
             *(WeightConverter(f"{name}_scale", f"{name}_scale", [scale]) for name in sorted(params)),
             WeightConverter("input_scale", "input_scale", [scale]),
         ]
 
     def update_weight_conversions(self, weight_conversions: list[Any], *model: PreTrainedModel) -> list[Any]:
-        """The weights of int8 experts are read here, after the rest: rules that merge experts are for float ones only.
+        """Restrict the rules that merge experts to float experts: those of int8 ones are read by `_read_experts`.
 
         model: given by transformers from 5.21 on.
         """
         self._rules = list(weight_conversions)
         stacks = {part.param for part in self._int8_parts().values()}
         floats = {part.param for part in self._parts.values()} - stacks
-        self._put_aside = [rule for rule in weight_conversions if _merges(rule, stacks)]
-        kept = [rule for rule in weight_conversions if not _merges(rule, stacks)]
-        kept += [each for rule in self._put_aside for each in self._for_each(rule, floats)]
-        self._of_parts = {rule: _renamings_of_parts(rule) for rule in kept} if self.pre_quantized else {}
+        self._put_aside = [rule for rule in weight_conversions if merges(rule, stacks)]
+        kept = [rule for rule in weight_conversions if not merges(rule, stacks)]
+        assert self._model is not None
+        prefix = self._model.base_model_prefix
+        kept += [each for rule in self._put_aside for each in for_each_stack(rule, floats, prefix)]
+        self._of_parts = {rule: renamings_of_parts(rule) for rule in kept} if self.pre_quantized else {}
         kept = [each for rule in kept for each in (rule, *self._of_parts.get(rule, ()))]
         return super().update_weight_conversions(kept, *model)
 
-    def _for_each(self, rule: Any, stacks: set[str]) -> list[Any]:
-        """A rule that merges experts as one for each of the `stacks` that it makes, and no others."""
-        assert self._model is not None
-        prefix = f"{self._model.base_model_prefix}."
-        # A pattern that begins with a dot needs the name before it.
-        ends = [("[^.]+" if target.startswith(".") else "") + re.escape(target) for target in rule.target_patterns]
-        made_here = re.compile(rf"(^|\.)({'|'.join(ends)})$")
-        scopes = {param[: found.start()] for param in stacks if (found := made_here.search(param))}
-        made = []
-        for scope in sorted(scopes):
-            made.append(copy.deepcopy(rule))
-            made[-1].scope_prefix, made[-1].base_model_prefix = scope.removeprefix(prefix), prefix[:-1]
-        return made
-
     def _leave_experts_to_us(self, model: PreTrainedModel) -> None:
-        """Tell transformers not to miss the int8 experts in the files, nor to wonder at their weights there."""
+        """Tell transformers that weights of int8 experts are neither missing from the files nor unexpected there."""
         own = self._int8_parts()
         missing = {re.escape(part.param) + "(_scale)?$" for part in own.values()}
         # By their names on disk, and as they are after transformers' renamings.
@@ -387,7 +325,7 @@ class OctavoQuantizer(HfQuantizer):  # type: ignore[misc]
                 model.get_submodule(name)._is_hf_initialized = True  # type: ignore[assignment]
 
     def _int8_parts(self) -> dict[str, Part]:
-        """Those of the experts that are int8."""
+        """The parts on disk of the experts that are int8."""
         int8 = {decision.name for decision in self._decisions}
         return {name: part for name, part in self._parts.items() if part.param.rpartition(".")[0] in int8}
 
@@ -404,8 +342,8 @@ class OctavoQuantizer(HfQuantizer):  # type: ignore[misc]
                 module._buffers[short], module._buffers[f"{short}_scale"] = codes.to(device), scale.to(device)
 
     def _make_own_buffers(self, model: PreTrainedModel) -> None:
-        """Fill the buffers of int8 layers that no file holds (the factor of Gemma's embedding): transformers knows how
-        to by the class of the float layer."""
+        """Fill the buffers of int8 layers that no file holds (the factor of Gemma's embedding), by transformers' own
+        initialization of the float layer."""
         for name, layer in self._replaced.items():
             module = model.get_submodule(name)
             assert isinstance(module, QuantModule)
@@ -433,7 +371,7 @@ class OctavoQuantizer(HfQuantizer):  # type: ignore[misc]
         # Of the rules, transformers keeps those that it used, for what it writes; it does not know of ours.
         used = {id(rule) for rule in (*(model._weight_conversions or ()), *self._put_aside)}
         used |= {id(rule) for rule, ours in self._of_parts.items() if used & set(map(id, ours))}
-        model._weight_conversions = _for_saving([rule for rule in self._rules if id(rule) in used], model)
+        model._weight_conversions = for_saving([rule for rule in self._rules if id(rule) in used], model)
         if self._folder is not None:
             formats.restore_reasons(model, formats.stored_coverage(self._folder), renaming(model))
         else:
@@ -458,9 +396,9 @@ class OctavoQuantizer(HfQuantizer):  # type: ignore[misc]
         if rules is None:  # it was never loaded: those that transformers would take
             rules = get_model_conversion_mapping(model, add_legacy=False)
             rules = [rule for rule in rules if not isinstance(rule, PrefixChange)]
-        for_saving = _for_saving(rules, model)
-        if for_saving != rules:
-            model._weight_conversions = for_saving
+        kept = for_saving(rules, model)
+        if kept != rules:
+            model._weight_conversions = kept
         return tensors, {}
 
     def is_serializable(self) -> bool:
@@ -484,9 +422,12 @@ def _innermost_model(model: PreTrainedModel, name: str) -> PreTrainedModel:
 
 
 def let_transformers_save(model: nn.Module) -> None:
-    """Make `save_pretrained` of an int8 model, of the models within it and of those that it is a part of write int8: of
-    itself it does so for the outermost of one that it loaded, and would take the codes of any other for weights."""
-    PreTrainedModel.hf_quantizer = _WhereNoneIs()
+    """Make `save_pretrained` write int8 for an int8 model, for the models within it, and for models that contain it.
+
+    By itself transformers does so only for the outermost model of those that it loaded as int8. It would save the codes
+    of any other as if they were float weights.
+    """
+    PreTrainedModel.hf_quantizer = _QuantizerIfInt8()
     for part in model.modules():
         if not isinstance(part, PreTrainedModel) or isinstance(vars(part).get("hf_quantizer"), OctavoQuantizer):
             continue
@@ -494,9 +435,11 @@ def let_transformers_save(model: nn.Module) -> None:
             part.hf_quantizer = OctavoQuantizer(OctavoConfig())
 
 
-class _WhereNoneIs:
-    """`hf_quantizer` of the models that have none: of one that holds int8 layers a quantizer to save it with. Which
-    models an int8 one is a part of, or will be, no one knows before that."""
+class _QuantizerIfInt8:
+    """`hf_quantizer` of models that have none of their own: a quantizer to save with, if the model holds int8 layers.
+
+    It is looked up when the model is saved, because which models will contain an int8 one is not known before.
+    """
 
     def __get__(self, model: PreTrainedModel | None, owner: type) -> OctavoQuantizer:
         if model is None or not _holds_int8(model):
@@ -506,65 +449,3 @@ class _WhereNoneIs:
 
 def _holds_int8(model: nn.Module) -> bool:
     return any(isinstance(module, QuantModule) for module in model.modules())
-
-
-def _for_saving(rules: Iterable[Any], model: PreTrainedModel) -> list[Any]:
-    """The rules that `save_pretrained` may undo: the codes are packed for it by `get_state_dict_and_metadata`. Nor can
-    codes be merged with others, as a rule that cuts a fused q, k and v would do the other way around. Rules that rename
-    a weight are followed by those for its parts."""
-    alone = [
-        f"{name}.weight"
-        for name, module in model.named_modules()
-        if isinstance(module, QuantModule) and not isinstance(module, QuantExperts)
-    ]
-    kept = [rule for rule in rules if not (_reads_int8(rule) or _merges_any(rule, alone) or _is_of_part(rule))]
-    return [each for rule in kept for each in (rule, *_renamings_of_parts(rule))]
-
-
-_PARTS = ("_packed", "_shape", "_scale")
-
-
-def _is_of_part(rule: Any) -> bool:
-    ends = (*_PARTS, "input_scale")
-    return isinstance(rule, WeightRenaming) and all(pattern.endswith(ends) for pattern in rule.source_patterns)
-
-
-def _renamings_of_parts(rule: Any) -> list[Any]:
-    """What a rule that renames a "..weight" has to say of the tensors that its codes are on disk, for in the rule's
-    patterns the name ends."""
-    if type(rule) is not WeightRenaming:
-        return []
-    sources, targets = rule._original_source_patterns, rule._original_target_patterns
-    if not all(each[-1].isalnum() for each in sources) or not all(each.endswith("weight") for each in targets):
-        return []
-    named = [([each + part for each in sources], [each + part for each in targets]) for part in _PARTS]
-    if all(each.endswith("weight") for each in sources):
-        named.append(([_of_input(each) for each in sources], [_of_input(each) for each in targets]))
-    made = [WeightRenaming(*names) for names in named]
-    for each in made:
-        each.scope_prefix, each.base_model_prefix = rule.scope_prefix, rule.base_model_prefix
-    return made
-
-
-def _of_input(pattern: str) -> str:
-    return pattern.removesuffix("weight") + "input_scale"
-
-
-def _merges(rule: Any, stacks: set[str]) -> bool:
-    """Whether a rule makes one of the parameters `stacks` of several tensors."""
-    targets = getattr(rule, "target_patterns", ())
-    targets = [targets] if isinstance(targets, str) else targets
-    many = isinstance(rule, WeightConverter) and bool(rule.operations)
-    return many and any(f".{param}".endswith(f".{target.lstrip('.')}") for target in targets for param in stacks)
-
-
-def _merges_any(rule: Any, params: list[str]) -> bool:
-    """Whether a rule, the other way around, makes one tensor of one of `params` and others."""
-    if not isinstance(rule, WeightConverter):
-        return False
-    reverse = rule.reverse_transform()
-    return any(reverse.rename_source_key(param)[1] is not None for param in params)
-
-
-def _reads_int8(rule: Any) -> bool:
-    return any(isinstance(operation, _ReadParameter) for operation in getattr(rule, "operations", ()))

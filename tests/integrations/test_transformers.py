@@ -314,11 +314,11 @@ def test_a_rule_makes_experts_only_if_it_names_them_whole() -> None:
     """Inkling's for its shared experts ends as the name of its routed ones does."""
     from transformers.core_model_loading import Chunk, WeightConverter
 
-    from octavo.integrations.transformers import _merges
+    from octavo.integrations.weight_rules import merges
 
     rule = WeightConverter("shared_w13_weight", ["gate_proj", "up_proj"], [Chunk(1)])
-    assert not _merges(rule, {"layers.0.mlp.experts.gate_up_proj"})
-    assert _merges(rule, {"layers.0.mlp.experts.up_proj"})
+    assert not merges(rule, {"layers.0.mlp.experts.gate_up_proj"})
+    assert merges(rule, {"layers.0.mlp.experts.up_proj"})
 
 
 def test_float_tensors_keep_their_names(tmp_path: Path) -> None:
