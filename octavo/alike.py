@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from octavo.stand_ins import FLOATS, attributes, is_plain_value, random, same_bits
 
-__all__ = ["MADE_AND_DESCRIBED", "Held", "gives_the_same", "held_by", "holding", "is_linear"]
+__all__ = ["MADE_AND_DESCRIBED", "Held", "computes_the_same", "held_by", "holding", "is_linear"]
 
 Held = tuple[tuple[str, Any], ...]
 """The attributes of a layer, lists as tuples."""
@@ -58,7 +58,7 @@ def is_linear(layer: nn.Module) -> bool:
         and layer._parameters.keys() <= {"weight", "bias"}
         and (held := held_by(layer)) is not None
         and _only_runs_forward(cls)
-        and gives_the_same(cls, nn.Linear, held, (), layer._parameters.get("bias") is not None)
+        and computes_the_same(cls, nn.Linear, held, (), layer._parameters.get("bias") is not None)
     )
 
 
@@ -74,7 +74,7 @@ def _only_runs_forward(cls: Any) -> bool:
 
 
 @functools.cache
-def gives_the_same(cls: Any, base: Any, held: Held, kernel: tuple[int, ...], has_bias: bool) -> bool:
+def computes_the_same(cls: Any, base: Any, held: Held, kernel: tuple[int, ...], has_bias: bool) -> bool:
     """Whether the forward of a layer of class `cls`, which holds `held`, gives the bits that that of `base`, a linear
     layer, a convolution or an embedding, does; and has its state."""
     try:

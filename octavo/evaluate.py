@@ -29,7 +29,16 @@ import torch
 from torch import Tensor, nn
 
 from octavo.errors import EvaluateError, OctavoWarning
-from octavo.feeding import Progress, at_rest, check_batches, device_of, drawn_again, feed, hooked, padding_masks
+from octavo.feeding import (
+    Progress,
+    check_batches,
+    device_of,
+    eval_mode,
+    feed,
+    hooked,
+    padding_masks,
+    same_random_numbers,
+)
 from octavo.model_code.products import products_as_calls
 from octavo.modules import QuantModule
 from octavo.report import Comparison, LayerQuality, NotCompared
@@ -69,7 +78,7 @@ def perplexity(model: Model, token_ids: Tensor, *, window: int = 512, progress: 
     starts = range(0, len(ids) - 1, window)
     device = device_of(model, "model")
     total, predicted = 0.0, 0
-    with at_rest(model):
+    with eval_mode(model):
         for index, start in enumerate(starts):
             piece = ids[start : start + window].to(device)
             where = f"window {index} (tokens {start} to {start + len(piece) - 1})"
@@ -115,7 +124,7 @@ def _looks_ahead(model: Model, ids: Tensor, device: torch.device | None) -> bool
         return False
     rows = []
     for each in (ids, other):
-        with drawn_again(device):
+        with same_random_numbers(device):
             rows.append(_float64(_main_output(model(each.unsqueeze(0)), "the model")[0][0, :half]))
     finite = rows[0].isfinite() & rows[1].isfinite()  # forbidden tokens have -inf
     before, after = (torch.where(finite, each, 0.0) for each in rows)
@@ -164,7 +173,7 @@ def compare(
     devices = device_of(float_model, "float_model"), device_of(int8_model, "int8_model")
     output = _OutputTally()
     count = 0
-    with at_rest(float_model, int8_model), products_as_calls(float_model), products_as_calls(int8_model):
+    with eval_mode(float_model, int8_model), products_as_calls(float_model), products_as_calls(int8_model):
         for count, batch in enumerate(batches, start=1):
             where = f"batch {count - 1}"
             masks = padding_masks(float_model, batch)
@@ -172,7 +181,7 @@ def compare(
                 assert isinstance(float_model, nn.Module) and isinstance(int8_model, nn.Module)
                 for name, factors in smooth_scales(float_model, int8_model, batch).items():
                     tallies[name].smooth_scale = factors
-            with _hooks(float_model, tallies, _LayerTally.keep), drawn_again(devices[0]):
+            with _hooks(float_model, tallies, _LayerTally.keep), same_random_numbers(devices[0]):
                 reference = _run(float_model, batch, devices[0], f"{where}: the float model")
             with _hooks(int8_model, tallies, functools.partial(_LayerTally.judge, masks=masks)):
                 actual = _run(int8_model, batch, devices[1], f"{where}: the int8 model")

@@ -1,8 +1,8 @@
-"""Batches, and models that are run on them to be watched or judged: in eval mode, without gradients, left as they were.
+"""Run a model on batches to observe or to judge it: in eval mode, without gradients, and with nothing changed by it.
 
-A batch is a tensor (the model's one argument), a tuple or list (positional arguments) or a dict (keyword arguments). It
-is left as it was, too: a model is fed a copy, for it may write into what it is given (a key-value cache grows), and be
-run on it again.
+A batch is a tensor (the model's only argument), a tuple or list (positional arguments) or a dict (keyword arguments).
+The model is fed a copy of it, because a model may write to its arguments (a key-value cache grows) and may be run on
+the same batch again.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ from octavo.errors import EvaluateError, QuantizeError
 
 __all__ = [
     "Progress",
-    "at_rest",
     "check_batches",
     "check_module",
     "device_of",
-    "drawn_again",
+    "eval_mode",
     "feed",
     "first_tensor",
     "hooked",
     "on_tensors",
     "padding_masks",
+    "same_random_numbers",
 ]
 
 Progress = Callable[[int, int], None]
@@ -39,7 +39,7 @@ Progress = Callable[[int, int], None]
 
 
 def check_module(model: object) -> None:
-    """Raise QuantizeError for what is no module: a state dict, a pipeline that holds models."""
+    """Raise QuantizeError if `model` is not an nn.Module, but a state dict or a pipeline that holds models, for two."""
     if not isinstance(model, nn.Module):
         raise QuantizeError(
             f"model is a {type(model).__name__}, expected an nn.Module; of a pipeline, give the modules that it holds "
@@ -48,7 +48,7 @@ def check_module(model: object) -> None:
 
 
 def check_batches(batches: object) -> None:
-    """Raise EvaluateError for one batch where an iterable of them is expected."""
+    """Raise EvaluateError if `batches` is a single batch and not an iterable of batches."""
     if isinstance(batches, Tensor | Mapping | str) or not isinstance(batches, Iterable):
         raise EvaluateError(
             f"batches is one {type(batches).__name__}, expected an iterable of batches; for one batch write [batch]"
@@ -56,9 +56,10 @@ def check_batches(batches: object) -> None:
 
 
 def feed(model: Callable[..., Any], batch: Any, device: torch.device | None, who: str) -> Any:
-    """What `model` returns for a copy of `batch`, whose tensors are on `device` (None: where they are in the batch).
+    """Call `model` with a copy of `batch`, its tensors moved to `device` (None: left where they are).
 
-    who: what an error calls the model. Raises: EvaluateError for a batch of another type.
+    who: what an error calls the model.
+    Returns: what the model returns. Raises: EvaluateError for a batch of another type.
     """
 
     def moved(tensor: Tensor) -> Tensor:
@@ -77,8 +78,10 @@ def feed(model: Callable[..., Any], batch: Any, device: torch.device | None, who
 
 
 def on_tensors(batch: Any, do: Callable[[Tensor], Any]) -> Any:
-    """A deep copy of the batch with `do` of each of its tensors in its place, whatever holds them; a mapping becomes a
-    dict. Arguments that cannot be copied (a lock, an open file) are in it themselves."""
+    """A deep copy of the batch in which every tensor t, however deep inside, is replaced by `do(t)`.
+
+    A mapping becomes a dict. Arguments that cannot be copied (a lock, an open file) are passed on as they are.
+    """
     known: dict[int, Any] = {}
 
     def copied(item: Any) -> Any:
@@ -96,7 +99,7 @@ def on_tensors(batch: Any, do: Callable[[Tensor], Any]) -> Any:
 
 
 class _CopyingBy(TorchFunctionMode):
-    """While open, the deep copy of a tensor is `do` of it."""
+    """While open, `copy.deepcopy` of a tensor t returns `do(t)`."""
 
     def __init__(self, do: Callable[[Tensor], Any]) -> None:
         super().__init__()
@@ -109,14 +112,14 @@ class _CopyingBy(TorchFunctionMode):
 
 
 def first_tensor(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:
-    """The first floating-point tensor among a module's arguments, which hooks see apart."""
+    """The first floating-point tensor among the arguments of a module, as its hooks get them."""
     return next((v for v in (*args, *kwargs.values()) if isinstance(v, Tensor) and v.is_floating_point()), None)
 
 
 def device_of(model: Any, name: str) -> torch.device | None:
-    """Where a module's first parameter (or buffer) is; None for what has none.
+    """The device of a module's first parameter or buffer; None if it has none, or is not a module.
 
-    Raises: EvaluateError, calling the model `name`, if that is `meta`.
+    Raises: EvaluateError, which calls the model `name`, if that device is `meta`.
     """
     if not isinstance(model, nn.Module):
         return None
@@ -127,9 +130,12 @@ def device_of(model: Any, name: str) -> torch.device | None:
 
 
 @contextlib.contextmanager
-def at_rest(*models: Any) -> Iterator[None]:
-    """Eval mode without gradients; each module's own mode comes back at the end. And without the fast path of torch's
-    encoder layers, which runs none of the modules in them, on nested tensors without the padding."""
+def eval_mode(*models: Any) -> Iterator[None]:
+    """While open, the models are in eval mode and no gradients are recorded; afterwards each module has its own mode
+    back.
+
+    The fast path of torch's encoder layers is off as well: it bypasses the modules inside them, and so their hooks.
+    """
     roots = [model for model in models if isinstance(model, nn.Module)]
     modes = [(module, module.training) for root in roots for module in root.modules()]
     fast = torch.backends.mha.get_fastpath_enabled()
@@ -137,7 +143,7 @@ def at_rest(*models: Any) -> Iterator[None]:
     try:
         for root in roots:
             root.eval()
-        # Not inference_mode: what a module caches in its forward must stay an ordinary tensor.
+        # Not inference_mode: a tensor that a module caches in its forward must remain usable outside of it.
         with torch.no_grad():
             yield
     finally:
@@ -146,15 +152,15 @@ def at_rest(*models: Any) -> Iterator[None]:
             module.training = training
 
 
-def drawn_again(device: torch.device | None) -> contextlib.AbstractContextManager[None]:
-    """While open, the random numbers that a model on `device` draws (noise, samples) are those that come after it, too:
-    runs that are to be held against each other draw the same."""
+def same_random_numbers(device: torch.device | None) -> contextlib.AbstractContextManager[None]:
+    """While open, random numbers may be drawn on `device`; afterwards the generators are back in the state they had
+    before. Two runs to be compared, each inside of one, draw the same numbers."""
     return torch.random.fork_rng([device] if device is not None and device.type == "cuda" else [])
 
 
 @contextlib.contextmanager
 def hooked(modules: Mapping[str, nn.Module], register: Callable[[str, nn.Module], Any]) -> Iterator[None]:
-    """With a hook on each of `modules`; register: puts it there, and returns the handle by which it is removed."""
+    """While open, each of `modules` has a hook. register: (name, module) -> the handle by which the hook is removed."""
     handles = []
     try:
         for name, module in modules.items():
@@ -166,9 +172,12 @@ def hooked(modules: Mapping[str, nn.Module], register: Callable[[str, nn.Module]
 
 
 def padding_masks(model: Any, batch: Any) -> list[Tensor]:
-    """The masks [B, T] that a batch has, as booleans, True where a position counts: `attention_mask`, then the
-    decoder's: `decoder_attention_mask`, or all of its input, or what is no padding (-100) of the labels that an
-    encoder-decoder makes its input of."""
+    """The padding masks of a batch, bool [B, T] each, True for positions that count: `attention_mask`, then the
+    decoder's.
+
+    The decoder's mask is `decoder_attention_mask`; without one, all positions of the decoder's input count, or those of
+    the labels, which an encoder-decoder makes that input from, that are not padding (-100).
+    """
     if not isinstance(batch, Mapping):
         return []
     masks = [batch.get("attention_mask"), batch.get("decoder_attention_mask")]

@@ -15,9 +15,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from octavo.atomic import replacing
 from octavo.errors import MissingExtra
 from octavo.tables import in_general
-from octavo.whole import replacing
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

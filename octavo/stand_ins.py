@@ -16,8 +16,18 @@ import torch
 from torch import Tensor, nn
 
 __all__ = [
-    "FLOATS", "Derived", "attributes", "has_hooks", "hold_the_same", "is_plain_value", "kept_attributes", "made_by",
-    "random", "same_bits", "same_code", "takes_one_argument",
+    "FLOATS",
+    "Derived",
+    "attributes",
+    "has_hooks",
+    "is_plain_value",
+    "kept_attributes",
+    "made_by",
+    "random",
+    "same_bits",
+    "same_code",
+    "share_contents",
+    "takes_one_argument",
 ]  # fmt: skip
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
@@ -47,7 +57,7 @@ def made_by(cls: type) -> frozenset[str]:
     return frozenset(names)
 
 
-def hold_the_same(new: nn.Module, module: nn.Module) -> None:
+def share_contents(new: nn.Module, module: nn.Module) -> None:
     """Give `new`, which is empty, what `module` holds, no copies: attributes, parameters, children, and its mode."""
     for name, value in attributes(module).items():
         setattr(new, name, value)
@@ -69,7 +79,7 @@ class Derived(nn.Module):
         """One that holds what `module` holds, and is no copy."""
         new = _blank(cls, type(module))
         nn.Module.__init__(new)
-        hold_the_same(new, module)
+        share_contents(new, module)
         return new
 
     @classmethod

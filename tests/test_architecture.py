@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[1]
 
 LAYERS = (
     # 0 meaning
-    ("errors", "tables", "report", "recipe", "primitives", "feeding", "whole"),
+    ("errors", "tables", "report", "recipe", "primitives", "feeding", "atomic"),
     # 1 running
     ("ops",),
     # 2 parts

@@ -29,10 +29,10 @@ from octavo.errors import CalibrateError, OctavoWarning, QuantizeError
 from octavo.experts import ExpertsSpec, argument_names, arguments, spec_of
 from octavo.feeding import (
     Progress,
-    at_rest,
     check_batches,
     check_module,
     device_of,
+    eval_mode,
     feed,
     first_tensor,
     hooked,
@@ -87,8 +87,8 @@ def calibrate(
     rank, processes = _share()
     total = operator.length_hint(batches)  # 0 for a generator, and for a DataLoader of an IterableDataset
     example, count = None, 0
-    seen = hooked(layers, _seer(watch)), hooked(stacks, _seer_of_experts(watch))
-    with at_rest(model), products_as_calls(model), seen[0], seen[1]:
+    seen = hooked(layers, _input_hook(watch)), hooked(stacks, _experts_hook(watch))
+    with eval_mode(model), products_as_calls(model), seen[0], seen[1]:
         for count, batch in enumerate(batches, start=1):
             example = batch if count == 1 else example
             if (count - 1) % processes == rank:
@@ -133,12 +133,13 @@ def _warn_of_unrouted(stats: Stats) -> None:
 
 
 STRUCTURES = 16
-"""Structures of arguments of which a batch is kept, at most: numbers among them may be others in every batch."""
+"""At most so many batches are kept for a new structure of arguments: a number among them may differ in every batch."""
 
 
 @dataclasses.dataclass(frozen=True)
-class _Way:
-    """The layers that a batch reached, and the structure of what it gave the model, other than those before it did."""
+class _CodePath:
+    """A batch that took another path through the model's code than those before it: it reached other layers (`names`),
+    or gave the model arguments of another structure."""
 
     index: int
     names: frozenset[str]
@@ -146,25 +147,25 @@ class _Way:
     batch: Any
 
 
-class _Ways:
-    """The ways through the model that batches went, in the order in which they are told of."""
+class _CodePaths:
+    """The paths through the model's code that batches have taken so far."""
 
     def __init__(self) -> None:
         self._names: set[str] = set()
         self._structures: set[object] = set()
 
     def add(self, names: frozenset[str], structure: object) -> bool:
-        """Whether that is another one than those before."""
+        """Add a batch's path. Returns: whether it is a new one."""
         more = structure not in self._structures and len(self._structures) < STRUCTURES
-        another = more or not names <= self._names
+        is_new = more or not names <= self._names
         self._names |= names
         if more:
             self._structures.add(structure)
-        return another
+        return is_new
 
 
 def _structure(value: Any) -> object:
-    """What may make a model branch, of what it is given: all but the sizes and values of tensors."""
+    """What in a model's arguments may make it branch: everything but the sizes and values of tensors."""
     if isinstance(value, Tensor):
         return Tensor, value.dtype, value.dim()
     if isinstance(value, Mapping):
@@ -175,7 +176,7 @@ def _structure(value: Any) -> object:
 
 
 class _Watch:
-    """Collects what the hooks see. A tensor that several layers are fed is looked at once."""
+    """Collects what the hooks see. A tensor that several layers are fed is observed once."""
 
     def __init__(self, rows: int, route_all_experts: bool) -> None:
         self.rows = rows
@@ -183,8 +184,8 @@ class _Watch:
         self.observers: dict[str, Observer] = {}
         self.experts: dict[str, ExpertsObserver] = {}
         self.history: dict[str, Any] = {}
-        self.ways: list[_Way] = []
-        self._ways = _Ways()
+        self.paths: list[_CodePath] = []
+        self._known_paths = _CodePaths()
         self._masks: list[Tensor] = []
         self._batch = 0
         self._calls: dict[str, int] = {}
@@ -199,9 +200,9 @@ class _Watch:
 
     def end(self, batch: Any) -> None:
         names, structure = frozenset(self._calls), _structure(batch)
-        if self._ways.add(names, structure):
-            self.ways.append(_Way(self._batch, names, structure, batch))
-        for name in self._calls:  # in the order in which they ran: the first is where it began
+        if self._known_paths.add(names, structure):
+            self.paths.append(_CodePath(self._batch, names, structure, batch))
+        for name in self._calls:  # in the order in which they ran: the first one named is where a NaN or inf arose
             refuse_infinite(name, self.observers[name].amax, f"batch {self._batch}")
             if name in self._stacks:
                 down = self._stacks[name]
@@ -216,7 +217,7 @@ class _Watch:
         self.history.setdefault(name, hashlib.blake2b(digest_size=16)).update(f"{event},".encode())
 
     def see_experts(self, name: str, layer: nn.Module, spec: ExpertsSpec, call: Sequence[Any]) -> None:
-        """Once `see` was told of the same call. call: its arguments, in order."""
+        """Observe a call of a stack of experts, after `see`. call: its arguments, in order."""
         x = call[0].reshape(-1, call[0].shape[-1])
         rows = rows_of_each(self.rows, len(layer.get_parameter(spec.down)))
         seen = observe_experts(
@@ -246,22 +247,22 @@ class _Watch:
         return self._events, seen
 
     def _counts(self, module: nn.Module, x: Tensor) -> Tensor | None:
-        """Which rows of x [..., K] are no padding, as booleans for all of them; None if all count."""
+        """Which rows of x [..., K] are not padding: bool, one for each row; None if all count."""
         spec = spec_of(module)
-        if spec is not None and spec.routing == "split":  # by expert, and no more by token
+        if spec is not None and spec.routing == "split":  # rows are sorted by expert: which token each is is not known
             return None
         copies = len(module.get_parameter(spec.down)) if spec is not None and spec.routing == "sorted" else 1
         counts: list[Tensor] = []
         for mask in self._masks:
             if x.dim() >= 3 and x.shape[:2] == mask.shape:
                 counts.append(mask.reshape(-1).to(x.device).repeat_interleave(x.shape[2:-1].numel()))
-            elif x.dim() == 2 and len(x) == copies * mask.numel():  # tokens in one row, as mixtures of experts have it
+            elif x.dim() == 2 and len(x) == copies * mask.numel():  # flattened to [tokens, K], as for experts
                 counts.append(mask.reshape(-1).to(x.device).repeat(copies))
-        # Encoder and decoder may be fed as many tokens: which mask is whose is not known, and no token may be missed.
+        # Encoder and decoder may have equal numbers of tokens. Which mask is whose is not known then: both count.
         return torch.stack(counts).any(0) if counts else None
 
 
-def _seer(watch: _Watch) -> Callable[[str, nn.Module], RemovableHandle]:
+def _input_hook(watch: _Watch) -> Callable[[str, nn.Module], RemovableHandle]:
     def register(name: str, module: nn.Module) -> RemovableHandle:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             x = first_tensor(args, kwargs)
@@ -273,7 +274,7 @@ def _seer(watch: _Watch) -> Callable[[str, nn.Module], RemovableHandle]:
     return register
 
 
-def _seer_of_experts(watch: _Watch) -> Callable[[str, nn.Module], RemovableHandle]:
+def _experts_hook(watch: _Watch) -> Callable[[str, nn.Module], RemovableHandle]:
     def register(name: str, layer: nn.Module) -> RemovableHandle:
         spec, names = spec_of(layer), argument_names(type(layer))
         assert spec is not None
@@ -297,13 +298,13 @@ def _share() -> tuple[int, int]:
 
 
 def _merged(watch: _Watch, layers: Iterable[str], rows: int, example: Any) -> Stats:
-    """What all processes saw."""
-    parts: list[tuple[dict[str, Observer], dict[str, str], dict[str, ExpertsObserver], list[_Way]]] = [
+    """The statistics of all processes together."""
+    parts: list[tuple[dict[str, Observer], dict[str, str], dict[str, ExpertsObserver], list[_CodePath]]] = [
         (
             {name: seen.cpu() for name, seen in watch.observers.items()},
             {name: history.hexdigest() for name, history in watch.history.items()},
             {name: seen.cpu() for name, seen in watch.experts.items()},
-            watch.ways,
+            watch.paths,
         )
     ]
     processes = _share()[1]
@@ -328,13 +329,13 @@ def _merged(watch: _Watch, layers: Iterable[str], rows: int, example: Any) -> St
             experts[name] = seen if before is None else before.merged(seen, rows_of_each(rows, len(seen.amax)))
     place = {name: at for at, name in enumerate(layers)}
     experts = dict(sorted(experts.items(), key=lambda item: place[item[0].rpartition(".")[0]]))
-    further = _further([way for *_, ways in parts for way in ways])
+    further = _on_other_paths([path for *_, paths in parts for path in paths])
     unreached = tuple(name for name in layers if name not in observers)
     return Stats(observers, unreached, shared, example, further, experts)
 
 
-def _further(ways: list[_Way]) -> tuple[Any, ...]:
-    """The batches, but for the very first, that go another way than all before, whoever ran them."""
-    known = _Ways()
-    new = [way for way in sorted(ways, key=lambda way: way.index) if known.add(way.names, way.structure)]
-    return tuple(way.batch for way in new if way.index)
+def _on_other_paths(paths: list[_CodePath]) -> tuple[Any, ...]:
+    """The batches of all processes, except the very first, that took a path that no batch before them took."""
+    known = _CodePaths()
+    new = [path for path in sorted(paths, key=lambda path: path.index) if known.add(path.names, path.structure)]
+    return tuple(path.batch for path in new if path.index)

@@ -23,11 +23,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from octavo.atomic import replacing
 from octavo.calibration.expert_inputs import ExpertsObserver
 from octavo.calibration.observers import Observer, ObserverKind
 from octavo.errors import CalibrateError
 from octavo.layers import kind_of, why_not
-from octavo.whole import replacing
 
 __all__ = ["Stats", "check_stats", "columns_of", "is_watched", "largest_of_columns", "refuse_infinite"]
 

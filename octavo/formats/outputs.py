@@ -17,8 +17,8 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
+from octavo.atomic import replacing
 from octavo.errors import CheckpointError
-from octavo.whole import replacing
 
 __all__ = ["new_file", "new_folder"]
 

@@ -77,7 +77,7 @@ class FusedGatedMLP(Derived):
     def forward(self, *args: Tensor, **kwargs: Tensor) -> Tensor:
         """x [..., H] float -> [..., H]; x may have whatever name it had in the other module."""
         (x,) = (*args, *kwargs.values())
-        if self._is_changed or not ops.fuses_gates(x) or self._would_be_missed():
+        if self._is_changed or not ops.fuses_gates(x) or self._needs_other_children():
             return super().forward(*args, **kwargs)  # type: ignore[misc, no-any-return]
         parts = self._parts
         gate = self._call(parts.gate, x)
@@ -89,7 +89,7 @@ class FusedGatedMLP(Derived):
         assert layer is not None
         return layer(x)  # type: ignore[no-any-return]
 
-    def _would_be_missed(self) -> bool:
+    def _needs_other_children(self) -> bool:
         """Whether a child that is not called, for its part is in the kernel, does more than its part: a dropout in
         training, or one that somebody listens to."""
         parts = self._parts
@@ -135,7 +135,7 @@ def _possible_parts(module: nn.Module) -> Iterator[_Parts]:
             yield from (_Parts(both, both, down, activation, gate_first) for (both, down), gate_first in orders)
 
 
-class _Says(nn.Module):
+class _StubUp(nn.Module):
     """In the place of gate or up: says `answer` when it is given x itself."""
 
     def __init__(self, x: Tensor, answer: Tensor) -> None:
@@ -148,7 +148,7 @@ class _Says(nn.Module):
         return self.answer
 
 
-class _Hears(nn.Module):
+class _StubDown(nn.Module):
     """In the place of down: remembers what it is given."""
 
     given: object = None
@@ -191,10 +191,10 @@ def _does_with(stand_in: FusedGatedMLP, x: Tensor, both: Tensor) -> bool:
         gate, up = gate.contiguous(), up.contiguous()
         said = {parts.gate: gate.clone(), parts.up: up.clone()}
     expected = GATES[parts.activation].formula(gate) * up
-    given, down = x.clone(), _Hears(torch.empty(0, device="cpu"))
+    given, down = x.clone(), _StubDown(torch.empty(0, device="cpu"))
     probe = copy.copy(stand_in)
     others = {name: copy.copy(child) for name, child in stand_in.named_children()}
-    says = {name: _Says(given, answer) for name, answer in said.items()}
+    says = {name: _StubUp(given, answer) for name, answer in said.items()}
     vars(probe)["_modules"] = {**others, **says, parts.down: down}
     before = dict(vars(probe.eval()))
     y = stand_in.source_class.forward(probe, given)

@@ -32,10 +32,10 @@ from octavo.stand_ins import (
     FLOATS,
     attributes,
     has_hooks,
-    hold_the_same,
     is_plain_value,
     random,
     same_bits,
+    share_contents,
     takes_one_argument,
 )
 
@@ -75,7 +75,7 @@ class FusedRMSNorm(nn.Module):
 
     def __init__(self, norm: nn.Module, rounding: str, eps_name: str) -> None:
         super().__init__()
-        hold_the_same(self, norm)
+        share_contents(self, norm)
         self._rounding, self._eps_name = rounding, eps_name
 
     def forward(self, *args: Tensor, **kwargs: Tensor) -> Tensor:

@@ -1,8 +1,8 @@
-"""What caches of this package share: they take the place of the one that transformers' models make for themselves.
+"""What the caches of this package share: layers with spare room, and how a model is made to use such a cache.
 
-transformers' `DynamicCache` copies all keys and values for each token that comes. A layer of these has room for more
-behind those that it holds: what comes is written there. What else a model's cache keeps, and how it is cropped or
-reordered, is transformers' code.
+transformers' `DynamicCache` copies all keys and values for each new token. The layers here allocate more memory than
+they need, and write new tokens behind those that they hold. Everything else (what a cache keeps besides keys and
+values, how it is cropped or reordered) is transformers' code.
 """
 
 from __future__ import annotations
@@ -19,7 +19,17 @@ from transformers.cache_utils import DynamicLayer
 from octavo.errors import OctavoError
 from octavo.integrations.language_model import CACHE_NAMES, cache_name
 
-__all__ = ["Handle", "Room", "RoomyLayer", "argument_of", "empty_layers", "has_room", "instead", "keep", "room_for"]
+__all__ = [
+    "Handle",
+    "Room",
+    "RoomyLayer",
+    "cache_argument",
+    "empty_layers",
+    "has_room",
+    "install_cache",
+    "replacement_for",
+    "room_for",
+]
 
 Make = Callable[[PreTrainedConfig], Cache]
 """An empty cache for a model of this config."""
@@ -42,9 +52,13 @@ def empty_layers(config: PreTrainedConfig, cache: type[Cache]) -> list[Any]:
     return DynamicCache(config=config).layers  # type: ignore[no-any-return]
 
 
-def instead(layer: Any, of_update: Mapping[Any, type]) -> Any:
-    """An empty layer that keeps keys and values as the class says that `of_update` has for the layer's `update`, and
-    what else it keeps as `layer` does; None if there is no such class."""
+def replacement_for(layer: Any, of_update: Mapping[Any, type]) -> Any:
+    """An empty cache layer to take the place of `layer`: of a class of this package for the keys and values, which also
+    derives from the class of `layer` for everything else that it keeps.
+
+    of_update: `update` method of a layer of transformers -> the class for layers that have this method. Returns: None
+    for a layer with another one.
+    """
     if (own := of_update.get(type(layer).update)) is None:
         return None
     new = _blank(own, type(layer))
@@ -57,20 +71,20 @@ def _blank(own: type, cls: type) -> Any:
 
 
 _CLASSES: dict[tuple[type, type], type] = {}
-"""That were made. (A compiler would look past functools.cache, with a warning, and make them anew.)"""
+"""The classes made so far. (Under a compiler functools.cache would warn, and make them anew.)"""
 
 
 def _both(own: type, cls: type) -> type:
     if (own, cls) not in _CLASSES:
-        # Else transformers would take it, from now on, for what caches of this type of layer are made of.
+        # Without `_layer_type` transformers does not register the class as the one to make caches from.
         more = {"_layer_type": None, "_made_of": (own, cls), "__reduce_ex__": _reduced}
         _CLASSES[own, cls] = type(f"{own.__name__.removesuffix('Layer')}{cls.__name__}", (own, cls), more)
     return _CLASSES[own, cls]
 
 
 def _reduced(layer: Any, protocol: Any) -> tuple[Any, ...]:
-    """For copies and files: what the layer's class is made of, for it can be imported from nowhere, and what it holds,
-    without the room behind that."""
+    """`__reduce_ex__` for copy and pickle: the two classes that the layer's class is made of (it cannot be imported by
+    name), and its state without the spare room."""
     state = vars(layer)
     if state.get("_room") is not None:
         state = {**state, "_room": None, "keys": layer.keys.clone(), "values": layer.values.clone()}
@@ -90,13 +104,14 @@ class RoomyLayer(DynamicLayer):
 
 
 class Room:
-    """Memory of a layer for keys and values, [B, KV, more, D] each, which begins with those that it holds.
+    """Memory for the keys and values of a layer, [B, KV, capacity, D] each, with spare room behind those in use.
 
-    Others may look at it, too: at what was there before a `crop`, or through a copy of the layer's attributes.
-    transformers' own cache leaves all that as it is. So tokens come behind all that ever were here, and in the place of
-    some only if nobody else has a view of the memory, as when guesses are taken back at each step.
+    Other tensors may be views of this memory: from before a `crop`, or in a copy of the layer. transformers' own cache
+    never changes what such views show, so neither may this one. New tokens are therefore written behind all tokens that
+    ever were here. Only if nobody else has a view of the memory do they overwrite tokens that were cropped (as in
+    assisted generation, which takes wrong guesses back at each step).
 
-    written: how many tokens ever were here.
+    written: how many tokens were ever written here.
     """
 
     def __init__(self, keys: Tensor, values: Tensor) -> None:
@@ -105,26 +120,25 @@ class Room:
         self._own_views = self._views()
 
     def takes(self, keys: Tensor, values: Tensor, tokens: int) -> bool:
-        """Whether so many tokens can be here, of which the first are what the layer holds: `keys` and `values`."""
+        """Whether this memory can hold `tokens` tokens, the first of which are those in use: `keys` and `values`."""
         if not (has_room(self.keys, keys, tokens) and has_room(self.values, values, tokens)):
             return False
         return keys.shape[2] == self.written or self._views() == [own + 1 for own in self._own_views] != []
 
     def _views(self) -> list[int]:
-        """How many tensors lie in the memory of keys, and of values, give or take what is the same at any time; empty
-        where torch does not tell."""
+        """How many tensors use the memory of keys and that of values, up to a constant; empty if torch cannot tell."""
         count = getattr(torch._C, "_storage_Use_Count", None)  # torch has no public name for it
         return [count(one.untyped_storage()._cdata) for one in (self.keys, self.values)] if count else []
 
 
 def room_for(tokens: int) -> int:
-    """How many tokens there is to be room for, so that room is seldom made: an eighth more, and at least 64."""
+    """The capacity to allocate for so many tokens: an eighth more, at least 64 more, so that it seldom has to grow."""
     return tokens + max(tokens // 8, 64)
 
 
 def has_room(room: Tensor, held: Tensor, tokens: int) -> bool:
-    """Whether so many tokens fit into `room` [B, KV, more, D], which begins with `held` [B, KV, S, D] and may be
-    written to. It does not begin with what transformers puts in the place of what is held, as it does for beams."""
+    """Whether so many tokens fit into `room` [B, KV, capacity, D], and `held` [B, KV, S, D] is still a view of its
+    beginning. It is not after transformers replaced it by another tensor, as beam search does."""
     return (
         tokens <= room.shape[2]
         and room.data_ptr() == held.data_ptr()
@@ -137,7 +151,7 @@ def has_room(room: Tensor, held: Tensor, tokens: int) -> bool:
 # -- models ---------------------------------------------------------------------------------------------------------
 
 
-def argument_of(model: PreTrainedModel) -> str:
+def cache_argument(model: PreTrainedModel) -> str:
     """The argument of the model's forward that takes a cache. Raises: OctavoError for a model without one."""
     argument = cache_name(model)
     if argument is None:
@@ -145,24 +159,26 @@ def argument_of(model: PreTrainedModel) -> str:
     return argument
 
 
-def keep(model: PreTrainedModel, make: Make) -> Handle:
-    """From now on the model keeps what `make` gives wherever it would make a cache of its own: in `generate`, and in a
-    forward that is given none, unless `use_cache` is False. A cache that it is given, or told to make by
-    `cache_implementation`, stays what it is. Of several such calls the last one holds whose handle was not removed.
+def install_cache(model: PreTrainedModel, make: Make) -> Handle:
+    """From now on the model uses a cache from `make` wherever it would make one of its own: in `generate`, and in a
+    forward that is given none, unless `use_cache` is False.
 
-    make: something that can be pickled, as the model then can. Raises: OctavoError for a model without a key-value
-        cache, and what `make` raises.
+    A cache that the model is given, or told to make by `cache_implementation`, is left alone. After several calls the
+    last one counts whose handle was not removed.
+
+    make: can be pickled, so that the model still can.
+    Raises: OctavoError for a model without a key-value cache, and what `make` raises.
     """
-    argument = argument_of(model)
+    argument = cache_argument(model)
     make(model.config)  # raises now
     return Handle(model, make, argument)
 
 
 class Handle:
-    """Of a model that keeps a cache of this package, until `remove()`.
+    """What `install_cache` returns; `remove()` takes the cache away again.
 
-    What runs in the model are its methods, which are copied and pickled with the model. Where there are several, each
-    passes on what it was not asked for: the last one comes first.
+    Its methods run inside the model, and are copied and pickled with it. Where there are several handles on one model,
+    the last one comes first, and passes on the calls that are not for it.
     """
 
     def __init__(self, model: PreTrainedModel, make: Make, argument: str) -> None:
@@ -174,7 +190,7 @@ class Handle:
         vars(model)["generate"] = self._generate
 
     def remove(self) -> None:
-        """The model's caches are what they would be had it not been told to keep this one."""
+        """Let the model make its caches as it did before."""
         self._hook.remove()
         self._is_removed = True
         own = vars(self.model)
@@ -187,7 +203,7 @@ class Handle:
         model: Any = self.model
         given = args[1] if len(args) > 1 else kwargs.get("generation_config")
         configs = (given, model.generation_config)  # what the first does not say, the second does
-        implementation = _told("cache_implementation", kwargs, configs)
+        implementation = _setting("cache_implementation", kwargs, configs)
         if not self._is_removed and implementation in (None, "hybrid"):  # older checkpoints' word for the usual one
             kwargs = self._with_cache(model, configs, kwargs)
         if self._generate_before is not None:
@@ -201,15 +217,15 @@ class Handle:
         return args, self._with_cache(model, (model.config.get_text_config(decoder=True),), kwargs)
 
     def _with_cache(self, model: Any, configs: Iterable[Any], kwargs: dict[str, Any]) -> dict[str, Any]:
-        if any(kwargs.get(name) is not None for name in CACHE_NAMES) or _told("use_cache", kwargs, configs) is False:
+        if any(kwargs.get(name) is not None for name in CACHE_NAMES) or _setting("use_cache", kwargs, configs) is False:
             return kwargs
         cache = self._make(model.config)
-        if _told("is_assistant", kwargs, configs):
+        if _setting("is_assistant", kwargs, configs):
             cache.activate_past_recording()  # tokens that an assistant guessed wrongly are taken back
         return {**kwargs, "use_cache": True, self._argument: cache}
 
 
-def _told(name: str, kwargs: Mapping[str, Any], configs: Iterable[Any]) -> Any:
-    """What arguments say of `name`, or the first of the configs that says anything; None if nothing does."""
+def _setting(name: str, kwargs: Mapping[str, Any], configs: Iterable[Any]) -> Any:
+    """The value of `name` in the arguments, or else in the first config that has one; None if there is none."""
     values = (kwargs.get(name), *(getattr(config, name, None) for config in configs))
     return next((value for value in values if value is not None), None)

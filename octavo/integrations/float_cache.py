@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import Cache, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
-from octavo.integrations.caches import Handle, Room, RoomyLayer, empty_layers, instead, keep, room_for
+from octavo.integrations.caches import Handle, Room, RoomyLayer, empty_layers, install_cache, replacement_for, room_for
 
 __all__ = ["FloatCache", "use_float_cache"]
 
@@ -30,7 +30,9 @@ class FloatCache(Cache):
 
     def __init__(self, config: PreTrainedConfig) -> None:
         layers = empty_layers(config, FloatCache)
-        super().__init__(layers=[instead(layer, {DynamicLayer.update: FloatLayer}) or layer for layer in layers])
+        super().__init__(
+            layers=[replacement_for(layer, {DynamicLayer.update: FloatLayer}) or layer for layer in layers]
+        )
 
 
 class FloatLayer(RoomyLayer):
@@ -39,7 +41,7 @@ class FloatLayer(RoomyLayer):
     _room: Room | None = None
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Keep these, of tokens that follow; all keys and values so far, [B, KV, S, D] each."""
+        """Append keys and values of new tokens. Returns: all keys and all values so far, [B, KV, S, D] each."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         new, before = (key_states, value_states), self.get_seq_length()
@@ -60,8 +62,8 @@ class FloatLayer(RoomyLayer):
 
 
 def _can_be_written(held: tuple[Tensor, Tensor], new: tuple[Tensor, Tensor]) -> bool:
-    """Whether `new` may be written behind `held`: nobody wants a gradient or a graph of it, and they are alike. What
-    is not, `torch.cat` knows to answer or to refuse."""
+    """Whether `new` may be written behind `held`: no compiler or gradient is involved, and shapes, dtypes and devices
+    match. Otherwise transformers' `torch.cat` is to answer, or to raise."""
     return (
         not torch.compiler.is_compiling()
         and not (torch.is_grad_enabled() and any(one.requires_grad for one in (*held, *new)))
@@ -84,8 +86,8 @@ def _write(room: Room, states: tuple[Tensor, Tensor], at: int) -> None:
 
 def use_float_cache(model: PreTrainedModel) -> Handle:
     """From now on the model keeps a `FloatCache` wherever it would make a cache of its own: in `generate`, and in a
-    forward that is given none, unless `use_cache` is False; see `caches.keep`.
+    forward that is given none, unless `use_cache` is False; see `caches.install_cache`.
 
     Returns: a handle whose `remove()` ends that. Raises: OctavoError for a model that has no such cache.
     """
-    return keep(model, FloatCache)
+    return install_cache(model, FloatCache)

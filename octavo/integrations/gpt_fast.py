@@ -31,7 +31,7 @@ from octavo.formats.compressed_tensors import can_be_scale
 from octavo.formats.loading import refuse_lost_buffers
 from octavo.formats.outputs import new_file
 from octavo.formats.saving import unwrapped
-from octavo.integrations.hub import adopt
+from octavo.integrations.hub import prepare_for_transformers
 from octavo.layers import kind_of, why_not
 from octavo.modules import Codes, QuantExperts, QuantLinear, QuantModule
 from octavo.primitives import quantize_weight
@@ -175,7 +175,7 @@ def load(file: str | Path, model: nn.Module) -> nn.Module:
 
     install(model, decisions, codes_of=codes_of)
     model.load_state_dict({name: tensor.clone() for name, tensor in floats.items()}, strict=False, assign=True)
-    adopt(model, "float")
+    prepare_for_transformers(model, "float")
     return model
 
 

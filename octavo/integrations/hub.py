@@ -30,7 +30,15 @@ from octavo.quantization.coverage import Coverage
 from octavo.quantization.quantize import quantize as quantize_layers
 from octavo.recipe import Pattern, Recipe, Scheme
 
-__all__ = ["adopt", "load", "load_tokenizer", "no_progress_bar", "quantize", "quantize_checkpoint", "save"]
+__all__ = [
+    "load",
+    "load_tokenizer",
+    "no_progress_bar",
+    "prepare_for_transformers",
+    "quantize",
+    "quantize_checkpoint",
+    "save",
+]
 
 _Arguments = ParamSpec("_Arguments")
 
@@ -41,11 +49,9 @@ _ABOUT_THE_HUB = (
 
 
 def _with_transformers(core: Callable[_Arguments, Coverage]) -> Callable[_Arguments, Coverage]:
-    """`core` is that of quantization/quantize.py; a recipe that asks for int8 attention gets it as well, float
-    attention is made faster in decode, and transformers is told how to save its models.
-
-    Whether the model's attention can be int8 is checked before anything is changed.
-    """
+    """`octavo.quantize`: `core`, which is that of quantization/quantize.py, and what models of transformers need
+    besides (`prepare_for_transformers`). Whether a model's attention can be int8 is checked before anything is
+    changed."""
 
     @wraps(core)
     def quantize(*args: _Arguments.args, **kwargs: _Arguments.kwargs) -> Coverage:
@@ -55,7 +61,7 @@ def _with_transformers(core: Callable[_Arguments, Coverage]) -> Callable[_Argume
         if asked == "int8":
             _attention().check_int8_attention(model)
         report = core(*args, **kwargs)
-        adopt(model, asked)
+        prepare_for_transformers(model, asked)
         return report
 
     return quantize
@@ -64,10 +70,11 @@ def _with_transformers(core: Callable[_Arguments, Coverage]) -> Callable[_Argume
 quantize = _with_transformers(quantize_layers)
 
 
-def adopt(model: nn.Module, attention: str) -> None:
-    """Of a model that became int8, what concerns transformers: how its models attend, and how they are saved.
+def prepare_for_transformers(model: nn.Module, attention: str) -> None:
+    """Prepare a model that has become int8 for transformers, if it has parts that are transformers' models.
 
-    attention: "int8", or "float", which transformers models get faster in decode.
+    Their attention is switched to that of this package: int8 attention, or for attention="float" a faster float
+    attention; and `save_pretrained` will write int8.
     """
     if attention == "int8":
         _attention().use_int8_attention(model)
@@ -116,7 +123,7 @@ def load(
             )
         source = resolve(path)
         loaded = formats.load_into(source, model, **_names_on_disk(model), progress=progress)
-        adopt(loaded, _stored_attention(source))
+        prepare_for_transformers(loaded, _stored_attention(source))
         return loaded
     if progress is not None:
         raise OctavoError(
@@ -309,7 +316,8 @@ def quantize_checkpoint(
 def _quantize_gguf(
     file: Path, dst: str | Path, recipe: Recipe, max_shard_size: int | str, progress: Progress | None
 ) -> Coverage:
-    """The model is loaded, which takes a while, once all that can be refused without it has been looked at."""
+    """Quantize a .gguf file through memory. All that can be refused is refused before the model is loaded, which is
+    slow."""
     check_shard_size(max_shard_size)
     with new_folder(dst) as folder:
         tokenizer = load_tokenizer(file)

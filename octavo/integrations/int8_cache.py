@@ -3,15 +3,16 @@
     output = model.generate(**inputs, past_key_values=Int8Cache(model.config))      `cache=` from transformers 5.24 on
     handle = use_int8_cache(model)                                                  wherever the model makes a cache
 
-Each token of a head has a scale of its own, as in int8 attention (`octavo/ops/attention.py`): no token changes another,
-and a text gives the same answers whether it is fed at once or in pieces. With attention in int8 the cache holds the
-codes that it would find anyway: the same bits come out. With attention in float, codes are multiplied as they are
+Each token of a head has a scale of its own, as in int8 attention (`octavo/ops/attention.py`): no token changes the
+codes of another, and a text gives the same answers whether it is fed at once or in pieces. Int8 attention would compute
+the codes that the cache holds anyway, so its result has the same bits. Float attention multiplies the codes as they are
 (`octavo.ops.float_attention_of_codes`).
 
-A layer holds values as int8 [B, KV, S, Dv], and keys as int8 [B, KV, S, D + 8]: the codes of a token, up to a multiple
-of four, the four bytes of its scale, and the four of its value's. Attention meets all keys before it weighs the values:
-the scales of both are at hand then, and values lie where lines of the cache begin (with scales behind them instead it
-took 1.3 x as long). What transformers does to caches (to crop them, to pick beams) leaves tokens whole.
+A layer holds values as int8 [B, KV, S, Dv] and keys as int8 [B, KV, S, D + 8]: for each token its codes, padded to a
+multiple of four bytes, then the four bytes of its scale and the four bytes of the scale of its value. Attention reads
+all keys before the values, so it then has both scales, and values start at the beginning of cache lines (with the
+scales behind the values it took 1.3 x as long). transformers' operations on caches (cropping, picking beams) move whole
+tokens.
 """
 
 from __future__ import annotations
@@ -28,7 +29,16 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from octavo import ops
 from octavo.errors import OctavoError
 from octavo.integrations import attention, float_attention
-from octavo.integrations.caches import Handle, Room, RoomyLayer, argument_of, empty_layers, instead, keep, room_for
+from octavo.integrations.caches import (
+    Handle,
+    Room,
+    RoomyLayer,
+    cache_argument,
+    empty_layers,
+    install_cache,
+    replacement_for,
+    room_for,
+)
 from octavo.integrations.int8_states import Int8States
 
 __all__ = ["Int8Cache", "Int8Layer", "use_int8_cache"]
@@ -64,8 +74,8 @@ class Int8Cache(Cache):
         super().__init__(layers=layers)
 
 
-def _untold(config: PreTrainedConfig) -> Int8Cache:
-    """One more, of which there is nothing to warn that was not said before."""
+def _without_warning(config: PreTrainedConfig) -> Int8Cache:
+    """An Int8Cache without the warning of its constructor, which was given when it was installed."""
     cache = object.__new__(Int8Cache)
     Cache.__init__(cache, layers=_int8_layers(config))
     return cache
@@ -79,7 +89,7 @@ def _int8_layer(layer: Any) -> Any:
     if not isinstance(layer, DynamicLayer):
         return layer  # no keys
     of_update = {DynamicLayer.update: Int8Layer, DynamicSlidingWindowLayer.update: Int8SlidingWindowLayer}
-    if (int8 := instead(layer, of_update)) is None:
+    if (int8 := replacement_for(layer, of_update)) is None:
         raise OctavoError(
             f"an Int8Cache has no {type(layer).__name__}, which this model's attention keeps; leave its cache to the "
             "model"
@@ -93,7 +103,7 @@ class Int8Layer(RoomyLayer):
     _room: _Packed | None = None
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Keep these, of tokens that follow; all keys and values so far, [B, KV, S, D] each."""
+        """Append keys and values of new tokens. Returns: all keys and all values so far, [B, KV, S, D] each."""
         if torch.compiler.is_compiling():
             return _uncompiled(self, key_states, value_states)
         _refuse_gradients(key_states, value_states)
@@ -112,10 +122,11 @@ class Int8Layer(RoomyLayer):
 
 
 class Int8SlidingWindowLayer(DynamicSlidingWindowLayer):
-    """The keys and values that a window may look at."""
+    """The keys and values of a layer of sliding-window attention as codes."""
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Keep these, of tokens that follow; the keys and values that they look at, [B, KV, S, D] each."""
+        """Append keys and values of new tokens. Returns: the keys and values that they attend to, [B, KV, S, D]
+        each."""
         if torch.compiler.is_compiling():
             return _uncompiled(self, key_states, value_states)
         _refuse_gradients(key_states, value_states)
@@ -126,9 +137,9 @@ class Int8SlidingWindowLayer(DynamicSlidingWindowLayer):
 
 
 class _Packed:
-    """Where tokens lie.
+    """The memory layout of codes and scales, see the head of this file.
 
-    keys: int8 [B, KV, S, D, up to a multiple of 4, + 8], of which codes and scales are views. size: D.
+    keys: int8 [B, KV, S, D rounded up to a multiple of 4, + 8]; codes and both scales are views of it. size: D.
     values: int8 [B, KV, S, Dv].
     """
 
@@ -140,7 +151,7 @@ class _Packed:
 
     @staticmethod
     def of(keys: Tensor, values: Tensor, tokens: int) -> _Packed:
-        """For so many tokens of such keys and values."""
+        """Memory for `tokens` tokens of keys [B, KV, any, D] and values [B, KV, any, Dv]."""
         batch, heads, _, size = keys.shape
         width = -(-size // _SCALE_BYTES) * _SCALE_BYTES + 2 * _SCALE_BYTES  # a scale lies where four bytes may
         packed = keys.new_empty((batch, heads, tokens, width), dtype=torch.int8)
@@ -161,7 +172,8 @@ class _Packed:
 
 @_disable_dynamo  # as torch.compiler.disable, which would load the compiler now
 def _uncompiled(layer: Any, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-    """`layer.update(keys, values)` between two compiled graphs: none may write to bytes that are numbers, too."""
+    """`layer.update(keys, values)` outside of compiled graphs, which cannot write to a tensor through views of other
+    dtypes (the scales inside the keys)."""
     return layer.update(keys, values)  # type: ignore[no-any-return]
 
 
@@ -173,13 +185,13 @@ def _refuse_gradients(key: Tensor, value: Tensor) -> None:
 
 
 def use_int8_cache(model: PreTrainedModel) -> Handle:
-    """From now on the model keeps an `Int8Cache` wherever it would make a cache of its own: in `generate`, and in a
-    forward that is given none, unless `use_cache` is False; see `caches.keep`. Attention in float ("sdpa") is switched
-    to that of this package, which reads the codes.
+    """From now on the model uses an `Int8Cache` wherever it would make a cache of its own: in `generate`, and in a
+    forward that is given none, unless `use_cache` is False; see `caches.install_cache`. Float attention ("sdpa") is
+    switched to that of this package, which reads the codes.
 
     Returns: a handle whose `remove()` ends that. Raises: OctavoError for a model that has no such cache.
     """
-    argument_of(model)
+    cache_argument(model)
     float_attention.use_float_attention(model)
     Int8Cache(model.config)  # warns, once
-    return keep(model, _untold)
+    return install_cache(model, _without_warning)

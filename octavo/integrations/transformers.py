@@ -47,7 +47,7 @@ from octavo.integrations.weight_rules import (
     unpacked,
 )
 from octavo.modules import QuantModule
-from octavo.quantization.install import install, settle
+from octavo.quantization.install import install, record_reasons
 from octavo.quantization.plan import Decision, plan
 from octavo.quantization.quantize import warn_unasked
 from octavo.recipe import Pattern, Recipe, Scheme
@@ -375,7 +375,7 @@ class OctavoQuantizer(HfQuantizer):  # type: ignore[misc]
         if self._folder is not None:
             formats.restore_reasons(model, formats.stored_coverage(self._folder), renaming(model))
         else:
-            warn_unasked(settle(model, self._decisions))
+            warn_unasked(record_reasons(model, self._decisions))
         if self.quantization_config.attention == "int8":
             use_int8_attention(model)
         else:

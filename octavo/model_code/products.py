@@ -17,7 +17,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from octavo.model_code.weight_readers import multiplied
+from octavo.model_code.weight_readers import used_in_products
 from octavo.modules.int8_weight import ATTENTION, PRODUCTS, Int8Weight, shows_int8_weight
 
 __all__ = ["products_as_calls"]
@@ -27,7 +27,7 @@ __all__ = ["products_as_calls"]
 def products_as_calls(model: Any) -> Iterator[None]:
     """While open, products with weights of layers of `model`, float or int8, run as calls of these layers. What is no
     module is left alone."""
-    names = multiplied(model) if isinstance(model, nn.Module) else set()
+    names = used_in_products(model) if isinstance(model, nn.Module) else set()
     modules = list(model.named_modules()) if isinstance(model, nn.Module) else []
     layers = [layer for name, layer in modules if name in names or shows_int8_weight(layer)]
     layers += [layer.out_proj for _, layer in modules if isinstance(layer, nn.MultiheadAttention)]

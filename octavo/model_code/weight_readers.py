@@ -1,40 +1,40 @@
-"""Find code that reads a layer's weight instead of calling the layer.
+"""Find code of a model that reads a layer's weight instead of calling the layer.
 
-    y = x @ self.embed_tokens.weight.T                      (a head written by hand: codes used without their scale)
+    y = x @ self.embed_tokens.weight.T                      (a head written by hand: it would use codes without scales)
     for block in self.blocks: block.output.weight.div_(2)   (RWKV rescales its layers)
 
-An int8 layer in that place would give wrong numbers without an error, so such layers stay float with this reason.
-Found by reading the source of the model's own classes (`class_source.py`): every `self.a.b.weight` in a
-method that may run while the model computes, also in one that is handed the layer (LayoutLMv3 looks its biases up so),
-and what a layer's own class reads of it. Spared are uses that are harmless (`.device`, `.numel()`), that already mind
-int8 (transformers' `self.wo.weight.dtype != torch.int8`), or that stand under an `if` that is false as this model is
-configured (BLOOM reads its weights only if `self.pretraining_tp > 1 and self.slow_but_exact`).
+An int8 layer there would give wrong numbers without an error, so such layers stay float, with this reason
+(`weight_readers`). They are found in the source of the model's classes (`class_source.py`): every `self.a.b.weight` in
+a method that may run while the model computes, including methods that are passed the layer (as LayoutLMv3's are), and
+what a layer's own class reads of its weight.
 
-    target_dtype = self.patch_embedding.weight.dtype        (CLIP, SigLIP, Qwen-VL)
+Not every read is an obstacle:
 
-is no obstacle either, but such a layer has to answer with the model's dtype (`facade.py`), or its input would be cast
-to int8. Nor is `.shape`, but where codes are laid out otherwise than the weight was (transposed convolutions, GPT-2's
-`Conv1D`) the layer has to answer with that of the weight.
+    self.wo.weight.device                                   codes have one too (also `.numel()`, ...)
+    self.wo.weight.dtype != torch.int8                      the code takes care of int8 already (transformers' T5)
+    if self.pretraining_tp > 1: ...                         false for the model as it is configured (BLOOM)
+    target_dtype = self.patch_embedding.weight.dtype        the int8 layer has to answer with the dtype of the model, or
+                                                            inputs would be cast to int8; likewise with the shape of the
+                                                            weight, where codes are laid out in another way
+                                                            (`asked_for_dtype_or_shape`, `facade.py`)
+    qkv = F.linear(x, self.qkv.weight, bias)                the int8 layer has to show a weight that `F.linear` takes
+                                                            (`used_in_products`, `int8_weight.py`)
+    if self.training: ...                                   an obstacle to training only (`refuse_training`)
 
-    qkv = F.linear(x, self.qkv.weight, bias)                (BEiT, EVA, Swin V2)
+Two more things change what a model computes without an error:
 
-is none either, also in a function that is handed the weight: such a layer has to show something that `F.linear` takes
-for a weight (`int8_weight.py`).
+    if isinstance(layer, nn.Linear): x = layer(x)           false for an int8 layer: layers whose class is tested stay
+                                                            float (`class_testers`); all layers of the module, where it
+                                                            cannot be told which are tested
+    next(self.parameters()).dtype                           codes are no parameters: one layer stays float
+                                                            (`first_parameter_readers`)
 
-    if isinstance(layer, nn.Linear): x = layer(x)           (false of an int8 layer)
+Which methods may run is decided by their names: forwards and public methods with arguments, which may be called from
+outside of the model, and every method that one of these mentions. Methods that initialize, convert or rescale a model
+are called before it is quantized, and do not count.
 
-is no read of a weight, but would do something else of an int8 layer without an error, too: layers whose class is tested
-stay float as they are. Where it cannot be told which are tested, all are that the module itself holds.
-
-What is read under `if self.training` only (Mamba 2's mixers hand their output projection to a kernel there) is no
-obstacle to int8, but to training: `refuse_training`.
-
-Which methods may run is told by their names: those that may be called from outside of the model, which are forwards and
-public methods that are given something, and those that one that may run mentions. What fuses layers, or rescales them
-after they were initialized, is called while a model is made or converted (timm, diffusers), and does not count.
-
-What it cannot see: weights handed to or found by code outside the model's classes, and private methods that only such
-code calls.
+Not found are weights that are passed to, or looked up by, code outside the model's classes, and private methods that
+only such code calls.
 """
 
 from __future__ import annotations
@@ -68,7 +68,14 @@ from octavo.model_code.product_arguments import goes_into
 from octavo.model_code.written_out import is_written_out
 from octavo.modules.int8_weight import PRODUCTS, shows_int8_weight
 
-__all__ = ["ask_a_parameter", "asked_about", "multiplied", "refuse_training", "told_apart", "weight_readers"]
+__all__ = [
+    "asked_for_dtype_or_shape",
+    "class_testers",
+    "first_parameter_readers",
+    "refuse_training",
+    "used_in_products",
+    "weight_readers",
+]
 
 _SETS_UP = re.compile(
     r"^_*(init|initialize)(_*weights?|_*parameters|_+)?$|^__init_subclass__$|^_init_added_|reset_parameters|resize|"
@@ -76,19 +83,19 @@ _SETS_UP = re.compile(
     "gradient_checkpointing(_enable|_disable)?$|input_require_grads$|"
     "^load_(from|pretrained|weights)$|^__prepare_scriptable__$"
 )
-"""Methods that make a model, count it or make it ready for training, and what torch.jit.script alone calls."""
+"""Methods that build a model, count its parameters or prepare it for training, and those that only torch.jit calls."""
 
 
 def weight_readers(model: nn.Module) -> dict[str, str]:
-    """Module name -> the method (Class.method) that reads its weight directly, and neither in a product that codes can
-    be used in nor only for its dtype or shape, for the modules of `model`, in eval mode."""
+    """Name of a layer -> the method (Class.method) that reads its weight in a way that codes would spoil, in eval
+    mode."""
     classes = {type(module) for module in model.modules() if not _is_known(type(module))}
     _warn_of_unreadable(classes)
     return {each.layer: each.method for each in _read(model, classes, training=False)}
 
 
-def multiplied(model: nn.Module) -> set[str]:
-    """Names of the modules of `model` whose weights are handed to a product, in train or eval mode."""
+def used_in_products(model: nn.Module) -> set[str]:
+    """Names of the layers whose weights are passed to `F.linear` or a convolution, in train or eval mode."""
     classes = {type(module) for module in model.modules() if not _is_known(type(module))}
     layers = dict(model.named_modules())
     found = [each for training in (False, True) for each in _found(model, classes, _TAKERS.keys(), training=training)]
@@ -96,7 +103,7 @@ def multiplied(model: nn.Module) -> set[str]:
 
 
 _TAKERS = {goes_into(product): kinds for product, kinds in PRODUCTS.items()}
-"""What a read asks that hands a weight to a product -> the kinds of layers of which codes can be handed to it."""
+"""`Read.asks` of a weight that is passed to a product -> the kinds of layers whose codes can take its place there."""
 
 
 def _is_product(asks: str, layer: nn.Module) -> bool:
@@ -112,17 +119,17 @@ def _read(model: nn.Module, classes: Collection[type], *, training: bool) -> Ite
     return (each for each in found if not _is_product(each.asks, layers[each.layer]))
 
 
-def told_apart(model: nn.Module) -> dict[str, str]:
-    """Module name -> the method (Class.method) that tests its class, for the modules of `model`, in eval mode."""
+def class_testers(model: nn.Module) -> dict[str, str]:
+    """Name of a layer -> the method (Class.method) that tests its class, in eval mode."""
     classes = {type(module) for module in model.modules() if not _is_known(type(module))}
     bases = {base for module in model.modules() for base in type(module).__mro__} - {nn.Module, object}
     asks = {is_a(base.__name__) for base in bases}
     return {each.layer: each.method for each in _found(model, classes, asks, training=False)}
 
 
-def asked_about(model: nn.Module) -> set[str]:
-    """Names of the modules of `model` whose weights are asked, in train or eval mode, for what the codes would answer
-    otherwise: for their dtype, or for their shape if it is not that of the codes."""
+def asked_for_dtype_or_shape(model: nn.Module) -> set[str]:
+    """Names of the layers whose weight is asked, in train or eval mode, for its dtype, or for its shape where the codes
+    have another one."""
     turned = {name for name, layer in model.named_modules() if (kind := kind_of(layer)) and not kind.keeps_shape}
     words = {"dtype", "shape", "size"} if turned else {"dtype"}
     classes = {cls for cls in {type(module) for module in model.modules()} if _mentions(cls, words)}
@@ -131,9 +138,8 @@ def asked_about(model: nn.Module) -> set[str]:
     return {each.layer for each in found if each.asks == "dtype" or each.layer in turned}
 
 
-def ask_a_parameter(model: nn.Module) -> dict[str, str]:
-    """Module name -> the method (Class.method) that takes `next(self.parameters())` of it, for its device or dtype.
-    Codes are no parameters."""
+def first_parameter_readers(model: nn.Module) -> dict[str, str]:
+    """Name of a module -> its method (Class.method) that calls `next(self.parameters())`, for a device or dtype."""
     return {
         name: f"{type(module).__name__}.{method.name}"
         for name, module in model.named_modules()
@@ -145,7 +151,7 @@ def ask_a_parameter(model: nn.Module) -> dict[str, str]:
 
 @dataclasses.dataclass(frozen=True)
 class _Refusal:
-    """A hook before the forward of a module that reads the weight of an int8 layer while it is trained."""
+    """A forward pre-hook of a module that reads the weight of an int8 layer in training mode: it raises there."""
 
     layer: str
     method: str
@@ -159,9 +165,10 @@ class _Refusal:
 
 
 def refuse_training(model: nn.Module, int8: Collection[str]) -> None:
-    """Have the modules of `model` that read weights of the layers `int8` in training mode raise OctavoError in it.
+    """Make modules of `model` raise OctavoError in training mode if they then read the weight of one of the layers
+    `int8`.
 
-    model: with float layers or int8 ones in their places, whose names are the same.
+    model: before or after the swap; layers have the same names.
     """
     classes = {cls for cls in {type(module) for module in model.modules()} if _mentions(cls, {"training"})}
     in_eval = set(_read(model, classes, training=False))
@@ -171,15 +178,15 @@ def refuse_training(model: nn.Module, int8: Collection[str]) -> None:
 
 
 def _mentions(cls: type, words: set[str]) -> bool:
-    """Whether one of its methods or properties that may read a weight mentions an attribute of `words`: asked of
-    compiled code, for the source of a class takes a while to read."""
+    """Whether a method or property of the class mentions both a weight and an attribute of `words`. Compiled code is
+    searched, which is faster than to read the source."""
     members = (member for base in cls.__mro__ if not _is_known(base) for member in vars(base).values())
     uses = [_mentioned_in(function.__code__) for function in map(_function_of, members) if inspect.isfunction(function)]
     return any(names & words and any(map(is_weight, names)) for names in uses)
 
 
 def _function_of(member: Any) -> Any:
-    """The function that a member of a class is, or is made of, as a property is."""
+    """The function behind a member of a class: of a method, property, ...; None for other members."""
     match member:
         case property(fget=function) | functools.cached_property(func=function):
             return inspect.unwrap(function) if function else None
@@ -189,14 +196,14 @@ def _function_of(member: Any) -> Any:
 
 
 def _mentioned_in(code: CodeType) -> set[str]:
-    """The names that compiled code mentions, strings too, and the functions within it."""
+    """The names and strings in compiled code and in the functions inside it."""
     strings = {part for part in code.co_consts if isinstance(part, str)}
     return strings.union(code.co_names, *(_mentioned_in(part) for part in code.co_consts if isinstance(part, CodeType)))
 
 
 class _Found(NamedTuple):
-    """module: that reads the weight of the layer called `layer`, or has a method read it that it hands the layer to.
-    method: that method, as Class.method. asks: what for, see `Read`."""
+    """One read of a weight. module: the module whose code reads the weight of the layer called `layer`, itself or by
+    passing the layer to a method. method: the method that reads it, as Class.method. asks: what for, see `Read`."""
 
     module: nn.Module
     layer: str
@@ -205,7 +212,7 @@ class _Found(NamedTuple):
 
 
 def _found(model: nn.Module, classes: Collection[type], asks: Collection[str], *, training: bool) -> Iterator[_Found]:
-    """What modules of `classes` ask for in train or eval mode, of what `asks` lists."""
+    """The reads by modules of `classes` in train or eval mode whose `asks` is one of those given."""
     names = {id(module): name for name, module in model.named_modules()}
     places = dict(model.named_modules(remove_duplicate=False))  # one layer may stand in several
     search = _Search(asks, training, follow=any(_reads_arguments(cls, asks) for cls in classes))
@@ -220,8 +227,8 @@ def _found(model: nn.Module, classes: Collection[type], asks: Collection[str], *
 
 
 def _asked(name: str, path: Path, asks: str, places: Mapping[str, nn.Module]) -> list[nn.Module]:
-    """The layers that are asked by a read at `path` of the module called `name`. Of tests for a class those that it is
-    about: where it cannot be told what is tested, those of that class which the module itself holds."""
+    """The layers that a read at `path` in the code of module `name` is about. For a test of a class: the layers of that
+    class, at `path`, or among all that the module holds where it cannot be told what is tested."""
     if asks in ("values", "dtype", "shape", *_TAKERS):
         return _at(name, path, places)
     layers = _at(name, path, places) if path[:1] == (SELF,) else list(_held(places[name]))
@@ -237,8 +244,8 @@ def _held(module: nn.Module) -> Iterator[nn.Module]:
 
 
 class _Running:
-    """Which methods of a model's classes may run while it computes: what may be called from outside, and what one that
-    may run mentions."""
+    """Which methods of a model's classes may run while it computes: those that may be called from outside, and those
+    that a method that may run mentions."""
 
     def __init__(self, model: nn.Module) -> None:
         self._classes: set[Any] = {type(module) for module in model.modules() if not _is_known(type(module))}
@@ -249,7 +256,7 @@ class _Running:
     @functools.cached_property
     def _mentioned(self) -> set[str]:
         every = {method for cls in self._classes for method in methods_of(cls)}
-        # A method that is handed on while its module is made may be called later, as a hook is.
+        # A method that a constructor passes on (`hook(self.watch)`) may be called later.
         names = {name for method in every if _SETS_UP.search(method.name) for name in method.hands_on}
         running = {method for cls in self._classes for method in _methods(cls) if _may_be_called(cls, method)}
         waiting = {method for cls in self._classes for method in _methods(cls)} - running
@@ -261,8 +268,8 @@ class _Running:
 
 
 def _may_be_called(cls: type[nn.Module], method: Method) -> bool:
-    """Whether it may be called from outside of the model: a forward, and what is public and is given something, but for
-    what changes the model in place (`clip_`); of a class without a forward all that it has."""
+    """Whether a method may be called from outside of the model: a forward, or a public method with arguments, except
+    one that changes the model in place (`clip_`). All methods of a class without a forward may be."""
     if cls.forward is nn.Module.forward or method.has_other_name or method.name.strip("_").startswith("forward"):
         return True
     is_special = method.name.startswith("__")
@@ -280,8 +287,8 @@ def _reads_arguments(cls: type, asks: Collection[str]) -> bool:
 
 
 def _at(name: str, path: Path, places: Mapping[str, nn.Module]) -> list[nn.Module]:
-    """What lies at `path` of the module called `name`; several if there is a "*" or "**" in the path, none for an
-    argument, nor for a module itself that is no layer of a kind with int8 weights."""
+    """The modules at `path` of the module called `name`: several if the path has a "*" or "**"; none if it starts at an
+    argument, or is the module itself and that is no layer with a class of its own."""
     if path[0] != SELF or (path == (SELF,) and not _has_own_class(places[name])):
         return []
     place = ".".join((name, *path[1:]) if name else path[1:])
@@ -292,8 +299,8 @@ def _at(name: str, path: Path, places: Mapping[str, nn.Module]) -> list[nn.Modul
 
 
 class _Search:
-    """What methods ask for in train or eval mode, of what `asks` lists. follow: also of what they hand to methods that
-    they call."""
+    """Finds the reads of methods in train or eval mode whose `asks` is one of those given. follow: also the reads of
+    what a method passes to other methods."""
 
     def __init__(self, asks: Collection[str], training: bool, follow: bool) -> None:
         self._asks = asks
@@ -302,8 +309,8 @@ class _Search:
         self._of_arguments: dict[tuple[int, str], set[tuple[int | str, str, str]]] = {}
 
     def read_by(self, module: nn.Module, method: Method) -> Iterator[tuple[Path, str, str]]:
-        """Of a method of `module`: paths of what it reads the weights of, the Class.method that does it, and what that
-        asks for."""
+        """For each read of a method of `module`: the path of the layer, the Class.method that reads, what it asks
+        for."""
         for read in method.reads:
             if read.asks in self._asks and self._may_run(read, module):
                 yield read.path, f"{type(module).__name__}.{method.name}", read.asks
@@ -316,8 +323,8 @@ class _Search:
         return all(holds(condition, module, self._training) is not False for condition in step.conditions)
 
     def _readers_of_arguments(self, module: nn.Module, function: Path) -> set[tuple[int | str, str, str]]:
-        """Of a function that is a part of `module`: position, and name, of each argument whose weight is read, by which
-        Class.method, and what that asks for."""
+        """For each argument of a function at path `function` of `module` whose weight is read: its position (and once
+        more its name), the Class.method that reads, what it asks for."""
         called, name = self._method(module, function[1:])
         if called is None or _is_known(type(called)):
             return set()
@@ -334,8 +341,8 @@ class _Search:
         return readers
 
     def _method(self, module: nn.Module, path: Path) -> tuple[nn.Module | None, str]:
-        """What is called by `self.path(...)`: a method of `module` itself or a layer's forward, of several layers the
-        first's; (None, "") for what is neither."""
+        """The module and the name of the method that `self.path(...)` calls: a method of `module` itself, or the
+        forward of a layer (the first of several); (None, "") if it is neither."""
         if len(path) == 1 and path[0] not in module._modules:
             return module, path[0]
         called: nn.Module | None = module
@@ -346,7 +353,7 @@ class _Search:
 
 
 def _has_own_class(module: nn.Module) -> bool:
-    """Whether it is a layer of a kind that can be int8, and its class derives from that of the kind and does more."""
+    """Whether it is a layer of a known kind whose class derives from that of the kind and does more."""
     kind = kind_of(module)
     if kind is None or kind.name == EXPERTS or type(module) is float_class(module, kind):
         return False

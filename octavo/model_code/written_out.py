@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import nn
 
-from octavo.alike import MADE_AND_DESCRIBED, gives_the_same, held_by
+from octavo.alike import MADE_AND_DESCRIBED, computes_the_same, held_by
 from octavo.computed_weights import computes_in_forward
 
 __all__ = ["is_written_out"]
@@ -42,4 +42,4 @@ def is_written_out(layer: nn.Module, base: Any) -> bool:
     ):
         return False
     has_bias = layer._parameters.get("bias") is not None
-    return gives_the_same(cls, base, held, tuple(weight.shape[2:]), has_bias)
+    return computes_the_same(cls, base, held, tuple(weight.shape[2:]), has_bias)

@@ -13,7 +13,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from octavo import ops
-from octavo.stand_ins import FLOATS, hold_the_same
+from octavo.stand_ins import FLOATS, share_contents
 
 __all__ = ["FloatLinear", "float_linears"]
 
@@ -36,7 +36,7 @@ class FloatLinear(nn.Linear):
         """The stand-in for `layer`. It holds what `layer` holds, and is no copy."""
         new = FloatLinear.__new__(FloatLinear)
         nn.Module.__init__(new)
-        hold_the_same(new, layer)
+        share_contents(new, layer)
         return new
 
     def forward(self, input: Tensor) -> Tensor:

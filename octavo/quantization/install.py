@@ -16,7 +16,7 @@ from octavo.fused.gated import fused_gated_mlps
 from octavo.fused.norms import fused_norms
 from octavo.fused.rotary import fused_rotaries
 from octavo.model_code.facade import facade, needs_facade
-from octavo.model_code.weight_readers import asked_about, multiplied, refuse_training, told_apart
+from octavo.model_code.weight_readers import asked_for_dtype_or_shape, class_testers, refuse_training, used_in_products
 from octavo.modules import (
     Codes,
     DynamicQuantLinear,
@@ -33,11 +33,11 @@ from octavo.quantization.plan import Decision, selects
 from octavo.recipe import Pattern
 from octavo.stand_ins import attributes, kept_attributes
 
-__all__ = ["CodesOf", "install", "quantized_codes", "settle"]
+__all__ = ["CodesOf", "install", "quantized_codes", "record_reasons"]
 
 
 CodesOf = Callable[[Decision, nn.Module], tuple[Codes, torch.dtype]]
-"""Gives the codes of a float layer's weights, and the dtype that the weights have (or had)."""
+"""(decision, float layer) -> the codes of its weights, and the float dtype that the weights have or had."""
 
 
 def quantized_codes(decision: Decision, layer: nn.Module) -> tuple[Codes, torch.dtype]:
@@ -59,14 +59,22 @@ def install(
     ignore: Iterable[Pattern] = (),
     progress: Progress | None = None,
 ) -> None:
-    """Swap the layers that `decisions` says for int8 ones, one at a time, then what is float for what computes the same
-    faster: linear layers, and RMS norms, gated MLPs and attentions but for those that `ignore` names; none whose class
-    is tested. On `meta` this makes the empty skeleton. What would read an int8 layer's codes for its weight while
-    training refuses to be trained."""
+    """Replace layers by int8 ones in place, one at a time, then float parts by ones that compute the same faster.
+
+    model: float; on `meta` this makes the empty int8 skeleton.
+    decisions: from `plan`; a layer with a scheme becomes int8.
+    codes_of: where the codes come from: by default the layer's own weights are quantized.
+    ignore: RMS norms, gated MLPs and attentions that these patterns select keep their own class, as do those whose
+        class
+        the model's code tests. (Float linear layers become `FloatLinear` even if ignored: "ignore" means "stay float".)
+    progress: called with (layers done, number of layers).
+
+    Modules that read the weight of an int8 layer in training mode raise OctavoError there from now on.
+    """
     places = _Places(model)
     owners: dict[str, QuantModule] = {}
     shared = SharedInput()
-    asked, tested, factors = asked_about(model), told_apart(model), multiplied(model)
+    asked, tested, factors = asked_for_dtype_or_shape(model), class_testers(model), used_in_products(model)
     todo = [decision for decision in decisions if decision.scheme]
     # Owners of shared tables first; then from the last to the first, which puts a child before its parent: an
     # attention block takes its out_proj over as it finds it.
@@ -82,7 +90,7 @@ def install(
             progress(done, len(ordered))
     refuse_training(model, owners.keys())
     for stand_ins, ignored in (
-        (float_linears, ()),  # for "ignore" means of a layer that it stays float
+        (float_linears, ()),
         (fused_norms, tuple(ignore)),
         (fused_gated_mlps, tuple(ignore)),
         (fused_rotaries, tuple(ignore)),
@@ -126,7 +134,7 @@ def _int8_layer(
 
 
 def _fuse(model: nn.Module, stand_ins: Mapping[str, nn.Module], ignore: tuple[Pattern, ...]) -> None:
-    """Put each of `stand_ins` in the place of the module of its name, but for those that `ignore` names."""
+    """Replace each module that has one of `stand_ins` under its name, except those that `ignore` selects."""
     places = _Places(model)
     for name, new in stand_ins.items():
         module = model.get_submodule(name)
@@ -134,8 +142,8 @@ def _fuse(model: nn.Module, stand_ins: Mapping[str, nn.Module], ignore: tuple[Pa
             places.swap(module, new)
 
 
-def settle(model: nn.Module, decisions: list[Decision]) -> Coverage:
-    """Leave the reasons of the float layers on the model, for `coverage`, and return the coverage."""
+def record_reasons(model: nn.Module, decisions: list[Decision]) -> Coverage:
+    """Store on the model why layers stayed float, where `coverage` finds it, and return its coverage."""
     reasons: dict[str, tuple[str, bool]] = {}
     for decision in decisions:
         if decision.reason is not None:
@@ -149,7 +157,7 @@ def settle(model: nn.Module, decisions: list[Decision]) -> Coverage:
 
 
 def _made_of(layer: nn.Module, param: str) -> list[str]:
-    """The parameters that the layer's `param` is, or is computed of (by weight_norm, pruning and the like)."""
+    """Names of the parameters that the layer's `param` is, or is computed from (by weight_norm, pruning, ...)."""
     starts = (f"{param}_", f"parametrizations.{param}.")
     return [name for name, _ in layer.named_parameters() if name == param or name.startswith(starts)]
 
@@ -159,22 +167,22 @@ def _made_of(layer: nn.Module, param: str) -> list[str]:
 
 @dataclasses.dataclass(frozen=True)
 class _Place:
-    """root: attributes of an object. path: the first of them, then keys and indices. method: name of the bound method
-    that stands there in place of the module, or None."""
+    """A place that refers to a module. root: the `__dict__` of an object. path: a key of it, then keys and indices into
+    dicts, lists and tuples. method: name of the module's bound method that is there instead of the module, or None."""
 
     root: dict[str, Any]
     path: tuple[Any, ...]
     method: str | None = None
 
     def put(self, new: nn.Module) -> None:
-        """Put `new`, or its method, there; what it does not have stays as it is."""
+        """Put `new`, or its bound method, there; nothing changes if `new` has no such method."""
         value = new if self.method is None else getattr(new, self.method, None)
         if value is not None:
             _put(self.root, self.path, value)
 
 
 def _put(holder: Any, path: tuple[Any, ...], new: Any) -> Any:
-    """`holder` with `new` in it; the same object, if it is no tuple."""
+    """`holder` with `new` at `path`: changed in place, but a tuple is made anew."""
     key, rest = path[0], path[1:]
     item = _put(holder[key], rest, new) if rest else new
     if isinstance(holder, tuple):
@@ -185,11 +193,11 @@ def _put(holder: Any, path: tuple[Any, ...], new: Any) -> Any:
 
 
 _ATOMS = (type(None), int, float, str, bytes, Tensor, type, ModuleType)
-"""What holds no layers, of which there may be many; and what is not the model's alone."""
+"""Types that hold no layers, and those (classes, Python modules) that are not the model's own."""
 
 
 def _parts(place: _Place, value: Any, in_object: bool) -> Iterator[tuple[_Place, Any]]:
-    """What `value`, which stands at `place`, holds, each with its place."""
+    """What `value`, found at `place`, holds: each item with its place."""
     if isinstance(value, list | tuple | dict):
         for key, item in value.items() if isinstance(value, dict) else enumerate(value):
             yield _Place(place.root, (*place.path, key)), item
@@ -203,9 +211,9 @@ def _parts(place: _Place, value: Any, in_object: bool) -> Iterator[tuple[_Place,
 
 
 class _Places:
-    """Where the modules of a model stand: as children, and in what a module holds besides, as MaskFormer's blocks hold
-    the layers that they call: lists, tuples and dicts of any depth, and plain objects, whose own objects are not looked
-    into. One may stand in several places, and in some as a bound method."""
+    """All places that refer to the modules of a model: as children, and inside other attributes of modules
+    (MaskFormer's blocks hold the layers that they call in a list): lists, tuples and dicts of any depth, and plain
+    objects, but not objects inside those. A module may be in several places, in some as a bound method."""
 
     def __init__(self, model: nn.Module) -> None:
         self._children: dict[int, list[tuple[nn.Module, str]]] = {}  # id of a module -> parents, and their attributes
@@ -222,7 +230,7 @@ class _Places:
                     self._look(_Place(vars(parent), (attribute,)), value)
 
     def _look(self, place: _Place, value: Any) -> None:
-        """Note the modules that `value`, which stands there, is or holds."""
+        """Record the modules that `value`, found at `place`, is or holds."""
         todo = [(place, value, False)]
         while todo:
             place, value, in_object = todo.pop()
@@ -239,19 +247,20 @@ class _Places:
                 ]
 
     def _is_new(self, value: Any, in_object: bool) -> bool:
-        """Whether it was not looked into before: it may hold itself, but for a tuple, whose places are all its own."""
+        """Whether `value` was not visited before. (Objects may contain themselves. Tuples are visited every time,
+        because each place that holds one has to be changed.)"""
         before = len(self._seen)
         self._seen.add((id(value), in_object))
         return len(self._seen) > before
 
     def swap(self, old: nn.Module, new: nn.Module) -> None:
-        """Put `new` wherever `old` stands, with the hooks that were registered on it, and what it held besides."""
+        """Put `new` wherever `old` is, and move hooks and other attributes of `old` over to it."""
         for parent, attribute in self._children.pop(id(old), ()):
             setattr(parent, attribute, new)
         for place in self._held.pop(id(old), ()):
             place.put(new)
-        _take_over(new, old)  # in which it may have stood, too
-        for child in new.children():  # taken over from `old`: it now stands in `new`
+        _take_over(new, old)  # after the above: `old` may have held a reference to itself
+        for child in new.children():  # children that were taken over have `new` as their parent now
             if id(child) in self._children:
                 self._children[id(child)] = [
                     (new if parent is old else parent, attribute) for parent, attribute in self._children[id(child)]

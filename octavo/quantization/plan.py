@@ -24,7 +24,13 @@ from octavo.layers import (
     why_not,
 )
 from octavo.model_code.facade import has_own_forward, needs_facade, why_no_facade
-from octavo.model_code.weight_readers import ask_a_parameter, asked_about, multiplied, told_apart, weight_readers
+from octavo.model_code.weight_readers import (
+    asked_for_dtype_or_shape,
+    class_testers,
+    first_parameter_readers,
+    used_in_products,
+    weight_readers,
+)
 from octavo.modules import QuantModule
 from octavo.ops.reference import LONGEST_EXACT
 from octavo.quantization.coverage import ROUTER_REASON
@@ -80,7 +86,12 @@ def plan(model: nn.Module, recipe: Recipe) -> list[Decision]:
     layers = {name: layer for name, layer in model.named_modules() if kind_of(layer) is not None}
     _check_patterns(model, recipe, layers)
     heads = output_heads(model)
-    readers, tested, asked, factors = weight_readers(model), told_apart(model), asked_about(model), multiplied(model)
+    readers, tested, asked, factors = (
+        weight_readers(model),
+        class_testers(model),
+        asked_for_dtype_or_shape(model),
+        used_in_products(model),
+    )
     deciding = routers(model)
     decisions: dict[str, Decision] = {}
     obstacles: dict[str, str] = {}
@@ -244,7 +255,7 @@ def output_heads(model: nn.Module) -> set[str]:
 
 def _leave_a_parameter(model: nn.Module, decisions: dict[str, Decision], obstacles: dict[str, str]) -> None:
     """A module that is asked for the first of its parameters keeps one: where all would be int8, its smallest layer."""
-    for name, method in reversed(ask_a_parameter(model).items()):  # a child before its parent
+    for name, method in reversed(first_parameter_readers(model).items()):  # a child before its parent
         sizes: dict[str, int] = {}
         held = {id(parameter) for parameter in model.get_submodule(name).parameters()}
         for prefix, layer in model.get_submodule(name).named_modules(prefix=name):

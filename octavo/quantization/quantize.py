@@ -14,9 +14,9 @@ from octavo.errors import OctavoWarning, QuantizeError
 from octavo.feeding import Progress, check_module
 from octavo.modules import QuantLinear
 from octavo.quantization.coverage import Coverage
-from octavo.quantization.install import install, settle
+from octavo.quantization.install import install, record_reasons
 from octavo.quantization.plan import plan
-from octavo.quantization.static_inputs import fix_inputs
+from octavo.quantization.static_inputs import set_input_scales
 from octavo.recipe import Pattern, Recipe, Scheme
 
 __all__ = ["quantize", "warn_unasked"]
@@ -84,13 +84,13 @@ def quantize(
     check_module(model)
     _refuse_missing_values(model)
     decisions = plan(model, recipe)
-    fix_inputs(model, decisions, stats, observer=observer, repair=repair)
+    set_input_scales(model, decisions, stats, observer=observer, repair=repair)
     install(model, decisions, ignore=recipe.ignore, progress=progress)
     if fake:
         for module in model.modules():
             if isinstance(module, QuantLinear):
                 module.fake = True
-    report = settle(model, decisions)
+    report = record_reasons(model, decisions)
     warn_unasked(report)
     return report
 

@@ -14,16 +14,17 @@ from octavo.quantization.plan import Decision
 from octavo.recipe import Scheme
 from octavo.report import sqnr_db
 
-__all__ = ["fix_inputs"]
+__all__ = ["set_input_scales"]
 
 _HALF_DB = 3.0
-"""Half the error."""
+"""3 dB, which is half the error: what float inputs have to gain over dynamic ones to be chosen."""
 
 
-def fix_inputs(
+def set_input_scales(
     model: nn.Module, decisions: list[Decision], stats: Stats | None, *, observer: ObserverKind, repair: bool
 ) -> None:
-    """Give the layers that are to have static inputs their scales, and other schemes to those that cannot have them.
+    """Set `input_scale` in the decisions on layers with static inputs, and change the scheme of layers that cannot have
+    them: no batch reached them, or (with `repair`) their measured error would be catastrophic.
 
     Raises: CalibrateError as `quantize` does.
     """
@@ -49,21 +50,21 @@ def fix_inputs(
     for name in static:
         if name not in done:
             group = [static[sibling] for sibling in stats.siblings(name) if sibling in static]
-            _fix_group(model, group, stats, observer, repair)
+            _set_group(model, group, stats, observer, repair)
             done.update(decision.name for decision in group)
 
 
-def _fix_group(model: nn.Module, group: list[Decision], stats: Stats, observer: ObserverKind, repair: bool) -> None:
-    """The same for layers that are fed one tensor: one scale, and one fate."""
+def _set_group(model: nn.Module, group: list[Decision], stats: Stats, observer: ObserverKind, repair: bool) -> None:
+    """The same for the layers that are fed one tensor: they get one scale, or all change their scheme."""
     first = group[0]
     assert first.scheme is not None
     seen = stats.observers.get(first.name)
     if seen is None or seen.largest() == 0:
         why = "its inputs were all 0 in calibration" if seen else "no batch of the calibration reached it"
-        return _give(group, Scheme.as_dynamic, f"{why}: a dynamic scale")
+        return _change_schemes(group, Scheme.as_dynamic, f"{why}: a dynamic scale")
     scale = stats.input_scale(first.name, _weight(model, first).dtype, observer)
     if not scale:
-        return _give(group, Scheme.as_dynamic, "its inputs were too small in calibration: a dynamic scale")
+        return _change_schemes(group, Scheme.as_dynamic, "its inputs were too small in calibration: a dynamic scale")
 
     def measured(change: Callable[[Scheme], Scheme]) -> float:
         return min(_sqnr(model, decision, change, seen, scale * 127) for decision in group)
@@ -73,14 +74,15 @@ def _fix_group(model: nn.Module, group: list[Decision], stats: Stats, observer: 
         if dynamic_db < CATASTROPHE_DB:
             float_db = measured(_with_float_inputs)
             if float_db >= dynamic_db + _HALF_DB:
-                return _give(group, _with_float_inputs, f"{why}, a dynamic one {dynamic_db:.1f}: float inputs")
+                why = f"{why}, a dynamic one {dynamic_db:.1f}"
+                return _change_schemes(group, _with_float_inputs, f"{why}: float inputs")
             why = f"{why}, float inputs {float_db:.1f}"  # it is the weights that cost it
-        return _give(group, Scheme.as_dynamic, f"{why}: a dynamic one")
+        return _change_schemes(group, Scheme.as_dynamic, f"{why}: a dynamic one")
     for decision in group:
         decision.input_scale = scale
 
 
-def _give(group: list[Decision], change: Callable[[Scheme], Scheme], note: str) -> None:
+def _change_schemes(group: list[Decision], change: Callable[[Scheme], Scheme], note: str) -> None:
     for decision in group:
         assert decision.scheme is not None
         decision.scheme, decision.note = change(decision.scheme), note
@@ -103,8 +105,8 @@ def _weight(model: nn.Module, decision: Decision) -> Tensor:
 def _sqnr(
     model: nn.Module, decision: Decision, change: Callable[[Scheme], Scheme], seen: Observer, largest: Tensor
 ) -> float:
-    """Of the layer's output under its scheme, changed, in dB, on the rows that calibration kept; largest: fp32 [1], of
-    a static input."""
+    """SQNR in dB of the layer's output under `change(its scheme)`, on the rows that calibration kept. largest: fp32
+    [1], the magnitude that a static scale maps to 127."""
     assert decision.scheme is not None
     scheme = change(decision.scheme)
     weight = evenly(decision.kind.rows(_weight(model, decision), model.get_submodule(decision.name)))

@@ -35,7 +35,7 @@ import torch
 from torch import Tensor, nn
 
 from octavo.experts import ExpertsSpec, spec_of
-from octavo.feeding import at_rest, first_tensor, hooked
+from octavo.feeding import eval_mode, first_tensor, hooked
 from octavo.layers import EXPERTS, is_stack, kind_of, users_of_parameters
 from octavo.smoothing.layouts import Layout, numbers_of, partial_layouts
 from octavo.smoothing.norms import is_norm
@@ -46,7 +46,7 @@ from octavo.smoothing.trace import (
     Sink,
     Trace,
     equal,
-    every_product_in_sight,
+    every_product_visible,
     fed,
     largest_of,
     tensors_of,
@@ -82,7 +82,7 @@ def find_pairs(model: nn.Module, example: Any, progress: Callable[[int, int], No
 
     model: float, not modified. example: a batch. progress: called with (families done, families in all).
     """
-    with at_rest(model), every_product_in_sight(model):
+    with eval_mode(model), every_product_visible(model):
         with Recorder(model) as recorder:
             output = fed(model, example)
         base = Trace(recorder.products, tensors_of(output))

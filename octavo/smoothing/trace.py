@@ -17,10 +17,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from octavo.feeding import at_rest, device_of, drawn_again, feed, on_tensors
+from octavo.feeding import device_of, eval_mode, feed, on_tensors, same_random_numbers
 
 __all__ = [
-    "TOKENS", "Product", "Recorder", "Sink", "Trace", "equal", "every_product_in_sight", "fed", "largest_of", "short",
+    "TOKENS", "Product", "Recorder", "Sink", "Trace", "equal", "every_product_visible", "fed", "largest_of", "short",
     "tensors_of", "traced",
 ]  # fmt: skip
 
@@ -57,7 +57,7 @@ class Trace(NamedTuple):
 
 def traced(model: nn.Module, example: Any) -> Trace:
     """Run `model` on `example`, and see."""
-    with at_rest(model), every_product_in_sight(model), Recorder(model) as recorder:
+    with eval_mode(model), every_product_visible(model), Recorder(model) as recorder:
         output = fed(model, example)
     return Trace(recorder.products, tensors_of(output))
 
@@ -65,7 +65,7 @@ def traced(model: nn.Module, example: Any) -> Trace:
 def fed(model: nn.Module, example: Any) -> Any:
     """What `model` returns for the first tokens of `example`; if it draws random numbers, the same every time."""
     device = device_of(model, "model")
-    with drawn_again(device):
+    with same_random_numbers(device):
         return feed(model, short(example), device, "the model")
 
 
@@ -177,7 +177,7 @@ def _slices(stack: Tensor, weight: Tensor) -> slice:
 
 
 @contextlib.contextmanager
-def every_product_in_sight(model: Any) -> Iterator[None]:
+def every_product_visible(model: Any) -> Iterator[None]:
     """Without the kernels of transformers' experts, which hide their products, and without the copies of weights that
     autocast keeps, which hide whose they are and know of no fold."""
     caches = torch.is_autocast_cache_enabled()

@@ -27,7 +27,7 @@ class Attention(nn.Module):
         x = self.norm(x)
         if self.way == "called":
             qkv = self.qkv(x) + self.bias
-        elif self.way == "multiplied":
+        elif self.way == "used_in_products":
             qkv = F.linear(x, self.qkv.weight, self.bias)
         else:
             qkv = self.qkv(x) / 2 + F.linear(input=x, weight=self.qkv.weight, bias=2 * self.bias) / 2
@@ -54,7 +54,7 @@ def watched(model: nn.Module, x: Tensor) -> list[tuple[str, Tensor, Tensor]]:
 
 
 @pytest.mark.parametrize("scheme", [None, "w8a16", "w8a8"])
-@pytest.mark.parametrize("way", ["multiplied", "both"])
+@pytest.mark.parametrize("way", ["used_in_products", "both"])
 def test_hooks_see_each_product_once(way: str, scheme: str | None) -> None:
     _, model = pair(way)
     x = torch.randn(2, 5, 32)
@@ -71,7 +71,7 @@ def test_hooks_see_each_product_once(way: str, scheme: str | None) -> None:
     assert not any("forward" in vars(layer) for layer in model.modules())
 
 
-@pytest.mark.parametrize("way", ["multiplied", "both"])
+@pytest.mark.parametrize("way", ["used_in_products", "both"])
 def test_an_error_leaves_the_model_as_it_was(way: str) -> None:
     _, model = pair(way)
     before = copy.deepcopy(vars(model.qkv))
@@ -91,7 +91,7 @@ def test_what_is_no_module_is_left_alone() -> None:
 def test_a_layer_that_is_multiplied_with_is_smoothed_and_judged_as_one_that_is_called(scheme: str) -> None:
     x = torch.randn(4, 16, 32)
     results: list[Any] = []
-    for model in pair("multiplied"):
+    for model in pair("used_in_products"):
         exact = copy.deepcopy(model)
         rough = copy.deepcopy(model)
         stats = octavo.calibrate(model, [x])

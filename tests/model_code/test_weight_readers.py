@@ -19,7 +19,7 @@ from transformers.pytorch_utils import Conv1D
 
 import octavo
 from octavo.errors import OctavoWarning
-from octavo.model_code.weight_readers import asked_about, multiplied, told_apart, weight_readers
+from octavo.model_code.weight_readers import asked_for_dtype_or_shape, class_testers, used_in_products, weight_readers
 
 
 class Block(nn.Module):
@@ -442,7 +442,7 @@ ASKS: list[tuple[nn.Module, set[str], dict[str, str]]] = [
 @pytest.mark.parametrize(("model", "asked", "read"), ASKS, ids=[type(model).__name__ for model, *_ in ASKS])
 def test_asked_about(model: nn.Module, asked: set[str], read: dict[str, str]) -> None:
     assert weight_readers(model) == read
-    assert {name for name in asked_about(model) if name not in read} == asked - read.keys()
+    assert {name for name in asked_for_dtype_or_shape(model) if name not in read} == asked - read.keys()
 
 
 # -- ways to multiply --------------------------------------------------------------------------------------------------
@@ -537,7 +537,7 @@ def doubled(x: Tensor, weight: Tensor) -> Tensor:
 def test_multiplied() -> None:
     model = Multiplies()
     assert weight_readers(model) == {}
-    assert multiplied(model) == {
+    assert used_in_products(model) == {
         "proj", "blocks.0.up", "blocks.1.up", "blocks.2.up", "attention.out_proj", "blocks.0.down", "blocks.1.down",
         "experts.a", "conv", "table",
     }  # fmt: skip
@@ -548,7 +548,7 @@ def test_multiplied_otherwise() -> None:
     read = {"proj", "head", "turned", "experts.a", "experts.b"}
     read |= {f"blocks.{i}.{layer}" for i in range(3) for layer in ("up", "down")}
     assert weight_readers(model) == dict.fromkeys(read, "MultipliesOtherwise.forward")
-    assert multiplied(model) == set()
+    assert used_in_products(model) == set()
 
 
 # -- ways to test a class ----------------------------------------------------------------------------------------------
@@ -617,8 +617,8 @@ TESTS: list[tuple[nn.Module, dict[str, str]]] = [
 
 @pytest.mark.parametrize(("model", "expected"), TESTS, ids=[type(model).__name__ for model, _ in TESTS])
 def test_told_apart(model: nn.Module, expected: dict[str, str]) -> None:
-    assert told_apart(model) == expected
-    assert told_apart(nn.Sequential(model)) == {f"0.{name}": method for name, method in expected.items()}
+    assert class_testers(model) == expected
+    assert class_testers(nn.Sequential(model)) == {f"0.{name}": method for name, method in expected.items()}
 
 
 @pytest.mark.parametrize("cls", [SortsItsParts, SortsWhatItIsHanded, SortsUnknowns])
@@ -664,7 +664,7 @@ class AsksItself(nn.Linear):
 
 def test_a_layer_reads_itself() -> None:
     model = nn.ModuleDict({"a": ReadsItself(4, 4), "b": AsksItself(4, 4), "c": nn.Linear(4, 4), "d": nn.LayerNorm(4)})
-    assert weight_readers(model) == {"a": "ReadsItself.forward"} and asked_about(model) == {"b"}
+    assert weight_readers(model) == {"a": "ReadsItself.forward"} and asked_for_dtype_or_shape(model) == {"b"}
 
 
 # -- ways that do no harm ---------------------------------------------------------------------------------------------
@@ -782,7 +782,7 @@ class WhenTraining(Base):
     ids=lambda model: type(model).__name__,
 )
 def test_spared(model: nn.Module) -> None:
-    assert weight_readers(model) == told_apart(model) == {}
+    assert weight_readers(model) == class_testers(model) == {}
 
 
 def test_a_layer_in_two_places_is_found_by_its_first_name() -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from octavo.whole import replacing
+from octavo.atomic import replacing
 
 
 def names(folder: Path) -> list[str]:
