@@ -1,12 +1,12 @@
-"""What a layer computes is asked of the layer, whatever its class is called: another of the class is given a few random
-weights, and has to return the bits that a plain layer returns.
+"""Recognize layers that compute what a plain torch layer does, whatever their class is called: another layer of the
+class is made with a few random weights, and has to return the same bits as the plain layer.
 
     class Linear(nn.Module):                                    torch_geometric's, DeepSeek's, Gemma's
         def forward(self, x):
             return F.linear(x, self.weight, self.bias)
 
-derives from no layer of torch's, and is a linear layer (`is_linear`). Classes that derive from the layer which they
-write out are for `model_code/written_out.py`.
+does not derive from a layer of torch, and is a linear layer (`is_linear`). For classes that do derive from the layer
+whose forward they write out, see `model_code/written_out.py`.
 """
 
 from __future__ import annotations
@@ -25,22 +25,22 @@ from octavo.stand_ins import FLOATS, attributes, is_plain_value, random, same_bi
 __all__ = ["MADE_AND_DESCRIBED", "Held", "computes_the_same", "held_by", "holding", "is_linear"]
 
 Held = tuple[tuple[str, Any], ...]
-"""The attributes of a layer, lists as tuples."""
+"""(name, value) of the attributes of a layer, with lists as tuples, so that it is hashable."""
 
 MADE_AND_DESCRIBED = {
     "forward", "_conv_forward", "extra_repr", "reset_parameters", "__init__", "__repr__", "__module__", "__qualname__",
     "__doc__", "__annotations__", "__annotate_func__", "__annotations_cache__", "__annotate__", "__constants__",
     "__static_attributes__", "__firstlineno__",
 }  # fmt: skip
-"""What a class may say besides its forward without doing something else: how it is made and described, and what Python
-notes of it."""
+"""Members that a class may define without changing what its layers compute: the forward that is compared, how a layer
+is made and described, and what Python itself adds."""
 
 _MADE_OR_KEPT = re.compile(r"^_*(init|reset)|^_(save_to|load_from)_state_dict$")
-"""The same of a class that derives from no layer, and does by itself what else one would: it may wait for its shape."""
+"""Further such members for classes that derive from no torch layer: initialization (maybe lazy), and state dicts."""
 
 
 def held_by(layer: nn.Module) -> Held | None:
-    """What `layer` holds besides parameters; None if that is more than numbers, strings and the like."""
+    """The attributes of `layer`; None if it holds children, buffers or attributes that are not plain values."""
     held = {name: tuple(value) if isinstance(value, list) else value for name, value in attributes(layer).items()}
     if layer._modules or layer._buffers or not all(map(is_plain_value, held.values())):
         return None
@@ -48,8 +48,8 @@ def held_by(layer: nn.Module) -> Held | None:
 
 
 def is_linear(layer: nn.Module) -> bool:
-    """Whether `layer`, of a class that derives from no layer of torch's, computes what `nn.Linear` does with its weight
-    [N, K] and bias, and does nothing else. It may be on `meta`."""
+    """Whether `layer`, whose class derives from no layer of torch, computes what `nn.Linear` does with its weight [N,
+    K] and bias, and does nothing else. It may be on `meta`."""
     cls: Any = type(layer)
     weight = layer._parameters.get("weight")
     return (
@@ -64,8 +64,7 @@ def is_linear(layer: nn.Module) -> bool:
 
 @functools.cache
 def _only_runs_forward(cls: Any) -> bool:
-    """Whether nothing of a class, or of those that it derives from, is more than a forward, and how it is made and
-    kept."""
+    """Whether a class and its bases define nothing but a forward, and how a layer is made, described and stored."""
     own = [base for base in cls.__mro__ if base not in (nn.Module, object)]
     members = [(name, member) for base in own for name, member in vars(base).items()]
     return not any(base.__module__.startswith("torch.") for base in own) and all(
@@ -75,8 +74,8 @@ def _only_runs_forward(cls: Any) -> bool:
 
 @functools.cache
 def computes_the_same(cls: Any, base: Any, held: Held, kernel: tuple[int, ...], has_bias: bool) -> bool:
-    """Whether the forward of a layer of class `cls`, which holds `held`, gives the bits that that of `base`, a linear
-    layer, a convolution or an embedding, does; and has its state."""
+    """Whether a layer of class `cls` with the attributes `held` returns the same bits, and has the same state dict, as
+    a layer of class `base`: a linear layer, convolution or embedding. kernel: the kernel size of a convolution."""
     try:
         with torch.no_grad():
             return all(
@@ -88,7 +87,7 @@ def computes_the_same(cls: Any, base: Any, held: Held, kernel: tuple[int, ...], 
 
 
 def holding(cls: Any, held: Held, params: Mapping[str, Tensor | None]) -> nn.Module:
-    """A layer of the class `cls` that holds these."""
+    """A layer of class `cls` with these attributes and parameters, made without its constructor."""
     layer: nn.Module = cls.__new__(cls)
     nn.Module.__init__(layer)
     vars(layer).update(held)
@@ -100,8 +99,8 @@ def holding(cls: Any, held: Held, params: Mapping[str, Tensor | None]) -> nn.Mod
 def _samples(
     base: Any, held: dict[str, Any], kernel: tuple[int, ...], has_bias: bool
 ) -> Iterator[tuple[Tensor, dict[str, Tensor | None]]]:
-    """Inputs x, weights and biases, of few channels. Where x is of another dtype than the weight only some classes take
-    it."""
+    """Small inputs x, each with a weight and a bias, in all combinations of x's dtype with the weight's. (Where they
+    differ only some classes take x.)"""
     generator = torch.Generator("cpu").manual_seed(0)
     for x_dtype, dtype in itertools.product(FLOATS, repeat=2):
         if issubclass(base, nn.Embedding):
@@ -121,8 +120,9 @@ def _samples(
 
 
 def _does_with(layer: nn.Module, plain: nn.Module, x: Tensor) -> bool:
-    """Whether `layer` makes of x what `plain` does, in both modes; where the dtypes are such that this takes no x, a
-    result of x's dtype, as an int8 layer does."""
+    """Whether `layer` returns for x what `plain` does, in train and eval mode, and changes nothing. Where x has another
+    dtype than the weight, which `plain` refuses, `layer` has to refuse too or return x's dtype, as an int8 layer
+    does."""
     weight = layer.get_parameter("weight")
     if not _same_state(layer.state_dict(), plain.state_dict()):
         return False

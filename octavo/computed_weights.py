@@ -1,17 +1,17 @@
-"""Weights that a convolution computes of its parameters each time that it runs, and that change in training only.
+"""Convolutions that compute their weight from other parameters each time they run. It changes in training only.
 
-    weight_norm             g * v / |v|                     torch's parametrization, or its older one that is a hook
-    standardization         g * (v - mean) / std            of each output channel: BiT's, NFNets'
+    weight_norm             g * v / |v|                     torch's parametrization, or its older version, a hook
+    standardization         g * (v - mean) / std            per output channel: BiT, NFNets
 
-Such a layer becomes int8 as the weight that is computed; what that is computed of is needed no more, in memory or on
-disk. weight_norm (fairseq, HiFi-GAN, DAC, EnCodec) is known by torch's names for it. A class that computes its weight
-in its forward is recognized by what it does, whatever it is called and whatever it computes: run with random weights
-and a few inputs, it has to hand one convolution the same weight for all of them, and to return what that returns.
+When such a layer becomes int8, the computed weight is quantized; the parameters that it is computed from are no longer
+needed, in memory or on disk. weight_norm (fairseq, HiFi-GAN, DAC, EnCodec) is recognized by torch's names for it. A
+class that computes its weight in its forward is recognized by what it does: run with random parameters on a few inputs,
+it has to call one convolution, with the same weight for all inputs, and to return what that returns.
 
     x ------------------> [pad] --> conv(x, w, bias, stride, padding, dilation, groups) --> y
     v, g --> compute --> w
 
-It may pad x as TensorFlow does, "same" at any stride (NFNets'), see `same_upper`.
+It may pad x itself as TensorFlow's "same" does at any stride (NFNets), see `same_upper`.
 """
 
 from __future__ import annotations
@@ -39,26 +39,27 @@ __all__ = [
 
 @dataclasses.dataclass(frozen=True)
 class ComputedWeight:
-    """parts: names of the parameters of the layer that its weight is computed of. compute: these -> the weight."""
+    """How a weight is computed. parts: names of the layer's parameters that it depends on. compute: these by name ->
+    the weight."""
 
     parts: tuple[str, ...]
     compute: Callable[[Mapping[str, Tensor]], Tensor]
 
 
 def computed_weight(layer: nn.Module) -> ComputedWeight | None:
-    """How the weight of `layer`, and nothing else of it, is computed; None where that is a parameter. `layer` may be on
-    `meta`."""
+    """How the weight of `layer` is computed; None if it is a parameter, or if more than the weight is computed. `layer`
+    may be on `meta`."""
     return _weight_norm_of(layer) or _of_forward(layer)
 
 
 def parts_of(layer: nn.Module) -> tuple[str, ...]:
-    """Names of the parameters that its weight is computed of; none for others."""
+    """Names of the parameters that the weight of `layer` is computed from; () if it is not computed."""
     computed = computed_weight(layer)
     return computed.parts if computed else ()
 
 
 def weight_of(layer: nn.Module, param: str) -> Tensor:
-    """The parameter `param` of a layer, or what stands for it when it runs."""
+    """The parameter `param` of a layer, or the weight that the layer computes in its place."""
     computed = _of_forward(layer) if param == "weight" else None  # under weight_norm it is an attribute
     if computed is None:
         weight: Tensor = getattr(layer, param)
@@ -87,7 +88,7 @@ def _normed(norm: str, direction: str, dim: int) -> ComputedWeight:
 
 
 def merge_older_weight_norm(layer: nn.Module) -> None:
-    """Make a parameter of a weight that the older weight_norm computes, which shows what it was when the layer ran."""
+    """Turn a weight computed by the older weight_norm into a parameter: as an attribute it is that of the last run."""
     if not parametrize.is_parametrized(layer) and _weight_norm_of(layer):
         remove_weight_norm(layer)
 
@@ -98,21 +99,23 @@ _Padding = Literal["its own", "same_upper"]
 
 
 def computes_in_forward(layer: nn.Module) -> bool:
-    """Whether the class of `layer` has a forward that computes its weight, and else does what a plain convolution does,
-    but for how it may pad."""
+    """Whether the forward of `layer` computes its weight, and otherwise does what a plain convolution does, except for
+    padding."""
     return _of_forward(layer) is not None
 
 
 def pads_same_upper(layer: nn.Module) -> bool:
-    """Whether it is such a class, and pads x by `same_upper`."""
+    """Whether the forward of `layer` computes its weight, and pads x by `same_upper`."""
     return _seen_of(layer) == "same_upper"
 
 
 def same_upper(
     sizes: Sequence[int], kernel: Sequence[int], stride: Sequence[int], dilation: Sequence[int]
 ) -> list[int]:
-    """How TensorFlow's "same", ONNX's SAME_UPPER, pads x [B, C, *sizes], as F.pad takes it: so that there are
-    ceil(size / stride) outputs, and one more behind than before where it is odd."""
+    """The padding of x [B, C, *sizes] in TensorFlow's "same" (ONNX: SAME_UPPER), in the form that F.pad takes.
+
+    There are ceil(size / stride) outputs per dimension; an odd amount of padding has its extra element at the end.
+    """
     padding: list[int] = []
     for size, k, step, apart in zip(sizes, kernel, stride, dilation, strict=True):
         total = max((-(-size // step) - 1) * step + apart * (k - 1) + 1 - size, 0)
@@ -125,7 +128,7 @@ _CONVOLUTIONS = {torch.conv1d, torch.conv2d, torch.conv3d}
 
 @dataclasses.dataclass(frozen=True)
 class _Convolution:
-    """What a convolution was handed; y is what it returned."""
+    """The arguments of a call of a convolution, and its result y."""
 
     y: Tensor
     x: Tensor
@@ -138,7 +141,7 @@ class _Convolution:
 
 
 class _Watch(TorchFunctionMode):
-    """Notes what convolutions are handed, which compute nothing meanwhile."""
+    """While open, convolutions record their arguments and return an empty tensor."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -163,7 +166,7 @@ def _of_forward(layer: nn.Module) -> ComputedWeight | None:
 
 @torch.no_grad()
 def _compute(cls: Any, held: Held, has_bias: bool, parts: Mapping[str, Tensor]) -> Tensor:
-    """The weight that a layer of the class `cls` hands the convolution where its parameters are `parts`."""
+    """The weight that a layer of class `cls` with the parameters `parts` passes to its convolution."""
     weight = parts["weight"]
     bias = weight.new_zeros(len(weight)) if has_bias else None
     with _Watch() as watch:
@@ -177,7 +180,7 @@ def _smallest(weight: Tensor, held: Mapping[str, Any]) -> Tensor:
 
 
 def _seen_of(layer: nn.Module) -> _Padding | None:
-    """How a layer pads x whose class computes its weight; None if it is none."""
+    """How a layer that computes its weight in its forward pads x; None if it is not such a layer."""
     cls: Any = type(layer)
     base: Any = next((base for base in (nn.Conv1d, nn.Conv2d, nn.Conv3d) if isinstance(layer, base)), None)
     own = cls.__mro__[: cls.__mro__.index(base)] if base else ()
@@ -197,7 +200,7 @@ def _seen_of(layer: nn.Module) -> _Padding | None:
 
 @functools.cache
 def _padding_of(cls: Any, held: Held, shapes: tuple[tuple[str, tuple[int, ...] | None], ...]) -> _Padding | None:
-    """The same of a class, what a layer holds, and the shapes of its parameters: of one that holds random ones."""
+    """The same for a layer of class `cls` with the attributes `held` and random parameters of these shapes."""
     settings = dict(held)
     if not all(isinstance(settings.get(name), tuple) for name in ("kernel_size", "stride", "dilation")):
         return None
@@ -226,7 +229,7 @@ def _padding_of(cls: Any, held: Held, shapes: tuple[tuple[str, tuple[int, ...] |
 
 
 def _keeps_dtype(cls: Any, held: Held, params: Mapping[str, Tensor | None]) -> bool:
-    """Whether all is bf16 where the parameters and x are, as of an int8 layer."""
+    """Whether a layer with bf16 parameters convolves a bf16 x with a bf16 weight, as an int8 layer would."""
     narrow = {name: None if each is None else each.bfloat16() for name, each in params.items()}
     weight = narrow["weight"]
     assert weight is not None
@@ -235,7 +238,7 @@ def _keeps_dtype(cls: Any, held: Held, params: Mapping[str, Tensor | None]) -> b
 
 
 def _inputs(weight: Tensor, settings: Mapping[str, Any], generator: torch.Generator) -> Iterator[Tensor]:
-    """x of the sizes at which ways to pad differ."""
+    """Random inputs of sizes at which the ways to pad differ."""
     batch, channels, *sizes = _smallest(weight, settings).shape
     for more in {0, 1, 2, *settings["stride"], *(2 * step + 1 for step in settings["stride"])}:
         yield random(batch, channels, *(size + more + i for i, size in enumerate(sizes)), generator=generator)
@@ -243,7 +246,8 @@ def _inputs(weight: Tensor, settings: Mapping[str, Any], generator: torch.Genera
 
 @torch.no_grad()
 def _runs(layer: nn.Module, x: Tensor) -> _Convolution | None:
-    """What the convolution of `layer` is handed, if it has one, returns what that does, and changes nothing."""
+    """The call of a convolution in the forward of `layer`; None unless there is exactly one, its result is returned,
+    and nothing is changed."""
     before, given = dict(vars(layer)), x.clone()
     params = {name: None if each is None else each.clone() for name, each in layer._parameters.items()}
     try:
@@ -260,8 +264,8 @@ def _runs(layer: nn.Module, x: Tensor) -> _Convolution | None:
 
 
 def _pads(x: Tensor, seen: _Convolution, settings: Mapping[str, Any]) -> str | None:
-    """How x was padded: by the layer's own settings, by `same_upper`, "none" where that comes to the same; None if in
-    another way, or if the convolution was handed other settings than the layer has."""
+    """How x was padded: "its own" (by the layer's settings), "same_upper", or "none" where these come to the same. None
+    if in another way, or if the convolution was called with other settings than the layer's."""
     kernel, stride, dilation = (settings[name] for name in ("kernel_size", "stride", "dilation"))
 
     def each(value: Any) -> Any:

@@ -1,7 +1,8 @@
-"""What a module may be replaced by is asked of the module itself, whatever its class is called: of a copy that is run.
+"""Recognize a module by what it computes, and replace it by a stand-in that is still an instance of its class.
 
-`norms.py`, `gated.py` and `rotary.py` recognize what they can compute faster in this way. Here is what they ask before
-that, and what stands for a module and still is of its class.
+`norms.py`, `gated.py` and `rotary.py` run a copy of a module on random inputs: if it computes the bits of their formula
+it can be replaced, whatever its class is called. Here is what they share: checks before such a run (does the module
+hold anything unexpected?), and `Derived`, the base class of stand-ins.
 """
 
 from __future__ import annotations
@@ -31,24 +32,25 @@ __all__ = [
 ]  # fmt: skip
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
-"""Dtypes that a stand-in is compared in."""
+"""Dtypes in which a stand-in is compared with the module."""
 
 
 def attributes(module: nn.Module) -> Mapping[str, Any]:
-    """What was set on the module besides what every module has."""
+    """The attributes of the module that not every module has; no parameters, buffers or children."""
     bare = vars(nn.Module())
     return {name: value for name, value in vars(module).items() if name not in bare}
 
 
 def kept_attributes(module: nn.Module) -> dict[str, Any]:
-    """The same without what torch's class keeps for itself: lists of the float weights, for one."""
+    """`attributes` without the private ones of torch's own class (recurrent layers keep lists of float weights)."""
     torchs = made_by(next(cls for cls in type(module).__mro__ if cls.__module__.startswith("torch.")))
     return {name: value for name, value in attributes(module).items() if name[0] != "_" or name not in torchs}
 
 
 @functools.cache
 def made_by(cls: type) -> frozenset[str]:
-    """Names that a class of modules may give to its instances: what it has, declares, and mentions in its methods."""
+    """Names of attributes that instances of a class of modules may have: those of the class, and all names that it
+    declares or that its methods mention."""
     names = set(dir(cls))
     for base in cls.__mro__[: cls.__mro__.index(nn.Module)]:
         names.update(inspect.get_annotations(base))
@@ -58,7 +60,7 @@ def made_by(cls: type) -> frozenset[str]:
 
 
 def share_contents(new: nn.Module, module: nn.Module) -> None:
-    """Give `new`, which is empty, what `module` holds, no copies: attributes, parameters, children, and its mode."""
+    """Give the empty module `new` the attributes, parameters, children and mode of `module`, not copies of them."""
     for name, value in attributes(module).items():
         setattr(new, name, value)
     for name, parameter in module._parameters.items():
@@ -69,14 +71,15 @@ def share_contents(new: nn.Module, module: nn.Module) -> None:
 
 
 class Derived(nn.Module):
-    """A stand-in of a class that derives from its own kind (`FusedGatedMLP`, ...) and from the other module's, whose
-    layers, attributes and methods it has: what asks for that class finds it."""
+    """Base class of stand-ins whose class derives from both a kind of stand-in (`FusedGatedMLP`, ...) and the class of
+    the
+    module that it replaces: it has that module's layers, attributes and methods, and `isinstance` still holds."""
 
     source_class: type[nn.Module]
 
     @classmethod
     def standing_for(cls, module: nn.Module) -> Any:
-        """One that holds what `module` holds, and is no copy."""
+        """A stand-in that holds what `module` holds, not copies of it."""
         new = _blank(cls, type(module))
         nn.Module.__init__(new)
         share_contents(new, module)
@@ -84,12 +87,12 @@ class Derived(nn.Module):
 
     @classmethod
     def members_for(cls, source: type[nn.Module]) -> dict[str, Any]:
-        """What the class for modules of `source` has besides."""
+        """Further members of the class of stand-ins for modules of class `source`."""
         return {}
 
     @classmethod
     def made_of(cls, source: type[nn.Module]) -> Any:
-        """By what the class for modules of `source` is another one, if that is: anything that can be a key."""
+        """A key (anything hashable) for classes of stand-ins for `source`: for another key a new class is made."""
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         return _blank, type(self).__bases__, vars(self)
@@ -107,7 +110,7 @@ def _class_of(kind: Any, source: Any, made_of: Any) -> Any:
 
 
 def same_code(function: FunctionType, known: dict[str, Any], closure: tuple[CellType, ...] | None) -> FunctionType:
-    """A function of the same code, with `known` for its globals, and of another closure."""
+    """A copy of `function` with `known` as its globals and another closure."""
     made = FunctionType(function.__code__, known, function.__name__, function.__defaults__, closure)
     made.__kwdefaults__, made.__doc__, made.__module__ = function.__kwdefaults__, function.__doc__, function.__module__
     made.__annotations__, made.__qualname__ = function.__annotations__, function.__qualname__
@@ -116,7 +119,7 @@ def same_code(function: FunctionType, known: dict[str, Any], closure: tuple[Cell
 
 
 def has_hooks(module: nn.Module) -> bool:
-    """Whether anything was registered on the module but its training mode, parameters and children."""
+    """Whether the module has hooks, buffers or other registrations besides its mode, parameters and children."""
     own = vars(module)
     return any(
         own.get(name) != value
@@ -129,12 +132,12 @@ _PLAIN = (bool, int, float, str, type(None), torch.dtype, torch.device)
 
 
 def is_plain_value(value: object) -> bool:
-    """Whether it is a number, a string or the like, or a tuple of such."""
+    """Whether it is a number, string, None, dtype or device, or a tuple of such values."""
     return isinstance(value, _PLAIN) or (isinstance(value, tuple) and all(map(is_plain_value, value)))
 
 
 def takes_one_argument(module: nn.Module) -> bool:
-    """Whether `forward` takes x, under whatever name, and nothing else."""
+    """Whether `forward` takes exactly one argument, under whatever name."""
     try:
         parameters = list(inspect.signature(module.forward).parameters.values())
     except ValueError:  # a function of a library in C may have no signature
@@ -147,7 +150,7 @@ def takes_one_argument(module: nn.Module) -> bool:
 
 
 def random(*shape: int, generator: torch.Generator) -> Tensor:
-    """fp32 on the CPU, whatever the defaults are."""
+    """Normal random numbers of this shape, fp32 on the CPU, whatever torch's defaults are."""
     return torch.randn(shape, generator=generator, device="cpu", dtype=torch.float32)
 
 

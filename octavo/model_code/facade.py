@@ -1,4 +1,5 @@
-"""What an int8 layer shows to code that was written for the float one: the methods of its class, and a weight's dtype.
+"""Make an int8 layer look like the float layer to the model's own code: its class's methods, its weight's dtype and
+shape.
 
     class ScaledWordEmbedding(nn.Embedding):                    Gemma, BART, ...; causal convolutions of audio models
         def forward(self, input_ids):
@@ -7,10 +8,10 @@
     pixel_values.to(self.patch_embedding.weight.dtype)          CLIP, SigLIP, Qwen-VL, ...
     self.up(x) * self.up.weight.shape[0] ** -0.5                a transposed convolution, whose codes lie otherwise
 
-A class that does something before and after the layer that it derives from keeps its methods: they stand on top of the
-int8 layer as they stood on top of the float one, so that `super().forward` is the int8 layer's. Who asks a weight of a
-layer with a facade for its dtype is told the model's, and its shape; its values are NaN, for it has none. Where a
-weight is handed to `F.linear` or a convolution, it is an `Int8Weight`.
+A class that does something around the layer that it derives from keeps its methods: the int8 layer gets a class with
+these methods on top of the int8 class, so that `super().forward` is that of the int8 layer. The `weight` of a layer
+with a facade is a tensor of the model's dtype and the float weight's shape, all NaN, because there are no float values.
+Where the model passes the weight to `F.linear` or a convolution, it is an `Int8Weight` instead.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ __all__ = ["facade", "has_own_forward", "needs_facade", "why_no_facade"]
 
 
 def needs_facade(layer: nn.Module, kind: LayerKind) -> bool:
-    """Whether it is more than a plain layer of its kind: of a class of its own, or with parameters of its own."""
+    """Whether `layer` is more than a plain layer of its kind: of a class of the model, or with further parameters."""
     if kind.name == EXPERTS:
         return False
     weights = (*kind.params_of(layer), *parts_of(layer))
@@ -45,15 +46,15 @@ def needs_facade(layer: nn.Module, kind: LayerKind) -> bool:
 
 
 def has_own_forward(layer: nn.Module, kind: LayerKind) -> bool:
-    """Whether it computes something else than a plain layer of its kind."""
+    """Whether the forward of `layer` computes something else than that of a plain layer of its kind."""
     if kind.name == EXPERTS or type(layer).forward is float_class(layer, kind).forward:
         return False
     return not is_written_out(layer, float_class(layer, kind))
 
 
 def _own_classes(layer: nn.Module, kind: LayerKind) -> tuple[Any, ...]:
-    """The classes that `layer` is of, the most derived first, above the float class of its kind; none if they do what
-    that does."""
+    """The classes of `layer` that derive from the float class of its kind, the most derived first; none if they compute
+    what the float class does."""
     if is_written_out(layer, float_class(layer, kind)):
         return ()
     mro = type(layer).__mro__
@@ -61,8 +62,8 @@ def _own_classes(layer: nn.Module, kind: LayerKind) -> tuple[Any, ...]:
 
 
 def why_no_facade(layer: nn.Module, kind: LayerKind) -> str | None:
-    """Why the methods of the class of `layer` cannot stand on top of an int8 layer; None if they can. (That they do not
-    read the weight's values is for `weight_readers` to say.)"""
+    """Why the methods of the class of `layer` cannot be put on top of an int8 class; None if they can. (Whether they
+    read the values of the weight is checked by `weight_readers`.)"""
     if kind.name == EXPERTS:
         return None
     plain = f"which a plain {kind.name} would not do"
@@ -86,7 +87,7 @@ def why_no_facade(layer: nn.Module, kind: LayerKind) -> str | None:
 
 
 def _is_of_the_kind(name: str, base: type[nn.Module]) -> bool:
-    """Whether it is something that `base` has and not every module, but how it is made."""
+    """Whether `name` is a member of `base` that not every module has, apart from constructors and the like."""
     return hasattr(base, name) and not hasattr(nn.Module, name) and not _IS_MADE.search(name)
 
 
@@ -94,7 +95,7 @@ _IS_MADE = re.compile(r"^__|reset_parameters$|^from_pretrained$|^_fill_padding_i
 
 
 def _is_run_around_forward(name: str, member: object) -> bool:
-    """Whether Python or torch runs it around the forward, or in place of it: `__call__`, `__getattr__`, ..."""
+    """Whether Python or torch calls this method around or instead of the forward: `__call__`, `__getattr__`, ..."""
     return isinstance(member, FunctionType) and _RUNS_AROUND.search(name) is not None
 
 
@@ -105,16 +106,16 @@ _RUNS_AROUND = re.compile(
 
 
 def _knows_its_class(function: object) -> bool:
-    """Whether `super()` in it finds the class, which then can be changed."""
+    """Whether `super()` in a function finds its class in a closure cell, which can be replaced."""
     return isinstance(function, FunctionType) and "__class__" in function.__code__.co_freevars
 
 
 def facade(
     int8: type[QuantModule], layer: nn.Module, kind: LayerKind, *, is_multiplied: bool = False
 ) -> type[QuantModule]:
-    """The class of an int8 layer like `int8` with what code written for `layer`, of that kind, asks for.
+    """A class derived from the int8 class `int8` that looks to the model's code like the class of `layer`.
 
-    is_multiplied: whether that hands the weight to products.
+    is_multiplied: whether that code passes the weight to products, so that it has to be an `Int8Weight`.
     """
     own = _own_classes(layer, kind)
     made_of: tuple[Any, ...] = (int8, own, float_class(layer, kind), kind.params_of(layer), is_multiplied)
@@ -132,7 +133,7 @@ def _facade(int8: Any, own: tuple[Any, ...], float_class: Any, params: tuple[str
 
 
 def _on_top(cls: type[nn.Module], below: type[QuantModule], float_class: type[nn.Module]) -> type[QuantModule]:
-    """The methods of `cls` over those of `below`, which `super()` in them is."""
+    """A class with the methods of `cls` that derives from `below`; `super()` in the methods is `below`."""
     cell = CellType()
     own = {name: vars(cls)[name] for name in _own_names(cls, float_class)}
     bound = {name: _bound(each, cell) if isinstance(each, FunctionType) else each for name, each in own.items()}
@@ -142,20 +143,21 @@ def _on_top(cls: type[nn.Module], below: type[QuantModule], float_class: type[nn
 
 
 def _own_names(cls: type[nn.Module], float_class: type[nn.Module]) -> set[str]:
-    """What `cls` adds to the float class that it derives from, and its forward; not how it is made and described."""
+    """The members that `cls` adds to the float class that it derives from, and its forward; no special methods."""
     added = {name for name in vars(cls) if not (name.startswith("__") or hasattr(float_class, name))}
     return added | (vars(cls).keys() & {"forward"})
 
 
 def _bound(function: FunctionType, cell: CellType) -> FunctionType:
-    """`function` with another class, that in `cell`, for its `super()`."""
+    """A copy of `function` whose `super()` refers to the class in `cell`."""
     held = zip(function.__code__.co_freevars, function.__closure__ or (), strict=True)
     closure = tuple(cell if name == "__class__" else value for name, value in held)
     return same_code(function, function.__globals__, closure)
 
 
 def _shown(param: str, inherited: object, is_multiplied: bool) -> property:
-    """A parameter as it looks from outside: shape and dtype of the float one. `inherited`: of the int8 class."""
+    """The property that shows parameter `param` with the shape and dtype of the float one. inherited: the member of the
+    int8 class under that name."""
 
     def get(self: _Facade) -> Tensor | Int8Weight:
         shown = self._float.expand(self._shapes[param])
@@ -167,7 +169,8 @@ def _shown(param: str, inherited: object, is_multiplied: bool) -> property:
 
 
 class _Facade(QuantModule):
-    """made_of: what its class was made of. It is pickled by that, for the class can be imported from nowhere."""
+    """Base of the classes that `facade` makes. made_of: the arguments of `_facade`, by which a layer is pickled,
+    because its class cannot be imported by name."""
 
     made_of: tuple[Any, ...]
 

@@ -1,10 +1,10 @@
-"""What an argument of a call goes into: a product, with nothing else done to it, or whatever.
+"""Find arguments of calls that are only used as the weight of a product (`F.linear`, a convolution).
 
     F.linear(x, self.qkv.weight, bias)                      the second argument is the weight of a product
-    shifted_window_attention(x, self.qkv.weight, ...)       so it is here, if that function hands it to `F.linear`, and
-                                                            otherwise asks it for its shape at most
+    shifted_window_attention(x, self.qkv.weight, ...)       here too, if that function passes it on to `F.linear` and
+                                                            otherwise asks at most for its shape
 
-A function of the model's library is read for this, and the functions that it hands the argument to.
+For the latter the source of the called function is read, and of the functions that it passes the argument to.
 """
 
 from __future__ import annotations
@@ -24,21 +24,21 @@ from octavo.modules.int8_weight import PRODUCTS
 __all__ = ["ASPECTS", "HARMLESS", "goes_into", "products_within"]
 
 HARMLESS = {"device", "data_ptr", "is_meta", "dim", "ndim", "numel", "requires_grad"}
-"""Attributes of a weight that codes have as well."""
+"""Attributes of a weight for which codes have an equivalent value."""
 
 ASPECTS = {"dtype": "dtype", "shape": "shape", "size": "shape"}
-"""What is asked of a weight by these attributes of it."""
+"""Attribute of a weight -> what reading it asks for, as in `Read.asks`."""
 
 
 def goes_into(product: Callable[..., Any]) -> str:
-    """What a read asks that hands the weight to one of `PRODUCTS`."""
+    """`Read.asks` of a read that passes the weight to `product`, one of `PRODUCTS`."""
     return f"goes into {product.__name__}"
 
 
 def products_within(code: ast.AST, known: Mapping[str, Any], is_one: Callable[[ast.expr], bool]) -> dict[ast.expr, str]:
-    """Of the arguments of calls in `code` that `is_one` looks for, those that go into a product; each with what it is.
+    """The arguments of calls in `code` that satisfy `is_one` and only go into a product -> which product (`goes_into`).
 
-    known: what names mean that are not assigned to there.
+    known: the globals of the code: name -> value.
     """
     nodes = list(ast.walk(code))
     own = {node.id for node in nodes if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
@@ -55,7 +55,7 @@ def products_within(code: ast.AST, known: Mapping[str, Any], is_one: Callable[[a
 
 
 def _meaning(node: ast.expr, known: Mapping[str, Any], own: set[str]) -> Any:
-    """What `a.b.c` is; None if that is not known, as where `a` is one of a function's own names."""
+    """The value of the expression `a.b.c`; None if it is not known, for example if `a` is a local name."""
     match node:
         case ast.Name(id=name):
             return None if name in own else known.get(name)
@@ -65,7 +65,8 @@ def _meaning(node: ast.expr, known: Mapping[str, Any], own: set[str]) -> Any:
 
 
 def _product_of(function: Any, key: int | str | None) -> str | None:
-    """What an argument of `function`, at that position or of that name, goes into, and nothing else is done with it."""
+    """The product that the argument of `function` at position or keyword `key` goes into; None if none, or if anything
+    else is done with it."""
     if inspect.isbuiltin(function):
         return goes_into(function) if function in PRODUCTS and key in (1, "weight") else None
     if not isinstance(function, FunctionType) or inspect.unwrap(function) is not function:
@@ -79,8 +80,8 @@ _of_parameters: dict[tuple[FunctionType, str], str | None] = {}
 
 
 def _product_of_parameter(function: FunctionType, name: str) -> str | None:
-    """What `function` makes a product of its parameter `name` by, if it otherwise only asks for its shape and dtype, or
-    whether it is None."""
+    """The product that the parameter `name` of `function` goes into, if it is otherwise only asked for its shape or
+    dtype, or compared with None."""
     if function is F.multi_head_attention_forward:  # which asks all that it is handed for a `__torch_function__` first
         return goes_into(F.linear) if name in {f"{part}_proj_weight" for part in ("q", "k", "v", "out")} else None
     if (function, name) not in _of_parameters:
@@ -101,7 +102,7 @@ def _only_product(definition: ast.AST, known: Mapping[str, Any], name: str) -> s
 
 @functools.cache
 def _definition_of(function: FunctionType) -> ast.AST:
-    """The syntax of a function; an empty one where it has no source."""
+    """The syntax tree of a function; an empty one if its source is not available."""
     try:
         return ast.parse(textwrap.dedent(inspect.getsource(function)))
     except (OSError, TypeError, SyntaxError):

@@ -1,10 +1,11 @@
-"""Products that other code makes with a layer's weight, as calls of the layer: so that hooks on it see them.
+"""Make products that other code computes with a layer's weight look like calls of the layer, so that its hooks see
+them.
 
     qkv = F.linear(x, self.qkv.weight, bias)                nothing calls self.qkv, and its hooks would not run
     nn.MultiheadAttention                                   torch's own code does so with its out_proj
 
-Who watches layers (`calibrate`, `compare`) watches by hooks. While `products_as_calls` is open, such a product is made
-within a call of the layer, whose arguments and output are those of the product.
+`calibrate` and `compare` observe layers by hooks. While `products_as_calls` is open, such a product runs inside a call
+of the layer that has the product's input and output.
 """
 
 from __future__ import annotations
@@ -25,8 +26,8 @@ __all__ = ["products_as_calls"]
 
 @contextlib.contextmanager
 def products_as_calls(model: Any) -> Iterator[None]:
-    """While open, products with weights of layers of `model`, float or int8, run as calls of these layers. What is no
-    module is left alone."""
+    """While open, products with weights of layers of `model`, float or int8, run as calls of these layers. A `model`
+    that is not a module is left alone."""
     names = used_in_products(model) if isinstance(model, nn.Module) else set()
     modules = list(model.named_modules()) if isinstance(model, nn.Module) else []
     layers = [layer for name, layer in modules if name in names or shows_int8_weight(layer)]
@@ -46,7 +47,7 @@ def products_as_calls(model: Any) -> Iterator[None]:
 
 
 class _AsCalls(TorchFunctionMode):
-    """layers: id of a float weight, or of an int8 layer, -> the layer."""
+    """Redirects products to layers. layers: id of a float weight, or of an int8 layer -> the layer."""
 
     def __init__(self, layers: Mapping[int, nn.Module]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -68,7 +69,7 @@ class _AsCalls(TorchFunctionMode):
     ) -> Any:
         named = dict(kwargs or {})
         if function is F.multi_head_attention_forward:
-            with self:  # which is off in here
+            with self:  # a mode is off inside its own `__torch_function__`
                 return ATTENTION(*args, **named)
         layer = self._layer(function, args, named)
         if layer is None:
@@ -81,7 +82,7 @@ class _AsCalls(TorchFunctionMode):
             del vars(layer)["forward"]
 
     def _layer(self, function: Any, args: tuple[Any, ...], named: Mapping[str, Any]) -> nn.Module | None:
-        """The layer whose weight `function` multiplies with, unless it is the layer itself that does it."""
+        """The layer whose weight `function` multiplies with, unless that layer is running and does so itself."""
         if function not in PRODUCTS:
             return None
         weight = args[1] if len(args) > 1 else named.get("weight")

@@ -1,12 +1,12 @@
-"""Classes whose forward writes out what the layer that they derive from does anyway.
+"""Classes whose forward only writes out what the torch layer that they derive from does anyway.
 
     class Linear(nn.Linear):                                    Whisper's and timm's
         def forward(self, x):
             return F.linear(x, self.weight.to(x.dtype), self.bias.to(x.dtype))
 
-It reads the weight, and an int8 layer has none; but what it does with it, an int8 layer does by itself, for which the
-layer is a plain one. Whether it is one is asked of the layer itself, whatever its class is called: its forward is run
-with a few random weights, and has to give the bits that the forward of the float class gives (`octavo/alike.py`).
+This forward reads the weight, which an int8 layer does not have. But an int8 layer does the same by itself, so the
+layer can be treated as a plain one. Such classes are recognized by what they compute: with a few random weights the
+forward has to return the same bits as that of the torch class (`octavo/alike.py`).
 """
 
 from __future__ import annotations
@@ -22,12 +22,11 @@ __all__ = ["is_written_out"]
 
 
 def is_written_out(layer: nn.Module, base: Any) -> bool:
-    """Whether `layer`, of a class that derives from `base`, has nothing of its own but a forward, which computes what
-    that of `base` does, with the weight or with what it computes of it (`octavo/computed_weights.py`). It may be on
-    `meta`."""
+    """Whether the class of `layer` adds nothing to `base` but a forward that computes what that of `base` does, maybe
+    with a computed weight (`octavo/computed_weights.py`). `layer` may be on `meta`."""
     cls: Any = type(layer)
     if not issubclass(cls, base):
-        return True  # what it computes is all that `kind_of` knows it by
+        return True  # `kind_of` has recognized it by what it computes
     if computes_in_forward(layer):
         return True
     own: Any = cls.__mro__[: cls.__mro__.index(base)]

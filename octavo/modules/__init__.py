@@ -1,4 +1,4 @@
-"""The int8 layers that stand in for float ones. `print(model)` shows them; a `forward` is one op call.
+"""The int8 layers that replace float ones. `print(model)` shows them; a `forward` is one op call.
 
 base.py                 QuantModule: what all of them share
 linear.py               QuantLinear              nn.Linear and transformers' Conv1D (its weight is stored transposed:
@@ -15,9 +15,9 @@ multihead_attention.py  QuantMultiheadAttention  nn.MultiheadAttention: its pack
                                                  QuantLinear
 recurrent.py            QuantRecurrent           nn.LSTM, nn.GRU and nn.RNN
                         QuantRecurrentCell       their cells
-shared_input.py         SharedInput              by which layers that are fed the same tensor quantize it once
-int8_weight.py          Int8Weight               what an int8 layer shows to code that multiplies with its weight itself
-float_linear.py         FloatLinear              a linear layer that stays float, and reads its weight faster
+shared_input.py         SharedInput              lets layers that are fed the same tensor quantize it once
+int8_weight.py          Int8Weight               the weight of an int8 layer, for code that multiplies with it directly
+float_linear.py         FloatLinear              a linear layer that stays float, with a faster kernel for few rows
 
 A float parameter `P` becomes two buffers, `P` (int8 codes, output channels first) and `P_scale` (fp32). They keep
 their dtypes under `.half()`, `.to(dtype)` and autocast. A bias stays the float parameter that it was.

@@ -19,14 +19,14 @@ Codes = Mapping[str, tuple[Tensor, Tensor]]
 
 
 class QuantModule(nn.Module):
-    """What all int8 layers share.
+    """Base class of all int8 layers.
 
-    quantized_params: the parameters that are int8 here, by the names that they had in the float layer.
+    quantized_params: names of the parameters that are int8, as in the float layer.
     scheme: how they were quantized.
-    float_dtype: the dtype that they had, in which their scales are stored on disk.
-    replaces: kind of the float layer ("Linear", ...), for reports and for the checkpoint's config; set by the swap.
-    note: why the scheme is not the one that the recipe asked for, or None; set by the swap.
-    op_names: names of the ops that its `forward` calls, for reports on who serves them.
+    float_dtype: the dtype that they had in the float layer. On disk their scales are stored in it.
+    replaces: kind of the float layer ("Linear", ...), for reports and for the checkpoint's config; set by `install`.
+    note: why the scheme is not the one that the recipe asked for, or None; set by `install`.
+    op_names: names of the ops that `forward` calls, for reports on which backends serve them.
     """
 
     quantized_params: tuple[str, ...]
@@ -47,19 +47,19 @@ class QuantModule(nn.Module):
                 raise QuantizeError(
                     f"{name}: codes are {weight.dtype} and the scale is {scale.dtype}, expected int8 and fp32"
                 )
-            self._buffers[name] = weight  # not register_buffer: a facade has an attribute of that name
+            self._buffers[name] = weight  # not by register_buffer, which refuses names that a facade has as properties
             self._buffers[f"{name}_scale"] = scale
         if "bias" in layer._parameters:
             self.register_parameter("bias", layer._parameters["bias"])
         self.train(layer.training)
 
     def _follow_casts(self, device: torch.device) -> None:
-        """Have a `_float` that `.half()` and `.to(dtype)` cast along with the rest of the model."""
+        """Add the buffer `_float`, a scalar that `.half()` and `.to(dtype)` cast: its dtype is that of the model."""
         if "_float" not in self._buffers:
             self.register_buffer("_float", torch.full((), torch.nan, dtype=self.float_dtype, device=device), False)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
-        # `fn` moves and casts. An empty tensor of codes tells what it would do to them, before it does it.
+        # `fn` moves and casts. What it would do to codes is tried on an empty tensor first.
         for name, (codes, _) in self.codes().items():
             cast = fn(torch.empty(0, dtype=torch.int8, device=codes.device)).dtype
             if cast != torch.int8:
@@ -102,17 +102,18 @@ class QuantModule(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def void_float(self) -> None:
-        """Fill `_float` with NaN, for what makes buffers anew, as `to_empty` does, leaves anything in it."""
+        """Fill `_float` with NaN again: `to_empty` and the like leave arbitrary values in it."""
         if "_float" in self._buffers:
             self._float.fill_(torch.nan)
 
     def _hold_rest(self, layer: nn.Module) -> None:
-        """Hold what the float layer holds, and this one does not: what its own code may ask for."""
+        """Take over the attributes, parameters, buffers and children of the float layer that this layer lacks: the
+        methods of its class may use them."""
         for name, value in kept_attributes(layer).items():
             if name not in vars(self):
                 setattr(self, name, value)
         for name, parameter in layer._parameters.items():
-            if not hasattr(self, name):  # a weight it has, as codes
+            if not hasattr(self, name):  # not the quantized weights, which are buffers here
                 self.register_parameter(name, parameter)
         for name, buffer in layer._buffers.items():
             self.register_buffer(name, buffer, persistent=name not in layer._non_persistent_buffers_set)
@@ -125,8 +126,11 @@ class QuantModule(nn.Module):
         return {name: self.codes_and_scale(name) for name in self.quantized_params}
 
     def codes_and_scale(self, param: str = "weight") -> tuple[Tensor, Tensor]:
-        """Of one parameter. An attribute may show something else (`facade.py`), and to look it up by
-        `nn.Module.__getattr__` would be a tenth of a small layer's time."""
+        """Codes (int8) and scale (fp32) of one parameter.
+
+        Read from `_buffers`, because the attribute may show something else (`facade.py`), and because a lookup by
+        `nn.Module.__getattr__` would take a tenth of a small layer's time.
+        """
         codes, scale = self._buffers[param], self._buffers[f"{param}_scale"]
         assert codes is not None and scale is not None
         return codes, scale

@@ -1,4 +1,4 @@
-"""Convolutions with int8 weights, and their transposes."""
+"""Convolutions and transposed convolutions of 1 to 3 dimensions with int8 weights and float inputs."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class QuantConv(QuantModule):
     """Convolution with int8 weights, one scale for each output channel.
 
     weight: int8 [N, C/groups, *k]. weight_scale: fp32 [N, 1]. bias: [N] float or None.
-    padding: as torch's, or "same_upper", of a class that pads so (`computed_weights.same_upper`).
+    padding: as in torch, or "same_upper" for a class that pads so (`computed_weights.same_upper`).
     """
 
     op_names: tuple[str, ...] = ("w8a16_conv",)
@@ -68,8 +68,8 @@ class QuantConv(QuantModule):
         dilation: int | Sequence[int] = 1,
         groups: int = 1,
     ) -> Tensor:
-        """What torch's convolution gives of the weight, and of a bias [N] and a geometry that need not be the layer's:
-        [B, C, *D] or [C, *D] float -> [B, N, *D'] or [N, *D'] of the same dtype."""
+        """The convolution of `input` with the layer's weight, with a bias [N], stride, padding, dilation and groups
+        that need not be the layer's: [B, C, *D] or [C, *D] float -> [B, N, *D'] or [N, *D'] of the same dtype."""
         batched, x = self._batched(input)
         stride, dilation = self._each(stride), self._each(dilation)
         if isinstance(padding, str):  # torch's "same", which is for strides of 1, TensorFlow's, or "valid"
@@ -80,7 +80,7 @@ class QuantConv(QuantModule):
         return y if batched else y.squeeze(0)
 
     def _each(self, sizes: int | Sequence[int]) -> Sequence[int]:
-        """For each dimension, where they are not said for each, as torch's functions may leave it."""
+        """One size per dimension; torch's functions also take one number for all dimensions."""
         each = [sizes] if isinstance(sizes, int) else sizes
         return each if len(each) == len(self.kernel_size) else [*each] * len(self.kernel_size)
 
@@ -114,7 +114,7 @@ class QuantConvTranspose(QuantConv):
     def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
         """[B, C, *D] or [C, *D] float -> [B, N, *D'] or [N, *D'] of the same dtype; `output_size` as in nn."""
         batched, x = self._batched(input)
-        # It uses nothing but the layer's geometry, which has the same names here.
+        # torch's own method; it uses only sizes of the layer, which are attributes here under the same names.
         output_padding = nn.modules.conv._ConvTransposeNd._output_padding(
             self,  # type: ignore[arg-type]
             input, output_size, list(self.stride), list(self.padding), list(self.kernel_size), len(self.kernel_size),

@@ -1,4 +1,4 @@
-"""Embeddings with int8 tables."""
+"""Embeddings with an int8 table; a row is dequantized when it is looked up."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Mixture-of-experts layers with int8 weights, 3-D: which experts a token goes to is what the float layer was told."""
+"""Mixture-of-experts layers with int8 weights [E, N, K]. They take the same routing arguments as the float layer."""
 
 from __future__ import annotations
 
@@ -20,10 +20,11 @@ __all__ = ["QuantExperts"]
 
 
 class QuantExperts(QuantModule):
-    """A stack of experts with int8 weights; a token's rows are sorted by expert, and experts without rows not touched.
+    """A stack of experts with int8 weights. Rows are sorted by expert; the weights of experts without rows are not
+    read.
 
-    Each up and down weight of the float layer: int8 [E, N, K], output channels before input channels, with a scale
-    fp32 [E, N, 1]. Biases, activation, norm and settings are the float layer's; so is the gate between the projections.
+    Each up and down weight of the float layer becomes int8 [E, N, K], output channels before input channels, with a
+    scale fp32 [E, N, 1]. Biases, norm, settings and the gate between the projections are the float layer's own.
     """
 
     spec: ExpertsSpec
@@ -43,9 +44,9 @@ class QuantExperts(QuantModule):
         self._names = argument_names(type(layer))
 
     def __getattr__(self, name: str) -> Any:
-        """What the float layer's class has for all its layers, for the gate: methods, properties, constants.
+        """Methods, properties and constants of the float layer's class, which the gate may use.
 
-        Raises: AttributeError also for a method that reads one of the weights, which would take codes for them.
+        Raises: AttributeError also for a method that reads one of the weights: it would get codes.
         """
         try:
             return super().__getattr__(name)
@@ -61,7 +62,7 @@ class QuantExperts(QuantModule):
         return functools.partial(function, self) if is_function else getattr(source, name)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without what `register_experts` was told: a gate may be a lambda, which cannot be pickled."""
+        """Without a spec from `register_experts`: its gate may be a lambda, which cannot be pickled."""
         state = dict(vars(self))
         if registered(self.source_class) is self.spec:
             del state["spec"]
@@ -79,7 +80,10 @@ class QuantExperts(QuantModule):
             self.spec = spec
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        """As the float layer's: see `octavo.experts.Routing`. Raises: QuantizeError for a routing that is none."""
+        """As the float layer's forward, see `octavo.experts.Routing`.
+
+        Raises: QuantizeError for routing arguments of the wrong type or shape.
+        """
         first, *routing = arguments(self._names, args, kwargs)
         x = first.reshape(-1, first.shape[-1])
         experts = self.codes_and_scale(self.spec.down)[0].shape[0]
@@ -100,7 +104,7 @@ class QuantExperts(QuantModule):
                 )
             return self._run(x, None, sizes.cumsum(0, dtype=torch.int32))
         index = chosen_experts(self.source_class, self.spec, first, routing)
-        # What belongs to no expert sorts behind all.
+        # Rows of no expert are sorted behind all others.
         expert, order = index.where(index >= 0, experts).reshape(-1).sort(stable=True)
         each = torch.arange(experts, dtype=expert.dtype, device=x.device)
         ends = torch.searchsorted(expert, each, right=True, out_int32=True)
@@ -125,17 +129,17 @@ class QuantExperts(QuantModule):
 
     def _project(self, x: Tensor, name: str, bias_name: str | None, ends: Tensor, token: Tensor | None) -> Tensor:
         weight, scale = self.codes_and_scale(name)
-        if self.spec.identity:  # there may be weights that are never read
+        if self.spec.identity:  # the stack may hold weights of identity experts, which are never used
             weight, scale = weight[: len(ends)], scale[: len(ends)]
         bias = None if bias_name is None else getattr(self, bias_name)
         if self.scheme.input is None:
             return ops.w8a16_experts_linear(x if token is None else x[token], ends, weight, scale, bias)
         cast = ops.autocast(x)
-        codes, x_scale = ops.quantize_per_token(cast)  # before they are gathered: a token's rows are all the same
+        codes, x_scale = ops.quantize_per_token(cast)  # each token once, before its rows are gathered for its experts
         if token is not None:
             codes, x_scale = codes[token], x_scale[token]
         y = ops.w8a8_experts_linear(codes, x_scale, ends, weight, scale, bias, cast.dtype)
-        # Its rows in float are gathered for a gradient only.
+        # The float rows are needed, and so gathered, for a gradient only.
         return ops.straight_through(y, x[token] if token is not None and x.requires_grad else x, weight, scale, ends)
 
     def extra_repr(self) -> str:

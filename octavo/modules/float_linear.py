@@ -1,11 +1,12 @@
-"""Linear layers that stay float, which read their weights at the speed of memory where torch does not.
+"""Linear layers that stay float, computed by a faster kernel for few rows on CPUs.
 
     y = x @ weight.T + bias      x [..., K], weight [N, K], bias [N]
 
-A token of a model whose layers are int8 waits for what is still float: for the output head above all, which is as many
-weights as several of its blocks. On CPUs torch reads them at a half to two thirds of memory's speed in bf16 for a row
-of x, in fp16 and fp32 at a tenth to a half for a few (docs/kernels.md). Where this package has a kernel that is
-faster and nobody wants a gradient (`ops.float_linear`), that does it; elsewhere `torch.nn.Linear` does, as before.
+When a model with int8 layers decodes, the layers that are still float take a large part of the time: above all the
+output head, which has as many weights as several blocks. For one row of x in bf16 torch reads weights at a half to two
+thirds of the memory bandwidth, for a few rows in fp16 and fp32 at a tenth to a half (docs/kernels.md). Where
+`ops.float_linear` has a faster kernel, and no gradient is wanted, it is used; everywhere else `torch.nn.Linear`
+computes as before.
 """
 
 from __future__ import annotations
@@ -19,21 +20,21 @@ __all__ = ["FloatLinear", "float_linears"]
 
 
 _LEAST = 2**18
-"""Weights of a layer: with fewer, a router's, calling any kernel is what takes time."""
+"""Elements of a weight. For a smaller one, such as a router's, the call takes longer than the computation."""
 
 
 class FloatLinear(nn.Linear):
-    """`torch.nn.Linear` that multiplies by a kernel of this package where that is faster. It has the other layer's
-    parameters and attributes, and computes in their dtype, from sums in fp32.
+    """`torch.nn.Linear` that uses a kernel of this package where that is faster. It holds the parameters and attributes
+    of the layer that it replaces, and returns their dtype, from sums in fp32.
 
-    replaces: the class that it stands for.
+    replaces: name of the class that it stands for, in reports.
     """
 
     replaces = "Linear"
 
     @staticmethod
     def of(layer: nn.Linear) -> FloatLinear:
-        """The stand-in for `layer`. It holds what `layer` holds, and is no copy."""
+        """The stand-in for `layer`, which holds the same parameters and attributes, not copies of them."""
         new = FloatLinear.__new__(FloatLinear)
         nn.Module.__init__(new)
         share_contents(new, layer)
@@ -46,9 +47,11 @@ class FloatLinear(nn.Linear):
 
 
 def float_linears(model: nn.Module) -> dict[str, FloatLinear]:
-    """What can stand for float linear layers of `model`, which is not modified and may be on `meta`: module name ->
-    stand-in. Each is an `nn.Linear` itself, not of a class that derives from it, with the `forward` of that, and large
-    enough that time goes into its weights."""
+    """Stand-ins for the float linear layers of `model`: module name -> stand-in. `model` is not modified, and may be on
+    `meta`.
+
+    Only instances of `nn.Linear` itself are replaced, not of derived classes, and only large ones.
+    """
     return {
         name: FloatLinear.of(module)
         for name, module in model.named_modules()
@@ -57,7 +60,7 @@ def float_linears(model: nn.Module) -> dict[str, FloatLinear]:
 
 
 def _is_plain(layer: nn.Linear) -> bool:
-    """Whether the layer holds a float weight and a bias of its own, and nothing that they are computed of."""
+    """Whether the layer holds a large float weight and a bias (or None), and nothing that they are computed from."""
     weight = layer._parameters.get("weight")
     return (
         type(weight) is nn.Parameter

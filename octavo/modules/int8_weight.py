@@ -1,12 +1,13 @@
-"""The weight of an int8 layer, for code outside of the layer that multiplies with it.
+"""The weight of an int8 layer as an object that torch's functions can multiply with.
 
     qkv = F.linear(x, self.qkv.weight, torch.cat((self.q_bias, self.k_bias, self.v_bias)))      BEiT, EVA, Swin V2
     return F.conv2d(self.pad(x), self.weight, self.bias, self.stride)                           TensorFlow's padding
     F.multi_head_attention_forward(x, x, x, ..., q_proj_weight=self.q_proj.weight, ...)         WavLM, fairseq, ESM
 
-It is no tensor: torch asks whatever it is handed for a `__torch_function__`, and so these functions compute what the
-int8 layer would, with the bias, and the geometry, that they are given. To anything else it is what the float weight
-looks like from outside: a tensor of its shape and dtype, without values.
+It is for model code that passes a layer's weight to such a function instead of calling the layer. The object is not a
+tensor, but torch calls the `__torch_function__` of any argument that has one. So these functions compute what the int8
+layer would, with the bias and geometry that they are given. For all other uses it behaves like a tensor of the shape
+and dtype of the float weight, without values.
 """
 
 from __future__ import annotations
@@ -28,17 +29,18 @@ PRODUCTS: dict[Callable[..., Any], tuple[str, ...]] = {
     F.conv2d: ("Conv2d",),
     F.conv3d: ("Conv3d",),
 }
-"""Functions of an input, a weight, a bias and a geometry -> the kinds of layers whose int8 weights they take."""
+"""Functions of (input, weight, bias, geometry) -> the kinds of layers whose int8 weight they can be given."""
 
 _attention: Any = F.multi_head_attention_forward
 ATTENTION = same_code(_attention, {**_attention.__globals__, "has_torch_function": lambda _: False}, None)
-"""Torch's function as it is, but that it does not ask what it is handed before it multiplies."""
+"""torch's function without its check for `__torch_function__` at the beginning: the check happens at each product in
+it."""
 
 _PARAMETERS = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
 
 
 class Int8Weight:
-    """The `weight` of an int8 layer, that looks like the tensor `shown`."""
+    """The `weight` of the int8 layer `layer`; it has the attributes of the tensor `shown`."""
 
     def __init__(self, layer: Any, shown: Tensor) -> None:
         self.layer = layer
@@ -62,5 +64,5 @@ class Int8Weight:
 
 
 def shows_int8_weight(layer: nn.Module) -> bool:
-    """Whether it is an int8 layer whose `weight` is an `Int8Weight`."""
+    """Whether `layer` is an int8 layer whose `weight` is an `Int8Weight`."""
     return isinstance(layer, QuantModule) and isinstance(getattr(layer, "weight", None), Int8Weight)

@@ -1,4 +1,4 @@
-"""Linear layers with int8 weights; their inputs float, or int8 with a scale that is found anew or was calibrated."""
+"""Linear layers with int8 weights and float inputs, or int8 inputs with dynamic or static scales."""
 
 from __future__ import annotations
 
@@ -19,9 +19,10 @@ __all__ = ["DynamicQuantLinear", "QuantLinear", "StaticQuantLinear", "linear_per
 
 
 def linear_per_token(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None) -> Tensor:
-    """y = x W^T + b with int8 W and int8 x: [..., K] float -> [..., N] of the same dtype (of autocast's, inside it).
+    """y = x W^T + b with int8 W, and x quantized per token: [..., K] float -> [..., N] of x's dtype (inside autocast,
+    of its dtype).
 
-    weight: int8 [N, K]. weight_scale: fp32 [N, 1]. bias: [N] float or None. The scales of x are those of its rows.
+    weight: int8 [N, K]. weight_scale: fp32 [N, 1]. bias: [N] float or None.
     """
     x = ops.autocast(x)
     y = ops.w8a8_linear(*ops.quantize_per_token(x), weight, weight_scale, bias, x.dtype)
@@ -32,7 +33,7 @@ class QuantLinear(QuantModule):
     """y = x W^T + b with int8 W.
 
     weight: int8 [N, K]. weight_scale: fp32 [N, 1] or [N, K/g]. bias: [N] float or None.
-    fake: compute in fp32 with the dequantized weight (and input) instead of with int8 codes, to study what int8 does.
+    fake: compute in fp32 with the dequantized weight (and input) instead of the codes, to study the effect of rounding.
     """
 
     op_names: tuple[str, ...] = ("w8a16_linear",)
@@ -45,7 +46,7 @@ class QuantLinear(QuantModule):
 
     def __init__(self, layer: nn.Module, codes: Codes, scheme: Scheme, float_dtype: torch.dtype) -> None:
         super().__init__(layer, codes, scheme, float_dtype)
-        # A class that only computes what nn.Linear does need not say that it has no bias.
+        # A class that is recognized by what it computes may have no attribute `bias`.
         self.register_parameter("bias", layer._parameters.get("bias"))
         self.out_features, self.in_features = self.codes_and_scale()[0].shape
 
@@ -54,7 +55,7 @@ class QuantLinear(QuantModule):
         return self.product(input, self.bias)
 
     def product(self, input: Tensor, bias: Tensor | None = None) -> Tensor:
-        """What `forward` gives, with another bias: [N] float."""
+        """As `forward`, with another bias, [N] float or None."""
         if self.fake:
             return self._simulate(input, input.float(), bias)
         return ops.w8a16_linear(input, *self.codes_and_scale(), bias)
@@ -71,9 +72,9 @@ class QuantLinear(QuantModule):
 
 
 class DynamicQuantLinear(QuantLinear):
-    """y = x W^T + b with int8 W and int8 x, whose scale is found when x is there: per_token or per_tensor.
+    """y = x W^T + b with int8 W and int8 x, with a scale computed from each x: per_token or per_tensor.
 
-    shared_input: by which layers that are fed the same tensor quantize it once; the swap gives a model's layers one.
+    shared_input: lets layers that are fed the same tensor quantize it once; `install` gives all layers of a model one.
     """
 
     shared_input: SharedInput
@@ -92,7 +93,7 @@ class DynamicQuantLinear(QuantLinear):
         return ops.quantize_per_tensor(x)
 
     def _key(self) -> object:
-        """What makes two layers quantize an input alike."""
+        """Layers with equal keys get the same codes for the same input."""
         return self.scheme.input
 
     def product(self, input: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -111,7 +112,7 @@ class DynamicQuantLinear(QuantLinear):
         return ops.straight_through(y, input, weight, weight_scale)
 
     def _at_once(self, x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None) -> Tensor | None:
-        """y where one call quantizes x and multiplies, which is faster for few rows than sharing their codes."""
+        """y, if one call can quantize x and multiply (faster for few rows than to share the codes of x); else None."""
         assert self.scheme.input is not None
         if self.scheme.input.granularity != "per_token":
             return None
@@ -144,13 +145,13 @@ class StaticQuantLinear(DynamicQuantLinear):
 
     def _key(self) -> object:
         if self.input_scale.is_meta:
-            return None  # there are no values
+            return None  # a scale on `meta` has no value
         if self._scale_value is None:
             self._scale_value = self.input_scale.item()
         return self._scale_value
 
     def set_input_scale(self, scale: Tensor) -> None:
-        """Take over a calibrated scale, fp32 [1], positive and finite."""
+        """Set the calibrated scale. scale: fp32 [1], positive and finite. Raises: QuantizeError for any other."""
         if scale.shape != (1,) or scale.dtype != torch.float32:
             raise QuantizeError(f"input_scale: is {scale.dtype} {list(scale.shape)}, expected fp32 [1]")
         if not 0 < scale.item() < float("inf"):

@@ -16,8 +16,8 @@ __all__ = ["QuantMultiheadAttention"]
 
 
 class QuantMultiheadAttention(QuantModule):
-    """nn.MultiheadAttention with int8 projections, and int8 inputs of theirs if the scheme says so, by scales of their
-    rows; the attention itself is torch's, in float.
+    """nn.MultiheadAttention with int8 projections. Their inputs are float or, if the scheme says so, int8 per token.
+    The attention itself is torch's, in float.
 
     in_proj_weight: int8 [3E, E] (or q_proj_weight [E, E], k_proj_weight [E, kdim], v_proj_weight [E, vdim]), each
     with `*_scale` fp32 [N, 1] or [N, K/g]. in_proj_bias: [3E] float or None. out_proj: any layer E -> E.
@@ -41,7 +41,7 @@ class QuantMultiheadAttention(QuantModule):
         self.op_names = ("w8a16_linear",) if scheme.input is None else ("quantize_per_token", "w8a8_linear")
         for name in ("embed_dim", "num_heads", "head_dim", "kdim", "vdim", "dropout", "batch_first", "add_zero_attn"):
             setattr(self, name, getattr(layer, name))
-        # torch's fused encoder path reads the float weights; it asks for this attribute first.
+        # False keeps torch's fused encoder path away, which would read float weights.
         self._qkv_same_embed_dim = False
         for name in ("in_proj_bias", "bias_k", "bias_v", "out_proj"):
             setattr(self, name, getattr(layer, name))
@@ -91,7 +91,8 @@ class QuantMultiheadAttention(QuantModule):
         return (y if self.batch_first else y.transpose(0, 1)), weights
 
     def _project(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """q, k and v, laid out as the inputs; those of one tensor by one product, where one weight is for all three."""
+        """q, k and v, laid out like the inputs. With one weight for all three, inputs that are the same tensor take one
+        product."""
         inputs = (query, key, value)
         codes = list(self.codes().values())
         if len(codes) == 3:
@@ -119,7 +120,7 @@ class QuantMultiheadAttention(QuantModule):
     def _mask(
         self, q: Tensor, key_padding_mask: Tensor | None, attn_mask: Tensor | None, is_causal: bool
     ) -> Tensor | None:
-        """The two masks as one to be added to the logits: broadcastable to [B, heads, L, S], or None."""
+        """Both masks as one that is added to the logits, broadcastable to [B, heads, L, S]; None if there is none."""
         if is_causal and attn_mask is None:
             raise QuantizeError("is_causal=True is a hint about attn_mask, which is None; pass the causal attn_mask")
         attn = F._canonical_mask(attn_mask, "attn_mask", None, "", q.dtype)
@@ -136,8 +137,8 @@ class QuantMultiheadAttention(QuantModule):
 
 
 def _joined(query: Tensor, key: Tensor, value: Tensor) -> tuple[int, ...]:
-    """How many of the three in a row are the same tensor: (3,) in self attention, (2, 1) in DETR's, which adds
-    positions to queries and keys only, (1, 2) where keys and values come from another model."""
+    """The lengths of runs of the same tensor in (query, key, value): (3,) in self-attention; (2, 1) in DETR, which adds
+    positions to queries and keys only; (1, 2) in cross-attention."""
     if key is value:
         return (3,) if query is key else (1, 2)
     return (2, 1) if query is key else (1, 1, 1)

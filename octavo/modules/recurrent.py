@@ -8,8 +8,8 @@
     GRU      r, z, n                n = tanh(p_n + sigmoid(r) * q_n)             h = (1 - z) * n + z * h
     RNN                             h = tanh(p + q) or relu(p + q)
 
-The formulas are those of torch.nn's documentation. Weights are int8, and with int8 inputs so are x and h, by scales of
-their rows, where a weight meets them; all else is computed in the input's dtype.
+The formulas are those of torch.nn's documentation. Weights are int8. With int8 inputs, x and h are quantized per token
+before each product. Everything else is computed in the input's dtype.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def _relu(p: Tensor, q: Tensor, state: State) -> State:
 
 
 FORMULAS: dict[str, Gates] = {"LSTM": _lstm, "GRU": _gru, "RNN_TANH": _tanh, "RNN_RELU": _relu}
-"""By what torch calls the mode of a layer."""
+"""torch's name of the mode of a recurrent layer -> its formula."""
 
 
 class _Recurrent(QuantModule):
@@ -87,7 +87,7 @@ class _Recurrent(QuantModule):
                 self.register_parameter(name, parameter)
 
     def _linear(self, part: str, x: Tensor) -> Tensor:
-        """x [..., K] times the weight of `part`, "ih_l0" for one, plus its bias."""
+        """x [..., K] times the weight of `part` (such as "ih_l0"), plus its bias."""
         (weight, scale), bias = self.codes_and_scale(f"weight_{part}"), self._parameters.get(f"bias_{part}")
         if self.scheme.input is None:
             return ops.w8a16_linear(x, weight, scale, bias)
@@ -110,10 +110,11 @@ class QuantRecurrent(_Recurrent):
         self.batch_first, self.bidirectional, self.proj_size = layer.batch_first, layer.bidirectional, layer.proj_size
 
     def forward(self, input: Any, hx: Any = None) -> tuple[Any, Any]:
-        """As the float layer: input [T, B, K] ([B, T, K] if batch_first), [T, K] or a PackedSequence; hx the state
-        before it, h [layers * directions, B, H or its projection], of an LSTM (h, c); zeros without.
+        """As the float layer.
 
-        Returns: (outputs [T, B, directions * H] in the form of the input, the state after it).
+        input: [T, B, K] ([B, T, K] if batch_first), [T, K], or a PackedSequence.
+        hx: the initial state h [layers * directions, B, H (or proj_size)], for an LSTM (h, c); None for zeros.
+        Returns: (outputs [T, B, directions * H] in the form of the input, the final state).
         Raises: QuantizeError for an input or a state of another shape.
         """
         if isinstance(input, PackedSequence):
@@ -135,7 +136,7 @@ class QuantRecurrent(_Recurrent):
         return y.transpose(0, 1) if self.batch_first else y, self._as_given(after)
 
     def _state(self, x: Tensor, hx: Any, batch: int, order: Tensor | None = None) -> State:
-        """The state before, its sequences in `order`, of a packed input."""
+        """The initial state. order: int64 [B], the order of the sequences in a packed input."""
         stacked = self.num_layers * (1 + self.bidirectional)
         shapes = [(stacked, batch, self.proj_size or self.hidden_size), (stacked, batch, self.hidden_size)]
         shapes = shapes if self.mode == "LSTM" else shapes[:1]
@@ -152,7 +153,7 @@ class QuantRecurrent(_Recurrent):
         return state if self.mode == "LSTM" else state[0]
 
     def _layers(self, x: Tensor, before: State, sizes: list[int] | None) -> tuple[Tensor, State]:
-        """All layers, one after the other. sizes: of packed sequences, how many have each of the steps."""
+        """All layers, one after the other. sizes: for packed sequences, the number of sequences that have each step."""
         after: list[State] = []
         for layer in range(self.num_layers):
             directions = []
@@ -167,7 +168,7 @@ class QuantRecurrent(_Recurrent):
         return x, tuple(map(torch.stack, zip(*after, strict=True)))
 
     def _direction(self, p: Tensor, suffix: str, state: State, sizes: list[int] | None) -> tuple[Tensor, State]:
-        """One layer in one direction: its outputs, and the state after it."""
+        """One layer in one direction. p: [T, B, G * H]. Returns: its outputs [T, B, H], and the final state."""
         if sizes is None and not self.proj_size:
             hidden, bias = self.codes_and_scale(f"weight_hh_{suffix}"), self._parameters.get(f"bias_hh_{suffix}")
             at_once = ops.recurrent(
@@ -180,8 +181,11 @@ class QuantRecurrent(_Recurrent):
         return torch.cat(outputs) if sizes else torch.stack(outputs), state
 
     def _steps(self, steps: Sequence[Tensor], suffix: str, state: State) -> tuple[list[Tensor], State]:
-        """One layer in one direction. steps: p [b, G * H] of each step; of packed sequences those that have as many
-        steps, the longest first: the others' state waits until they begin (backwards) or stays as it is (forwards)."""
+        """One layer in one direction, step by step.
+
+        steps: p [b, G * H] for each step. For packed sequences b is the number of sequences that have the step, the
+        longest first. The state of the others waits until they begin (backwards), or is final already (forwards).
+        """
         gates = FORMULAS[self.mode]
         outputs: list[Tensor] = []
         for p in reversed(steps) if suffix.endswith("_reverse") else steps:
@@ -195,7 +199,7 @@ class QuantRecurrent(_Recurrent):
         return outputs[::-1] if suffix.endswith("_reverse") else outputs, state
 
     def flatten_parameters(self) -> None:
-        """Nothing: float layers put their weights side by side so for GPUs, and models call it."""
+        """Does nothing. Models call it on recurrent layers, to make their float weights contiguous for cuDNN."""
 
     def extra_repr(self) -> str:
         return f"{self.mode}, {self.input_size}, {self.hidden_size}, {', '.join(self._options())}"
@@ -219,9 +223,9 @@ class QuantRecurrentCell(_Recurrent):
             self.mode = "LSTM" if isinstance(layer, nn.LSTMCell) else "GRU"
 
     def forward(self, input: Tensor, hx: Any = None) -> Any:
-        """As the float cell: input [B, K] or [K]; hx the state before it, h [B, H], of an LSTM (h, c); zeros without.
+        """As the float cell. input: [B, K] or [K]. hx: the state before, h [B, H], for an LSTM (h, c); None for zeros.
 
-        Returns: the state after it. Raises: QuantizeError for an input of another shape.
+        Returns: the state after the step. Raises: QuantizeError for an input of another shape.
         """
         self._check(input, (1, 2), "[B, K] or [K]")
         is_lstm = self.mode == "LSTM"

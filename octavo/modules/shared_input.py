@@ -1,10 +1,11 @@
-"""Quantized once, read by many: q/k/v, and gate/up, are fed the same tensor, and share one quantization of it.
+"""Quantize an input once for all layers that read it: q/k/v, and gate/up, are fed the same tensor.
 
-Who shares is not configured: a layer asks for the codes of the very tensor that it was given, and gets those that the
-layer before it had computed if that was the same tensor, unchanged since: same object, same version counter; and if it
-runs on the same stream of a GPU, for another one would not wait until the codes are written. Versions do not count what
-is written behind torch's back (a buffer of numpy's that is filled anew for each call), so no layer is served the same
-codes twice: when the first layer asks again, all begin anew.
+Which layers share is not configured. The codes of the last quantized tensor are kept, and a layer gets them if its
+input
+is that very tensor, unchanged: the same object with the same version counter, on the same CUDA stream (another stream
+would not wait until the codes are written). The version counter does not notice writes that bypass torch (a numpy
+buffer that is refilled for each call). So no layer gets the same codes twice: when a layer asks again, its input is
+quantized anew.
 """
 
 from __future__ import annotations
@@ -25,9 +26,9 @@ Quantized = tuple[Tensor, Tensor]
 class SharedInput:
     """The codes of the tensor that was quantized last, as long as that tensor lives. One for each int8 model.
 
-    A lookup is skipped while a model is compiled or traced, for a graph has no such identity (a compiler may join equal
-    calls; `integrations/equal_calls.py` makes Inductor do so), while a CUDA graph is recorded, whose replays would go
-    on with the codes of the first input, and for tensors of inference mode, which do not count their versions.
+    Nothing is shared while a model is compiled or traced (in a graph, `integrations/equal_calls.py` joins equal calls);
+    while a CUDA graph is recorded, whose replays would reuse the codes of the first input; and for tensors of inference
+    mode, which have no version counter.
     """
 
     def __init__(self) -> None:
@@ -36,10 +37,10 @@ class SharedInput:
     def quantized(
         self, x: Tensor, key: Callable[[], object], layer: object, quantize: Callable[[Tensor], Quantized]
     ) -> Quantized:
-        """`quantize(x)`, or what an equal call of another layer for the same tensor returned.
+        """`quantize(x)`, or the result of an equal call by another layer for the same tensor.
 
-        key: says how it is quantized; equal keys mean equal codes. Asked only where something may be shared: to say it
-        may be to wait for the device, which a CUDA graph that is recorded cannot. layer: who asks.
+        key: returns how x is quantized; equal keys mean equal codes. It is called only where codes may be shared, since
+        it may wait for the device, which is not allowed while a CUDA graph is recorded. layer: the layer that asks.
         """
         if torch.compiler.is_compiling() or x.is_inference() or _is_recorded(x):
             return quantize(x)
@@ -67,5 +68,5 @@ def _is_recorded(x: Tensor) -> bool:
 
 
 def _stream(x: Tensor) -> int | None:
-    """The stream on which a kernel for x is started now; without an object of torch's for it, which costs more."""
+    """The CUDA stream on which a kernel for x would run, as a number: cheaper than torch's Stream object."""
     return torch._C._cuda_getCurrentRawStream(x.get_device()) if x.is_cuda else None

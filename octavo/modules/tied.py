@@ -1,4 +1,4 @@
-"""Layers whose weight is another layer's: they hold no codes of their own, in memory or on disk."""
+"""Layers that share the weight of another layer (tied embeddings): they hold no codes, in memory or on disk."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ __all__ = ["TiedQuantEmbedding", "TiedQuantLinear"]
 
 
 class _Tied:
-    """Takes codes and scale from the layer that owns them, so that the two share one table wherever they are moved."""
+    """Mixin that reads codes and scale from the layer that owns them, so that both use one table wherever it is
+    moved."""
 
     _owner: tuple[QuantModule]  # in a tuple, so that the owner is not registered as a submodule
 
@@ -25,7 +26,7 @@ class _Tied:
 
     @weight.setter
     def weight(self, value: Tensor) -> None:
-        # transformers' tie_weights assigns the owner's table to those that share it; that is what is so already.
+        # transformers' tie_weights assigns the owner's table; that is allowed, because it changes nothing.
         shown: Any = self._owner[0].weight
         if (value.shape, value.data_ptr()) != (shown.shape, shown.data_ptr()):
             raise QuantizeError(f"this {type(self).__name__} shares the table of another layer; assign to that one")
