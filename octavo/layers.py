@@ -13,11 +13,11 @@
     LSTMCell, GRUCell,  weight_ih, weight_hh [N, K]                 QuantRecurrentCell        as the parameter
     RNNCell
 
-A layer is known by its class or one that it derives from, a linear one also by what it computes (`alike.py`).
+The kind of a layer is decided by its class or a base class; linear layers are also recognized by what they compute
+(`alike.py`). Codes have the output channels first, so that a scale always belongs to a row. Of a convolution that
+computes its weight (`computed_weights.py`) the computed weight becomes int8.
 
-Codes have the output channels first, so that a scale always belongs to a row. A convolution whose weight is computed
-becomes int8 as that weight (`computed_weights.py`). To add a kind: one row here, one module in `modules/`, one op in
-`ops/`, its name among the targets of `recipe.py`.
+To add a kind: one row here, one module in `modules/`, one op in `ops/`, its name among the targets of `recipe.py`.
 """
 
 from __future__ import annotations
@@ -62,21 +62,21 @@ def _output_channels_first(weight: Tensor, layer: nn.Module) -> Tensor:
 
 
 EXPERTS = "Experts"
-"""Name of the kind whose parameters differ from class to class."""
+"""Name of the kind for stacks of experts, whose parameters have other names in every class."""
 
 
 @dataclasses.dataclass(frozen=True)
 class LayerKind:
     """One row of the table.
 
-    name: the word for it in recipes and reports.
-    classes: names of the float classes; of a subclass the methods are kept, see `facade.py`.
-    params: parameters that become int8, those of them that the layer has.
-    module: the int8 layer.
-    rows: brings a parameter into the layout of its codes, output channels first.
-    per_group: whether its weight has a K axis that can be cut into groups.
-    int8_input: whether it can have int8 inputs; the others take the weight's part of such a scheme.
-    biases: parameters that it adds as they are, those of them that the layer has.
+    name: the kind's name in recipes and reports.
+    classes: names of the float classes. A subclass keeps its own methods, see `facade.py`.
+    module: the class of the int8 layer.
+    params: names of the parameters that become int8, where the layer has them.
+    rows: (parameter, layer) -> the parameter in the layout of its codes, output channels first.
+    per_group: whether the weight has a K axis that can be cut into groups.
+    int8_input: whether the layer can have int8 inputs. The other kinds use only the weight's part of a scheme.
+    biases: names of the parameters that stay float and are added to the output, where the layer has them.
     """
 
     name: str
@@ -94,19 +94,20 @@ class LayerKind:
         return self.rows is _as_is
 
     def params_of(self, layer: nn.Module) -> tuple[str, ...]:
-        """The parameters of `layer` that become int8."""
+        """Names of the parameters of `layer` that become int8."""
         return tuple(name for name in self.params if getattr(layer, name, None) is not None)
 
     def biases_of(self, layer: nn.Module) -> tuple[str, ...]:
-        """The parameters of `layer` that it adds as they are."""
+        """Names of the biases that `layer` has."""
         return tuple(name for name in self.biases if getattr(layer, name, None) is not None)
 
     def row_lengths(self, layer: nn.Module) -> dict[str, int]:
-        """K of each of the parameters of `layer` that become int8."""
+        """Parameter of `layer` that becomes int8 -> K, the length of its rows."""
         return {name: self.rows(getattr(layer, name), layer).shape[-1] for name in self.params_of(layer)}
 
     def effective(self, scheme: Scheme) -> Scheme:
-        """`scheme` as this kind can have it: w8a16 where inputs stay float, per_channel where there is no K axis."""
+        """`scheme` reduced to what this kind supports: w8a16 if inputs stay float, per_channel if there is no K
+        axis."""
         if self.int8_input:
             return scheme
         in_groups = self.per_group and scheme.weight.group_size is not None
@@ -123,13 +124,13 @@ class LayerKind:
         args = self.effective(scheme).weight
         rows = self.rows(weight, layer)
         codes, scale = quantize_weight(rows, args.granularity, group_size=args.group_size, name=name)
-        if args.granularity == "per_tensor":  # as the scale of every row, so that ops and files know one shape less
+        if args.granularity == "per_tensor":  # repeated for every row: ops and files then need not know this shape
             scale = scale.expand(len(rows), 1).contiguous()
         return codes, scale
 
 
 class _ExpertsKind(LayerKind):
-    """Stacks of experts: their parameters differ from class to class, scales are per channel, int8 inputs dynamic."""
+    """Stacks of experts: the names of the weights come from the spec; scales are per channel, int8 inputs dynamic."""
 
     def params_of(self, layer: nn.Module) -> tuple[str, ...]:
         spec = spec_of(layer)
@@ -147,7 +148,7 @@ class _ExpertsKind(LayerKind):
         return self.module
 
     def quantize_param(self, layer: nn.Module, weight: Tensor, scheme: Scheme, name: str) -> tuple[Tensor, Tensor]:
-        """One expert after the other: codes int8 [E, N, K], scale fp32 [E, N, 1]."""
+        """Codes int8 [E, N, K] and scale fp32 [E, N, 1], quantized one expert at a time."""
         spec = spec_of(layer)
         assert spec is not None
         rows = spec.rows(weight)
@@ -159,7 +160,7 @@ class _ExpertsKind(LayerKind):
 
 
 class _DynamicKind(LayerKind):
-    """Layers of several weights: int8 inputs have dynamic scales."""
+    """Layers with several weights: their int8 inputs always have dynamic scales."""
 
     def effective(self, scheme: Scheme) -> Scheme:
         return Scheme("w8a16", scheme.weight) if scheme.input is None else Scheme("w8a8")
@@ -169,7 +170,7 @@ class _DynamicKind(LayerKind):
 
 
 class _RecurrentKind(_DynamicKind):
-    """Recurrent layers: how many weights there are is for each of them to say."""
+    """Recurrent layers: how many weights there are depends on the layer's settings."""
 
     def params_of(self, layer: nn.Module) -> tuple[str, ...]:
         return recurrent_weights(layer)
@@ -227,11 +228,11 @@ KINDS: tuple[LayerKind, ...] = (
 )
 
 _HOMES = ("torch.nn.", "transformers.pytorch_utils", "transformers.models.falcon.", "octavo.modules.float_linear")
-"""Where the float classes live: a class of the same name elsewhere is another class."""
+"""Modules in which the float classes are defined. A class of the same name elsewhere is not one of them."""
 
 
 def kind_of(layer: nn.Module) -> LayerKind | None:
-    """The row of the table that `layer` is of, by its class, a base class or what it computes; or None."""
+    """The row of the table for `layer`, by its class, a base class or what it computes; None if there is none."""
     for base in type(layer).__mro__:
         if base.__module__.startswith(_HOMES):
             for kind in KINDS:
@@ -243,26 +244,27 @@ def kind_of(layer: nn.Module) -> LayerKind | None:
 
 
 def float_class(layer: nn.Module, kind: LayerKind) -> type[nn.Module]:
-    """The class of the row `kind` that `layer`, which is no stack of experts, is an instance of, or computes as."""
+    """The float class of the row `kind` that `layer` derives from, or computes the same as. Not for stacks of
+    experts."""
     classes = (base for base in type(layer).__mro__ if base.__module__.startswith(_HOMES))
     return next((base for base in classes if base.__name__ in kind.classes), nn.Linear)
 
 
 def name_in_files(layer: nn.Module, kind: LayerKind) -> str:
-    """What `layer` is called in reports and files: its kind; or its class, of one that only computes as such and that
-    other readers, who go by the names of classes, would not find as that."""
+    """What `layer` is called in reports and files: the name of its kind. A layer that is recognized only by what it
+    computes is called by its class, because other readers of the files find layers by the names of classes."""
     if kind is LINEAR and all(base.__name__ != kind.name for base in type(layer).__mro__):
         return type(layer).__name__
     return kind.name
 
 
 _OF_FACADES = {"made_of", "_shapes"}
-"""What `facade.py` adds to an int8 layer."""
+"""Attributes that `facade.py` adds to an int8 layer."""
 
 
 @functools.cache
 def _names_of_int8(module: Any) -> frozenset[str]:
-    """What the int8 layers `module`, under whatever scheme, have of their own."""
+    """The names of attributes that the int8 class `module`, or a class that derives from it, adds to nn.Module."""
     classes = [each for name in modules.__all__ if issubclass(each := getattr(modules, name), module)] or [module]
     declared = (inspect.get_annotations(base) for each in classes for base in each.__mro__)
     names = _OF_FACADES.union(*map(dir, classes), *declared)
@@ -270,8 +272,8 @@ def _names_of_int8(module: Any) -> frozenset[str]:
 
 
 def _why_not_names(layer: nn.Module, kind: LayerKind) -> str | None:
-    """Whether the layer holds something that a plain one of its kind does not, under a name that has another meaning in
-    the int8 layer, or in its files."""
+    """Why the names of what the layer holds collide with names of the int8 layer or of its tensors in files; None if
+    they do not. What a plain layer of its kind holds may have the same names."""
     held = {*attributes(layer), *layer._parameters, *layer._buffers, *layer._modules}
     params = kind.params_of(layer)
     plain = set(params)
@@ -316,7 +318,7 @@ def _why_not_values(layer: nn.Module, params: Iterable[str]) -> str | None:
 
 
 def users_of_parameters(model: nn.Module) -> dict[int, list[str]]:
-    """id of a parameter -> its name in each module that holds it."""
+    """id of a parameter -> all its names in the model: several for a tied parameter."""
     users: dict[int, list[str]] = {}
     for name, module in model.named_modules():
         for own, parameter in module._parameters.items():
@@ -326,7 +328,7 @@ def users_of_parameters(model: nn.Module) -> dict[int, list[str]]:
 
 
 def is_stack(module: nn.Module) -> bool:
-    """Whether a module is a stack of experts that can become int8."""
+    """Whether `module` is a stack of experts that can become int8."""
     return kind_of(module) is _EXPERTS_KIND and _why_not_experts(module) is None
 
 

@@ -1,17 +1,17 @@
-"""Gated MLPs, whose activation and product are one kernel instead of two.
+"""Gated MLPs whose activation and product are computed by one kernel instead of two.
 
     y = down(act(gate(x)) * up(x))      x [..., H], gate and up [..., I]      https://arxiv.org/abs/2002.05202
 
-In eager PyTorch act(gate) and its product with up are a pass over memory each, and a launch on GPUs. Where this
-package has a kernel and nobody wants a gradient (`ops.fuses_gates`), that does both, in the order and with the rounding
-of torch's two (fp32 differs in the last place, 16-bit dtypes hardly ever). Elsewhere the module's own `forward` runs.
+In eager PyTorch act(gate) and the product with up are two passes over memory, and two launches on GPUs. Where this
+package has a kernel and no gradient is wanted (`ops.fuses_gates`), it does both, with the order and rounding of torch's
+two ops (fp32 differs in the last place, 16-bit dtypes hardly ever). Otherwise the module's own `forward` runs.
 
-Which activations those are says `ops/gates.py`: SiLU (Llama, Qwen, Mistral, Phi-3), GELU by tanh (Gemma).
+The activations are those of `ops/gates.py`: SiLU (Llama, Qwen, Mistral, Phi-3) and GELU by tanh (Gemma).
 
-Whether a module is one of them is asked of the module itself, whatever its class is called: its own `forward` is run
-with layers in place of gate, up and down that say random numbers and remember what they were given. It has to give gate
-and up the very tensor that it got, down the bits of the formula, and return the very tensor that down returned. Gate
-and up may be one layer, whose output is cut in two. A module that does anything else is left alone.
+A gated MLP is recognized by what it does, whatever its class is called. Its own `forward` is run with stubs in place of
+its layers: those for gate and up return random numbers, that for down records its input. The forward has to pass its
+input tensor itself to gate and up, the bits of the formula to down, and to return the tensor that down returned. Gate
+and up may be one layer whose output is cut in two. A module that does anything else is left alone.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ __all__ = ["FusedGatedMLP", "fused_gated_mlps"]
 class _Parts:
     """Names of the layers of a gated MLP, and of its activation.
 
-    gate, up: the same if it is one layer, whose output [..., 2 I] is cut in two, gate first or up first.
+    gate, up: equal if one layer makes both; its output [..., 2 I] is cut in two, gate first or up first.
     """
 
     gate: str
@@ -47,35 +47,35 @@ class _Parts:
     gate_first: bool = True
 
     def cut(self, both: Tensor) -> tuple[Tensor, Tensor]:
-        """Gate and up of what one layer returned for both."""
+        """Gate and up from the output of the one layer that makes both."""
         first, second = both.chunk(2, -1)
         return (first, second) if self.gate_first else (second, first)
 
 
 class FusedGatedMLP(Derived):
-    """A gated MLP that computes act(gate) * up by one kernel of this package where it can; where it cannot, the other
-    module's `forward` runs."""
+    """A gated MLP that computes act(gate) * up by one kernel of this package where possible; elsewhere the `forward` of
+    the class that it replaces runs."""
 
     _parts: _Parts
     _is_changed = False
 
     @staticmethod
     def of(mlp: nn.Module, parts: _Parts) -> FusedGatedMLP:
-        """The stand-in for `mlp`, whose layers are what `parts` says. It holds what `mlp` holds, and is no copy."""
+        """The stand-in for `mlp`, whose layers `parts` names. It holds the layers of `mlp` themselves, not copies."""
         new: FusedGatedMLP = FusedGatedMLP.standing_for(mlp)
         new._parts = parts
         return new
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """What the other module had, but for its layers, its mode and what is private, has to stay what it was when it
-        was asked what it computes."""
+        """Note when an attribute of the original module is set (except its layers, its mode and private attributes):
+        what the module computes may have changed then, so the kernel is not used any more."""
         own, parts = vars(self), vars(self).get("_parts")
         if parts and name[0] != "_" and name not in ("training", "forward", parts.gate, parts.up, parts.down):
             own["_is_changed"] = self._is_changed or name in own or name in self._modules
         super().__setattr__(name, value)
 
     def forward(self, *args: Tensor, **kwargs: Tensor) -> Tensor:
-        """x [..., H] float -> [..., H]; x may have whatever name it had in the other module."""
+        """x [..., H] float -> [..., H]; x may be passed under the name that it has in the original module."""
         (x,) = (*args, *kwargs.values())
         if self._is_changed or not ops.fuses_gates(x) or self._needs_other_children():
             return super().forward(*args, **kwargs)  # type: ignore[misc, no-any-return]
@@ -90,8 +90,8 @@ class FusedGatedMLP(Derived):
         return layer(x)  # type: ignore[no-any-return]
 
     def _needs_other_children(self) -> bool:
-        """Whether a child that is not called, for its part is in the kernel, does more than its part: a dropout in
-        training, or one that somebody listens to."""
+        """Whether a child that the kernel replaces (the activation, a dropout) must be called: it has hooks, or is in
+        training mode."""
         parts = self._parts
         return torch.nn.modules.module._has_any_global_hook() or any(
             child.training or child._forward_hooks or child._forward_pre_hooks
@@ -104,10 +104,10 @@ class FusedGatedMLP(Derived):
 
 
 def fused_gated_mlps(model: nn.Module) -> dict[str, FusedGatedMLP]:
-    """What can stand for gated MLPs of `model`, which is not modified and may be on `meta`: module name -> stand-in.
+    """Stand-ins for the gated MLPs of `model`: module name -> stand-in. `model` is not modified, and may be on `meta`.
 
-    A gated MLP is recognized if it holds two or three linear layers, int8 or not, and besides them only modules that
-    hold nothing, takes one argument, and does with random numbers, in every dtype, what this file's head says.
+    A gated MLP takes one argument, holds two or three linear layers (float or int8) and otherwise only modules without
+    parameters or children, and does what the head of this file says for random numbers of every dtype.
     """
     found: dict[str, FusedGatedMLP] = {}
     for name, module in model.named_modules():
@@ -119,7 +119,7 @@ def fused_gated_mlps(model: nn.Module) -> dict[str, FusedGatedMLP]:
 
 
 def _possible_parts(module: nn.Module) -> Iterator[_Parts]:
-    """Which of the module's layers may be what, if it may be a gated MLP."""
+    """All ways to assign the roles gate, up and down to the layers of `module`; none if it cannot be a gated MLP."""
     children = {name: child for name, child in module._modules.items() if child is not None}
     layers = [name for name, child in children.items() if isinstance(child, (nn.Linear, QuantLinear))]
     others = [child for name, child in children.items() if name not in layers]
@@ -136,7 +136,7 @@ def _possible_parts(module: nn.Module) -> Iterator[_Parts]:
 
 
 class _StubUp(nn.Module):
-    """In the place of gate or up: says `answer` when it is given x itself."""
+    """Replaces gate or up: returns `answer` if its argument is the tensor x itself."""
 
     def __init__(self, x: Tensor, answer: Tensor) -> None:
         super().__init__()
@@ -149,7 +149,7 @@ class _StubUp(nn.Module):
 
 
 class _StubDown(nn.Module):
-    """In the place of down: remembers what it is given."""
+    """Replaces down: records its argument, and returns `answer`."""
 
     given: object = None
 
@@ -163,7 +163,7 @@ class _StubDown(nn.Module):
 
 
 def _stand_in(module: nn.Module, parts: _Parts) -> FusedGatedMLP | None:
-    """The one with these parts, if the module's `forward` does what it would."""
+    """The stand-in with these parts, if it would compute what `forward` of the module does; else None."""
     try:
         new = FusedGatedMLP.of(module, parts)
         with torch.no_grad():
@@ -173,8 +173,8 @@ def _stand_in(module: nn.Module, parts: _Parts) -> FusedGatedMLP | None:
 
 
 def _samples() -> Iterator[tuple[Tensor, Tensor]]:
-    """Inputs x [..., 5], and numbers [..., 24] that stand for gate and up: from where an activation is a straight line
-    to where it is one again, so that one that is bounded is noticed."""
+    """Inputs x [..., 5], each with numbers [..., 24] for gate and up together. They range from where an activation is
+    linear near zero to where it is linear again, so that a bounded activation is noticed."""
     generator = torch.Generator("cpu").manual_seed(0)
     sizes = torch.logspace(-3, 3, 12, device="cpu", dtype=torch.float32).unsqueeze(1)
     for dtype, shape in itertools.product(FLOATS, ((12,), (3, 4))):

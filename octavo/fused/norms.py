@@ -1,20 +1,19 @@
-"""RMS norms in one or two kernels instead of eight.
+"""RMS norms computed by one or two kernels instead of eight.
 
     y = weight * x / sqrt(mean(x^2) + eps)      x [..., K], weight [K]      https://arxiv.org/abs/1910.07467
 
-A model's class spells this out: to fp32, square, mean, + eps, rsqrt, times x, round, times weight. In eager PyTorch
-each of these is a kernel, which on a GPU takes longer to launch than to run, and on a CPU a pass over memory; torch has
-one op for most of it, which is one kernel on a GPU (on CPUs it goes the same steps), and where this package has a
-kernel and nobody wants a gradient (`ops.rms_norm`), that does all. Classes differ in where they round what they
-computed in fp32:
+The classes of models spell this out: cast to fp32, square, mean, + eps, rsqrt, times x, round, times weight. In eager
+PyTorch each step is a kernel: on a GPU it takes longer to launch than to run, on a CPU it is a pass over memory.
+`ops.rms_norm` is one kernel for everything, where there is one and no gradient is wanted. Elsewhere torch's own
+`F.rms_norm` replaces most of the steps (by one kernel on GPUs). Classes differ in where they round from fp32:
 
     rounding    y                                                    as in
     "x"         weight * (x / rms rounded to x's dtype)              Llama, Qwen, Mistral
     "weight"    weight * (x / rms rounded to weight's dtype)         T5
     "last"      (weight * x / rms) rounded to x's dtype              OLMo 2, gpt-oss
 
-Whether a module is one of them is asked of the module itself, whatever its class is called: a copy of it is run on
-random inputs, and has to give the same bits as the formula on a CPU. One that does not is left alone.
+An RMS norm is recognized by what it computes, whatever its class is called: a copy of it is run on random inputs on a
+CPU, and has to return the same bits as one of these formulas. Other modules are left alone.
 """
 
 from __future__ import annotations
@@ -42,7 +41,7 @@ from octavo.stand_ins import (
 __all__ = ["FusedRMSNorm", "fused_norms"]
 
 
-# `.to` does nothing outside of autocast, which on GPUs has torch's op give fp32.
+# The last `.to` matters under autocast only: torch's op then returns fp32 on GPUs.
 def _round_to_x(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return weight * F.rms_norm(x, weight.shape, None, eps).to(x.dtype)
 
@@ -63,12 +62,12 @@ _FORMULAS = {"x": _round_to_x, "weight": _round_to_weight, "last": _round_last}
 class FusedRMSNorm(nn.Module):
     """An RMS norm over the last dimension by one kernel of this package, or by torch's own op.
 
-    It has the other norm's weight and plain attributes, for code that reads those. (transformers knows by "RMSNorm" in
-    the name of the class that a weight which a file lacks is to be 1.)
+    It has the weight and the attributes of the original norm, for code that reads them. (The class name has to contain
+    "RMSNorm": transformers then initializes a weight that is missing in the files to 1.)
 
     weight: [K] float.
-    rounding: where the result is rounded, a key of the table in this file's head.
-    eps_name: the attribute that is eps.
+    rounding: where the result is rounded, a key of the table at the head of this file.
+    eps_name: name of the attribute that holds eps.
     """
 
     weight: nn.Parameter
@@ -79,7 +78,7 @@ class FusedRMSNorm(nn.Module):
         self._rounding, self._eps_name = rounding, eps_name
 
     def forward(self, *args: Tensor, **kwargs: Tensor) -> Tensor:
-        """x [..., K] float -> [..., K]; x may have whatever name it had in the other norm."""
+        """x [..., K] float -> [..., K]; x may be passed under the name that it has in the original norm."""
         (x,) = (*args, *kwargs.values())
         eps: float = getattr(self, self._eps_name)
         y = ops.rms_norm(x, self.weight, eps, round_first=self._rounding != "last")
@@ -90,10 +89,10 @@ class FusedRMSNorm(nn.Module):
 
 
 def fused_norms(model: nn.Module) -> dict[str, FusedRMSNorm]:
-    """What can stand for RMS norms of `model`, which is not modified and may be on `meta`: module name -> its stand-in.
+    """Stand-ins for the RMS norms of `model`: module name -> stand-in. `model` is not modified, and may be on `meta`.
 
-    A norm is recognized if it holds a weight [K] and plain values only, takes one argument, and gives the bits of one
-    of the formulas, one of its float attributes taken for eps, whatever the dtypes of x and weight.
+    An RMS norm takes one argument, holds only a weight [K] and plain values, and returns the bits of one of the
+    formulas with one of its float attributes as eps, for all dtypes of x and weight.
     """
     found: dict[str, FusedRMSNorm] = {}
     known: dict[object, tuple[str, str] | None] = {}
@@ -122,7 +121,7 @@ def _is_candidate(module: nn.Module) -> bool:
 
 
 def _recognize(norm: nn.Module) -> tuple[str, str] | None:
-    """The rounding of a candidate and the name of its eps; None if it is no RMS norm of a kind that is known."""
+    """(rounding, name of the eps attribute) of a candidate; None if it computes none of the formulas."""
     epsilons = [(name, value) for name, value in attributes(norm).items() if isinstance(value, float)]
     if not epsilons:
         return None
@@ -137,16 +136,16 @@ def _recognize(norm: nn.Module) -> tuple[str, str] | None:
 
 
 def _samples(norm: nn.Module) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Inputs x, weights, and what a copy of `norm` makes of them.
+    """Inputs x, weights, and what a copy of `norm` returns for them.
 
-    Raises: ValueError if it wants more than x, or changes x or itself; whatever the norm raises.
+    Raises: ValueError if it takes more than x, or changes x or itself; whatever the norm raises.
     """
     if not takes_one_argument(norm):
         raise ValueError("it takes more than one argument")
     probe = copy.copy(norm)
     generator = torch.Generator("cpu").manual_seed(0)
     k = len(norm.get_parameter("weight"))
-    # From where eps is larger than the mean square, so that another eps is noticed, to where it is lost in it.
+    # From sizes at which eps is larger than the mean square, so that a wrong eps is noticed, to where it is negligible.
     sizes = torch.logspace(-5, 3, 12, device="cpu", dtype=torch.float32).unsqueeze(1)
     for x_dtype, weight_dtype in itertools.product(FLOATS, repeat=2):
         rows = (random(12, k, generator=generator) * sizes).to(x_dtype)

@@ -1,16 +1,16 @@
-"""Rotary position embeddings of queries and keys in one kernel instead of ten.
+"""Rotary position embeddings of queries and keys computed by one kernel instead of ten.
 
     y = x * cos + rotate_half(x) * sin      rotate_half((first, second)) = (-second, first)     https://arxiv.org/abs/2104.09864
 
 A model's attention calls a function for this, `apply_rotary_pos_emb(q, k, cos, sin)` of its own file: halves are
-copied, negated, joined, multiplied and added, each a pass over memory, and a launch on GPUs. Where this package has a
-kernel and nobody wants a gradient (`ops.rotary`), that does all, with torch's rounding: the same bits.
+copied, negated, joined, multiplied and added, each a pass over memory and a launch on GPUs. Where this package has a
+kernel and no gradient is wanted (`ops.rotary`), it does everything, with torch's rounding: the same bits.
 
-Which function that is is asked of the function itself, whatever it is called: of those that an attention's `forward`
-names, one that takes a cos and a sin behind two tensors is run on random inputs, and has to give the bits of the
-formula. The attention then is of a class that derives from its own, whose `forward` is the same code with another
-function under that name. Nobody else's `forward` changes. (All other names mean to it what they meant when the class
-was made: what is put into the model's file afterwards, it does not see.)
+The function is recognized by what it computes, whatever it is called: of the functions that an attention's `forward`
+mentions, one with the parameters cos and sin after two others is run on random inputs, and has to return the bits of
+the formula. The attention then gets a class that derives from its own and whose `forward` is the same code, but with
+the fused function under that name. No other `forward` changes. (The new `forward` has its own copy of the globals, so
+it does not see names that are changed in the model's file later.)
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ __all__ = ["FusedRotary", "fused_rotaries"]
 
 
 class FusedRotary(Derived):
-    """An attention whose queries and keys are turned by one kernel of this package where it can."""
+    """An attention whose queries and keys are rotated by one kernel of this package where possible."""
 
     @classmethod
     def members_for(cls, source: Any) -> dict[str, Any]:
@@ -40,13 +40,14 @@ class FusedRotary(Derived):
 
     @classmethod
     def made_of(cls, source: Any) -> Any:
-        """`forward` and what the names in it mean: others may have patched them since another model was quantized."""
+        """`forward` and the objects that the names in it refer to: they may have been patched since the last class was
+        made."""
         function = _innermost(source.forward)
         return source.forward, tuple(id(function.__globals__.get(name)) for name in function.__code__.co_names)
 
 
 def _calling_fused(function: FunctionType) -> FunctionType:
-    """The same code, or what wraps it, calling a fused one of each function that a kernel can stand for."""
+    """A copy of `function`, and of the decorators around it, that calls fused versions of the rotary functions."""
     wrapped = _wrapped(function)
     if wrapped is None:
         return same_code(function, _with_fused(function, _named(function)), function.__closure__)
@@ -60,12 +61,12 @@ def _calling_fused(function: FunctionType) -> FunctionType:
 def _with_fused(function: FunctionType, names: tuple[str, ...]) -> dict[str, Any]:
     """The globals of a function, with fused functions under these names."""
     known = {**function.__globals__, **{name: _fused(function.__globals__[name]) for name in names}}
-    known.pop("__name__", None)  # by which a compiler would look names up in the module instead
+    known.pop("__name__", None)  # or torch.compile would look names up in the module of that name instead
     return known
 
 
 def _wrapped(function: FunctionType) -> FunctionType | None:
-    """What a decorated function calls."""
+    """The function that a decorated function calls; None if it is not decorated."""
     within = vars(function).get("__wrapped__")
     held = isinstance(within, FunctionType) and any(_holds(cell, within) for cell in function.__closure__ or ())
     return within if held else None
@@ -88,9 +89,9 @@ def _fused(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def fused_rotaries(model: nn.Module) -> dict[str, FusedRotary]:
-    """What can stand for attentions of `model`, which is not modified and may be on `meta`: module name -> stand-in.
+    """Stand-ins for the attentions of `model`: module name -> stand-in. `model` is not modified, and may be on `meta`.
 
-    One is recognized if its class's `forward` names a function that does what this file's head says.
+    An attention can be replaced if the `forward` of its class mentions a rotary function, see the head of this file.
     """
     found: dict[str, FusedRotary] = {}
     for name, module in model.named_modules():
@@ -101,7 +102,7 @@ def fused_rotaries(model: nn.Module) -> dict[str, FusedRotary]:
 
 
 def _rotations(source: Any) -> tuple[str, ...]:
-    """Under which names the `forward` of a class of modules calls functions that a kernel can stand for."""
+    """The names in `forward` of the class `source` that refer to rotary functions."""
     function = _innermost(source.forward)
     return _named(function) if isinstance(function, FunctionType) else ()
 

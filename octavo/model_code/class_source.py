@@ -1,4 +1,4 @@
-"""What the source of a class says that its methods do with parts of self and with their arguments.
+"""Read from the source of a class what its methods do with parts of self and with their arguments.
 
     def forward(self, x, table):
         x = F.linear(x, self.a[0].b.weight)     a read of `weight` at the path ("self", "a", "0", "b")
@@ -6,9 +6,9 @@
         return self.head(x, table)              a call of ("self", "head") with the path ("table",) as argument 1
         if isinstance(self.a[0], nn.Linear):    a read of its class at the path ("self", "a", "0")
 
-What reads a weight in a product, `F.linear` or a convolution of torch's, is told from what reads it otherwise
-(`product_arguments.py`). Paths are followed through local names, loops, indices and `getattr`. `if`s that a read or
-call stands under are kept: `holds` says whether one does for a module as it is configured.
+Reads whose value only goes into a product (`F.linear`, a convolution) are told from others (`product_arguments.py`).
+Paths are followed through local names, loops, indices and `getattr`. The conditions of `if`s around a read or call are
+kept, and `holds` evaluates them for a module as it is configured.
 """
 
 from __future__ import annotations
@@ -34,7 +34,8 @@ __all__ = [
 ]  # fmt: skip
 
 SELF = "self"
-"""First element of the path of a part of self, whatever a method calls it; of another path it is a parameter's name."""
+"""First element of the path of a part of self, whatever a method calls self. Other paths start with a parameter's
+name."""
 
 _LISTS = {"all_weights", "_flat_weights"}
 _WEIGHT = "|".join(
@@ -43,23 +44,23 @@ _WEIGHT = "|".join(
 
 
 def is_weight(name: str) -> bool:
-    """Whether it is the name of a parameter that becomes int8, or of a list of them."""
+    """Whether `name` is that of a parameter that becomes int8, or of a list of such parameters."""
     return re.fullmatch(_WEIGHT, name) is not None
 
 
 Path = tuple[str, ...]
-"""In a path "*" stands for an index that is not constant, "**" for anything below."""
+"""Names from self, or from an argument, down to a part. "*" is an index that is not constant, "**" anything below."""
 
 Conditions = tuple[ast.expr, ...]
 
 
 @dataclasses.dataclass(frozen=True)
 class Read:
-    """`path.weight`, under `conditions`. asks: for its "values", only for its "dtype" or "shape", or, as the weight of
-    a product, `goes_into(F.linear)`.
+    """A read of the weight of the layer at `path`, under `conditions`; or a test of its class.
 
-    Or a test of what stands at `path`, () where that cannot be told. asks: `is_a("Linear")`, if that is what may be the
-    name of a class there.
+    path: () for a class test of something that is not a part of self or of an argument.
+    asks: what the read is for: "values", only "dtype" or "shape", or `goes_into(F.linear)` if it is the weight of a
+        product; `is_a("Linear")` for a test against a class of that name.
     """
 
     path: Path
@@ -68,14 +69,14 @@ class Read:
 
 
 def is_a(name: str) -> str:
-    """What a read asks that tells classes of this name from others."""
+    """`Read.asks` of a test for a class of this name."""
     return f"is a {name}"
 
 
 @dataclasses.dataclass(frozen=True)
 class Call:
-    """`function(...)` of a part of self, under `conditions`. arguments: those that are paths, with their positions or
-    keywords."""
+    """A call of a part of self, at path `function`, under `conditions`. arguments: (position or keyword, path) of those
+    arguments that are parts of self or of an argument."""
 
     function: Path
     arguments: tuple[tuple[int | str, Path], ...]
@@ -83,11 +84,11 @@ class Call:
 
 
 class Method:
-    """A method, its parameters after self, and what it reads and calls, which is looked for when it is asked for.
+    """A method of a class: its parameters after self, and (analyzed when first used) what it reads and calls.
 
-    known: what the names mean that are not its own.
-    has_other_name: whether its class uses it outside of methods, as in `size = property(_size)`.
-    asks_a_parameter: whether it takes the first of `self.parameters()`, which there has to be.
+    known: the globals of the method.
+    has_other_name: whether the class body uses it outside of methods, as in `size = property(_size)`.
+    asks_a_parameter: whether it calls `next(self.parameters())`, which fails without parameters.
     """
 
     def __init__(self, definition: ast.FunctionDef, text: str, known: Mapping[str, Any], has_other_name: bool) -> None:
@@ -103,7 +104,7 @@ class Method:
 
     @functools.cached_property
     def reads(self) -> tuple[Read, ...]:
-        """All but those of a layer whose int8 codes it minds, as T5 does."""
+        """The reads and class tests, except reads of layers whose dtype it compares with int8 itself, as T5 does."""
         if not self._may_read:
             return ()
         text = ast.unparse(self._definition) if self._minds_int8 else ""
@@ -112,12 +113,12 @@ class Method:
 
     @functools.cached_property
     def calls(self) -> tuple[Call, ...]:
-        """Those that hand a part of self or an argument to a part of self."""
+        """The calls that pass a part of self, or of an argument, to a part of self."""
         return tuple(each for each in self._found if isinstance(each, Call))
 
     @property
     def takes_input(self) -> bool:
-        """Whether it has a parameter that is more than a switch."""
+        """Whether it has a parameter other than boolean switches."""
         arguments = self._definition.args
         defaults = (*arguments.defaults, *arguments.kw_defaults)
         switches = [each for each in defaults if isinstance(each, ast.Constant) and isinstance(each.value, bool)]
@@ -125,14 +126,14 @@ class Method:
 
     @functools.cached_property
     def mentions(self) -> frozenset[str]:
-        """All names that it may ask an object for: of attributes, and strings, for `getattr`."""
+        """All names of attributes in it, and all strings, which `getattr` may use as such."""
         nodes = list(ast.walk(self._definition))
         strings = (node.value for node in nodes if isinstance(node, ast.Constant) and isinstance(node.value, str))
         return frozenset((*strings, *(node.attr for node in nodes if isinstance(node, ast.Attribute))))
 
     @functools.cached_property
     def hands_on(self) -> frozenset[str]:
-        """Names of attributes that it looks up and does not call at once, as `self.watch` in `hook(self.watch)`."""
+        """Names of attributes that it looks up without calling them, such as `watch` in `hook(self.watch)`."""
         nodes = list(ast.walk(self._definition))
         called = {id(node.func) for node in nodes if isinstance(node, ast.Call)}
         looked_up = (node for node in nodes if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load))
@@ -140,13 +141,13 @@ class Method:
 
     @property
     def calls_super(self) -> bool:
-        """Whether it asks `super()` for anything."""
+        """Whether it uses `super()`."""
         return any(map(_is_plain_super, ast.walk(self._definition)))
 
     @property
     def goes_past_super(self) -> bool:
-        """Whether it calls a forward that is neither that of `super()` nor of a part of self:
-        `nn.Conv1d.forward(self, x)` or `super(Mine, self).forward(x)`, for two."""
+        """Whether it uses a `forward` other than that of plain `super()` or of a part of self, for example
+        `nn.Conv1d.forward(self, x)` or `super(Mine, self).forward(x)`."""
         return any(
             isinstance(each, ast.Attribute)
             and each.attr == "forward"
@@ -184,7 +185,7 @@ _Names = dict[str, set[Path]]
 
 @functools.cache
 def methods_of(cls: Any) -> tuple[Method, ...]:
-    """The methods of `cls`, then those of its bases, but for torch's."""
+    """The methods of `cls`, then those of its bases, without torch's classes."""
     bases = (base for base in cls.__mro__ if not base.__module__.startswith(("torch.", "builtins")))
     return tuple(method for base in bases for method in _methods_of_class(base))
 
@@ -212,7 +213,7 @@ def _read_class(cls: type) -> Iterator[Method]:
 
 
 def _made_by(init: ast.FunctionDef, text: str, known: Mapping[str, Any]) -> Iterator[Method]:
-    """The functions that a constructor makes, as in `self.head = lambda x: x @ self.embed.weight.T`."""
+    """Functions defined inside a constructor, as in `self.head = lambda x: x @ self.embed.weight.T`."""
     for node in ast.walk(init):
         if isinstance(node, ast.Lambda | ast.FunctionDef) and node is not init:
             body: list[ast.stmt] = [ast.Return(node.body)] if isinstance(node, ast.Lambda) else node.body
@@ -222,7 +223,7 @@ def _made_by(init: ast.FunctionDef, text: str, known: Mapping[str, Any]) -> Iter
 
 
 class _Getattr(ast.NodeTransformer):
-    """Writes `getattr(x, "name")` as `x.name`, and with a name that is not constant as `x[name]`."""
+    """Rewrites `getattr(x, "name")` as `x.name`, and `getattr(x, name)` as `x[name]`."""
 
     def visit_Call(self, node: ast.Call) -> ast.AST:
         self.generic_visit(node)
@@ -235,7 +236,7 @@ class _Getattr(ast.NodeTransformer):
 
 
 def _files_of_class(cls: type) -> set[str]:
-    """Where its source may stand: files, and cells of notebooks, whose names its functions know, and `linecache`."""
+    """Names under which `linecache` may have the source of a class: files, and cells of notebooks."""
     functions = (inspect.unwrap(value) for value in vars(cls).values() if callable(value))
     files = {function.__code__.co_filename for function in functions if hasattr(function, "__code__")}
     try:
@@ -273,7 +274,7 @@ def _classes_of_file(file: str) -> dict[str, list[ast.ClassDef]]:
 
 
 def _in_order(node: ast.AST) -> Iterator[ast.AST]:
-    """`node` and all below it, as they stand in the source."""
+    """`node` and all nodes below it, in the order of the source."""
     yield node
     for child in ast.iter_child_nodes(node):
         yield from _in_order(child)
@@ -307,8 +308,8 @@ def _bind_value(target: ast.expr, value: ast.expr, names: _Names) -> None:
 
 
 def _bind_loop(target: ast.expr, iterated: ast.expr, names: _Names) -> None:
-    """The names that `for target in iterated` gives to parts of self, through `enumerate` and `zip` too, and beside
-    their names."""
+    """Bind the names of `for target in iterated` to the parts that they may be: also through `enumerate`, `zip`, and
+    iteration over (name, part) pairs."""
     match iterated, target:
         case ast.Call(func=ast.Name("enumerate"), args=[parts, *_]), ast.Tuple(elts=[_, each]):
             _bind_loop(each, parts, names)
@@ -323,11 +324,11 @@ def _bind_loop(target: ast.expr, iterated: ast.expr, names: _Names) -> None:
 
 _NAMED = {"named_children": "*", "items": "*", "named_modules": "**"}
 _UNNAMED = {"children": "*", "values": "*", "modules": "**"}
-"""What a call of these methods gives: its place below what is asked."""
+"""Methods that iterate over the parts of a part -> the path of these below it. `_NAMED` yield (name, part) pairs."""
 
 
 def _items(iterated: ast.expr, names: _Names) -> set[Path]:
-    """What `iterated` goes through: the parts of a part, or those that are written down."""
+    """The paths of what `iterated` iterates over: the parts of a part, or the elements of a tuple, list or set."""
     match iterated:
         case ast.Tuple(elts=parts) | ast.List(elts=parts) | ast.Set(elts=parts):
             starred = (_items(part.value, names) for part in parts if isinstance(part, ast.Starred))
@@ -340,8 +341,8 @@ def _items(iterated: ast.expr, names: _Names) -> set[Path]:
 
 
 def _paths(node: ast.expr, names: _Names) -> set[Path]:
-    """{("self", "a", "0", "b")} of the expression `self.a[0].b`; several where it may be one of several parts, and none
-    for what is a part neither of self nor of an argument."""
+    """The paths that an expression may refer to: {("self", "a", "0", "b")} for `self.a[0].b`; empty if it is not a part
+    of self or of an argument."""
     match node:
         case ast.Name(id=name):
             return names.get(name, set())
@@ -366,8 +367,7 @@ def _is_weight_of_a_part(node: ast.expr) -> bool:
 def _reads_and_calls(
     node: ast.AST, conditions: Conditions, names: _Names, products: Mapping[ast.expr, str]
 ) -> Iterator[Read | Call]:
-    """What stands in and below `node`, each with the conditions that it stands under. products: as `products_within`
-    gives them."""
+    """The reads and calls in and below `node`, each with the conditions around it. products: from `products_within`."""
     if isinstance(node, ast.If | ast.IfExp):
         yield from _reads_and_calls(node.test, conditions, names, products)
         for branch, condition in ((node.body, node.test), (node.orelse, ast.UnaryOp(ast.Not(), node.test))):
@@ -396,7 +396,8 @@ def _reads_and_calls(
 def _in_turn(
     value: Any, conditions: Conditions, names: _Names, products: Mapping[ast.expr, str]
 ) -> Iterator[Read | Call]:
-    """The same of a field of a node; what follows an `if` that returns stands under its being false."""
+    """The same for a field of a node, such as a list of statements. Statements after an `if` that returns or raises are
+    under the condition that its test is false."""
     for node in value if isinstance(value, list) else [value]:
         if isinstance(node, ast.AST):
             yield from _reads_and_calls(node, conditions, names, products)
@@ -405,8 +406,8 @@ def _in_turn(
 
 
 def _class_tests(node: ast.AST) -> Iterator[tuple[ast.expr, ast.AST]]:
-    """What `node` tests the class of, and where the names of classes stand: `isinstance(x, (A, B))`, `type(x) is A`,
-    `x.__class__.__name__ == "A"`."""
+    """For tests of a class in `node`, (what is tested, the expression with the names of classes): `isinstance(x, (A,
+    B))`, `type(x) is A`, `x.__class__.__name__ == "A"`."""
     match node:
         case ast.Call(func=ast.Name("isinstance"), args=[tested, classes]):
             yield tested, classes
@@ -418,7 +419,7 @@ def _class_tests(node: ast.AST) -> Iterator[tuple[ast.expr, ast.AST]]:
 
 
 def _names_in(node: ast.AST) -> set[str]:
-    """Names, those of attributes, and strings."""
+    """All names, names of attributes, and strings in and below `node`."""
     found = set()
     for part in ast.walk(node):
         match part:
@@ -441,7 +442,8 @@ _UNKNOWN = object()
 
 
 def holds(test: ast.expr, module: nn.Module, training: bool) -> bool | None:
-    """Whether `test` holds for `module` as it is configured, in train or eval mode; None if it depends on more."""
+    """Whether the condition `test` is true for `module` as it is configured, in train or eval mode; None if that
+    depends on anything else."""
     match test:
         case ast.BoolOp(op=op, values=values):
             decisive = isinstance(op, ast.Or)
@@ -461,8 +463,8 @@ def holds(test: ast.expr, module: nn.Module, training: bool) -> bool | None:
 
 
 def _setting(node: ast.expr, module: nn.Module, training: bool) -> Any:
-    """The value of a constant or of `self.a.b`, if it is a plain value that running the model does not change; or what
-    stands at `self.a`, if that is a parameter or a child."""
+    """The value of a constant; of `self.a.b` if it is a plain value; of `self.a` if it is a parameter or child. Else
+    `_UNKNOWN`."""
     if isinstance(node, ast.Constant):
         return node.value
     paths = _paths(node, {SELF: {(SELF,)}})
