@@ -1,12 +1,12 @@
-"""What calibration keeps of the inputs of experts' down projections, expert by expert: no hook sees them, for they are
-made and used inside one `forward`.
+"""Observe the inputs of experts' down projections, expert by expert. No hook sees them, because they are computed and
+used inside one `forward`.
 
-They are made a second time, of the tensors that the layer was called with, by the layer's own weights and gate:
+They are computed a second time from the arguments of the call, with the layer's own weights and gate:
 
     down input of expert e = gate(x[tokens of e] up[e]^T + up_bias[e])       [S_e, H] -> [S_e, I]
 
-The layer itself runs as always. So every token can be shown to every expert, for the statistics, while the model
-computes what its router says.
+The layer itself runs as always. So statistics can be taken of every token in every expert while the model computes what
+its router decides.
 """
 
 from __future__ import annotations
@@ -24,22 +24,22 @@ from octavo.experts import ExpertsSpec, chosen_experts
 __all__ = ["ExpertsObserver", "observe_experts", "rows_of_each"]
 
 _FEWEST = 8
-"""Rows that are kept of an expert, however many share a layer's."""
+"""At least so many rows are kept for each expert (if a layer keeps so many at all)."""
 
 
 def rows_of_each(rows: int, experts: int) -> int:
-    """How many rows are kept of each of E experts, where a layer has `rows`."""
+    """How many rows are kept for each of `experts` experts, where a linear layer keeps `rows`."""
     return min(rows, max(_FEWEST, rows // experts))
 
 
 @dataclasses.dataclass
 class ExpertsObserver:
-    """The inputs of the down projections of a stack of experts so far.
+    """Statistics of the inputs of the down projections of a stack of experts so far.
 
-    amax: largest magnitude of each channel, fp32 [E, I]; 0 for an expert that no token was routed to.
-    tokens: how many each expert saw, int64 [E].
-    rows: whole inputs of a few tokens of each expert, drawn evenly from all of its tokens, [R, I].
-    expert, order: int64 [R], of each kept row its expert and its pseudo-random number, as an Observer has it.
+    amax: fp32 [E, I], largest magnitude of each channel; 0 for an expert that no token was routed to.
+    tokens: int64 [E], how many tokens each expert saw.
+    rows: [R, I], whole inputs of a few tokens of each expert, sampled evenly from all of its tokens.
+    expert, order: int64 [R], for each kept row its expert, and its pseudo-random number as in `Observer`.
     """
 
     amax: Tensor
@@ -58,7 +58,7 @@ class ExpertsObserver:
         return self.rows[self.expert == expert]
 
     def merged(self, other: ExpertsObserver, rows: int) -> ExpertsObserver:
-        """What one observer of both's tokens would have kept, at most `rows` of them of each expert."""
+        """The observer of the tokens of both, which keeps at most `rows` rows of each expert."""
         order, expert = torch.cat([self.order, other.order]), torch.cat([self.expert, other.expert])
         by_order = order.argsort()
         kept = by_order[expert[by_order].argsort(stable=True)]  # by expert, and by order among an expert's
@@ -73,18 +73,19 @@ class ExpertsObserver:
         )
 
     def cpu(self) -> ExpertsObserver:
-        """The same in the computer's own memory."""
+        """A copy in CPU memory."""
         return ExpertsObserver(**{field: value.cpu() for field, value in vars(self).items()})
 
     def typical_range(self) -> Tensor:
-        """`Observer.typical_range` of each expert: fp32 [E, I], 0 for one without rows."""
+        """`typical_range` of the kept rows of each expert: fp32 [E, I], 0 for an expert without rows."""
         ranges = torch.zeros_like(self.amax)
         for e in self.expert.unique().tolist():
             ranges[e] = typical_range(self.rows_of(e))
         return ranges
 
     def divide(self, smooth_scale: Tensor) -> None:
-        """Follow the inputs as those of each expert are divided by its row of `smooth_scale`, fp32 [E, I]."""
+        """Update the statistics for inputs divided by `smooth_scale`, fp32 [E, I], channel by channel of each
+        expert."""
         self.amax = self.amax / smooth_scale
         self.rows = (self.rows.float() / smooth_scale[self.expert]).to(self.rows.dtype)
 
@@ -100,11 +101,11 @@ def observe_experts(
     rows: int,
     route_all: bool,
 ) -> ExpertsObserver:
-    """The observer of one call of a float layer.
+    """The observer of one call of a float stack of experts.
 
-    x: [..., H] of T tokens. routing: the arguments after it. counts: bool [T], False for padding; None if all count.
-    seed: another one for every call of a layer. rows: keep at most so many of each expert.
-    route_all: show every token to every expert.
+    x: [..., H] of T tokens. routing: the arguments after x. counts: bool [T], False for padding; None if all count.
+    seed: different for every call of a layer. rows: keep at most so many rows of each expert.
+    route_all: take statistics of every token in every expert.
     """
     experts, width = spec.rows(layer.get_parameter(spec.down)).shape[::2]
     shown = _tokens_of_each(layer, spec, x, routing, counts, experts, route_all)
@@ -134,9 +135,9 @@ def _tokens_of_each(
     experts: int,
     route_all: bool,
 ) -> Iterator[Tensor]:
-    """For each expert which of the T tokens it is shown, int64 [S]."""
+    """For each expert the indices of the tokens that its statistics are taken of, int64 [S]."""
     counts = torch.ones(x.shape[:-1].numel(), dtype=torch.bool, device=x.device) if counts is None else counts
-    if spec.routing == "sorted":  # an expert has a row for every token, of zeros if it was not routed there
+    if spec.routing == "sorted":  # every expert has a row for every token; zeros if the token was not routed to it
         counts = counts & x.any(-1).flatten()
         chosen = torch.arange(experts, device=x.device).repeat_interleave(len(counts) // experts).unsqueeze(1)
     elif spec.routing == "split":

@@ -1,17 +1,18 @@
-"""What calibration keeps of the activations that enter one layer: a little memory for any number of tokens.
+"""Observers: what calibration keeps of the inputs of one layer, in little memory for any number of tokens.
 
     amax        largest magnitude of each input channel                      fp32 [K]
     histogram   how many values have which magnitude, over the whole tensor  int64 [8192]
     rows        whole inputs of a few tokens, drawn evenly from all          [R, K], R <= `rows` of `observe`
 
-A bin of the histogram is a 32nd of an octave: the exponent and the five leading bits of the mantissa of |x| in fp32. It
-covers every fp32 number, so no range has to be known beforehand, and the histograms of two runs add up exactly.
+A bin of the histogram is a 32nd of an octave: its number is the exponent and the five leading bits of the mantissa of
+|x| in fp32. The bins cover all fp32 numbers, so no range has to be known beforehand, and histograms of two runs can be
+added.
 
-The largest magnitude that a static int8 input is to hold, by observer:
+The kinds of observers are ways to choose the clipping point of a static input: the magnitude that becomes code 127.
 
-    absmax      the largest that was seen
-    percentile  the smallest that a share of the values does not exceed; the largest that was seen if that is 0
-    mse         the one whose rounding and clipping errors have the smallest sum of squares
+    absmax      the largest magnitude seen
+    percentile  the smallest that a given share of the values does not exceed; the largest seen if that is 0
+    mse         the one with the smallest sum of squared rounding and clipping errors
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ ObserverKind = Literal["absmax", "percentile", "mse"]
 OBSERVERS: tuple[ObserverKind, ...] = get_args(ObserverKind)
 
 PERCENTILE = 99.99
-"""Of the values, that a static scale of the observer `percentile` holds without clipping."""
+"""Percentage of the values that the observer `percentile` does not clip."""
 
 _BINS = 8192
 _DROPPED_BITS = 18  # of fp32's 31 below the sign: 8 of exponent and 5 of mantissa remain
@@ -54,10 +55,11 @@ def check_observer(kind: str) -> None:
 
 @dataclasses.dataclass
 class Observer:
-    """The inputs of one layer so far; see the head of this file.
+    """Statistics of the inputs of one layer so far; for amax, histogram and rows see the head of this file.
 
-    tokens: rows of [..., K] that were seen. order: int64 [R], a pseudo-random number of each kept row: those with the
-    smallest numbers are kept, which makes them an even sample, and the same one however the tokens were split up.
+    tokens: how many rows of [..., K] were seen.
+    order: int64 [R], a pseudo-random number for each kept row. The rows with the smallest numbers are kept: an even
+        sample, and the same one however the tokens are split into batches.
     """
 
     amax: Tensor
@@ -68,12 +70,12 @@ class Observer:
 
     @classmethod
     def of_amax(cls, amax: Tensor) -> Observer:
-        """One of which nothing but the channels' amax, fp32 [K], is known."""
+        """An observer that knows only the amax of each channel, fp32 [K]."""
         none = torch.zeros(0, dtype=torch.int64)
         return cls(amax, torch.zeros(_BINS, dtype=torch.int64), amax.new_zeros(0, len(amax)), none, 0)
 
     def merged(self, other: Observer, rows: int) -> Observer:
-        """What one observer of both's tokens would have kept, at most `rows` of them."""
+        """The observer of the tokens of both, which keeps at most `rows` rows."""
         order = torch.cat([self.order, other.order])
         kept = order.argsort()[:rows]
         return Observer(
@@ -85,14 +87,14 @@ class Observer:
         )
 
     def cpu(self) -> Observer:
-        """The same in the computer's own memory."""
+        """A copy in CPU memory."""
         return Observer(self.amax.cpu(), self.histogram.cpu(), self.rows.cpu(), self.order.cpu(), self.tokens)
 
     def largest(self, kind: ObserverKind = "absmax", *, percentile: float = PERCENTILE) -> float:
-        """The magnitude that becomes code 127, by the observer `kind`; 0 if every input was 0.
+        """The clipping point (the magnitude that becomes code 127) by the observer `kind`; 0 if every input was 0.
 
-        percentile: for that observer, in percent. Raises: CalibrateError for an observer that does not exist, and for
-            one other than absmax where nothing but the channels' amax is known.
+        percentile: in percent, for the observer of that name.
+        Raises: CalibrateError for an unknown observer, and for any but absmax if only the amax of channels is known.
         """
         check_observer(kind)
         top = self.amax.max().item() if self.amax.numel() else 0.0
@@ -114,10 +116,10 @@ class Observer:
         return _bin_values(torch.tensor([bin_]), upper=True).item() if bin_ else 0.0
 
     def _least_squares(self, top: float) -> float:
-        """Over clipping points from a 64th of the top to the top, 32 an octave.
+        """The clipping point c with the smallest sum of squared errors, of 32 per octave from top / 64 to top.
 
-        A value v is clipped to c (error v - c), or rounded to a multiple of c / 127: an error of v below half a step,
-        and of step / sqrt(12) in the mean above.
+        A value v above c is clipped: its error is v - c. Others are rounded to a multiple of the step c / 127: the
+            error is v below half a step, and step / sqrt(12) on average above.
         """
         used = self.histogram.nonzero().squeeze(1)
         count, value = self.histogram[used].double(), _bin_values(used)
@@ -128,13 +130,13 @@ class Observer:
         return points[(count * torch.where(clipping > 0, clipping, rounding)).sum(1).argmin()].item()
 
     def typical_range(self) -> Tensor:
-        """That of the kept rows: fp32 [K]."""
+        """`typical_range` of the kept rows, fp32 [K]."""
         return typical_range(self.rows)
 
     def divide(self, smooth_scale: Tensor) -> None:
-        """Follow the layer's input as it is divided by `smooth_scale`, fp32 [K], channel by channel.
+        """Update the statistics for inputs divided by `smooth_scale`, fp32 [K], channel by channel.
 
-        The amax stays exact; of the histogram only that of the kept rows is known then, and takes its place.
+        The amax stays exact. The histogram becomes that of the kept rows, since it is not known per channel.
         """
         self.amax = self.amax / smooth_scale
         self.rows = (self.rows.float() / smooth_scale).to(self.rows.dtype)
@@ -142,9 +144,9 @@ class Observer:
 
 
 def observe(x: Tensor, seed: int, rows: int) -> Observer:
-    """The observer of one input alone.
+    """The observer of one input.
 
-    x: [n, K] float. seed: another one for every input of a layer. rows: keep at most so many of `x`.
+    x: [n, K] float. seed: different for every input of a layer. rows: keep at most so many rows.
     """
     magnitude = x.detach().float().abs()
     order = pseudo_random(len(x), seed, x.device)
@@ -167,9 +169,9 @@ def _bin_values(bins: Tensor, upper: bool = False) -> Tensor:
 
 
 def typical_range(rows: Tensor) -> Tensor:
-    """Root mean square of each channel over rows [R, K], each divided by its own largest value: fp32 [K].
+    """Root mean square of each channel over rows [R, K], each row divided by its largest magnitude: fp32 [K].
 
-    How a channel compares with the largest of its token, in a usual token. A scale per token is set by that.
+    This says how large a channel usually is relative to the largest one of the token, which sets a scale per token.
     """
     rows = rows.float()
     rows = rows / rows.abs().amax(-1, keepdim=True).clamp_min(1e-30)
@@ -177,7 +179,7 @@ def typical_range(rows: Tensor) -> Tensor:
 
 
 def pseudo_random(n: int, seed: int, device: torch.device) -> Tensor:
-    """A number for each of n rows, int64 [n]: SplitMix64 (Steele et al., 2014) of the seed and the row's index."""
+    """Pseudo-random int64 [n] on `device`: SplitMix64 (Steele et al., 2014) of the seed and the index of each row."""
     z = torch.arange(n, device=device) + seed * 0x632BE59B % (1 << 40) * (1 << 20)
     z = (z ^ (z >> 30)) * -0x40A7B892E31B1A47
     z = (z ^ (z >> 27)) * -0x6B2FB644ECCEEE15

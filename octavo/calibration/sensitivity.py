@@ -1,11 +1,12 @@
-"""How much a layer's output suffers when its weight and input become int8, measured on inputs that calibration kept.
+"""Measure the error at a layer's output when its weight and input become int8, on inputs that calibration kept.
 
     error = mean over tokens of |y' - y|^2 / |y|^2      y = x W^T in float, y' with both quantized
     SQNR  = -10 log10(error), in dB
 
-Every token counts alike, whatever its size. That matters where a few tokens are huge (in Llama-like models the inputs
-of some `down_proj` are 1000 times the usual at the first token): they fix a static scale, under which the codes of all
-other tokens are 0, while the sum of squared errors over all tokens hardly moves, for they are most of the signal.
+Every token counts the same, whatever its size. That matters where a few tokens are huge (in Llama-like models the
+inputs of some `down_proj` are 1000 times the usual size at the first token). Under a static scale set by them the codes
+of all other tokens are 0; but the sum of squared errors over all tokens hardly changes, because the huge ones dominate
+it.
 """
 
 from __future__ import annotations
@@ -20,11 +21,11 @@ from octavo.recipe import Scheme
 __all__ = ["CATASTROPHE_DB", "OUTPUTS", "evenly", "output_error", "rounded_input"]
 
 CATASTROPHE_DB = 22.0
-"""Layers that static inputs leave with less SQNR than this get other inputs. Measured on SmolLM2-135M after smoothing:
-a tenth of the layers are below it, every one a down_proj, and they make most of the loss."""
+"""A layer whose SQNR with static inputs is below this gets dynamic or float inputs. Measured on SmolLM2-135M after
+smoothing: a tenth of the layers are below it, all of them down_proj, and they cause most of the loss."""
 
 OUTPUTS = 1024
-"""Errors are measured on so many of a layer's output channels, evenly spaced."""
+"""Errors are measured on at most so many output channels of a layer, evenly spaced."""
 
 
 def evenly(weight: Tensor, outputs: int = OUTPUTS) -> Tensor:
@@ -47,7 +48,8 @@ def output_error(weight: Tensor, y: Tensor, x_rounded: Tensor, scheme: Scheme) -
 
 
 def rounded_input(x: Tensor, scheme: Scheme, amax: Tensor) -> Tensor:
-    """x as its codes under `scheme` stand for it: fp32 [T, K]. amax: the largest magnitude of a static input, 0-d."""
+    """x fp32 [T, K], quantized under `scheme` and dequantized again: fp32 [T, K]. amax: 0-d, the clipping point of a
+    static input."""
     if scheme.input is None:
         return x
     if not scheme.input.dynamic:

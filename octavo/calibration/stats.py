@@ -1,8 +1,8 @@
-"""What calibration saw: `Stats`, in memory and on disk; and which layers of a model it is of.
+"""The statistics that calibration collects, `Stats`, in memory and on disk; and which layers they are collected for.
 
-Watched are the inputs of linear layers (and transformers' Conv1D), of stacks of experts and, expert by expert, of their
-down projections, and of modules with weights of their own, and none below them, that are no layer octavo knows:
-routers. Memory is a few rows a layer, whatever the number of tokens.
+Observed are the inputs of linear layers (and transformers' Conv1D), of stacks of experts, and of each expert's down
+projection; also of modules that hold weights themselves and are no kind of layer that octavo knows, such as routers.
+Their memory is that of a few rows per layer, whatever the number of tokens.
 """
 
 from __future__ import annotations
@@ -34,19 +34,19 @@ __all__ = ["Stats", "check_stats", "columns_of", "is_watched", "largest_of_colum
 
 @dataclasses.dataclass
 class Stats:
-    """What calibration saw.
+    """The statistics of a model's activations.
 
     observers: layer's name -> what was kept of its inputs [..., K], see octavo.calibration.observers.
-    unreached: layers that no token reached.
-    shared: groups of layers that were fed the very same tensor, at every call.
-    example: the first batch, by which `octavo.smooth` finds its way through the model; None for statistics that came
-        without one.
-    further: batches that go another way, on which smoothing is proved too: they reach layers that no batch before them
-        did, or give the model arguments of another structure: other names, flags and numbers, tensors of other dtypes
-        and numbers of dimensions (of these the first 16).
+    unreached: names of layers that no token reached.
+    shared: groups of layers that were fed the very same tensor at every call.
+    example: the first batch, which `octavo.smooth` runs to analyze the model; None for statistics without one.
+    further: batches that may take other paths through the model's code, on which smoothing is checked too. They reached
+        layers that no earlier batch did, or have arguments of another structure: other names, flags, numbers, dtypes or
+        numbers of dimensions (at most 16 batches for the latter).
     experts: name of a stack of down projections -> its inputs, expert by expert.
-    columns: layer's name -> the largest magnitude of each column of its weight, fp32 [K], by which a model is told from
-        what smoothing makes of it.
+    columns: layer's name -> the largest magnitude of each column of its weight, fp32 [K]. By it a model is told from
+        its
+        smoothed version.
     """
 
     observers: dict[str, Observer]
@@ -59,12 +59,12 @@ class Stats:
 
     @property
     def unrouted(self) -> dict[str, tuple[int, ...]]:
-        """The experts that saw no token, by the name of their down projections. Smoothing leaves them as they are."""
+        """Name of a stack of down projections -> its experts that saw no token; smoothing leaves these as they are."""
         return {name: seen.unrouted for name, seen in self.experts.items() if seen.unrouted}
 
     def check_are_of(self, model: nn.Module) -> None:
-        """Raise CalibrateError if they are of another model: one with other layers, with inputs of other sizes, or one
-        that was smoothed where this one was not, or the other way round."""
+        """Raise CalibrateError if these are the statistics of another model: one with other layers or input sizes, or
+        one that is smoothed while `model` is not (or the other way round)."""
         modules, parameters = dict(model.named_modules()), dict(model.named_parameters())
         strange = [name for name in self.observers if name not in modules]
         strange += [name for name in self.experts if name not in parameters]
@@ -79,7 +79,7 @@ class Stats:
                     f"stats are of another model: {name!r} had {len(seen.amax)} input channels, expected {columns}; "
                     "calibrate this one"
                 )
-        if any(len(seen.rows) for seen in self.observers.values()):  # else a file of SmoothQuant's, of linear layers
+        if any(len(seen.rows) for seen in self.observers.values()):  # SmoothQuant's files have linear layers only
             watched = {name for name, module in modules.items() if is_watched(module)}
             missing = watched - self.observers.keys() - set(self.unreached)
             if missing:
@@ -102,7 +102,7 @@ class Stats:
         return next((group for group in self.shared if name in group), (name,))
 
     def input_scale(self, name: str, dtype: torch.dtype, observer: ObserverKind = "absmax") -> Tensor:
-        """The static scale of layer `name`: amax / 127, rounded *up* to `dtype`, in which it is stored; fp32 [1].
+        """The static scale of layer `name`, fp32 [1]: amax / 127, rounded *up* to `dtype`, in which files store it.
 
         Raises: CalibrateError for a layer that no batch reached, or whose inputs were all 0: it has no scale.
         """
@@ -124,7 +124,7 @@ class Stats:
         """
         tensors: dict[str, Tensor] = {}
         for name, seen in self.observers.items():
-            if self.siblings(name)[0] == name:  # its siblings were fed the same
+            if self.siblings(name)[0] == name:  # layers that share an input are stored once
                 tensors |= {f"{name}:{part}": getattr(seen, part).contiguous() for part in _PARTS}
         for name, experts in self.experts.items():
             tensors |= {f"{name}:{part}": value.contiguous() for part, value in vars(experts).items()}
@@ -160,7 +160,7 @@ class Stats:
 
     @classmethod
     def _of(cls, about: dict[str, Any], tensors: Mapping[str, Tensor]) -> Stats:
-        """What `save` made `about` and `tensors` of."""
+        """The statistics that `save` wrote as `about` and `tensors`."""
         stats = cls({}, tuple(about["unreached"]), tuple(map(tuple, about["shared"])))
         for name, tokens in about["tokens"].items():
             owner = stats.siblings(name)[0]
@@ -178,14 +178,14 @@ class Stats:
 
         Raises: CalibrateError if it cannot be written.
         """
-        scales = io.BytesIO()  # for torch's own way to files does not say that a disk is full
+        scales = io.BytesIO()  # torch.save to a file does not report a full disk as such
         torch.save({name: seen.amax for name, seen in self.observers.items()}, scales)
         _write_whole(Path(path), lambda file: file.write_bytes(scales.getvalue()))
 
     @classmethod
     def load_act_scales(cls, path: str | Path) -> Stats:
-        """Read SmoothQuant's `act_scales/*.pt`. It holds channel amax only: smoothing needs a `batch` to go with it,
-        and alpha="auto", the other observers and the measured repair need a calibration of one's own.
+        """Read SmoothQuant's `act_scales/*.pt`. It holds only the amax of channels: `smooth` then needs a `batch`, and
+        alpha="auto", observers other than absmax and the measured repair need a calibration by octavo.
 
         Raises: CalibrateError naming the file for anything else.
         """
@@ -204,7 +204,7 @@ class Stats:
 
 
 def check_stats(stats: object) -> None:
-    """Raise CalibrateError for what is no Stats."""
+    """Raise CalibrateError if `stats` is not a Stats."""
     if not isinstance(stats, Stats):
         raise CalibrateError(
             f"stats is a {type(stats).__name__}, expected what octavo.calibrate returned; octavo.Stats.load reads a "
@@ -212,21 +212,21 @@ def check_stats(stats: object) -> None:
         )
 
 
-# -- the layers that it is of ------------------------------------------------------------------------------------
+# -- which layers ------------------------------------------------------------------------------------------------
 
 
 def is_watched(module: nn.Module) -> bool:
-    """Whether calibration keeps statistics of the module's input: it multiplies it by a weight."""
+    """Whether calibration observes the input of `module`: whether the module multiplies it by a weight."""
     kind = kind_of(module)
     if kind is not None:
         return kind.int8_input
     if any(True for child in module.children() for _ in child.parameters()):
-        return False  # a block, or a model with a table of positions: what enters it is multiplied by no weight
+        return False  # a block, or a model that holds a table of positions, does not multiply its input by a weight
     return any(p is not None and p.dim() >= 2 and p.is_floating_point() for p in module._parameters.values())
 
 
 def columns_of(module: nn.Module) -> int | None:
-    """K of a layer with one weight that has rows of K; None if that is not what it is."""
+    """K of a layer that has one weight [N, K]; None for other modules."""
     kind, weight = kind_of(module), module._parameters.get("weight")
     if kind is None or weight is None or weight.dim() != 2:
         return None
@@ -234,7 +234,7 @@ def columns_of(module: nn.Module) -> int | None:
 
 
 def largest_of_columns(layers: Mapping[str, nn.Module]) -> dict[str, Tensor]:
-    """Linear layer that can be int8 -> the largest magnitude of each column of its weight, fp32 [K]."""
+    """Name of each linear layer that can be int8 -> the largest magnitude of each column of its weight, fp32 [K]."""
     found: dict[str, Tensor] = {}
     for name, layer in layers.items():
         kind = kind_of(layer)
@@ -246,7 +246,7 @@ def largest_of_columns(layers: Mapping[str, nn.Module]) -> dict[str, Tensor]:
 
 
 def _is_smoothed(before: Tensor, now: Tensor) -> bool:
-    """Whether columns [K] were multiplied by powers of two; rounding to another dtype is not that."""
+    """Whether columns [K] differ by powers of two, more than rounding to another dtype explains."""
     if before.shape != now.shape:
         return False
     alive = (before > 0) & (now > 0)
@@ -268,17 +268,20 @@ def refuse_infinite(name: str, amax: Tensor, where: str = "the statistics") -> N
 
 _FORMAT = "octavo-stats-2"
 _PARTS = ("amax", "histogram", "rows", "order")
-"""The tensors of an Observer, by which they are called in the file."""
+"""Fields of Observer that are tensors, and suffixes of their names in the file."""
 
 
 def _plain(batch: Any) -> Any:
-    """Keyword arguments as a dict, whatever mapping they were in."""
+    """A batch of keyword arguments as a dict, whatever kind of mapping it is."""
     return dict(batch) if isinstance(batch, Mapping) else batch
 
 
 def _flattened(value: Any, tensors: dict[str, Tensor]) -> Any:
-    """A batch, or what it holds, as JSON, its tensors moved into `tensors`. What would come back as another type is
-    refused: a named tuple, or the output of an encoder, whose parts a model asks for by name and by number."""
+    """A batch, or a part of one, in JSON's types; its tensors are added to `tensors`.
+
+    Raises: CalibrateError for types that would not come back as they were, such as a named tuple or an encoder's
+        output.
+    """
     if isinstance(value, Tensor):
         name = f"example:{sum(key.startswith('example:') for key in tensors)}"
         tensors[name] = value.detach().cpu().clone(memory_format=torch.contiguous_format)
@@ -314,12 +317,14 @@ def _write_whole(path: Path, write: Callable[[Path], object]) -> None:
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
         with replacing(path) as unfinished:
             unfinished.touch()
-            mode = unfinished.stat().st_mode  # by the umask; safetensors gives its files one that nobody else can read
+            mode = unfinished.stat().st_mode  # by the umask; safetensors makes files that only their owner can read
             write(unfinished)
             unfinished.chmod(mode)
     except (OSError, SafetensorError) as error:
         why = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-        if any(os.strerror(number) in why for number in (errno.ENOSPC, errno.EDQUOT)):  # safetensors has it in words
+        if any(
+            os.strerror(number) in why for number in (errno.ENOSPC, errno.EDQUOT)
+        ):  # safetensors has no error number
             raise CalibrateError(f"{path}: the disk is full ({why}); free some space or choose another disk") from error
         raise CalibrateError(
             f"{path}: cannot be written: {why}; choose another path or change the permissions"

@@ -176,7 +176,7 @@ def coverage(model: nn.Module) -> Coverage:
 
 
 def _bytes(parameter: Tensor) -> int:
-    """What it takes in memory, which torch does not say of a sparse one."""
+    """Bytes in memory; torch's `nbytes` does not work for sparse tensors."""
     if parameter.layout == torch.sparse_coo:
         return parameter._values().nbytes + parameter._indices().nbytes
     return parameter.nbytes
@@ -216,7 +216,7 @@ def _float_shape(module: QuantModule, codes: Tensor) -> tuple[int, ...]:
 
 
 def why_float(module: nn.Module, parameter: Tensor, *, router: bool = False) -> tuple[str, bool]:
-    """Why `parameter` of `module` is float if no recipe says it; and whether that is what one would ask for."""
+    """Why `parameter` of `module` is float where the plan gives no reason, and whether that counts as asked for."""
     if sum(size > 1 for size in parameter.shape) <= 1:
         return "1-D: biases and norms stay float", True
     if router:

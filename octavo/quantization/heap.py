@@ -1,13 +1,13 @@
 """Freed memory stays with the process, so that eager PyTorch finds it again.
 
-What a layer returns is megabytes, freed a moment later and asked for again by the next. glibc gives what is free at the
-end of the heap back to the system as soon as that is twice the largest block that was ever mapped and freed
-(M_TRIM_THRESHOLD and M_MMAP_THRESHOLD in mallopt(3)), and then the next layer's output is new pages, which the system
-clears, one fault each. With int8 products that is a tenth of the time of a prefill (docs/kernels.md).
+The output of a layer is megabytes, which are freed a moment later and allocated again by the next layer. glibc returns
+free memory at the end of the heap to the system once there is more than twice the size of the largest block that was
+ever mapped and freed (M_TRIM_THRESHOLD and M_MMAP_THRESHOLD in mallopt(3)). The next output then consists of new pages,
+which the system has to clear, with a page fault each. With int8 products that is a tenth of the time of a prefill
+(docs/kernels.md).
 
-To free one block of nearly 32 MiB, the largest from which glibc learns, raises both for the process, to 32 and 64 MiB,
-as it would be by any program that frees one. Other allocators take no notice, and neither does glibc where MALLOC_* in
-the environment or mallopt said what the thresholds are to be.
+Freeing one block of nearly 32 MiB, the largest that glibc adapts to, raises the two thresholds of the process to 64 and
+32 MiB. Other allocators ignore it, and so does glibc if MALLOC_* in the environment or mallopt set the thresholds.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ import torch
 __all__ = ["keep_freed_memory"]
 
 _LARGEST_LEARNED_FROM = 32 * 2**20 - 8192
-"""Bytes, with room for what the allocator adds."""
+"""Bytes; 32 MiB less what the allocator adds."""
 
 
 def keep_freed_memory() -> None:
-    """Let up to 64 MiB of freed memory stay with the process. No page of the block is touched."""
+    """Let up to 64 MiB of freed memory stay with the process. The block allocated for it is never written to."""
     torch.empty(_LARGEST_LEARNED_FROM, dtype=torch.uint8, device="cpu")

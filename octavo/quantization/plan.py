@@ -55,10 +55,11 @@ class Decision:
 
     name: of the layer in the model. kind: its row of the table. label: the kind's name (`name_in_files`), or
         "OutputHead".
-    scheme: how it is to be quantized, or None: then `reason` says why not, and `asked` whether the recipe said so.
+    scheme: how it is to be quantized; None to leave it float. Then `reason` says why, and `asked` whether the recipe
+        asked for that.
     note: why `scheme` is not the one that the recipe names, if it is another.
-    owner: name of the layer whose codes this one shares, for a tied weight; None for a layer with its own.
-    input_scale: of a static input, fp32 [1].
+    owner: for a tied weight, name of the layer whose codes this one shares; None for a layer with its own.
+    input_scale: fp32 [1], for static inputs.
     """
 
     name: str
@@ -116,7 +117,7 @@ def plan(model: nn.Module, recipe: Recipe) -> list[Decision]:
     if hasattr(getattr(model, "config", None), "model_type"):  # others read models of transformers' only
         _keep_readable(decisions, layers, recipe, behind_facades)
     _leave_a_parameter(model, decisions, obstacles)
-    # Each may leave a layer float that the other has to know of; neither does anything more the third time.
+    # Each of the two may make a layer float that matters to the other; a third time changes nothing.
     for _ in range(2):
         _keep_attention_whole(decisions, obstacles)
         _tie(model, decisions, obstacles)
@@ -160,9 +161,12 @@ def _decide(name: str, layer: nn.Module, kind: LayerKind, label: str, recipe: Re
 def _keep_readable(
     decisions: dict[str, Decision], layers: dict[str, nn.Module], recipe: Recipe, behind_facades: set[str]
 ) -> None:
-    """A few convolutions behind facades (the patches of a vision tower) would keep all readers but octavo from a
-    checkpoint that they could read: such are opt-in. Not where the checkpoint is octavo's own for other layers, nor
-    where they are most of what becomes int8."""
+    """Leave a few convolutions float (the patches of a vision tower) if they alone would keep transformers and vLLM
+    from reading the checkpoint. They can be included by name.
+
+    Only convolutions behind facades, and only if no other int8 layers keep others from reading it anyway, and if they
+    are not most of what becomes int8.
+    """
     sizes: dict[bool, int] = {False: 0, True: 0}
     few = []
     for name, decision in decisions.items():
@@ -182,7 +186,7 @@ def _keep_readable(
 
 
 def _names(recipe: Recipe, name: str, layer: nn.Module) -> bool:
-    """Whether one of the targets means this very layer, and not all of a kind."""
+    """Whether one of the targets selects this layer by name or predicate, not by its kind."""
     return any(
         not (isinstance(pattern, str) and pattern in _KIND_NAMES) and pattern_matches(pattern, name, layer)
         for pattern in recipe.targets
@@ -190,8 +194,8 @@ def _names(recipe: Recipe, name: str, layer: nn.Module) -> bool:
 
 
 def selects(pattern: Pattern, name: str, layer: nn.Module, label: str) -> bool:
-    """Whether a pattern of `targets` or `ignore` selects the layer. A kind selects its label, so that "Linear" leaves
-    the output head to those who name it."""
+    """Whether a pattern of `targets` or `ignore` selects the layer. A kind is compared with the label, so that "Linear"
+    does not select the output head, whose label is "OutputHead"."""
     if isinstance(pattern, str) and pattern in _KIND_NAMES:
         return pattern == label
     return pattern_matches(pattern, name, layer)
@@ -229,8 +233,8 @@ _HEAD_NAMES = ("lm_head", "embed_out", "output_head")
 
 
 def output_heads(model: nn.Module) -> set[str]:
-    """Names of the layers that produce the logits over a vocabulary: what the model's `get_output_embeddings` says,
-    a linear layer that shares an embedding's table, or one called lm_head."""
+    """Names of the linear layers that produce the logits over a vocabulary: those that `get_output_embeddings` of the
+    model returns, that share an embedding's table, or that are called lm_head or the like."""
     said: set[int] = set()
     tables: set[int] = set()
     for module in model.modules():
@@ -254,7 +258,8 @@ def output_heads(model: nn.Module) -> set[str]:
 
 
 def _leave_a_parameter(model: nn.Module, decisions: dict[str, Decision], obstacles: dict[str, str]) -> None:
-    """A module that is asked for the first of its parameters keeps one: where all would be int8, its smallest layer."""
+    """Keep the smallest layer of a module float if the module calls `next(self.parameters())` and would have none
+    left."""
     for name, method in reversed(first_parameter_readers(model).items()):  # a child before its parent
         sizes: dict[str, int] = {}
         held = {id(parameter) for parameter in model.get_submodule(name).parameters()}
@@ -271,7 +276,7 @@ def _leave_a_parameter(model: nn.Module, decisions: dict[str, Decision], obstacl
 
 
 def _keep_attention_whole(decisions: dict[str, Decision], obstacles: dict[str, str]) -> None:
-    """A float nn.MultiheadAttention reads the weight of its out_proj itself, so that must stay float with it."""
+    """Keep the out_proj of a float nn.MultiheadAttention float: the attention reads its weight directly."""
     for decision in decisions.values():
         parent = decisions.get(decision.name.rpartition(".")[0])
         if parent and parent.kind.name == "MultiheadAttention" and not parent.scheme:
@@ -282,10 +287,10 @@ def _keep_attention_whole(decisions: dict[str, Decision], obstacles: dict[str, s
 
 
 def _tie(model: nn.Module, decisions: dict[str, Decision], obstacles: dict[str, str]) -> None:
-    """Layers that share a weight get one fate: one table of codes, or all stay float. The table belongs to the one that
-    the model calls the source of the others, if it says so, else to the first.
+    """Give layers that share a weight one fate: they share one table of codes, or all stay float.
 
-    A layer that is opt-in follows the one that it shares with, unless there is an obstacle to its being int8.
+    The table belongs to the layer that the model calls the source of the others (`all_tied_weights_keys`), else to the
+    first. An opt-in layer becomes int8 with the layer that it shares with, unless there is an obstacle.
     """
     targets = getattr(model, "all_tied_weights_keys", None) or {}
     for users in users_of_parameters(model).values():
@@ -317,7 +322,7 @@ def _tie(model: nn.Module, decisions: dict[str, Decision], obstacles: dict[str, 
             if blocked and blocked.label in OPT_IN_TARGETS:
                 blocked.reason, blocked.asked = obstacles[blocked.name], False
             continue
-        # One table is one scheme; an embedding's rows cannot be cut into groups, and shared tables have float inputs.
+        # A shared table has one scheme: without groups if an embedding is among the layers, and with float inputs.
         asked = wanted[0].scheme or Scheme()
         scheme = min((member.kind.effective(Scheme("w8a16", asked.weight)) for member in known), key=str)
         if asked.input:

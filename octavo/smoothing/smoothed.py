@@ -1,12 +1,14 @@
-"""What smoothing divided a layer's outputs by, read back from its int8 weights.
+"""Read back from an int8 model what smoothing divided the outputs of its layers by.
 
-Smoothing divides output channels (of up_proj, v_proj) by powers of two that the next layer's weights take back. Next
-to the float model's such an output looks wrong, though nothing is. No record is kept, for weights tell it: of a pair,
+Smoothing divides output channels (of up_proj, v_proj) by powers of two that the next layer's weights take back.
+Compared with the float model such an output looks wrong, although nothing is. No record of the factors is kept, because
+they
+follow from the weights of both models: for the source of a pair
 
     W'_nk = W_nk * c_k / s_n     c: what its columns took from the pair before it, s: what its rows were divided by
 
-where rounding to int8 moves a row by a hundredth, and s_n is a power of two. A norm has one column and c = 1, so that
-going through the pairs in the order in which they run there is one unknown at a time.
+Rounding to int8 changes a row by about 1%, so the power of two s_n can be told. A norm has one column with c = 1. Pair
+by pair, in the order in which they run, there is then one unknown at a time.
 """
 
 from __future__ import annotations
@@ -28,10 +30,12 @@ __all__ = ["smooth_scales"]
 
 
 def smooth_scales(model: nn.Module, int8_model: nn.Module, example: Any) -> dict[str, Tensor]:
-    """What the output channels of int8 linear layers were divided by: name -> fp32 [N], of those with other than 1.
+    """Name of an int8 linear layer -> what its output channels were divided by, fp32 [N]; layers with all 1 are left
+    out.
 
-    model: the float model as it was before smoothing, not modified; for one that is smoothed already there are none.
-    int8_model: what became of it. example: a batch to find the pairs of `model` with.
+    model: the float model as it was before smoothing, not modified. (For one that is already smoothed the result is
+        empty.)
+    int8_model: the int8 model that it became. example: a batch to find the pairs of `model` with.
     """
     before, after = dict(model.named_modules()), dict(int8_model.named_modules())
     both = {name: (layer, after[name]) for name, layer in before.items() if _is_one_layer(layer, after.get(name))}
@@ -51,7 +55,7 @@ def smooth_scales(model: nn.Module, int8_model: nn.Module, example: Any) -> dict
 
 
 def _is_one_layer(was: nn.Module, now: nn.Module | None) -> bool:
-    """Whether both are states of one linear layer or norm."""
+    """Whether `now` is what became of the linear layer or norm `was`."""
     kind, weight = kind_of(was), was._parameters.get("weight")
     if weight is None or not (is_norm(was) or (kind is not None and kind.module is QuantLinear)):
         return False
@@ -64,7 +68,7 @@ def _is_one_layer(was: nn.Module, now: nn.Module | None) -> bool:
 
 
 def _rows(layer: nn.Module) -> Tensor:
-    """What each output channel of a linear layer is made with, [N, K], or of a norm, [N, 1]: fp32 on the CPU."""
+    """The weights of each output channel: [N, K] of a linear layer, [N, 1] of a norm; fp32 on the CPU."""
     if isinstance(layer, QuantLinear):
         return dequantize(*layer.codes_and_scale()).cpu()
     kind, weight = kind_of(layer), layer.get_parameter("weight")
@@ -74,12 +78,13 @@ def _rows(layer: nn.Module) -> Tensor:
 
 
 def _same_ranges(was: Tensor, now: Tensor) -> bool:
-    """Whether the largest magnitude of each row [K] is the same but for rounding: a fold changes it somewhere."""
+    """Whether the largest magnitude of each row is the same up to rounding. A fold would change some of them."""
     return torch.allclose(was.abs().amax(1), now.abs().amax(1), rtol=0.05, atol=0.0)
 
 
 def _power_of_two_between(rows: Tensor, times: Tensor) -> Tensor:
-    """The powers of two [N] of which, but for rounding, `times` is a multiple of `rows`, both [N, K]; 1 if of none."""
+    """fp32 [N]: for each row the power of two p with times = p * rows up to rounding; 1 if there is none. Both are
+    [N, K]."""
     ratio = (rows * times).sum(1) / rows.square().sum(1)
     power = torch.exp2(ratio.log2().round())
     return torch.where((ratio / power - 1).abs() < 0.1, power, 1.0)

@@ -1,8 +1,8 @@
-"""What a run of a model multiplied by which of its weights, and what it returned: its `Trace`.
+"""Record what a run of a model multiplies by which of its weights, and what it returns: its `Trace`.
 
-Every product with a parameter is seen, whoever makes it, for torch is asked (TorchDispatchMode) and not the layers. Two
-runs that agree in their traces computed the same: that is how smoothing finds its way through a model, and proves that
-it changed nothing. Of a long batch the first tokens are run.
+All products with a parameter are recorded, whoever computes them, because torch's dispatcher is watched
+(TorchDispatchMode) and not the layers. Smoothing compares traces to find out how layers are connected, and to prove
+that it changed nothing. Of a long batch only the first tokens are run.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ __all__ = [
 
 @dataclasses.dataclass(frozen=True)
 class Sink:
-    """A weight whose columns a pair's factors are multiplied onto.
+    """A weight whose columns can be multiplied by the factors of a pair.
 
-    param: its name in the model. layer: name of the module that owns it. axis: the dimension that the input's channels
-    run along (1 of an nn.Linear's [N, K]).
+    param: its name in the model. layer: name of the module that owns it. axis: the dimension of the input channels (1
+    for the weight [N, K] of nn.Linear).
     """
 
     param: str
@@ -40,8 +40,8 @@ class Sink:
 
 @dataclasses.dataclass
 class Product:
-    """One multiplication by a weight: `x` [..., K] is a copy of what was multiplied. experts: by which of the weights
-    of a stack [E, ...]."""
+    """One multiplication by a weight. x: [..., K], a copy of the input. experts: for a stack [E, ...], the experts
+    whose weights were used."""
 
     sink: Sink
     x: Tensor
@@ -49,37 +49,38 @@ class Product:
 
 
 class Trace(NamedTuple):
-    """products: in the order in which they were made. returned: the tensors that the model returned."""
+    """products: in the order in which they were computed. returned: the tensors that the model returned."""
 
     products: list[Product]
     returned: list[Tensor]
 
 
 def traced(model: nn.Module, example: Any) -> Trace:
-    """Run `model` on `example`, and see."""
+    """The trace of a run of `model` on the first tokens of `example`."""
     with eval_mode(model), every_product_visible(model), Recorder(model) as recorder:
         output = fed(model, example)
     return Trace(recorder.products, tensors_of(output))
 
 
 def fed(model: nn.Module, example: Any) -> Any:
-    """What `model` returns for the first tokens of `example`; if it draws random numbers, the same every time."""
+    """What `model` returns for the first tokens of `example`. If it draws random numbers, they are the same every
+    time."""
     device = device_of(model, "model")
     with same_random_numbers(device):
         return feed(model, short(example), device, "the model")
 
 
 TOKENS = 128
-"""Of each sequence that is run."""
+"""At most so many tokens of each sequence are run."""
 
 _SEQUENCES = 2
 _ITEMS = 4
-"""Of a batch of images or sounds. An image that is no batch has no more channels."""
+"""At most so many items of a batch of images or sounds are run. (An unbatched image has at most 4 channels.)"""
 
 
 def short(example: Any) -> Any:
-    """The first tokens of a batch of token ids [B, T], alone or in a dict; the first items of a batch of which all is
-    [B, ...]; any other as it is. Of what it feeds to a model, the inputs of every layer are kept."""
+    """A shorter batch, because a trace keeps the inputs of all layers: the first tokens of token ids [B, T], alone or
+    in a dict; the first items of a batch in which all tensors are [B, ...]. Any other batch is returned as it is."""
     if isinstance(example, Tensor) and example.dtype == torch.int64 and example.dim() == 2:
         return example[:_SEQUENCES, :TOKENS]
     if isinstance(example, Mapping) and isinstance(example.get("input_ids"), Tensor):
@@ -90,7 +91,7 @@ def short(example: Any) -> Any:
         mask = kept.get("attention_mask")
         if mask is None or bool(mask[:, :1].all()):
             return {name: value[:, :TOKENS] for name, value in kept.items()}
-        # With padding on the left the first tokens may be none at all.
+        # With padding on the left the first tokens may be padding only.
         return {name: value[:, -TOKENS:] for name, value in kept.items()} if bool(mask[:, -1:].all()) else kept
     shapes: list[torch.Size] = []
     on_tensors(example, lambda tensor: shapes.append(tensor.shape))
@@ -111,13 +112,13 @@ _OPERANDS = {
     _aten.mv: (1, 0, -1),
     _aten.addmv: (2, 1, -1),
 }
-"""Op -> the positions of x and of the weight among its arguments, and the weight's dimension that K runs along."""
+"""Op -> the positions of x and of the weight among its arguments, and the dimension of the weight that has size K."""
 
 _COPIES = (_aten._to_copy, _aten.clone)
 
 
 class Recorder(TorchDispatchMode):
-    """Records the products of one run; or tells `on_product` of them, which may replace x."""
+    """Records the products of one run; or, if given, calls `on_product` for each, which returns the x to use."""
 
     def __init__(self, model: nn.Module, on_product: Callable[[int, Sink, Tensor], Tensor] | None = None) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -148,7 +149,7 @@ class Recorder(TorchDispatchMode):
         result = func(*args, **(kwargs or {}))
         if op in _COPIES:
             copied = self._weight(args[0])
-            if copied is not None and result.shape == copied[1].shape:  # a weight in another dtype is that weight
+            if copied is not None and result.shape == copied[1].shape:  # a weight cast to another dtype is still it
                 self._register(copied[0], result)
         return result
 
@@ -171,15 +172,15 @@ class Recorder(TorchDispatchMode):
 
 
 def _slices(stack: Tensor, weight: Tensor) -> slice:
-    """Which slices of a stack a view of it covers."""
+    """The range of experts of `stack` [E, ...] that its view `weight` covers."""
     first = int(weight.storage_offset() - stack.storage_offset()) // max(1, stack.stride(0))
     return slice(first, first + max(1, weight.numel() // stack[0].numel()))
 
 
 @contextlib.contextmanager
 def every_product_visible(model: Any) -> Iterator[None]:
-    """Without the kernels of transformers' experts, which hide their products, and without the copies of weights that
-    autocast keeps, which hide whose they are and know of no fold."""
+    """While open, products are computed by ordinary torch ops on the parameters themselves: without the grouped kernels
+    of transformers' experts, and without autocast's cache of cast weights (which would also miss a fold)."""
     caches = torch.is_autocast_cache_enabled()
     torch.set_autocast_cache_enabled(False)
     torch.clear_autocast_cache()
@@ -192,7 +193,8 @@ def every_product_visible(model: Any) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _plain_experts(model: nn.Module) -> Iterator[None]:
-    """transformers' experts one after the other while this is open, in all parts of a model that have a config."""
+    """While open, transformers' experts run one after the other ("eager"), in all parts of a model that have a
+    config."""
     switched: list[tuple[Any, str]] = []
     for part in model.modules():
         used = getattr(getattr(part, "config", None), "_experts_implementation", None)
@@ -208,12 +210,12 @@ def _plain_experts(model: nn.Module) -> Iterator[None]:
 
 
 _FOR_THE_MODEL_ITSELF = ("cache", "past_key_values", "encoder_last_hidden_state")
-"""What transformers' models return to be given back to them; only there are its factors undone."""
+"""Outputs of transformers' models that are only fed back to the model, where the factors in them cancel out."""
 
 
 def tensors_of(output: Any, seen: dict[int, object] | None = None) -> list[Tensor]:
-    """The tensors of an output, in whatever holds them, without what only the model itself can read; complex ones as
-    pairs. seen: what was looked into, by its id, for an object may hold itself."""
+    """Copies of all tensors in an output, however nested, except those that are only fed back to the model; complex
+    ones as real pairs. seen: id -> the objects visited so far, since an object may contain itself."""
     if isinstance(output, Tensor):
         kept = output.detach().clone()
         return [torch.view_as_real(kept.resolve_conj()) if kept.is_complex() else kept]
@@ -229,7 +231,7 @@ def _is_cache(output: object) -> bool:
 
 
 def _parts(output: Any) -> Iterable[Any]:
-    """What an output holds, if it is no tensor."""
+    """The parts of an output that is not a tensor."""
     if isinstance(output, Mapping):
         return [value for name, value in output.items() if name not in _FOR_THE_MODEL_ITSELF]
     if isinstance(output, tuple | list):
@@ -240,10 +242,10 @@ def _parts(output: Any) -> Iterable[Any]:
 
 
 def equal(a: Tensor, b: Tensor) -> bool:
-    """Equal everywhere, or NaN in both: what a model computes of padding need not be a number."""
+    """Whether all elements are equal, or NaN in both: what a model computes for padding may be NaN."""
     return torch.equal(a, b) or (a.shape == b.shape and bool(((a == b) | (a.isnan() & b.isnan())).all()))
 
 
 def largest_of(x: Tensor) -> float:
-    """The largest finite magnitude; 0 if there is none."""
+    """The largest finite magnitude in x; 0 if there is none."""
     return float(x.abs().nan_to_num(0.0, 0.0).max()) if x.numel() else 0.0
