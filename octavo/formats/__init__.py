@@ -1,14 +1,14 @@
-"""Models on disk.
+"""Checkpoints: models on disk.
 
 saving.py              a quantized model -> a checkpoint folder
 loading.py             a checkpoint folder -> int8 layers in a model
 stream.py              a float checkpoint -> an int8 one, one tensor at a time, without a model
-compressed_tensors.py  how an int8 weight lies in the files (the layout that vLLM and transformers read)
-experts.py             a stack of experts [E, N, K] as the 2-D weights that each expert has in the files
-conversions.py         tensors that are others on disk than in the model
-checkpoint.py          the files: sharded safetensors, one tensor at a time
+compressed_tensors.py  how an int8 weight is stored (the layout that vLLM and transformers read)
+experts.py             how a stack of experts [E, N, K] is stored: as 2-D weights of each expert
+conversions.py         float tensors that are stored in another form than the model has them
+checkpoint.py          the files: sharded safetensors, read and written one tensor at a time
 outputs.py             folders and files that appear whole or not at all
-companions.py          what lies beside the weights
+companions.py          the files beside the weights: tokenizer, generation config, ...
 """
 
 from octavo.formats.conversions import Conversion

@@ -12,9 +12,9 @@ and a .safetensors file is [header's length: 8 bytes][header: JSON, padded with 
 says each tensor's dtype, shape and place in the data, so that all of it can be written before the first tensor
 exists (`CheckpointWriter`), and one tensor can be read without touching the others (`CheckpointReader`).
 
-Tensors are read with plain file reads. A mapped file would do as well, but its pages count as resident memory until
-it is unmapped: reading a 256 MiB shard tensor by tensor through a mapping was seen to add 395 MiB to the peak,
-and 32 MiB this way.
+Tensors are read with plain file reads. A memory-mapped file would do as well, but its pages count as resident memory
+until it is unmapped: reading a 256 MiB shard tensor by tensor added 395 MiB to the peak memory through a mapping, and
+32 MiB this way.
 """
 
 from __future__ import annotations
@@ -137,14 +137,14 @@ class CheckpointReader:
         return name in self._infos
 
     def info(self, name: str) -> TensorInfo:
-        """What the header says of tensor `name`; reads nothing. Raises CheckpointError for an unknown name."""
+        """Dtype, shape and place of tensor `name`, from the header. Raises CheckpointError for an unknown name."""
         if name not in self._infos:
             known = f"it has {len(self.names)}, such as {self.names[:3]}"
             raise CheckpointError(f"{self.path}: has no tensor {name!r}; {known}")
         return self._infos[name]
 
     def tensor(self, name: str) -> Tensor:
-        """Tensor `name`, of `info(name)`'s dtype and shape, in fresh memory on the CPU that is the caller's own.
+        """Read tensor `name`, of the dtype and shape in `info(name)`, into new CPU memory.
 
         Raises: CheckpointError for an unknown name, and for a shard that became shorter or unreadable meanwhile.
         """
@@ -283,7 +283,7 @@ def _read_json(file: Path) -> dict[str, Any]:
 def _read_header(file: Path) -> tuple[dict[str, Any], int]:
     """The header of a .safetensors file, and where its data starts. Raises CheckpointError naming the file."""
     try:
-        file.open("rb").close()  # safetensors says of a file that it may not read that there is none
+        file.open("rb").close()  # safetensors reports a file without read permission as missing
     except OSError as error:
         raise not_readable(file, error) from error
     try:
@@ -306,7 +306,7 @@ def _read_header(file: Path) -> tuple[dict[str, Any], int]:
 
 
 def not_readable(file: Path, error: OSError) -> CheckpointError:
-    """The error of a file that the system does not let be read."""
+    """The error for a file that cannot be read, from the system's error."""
     return CheckpointError(f"{file}: cannot be read: {error.strerror}; change its permissions or get it again")
 
 
@@ -316,8 +316,8 @@ class CheckpointWriter:
     folder: an existing folder, such as `new_folder` yields.
     plan: tensor's name -> (dtype, shape) of every tensor that will be written.
     max_shard_size: in bytes, or as "5GB"; a tensor that is larger gets a shard of its own.
-    Raises: CheckpointError for an empty plan, a dtype that safetensors has no word for, a max_shard_size that says no
-        size, and a disk without room for the plan.
+    Raises: CheckpointError for an empty plan, a dtype that safetensors does not have, an invalid max_shard_size, and a
+        disk without room for the plan.
 
     Shards are cut and named as huggingface_hub does, and their headers are written here. Within a shard tensors lie
     in the order of the plan, wider dtypes first, so that each starts at a multiple of its element size.
@@ -415,12 +415,12 @@ class CheckpointWriter:
 
 
 def check_shard_size(max_shard_size: int | str) -> None:
-    """Raise CheckpointError for a `max_shard_size` that says no size, as `CheckpointWriter` does: before the work."""
+    """Raise CheckpointError for an invalid `max_shard_size`, as `CheckpointWriter` does, but before the work."""
     _split({}, max_shard_size)
 
 
 def _split(plan: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], max_shard_size: int | str) -> Any:
-    """huggingface_hub's cut of the tensors into files. Raises CheckpointError for a size that is none."""
+    """How huggingface_hub splits the tensors into files. Raises CheckpointError for an invalid size."""
     from huggingface_hub import split_state_dict_into_shards_factory
 
     try:

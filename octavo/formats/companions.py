@@ -1,4 +1,4 @@
-"""What belongs to a checkpoint beside its weights, copied: tokenizer, chat templates, generation config, code."""
+"""Copy the files that belong to a checkpoint beside its weights: tokenizer, chat templates, generation config, code."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _WEIGHT_SUFFIXES = PICKLE_SUFFIXES + _OTHER_SUFFIXES
 
 
 NOT_A_TOKENIZERS = ("*.py", "*processor_config.json")
-"""The companions that a model needs beside a tokenizer: code that its config names, and processors of other inputs."""
+"""The companions to copy when a tokenizer is saved separately: code of the model, and processors of other inputs."""
 
 
 def copy_companions(src: str | Path, dst: str | Path, only: Collection[str] = ("*",)) -> list[str]:

@@ -1,4 +1,4 @@
-"""The two int8 layouts of compressed-tensors: what int8 weights are called and how they lie on disk.
+"""The two int8 layouts of compressed-tensors: how int8 weights are named and laid out on disk.
 
 A weight P = "model.layers.0.mlp.up_proj.weight" of shape [N, ...] with K columns a row, whose inputs stay float, is
 laid out as `pack-quantized`:
@@ -103,7 +103,7 @@ def input_scale_name(name: str) -> str:
 
 
 def parts_of(name: str) -> tuple[str, ...]:
-    """Names of all tensors that may say something of the weight `name`, in either layout and beyond them."""
+    """Names of all tensors that may belong to the weight `name`, in either layout (and in asymmetric ones)."""
     suffixes = ("", "_packed", "_scale", "_shape", "_zero_point", "_g_idx")
     return (*(f"{name}{suffix}" for suffix in suffixes), input_scale_name(name))
 
@@ -249,12 +249,13 @@ def _rows(shape: Iterable[int]) -> tuple[int, int]:
 
 
 def as_stored(scheme: Scheme) -> Scheme:
-    """`scheme` as a reader of the files sees it, who is not told a preset's name, nor that all rows have one scale."""
+    """`scheme` as it can be read back from files, which store neither a preset's name nor that all rows share a
+    scale."""
     return stored_scheme(WeightArgs() if scheme.weight.group_size is None else scheme.weight, scheme.input)
 
 
 def stored_scheme(weight: WeightArgs, inputs: InputArgs | None) -> Scheme:
-    """The scheme of a layer whose files say that of its weight and its inputs."""
+    """The scheme of a layer with this quantization of its weight and its inputs."""
     if inputs is None:
         return Scheme("w8a16", weight)
     return Scheme("w8a8" if inputs.dynamic else "w8a8-static", weight, inputs)
@@ -339,7 +340,7 @@ def _input_args(scheme: Scheme) -> dict[str, Any] | None:
 def inputs_of(
     quantization_config: Mapping[str, Any], names: Collection[str], classes: Collection[str]
 ) -> InputArgs | None:
-    """What a readable `quantization_config` says of the inputs of one layer: int8 in which way, or None for float.
+    """How the inputs of one layer are quantized according to a readable `quantization_config`; None for float.
 
     names: of the layer, in the model and on disk. classes: the names of its class and of the bases of that.
     Raises: CheckpointError if groups differ and none of them is for this layer.
@@ -380,8 +381,8 @@ _READABLE_WEIGHTS = (
     ("actorder", None, (None, False, "weight", "static")),
 )
 _READABLE_INPUTS = (*_READABLE, ("strategy", None, ("token", "tensor")), ("dynamic", False, (True, False)))
-"""(key, what its absence means, what octavo runs). actorder "weight" and "static" changed how codes were chosen, not
-where they lie."""
+"""(key, value if it is absent, values that octavo can run). With actorder "weight" or "static" codes were chosen in
+another order, but are stored in the usual one."""
 
 
 def check_readable(quantization_config: Mapping[str, Any], where: str) -> None:

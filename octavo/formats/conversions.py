@@ -1,10 +1,12 @@
-"""Tensors that are others on disk than in the model: its library converts them when it loads them.
+"""Tensors that are stored in another form than the model has them: the model's library converts them when it loads
+them.
 
     layers.0.attn.qkv.weight  [3H, H]  on disk  ->  layers.0.attn.q_proj.weight, k_proj, v_proj  [H, H] each
-    experts.gate_up_proj [E, H, 2I]    on disk  ->  the same turned around  [E, 2I, H]
+    experts.gate_up_proj [E, H, 2I]    on disk  ->  the same transposed  [E, 2I, H]
     conv.weight_g, conv.weight_v       on disk  ->  conv.weight = g * v / |v|, as the int8 layer has it
 
-Codes cannot be converted so: each weight has scales of its own. So an int8 checkpoint holds what the model has.
+Codes cannot be converted like that, because each weight has its own scales. So an int8 checkpoint stores int8 weights
+in the form that the model has.
 """
 
 from __future__ import annotations
@@ -22,14 +24,14 @@ from octavo.formats.checkpoint import CheckpointReader, TensorInfo
 __all__ = ["AsInModel", "Conversion", "DtypeOf", "computed_weights"]
 
 DtypeOf = Callable[[str], torch.dtype | None]
-"""Name of a tensor on disk -> the dtype that the model's library loads it in; None for that which it has."""
+"""Name of a tensor on disk -> the dtype in which the model's library loads it; None for its own."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Conversion:
-    """Tensors that the model's library makes others of when it loads them: a fused q, k and v are cut in three.
+    """A conversion of tensors on disk into tensors of the model, such as a fused q, k and v that is cut in three.
 
-    sources: their names on disk. convert: these tensors -> what becomes of them, under their names in the model.
+    sources: names on disk. convert: these tensors by name -> the tensors of the model by name.
     """
 
     sources: tuple[str, ...]
@@ -37,7 +39,7 @@ class Conversion:
 
 
 def computed_weights(modules: Mapping[str, nn.Module], params: Mapping[str, str | None]) -> list[Conversion]:
-    """Of the layers whose weights are computed of several tensors (or of one), which lie on disk: into these weights.
+    """The conversions for layers that compute their weight: from the stored parameters to that weight.
 
     modules: of the model, by name. params: name on disk -> name in the model.
     """
@@ -60,11 +62,11 @@ def _compute(
 
 
 class AsInModel:
-    """A checkpoint in which the float tensors of some layers stand as they do in the model. It reads as a
-    CheckpointReader does.
+    """A view of a checkpoint in which the tensors of some layers are converted to the form that the model has. It has
+    the reading methods of CheckpointReader.
 
-    layers: names of these layers. made: name of a tensor that is converted -> its conversion.
-    dtype_of: name on disk -> the dtype that a float tensor gets as it is read, or None for its own.
+    layers: names of these layers. made: name of each converted tensor -> its conversion.
+    dtype_of: name on disk -> the dtype to cast a float tensor to, or None for its own.
     """
 
     def __init__(
@@ -106,7 +108,7 @@ class AsInModel:
         return conversion.convert({source: self._read(source) for source in conversion.sources})[name]
 
     def _source(self, name: str) -> TensorInfo:
-        """Of a tensor on disk; its `nbytes` stay those that it has there."""
+        """`info` of a tensor on disk, with the dtype that it is cast to; `nbytes` is its size on disk."""
         info = self._reader.info(name)
         dtype = self._dtype_of(name) if info.dtype.is_floating_point else None
         return dataclasses.replace(info, dtype=dtype or info.dtype)

@@ -1,13 +1,13 @@
-"""How a stack of experts lies on disk: as the 2-D weights of each expert, which is how vLLM and others read them.
+"""How a stack of experts is stored: as 2-D weights of each expert, which is how vLLM and others read them.
 
     model.layers.0.mlp.experts.gate_up_proj  [E, 2I, H]   in memory, one parameter
     model.layers.0.mlp.experts.3.gate_proj.weight [I, H]  on disk, rows 0 to I of its expert 3
     model.layers.0.mlp.experts.3.up_proj.weight   [I, H]  rows I to 2I (every other row, where gate and up interleave)
 
-What the parts of a transformers model are called is its library's to say (`w1`, `w2`, `w3` for Mixtral): a stack whose
-numbers are its own row indices goes through the library's renaming, and the parts tell by their numbers which rows they
-are. Stacks that the library keeps whole, and those of other models, are cut here. A transposed stack (gpt-oss, Llama 4)
-is never cut as it lies: codes have output channels first in memory already.
+How a transformers model cuts its stacks, and how it names the parts (`w1`, `w2`, `w3` for Mixtral), is found by asking
+the library: a stack that holds its own row indices as numbers goes through the library's conversion for saving, and the
+numbers in each part say which rows it consists of. Stacks that the library stores whole, and those of other models, are
+cut here. For transposed stacks (gpt-oss, Llama 4) the library is not asked, because codes have output channels first.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ def _tensor(rows: range) -> Tensor:
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """One 2-D weight of one expert.
+    """A 2-D weight of one expert: some rows of a stack.
 
-    param: name of the stack [E, N, K] in the model. is_shared: whether the name is the model library's, under which
-    other readers look for it, and not our own.
+    param: name of the stack [E, N, K] in the model. is_shared: whether its name on disk is that of the model's library,
+    which other readers know, and not octavo's own.
     """
 
     param: str
@@ -43,7 +43,8 @@ class Part:
 
     @classmethod
     def of_rows(cls, param: str, rows: Tensor, is_shared: bool) -> Part:
-        """The part of the rows int64 [n], in order; kept as a range where they are one, for a model has millions."""
+        """The part with these rows, int64 [n]; stored as a range if they are one, because a model has millions of
+        rows."""
         step = int(rows[1] - rows[0]) if len(rows) > 1 else 1
         first = int(rows[0]) if len(rows) else 0
         even = range(first, first + step * len(rows), step or 1)
@@ -55,7 +56,8 @@ class Part:
         return _tensor(self._rows) if isinstance(self._rows, range) else self._rows
 
     def kind(self, stack: str) -> str:
-        """What the weight is on disk: for readers that know its name an ordinary linear layer; else of kind `stack`."""
+        """The kind of layer that the part is on disk: "Linear" if other readers know its name, else that of the
+        stack."""
         return "Linear" if self.is_shared else stack
 
 
@@ -107,8 +109,8 @@ def _parts_of_layer(
 def stored_expert_parts(
     model: nn.Module, on_disk: Callable[[dict[str, Tensor]], Mapping[str, Tensor]] | None, int8: Mapping[str, str]
 ) -> dict[str, Part]:
-    """`expert_parts` under the names that they have in a checkpoint, which may be that of a model within `model`, or
-    around it, and whose names the library may have changed as it changes those of other weights.
+    """`expert_parts` under their names in a given checkpoint. It may be the checkpoint of a model inside `model`, or
+    around it, and the library may have renamed its weights.
 
     int8: as `octavo.formats.int8_names` gives it.
     """
@@ -128,7 +130,7 @@ def _cut_by_library(
     try:
         return on_disk(numbered) if on_disk else {}
     except AttributeError as error:
-        # A rule that turns whole stacks around, and cuts none, asks an int8 model for its float parameter.
+        # A rule that transposes whole stacks, and cuts none, asks the int8 model for a float parameter.
         if "is not an nn.Parameter" not in str(error):
             raise
         return {}

@@ -49,10 +49,10 @@ __all__ = [
 ]
 
 _BUILD = "build the model that it was saved from"
-"""What is to be done where checkpoint and model do not fit each other."""
+"""The fix that errors name where checkpoint and model do not fit each other."""
 
 Rename = Callable[[str], str | None]
-"""Name of a tensor on disk -> name of the parameter that it is loaded into; None if it is a part of one."""
+"""Name of a tensor on disk -> name of the parameter that it becomes; None if it is only a part of one."""
 
 
 def stored_attention(config: Mapping[str, Any]) -> str:
@@ -105,8 +105,8 @@ def load_into(
 
     model: as it was before it was quantized, with any weights, or on `meta` (then it takes the checkpoint's memory
         only). Its float tensors get the dtypes of the checkpoint.
-    rename: how names on disk become names of the model, where they differ. on_disk: the other way, as `save` took it.
-    conversions: of tensors on disk, by their names, those that are other tensors in the model.
+    rename: from names on disk to names in the model. on_disk: the other way, as for `save`.
+    conversions: (names on disk) -> the conversions for those that are stored in another form than the model has.
     Returns: `model`, its layers int8 as in the checkpoint.
     Raises: CheckpointError, before the model is changed, for a model that is int8 already, and for a folder that cannot
         be read or does not fit the model: missing or unexpected tensors, other shapes, int8 weights for layers that
@@ -147,7 +147,7 @@ def load_into(
 
 
 def refuse_lost_buffers(path: str | Path, model: nn.Module) -> None:
-    """Raise CheckpointError for a model on meta with buffers that no file holds: they would stay without values."""
+    """Raise CheckpointError for a model on meta with non-persistent buffers: no file has values for them."""
     saved = model.state_dict().keys()
     lost = [name for name, buffer in model.named_buffers() if buffer.is_meta and name not in saved]
     if lost:
@@ -158,7 +158,7 @@ def refuse_lost_buffers(path: str | Path, model: nn.Module) -> None:
 
 
 def read_experts(reader: CheckpointReader, param: str, parts: Mapping[str, Part]) -> tuple[Tensor, Tensor, torch.dtype]:
-    """A stack of experts from its parts on disk: codes int8 [E, N, K], scale fp32 [E, N, 1], the scale's dtype there.
+    """Read a stack of experts from its parts: codes int8 [E, N, K], scale fp32 [E, N, 1], and the stored scale's dtype.
 
     Raises: CheckpointError for a part that is damaged.
     """
@@ -177,7 +177,7 @@ def read_experts(reader: CheckpointReader, param: str, parts: Mapping[str, Part]
 
 
 def _codes(reader: CheckpointReader, name: str) -> tuple[Tensor, Tensor, torch.dtype]:
-    """Of the int8 parameter `name`: its codes, its scale in fp32, and the scale's dtype on disk."""
+    """(codes, scale in fp32, dtype of the stored scale) of the int8 parameter `name`."""
     return layout.decode(name, {part: reader.tensor(part) for part in stored_parts(reader, name)})
 
 
@@ -188,13 +188,13 @@ def stored_parts(reader: CheckpointReader, name: str) -> list[str]:
 
 
 def codes_info(reader: CheckpointReader, name: str) -> TensorInfo:
-    """What the header says of the codes of the int8 parameter `name`, packed or not."""
+    """`TensorInfo` of the stored codes of the int8 parameter `name`, packed or not."""
     packed = f"{name}_packed"
     return reader.info(packed if packed in reader else name)
 
 
 def stored_shape(reader: CheckpointReader, name: str) -> tuple[int, ...]:
-    """The shape of the codes of the int8 parameter `name`. Raises CheckpointError if what says it is damaged."""
+    """The unpacked shape of the codes of the int8 parameter `name`. Raises CheckpointError if it is damaged."""
     codes = codes_info(reader, name)
     if codes.name == name:
         return codes.shape
@@ -202,7 +202,7 @@ def stored_shape(reader: CheckpointReader, name: str) -> tuple[int, ...]:
 
 
 def _check_codes(reader: CheckpointReader, name: str) -> None:
-    """Raise what `decode` would for damaged codes or scales, without reading the codes."""
+    """Raise what `decode` would raise for damaged codes or scales, without reading the codes."""
     codes = codes_info(reader, name)
     reader.info(f"{name}_scale")  # if there is none, this error names the file
     parts = {part: reader.tensor(part) for part in stored_parts(reader, name) if part != codes.name}
@@ -210,7 +210,7 @@ def _check_codes(reader: CheckpointReader, name: str) -> None:
 
 
 def stored_coverage(folder: Path) -> Coverage | None:
-    """The coverage that was left beside the weights; None if there is none. Raises CheckpointError if it is damaged."""
+    """The coverage stored beside the weights; None if there is none. Raises CheckpointError if it is damaged."""
     file = folder / COVERAGE_FILE
     if not file.is_file():
         return None
@@ -223,8 +223,10 @@ def stored_coverage(folder: Path) -> Coverage | None:
 
 
 def restore_reasons(model: nn.Module, report: Coverage | None, rename: Rename = lambda name: name) -> None:
-    """Give a loaded model the reasons that it had when it was quantized: of a layer to be float, and of an int8 one not
-    to have the scheme that was asked for. report: `stored_coverage`."""
+    """Restore on a loaded model why layers stayed float, and why an int8 layer has another scheme than was asked for.
+
+    report: from `stored_coverage`. rename: from names on disk to names in the model.
+    """
     if report is None:
         return
     told = {rename(row.name) or row.name: row for row in report.rows if row.reason}
@@ -239,7 +241,7 @@ def restore_reasons(model: nn.Module, report: Coverage | None, rename: Rename = 
 def scheme_of(
     reader: CheckpointReader, name: str, *, module: str | None = None, classes: Collection[str] = ("Linear",)
 ) -> Scheme:
-    """The scheme of the int8 parameter `name`: of the weight by the shape of its scale, of the input by the config.
+    """The scheme of the int8 parameter `name`: the weight's from the shape of its scale, the input's from the config.
 
     module: name of the layer in the model, where it is not the one on disk. classes: names of its class and bases.
     Raises: CheckpointError for weights in groups under int8 inputs, and as `compressed_tensors.inputs_of` does.
@@ -269,7 +271,8 @@ def _inputs_of(reader: CheckpointReader, name: str, module: str | None, classes:
 
 
 def _input_scale(reader: CheckpointReader, name: str, scheme: Scheme) -> Tensor | None:
-    """The scale of the layer's static inputs, fp32 [1]; None under another scheme. name: of the layer's weight."""
+    """The stored scale of a layer's static inputs, fp32 [1]; None for other schemes. name: that of the layer's
+    weight."""
     scale = layout.input_scale_name(name)
     zero_point = scale.replace("input_scale", "input_zero_point")
     there = scale in reader
@@ -289,7 +292,8 @@ def _input_scale(reader: CheckpointReader, name: str, scheme: Scheme) -> Tensor 
 def stored_decisions(
     reader: CheckpointReader, model: nn.Module, int8: Mapping[str, str], parts: Mapping[str, Part]
 ) -> list[Decision]:
-    """What to swap in a float model: the layers that own int8 weights in the checkpoint, and those tied to one.
+    """The decisions for a float model by what the checkpoint holds: which layers become int8, and which are tied to
+    one.
 
     int8: as `int8_names` gives it. parts: as `stored_expert_parts` does.
     Raises: CheckpointError for int8 weights that are damaged, that no layer of the model can have, or of another shape,
@@ -326,7 +330,7 @@ def stored_decisions(
         decisions[prefix] = Decision(prefix, kind, label, scheme, input_scale=input_scale)
         weight = layer._parameters.get(param)
         if weight is None:
-            continue  # computed by weight_norm: no other layer's
+            continue  # computed by weight_norm, so not shared with another layer
         first = owner_of.setdefault(id(weight), prefix)  # of a tied weight that is stored twice
         if first != prefix and not _are_one(reader, int8, decisions[first], decisions[prefix]):
             raise _untied(where, int8[f"{first}.{param}"], on_disk)
@@ -345,11 +349,11 @@ def stored_decisions(
 
 
 _TIED_KINDS = ("Linear", "Embedding")
-"""Kinds of the layers that can share codes."""
+"""Kinds of layers that can share codes."""
 
 
 def _are_one(reader: CheckpointReader, int8: Mapping[str, str], first: Decision, other: Decision) -> bool:
-    """Whether two layers that hold one parameter, and have codes on disk each, can share those of the first."""
+    """Whether two layers that share a parameter, and are both stored, have the same codes and scales on disk."""
     if {first.kind.name, other.kind.name} - {*_TIED_KINDS} or first.scheme != other.scheme:
         return False
     if first.scheme is None or first.scheme.input is not None:
@@ -359,7 +363,7 @@ def _are_one(reader: CheckpointReader, int8: Mapping[str, str], first: Decision,
 
 
 def _stacks(reader: CheckpointReader, int8: Mapping[str, str], parts: Mapping[str, Part]) -> list[str]:
-    """Names of the modules whose experts are int8 in the checkpoint. Raises CheckpointError if only some of one are."""
+    """Names of the modules whose experts are int8 on disk. Raises CheckpointError if only some experts of one are."""
     there = set(int8.values())
     stacks = {parts[name].param.rpartition(".")[0] for name in there if name in parts}
     for name, part in parts.items():
@@ -401,15 +405,16 @@ def _experts_decision(reader: CheckpointReader, prefix: str, layer: nn.Module, p
 def _float_places(
     reader: AsInModel, stored: Mapping[str, str], model: nn.Module, int8: Mapping[str, str], decisions: list[Decision]
 ) -> dict[str, list[tuple[nn.Module, str]]]:
-    """Float tensor of the checkpoint -> every (module, attribute) of the model that it belongs to.
+    """Name of a float tensor -> all places of the model, as (module, attribute), that it is loaded into.
 
-    stored: of the float tensors, name in the model -> in `reader`.
+    stored: for the float tensors, name in the model -> name in `reader`.
+    Raises: CheckpointError if checkpoint and model do not fit.
     """
     where = str(reader.path)
     layers = [(decision, model.get_submodule(decision.name)) for decision in decisions]
     int8_ids = {id(getattr(layer, param)) for decision, layer in layers for param in decision.kind.params_of(layer)}
     state = model.state_dict(keep_vars=True)
-    for _, layer in layers:  # a weight that is computed has the names of what it is made of
+    for _, layer in layers:  # for a computed weight the parameters that it is computed from
         int8_ids |= {id(layer.get_parameter(part)) for part in parts_of(layer)}
     swapped = {name for name, tensor in state.items() if id(tensor) in int8_ids}  # one layer may have several names
     unexpected = [name for name in stored if name not in state or name in swapped]
@@ -450,8 +455,11 @@ def _float_places(
 
 
 def _sources(state: Mapping[str, Tensor], stored: list[str]) -> dict[str, str]:
-    """Name in the model -> the stored tensor that it is loaded from: of names of one parameter the first stored;
-    of parameters that share memory (`b.data = a.data`) each its own, or one of another if it has none."""
+    """Name in the model -> name of the stored tensor that it is loaded from.
+
+    For a parameter with several names it is the first that is stored. A parameter that shares memory with another
+    (`b.data = a.data`) uses its own stored tensor, or that of the other if it has none.
+    """
     by_id: dict[int, str] = {}
     by_memory: dict[object, str] = {}
     for name in stored:
@@ -462,7 +470,7 @@ def _sources(state: Mapping[str, Tensor], stored: list[str]) -> dict[str, str]:
 
 
 def _memory(tensor: Tensor) -> object:
-    """Equal for tensors that are the same view of the same memory, on `meta` too."""
+    """A key that is equal for tensors that are the same view of the same memory, on `meta` too."""
     if not isinstance(tensor, Tensor):  # what a module's get_extra_state returned
         return id(tensor)
     return tensor.untyped_storage()._cdata, tensor.storage_offset(), tensor.shape, tensor.stride(), tensor.dtype
@@ -476,7 +484,7 @@ def _untied(where: str, name: str, other: str) -> CheckpointError:
 
 
 def _assign(places: list[tuple[nn.Module, str]], tensor: Tensor) -> None:
-    """Put a loaded tensor into every place of the model that holds it, so that tied ones stay tied."""
+    """Put a loaded tensor into all of its places in the model, so that tied parameters stay tied."""
     before = [module._parameters.get(short) for module, short in places]
     parameters = {id(old): nn.Parameter(tensor, requires_grad=old.requires_grad) for old in before if old is not None}
     for (module, short), old in zip(places, before, strict=True):

@@ -1,7 +1,7 @@
-"""Outputs appear whole or not at all, and what the disk refuses is said in the user's words.
+"""Folders and files that appear whole or not at all, with errors of the disk in the user's words.
 
-They are built next to their destination under a hidden name and renamed when complete: whoever kills the run, the
-destination holds all of it or does not exist.
+They are built next to their destination under a hidden name, synced, and renamed when complete. If the run is killed,
+the destination is complete or does not exist.
 """
 
 from __future__ import annotations
@@ -39,7 +39,8 @@ def new_folder(dst: str | Path) -> Iterator[Path]:
 
 
 def _refuse_in_use(dst: Path) -> None:
-    """An empty folder that another cannot take the place of, or not without leaving whoever is in it nowhere."""
+    """Raise CheckpointError for a folder that cannot be replaced (a mount point), or should not be: the current
+    folder."""
     is_mount, is_current = partial(os.path.ismount, dst.resolve()), partial(dst.samefile, ".")
     for what, is_that in (("a mount point", is_mount), ("the current folder", is_current)):
         if dst.is_dir() and is_that():
@@ -76,7 +77,7 @@ def _replacing(given: Path, is_taken: Callable[[Path], bool]) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def _parents_of(dst: Path) -> Iterator[None]:
-    """The folders that `dst` is in, made where there are none; after an exception those that were made are gone."""
+    """Create missing parent folders of `dst`; after an exception those that were created are removed again."""
     made = [folder for folder in dst.parents if not folder.exists()]
     try:
         dst.parent.mkdir(parents=True, exist_ok=True)
@@ -90,7 +91,7 @@ def _parents_of(dst: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _called(given: Path, temporary: Path) -> Iterator[None]:
-    """What is said of the hidden path inside is said of the one that was asked for."""
+    """Errors raised inside name the path that the user asked for, not the hidden one."""
     try:
         yield
     except CheckpointError as error:
@@ -100,7 +101,7 @@ def _called(given: Path, temporary: Path) -> Iterator[None]:
 
 
 def _as_os_error(error: OSError | SafetensorError) -> OSError:
-    """What the system said; safetensors hides it in its text: "... (os error 28)"."""
+    """The system's error; safetensors has it only in its message: "... (os error 28)"."""
     if isinstance(error, OSError):
         return error
     number = re.search(r"\(os error (\d+)\)", str(error))
@@ -108,7 +109,7 @@ def _as_os_error(error: OSError | SafetensorError) -> OSError:
 
 
 def _explain(error: OSError, given: Path, dst: Path, temporary: Path) -> CheckpointError | None:
-    """The user's error behind an OSError met while `dst` was built; None if it is not about `dst`."""
+    """The error to raise for an OSError while `dst` was built; None if it is not about `dst`."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         free = shutil.disk_usage(next(folder for folder in dst.parents if folder.is_dir())).free
         return CheckpointError(

@@ -45,11 +45,11 @@ __all__ = [
 ]
 
 COVERAGE_FILE = "octavo_coverage.json"
-"""Beside the weights: what is float, and why (`Coverage.to_json`)."""
+"""File beside the weights that says what is float and why (`Coverage.to_json`)."""
 
 OnDisk = Callable[[dict[str, Tensor]], Mapping[str, Tensor]]
-"""Tensors under their names in the model -> the same tensors under their names on disk. A float tensor may come back
-as several, which the model's library merges when it loads them."""
+"""Tensors by their names in the model -> the same tensors by their names on disk. A float tensor may become several,
+which the model's library merges again when it loads them."""
 
 
 def save(
@@ -99,7 +99,7 @@ def save(
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The model itself, whose names have no `_orig_mod.` or `module.` before them."""
+    """The model inside wrappers of torch.compile and DataParallel, whose parameter names have no prefix."""
     while True:
         if type(model).__name__ == "OptimizedModule":  # torch._dynamo's, which is slow to import
             model = model._orig_mod  # type: ignore[assignment]
@@ -167,7 +167,7 @@ def quantization_config(
 
 
 def _without(kinds: list[str]) -> str:
-    """How to quantize without layers of those kinds: what is opt-in was included, the rest has to be ignored."""
+    """What to change so that no layer of those kinds is int8: do not include opt-in kinds, ignore the others."""
     known = {kind.name for kind in KINDS}
     ignored = [kind for kind in kinds if kind in known and kind not in OPT_IN_TARGETS]
     classes = [kind for kind in kinds if kind not in known and kind not in OPT_IN_TARGETS]
@@ -182,15 +182,15 @@ def _without(kinds: list[str]) -> str:
 
 
 def _described(model: nn.Module, on_disk: OnDisk | None = None) -> tuple[dict[str, tuple[str, Scheme]], list[str]]:
-    """Of a quantized model: the layers that hold codes, as `quantization_config` takes them, and those that do not.
-    Each weight of an expert is a layer of its own on disk."""
+    """The layers of a quantized model that hold codes, as `quantization_config` takes them, and names of those that do
+    not. Each weight of an expert is a layer of its own on disk."""
     layers = _int8_layers(model)
     owners = {
         name: (layer.replaces, layer.scheme)
         for name, layer in layers.items()
         if layer.codes() and not isinstance(layer, QuantExperts)
     }
-    routed = routers(model)  # no linear layers to transformers, but to vLLM
+    routed = routers(model)  # vLLM has linear layers in their place, transformers may not
     for name, part in expert_parts(model, on_disk).items():
         stack = layers.get(part.param.rpartition(".")[0])
         if stack is not None:
@@ -211,10 +211,10 @@ def _int8_layers(model: nn.Module) -> dict[str, QuantModule]:
 
 @dataclasses.dataclass(frozen=True)
 class _Stored:
-    """One tensor of a model on its way to disk: a float one, or (with a scale) the codes of a weight.
+    """A tensor of a model that is to be stored: a float tensor, or (with a scale) the codes of a weight.
 
-    dtype: on disk, of a float tensor or of the scales. scale, scheme: of codes. input_scale: fp32 [1], of static
-    inputs. rows: int64 [n], of codes [E, N, K] those of their E * N rows that are meant, as a weight [n, K].
+    dtype: stored dtype of the float tensor, or of the scales. scale, scheme: of codes. input_scale: fp32 [1], for
+        static inputs. rows: int64 [n], for codes [E, N, K] the rows (of E * N) that are stored, as a weight [n, K].
     """
 
     tensor: Tensor
@@ -225,7 +225,7 @@ class _Stored:
     rows: Tensor | None = None
 
     def plan(self, name: str) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
-        """What lies on disk for it: tensor's name -> (dtype, shape)."""
+        """The tensors that are stored for it: name -> (dtype, shape)."""
         shape = tuple(self.tensor.shape)
         if self.scale is None or self.scheme is None:
             return {name: (self.dtype, shape)}
@@ -246,7 +246,7 @@ class _Stored:
 
 
 def _stored_experts(model: nn.Module, on_disk: OnDisk | None) -> dict[str, _Stored]:
-    """The weights of int8 experts, one by one, under their names on disk."""
+    """Name on disk -> each 2-D weight of the int8 experts."""
     layers = _int8_layers(model)
     stored = {}
     for name, part in expert_parts(model, on_disk).items():
@@ -258,8 +258,8 @@ def _stored_experts(model: nn.Module, on_disk: OnDisk | None) -> dict[str, _Stor
 
 
 def _stored(model: nn.Module) -> dict[str, _Stored]:
-    """What goes to disk, in the order of the model: codes with their scales, and each shared tensor once; but for the
-    weights of int8 experts."""
+    """Name in the model -> what is stored, in the order of the model: codes with scales, float tensors, shared ones
+    once. Weights of int8 experts are left out."""
     codes: dict[str, _Stored] = {}
     scales: set[str] = set()
     for prefix, layer in _int8_layers(model).items():
@@ -296,8 +296,8 @@ def _refuse_what_is_no_dense_tensor(state: Mapping[str, Any]) -> None:
 def _renamed(
     tensors: dict[str, _Stored], on_disk: OnDisk | None
 ) -> tuple[dict[str, _Stored], dict[str, str], list[str]]:
-    """`tensors` under their names on disk; layer's name in the model -> on disk where it differs; names of the tensors
-    that float ones were merged to or cut into."""
+    """(`tensors` by their names on disk; name of a layer in the model -> on disk, where they differ; names of the
+    tensors that float ones were merged or cut into)."""
     if on_disk is None:
         return tensors, {}, []
     merged = _merged(tensors, on_disk)
@@ -316,8 +316,8 @@ def _renamed(
 
 
 def _merged(tensors: dict[str, _Stored], on_disk: OnDisk) -> dict[str, _Stored]:
-    """The tensors of int8 layers that would be part of another on disk (a q, k and v that are fused there), with all
-    that would be part of the same. Codes cannot be merged: these keep the names that they have in the model."""
+    """The tensors of int8 layers that the library would merge into another one on disk (q, k and v that are fused
+    there), and those that would be merged with them. Codes cannot be merged, so these keep their names of the model."""
     empty = {name: torch.empty_like(stored.tensor, device="meta") for name, stored in tensors.items()}
     kept = {id(tensor) for tensor in on_disk(empty).values()}
     lost = [name for name, tensor in empty.items() if id(tensor) not in kept]
@@ -328,8 +328,8 @@ def _merged(tensors: dict[str, _Stored], on_disk: OnDisk) -> dict[str, _Stored]:
 
 
 def _copies(state: Mapping[str, Tensor], tied: Mapping[str, str]) -> set[str]:
-    """Names of the tensors that another name holds too. `tied`: target -> source, where the model has a say in which
-    of the names is the tensor's own."""
+    """All names but one of each tensor that has several. tied: target -> source, if the model says which of the names
+    is the tensor's own."""
     sharing: dict[tuple[Any, ...], list[str]] = {}
     for name, tensor in state.items():
         if tensor.numel():
@@ -339,7 +339,7 @@ def _copies(state: Mapping[str, Tensor], tied: Mapping[str, str]) -> set[str]:
 
 
 def _describe_model(model: Any, folder: Path, tokenizer: Any) -> dict[str, Any]:
-    """Write the files that the model and the tokenizer describe themselves with; returns the content of config.json."""
+    """Write generation config, tokenizer and companion files. Returns: the content for config.json."""
     config = getattr(model, "config", None)
     if config is None or not hasattr(config, "save_pretrained"):
         return {}
@@ -350,7 +350,8 @@ def _describe_model(model: Any, folder: Path, tokenizer: Any) -> dict[str, Any]:
     described.pop("quantization_config", None)
     described["architectures"] = [type(model).__name__]
     described["dtype"] = _dtype_of(model)
-    # transformers looks whether the files have one weight or two, vLLM here only. Some encoder-decoders scale by it.
+    # transformers looks in the files for one weight or two, vLLM only here. (Some encoder-decoders scale by this
+    # setting.)
     scales = described.get("is_encoder_decoder", False)
     if described.get("tie_word_embeddings") and not scales and not _has_tied_head(model):
         described["tie_word_embeddings"] = False
@@ -363,7 +364,7 @@ def _describe_model(model: Any, folder: Path, tokenizer: Any) -> dict[str, Any]:
 
 
 def _has_tied_head(model: Any) -> bool:
-    """Whether its output head and its embedding are one table, of codes or in float, or it does not have both."""
+    """Whether output head and embedding share one table, int8 or float; also True if the model does not have both."""
     try:
         layers = model.get_output_embeddings(), model.get_input_embeddings()
         tables = [each.codes_and_scale()[0] if isinstance(each, QuantModule) else each.weight for each in layers]
@@ -373,8 +374,8 @@ def _has_tied_head(model: Any) -> bool:
 
 
 def _dtype_of(model: nn.Module) -> str:
-    """The model's dtype as config.json says it: that of its first float weight. Where there is none, the narrowest of
-    what its first norm or bias has, which may be fp32 in a model of 16 bits, and of what the int8 weights had."""
+    """The model's dtype for config.json: that of its first float weight. Without one, the narrowest of the dtypes of
+    its first norm or bias (which may be fp32 in a 16-bit model) and those that the int8 weights had."""
     floats = [parameter for parameter in model.parameters() if parameter.is_floating_point()]
     weights = [parameter.dtype for parameter in floats if parameter.dim() > 1]
     others = [parameter.dtype for parameter in floats[:1]]

@@ -1,9 +1,9 @@
 """Quantize a checkpoint from file to file, one tensor at a time: no model is built, memory is twice the largest tensor.
 
-What a tensor is (a linear layer, an embedding, a transposed GPT-2 layer) is not guessed from its name: a skeleton of
-the model, without weights, says so, and the plan made on it is the one that `quantize` makes on a model. The result
-is bit-identical to quantizing the loaded model and saving it, but for tensors that the model has no place for (a head
-of another task, say): those are copied as they are, and reported.
+What a tensor is (the weight of a linear layer, an embedding, a transposed GPT-2 layer) is not guessed from its name. A
+skeleton of the model, without weights, tells it, and the plan is made on the skeleton by the same code as in
+`quantize`. The result is bit-identical to quantizing the loaded model and saving it. Only tensors that the model has no
+place for (a head for another task) are handled differently: they are copied as they are, and reported.
 """
 
 from __future__ import annotations
@@ -55,9 +55,10 @@ def quantize_files(
 
     src: a float checkpoint's folder, or one .safetensors file. dst: must not exist.
     skeleton: the model that the checkpoint is of, with or without weights (on `meta`); not modified.
-    rename: how names on disk become names of the skeleton, where they differ. on_disk: the other way, for `save`.
-    conversions: of tensors on disk, by their names, those that are other tensors in the model. dtype_of: what float
-        tensors are cast to before they are quantized, for scales are rounded to the dtype that the model has.
+    rename: from names on disk to names in the skeleton. on_disk: the other way, as for `save`.
+    conversions: (names on disk) -> the conversions for those that are stored in another form than the model has.
+    dtype_of: name on disk -> dtype to cast a float tensor to before it is quantized: scales are rounded to the dtype in
+        which the model would be loaded.
     Returns: the coverage, with bytes as on disk.
     Raises: CheckpointError for a source that is damaged, already quantized or not of this model, and for a
         destination that exists or cannot be written whole; RecipeError and QuantizeError as `octavo.quantize` does,
@@ -162,9 +163,9 @@ class _Tensors:
                 _refuse_other_shape(self._reader.info(name), owner.shape)
 
     def _refuse_missing(self) -> None:
-        """A parameter that the files lack would get random values when they are loaded."""
+        """Raise CheckpointError if the files lack a parameter: it would get random values when the result is loaded."""
         if self.parts:
-            return  # which parameters these make up, only the library that merges them knows
+            return  # only the library that merges these parts knows which parameters they make up
         there = {id(self._owner(name)) for name in self._reader.names}
         lacking = {part.param for name, part in self._experts.items() if name not in self._reader}
         there |= {
@@ -186,7 +187,7 @@ class _Tensors:
             )
 
     def _own_names(self) -> dict[int, str]:
-        """id of a parameter -> the name on disk that it is kept under, if the checkpoint has it under several."""
+        """id of a parameter -> the name on disk under which it is kept, where the checkpoint has it under several."""
         tied = getattr(self._skeleton, "all_tied_weights_keys", None) or {}
         own: dict[int, str] = {}
         for name in sorted(self._reader.names, key=lambda name: self._param[name] in tied):
@@ -196,17 +197,18 @@ class _Tensors:
         return own
 
     def _experts_of(self, name: str) -> Decision | None:
-        """The decision of the experts that the tensor is one weight of."""
+        """The decision for the stack of experts that the tensor is a part of; None if it is not such a part."""
         part = self._experts.get(name)
         return self._decisions.get(part.param.rpartition(".")[0]) if part else None
 
     def _stack_of(self, name: str) -> Decision | None:
-        """The same, if they are to be int8."""
+        """The same, if the stack is to be int8."""
         decision = self._experts_of(name)
         return decision if decision and decision.scheme else None
 
     def _layer_of(self, name: str) -> tuple[Decision | None, nn.Module | None, str]:
-        """The decision of the layer that the tensor is a parameter of, or that one is computed of, and which."""
+        """(decision, layer, parameter): the layer that the tensor belongs to, and which parameter it is, or helps to
+        compute."""
         prefix, _, short = (self._param[name] or "").rpartition(".")
         layer, computed, of = prefix.rpartition(".parametrizations.")
         if computed:
@@ -215,7 +217,7 @@ class _Tensors:
         return decision, self._modules[prefix] if decision else None, short
 
     def _owner(self, name: str) -> Tensor | None:
-        """The parameter or buffer of the skeleton that the tensor is loaded into, None if there is none."""
+        """The parameter or buffer of the skeleton that the tensor is loaded into; None if there is none."""
         prefix, _, short = (self._param[name] or "").rpartition(".")
         module = self._modules.get(prefix)
         if module is None or short in module._non_persistent_buffers_set:
@@ -245,7 +247,7 @@ class _Tensors:
         return True
 
     def _int8_shapes(self, name: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Shapes of the codes and of the scale, which follow from the skeleton's."""
+        """Shapes of the codes and of the scale that the tensor will have."""
         info = self._reader.info(name)
         if not info.dtype.is_floating_point:
             raise CheckpointError(f"{info.file}: {name!r} is {info.dtype}, expected a float weight")
@@ -272,7 +274,7 @@ class _Tensors:
         return len(part.rows), spec.rows(getattr(layer, param)).shape[-1]
 
     def _parts_of(self, name: str) -> dict[str, Part]:
-        """The weights of experts that a stack, which lies on disk in one piece, is cut into; none for other tensors."""
+        """The parts that a stack of experts is cut into, if the tensor is a whole stack; {} for other tensors."""
         own = {} if self._stack_of(name) else self._experts
         return {at: part for at, part in own.items() if part.param == self._param[name]}
 
@@ -293,7 +295,7 @@ class _Tensors:
         return planned
 
     def encode(self, name: str) -> dict[str, Tensor]:
-        """Read tensor `name`, and quantize it if that is its fate: what to write."""
+        """Read tensor `name`, and quantize it if the plan says so. Returns: the tensors to write."""
         tensor = self._reader.tensor(name)
         if name not in self._shapes:
             return {name: tensor}
