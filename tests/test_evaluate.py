@@ -14,9 +14,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import octavo
-from octavo import evaluate
-from octavo.errors import OctavoError, OctavoWarning
-from octavo.evaluate import EvaluateError, compare, perplexity, sqnr
+from octavo.errors import EvaluateError, OctavoError, OctavoWarning
+from octavo.evaluate import compare, outputs, perplexity, sqnr
 
 
 class Noisy(nn.Module):
@@ -81,7 +80,7 @@ def test_sqnr_of_an_error_of_a_tenth_is_20_db() -> None:
 
 
 def test_sqnr_over_many_chunks_is_the_sqnr_of_the_whole() -> None:
-    x = torch.randn(3, evaluate._CHUNK_ELEMENTS)
+    x = torch.randn(3, outputs.CHUNK_ELEMENTS)
     y = x + 0.01 * torch.randn_like(x)
     a, b = x.double().numpy().ravel(), y.double().numpy().ravel()
     assert sqnr(x, y) == pytest.approx(10 * math.log10(a @ a / ((a - b) @ (a - b))), abs=1e-9)
@@ -146,7 +145,7 @@ def test_perplexity_of_no_knowledge_is_the_vocabulary() -> None:
 def test_perplexity_of_logits_in_several_chunks() -> None:
     table = torch.randn(64, 10_000)
     ids = torch.randint(0, 64, (33,))
-    assert 33 * table.shape[1] > 4 * evaluate._CHUNK_ELEMENTS
+    assert 33 * table.shape[1] > 4 * outputs.CHUNK_ELEMENTS
     assert perplexity(bigram(table), ids) == pytest.approx(true_perplexity(table, ids.tolist(), 512), rel=1e-6)
 
 
@@ -308,7 +307,7 @@ def test_compare_is_what_loops_in_float64_say(rows: list[int], columns: int, dty
     f = [(3 * torch.randn(1, n, columns)).to(dtype) for n in rows]
     q = [x + (0.3 * torch.randn(x.shape)).to(dtype) for x in f]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(evaluate, "_CHUNK_ELEMENTS", chunk)
+        patch.setattr(outputs, "CHUNK_ELEMENTS", chunk)
         found = compare(fixed(*f), fixed(*q), [torch.zeros(1)] * len(rows))
     assert found.batches == len(rows) and found.positions == sum(rows)
     everything = truth(torch.cat(f, 1)[0], torch.cat(q, 1)[0])

@@ -1,17 +1,7 @@
-"""What did quantizing cost? A model's perplexity, and an int8 model held against the float model that it came from.
+"""Compare an int8 model with its float model: KL, top-1 agreement, cosine, and SQNR of the output and of each layer.
 
-    KL       mean over positions of sum_v p(v) * (log p(v) - log q(v)), in nats; p = softmax of the float logits,
-             q = softmax of the int8 logits
-    top-1    fraction of positions where both models choose the same token (class): that of the highest logit, the first
-             of equal ones, as greedy decoding takes it. In bf16 and fp16 many are equal, and rounding decides
-    SQNR     10 * log10(sum f^2 / sum (f - q)^2), in dB: at 20 dB the error is a tenth of the signal, at 40 a hundredth
-    cosine   sum f*q / (|f| * |q|) of a position's output row
-
-Perplexity moves little and in either direction; KL and SQNR see every change, and say where it is.
-
-A model here is any callable: nothing in this file knows how a model was quantized. An `nn.Module` is judged in eval
-mode and without gradients, fed on the device of its first parameter, and given back in the mode that it came in; any
-other callable is called as it is.
+Both models are run on the same batches, in one pass. The outputs of the quantized layers are seen by hooks. The
+measures are defined at the head of `octavo.evaluate`.
 """
 
 from __future__ import annotations
@@ -22,13 +12,14 @@ import functools
 import math
 import operator
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from octavo.errors import EvaluateError, OctavoWarning
+from octavo.evaluate.outputs import Model, chunks, first_floating, float64, main_output
 from octavo.feeding import (
     Progress,
     check_batches,
@@ -40,102 +31,10 @@ from octavo.feeding import (
     same_random_numbers,
 )
 from octavo.model_code.products import products_as_calls
-from octavo.modules import QuantModule
 from octavo.report import Comparison, LayerQuality, NotCompared
 from octavo.smoothing.smoothed import smooth_scales
 
-__all__ = ["compare", "perplexity", "sqnr"]
-
-Model = Callable[..., Any]
-_CHUNK_ELEMENTS = 1 << 16
-"""Outputs are widened in pieces of this many elements (512 KiB in float64), which stay in the cache; a float64 copy of
-the logits over a large vocabulary would be the peak of the memory. Measured on [512, 49152] logits, 2 cores: `compare`
-takes 0.2 to 0.3 s for them in pieces of 2**16, 0.5 to 0.6 s in pieces of 2**22."""
-
-
-def perplexity(model: Model, token_ids: Tensor, *, window: int = 512, progress: Progress | None = None) -> float:
-    """exp of the mean negative log likelihood, in nats, of each token given those before it in its window.
-
-    The text is cut into windows that do not overlap; the first token of a window has nothing before it and is not
-    counted, nor is a last window of one token. A longer window means a lower perplexity: compare only equal windows.
-
-    model: called with ids int64 [1, w], w <= window; returns logits [1, w, V] floating point, or an object, dict or
-        tuple that holds them (see `compare`).
-    token_ids: int64 [T] or [1, T], T >= 2.
-    window: tokens that the model sees at once.
-    progress: called with (windows done, number of windows).
-    Returns: the perplexity, >= 1; inf when a token was given no probability at all. Log likelihoods are computed in
-        fp32 (fp64 for fp64 logits) and summed in fp64.
-    Raises: EvaluateError for ids of another dtype or shape, negative ids, fewer than two tokens, a window below 2,
-        logits of another shape or holding NaN (naming the window), and a model that sees the tokens that it is to
-        predict: a masked language model's number would mean nothing.
-    """
-    ids = _token_row(token_ids)
-    if not isinstance(window, int) or window < 2:
-        raise EvaluateError(
-            f"window is {window!r}, expected a whole number of at least 2: the first token predicts the next"
-        )
-    starts = range(0, len(ids) - 1, window)
-    device = device_of(model, "model")
-    total, predicted = 0.0, 0
-    with eval_mode(model):
-        for index, start in enumerate(starts):
-            piece = ids[start : start + window].to(device)
-            where = f"window {index} (tokens {start} to {start + len(piece) - 1})"
-            logits, _ = _main_output(model(piece.unsqueeze(0)), f"{where}: the model")
-            if logits.shape[:-1] != (1, len(piece)) or int(piece.max()) >= logits.shape[-1]:
-                raise EvaluateError(
-                    f"{where}: logits have shape {list(logits.shape)} for {len(piece)} tokens with ids up to "
-                    f"{int(piece.max())}, expected [1, {len(piece)}, V] with V above every id; "
-                    "is this a causal language model, and are the ids from its own tokenizer?"
-                )
-            loss = _negative_log_likelihood(logits[0, :-1], piece[1:])
-            if math.isnan(loss):
-                raise EvaluateError(
-                    f"{where}: logits hold NaN or inf, expected finite values; run the model in fp32 or bf16"
-                )
-            if index == 0 and _looks_ahead(model, piece[:_LOOKED_AT], device):
-                raise EvaluateError(
-                    "model: its logits change with the tokens that come after, as a masked language model's (BERT) do, "
-                    "expected a causal language model; octavo.compare judges models of any kind"
-                )
-            total += loss
-            predicted += len(piece) - 1
-            if progress is not None:
-                progress(index + 1, len(starts))
-    return torch.tensor(total / predicted, dtype=torch.float64).exp().item()
-
-
-_LOOKED_AT = 16
-"""First tokens of a text by which causal language models are told from others."""
-
-_MOVED = 0.05
-"""Of its own size, that a row of logits may move by when later tokens change. Those of causal models move by rounding,
-if at all, those of all-MiniLM-L6-v2 (BERT) by 0.25 to 0.6, in int8 too."""
-
-
-def _looks_ahead(model: Model, ids: Tensor, device: torch.device | None) -> bool:
-    """Whether the logits of the first half of `ids` [w] are others when the second half is. An int8 model with one
-    dynamic scale for all tokens (SmoothQuant-O2) is not asked: by its rounding any token changes all."""
-    half = len(ids) // 2
-    other = ids.clone()
-    other[half:] = ids[0]
-    if torch.equal(other, ids) or _has_one_scale_for_all_tokens(model):
-        return False
-    rows = []
-    for each in (ids, other):
-        with same_random_numbers(device):
-            rows.append(_float64(_main_output(model(each.unsqueeze(0)), "the model")[0][0, :half]))
-    finite = rows[0].isfinite() & rows[1].isfinite()  # forbidden tokens have -inf
-    before, after = (torch.where(finite, each, 0.0) for each in rows)
-    size = (before - before.mean(-1, keepdim=True)).norm(dim=-1)
-    return bool(((after - before).norm(dim=-1) > _MOVED * size).double().mean() > 0.5)
-
-
-def _has_one_scale_for_all_tokens(model: Model) -> bool:
-    modules = model.modules() if isinstance(model, nn.Module) else ()
-    inputs = [module.scheme.input for module in modules if isinstance(module, QuantModule)]
-    return any(args is not None and args.dynamic and args.granularity == "per_tensor" for args in inputs)
+__all__ = ["compare", "sqnr"]
 
 
 def compare(
@@ -225,9 +124,9 @@ class _Power:
     noise: float = 0.0
 
     def add(self, reference: Tensor, actual: Tensor) -> None:
-        for f, q in _chunks(reference.reshape(-1), actual.reshape(-1).to(reference.device)):
-            self.signal += _float64(f).square().sum().item()
-            self.noise += (_float64(f) - _float64(q)).square().sum().item()
+        for f, q in chunks(reference.reshape(-1), actual.reshape(-1).to(reference.device)):
+            self.signal += float64(f).square().sum().item()
+            self.noise += (float64(f) - float64(q)).square().sum().item()
 
     def sqnr_db(self) -> float:
         if not math.isfinite(self.signal) or not math.isfinite(self.noise):
@@ -239,8 +138,9 @@ class _Power:
 
 @dataclasses.dataclass
 class _LayerTally:
-    """One layer so far; `kept` holds the float outputs of this batch that the int8 model has not reached yet.
+    """Sums over the outputs of one layer so far.
 
+    kept: the float model's outputs for this batch that the int8 model has yet to be compared with.
     smooth_scale: fp32 [N], what smoothing divided the channels of the int8 model's output by; None for nothing.
     """
 
@@ -276,7 +176,7 @@ class _LayerTally:
             self.kept.clear()
 
     def reason_not_compared(self) -> str:
-        """Empty for a layer that has an SQNR."""
+        """Why the layer has no SQNR; empty if it has one."""
         if self.problem:
             return self.problem
         if not self.calls:
@@ -307,11 +207,11 @@ class _OutputTally:
                 "expected one shape, from two models of one architecture"
             )
         self._warn_of_masks(f, masks, where)
-        masks = [mask for mask in masks if _fits(f, mask)][-1:]  # of a decoder, whose output it is, its own
+        masks = [mask for mask in masks if _fits(f, mask)][-1:]  # the decoder's, if there are two
         self.is_logits = self.is_logits and reference[1] and actual[1] and f.shape[-1:] > (1,)
         f, q = _rows(_without_padding(f, masks)), _rows(_without_padding(q, masks)).to(f.device)
-        for f_rows, q_rows in _chunks(f, q):
-            self._add_rows(_float64(f_rows), _float64(q_rows), where)
+        for f_rows, q_rows in chunks(f, q):
+            self._add_rows(float64(f_rows), float64(q_rows), where)
 
     def _add_rows(self, f: Tensor, q: Tensor, where: str) -> None:
         if self.is_logits:
@@ -363,7 +263,7 @@ def _kl(f: Tensor, q: Tensor) -> Tensor:
     """KL(softmax f || softmax q) of each pair of rows in nats, [n], as sum_v p(v) * (f - q)(v) - lse(f) + lse(q)."""
     lse_f, lse_q = f.logsumexp(-1), q.logsumexp(-1)
     p = (f - lse_f.unsqueeze(-1)).exp_()
-    # -inf in both is a token that neither may choose: 0 * NaN, which counts as nothing.
+    # -inf in both is a token that neither model may choose: 0 * NaN, which nansum skips.
     return p.mul_(f - q).nansum(-1) - lse_f + lse_q
 
 
@@ -396,105 +296,24 @@ def _squares(x: Tensor) -> Tensor:
     return x.square().sum(-1)
 
 
-def _negative_log_likelihood(logits: Tensor, targets: Tensor) -> float:
-    """Sum over rows of log(sum exp logits) - logits[target]. logits: [n, V]; targets: int64 [n]."""
-    total = 0.0
-    for rows, wanted in _chunks(logits, targets.to(logits.device)):
-        rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
-        losses = nn.functional.cross_entropy(rows, wanted, reduction="none")
-        total += _float64(losses).sum().item()
-    return total
-
-
-def _chunks(x: Tensor, y: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """Matching pieces of `x` and `y` along dim 0, of _CHUNK_ELEMENTS of `x` or one row at most; none if it is empty."""
-    step = max(1, _CHUNK_ELEMENTS // max(1, math.prod(x.shape[1:])))
-    for start in range(0, len(x) if x.numel() else 0, step):
-        yield x[start : start + step], y[start : start + step]
-
-
-def _float64(x: Tensor) -> Tensor:
-    # Apple's GPUs have no float64.
-    return (x.cpu() if x.device.type == "mps" else x).double()
-
-
 def _rows(x: Tensor) -> Tensor:
     """View an output as positions: [..., V] -> [n, V]."""
     return x.reshape(1, 1) if x.dim() == 0 else x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
 
 
 def _fits(x: Tensor, mask: Tensor) -> bool:
-    """Whether a mask [B, T] is one of positions of x [B, T, ...]."""
+    """Whether a mask [B, T] is for the positions of x [B, T, ...]."""
     return x.dim() >= 3 and x.shape[:2] == mask.shape
 
 
 def _without_padding(x: Tensor, masks: list[Tensor]) -> Tensor:
-    """The positions of [B, T, ...] that any of the masks that fit keeps; all of `x` where none fits."""
+    """The positions of x [B, T, ...] that any of the fitting masks keeps; all of x if no mask fits."""
     fitting = [mask.to(x.device) for mask in masks if _fits(x, mask)]
     return x[torch.stack(fitting).any(0)] if fitting else x
 
 
-def _token_row(token_ids: Tensor) -> Tensor:
-    got = f"{token_ids.dtype} {list(token_ids.shape)}" if isinstance(token_ids, Tensor) else type(token_ids).__name__
-    if not isinstance(token_ids, Tensor) or token_ids.dtype != torch.int64:
-        raise EvaluateError(
-            f"token_ids: got {got}, expected an int64 tensor; torch.tensor(tokenizer.encode(text)) is one"
-        )
-    if token_ids.dim() not in (1, 2) or (token_ids.dim() == 2 and token_ids.shape[0] != 1):
-        raise EvaluateError(
-            f"token_ids: got {got}, expected one row of tokens, [T] or [1, T]; join or loop over the rows"
-        )
-    ids = token_ids.reshape(-1)
-    if len(ids) < 2:
-        raise EvaluateError(
-            f"token_ids: got {len(ids)} tokens, expected at least 2; a longer text gives a better measure"
-        )
-    if int(ids.min()) < 0:
-        raise EvaluateError(f"token_ids: holds {int(ids.min())}, expected ids from 0 up; remove padding such as -100")
-    return ids
-
-
-def _main_output(output: Any, who: str) -> tuple[Tensor, bool]:
-    """The tensor that judges a model's output, and whether it is logits: see `compare`."""
-    found: Any = None
-    is_logits = True
-    if isinstance(output, Tensor):
-        found = output
-    elif isinstance(getattr(output, "logits", None), Tensor):
-        found = output.logits
-    elif isinstance(getattr(output, "last_hidden_state", None), Tensor):
-        found, is_logits = output.last_hidden_state, False
-    elif isinstance(output, Mapping) and isinstance(output.get("logits"), Tensor):
-        found = output["logits"]
-    elif isinstance(output, Mapping):
-        name = next((name for name, value in output.items() if _is_floating(value)), "")
-        found, is_logits = output.get(name), "logits" in str(name)
-    elif isinstance(output, tuple | list):
-        found = _first_floating(output)
-    if not isinstance(found, Tensor) or not found.is_floating_point():
-        got = f"a tensor of {found.dtype}" if isinstance(found, Tensor) else f"a {type(output).__name__}"
-        raise EvaluateError(
-            f"{who} returned {got}, expected a floating-point tensor, an object with .logits or .last_hidden_state, or "
-            "a dict or tuple with such a tensor; wrap the model in a function that returns the tensor to judge"
-        )
-    return found, is_logits
-
-
-def _is_floating(value: Any) -> bool:
-    # A 0-d tensor in a dict or tuple is a loss that stands before the output.
-    return isinstance(value, Tensor) and value.is_floating_point() and value.dim() > 0
-
-
-def _first_floating(output: Any) -> Tensor | None:
-    """A layer's output tensor: itself, or the first of its tuple, list or dict."""
-    values = (
-        output.values() if isinstance(output, Mapping) else output if isinstance(output, tuple | list) else [output]
-    )
-    return next((value for value in values if _is_floating(value)), None)
-
-
 def _run(model: Model, batch: Any, device: torch.device | None, who: str) -> tuple[Tensor, bool]:
-    return _main_output(feed(model, batch, device, who), who)
+    return main_output(feed(model, batch, device, who), who)
 
 
 def _layers_to_compare(float_model: Model, int8_model: Model) -> dict[str, _LayerTally]:
@@ -522,6 +341,6 @@ def _hooks(
 
 def _recorder(tally: _LayerTally, record: Callable[[_LayerTally, Tensor | None], None]) -> Callable[..., None]:
     def hook(module: nn.Module, args: Any, output: Any) -> None:
-        record(tally, _first_floating(output))
+        record(tally, first_floating(output))
 
     return hook
