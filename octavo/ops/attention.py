@@ -1,4 +1,4 @@
-"""Attention with both of its products in int8: its definition, and it composed of other ops, right on every device.
+"""Attention with both products in int8: the definition, and an implementation by other ops that runs on every device.
 
 SmoothQuant's BMM (Xiao et al., arXiv:2211.10438, section 4), with scales found on the fly:
 
@@ -8,19 +8,20 @@ SmoothQuant's BMM (Xiao et al., arXiv:2211.10438, section 4), with scales found 
     p, sp [T, 1]    codes of probabilities * sv.T, a scale a row   so that sv, which varies along the sum, is inside it
     result          (p @ v) * sp                                   an exact int32 sum over S, then fp32
 
-Of keys and values that are codes already, as `Int8Cache` keeps them, `int8_attention_of_codes` is the same from the
-second line on. `float_attention_of_codes` does with such keys and values what float attention does with code * scale:
+`int8_attention_of_codes` is the same from the second line on, for keys and values that are codes already, as
+`Int8Cache` holds them. `float_attention_of_codes` computes float attention over the keys and values code * scale:
 
     scores          (q @ k.T) * sk.T * scaling                     in fp32
     result          (softmax(scores) * sv.T) @ v                   in fp32
 
-With a scale a token no token changes how another one is rounded: what padding holds and what comes later has no effect,
-and a key-value cache gives what computing everything anew gives. Folding sv into the probabilities before they are
-rounded spends their 127 steps on what reaches the result: a first token that draws most of the attention has a small
-value in most models, and would otherwise leave few steps for the rest. The sv of a row of zeros is 0 for that reason.
+There is a scale for each token, so no token changes how another one is rounded: padding and later tokens have no
+effect, and a key-value cache gives the same result as computing everything again. The scale sv is multiplied into the
+probabilities before these are rounded, so that their 127 steps are used for what reaches the result: in most models the
+first token draws most of the attention but has a small value, and would otherwise leave few steps for the other tokens.
+For the same reason sv is 0 for a row of zeros.
 
-Where attention has a kernel of its own (`octavo backends`), that answers; what is here answers everywhere else, and
-float64. In float, everywhere else is torch's `scaled_dot_product_attention`.
+Kernels for attention (see `octavo backends`) take the place of this implementation; it remains for float64 and for all
+other machines. Float attention without a kernel is torch's `scaled_dot_product_attention`.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ __all__ = [
 ]  # fmt: skip
 
 _BLOCK_SCORES = 1 << 22
-"""Rows of the query are taken in blocks of this many scores (16 MiB in fp32, a few of which live at a time)."""
+"""Query rows are processed in blocks of this many scores (16 MiB in fp32; a few such blocks exist at a time)."""
 
 
 @in_full_precision
@@ -62,7 +63,7 @@ def int8_attention_of_codes(
     check_codes(query, key, key_scale, value, value_scale, mask)
     check_longest(key)
     (batch, heads, rows, _), (kv_heads, tokens) = query.shape, key.shape[1:3]
-    # Heads that share a key stand below each other: [batch * kv_heads, heads / kv_heads * rows, ...].
+    # Query heads that share a key head are stacked as rows: [batch * kv_heads, heads / kv_heads * rows, ...].
     q, q_scale = (_by_key(part, kv_heads) for part in _codes(query))
     k, k_scale, v, v_scale = (part.flatten(0, 1) for part in (key, key_scale, value, value_scale))
     v_rows = v.mT.contiguous()
@@ -109,8 +110,8 @@ def float_attention_of_codes(
 def check_codes(
     query: Tensor, key: Tensor, key_scale: Tensor, value: Tensor, value_scale: Tensor, mask: Tensor | None
 ) -> None:
-    """Raise QuantizeError unless these are a query and the codes of keys and values, with a scale a token: see
-    `octavo.ops.float_attention_of_codes`."""
+    """Raise QuantizeError unless these are a query, and codes and scales of keys and values, as
+    `octavo.ops.float_attention_of_codes` takes them."""
     check_rows(query)
     _check_shapes(query, key, value, mask)
     for name, codes, scale in (("key", key, key_scale), ("value", value, value_scale)):
@@ -124,7 +125,7 @@ def check_codes(
 
 
 def check_heads(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> None:
-    """Raise QuantizeError unless the shapes are those of one attention: see `octavo.ops.int8_attention`."""
+    """Raise QuantizeError unless shapes and dtypes are those that `octavo.ops.int8_attention` takes."""
     for x in (query, key, value):
         check_rows(x)
     _check_shapes(query, key, value, mask)
@@ -153,9 +154,9 @@ def _check_shapes(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None
 
 
 def check_longest(key: Tensor) -> None:
-    """Raise QuantizeError if int32 cannot hold the sums over the tokens of key, [B, KV, S, D], or over its channels.
+    """Raise QuantizeError if int32 cannot hold sums over the tokens or over the channels of key [B, KV, S, D].
 
-    The kernels for CUDA devices have no such bound: they cut the tokens into parts.
+    The kernels for CUDA devices have no such limit: they sum over parts of the tokens.
     """
     for size, of in zip(key.shape[2:], ("tokens", "channels"), strict=True):
         if size > LONGEST_EXACT:
@@ -181,7 +182,7 @@ def _codes(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def value_codes(value: Tensor) -> tuple[Tensor, Tensor]:
-    """`quantize_per_token`, but a scale of 0 for a row of zeros, which is to have no step of the probabilities."""
+    """`quantize_per_token`, with a scale of 0 for a row of zeros, so that it takes no steps of the probabilities."""
     codes, scale = _codes(value)
     zeros = (scale == 1) & (codes == 0).all(-1, keepdim=True)
     return codes, scale.masked_fill(zeros, 0)
@@ -193,7 +194,9 @@ def quantize_states(x: Tensor, codes: Tensor, scale: Tensor, are_values: bool) -
 
 
 def _products(x: Tensor, x_scale: Tensor, weight: Tensor, weight_scale: Tensor) -> Tensor:
-    """(x @ weight.mT) * x_scale * weight_scale.mT for each matrix of a batch, the sums exact: each matrix is an expert.
+    """(x @ weight.mT) * x_scale * weight_scale.mT for each matrix of a batch, with exact sums.
+
+    Computed by the op for experts, with each matrix as an expert.
 
     x: int8 [B, M, K]. x_scale: fp32 [B, M, 1]. weight: int8 [B, N, K]. weight_scale: fp32 [B, N, 1].
     Returns: fp32 [B, M, N].

@@ -1,7 +1,7 @@
 """Gradients of the ops, to the input and the bias, so that adapters can be trained on a frozen int8 base.
 
-Importing this file registers them. Codes and scales are frozen: a gradient of theirs is refused. Forward-mode
-derivatives (`torch.func.jvp`) do not exist; torch would take the ops for constants, in silence: they are refused too.
+Importing this file registers them. Codes and scales are frozen: asking for their gradient is an error. So is asking for
+forward-mode derivatives (`torch.func.jvp`), which the ops do not have: torch would silently treat the ops as constants.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def forward_mode() -> bool:
 
 
 def refuse_forward_mode(args: Iterable[object]) -> None:
-    """Raises OctavoError if one of an op's arguments carries a forward-mode derivative, which would end there."""
+    """Raise OctavoError if one of an op's arguments carries a forward-mode derivative, which the op would drop."""
     if not forward_mode():
         return
     floats = (x for x in args if isinstance(x, Tensor) and x.is_floating_point())
@@ -37,7 +37,8 @@ def refuse_forward_mode(args: Iterable[object]) -> None:
 
 
 def _refuse_weight_gradient(ctx: torch.autograd.function.FunctionCtx, weight: int = 1) -> None:
-    """weight: place of the weight among the op's arguments; its scale is the next."""
+    """Raise OctavoError if a gradient of the weight or its scale is asked for. weight: its position among the op's
+    arguments; the scale is the next one."""
     if any(ctx.needs_input_grad[weight : weight + 2]):  # type: ignore[attr-defined]
         raise OctavoError(
             "a gradient of an int8 weight or of its scale was asked for (requires_grad is set on weight_scale); int8 "
@@ -107,7 +108,8 @@ for _name, _backward, _save in (
 
 
 def _refuse_scale_gradient(ctx: torch.autograd.function.FunctionCtx, x_scale: int, weight_scale: int) -> None:
-    """The scales' places among the op's arguments."""
+    """Raise OctavoError if a gradient of a scale is asked for. x_scale, weight_scale: positions among the op's
+    arguments."""
     if ctx.needs_input_grad[x_scale] or ctx.needs_input_grad[weight_scale]:  # type: ignore[attr-defined]
         raise OctavoError(
             "a gradient of a scale of an int8 layer was asked for (requires_grad is set on x_scale or weight_scale); "

@@ -1,7 +1,7 @@
-"""The native CPU kernels (`csrc/`): one library, loaded once, that answers every op on CPUs in place of the reference.
+"""Load the native CPU kernels (`csrc/`): one library that answers the ops on CPUs in place of the reference.
 
-It holds kernels for every instruction set, and takes the best that the processor has, or none where the reference is
-faster. OCTAVO_ISA (scalar, avx2, avxvnni, avx512, amx) takes another one, OCTAVO_BACKEND=reference none.
+It holds kernels for several instruction sets, and uses the best one that the processor has, or none where the reference
+is faster. OCTAVO_ISA (scalar, avx2, avxvnni, avx512, amx) chooses another one, OCTAVO_BACKEND=reference none.
 """
 
 from __future__ import annotations
@@ -22,21 +22,24 @@ __all__ = ["ANY_NUMBER", "LIBRARY", "Native", "load", "reference_is_forced", "se
 LIBRARY = Path(__file__).with_name("liboctavo.so")
 
 ANY_NUMBER = 2**63 - 1
-"""Of rows: `kAnyNumber` in `csrc/kernels.h`."""
+"""Means "for any number of rows" in `Native`; `kAnyNumber` in `csrc/kernels.h`."""
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
-"""As `Float` in `csrc/kernels.h` counts them."""
+"""The float dtypes in the order of `Float` in `csrc/kernels.h`."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Native:
-    """What serves on CPUs. isa: the instruction set, or None where the reference does. why: in either case.
-    convolves: whether convolutions have kernels for that instruction set, and are not the reference's.
-    attends: whether int8 attention has kernels of its own there, and is not composed of other ops.
-    attends_in: for each dtype the number of rows of a key head up to which kernels of float attention are faster than
-        torch's; 0 where there are none.
-    multiplies_in: for each dtype the number of rows up to which those of float linear layers are faster than torch's;
-        0 where there are none."""
+    """The kernels in use on CPUs.
+
+    isa: the instruction set; None if the reference is used. why: why this one.
+    convolves: whether there are kernels for convolutions (else the reference computes them).
+    attends: whether there are kernels for int8 attention (else it is composed of other ops).
+    attends_in: dtype -> the number of query rows per key head up to which float attention by a kernel is faster than
+        torch's; 0 if there is no kernel.
+    multiplies_in: dtype -> the number of rows up to which a float linear layer by a kernel is faster than torch's; 0 if
+        there is no kernel.
+    """
 
     isa: str | None
     why: str
@@ -47,7 +50,7 @@ class Native:
 
 
 def reference_is_forced() -> bool:
-    """Whether OCTAVO_BACKEND asks for the reference, on every device. Raises: QuantizeError if it asks for another."""
+    """Whether OCTAVO_BACKEND asks for the reference on every device. Raises: QuantizeError for an unknown value."""
     forced = os.environ.get("OCTAVO_BACKEND", "")
     if forced not in ("", "reference"):
         raise QuantizeError(f"OCTAVO_BACKEND is {forced!r}; expected 'reference' or nothing (the best that is there)")
@@ -57,8 +60,9 @@ def reference_is_forced() -> bool:
 def load() -> Native:
     """Load the library and choose its kernels.
 
-    Warns: where there is no library, for then int8 is slow.
-    Raises: QuantizeError if OCTAVO_BACKEND or OCTAVO_ISA have a value that is not known, or that this processor lacks.
+    Warns: if the library is missing, because int8 is slow then.
+    Raises: QuantizeError if OCTAVO_BACKEND or OCTAVO_ISA has an unknown value, or one that this processor lacks;
+        OctavoError if torch cannot load the library.
     """
     if reference_is_forced():
         return Native(None, "forced by OCTAVO_BACKEND")
@@ -82,9 +86,9 @@ def load() -> Native:
 
 
 def select(isa: str) -> Native:
-    """Take the kernels of an instruction set, or, given "", the best that this processor has. The library is loaded.
+    """Use the kernels of an instruction set; with "" the best that this processor has. The library must be loaded.
 
-    Raises: QuantizeError if `isa` is not known, or this processor lacks it.
+    Raises: QuantizeError if `isa` is unknown, or this processor lacks it.
     """
     library = ctypes.CDLL(str(LIBRARY))
     library.octavo_select.restype = ctypes.c_char_p

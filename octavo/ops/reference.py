@@ -1,6 +1,6 @@
-"""Every op in plain torch: right on every device, and the result that native kernels are held to.
+"""Every op in plain torch, for every device. Its results are the standard that native kernels are tested against.
 
-The arithmetic is that of `primitives.py`; shapes stand in the table of `octavo.ops`.
+The arithmetic is that of `primitives.py`; shapes are in the table of `octavo.ops`.
 """
 
 from __future__ import annotations
@@ -55,13 +55,13 @@ reads one byte a weight from memory, and no float copy of a weight ever exists."
 _QMAX = 127
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-"""Of x. torch has no arithmetic for narrower ones (fp8), and what a layer returns would be rounded to them."""
+"""Dtypes of x. torch has no arithmetic for narrower ones (fp8), and the result would be rounded to them."""
 
 _Rest = ParamSpec("_Rest")
 
 
 def in_full_precision(compute: Callable[Concatenate[Tensor, _Rest], Tensor]) -> Callable[..., Tensor]:
-    """Keep autocast out of `compute`: it would round the products to 16 bits before the scale is applied to them."""
+    """A decorator that disables autocast, which would round products to 16 bits before the scale is applied."""
 
     @functools.wraps(compute)
     def run(first: Tensor, *args: _Rest.args, **kwargs: _Rest.kwargs) -> Tensor:
@@ -76,7 +76,7 @@ def w8a16_linear(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor |
     check_input(x, weight, weight_scale, bias)
     n, k = weight.shape
     wide = accumulator(x)
-    rows = x.reshape(math.prod(x.shape[:-1]), k).to(wide).contiguous()  # so that its strides change no bit
+    rows = x.reshape(math.prod(x.shape[:-1]), k).to(wide).contiguous()  # so that results do not depend on strides
     y = torch.empty((rows.shape[0], n), dtype=wide, device=x.device)
     per_channel = weight_scale.shape[1] == 1
     step = max(1, _BLOCK_ELEMENTS // max(k, 1))
@@ -94,7 +94,7 @@ def w8a16_linear(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor |
 def w8a16_linears(
     x: Tensor, weight: Sequence[Tensor], weight_scale: Sequence[Tensor], bias: Sequence[Tensor | None]
 ) -> Tensor:
-    """`w8a16_linear` of each layer, the results next to each other."""
+    """`w8a16_linear` of each layer; the results are concatenated."""
     layers = zip(weight, weight_scale, bias, strict=True)
     return torch.cat([torch.ops.octavo.w8a16_linear(x, *layer) for layer in layers], -1)
 
@@ -118,14 +118,14 @@ def quantize_static(x: Tensor, input_scale: Tensor) -> Tensor:
 
 
 def _input_scale(largest: Tensor) -> Tensor:
-    """amax / 127 in fp32; 1 for zeros. Neither NaN nor inf is looked for, which would wait for the device: either
-    makes the scale, and with it the output, NaN, as it would be in the float model."""
+    """amax / 127 in fp32; 1 for zeros. NaN and inf are not checked for, which would wait for the device. They make the
+    scale NaN or inf, and so the output NaN, as in the float model."""
     scale = rounded_quotient(largest.float(), _QMAX)
     return torch.where(scale == 0, 1.0, scale)
 
 
 def _codes(x: Tensor, scale: Tensor) -> Tensor:
-    # `contiguous`, for a broadcast or transposed x would hand its strides on to the codes.
+    # `contiguous`, because the codes would otherwise have the strides of a broadcast or transposed x.
     return (x.float() / scale).round_().clamp_(-_QMAX, _QMAX).to(torch.int8).contiguous()
 
 
@@ -137,7 +137,7 @@ def w8a8_linear(
     n, k = weight.shape
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     y = int8_matmul(x.reshape(math.prod(x.shape[:-1]), k), weight).to(wide)
-    # The scales multiply each other first: one rounding of their product, one of the sum times it.
+    # The scales are multiplied first: one rounding of their product, and one of the sum times the product.
     y *= x_scale.reshape(-1, 1).to(wide) * weight_scale.reshape(1, -1).to(wide)
     if bias is not None:
         y += bias
@@ -148,21 +148,21 @@ def w8a8_linears(
     x: Tensor, x_scale: Tensor, weight: Sequence[Tensor], weight_scale: Sequence[Tensor],
     bias: Sequence[Tensor | None], dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
-    """`w8a8_linear` of each layer, the results next to each other."""
+    """`w8a8_linear` of each layer; the results are concatenated."""
     layers = zip(weight, weight_scale, bias, strict=True)
     return torch.cat([torch.ops.octavo.w8a8_linear(x, x_scale, *layer, dtype) for layer in layers], -1)
 
 
 LONGEST_EXACT = (2**31 - 1) // 128**2
-"""K up to which no sum of products of codes overflows int32."""
+"""The largest K for which a sum of products of codes cannot overflow int32."""
 
 _EXACT_K = 1024
 """127 * 127 * 1024 < 2**24: a sum of that many products of codes is exact in fp32."""
 
 
 _HAS_INT_MM = ("cpu", "cuda")
-"""Devices on which torch has a product of int8 matrices; others, and shapes that it refuses (cuBLAS) or, for K = 1 on
-CPUs, gets wrong (torch 2.13 reads past the weight), take the way below."""
+"""Devices on which torch multiplies int8 matrices. On others, for shapes that cuBLAS refuses, and for K = 1 on CPUs
+(torch 2.13 reads past the weight), `int8_matmul` uses fp32 products."""
 
 
 def int8_matmul(x: Tensor, weight: Tensor) -> Tensor:
@@ -202,13 +202,13 @@ def w8a8_experts_linear(
 
 
 def scale_of_rows(x: Tensor, x_scale: Tensor) -> Tensor:
-    """[S, 1] for x [S, K], of one scale for all rows or of one for each, however they lie; no copy."""
+    """The scales as [S, 1] for x [S, K], from one scale for all rows or one per row in any shape; no copy."""
     rows = (len(x), 1)
     return x_scale if x_scale.shape == rows else x_scale.reshape(-1, 1).expand(rows)
 
 
 def experts_input_gradient(grad: Tensor, ends: Tensor, weight: Tensor, weight_scale: Tensor) -> Tensor:
-    """dx of a grouped linear layer: grad [S, N] float -> [S, K] of grad's dtype."""
+    """Gradient to x of a linear layer of experts: grad [S, N] float -> [S, K] of grad's dtype."""
     dx = grad.new_zeros((len(grad), weight.shape[2]))
     for e, rows in _routed(ends):
         dx[rows] = linear_input_gradient(grad[rows], weight[e], weight_scale[e])
@@ -216,7 +216,8 @@ def experts_input_gradient(grad: Tensor, ends: Tensor, weight: Tensor, weight_sc
 
 
 def experts_bias_gradient(grad: Tensor, ends: Tensor) -> Tensor:
-    """The sum of each expert's rows: grad [S, N] float -> [E, N] of the dtype that sums are accumulated in."""
+    """Gradient to the biases of experts, the sum of each expert's rows: grad [S, N] float -> [E, N] of the
+    accumulator's dtype."""
     rows = torch.arange(len(grad), dtype=ends.dtype, device=grad.device)
     expert = torch.searchsorted(ends, rows, right=True)  # E for a row past the last end
     total = torch.zeros((len(ends) + 1, grad.shape[1]), dtype=accumulator(grad), device=grad.device)
@@ -224,7 +225,7 @@ def experts_bias_gradient(grad: Tensor, ends: Tensor) -> Tensor:
 
 
 def _routed(ends: Tensor) -> Iterator[tuple[int, slice]]:
-    """The experts that have rows, and which."""
+    """(expert, its rows) for each expert that has rows."""
     start = 0
     for e, end in enumerate(ends.tolist()):
         if end > start:
@@ -234,7 +235,7 @@ def _routed(ends: Tensor) -> Iterator[tuple[int, slice]]:
 
 @in_full_precision
 def linear_input_gradient(grad: Tensor, weight: Tensor, weight_scale: Tensor) -> Tensor:
-    """dx = (grad * scale) @ codes: grad [..., N] float -> [..., K] of grad's dtype."""
+    """Gradient to x of a linear layer, (grad * scale) @ codes: grad [..., N] float -> [..., K] of grad's dtype."""
     wide = accumulator(grad)
     if weight_scale.shape[1] == 1:
         dx = (grad.to(wide) * weight_scale.T.squeeze(0)) @ weight.to(wide)
@@ -294,7 +295,7 @@ def conv_input_gradient(
     output_padding: Sequence[int],
     groups: int,
 ) -> Tensor:
-    """Gradient of a (transposed) convolution to its input, `weight` in torch's own layout: x's shape and dtype."""
+    """Gradient to x of a (transposed) convolution, of x's shape and dtype. weight: codes in torch's own layout."""
     wide = accumulator(x)
     scaled = grad.to(wide) * _per_channel(weight_scale, grad.dim())
     dx, _, _ = torch.ops.aten.convolution_backward(
@@ -310,7 +311,7 @@ def w8a16_embedding(indices: Tensor, weight: Tensor, weight_scale: Tensor, dtype
 
 
 def rows_to_transposed(weight: Tensor, groups: int) -> Tensor:
-    """[N, C/groups, *k], output channels first, as torch's conv_transpose layout [C, N/groups, *k]."""
+    """A weight [N, C/groups, *k], output channels first, in torch's layout for conv_transpose: [C, N/groups, *k]."""
     n, c = weight.shape[0] // groups, weight.shape[1]
     return weight.unflatten(0, (groups, n)).transpose(1, 2).reshape(groups * c, n, *weight.shape[2:])
 
@@ -336,7 +337,7 @@ def check_rows(x: Tensor) -> None:
 
 
 def _check_columns(x: Tensor, weight: Tensor) -> None:
-    """Raise QuantizeError unless x, or what it was before it was quantized, has the K of the weight."""
+    """Raise QuantizeError unless the last size of x is the K of the weight."""
     if x.dim() == 0 or x.shape[-1] != weight.shape[-1]:
         raise QuantizeError(
             f"x: shape is {list(x.shape)}, expected [..., {weight.shape[-1]}] for an int8 weight of shape "
@@ -345,8 +346,8 @@ def _check_columns(x: Tensor, weight: Tensor) -> None:
 
 
 def check_codes(x: Tensor, x_scale: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None) -> None:
-    """Raise QuantizeError unless x is int8 [..., K] with the K of weight [..., N, K], x_scale has one for each of its
-    rows or one for all, their sums fit int32, and the others are of this weight."""
+    """Raise QuantizeError unless x is int8 [..., K] with the K of weight [..., N, K], x_scale has one scale for each
+    row of x or one for all, sums fit int32, and weight_scale and bias fit the weight."""
     k = weight.shape[-1]
     if x.dtype != torch.int8:
         raise QuantizeError(f"x: is {x.dtype} {list(x.shape)}, expected int8 [..., {k}]")
@@ -384,16 +385,16 @@ def check_indices(indices: Tensor, weight: Tensor) -> None:
 
 
 def check_input(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None) -> None:
-    """Raise QuantizeError unless x is floating point [..., K] with the K of weight [..., N, K], and the others are of
-    this weight."""
+    """Raise QuantizeError unless x is floating point [..., K] with the K of weight [..., N, K], and weight_scale and
+    bias fit the weight."""
     check_float(x)
     _check_columns(x, weight)
     _check_layer(x, weight, weight_scale, bias)
 
 
 def _check_layer(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None) -> None:
-    """Raise QuantizeError unless a scale for each row or group of a row, a bias for each row, and x belong to weight
-    [..., N, K]: kernels read what these shapes promise."""
+    """Raise QuantizeError unless weight_scale has a scale for each row, or group in a row, of weight [..., N, K], bias
+    one entry for each row, and x is on the same device. Kernels rely on these shapes."""
     *rows, k = weight.shape
     groups = weight_scale.shape[-1] if weight_scale.dim() == weight.dim() else 0
     grouped = x.dtype != torch.int8

@@ -1,12 +1,12 @@
 """The Triton kernels: they answer the ops on CUDA devices in place of the reference.
 
-Each file here is one kind of op: its kernels, a table of tile sizes at the top with their reasons, and for each op a
-function of the same name and arguments, which checks what it is given, chooses a tile by shape and launches. Only these
-files import triton, and they are imported when a CUDA device first asks for one of their ops: nothing is compiled or
-probed before. `launch.py` is how all of them start a kernel; `direct.py` starts it again.
+Each file here is one kind of op: its kernels, at the top a table of tile sizes with reasons, and for each op a function
+of the same name and arguments, which checks its arguments, chooses a tile by shape and launches a kernel. Only these
+files import triton, and they are imported when one of their ops is first called on a CUDA device: nothing is compiled
+or probed before. `launch.py` has what is common to all launches; `direct.py` repeats a launch with less overhead.
 
-Nothing is tuned at run time. A tile follows from the shape alone, so that a result is the same in every run, and no
-timing can happen inside a CUDA graph.
+Nothing is tuned at run time. The tile depends only on the shape, so that results are the same in every run, and no
+timing happens inside a CUDA graph.
 """
 
 from __future__ import annotations
@@ -24,11 +24,13 @@ from octavo.ops.schemas import library, reference_of
 __all__ = ["DIRECT", "LEAST_CAPABILITY", "OPS", "load", "version", "why_not_here"]
 
 LEAST_CAPABILITY = (8, 0)
-"""Of a GPU: before, `tl.dot` of codes does not compile for tensor cores (Triton 3.9 for 7.5)."""
+"""Lowest compute capability of supported GPUs. For older ones `tl.dot` of codes does not compile (Triton 3.9 for
+7.5)."""
 
 
 def _when_called(fetch: Callable[[], Any], otherwise: Callable[..., Any]) -> Callable[..., Any]:
-    """What `fetch` returns, asked for when it is first called; `otherwise` where the kernels do not serve."""
+    """A function that calls what `fetch()` returns, fetched at the first call; `otherwise` if this machine's GPUs are
+    not supported."""
     body: Callable[..., Any] | None = None
 
     def call(*args: Any) -> Any:
@@ -61,7 +63,7 @@ OPS: dict[str, Callable[[], Any]] = {
     "float_attention_of_codes": lambda: import_module("octavo.ops.triton.codes_attention").float_attention_of_codes,
     "int8_attention_of_codes": lambda: import_module("octavo.ops.triton.attention").int8_attention_of_codes,
 }
-"""The ops that they answer, and what fetches the function that does."""
+"""Name of an op -> a function that imports and returns its implementation."""
 
 
 DIRECT: dict[str, Callable[..., Any]] = {
@@ -72,13 +74,13 @@ DIRECT: dict[str, Callable[..., Any]] = {
     "gated": _when_called(lambda: import_module("octavo.ops.triton.direct").gated, _declined),
     "rotary": _when_called(lambda: import_module("octavo.ops.triton.direct").rotary, _declined),
 }
-"""Those that can be called without the dispatcher, too, and RMS norms, gates and rotary embeddings, which are no ops of
-the table: they return None where they are not for what they are given."""
+"""Functions for calls without torch's dispatcher, see direct.py: for the most frequent ops, and for RMS norms, gates
+and rotary embeddings, which are no ops of the table. They return None for operands that they do not support."""
 
 
 def load() -> str | None:
-    """Register the kernels for CUDA devices. Returns: why they cannot serve, or None if they do wherever
-    `why_not_here` has nothing against it."""
+    """Register the kernels for CUDA devices. Returns: why that is impossible, or None. (Whether this machine's GPUs are
+    supported is for `why_not_here` to say.)"""
     if importlib.util.find_spec("triton") is None:
         return "the package triton is not installed"
     for op, fetch in OPS.items():
@@ -87,8 +89,8 @@ def load() -> str | None:
 
 
 def _fastest(fetch: Callable[[], Any], direct: Callable[..., Any] | None) -> Callable[..., Any]:
-    """What `fetch` returns, called where `direct` declines; torch's dispatcher has been passed by then, but Triton's
-    look-up is still to be saved, in compiled models too."""
+    """The implementation that `fetch` returns, preceded by `direct`, where that does not decline: it saves Triton's
+    look-up of the compiled kernel, also for calls from compiled models."""
     function: Callable[..., Any] = fetch()
     if direct is None:
         return function
@@ -102,7 +104,7 @@ def _fastest(fetch: Callable[[], Any], direct: Callable[..., Any] | None) -> Cal
 
 @functools.cache
 def why_not_here() -> str | None:
-    """Why the reference serves this machine's GPUs, of which there is one; None if the kernels do."""
+    """Why the kernels do not support this machine's GPUs (there is at least one); None if they do."""
     least = min(torch.cuda.get_device_capability(device) for device in range(torch.cuda.device_count()))
     if least >= LEAST_CAPABILITY:
         return None
@@ -111,5 +113,5 @@ def why_not_here() -> str | None:
 
 
 def version() -> str:
-    """Of triton, which is installed."""
+    """The version of the installed triton."""
     return metadata.version("triton")

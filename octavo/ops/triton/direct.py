@@ -1,12 +1,12 @@
-"""Ops without torch's dispatcher, and without Triton's look-up of the compiled kernel.
+"""Call ops without torch's dispatcher and without Triton's look-up of the compiled kernel.
 
-When a model runs eagerly, a GPU waits for Python: the kernel of a layer and a row takes 8 us, a call of its op several
-times as long. Of that time the dispatcher, which finds this package's Python in the end, takes a third, and most of the
-rest Triton, which asks at each call what every argument means for the kernel that it compiled. Here that is asked once
-for all layers of a shape.
+When a model runs eagerly the GPU waits for Python: the kernel of a layer for one row takes 8 us, a call of its op
+several times as long. A third of that is the dispatcher. Most of the rest is Triton, which analyzes all arguments at
+each call to find the compiled kernel. Here that is done once for all layers of a shape, and the launch is kept and
+repeated.
 
-The functions have the names and arguments of the ops that models spend their time in, and three more, for what eager
-models compute between them. They return None for what is not as usual, and there the op is called.
+There is a function for each of the most frequent ops, with the same name and arguments, and three for what eager models
+compute between their layers. They return None for unusual operands; the caller then calls the op.
 """
 
 from __future__ import annotations
@@ -32,18 +32,19 @@ from octavo.ops.triton.rotary import start_rotary
 __all__ = ["gated", "quantize_per_token", "rms_norm", "rotary", "w8a8_linear", "w8a16_linear"]
 
 _FLOATS = (torch.bfloat16, torch.float16, torch.float32)
-_PLAIN = (Tensor, nn.Parameter)  # and nothing that is derived from them, which may have no memory of its own
+_PLAIN = (Tensor, nn.Parameter)  # not their subclasses, which may have no memory of their own
 
 MOST_KEPT = 10_000
-"""Kernels and shapes, which are kept until then; prompts of every length have one."""
+"""All kept launches are dropped when there are so many. Every new length of a prompt adds one for each kind of
+layer."""
 
 _kept: dict[tuple[Any, ...], Callable[..., None]] = {}
-"""By all that decides which kernel is compiled and how it is started: what starts it, given its tensors or where they
-are. What they hold is no part of it."""
+"""Everything that decides which kernel is compiled and how it is launched -> a function that launches it for given
+addresses or tensors."""
 
 
 def w8a16_linear(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None) -> Tensor | None:
-    """For any rows of x, but many only where the copy engine fetches them."""
+    """For any number of rows of x; for many only if the copy engine can fetch the operands."""
     (n, k), groups = weight.shape, weight_scale.shape[-1]
     m = x.numel() // max(1, k)
     many = m >= linear.LEAST_ROWS_ON_HOPPER
@@ -75,7 +76,7 @@ def w8a16_linear(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor |
 def w8a8_linear(
     x: Tensor, x_scale: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, dtype: torch.dtype
 ) -> Tensor | None:
-    """For any rows of x, but many only where the copy engine fetches them."""
+    """For any number of rows of x; for many only if the copy engine can fetch the operands."""
     n, k = weight.shape
     m = x.numel() // max(1, k)
     many = m > int8_linear.FEW_ROWS[-1].m
@@ -131,7 +132,7 @@ def gated(gate: Tensor, up: Tensor, a: float, b: float) -> Tensor | None:
 
 
 def rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor] | None:
-    """Of heads that lie side by side, those of a token after those of the one before: `rotary.py`."""
+    """For q and k whose memory is laid out as [B, T, heads, D]: `rotary.py`."""
     queries, keys = q.transpose(1, 2), k.transpose(1, 2)
     places = _places(queries, keys, cos, sin) if q.numel() and k.numel() else None
     if places is None:
@@ -157,7 +158,10 @@ def _are_of_one_shape(x: Tensor, other: Tensor) -> bool:
 def _like_first(
     start: Callable[..., Started], fit: Callable[[Tensor, Tensor], bool], x: Tensor, other: Tensor, *numbers: float
 ) -> Tensor | None:
-    """What `start` makes of two operands of one dtype that `fit`: a tensor of the shape and dtype of the first."""
+    """The result y, of the shape and dtype of x, of the kernel that `start` launches for two operands of one dtype.
+
+    fit: whether the shapes of the operands are supported.
+    """
     places = _places(x, other) if x.numel() else None
     if places is None:
         return None
@@ -174,7 +178,7 @@ def _start(
     key: tuple[Any, ...], kept: Callable[..., None] | None, first: Callable[..., Started | InTiles],
     operands: tuple[Any, ...], places: tuple[Any, ...],
 ) -> None:  # fmt: skip
-    """What is kept for the key on the places of its operands; if nothing is, what `first` starts, to be kept."""
+    """Repeat the launch that is kept for `key`, on these addresses; if none is, launch by `first`, and keep that."""
     if kept is not None:
         kept(*places)
         return
@@ -187,8 +191,8 @@ def _start(
 
 
 def _starter(started: Started, device: int) -> Callable[..., None]:
-    """Starts it again, on other operands: as Triton does, but for its hooks, which it calls though nobody has hung
-    anything on them (`_places`)."""
+    """A function that repeats the launch on other operands, as Triton does it, but without calling its launch hooks
+    (`_places` has checked that there are none)."""
     kernel, programs, numbers = started
     run, (width, height) = kernel.run, (*programs, 1)[:2]
 
@@ -200,8 +204,8 @@ def _starter(started: Started, device: int) -> Callable[..., None]:
 
 
 def _starter_of_tiles(started: InTiles, device: int) -> Callable[..., None]:
-    """The same for a product and for adding up its parts: on the operands of either, of which the last is y's, but not
-    the sums between them. These have memory of their own at each call."""
+    """The same for a product and the kernel that adds up its parts. The partial sums between the two are allocated at
+    each call; the last address given is that of y."""
     multiply = _starter(started.product, device)
     if started.adding is None:
         return lambda operands, adding: multiply(*operands, adding[-1])
@@ -217,9 +221,12 @@ def _starter_of_tiles(started: InTiles, device: int) -> Callable[..., None]:
 
 
 def _places(x: Tensor, *others: Tensor | None) -> list[int | None] | None:
-    """The addresses of these, None for None, if a kernel can be started now on them as they are: contiguous and where x
-    is, at multiples of 16 bytes (for other addresses another kernel is compiled), and unnoticed. Triton asks the driver
-    about tensors, and takes addresses as they are."""
+    """The addresses of the operands (None for None), or None if a kept launch cannot be used for them.
+
+    The operands have to be contiguous, on the device of x, and at multiples of 16 bytes (for others Triton compiles
+    another kernel), and nobody may have registered a launch hook. Addresses are used because Triton accepts them as
+    they are, while it asks the driver about tensors.
+    """
     first, device = x.data_ptr(), x.get_device()
     places: list[int | None] = [first]
     for one in others:
@@ -238,7 +245,7 @@ def _places(x: Tensor, *others: Tensor | None) -> list[int | None] | None:
 
 
 class _Place:
-    """Stands for a tensor in its description to the copy engine, which is of an address, and holds no memory."""
+    """An address in place of a tensor in a TensorDescriptor, so that the descriptor keeps no memory alive."""
 
     def __init__(self, address: int, dtype: torch.dtype) -> None:
         self.address, self.dtype = address, dtype
@@ -250,7 +257,8 @@ class _Place:
 def _pieces(
     kept: Callable[..., None] | None, x: Tensor, weight: Tensor, places: Sequence[Any], tile: linear.Tile
 ) -> tuple[TensorDescriptor, TensorDescriptor]:
-    """x, as rows, and the weight as the copy engine is to fetch them, for what is kept: of their places."""
+    """Descriptors by which the copy engine fetches tiles of x, as rows [m, k], and of the weight. For a kept launch
+    they are made from addresses, and cached."""
     n, k = weight.shape
     m = x.numel() // k
     if kept is None:
@@ -261,7 +269,7 @@ def _pieces(
     )
 
 
-# A model's weights stay where they are, and its activations come to be where those before them were.
+# Cached, because a model's weights do not move, and its activations are allocated at the same addresses again.
 @functools.lru_cache(MOST_KEPT)
 def _described_to_copy_engine(
     address: int, dtype: torch.dtype, rows: int, columns: int, tile_rows: int, tile_columns: int
@@ -270,7 +278,7 @@ def _described_to_copy_engine(
 
 
 def _described(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None) -> tuple[Any, ...]:
-    """What these decide of a launch, if they are usual."""
+    """The properties of these operands that decide which kernel is launched, and how."""
     return (
         x.get_device(), x.dtype, x.shape, weight.dtype, weight.shape, weight_scale.dtype, weight_scale.shape,
         None if bias is None else (bias.dtype, bias.shape),
@@ -278,7 +286,7 @@ def _described(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | N
 
 
 def _are_layer(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None) -> bool:
-    """Whether these are rows of x, and codes, scales and a bias for them."""
+    """Whether x has rows of K values, and the others are codes [N, K], scales and a bias that fit."""
     n, k = weight.shape
     return (
         n > 0 and x.shape[-1] == k and weight.dtype == torch.int8
