@@ -4,8 +4,8 @@
     octavo.quantize(model, "w8a8", attention="int8")                        with its linear layers
     AutoModel.from_pretrained(id, attn_implementation="octavo_int8")        from the start
 
-Importing this module registers the name "octavo_int8" with transformers, with the masks that eager attention gets:
-always materialised, so that what is causal, padded or out of a sliding window is in the mask and nowhere else.
+Importing this module registers the name "octavo_int8" with transformers, with the masks of eager attention: they are
+always materialized, so that everything (causality, padding, sliding windows) is in the mask.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ __all__ = [
 ]  # fmt: skip
 
 NAME = "octavo_int8"
-"""Of this attention, in `attn_implementation`."""
+"""Name of this attention in transformers' `attn_implementation`."""
 
 _INSTEAD = "use float attention (attn_implementation='eager')"
 
 _NO_EFFECT = frozenset({
     "cache_position", "cu_seq_lens_k", "cu_seq_lens_q", "num_items_in_batch", "position_ids", "seq_idx",
 })  # fmt: skip
-"""Tensors that models hand to every attention function and eager attention ignores."""
+"""Tensors that models pass to every attention function and that eager attention ignores."""
 
 
 def use_int8_attention(model: PreTrainedModel) -> None:
@@ -44,15 +44,15 @@ def use_int8_attention(model: PreTrainedModel) -> None:
     Raises: QuantizeError, before anything is changed, if the model's attention cannot be switched.
     """
     check_int8_attention(model)
-    # Part by part, for before 5.23 transformers leaves out those that have a copy of the model's config (T5's stacks).
+    # Part by part: before 5.23 transformers skips parts that have a copy of the model's config (T5's stacks).
     for part in model.modules():
         if isinstance(part, PreTrainedModel):
             set_implementation(part, NAME)
 
 
 def set_implementation(part: PreTrainedModel, name: str) -> None:
-    """Have a model compute its attention by the function `name`, but for those within it that have a config of their
-    own: of a config that no model goes by transformers would warn."""
+    """Set the attention function of one model, but not of models inside it that have their own config. (Naming a config
+    that belongs to no model would make transformers warn.)"""
     part.set_attn_implementation({"": name})
 
 

@@ -5,13 +5,13 @@
     token = compiled.prefill(prompt)       [1, T] -> [1, 1]
     token = compiled.decode(token)         [1, 1] -> [1, 1]
 
-Two functions are compiled, each into one graph (`fullgraph=True`): prefill, once for prompts of every length, and
-decode, for one token. Both write keys and values where the step before them ended; where that is stands in the cache,
-on the device, and so does the token: nothing in a step waits for the processor that launches it. On CUDA devices decode
-is recorded as a CUDA graph, and a step is one launch.
+Two functions are compiled, each into one graph (`fullgraph=True`): prefill, once for prompts of all lengths, and
+decode, for one token. The position at which keys and values are written is kept in the cache, on the device, and so is
+the
+token: no step waits for the CPU. On CUDA devices decode is recorded as a CUDA graph, so that a step is one launch.
 
-The cache is as long as it must be and every layer's is: a sliding window is in the mask. (transformers' own static
-windows count tokens in Python, and a compiler would see another program at each token.)
+The caches of all layers have the full length; a sliding window is expressed by the mask. (transformers' own static
+sliding windows count tokens in Python, so that a compiler would see a different program at each token.)
 """
 
 from __future__ import annotations
@@ -48,7 +48,8 @@ __all__ = ["CompiledModel", "TokenChoice", "likeliest"]
 _WITHOUT = "leave out --compile (in Python: call the model itself), which runs it eagerly"
 
 _FIRST_STEPS = 3
-"""Of decode: with CUDA graphs the first runs the kernels, the second records them, the third replays."""
+"""Steps of decode run while compiling. With CUDA graphs the first runs the kernels, the second records, the third
+replays."""
 
 
 def likeliest(logits: Tensor) -> Tensor:
@@ -60,7 +61,7 @@ _PROCESSORS = (
     EpsilonLogitsWarper, MinPLogitsWarper, RepetitionPenaltyLogitsProcessor, SuppressTokensLogitsProcessor,
     TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper, TypicalLogitsWarper,
 )  # fmt: skip
-"""Those of transformers that ask for scores, and for which tokens were there, but not where or how often."""
+"""transformers' processors that depend on the scores and on which tokens occurred, but not on where or how often."""
 
 
 class TokenChoice:
@@ -80,7 +81,7 @@ class TokenChoice:
                 )
         self._processors = list(processors)
         self._sample = sample
-        # Of fixed length: until a place has its token, it repeats one that is there.
+        # Of fixed length: places without a token yet repeat the first one.
         self._tokens = prompt[:, :1].repeat(1, length)
         self._tokens[:, : prompt.shape[1]] = prompt
 
@@ -96,8 +97,7 @@ class TokenChoice:
             scores = processor(self._tokens, scores)
         if not self._sample:
             return likeliest(scores)
-        # Of exponential variables, each divided by its rate, the first to come is chosen with the rate's probability:
-        # torch.multinomial, without its waiting for the device.
+        # argmax of p / Exp(1) draws from p, as torch.multinomial does, but without waiting for the device.
         chances = scores.softmax(-1)
         return likeliest(chances / torch.empty_like(chances).exponential_())
 
@@ -141,7 +141,7 @@ class CompiledModel:
         self._guarded = True
 
     def compile(self, prompt: Tensor) -> None:
-        """Compile, by running prefill and the first steps of decode; what ran before is forgotten.
+        """Compile, by running prefill and the first steps of decode. A sequence in progress is lost.
 
         prompt: int64 [1, T]; afterwards prompts of any other length need no compiling either.
         Raises: OctavoError that says what could not be compiled.
@@ -151,7 +151,7 @@ class CompiledModel:
             token = self.prefill(prompt)
             steps = min(_FIRST_STEPS, self._length - prompt.shape[1])
             for step in range(steps):
-                # What changed from one token to the next would be compiled anew at each.
+                # Fail if the program differs from one token to the next: it would be compiled anew at each.
                 with torch.compiler.set_stance("fail_on_recompile" if step else "default"):
                     token = self.decode(token)
             self._guarded = steps < _FIRST_STEPS
@@ -172,7 +172,7 @@ class CompiledModel:
         torch._dynamo.maybe_mark_dynamic(prompt, 1)
         return self._prefill(prompt)
 
-    # Not under no_grad, where each op of octavo would ask autograd, in Python, whether there is a gradient.
+    # Not no_grad, under which each op of octavo would still ask autograd, in Python, for a gradient.
     @torch.inference_mode()
     def decode(self, token: Tensor) -> Tensor:
         """Feed one token, int64 [1, 1]. Returns: the one after it, [1, 1].
@@ -181,14 +181,14 @@ class CompiledModel:
         self._held += 1
         if self._on_cuda:
             torch.compiler.cudagraph_mark_step_begin()
-        # Guards compare hundreds of attributes of the model at each token, to find out whether it changed. This passes
-        # over them, but for those of tensors: of these `_guards_but_of_buffers` leaves out most.
+        # Guards compare hundreds of attributes of the model at each token, to see whether it changed. `_unguarded`
+        # skips them, except those of tensors, most of which `_guards_but_of_buffers` removes.
         with contextlib.nullcontext() if self._guarded else _unguarded():
             token = self._decode(token)
         # A CUDA graph writes the next token to the same place.
         return token.clone() if self._on_cuda else token
 
-    # The cache's own count is on the device, where a token past its end is an assertion that ends the process.
+    # The cache's own count is on the device, where a token past the end fails an assertion that ends the process.
     def _check_room(self, tokens: int) -> None:
         if tokens > self._length:
             raise OctavoError(
@@ -211,8 +211,8 @@ class CompiledModel:
 
 
 def _guards_but_of_buffers(model: Any) -> Callable[[Sequence[Any]], list[bool]]:
-    """Which of a compiler's guards are to be: not those that compare the model's buffers, as codes and scales are, with
-    what they were. (Of float weights, which are parameters, `_unguarded` knows that they stay.)"""
+    """A filter for the compiler's guards that removes those on the model's buffers (codes and scales), which must not
+    change. (Guards on parameters are skipped by `_unguarded`.)"""
     own = set(map(id, model.buffers()))
     return lambda guards: [not (g.guard_type == "TENSOR_MATCH" and g.has_value and id(g.value) in own) for g in guards]
 
@@ -222,7 +222,8 @@ def _unguarded() -> contextlib.AbstractContextManager[Any]:
 
 
 def _with_own_code(function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-    """A copy of it: torch keeps what it compiled with a function's code, and no two models should share that."""
+    """A copy of `function` with its own code object, to which torch attaches what it compiled: models must not share
+    it."""
     code, name = function.__code__.replace(), function.__name__
     return types.FunctionType(code, function.__globals__, name, function.__defaults__, function.__closure__)
 
@@ -255,6 +256,6 @@ def _static_cache(model: Any, length: int) -> tuple[str, Cache]:
 
 
 def _first_lines(error: BaseException) -> str:
-    """What happened, and its explanation, without the developers' part of the message."""
+    """The first lines of an error's message, without the part for developers."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return " ".join(lines[:3])[:500]

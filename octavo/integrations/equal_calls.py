@@ -1,7 +1,7 @@
-"""Equal calls in a graph are made once: q/k/v, and gate/up, are fed the same tensor, and share one quantization of it.
+"""A compiler pass that makes equal calls in a graph once: q/k/v, and gate/up, share one quantization of their input.
 
-Without a compiler `octavo.modules.shared_input` sees to it. Inductor looks for equal calls where it compiles for
-training, and not for inference: this is a pass for it (`post_grad_custom_pre_pass`).
+Without a compiler `octavo.modules.shared_input` does this. Inductor eliminates equal calls only when it compiles for
+training; this is a pass for inference (`post_grad_custom_pre_pass`).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ __all__ = ["EqualCalls"]
 
 
 class EqualCalls(CustomGraphPass):
-    """Of calls with the same target and the same arguments, all use the result of the first."""
+    """Calls with the same target and arguments are replaced by the first of them."""
 
     def __call__(self, graph: fx.Graph) -> None:
         returned = set(graph.output_node().all_input_nodes)  # results that a caller may write to stay apart
@@ -36,7 +36,7 @@ class EqualCalls(CustomGraphPass):
 
 
 def _is_pure(node: fx.Node) -> bool:
-    """Whether a call does nothing but to compute its result from its arguments."""
+    """Whether a call only computes its result from its arguments: no mutation, no random numbers."""
     if node.op != "call_function":
         return False
     if node.target is operator.getitem:

@@ -2,11 +2,11 @@
 
     y = softmax(scaling * q k^T) v
 
-It takes head by head and multiplies without the instructions that the processor has for bf16. Where this package has a
-kernel (`ops.float_attention`), that answers prompts, masks and single queries. Elsewhere single queries, as decode asks
-them, are two products in fp32 for all heads that share a key (grouped-query attention), rounded once. Keys and values
-that an `Int8Cache` keeps are multiplied as codes, on GPUs too. Everything else (biases, gradients, GPUs, exported
-graphs) is passed on to transformers' "sdpa", in whose place this is.
+torch's function processes one head at a time, and does not use the processor's instructions for bf16. Where this
+package has a kernel (`ops.float_attention`), it is used for prompts, masks and single queries. Without a kernel, single
+queries (decode) are computed as two fp32 products for all heads that share a key (grouped-query attention), rounded
+once. Keys and values of an `Int8Cache` are multiplied as codes, on GPUs too. Everything else (biases, gradients, GPUs,
+exported graphs) is passed on to transformers' "sdpa", which this replaces.
 
 Importing this module registers the name "octavo_sdpa" with transformers, with the masks of "sdpa".
 """
@@ -31,12 +31,12 @@ from octavo.integrations.int8_states import Int8States
 __all__ = ["NAME", "float_attention_forward", "use_float_attention"]
 
 NAME = "octavo_sdpa"
-"""Of this attention, in `attn_implementation`."""
+"""Name of this attention in transformers' `attn_implementation`."""
 
 AT_ONCE, MOST = 2**19, 2**20
-"""Numbers of keys, and of values, that are widened at a time, 2 MB each; and how many there may be of one key head, in
-all sequences together, for more heads are not taken apart. Larger pieces leave the caches, and their memory is the
-operating system's anew at each call, which takes longer than the products."""
+"""AT_ONCE: elements of keys, and of values, that are converted to fp32 at a time, 2 MB each. MOST: the largest number
+of elements of one key head, in all sequences together, since a head is not split. Larger pieces do not fit the caches,
+and their memory would be allocated from the operating system at each call, which takes longer than the products."""
 
 _ASKS_FOR_SDPA = re.compile(r"_attn_implementation\s*(==|!=|in\b|not\s+in\b)[^:]*sdpa")
 
@@ -99,7 +99,8 @@ def float_attention_forward(
 
 
 def _is_plain(query: Tensor, key: Tensor, value: Tensor, kwargs: dict[str, Any]) -> bool:
-    """Whether what is asked for, without a gradient, is the formula and nothing else. What is exported is torch's."""
+    """Whether the call asks for nothing but the formula, without a gradient, and not for an exported or traced
+    graph."""
     return (
         torch._C._get_tracing_state() is None
         and not torch.compiler.is_exporting()
@@ -119,7 +120,7 @@ def _has_kernel(query: Tensor, key: Tensor, mask: Tensor | None, scaling: float)
 
 
 def _is_allowed(mask: Tensor | None, scaling: float) -> bool:
-    """Whether ops of float attention take them."""
+    """Whether the ops of float attention support this mask and scaling."""
     return scaling > 0 and (mask is None or (mask.dtype == torch.bool and mask.dim() == 4))
 
 
@@ -127,7 +128,7 @@ def _of_codes(
     module: nn.Module, query: Tensor, key: Int8States, value: Int8States, mask: Tensor | None, scaling: float,
     kwargs: dict[str, Any],
 ) -> Tensor:  # fmt: skip
-    """Of what an `Int8Cache` holds: [B, T, H, D]."""
+    """Attention over keys and values of an `Int8Cache`: [B, T, H, D]."""
     is_causal = mask is None and query.shape[2] > 1 and _is_causal(module, kwargs)
     k, k_scale, v, v_scale = key.codes, key.scale, value.codes, value.scale
     if is_causal:
@@ -137,7 +138,7 @@ def _of_codes(
 
 
 def _is_causal(module: nn.Module, kwargs: dict[str, Any]) -> bool:
-    """As "sdpa" finds it, of several queries without a mask."""
+    """Whether several queries without a mask attend causally, decided as "sdpa" does."""
     given = kwargs.get("is_causal")
     return bool(getattr(module, "is_causal", True) if given is None else given)
 

@@ -1,4 +1,4 @@
-"""Let a causal language model write, compiled or not.
+"""Let a causal language model write text, compiled or not.
 
 model, tokenizer = load_language_model("out/")
 written = generate(model, tokenizer, "What is an octavo?", on_text=print)
@@ -22,7 +22,7 @@ from octavo.integrations.language_model import broken_template, positions_of, re
 __all__ = ["Generated", "generate"]
 
 MAX_NEW_TOKENS = 128
-"""Where nobody says how many."""
+"""Default of `max_new_tokens`."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,7 +102,8 @@ def generate(
 
 
 def _fitting(wanted: int | None, model: Any, prompt_tokens: int) -> int:
-    """How many tokens to write after the prompt."""
+    """How many tokens to write: `wanted`, or the default reduced to the room after the prompt. Raises: OctavoError if
+    there is no room."""
     positions = positions_of(model)
     if positions is None:
         return wanted or MAX_NEW_TOKENS
@@ -116,7 +117,8 @@ def _fitting(wanted: int | None, model: Any, prompt_tokens: int) -> int:
 
 
 class _CompiledLoop:
-    """Takes the place of the loop over tokens in transformers' `generate`, which prepares all that it is given."""
+    """Replaces the loop over tokens in transformers' `generate` (its `custom_generate`), which prepares the
+    arguments."""
 
     def __init__(self, streamer: _Streamer, compiling: contextlib.AbstractContextManager[Any]) -> None:
         self.compile_s = 0.0
@@ -170,7 +172,7 @@ def _inputs(tokenizer: Any, prompt: str, raw: bool) -> Any:
 
 
 class _Streamer(transformers.TextStreamer):
-    """Hands on each piece of text, and notes when each token came."""
+    """Passes on each piece of text, and records the time of each token."""
 
     def __init__(self, tokenizer: Any, on_text: Callable[[str], None]) -> None:
         super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)

@@ -220,7 +220,7 @@ def _check_scales(file: str, name: str, scales: Tensor) -> None:
 
 
 def _copy(codes: Tensor) -> Tensor:
-    """In memory of its own, as kernels read it, whatever strides the file keeps."""
+    """A contiguous copy, which kernels need, in memory of its own: tensors in the file may have any strides."""
     return codes.clone(memory_format=torch.contiguous_format)
 
 

@@ -1,7 +1,7 @@
-"""Keys, or values, that are held as int8 codes: numbers to whoever computes with them.
+"""A tensor subclass for keys or values that are stored as int8 codes.
 
-Attention functions of this package take the codes. To any other operation they are a tensor of code * scale, which is
-computed then: whatever a model does with what a cache gives it, it does it with those.
+The attention functions of this package use the codes. For any other operation the tensor is dequantized first, so that
+whatever else a model does with the contents of its cache gets the numbers code * scale.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ __all__ = ["Int8States"]
 
 
 class Int8States(Tensor):
-    """codes: int8 [B, KV, S, D]. scale: fp32 [B, KV, S, 1]. dtype: of the numbers, each of which is rounded once."""
+    """Keys or values [B, KV, S, D] of dtype `dtype`. codes: int8 [B, KV, S, D]. scale: fp32 [B, KV, S, 1]."""
 
     codes: Tensor
     scale: Tensor
@@ -31,7 +31,7 @@ class Int8States(Tensor):
         return self
 
     def dequantized(self) -> Tensor:
-        """[B, KV, S, D] of the dtype: code * scale, in fp32, rounded."""
+        """code * scale in fp32, rounded to the dtype: [B, KV, S, D]."""
         return (self.codes * self.scale).to(self.dtype)
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]

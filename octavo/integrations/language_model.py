@@ -69,23 +69,24 @@ def _refuse_other_kinds(source: Path) -> None:
 
 
 def last_logits_only(model: Any) -> dict[str, int]:
-    """Options of the model's forward under which it computes the logits of the last position alone, if it has any."""
+    """Arguments for the model's forward that make it compute only the logits of the last position; {} if it cannot."""
     return {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
 
 
 CACHE_NAMES = ("cache", "past_key_values")
-"""Of the argument that is a key-value cache; transformers before 5.24 has the second, and later ones still take it."""
+"""Names of the argument for a key-value cache. transformers before 5.24 has the second; later releases still accept
+it."""
 
 
 def cache_name(model: Any) -> str | None:
-    """What the model's forward and its outputs call the key-value cache. None if it has none."""
+    """The name of the key-value cache in the model's forward and outputs; None if it has none."""
     parameters = inspect.signature(model.forward).parameters
     return next((name for name in CACHE_NAMES if name in parameters), None)
 
 
 def has_key_value_cache(model: Any) -> bool:
-    """Whether the model keeps keys and values: since transformers 5.24 a state without them (Mamba's) is called a
-    cache, too."""
+    """Whether the model has a cache with keys and values. (Since transformers 5.24 Mamba's state is called a cache
+    too.)"""
     return cache_name(model) is not None and hasattr(model.config.get_text_config(), "num_attention_heads")
 
 
@@ -111,7 +112,7 @@ def refuse_unknown_tokens(model: Any, ids: Tensor) -> None:
 
 
 def broken_template(error: Exception) -> str | None:
-    """Where a chat template is no template, and why; None if what it raised when it was applied says another thing."""
+    """The line and message of a syntax error in a chat template; None if applying it raised something else."""
     return f"line {error.lineno}: {error.message}" if isinstance(error, jinja2.TemplateSyntaxError) else None
 
 

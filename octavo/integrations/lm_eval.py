@@ -113,7 +113,7 @@ def evaluate_tasks(
 
 
 class _Counted(HFLM):  # type: ignore[misc]
-    """A model as lm_eval runs it, which says how many requests it has answered, and draws no bars."""
+    """A model as lm_eval runs it, which reports how many requests it has answered, and shows no progress bars."""
 
     def __init__(self, model: Any, tokenizer: Any, batch_size: int, progress: Progress | None) -> None:
         super().__init__(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, softmax_dtype="float32")
@@ -145,7 +145,7 @@ class _Counted(HFLM):  # type: ignore[misc]
 
 
 def _loaded(found: FoundTasks, fewshot: int | None) -> Any:
-    """The tasks with that many examples before a document, as lm_eval's command has it: none where a task says 0.
+    """The tasks with `fewshot` examples before each document, by the rules of lm_eval's command: none if a task says 0.
 
     Raises: EvaluateError if their documents cannot be had, MissingExtra for a package that they need.
     """
@@ -195,7 +195,7 @@ def _against(
 
 
 def _tasks_of(results: Mapping[str, Any], task: str) -> list[str]:
-    """The task itself, or those that a group is made of, in the end."""
+    """The tasks that a group consists of, recursively; the task itself if it is not a group."""
     members = results["group_subtasks"].get(task)
     return [task] if not members else [part for member in members for part in _tasks_of(results, member)]
 
@@ -205,7 +205,7 @@ def _count(results: Mapping[str, Any], task: str) -> int:
 
 
 def _documents(results: Mapping[str, Any], task: str, metric: str, filtered: str, score: float) -> Documents | None:
-    """The metric of each document, if the score is their mean: that of perplexities, F1 and the like is not."""
+    """The metric of each document, if the score is their mean; None if it is not, as for perplexity or F1."""
     values = {
         (part, sample["doc_id"]): sample[metric]
         for part in _tasks_of(results, task)

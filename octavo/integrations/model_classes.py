@@ -1,4 +1,4 @@
-"""Which class of transformers a checkpoint's model is of, by its config.json, and that model without its weights."""
+"""The class of transformers that a checkpoint's model has by its config.json, and the model without its weights."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def config_of(folder: Path, trust_remote_code: bool) -> Any:
     transformers = import_transformers("to build the model; for a model of your own, pass model=")
     config = read_config(folder)
     if config is None:
-        CheckpointReader(folder).close()  # what is no checkpoint at all is said to be that
+        CheckpointReader(folder).close()  # raises a better error if it is not a checkpoint at all
         refuse_adapters_beside(folder)
         beside = folder.is_file() and (folder.parent / "config.json").is_file()
         fix = f"give the folder {folder.parent}, which has one, or, in Python," if beside else "in Python,"
@@ -65,7 +65,7 @@ def config_of(folder: Path, trust_remote_code: bool) -> Any:
 
 
 def brings_its_code(config: Mapping[str, Any]) -> bool:
-    """Whether the class of the model that a config.json is of is in code beside it, and not one of transformers'."""
+    """Whether the model of a config.json is defined by code that comes with the checkpoint, and not by transformers."""
     name = (config.get("architectures") or [""])[0]
     return bool(config.get("auto_map")) and transformers_class(name) is None
 

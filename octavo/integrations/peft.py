@@ -5,7 +5,7 @@
 
     y = base(x) + lora_B(lora_A(dropout(x))) * scaling      Hu et al., https://arxiv.org/abs/2106.09685
 
-PEFT knows by a table in the config which class of adapter goes on which layer; `on_int8` enters int8 layers there.
+PEFT looks up the class of adapter for a layer in a table in the config; `on_int8` adds int8 layers to it.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ __all__ = ["Int8LoraLinear", "on_int8"]
 _HEADS = {
     "SEQ_CLS": ("classifier", "score"), "TOKEN_CLS": ("classifier", "score"), "QUESTION_ANS": ("qa_outputs",),
 }  # fmt: skip
-"""Task -> names of layers that PEFT trains as a whole for it, as if `modules_to_save` had them."""
+"""Task type -> names of layers that PEFT trains as a whole for it, as if they were in `modules_to_save`."""
 
 
 def on_int8(config: LoraConfig, model: nn.Module) -> LoraConfig:
@@ -72,7 +72,8 @@ def _refuse_readers(config: LoraConfig) -> None:
 
 
 def _refuse_trained_codes(config: LoraConfig, model: nn.Module) -> None:
-    """PEFT finds what to train by the ends of names, and of an int8 layer would train nothing, in silence."""
+    """Raise OctavoError if PEFT would train int8 layers. It selects layers by the ends of their names, and would
+    silently train nothing of an int8 layer."""
     tokens = config.trainable_token_indices or {}
     if not isinstance(tokens, dict):
         table = model.get_input_embeddings()  # type: ignore[operator]
@@ -94,7 +95,8 @@ def _refuse_trained_codes(config: LoraConfig, model: nn.Module) -> None:
 
 
 def _is_named(name: str, layer: QuantModule, ends: tuple[str, ...]) -> bool:
-    """Whether the name of the layer, of one of its int8 parameters, or of what holds it, ends so."""
+    """Whether the name of the layer, of a module around it, or of one of its int8 parameters ends with one of
+    `ends`."""
     paths = (name, *(f"{name}.{param}" for param in layer.quantized_params))
     return any(part.endswith(ends) for path in paths for part in itertools.accumulate(path.split("."), "{}.{}".format))
 
@@ -110,7 +112,7 @@ class Int8LoraLinear(LoraLinear):  # type: ignore[misc]
 
     @property
     def lora_variants(self) -> dict[tuple[str, ...], None]:
-        """The plain one: PEFT refuses others."""
+        """Only the plain variant; PEFT then refuses all others."""
         return {(): None}
 
     def _get_in_out_features(self, module: Any) -> tuple[int, int]:

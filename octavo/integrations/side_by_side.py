@@ -1,8 +1,8 @@
-"""Layers side by side: q/k/v, and gate/up, read the same row of x, and on GPUs become one launch.
+"""A compiler pass for GPUs: layers that read the same row of x (q/k/v, gate/up) become one launch.
 
-A layer of one row takes a GPU a few microseconds, of which starting and ending the kernel are a good part: one launch
-of three times the rows is shorter than three. The weights stay where they are. This is a pass for Inductor
-(`post_grad_custom_post_pass`), for only a compiled graph shows who reads what.
+A layer takes a GPU a few microseconds for one row, and starting and ending the kernel are a good part of them: one
+launch for three layers is faster than three. The weights stay where they are. It is a pass of Inductor
+(`post_grad_custom_post_pass`), because only in a compiled graph it is known which layers read the same tensor.
 """
 
 from __future__ import annotations
@@ -20,11 +20,12 @@ _JOINED: dict[Any, Any] = {
     torch.ops.octavo.w8a16_linear.default: torch.ops.octavo.w8a16_linears.default,
     torch.ops.octavo.w8a8_linear.default: torch.ops.octavo.w8a8_linears.default,
 }
-"""The op of a layer -> that of several, whose arguments are the same, with lists for weight, scale and bias."""
+"""The op of one layer -> the op of several layers; it takes the same arguments, with lists of weights, scales,
+biases."""
 
 
 class SideBySide(CustomGraphPass):
-    """Linear layers of one row, of several weights: one call for all, and slices of what it returns."""
+    """Replaces linear layers that read one row by one call for all of them, and slices of its result."""
 
     def __call__(self, graph: fx.Graph) -> None:
         readers: dict[tuple[Any, ...], list[fx.Node]] = {}
@@ -44,7 +45,8 @@ class SideBySide(CustomGraphPass):
 
 
 def _parts(node: fx.Node) -> tuple[tuple[Any, ...], ...]:
-    """The arguments: x, and its scale if it is int8; weight, scale and bias; a dtype."""
+    """The arguments of a call in three parts: x (and its scale if it is int8); weight, scale and bias; the rest (a
+    dtype)."""
     weight = [argument.name for argument in node.target._schema.arguments].index("weight")  # type: ignore[union-attr]
     return node.args[:weight], node.args[weight : weight + 3], node.args[weight + 3 :]
 
@@ -55,7 +57,7 @@ def _is_row_on_gpu(x: Any) -> bool:
 
 
 def _are_inputs(operands: tuple[Any, ...]) -> bool:
-    """Whether they are there from the beginning of the graph, as weights are."""
+    """Whether the operands are inputs of the graph, as weights are, and not computed in it."""
     return all(one is None or one.op in ("placeholder", "get_attr") for one in operands)
 
 

@@ -1,7 +1,6 @@
-"""What the tensors of transformers' models are called in files, which it makes of others there, and in which dtype it
-loads them.
+"""The names of transformers' models' tensors in files, how transformers converts them, and the dtypes it loads them in.
 
-Both ways: `renaming` and `conversions` from files to the model, `on_disk` from the model to files.
+From files to the model: `renaming`, `conversions`. From the model to files: `on_disk`.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ __all__ = ["conversions", "loaded_dtypes", "loading_names", "of_kind", "on_disk"
 
 
 def renaming(model: PreTrainedModel) -> Callable[[str], str | None]:
-    """Names on disk -> names in the model, by the rules that transformers loads with; None for a part of a tensor."""
+    """A function from names on disk to names in the model, by transformers' rules; None for a part of a parameter."""
     state = model.state_dict()
     converted = loading_names(model, get_model_conversion_mapping(model), state)
 
@@ -44,7 +43,8 @@ def renaming(model: PreTrainedModel) -> Callable[[str], str | None]:
 
 
 def loaded_dtypes(model: PreTrainedModel) -> Callable[[str], torch.dtype | None]:
-    """Names on disk -> the dtype that transformers loads the tensor in, None for one that the model has no place for.
+    """A function from names on disk to the dtype in which transformers loads the tensor; None if the model has no place
+    for it.
 
     model: built in the dtype of its config, on `meta` or not.
     """
@@ -64,7 +64,7 @@ def loaded_dtypes(model: PreTrainedModel) -> Callable[[str], torch.dtype | None]
 
 
 def conversions(model: PreTrainedModel, names: Iterable[str]) -> list[formats.Conversion]:
-    """How transformers makes tensors of the model of those on disk, where it does more than to rename them."""
+    """transformers' conversions of the tensors `names` on disk into tensors of the model, beyond renaming."""
     rules = get_model_conversion_mapping(model)
     converted = loading_names(model, rules, model.state_dict())
     groups: dict[str, dict[str, str]] = {}
@@ -91,14 +91,14 @@ def _convert(
 
 
 def of_kind(rules: Iterable[Any], kind: type) -> list[Any]:
-    """Those of transformers' rules for loading that are of one class."""
+    """The rules of one class, of transformers' rules for loading."""
     return [rule for rule in rules if isinstance(rule, kind)]
 
 
 def loading_names(
     model: PreTrainedModel, rules: list[Any], state: Mapping[str, Tensor]
 ) -> Callable[[str], tuple[str, str | None]]:
-    """Name on disk -> that in the model, and the pattern of the rule that converts the tensor if one does."""
+    """A function from a name on disk to (name in the model, pattern of the rule that converts the tensor, or None)."""
     return partial(
         rename_source_key,
         weight_renamings=of_kind(rules, WeightRenaming),
@@ -114,7 +114,7 @@ def on_disk(model: PreTrainedModel, tensors: dict[str, Tensor]) -> dict[str, Ten
 
 
 def refuse_wrapped_parts(model: nn.Module) -> None:
-    """Raise QuantizeError for a model whose layers have others around them: no class has weights of such names."""
+    """Raise QuantizeError for a model with wrappers around its layers: they change the names of the weights."""
     for name, module in model.named_modules():
         if name.endswith("._orig_mod"):
             raise QuantizeError(

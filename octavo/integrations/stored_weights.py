@@ -1,4 +1,5 @@
-"""Which weights of an empty model the files hold, before transformers loads them: what is tied, and what is new."""
+"""Find out which weights of an empty model are in the files, before transformers loads them: what is tied, what is
+new."""
 
 from __future__ import annotations
 
@@ -23,8 +24,8 @@ __all__ = ["leave_new_ones", "refuse_int8", "refuse_other_dtypes", "tie"]
 
 
 def refuse_int8(files: Iterable[str]) -> None:
-    """Raise CheckpointError for codes in safetensors that are to be quantized: transformers, which goes by the config,
-    would miss the weights and make new ones."""
+    """Raise CheckpointError if files that are to be quantized hold int8 codes already: transformers, which goes by the
+    config, would report the weights as missing and initialize new ones."""
     for file in (file for file in files if Path(file).suffix == ".safetensors"):
         with CheckpointReader(file) as reader:
             int8 = formats.int8_names(reader)
@@ -36,10 +37,10 @@ def refuse_int8(files: Iterable[str]) -> None:
 
 
 def refuse_other_dtypes(reader: CheckpointReader, model: PreTrainedModel, int8: Collection[str]) -> None:
-    """Raise CheckpointError for a weight that the files hold a scale of, but no int8 codes: transformers would load
-    what they hold in its place as float numbers, without the scale.
+    """Raise CheckpointError for a weight that has a scale but no int8 codes in the files: transformers would load what
+    is stored under its name as float, without the scale.
 
-    int8: the weights of which there are codes, by their names on disk.
+    int8: names on disk of the weights that have codes.
     """
     state, rename = model.state_dict(), renaming(model)
     for name in reader.names:
@@ -54,8 +55,8 @@ def refuse_other_dtypes(reader: CheckpointReader, model: PreTrainedModel, int8: 
 
 
 def leave_new_ones(decisions: list[Decision], model: PreTrainedModel, files: Iterable[str]) -> None:
-    """Have layers stay float whose weight is not in the files, if these are safetensors: a head of another task, which
-    transformers gives random numbers to be trained."""
+    """Keep layers float whose weight is not in the files (a head for a new task): transformers initializes them
+    randomly, to be trained. Does nothing if the files are not safetensors."""
     if not files or any(Path(file).suffix != ".safetensors" for file in files):
         return
     rules = get_model_conversion_mapping(model)
@@ -70,7 +71,7 @@ def leave_new_ones(decisions: list[Decision], model: PreTrainedModel, files: Ite
                 first, pattern = converted(name)
                 one, *others = targets.get(pattern or "", [first])
                 if others and one not in first:
-                    return  # a pattern that says no name: what else the rule makes is not known
+                    return  # a pattern and not a name: which other tensors the rule makes is not known
                 made = [first, name, *(first.replace(one, other) for other in others)]
                 there |= {id(state[each]) for each in made if each in state}
     for decision in decisions:
@@ -82,11 +83,11 @@ def leave_new_ones(decisions: list[Decision], model: PreTrainedModel, files: Ite
 
 
 def tie(model: PreTrainedModel, files: Iterable[str]) -> None:
-    """Tie the weights of the empty model, which transformers puts off until they are loaded: layers that share a
+    """Tie the weights of the empty model now, which transformers would do after loading, so that layers that share a
     weight get one int8 table.
 
-    As transformers then does: not those that are both in the files and differ, whatever the config says; and of two of
-    which one is there, that one is the source.
+    By transformers' rules: two weights that are both in the files and differ are not tied, whatever the config says; if
+    only one is in the files, it is the source.
     """
     tied = model.all_tied_weights_keys
     with contextlib.ExitStack() as stack:
@@ -109,8 +110,8 @@ _Read = Callable[[], Tensor]
 
 
 def _stored_tied(model: PreTrainedModel, readers: list[CheckpointReader]) -> dict[str, dict[str, _Read]]:
-    """Of the parameters that the model ties: the tensors that each is in the files, by what their names end with there,
-    "", "_packed" or "_scale"."""
+    """Name of a tied parameter -> its tensors in the files: suffix of the name ("", "_packed" or "_scale") -> a
+    function that reads the tensor."""
     tied = {*model.all_tied_weights_keys, *model.all_tied_weights_keys.values()}
     rename = renaming(model)
     stored: dict[str, dict[str, _Read]] = {}
