@@ -1,24 +1,25 @@
 """The command line: `octavo VERB ...`, also `python -m octavo VERB ...`.
 
-    quantize SRC DST    a float checkpoint becomes an int8 one
-    calibrate MODEL     run a float model on text, and keep its layers' input ranges
-    smooth SRC DST      activation outliers move into the weights
-    inspect PATH        what is in a checkpoint
-    eval PATH           perplexity, and what quantizing cost
-    generate PATH       let a language model write
-    bench PATH          speed and memory, next to the original's; --ops: of the ops
-    backends            which kernels serve
+    quantize SRC DST    turn a float checkpoint into an int8 one
+    calibrate MODEL     run a float model on text, and save the ranges of its layers' inputs
+    smooth SRC DST      move activation outliers into the weights
+    inspect PATH        show what is in a checkpoint
+    eval PATH           measure perplexity, and what quantizing cost
+    generate PATH       let a language model write text
+    bench PATH          measure speed and memory next to the original model's; with --ops, those of single ops
+    backends            show which kernels serve which op
 
-One file a verb (`eval` is evaluate.py, with --tasks tasks.py; bench_ops.py and bench_worker.py are `bench`'s). A verb
-returns an `Answer`; how it is shown is `terminal.py`'s matter, and errors are told here: one paragraph and exit code 1
-(2 for usage, 130 when interrupted, 128 + signal when terminated). What verbs share:
+Each verb is one file. The exceptions: `eval` is evaluate.py, and tasks.py for --tasks; `bench` is bench.py,
+bench_ops.py for --ops, and bench_worker.py. A verb returns an `Answer`, and `terminal.py` shows it. Errors are reported
+here, as one paragraph with exit code 1 (2 for wrong usage, 130 after an interrupt, 128 + signal after a signal). The
+verbs share these files:
 
-    verb.py        what every verb has, and options of several
-    sources.py     what a model is calibrated on
-    text.py        text to read, of a file or Python's own documentation
-    machine.py     what a measurement was taken on
-    memory.py      how much memory the process took, and how fast that is
-    op_speed.py    times ways to one result in turns
+    verb.py        what every verb needs, and the options that several have
+    sources.py     the data that a model is calibrated on
+    text.py        text to read: a file's, or Python's own documentation
+    machine.py     the hardware and versions that a measurement was taken on
+    memory.py      how much memory the process used, and how fast memory is
+    op_speed.py    times several ways of computing one result
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ _INTERRUPTED = 130
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command with `argv` (by default the process's own arguments); returns the exit code."""
+    """Run the command with `argv` (by default the process's own arguments), and return the exit code."""
     try:
         _open_what_is_closed()
         return _run(argv)
@@ -56,7 +57,7 @@ def _run(argv: Sequence[str] | None) -> int:
     parser = new_parser()
     try:
         args = parser.parse_args(argv)
-    except SystemExit as stop:  # argparse has said all that there is to say
+    except SystemExit as stop:  # argparse has printed its message already
         return int(stop.code or 0)
     if args.verb is None:
         parser.print_help(sys.stderr)
@@ -67,7 +68,7 @@ def _run(argv: Sequence[str] | None) -> int:
             answer = args.run(args, terminal)
             if answer is not None:
                 terminal.show(answer)
-        except BrokenPipeError:  # whoever read the output has had enough of it
+        except BrokenPipeError:  # the reader of the output has closed it, as `head` does
             _let_go_of_stdout()
             return 1
         except Exception as error:
@@ -82,24 +83,29 @@ def _run(argv: Sequence[str] | None) -> int:
 
 
 def _open_what_is_closed() -> None:
-    """Of stdout and stderr, to nowhere (`2>&-`): libraries would write to the next file, maybe a checkpoint."""
+    """Open stdout and stderr on /dev/null where the shell closed them (`2>&-`).
+
+    Otherwise the next file to be opened, perhaps a checkpoint, would get their number, and what libraries print.
+    """
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:
             setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_WRONLY), "w"))
 
 
 def _let_go_of_stdout() -> None:
-    """What it still holds goes nowhere: Python would write it at its end, and complain."""
+    """Discard what stdout still buffers, which Python would otherwise try to write at exit, and report as an error."""
     with contextlib.suppress(OSError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 @contextlib.contextmanager
 def _unwinding_when_terminated(terminal: Terminal) -> Iterator[None]:
-    """SIGTERM and SIGHUP end the command as an interrupt does: what is half written is removed. Exit code 128 + signal,
-    as shells have it. What is ignored stays so: `nohup` is for who logs out."""
+    """Let SIGTERM and SIGHUP end the command as an interrupt does, so that half-written files are removed.
+
+    The exit code is 128 + signal, as in shells. A signal that is ignored stays ignored, which is how `nohup` works.
+    """
     if threading.current_thread() is not threading.main_thread():
-        yield  # who calls this from a thread minds the signals
+        yield  # only the main thread can handle signals: here, the caller does
         return
 
     def end(number: int, _: Any) -> None:
@@ -116,8 +122,8 @@ def _unwinding_when_terminated(terminal: Terminal) -> Iterator[None]:
 
 
 def new_parser() -> argparse.ArgumentParser:
-    """The parser of the whole command; what it parses has `run`, the function of the verb."""
-    # Here, and not above, where an interrupt would show a traceback: it takes a moment.
+    """The parser of the whole command. The arguments that it returns have `run`, the verb's function."""
+    # Imported here because it takes a moment: at the top of the file, an interrupt would show a traceback.
     from octavo.cli import backends, bench, calibrate, evaluate, generate, inspect, quantize, smooth
 
     parser = argparse.ArgumentParser(

@@ -19,7 +19,7 @@ def add_parser(verbs: Verbs) -> None:
 
 
 def run(args: argparse.Namespace, terminal: Terminal) -> Answer:
-    """What `octavo.backends()` says, and what the machine is."""
+    """Show `octavo.backends()` and a description of the machine."""
     from octavo.ops import backends
 
     serving = backends()

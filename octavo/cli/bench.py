@@ -1,14 +1,14 @@
 """`octavo bench PATH`: a language model's speed and memory, next to the original's. (`--ops` is `bench_ops.py`.)
 
-Each model lives in a process of its own (`bench_worker.py`), and they take turns: prefill and decode of one, then of
-the other, round after round, so that what else the machine does falls on both. Medians of the rounds are reported.
+Each model runs in a process of its own (`bench_worker.py`). The two take turns, round after round: prefill and decode
+of one, then of the other. So other load on the machine slows both alike. The medians over the rounds are reported.
 
     prefill           tokens of the prompt / time to the first token
-    decode            tokens after the first / their time, batch 1, greedy, with a KV cache
-    weights read      bytes of weights that one token reads x decode's tokens per second. All weights are read for each
-                      token, but of an embedding table that is only looked up, one row; the KV cache is not counted
-    of memory's speed weights read / what the machine's memory does (`memory.py`), measured in a process of its own in
-                      the same turns
+    decode            tokens after the first / their time; batch 1, greedy, with a KV cache
+    weights read      bytes of weights that one token reads x tokens decoded per second. A token reads all weights, but
+                      only one row of an embedding table that serves lookups alone. The KV cache is not counted
+    of memory's speed weights read / the machine's memory bandwidth (`memory.py`), which a third process measures in
+                      the same rounds
 
 With --compile both models run as `CompiledModel`: a static KV cache, prefill and decode compiled.
 """
@@ -106,8 +106,10 @@ def _by(shape: tuple[int, int]) -> str:
 
 
 def settled(args: argparse.Namespace) -> argparse.Namespace:
-    """The arguments with their defaults. Raises: CommandError if they are of a model and of the ops at once, and for
-    more threads than there are cores."""
+    """The arguments, with the defaults filled in.
+
+    Raises: CommandError for options of a model together with options of --ops, and for more threads than cores.
+    """
     if not args.ops and args.path is None:
         raise CommandError("what to time? expected the PATH of a model, or --ops for the ops on this machine")
     given = {name for name in (*MODEL_OPTIONS, *OPS_OPTIONS) if getattr(args, name) is not None}
@@ -129,7 +131,8 @@ def settled(args: argparse.Namespace) -> argparse.Namespace:
 class Measured:
     """A model and its rounds. The properties are medians.
 
-    compile_s: seconds of compiling, None if it was not. memory_bytes_per_s: the speed of memory in these rounds.
+    compile_s: seconds that compiling took; None if the model was not compiled.
+    memory_bytes_per_s: memory bandwidth in these rounds.
     """
 
     path: str
@@ -160,14 +163,14 @@ class Measured:
 
     @property
     def weight_bytes_per_s(self) -> float | None:
-        """Bytes of weights read per second of decode; None where that is not known."""
+        """Bytes of weights read per second of decode; None if unknown."""
         if self.loaded.token_bytes is None or self.decode_tokens_per_s is None:
             return None
         return self.loaded.token_bytes * self.decode_tokens_per_s
 
     @property
     def of_memory_speed(self) -> float | None:
-        """Share of the speed of memory at which weights are read in decode."""
+        """Fraction of the memory bandwidth at which decode reads weights."""
         return None if self.weight_bytes_per_s is None else self.weight_bytes_per_s / self.memory_bytes_per_s
 
     def to_dict(self) -> dict[str, Any]:
@@ -241,21 +244,21 @@ Worker = Callable[..., Any]
 def _worker(path: str, debug: bool) -> Iterator[Worker]:
     from octavo.cli import bench_worker
 
-    # Not forked: a copy of this process would count as the model's memory.
+    # Spawned, not forked: the memory of a copy of this process would be counted as the model's.
     context = multiprocessing.get_context("spawn")
     started: list[BaseProcess] = []
     with ProcessPoolExecutor(1, mp_context=context, initializer=bench_worker.prepare, initargs=(debug,)) as pool:
 
         def call(function: Callable[..., T], *args: Any) -> T:
             try:
-                with _interrupts_held_back():  # the first call starts the process, which minds them once it is prepared
+                with _interrupts_held_back():  # the first call starts the process, which unblocks them in `prepare`
                     future = pool.submit(function, *args)
                     started[:] = multiprocessing.active_children()
                 return future.result()
             except BrokenProcessPool as error:
-                pool.shutdown()  # which asks the process how it ended
+                pool.shutdown()  # which waits for the process's exit code
                 if any(process.exitcode == -signal.SIGINT for process in started):
-                    raise KeyboardInterrupt from error  # of all processes of the command; this one is told of it later
+                    raise KeyboardInterrupt from error  # the interrupt went to every process; this one's is yet to come
                 raise CommandError(
                     f"{path}: the process that ran this model was ended from outside, for lack of memory perhaps; "
                     "free some, or time the models one by one"
@@ -266,7 +269,7 @@ def _worker(path: str, debug: bool) -> Iterator[Worker]:
 
 @contextlib.contextmanager
 def _interrupts_held_back() -> Iterator[None]:
-    """A process that is started inside gets no interrupt until it unblocks them, this one none until the end."""
+    """While open, this process gets no interrupts, and one started inside gets none until it unblocks them."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
@@ -290,7 +293,7 @@ def _load(
 
 
 def _compile(terminal: Terminal, worker: Worker, path: str, ids: list[int], args: argparse.Namespace) -> float | None:
-    """The seconds that it took; None if models are not to be compiled."""
+    """Compile the model. Returns: the seconds that it took, or None if models are not to be compiled."""
     if not args.compile:
         return None
     from octavo.cli import bench_worker
@@ -300,7 +303,7 @@ def _compile(terminal: Terminal, worker: Worker, path: str, ids: list[int], args
 
 
 def _prompt(args: argparse.Namespace, loaded: list[Loaded]) -> list[int]:
-    """Random tokens: speed does not depend on what they say."""
+    """Random tokens: speed does not depend on their meaning."""
     vocabulary = min(one.vocabulary for one in loaded)
     chance = random.Random(0)
     return [chance.randrange(vocabulary) for _ in range(args.prompt_tokens)]
@@ -309,8 +312,8 @@ def _prompt(args: argparse.Namespace, loaded: list[Loaded]) -> list[int]:
 def _measure(
     workers: list[Worker], stream: Worker, ids: list[int], args: argparse.Namespace, progress: Callable[[int], None]
 ) -> tuple[float | None, list[tuple[Round, ...]], float]:
-    """Share of the prompt's positions on which the two models choose the same token (top-1 of `octavo.evaluate`), each
-    model's rounds, and the speed of memory, bytes per second."""
+    """Returns: the share of the prompt's positions on which both models choose the same token (top-1 agreement, see
+    `octavo.evaluate`), each model's rounds, and the memory bandwidth in bytes per second."""
     from octavo.cli import bench_worker
 
     done = 0

@@ -1,9 +1,10 @@
-"""`octavo bench --ops`: what int8 gains layer by layer on this machine, next to bf16 and to the speed of memory.
+"""`octavo bench --ops`: what int8 gains for single layers on this machine, next to bf16 and to the memory bandwidth.
 
-w8a16       int8 weights, one scale per output channel, or one for each 128 columns
-w8a8        from a bf16 x: each row's scale and codes are found within the time
-read        bytes of weights per second, and their share of what `torch.sum` reads per second: few rows wait for memory
-computed    multiplications and additions per second: many rows wait for the processor
+w8a16       int8 weights, with one scale per output channel or per 128 columns
+w8a8        int8 weights and inputs; the time includes quantizing the bf16 x, row by row
+read        bytes of weights per second, and their share of what `torch.sum` reads per second: few rows of x are bound
+            by memory
+computed    multiplications and additions per second: many rows of x are bound by arithmetic
 """
 
 from __future__ import annotations
@@ -31,10 +32,11 @@ FEW_ROWS = 16
 
 @dataclasses.dataclass(frozen=True)
 class Timed:
-    """An op on a layer [N, K] and M rows, next to another op (itself, for that one) in the same turns.
+    """The time of an op on a layer [N, K] and M rows, next to that of its rival, another op timed in the same rounds.
 
-    M: None where the weight alone counts. weight_bytes: read by the op. of_stream: share of a streaming read's speed.
-    operations: multiplications and additions.
+    The rival's own entry has itself as its rival.
+    M: None for an op on the weight alone. weight_bytes: how many the op reads. of_stream: fraction of the speed of a
+    streaming read. operations: multiplications and additions.
     """
 
     op: str
@@ -64,7 +66,7 @@ class Timed:
         return None if self.operations is None else self.operations / self.seconds
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields, and what follows from them."""
+        """The fields, and the properties computed from them."""
         more = {"ratio": self.ratio, "bytes_per_s": self.bytes_per_s, "operations_per_s": self.operations_per_s}
         return {**dataclasses.asdict(self), **more}
 
@@ -98,7 +100,7 @@ def run(args: argparse.Namespace, terminal: Terminal) -> Answer:
 def measure(
     shapes: list[tuple[int, int]], sizes: list[int], device: str, progress: Callable[[int, int], None]
 ) -> Iterator[Timed]:
-    """Each op on each layer and each number of rows; `progress` is called with races done, and all."""
+    """Time each op on each layer and each number of rows. `progress` is called with (races done, all races)."""
     from octavo.cli.op_speed import AMAX, LOOKUP, LOOKUP_BF16, QUANTIZE, Layer, race
 
     done, total = 0, len(shapes) * (len(sizes) + 2)
@@ -122,7 +124,7 @@ def measure(
 
 
 def linear_rows(layer: Layer, M: int, seconds: dict[str, float]) -> Iterator[Timed]:
-    """The ops of a race between `Layer.ways`."""
+    """The results of a race between `Layer.ways`."""
     from octavo.cli.op_speed import BF16, STREAM
 
     elements = layer.N * layer.K

@@ -1,6 +1,6 @@
-"""One model in one process, to be timed by `octavo bench`: its peak memory is nobody else's.
+"""One model in a process of its own, timed by `octavo bench`: so the process's peak memory is that of this model alone.
 
-The functions here run in that process, one after the other; the model that `load` loaded stays there for the rest.
+The functions here run in that process, one after the other. `load` puts the model into a global, which the rest use.
 """
 
 from __future__ import annotations
@@ -37,10 +37,12 @@ _open_until_exit = contextlib.ExitStack()
 class Loaded:
     """What is known of a model once it is loaded.
 
-    seconds: from the files to a model that can run. weight_bytes: all that it holds in memory. token_bytes: of weights
-    read for one token of decode, or None if that depends on the token (a mixture of experts). positions: how many
-    tokens it can hold, None if it does not say. cache: what keys and values of earlier tokens are kept as. served_by:
-    backends of the ops of octavo that it calls; empty for a float model.
+    seconds: from the files to a model that can run.
+    weight_bytes: all weights in memory.
+    token_bytes: bytes of weights read to decode one token; None if that depends on the token (a mixture of experts).
+    positions: how many tokens its context holds; None if the model does not say.
+    cache: how the KV cache is kept, "float" or "int8".
+    served_by: the backends of those ops of octavo that the model calls; empty for a float model.
     """
 
     seconds: float
@@ -56,22 +58,22 @@ class Loaded:
 
 @dataclasses.dataclass(frozen=True)
 class Round:
-    """One measurement. first_token_s: from the prompt to the first token. decode_s: for all tokens after it."""
+    """One measurement. first_token_s: seconds from the prompt to the first token. decode_s: for all tokens after it."""
 
     first_token_s: float
     decode_s: float
 
 
 def prepare(debug: bool) -> None:
-    """Called first in the process: an interrupt ends it without a word, and libraries keep quiet unless `debug`."""
+    """Called first in the process: make interrupts end it silently, and libraries keep quiet unless `debug`."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})  # which were held back until here
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})  # blocked by the parent when it started this process
     _open_until_exit.enter_context(Terminal(debug=debug).quiet())
 
 
 def load(path: str, device: str, threads: int | None, cache: str | None = None) -> Loaded:
-    """Load the model of this process, and describe it. cache: as `keep_cache` takes it."""
-    # Here, and not above: transformers is imported once `prepare` keeps it quiet.
+    """Load the model of this process, and describe it. cache: as in `keep_cache`."""
+    # Imported here, because transformers must not be imported before `prepare` has made it quiet.
     from octavo.integrations.language_model import load_causal, positions_of
 
     if threads is not None:
@@ -96,7 +98,7 @@ def load(path: str, device: str, threads: int | None, cache: str | None = None) 
 
 
 def served_by(model: Any, device: str, cache: str = "float") -> tuple[str, ...]:
-    """The backends that answer, on `device`, the ops of octavo that `model` calls with a cache of that kind."""
+    """The backends that serve, on `device`, the ops of octavo that `model` calls with a cache of that kind."""
     from octavo.integrations.attention import attention_of
 
     called = {op for module in model.modules() if isinstance(module, QuantModule) for op in module.op_names}
@@ -109,7 +111,7 @@ def served_by(model: Any, device: str, cache: str = "float") -> tuple[str, ...]:
 
 
 def compile_model(ids: list[int], new_tokens: int) -> float:
-    """Compile the model of this process for that many tokens, in and out. Returns: the seconds that it took."""
+    """Compile the model of this process for that many tokens, in and out. Returns: seconds spent."""
     from octavo.integrations.compiled import CompiledModel
 
     start = time.perf_counter()
@@ -119,7 +121,7 @@ def compile_model(ids: list[int], new_tokens: int) -> float:
 
 
 def open_stream(device: str, threads: int | None) -> None:
-    """Make this process one that measures the speed of memory."""
+    """Let this process measure memory bandwidth, in place of a model."""
     if threads is not None:
         torch.set_num_threads(threads)
     _state["stream"] = memory.MemoryStream(device)
@@ -147,7 +149,7 @@ def bytes_per_token_of(model: Any) -> int | None:
 
 
 def bytes_per_token(model: nn.Module) -> int:
-    """Bytes of weights that one token of decode reads: all of them, but of a table that is only looked up, one row."""
+    """Bytes of weights read to decode one token: all of them, but only one row of a table that serves lookups alone."""
     tables = (nn.Embedding, QuantEmbedding, TiedQuantEmbedding)
     read = _distinct(
         tensor for module in model.modules() if not isinstance(module, tables) for tensor in _own_weights(module)
@@ -179,7 +181,7 @@ def _distinct(tensors: Iterator[Tensor]) -> list[Tensor]:
 
 
 def predictions(ids: list[int]) -> list[int]:
-    """The token that the model finds likeliest after each position of the prompt; the first of equally likely ones."""
+    """The most likely next token at each position of the prompt; the first of equally likely ones."""
     model = held()
     with torch.no_grad():
         logits = model(input_ids=torch.tensor([ids], device=model.device)).logits
@@ -187,8 +189,10 @@ def predictions(ids: list[int]) -> list[int]:
 
 
 def time_round(ids: list[int], new_tokens: int) -> Round:
-    """Feed the prompt, then decode greedily, one token at a time: with the compiled functions, if there are any, or
-    with the cache that the model makes."""
+    """Feed the prompt, then decode greedily, one token at a time.
+
+    Uses the compiled functions if the model was compiled, and otherwise the cache that the model makes itself.
+    """
     model = held()
     prompt = torch.tensor([ids], device=model.device)
     prefill, decode = _compiled_steps() if "compiled" in _state else _eager_steps(model)
@@ -218,7 +222,7 @@ def _compiled_steps() -> tuple[Step, Step]:
 def _eager_steps(model: Any) -> tuple[Step, Step]:
     from octavo.integrations.language_model import cache_name, last_logits_only
 
-    only_last = last_logits_only(model)  # what `generate` does
+    only_last = last_logits_only(model)  # as `generate` asks for
     argument = cache_name(model) or "past_key_values"
     cache: Any = None
 
@@ -236,7 +240,7 @@ def _eager_steps(model: Any) -> tuple[Step, Step]:
 
 
 def peak_memory() -> int:
-    """Bytes of memory that the process of this model has held at most."""
+    """Peak memory of this model's process, in bytes."""
     return memory.peak_memory(held().device.type)
 
 

@@ -1,6 +1,6 @@
-"""`octavo calibrate MODEL`: run a language model on text, and keep what its layers' inputs are like.
+"""`octavo calibrate MODEL`: run a language model on text, and save statistics of its layers' inputs.
 
-Under torchrun every process runs its share of the samples, and the first of them writes the file and the answer:
+Under torchrun every process runs its share of the samples, and the first one writes the file and prints the answer:
 
     torchrun --nproc-per-node 4 -m octavo calibrate MODEL -o stats.safetensors
 """
@@ -79,7 +79,7 @@ def run(args: argparse.Namespace, terminal: Terminal) -> Answer | None:
 
 
 def _check_suffix(output: str) -> None:
-    """--calibration tells statistics from text by their names."""
+    """Refuse another suffix: --calibration recognizes files of statistics by it."""
     if Path(output).suffix.lower() != ".safetensors":
         raise CommandError(
             f"-o is {output}, expected a name that ends in .safetensors: --calibration reads other files as text; "
@@ -143,7 +143,7 @@ def _written(args: argparse.Namespace, stats: Stats, text_name: str, samples: li
 
 @dataclasses.dataclass(frozen=True)
 class _Row:
-    """A layer's input. channels: amax of each, [K]."""
+    """A layer's input. channels: the amax of each channel, [K]."""
 
     name: str
     tokens: int
@@ -171,7 +171,7 @@ def _table(rows: list[_Row], where: str) -> Table:
 
 @dataclasses.dataclass(frozen=True)
 class _ExpertsRow:
-    """The inputs of a stack of down projections. tokens, amax: of each expert. unrouted: those without tokens."""
+    """The inputs of a stack of down projections. tokens, amax: per expert. unrouted: the experts that got no tokens."""
 
     name: str
     tokens: list[int]
@@ -210,7 +210,7 @@ def _table_of_unreached(names: tuple[str, ...]) -> Table:
 
 
 def _families(items: Iterable[T], name_of: Callable[[T], str]) -> Iterator[tuple[str, list[T]]]:
-    """Those whose names differ in numbers only, and what to call them."""
+    """Group the rows whose names differ in numbers only, each group under a common name."""
     families: dict[str, list[T]] = {}
     for item in items:
         families.setdefault(in_general(name_of(item)), []).append(item)

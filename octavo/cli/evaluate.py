@@ -65,7 +65,7 @@ def add_parser(verbs: Verbs) -> None:
 
 
 def run(args: argparse.Namespace, terminal: Terminal) -> Answer:
-    """Perplexity of both models, and the comparison of them, over the same windows; or their scores on tasks."""
+    """Show both models' perplexity over the same windows, and how they compare; or their scores on tasks."""
     tasks.refuse_options(args)
     if args.tasks is not None:
         return tasks.run(args, terminal)
@@ -103,7 +103,7 @@ def run(args: argparse.Namespace, terminal: Terminal) -> Answer:
 
 
 def _window(asked: int | None, positions: Mapping[str, int | None]) -> int:
-    """The window that all models are judged on. positions: path -> how many tokens that model holds, if it says so."""
+    """The window length that all models are judged on. positions: path -> that model's context length, if it says."""
     if asked is None:
         return min(_WINDOW, *(held or _WINDOW for held in positions.values()))
     for path, held in positions.items():
@@ -161,7 +161,7 @@ def _table(args: argparse.Namespace, where: str, perplexities: list[float]) -> T
 
 
 def _called(baseline: Any, model: Any) -> tuple[str, str]:
-    """What to call the two models: as what they are, where that tells them apart."""
+    """Names for the two models: their kinds, where these differ."""
     from octavo.modules import QuantModule
 
     kinds = ["int8" if any(isinstance(m, QuantModule) for m in one.modules()) else "float" for one in (baseline, model)]

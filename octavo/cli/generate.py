@@ -1,4 +1,4 @@
-"""`octavo generate PATH --prompt TEXT`: a language model writes, and what it writes is seen as it comes."""
+"""`octavo generate PATH --prompt TEXT`: let a language model write, and show the text as it is written."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def add_parser(verbs: Verbs) -> None:
 
 
 def run(args: argparse.Namespace, terminal: Terminal) -> Answer:
-    """Stream the text to stdout; with --json it is in the answer."""
+    """Stream the text to stdout; with --json, put it into the answer instead."""
     cache, device = cache_of(args), device_of(args)
     with terminal.progress(f"loading {args.path}"):
         from octavo.integrations.generation import generate
@@ -105,11 +105,11 @@ def _statistics(written: Generated) -> str:
 
 
 def _memory_use(model: Any, written: Generated, device: str) -> dict[str, float | None]:
-    """What gpt-fast tells of a run: peak memory, and the speed at which weights were read, next to the memory's."""
+    """What gpt-fast reports too: peak memory, and the speed at which weights were read, next to memory bandwidth."""
     from octavo.cli.bench_worker import bytes_per_token_of
     from octavo.cli.memory import MemoryStream, peak_memory
 
-    peak = peak_memory(device)  # before there is a stream, which takes its own
+    peak = peak_memory(device)  # measured before the MemoryStream below takes its own GiB
     stream = MemoryStream(device)
     speed = statistics.median(stream.bytes_per_s() for _ in range(5))
     read = bytes_per_token_of(model)

@@ -1,7 +1,7 @@
 """`octavo inspect PATH`: what is in a checkpoint, read from its files without building a model.
 
-What is float and why is told by the coverage that octavo leaves beside its weights; of checkpoints that others wrote,
-by their config: its targets and its list of what to ignore.
+Which weights are float, and why, comes from the coverage that octavo saves beside its weights. For checkpoints written
+by other tools it follows from their config: its targets and its list of layers to ignore.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def add_parser(verbs: Verbs) -> None:
 
 
 def run(args: argparse.Namespace, terminal: Terminal) -> Answer:
-    """Read the headers, the scales and the config of the checkpoint."""
+    """Show what the checkpoint's headers, scales and config say."""
     from octavo.formats import int8_names
     from octavo.formats.checkpoint import CheckpointReader
     from octavo.integrations.local_files import resolve
@@ -108,7 +108,8 @@ def _shown(
 
 
 def _how_to_quantize(path: str, source: Path) -> str:
-    """The command, where the config that it needs is there. source: the folder or file that `path` is."""
+    """The command that quantizes this checkpoint, if the config that it needs exists. source: the folder or file at
+    `path`."""
     from octavo.formats.checkpoint import read_config
 
     is_whole = source.is_dir() or source.name == "model.safetensors"
@@ -135,7 +136,7 @@ def _brings_its_code(config: Mapping[str, Any]) -> bool:
 
     try:
         return brings_its_code(config)
-    except MissingExtra:  # without transformers this is all that there is to say
+    except MissingExtra:  # without transformers, nothing more can be said
         return False
 
 
@@ -149,7 +150,7 @@ def _dtypes(reader: CheckpointReader) -> list[dict[str, Any]]:
 
 
 def _unexplained(reader: CheckpointReader) -> str | None:
-    """Why a checkpoint that octavo reads no int8 weights in is not float either, if it is not."""
+    """Why a checkpoint without int8 weights that octavo can read is not a float one either; None if it is one."""
     low = [name for name in reader.names if "weight" in name and reader.info(name).dtype.itemsize == 1]
     if not low:
         return None
@@ -164,7 +165,7 @@ def _unexplained(reader: CheckpointReader) -> str | None:
 
 
 def _coverage(reader: CheckpointReader, int8: list[str], config: Mapping[str, Any]) -> Coverage:
-    """The coverage that octavo left beside the weights, or one that follows from names and config."""
+    """The coverage that octavo saved beside the weights, or one derived from names and config."""
     from octavo.formats.loading import stored_coverage, stored_parts
     from octavo.quantization.coverage import Coverage
 
@@ -208,12 +209,12 @@ def _why_float(name: str, shape: tuple[int, ...], config: Mapping[str, Any]) -> 
 
 
 def _natural(name: str) -> list[tuple[bool, int, str]]:
-    """Order in which layer 2 comes before layer 10."""
+    """A sort key that puts layer 2 before layer 10."""
     return [(part.isdigit(), int(part) if part.isdigit() else 0, part) for part in name.split(".")]
 
 
 def _schemes(report: Coverage) -> list[dict[str, Any]]:
-    """A line for each scheme, and one for what is float: parameters and bytes."""
+    """A row for each scheme, and one for float weights: parameters and bytes."""
     lines: dict[str, dict[str, Any]] = {}
     for row in report.rows:
         line = lines.setdefault(
@@ -244,10 +245,10 @@ def _scheme_table(report: Coverage) -> Table:
 
 @dataclasses.dataclass(frozen=True)
 class ScaleRange:
-    """The scales of a family of weights (those whose names differ in numbers only) that are of one dtype.
+    """The scales of one dtype in a family of weights (weights whose names differ in numbers only).
 
-    zero, subnormal, negative, not_finite: how many are not as they should be. Subnormal is meant in the dtype that they
-    are stored in: such a scale has lost bits. ones: how many are exactly 1, which is what a row of zeros gets.
+    zero, subnormal, negative, not_finite: how many scales are wrong in that way. A scale that is subnormal in the dtype
+    it is stored in has lost bits. ones: how many are exactly 1, the scale of a row of zeros.
     """
 
     family: str

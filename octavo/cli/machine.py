@@ -1,4 +1,4 @@
-"""What a measurement was taken on: hardware and versions."""
+"""The hardware and versions that a measurement was taken on."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ __all__ = ["describe_machine", "machine_line"]
 
 
 def describe_machine() -> dict[str, Any]:
-    """CPU, cores, torch's threads, vector instructions that torch uses, GPU, and versions; JSON types."""
+    """CPU, cores, torch's threads, the vector instructions that torch uses, GPU, and versions, in JSON types."""
     import torch
 
     return {
@@ -33,7 +33,7 @@ def describe_machine() -> dict[str, Any]:
 
 
 def machine_line(machine: dict[str, Any]) -> str:
-    """The machine in a line for people."""
+    """The machine in one line for people."""
     return (
         f"{machine['cpu']}, cores: {machine['cores']}, threads: {machine['threads']}, "
         f"CPU capability: {machine['cpu_capability']}; GPU: {machine['gpu'] or 'none'}; torch {machine['torch']}, "

@@ -1,7 +1,8 @@
-"""Memory: how much of it this process took, and how fast it is, to which what a model reads per second is held.
+"""Memory: how much of it this process used, and its bandwidth, the bound on the weights that a model reads per second.
 
-CPU     resident bytes          speed: torch.sum over a GiB of fp32, bytes read
-CUDA    bytes that torch took   speed: a copy of a GiB on the device, bytes read and written
+        memory used                 bandwidth
+CPU     resident bytes              torch.sum over 1 GiB of fp32: bytes read
+CUDA    bytes that torch allocated  a copy of 1 GiB on the device: bytes read and written
 """
 
 from __future__ import annotations
@@ -21,10 +22,10 @@ BYTES = 1 << 30
 
 
 def peak_memory(device: str) -> int:
-    """Bytes of memory that this process has held at most: of the GPU on "cuda", otherwise resident."""
+    """Peak memory of this process in bytes: the GPU's on "cuda", otherwise resident memory."""
     if device == "cuda":
         return torch.cuda.max_memory_allocated()
-    # Linux adds to ru_maxrss what the process was before it became this program: a copy of its parent.
+    # On Linux, ru_maxrss includes the time before exec, when the process was a copy of its parent. VmHWM does not.
     status = Path("/proc/self/status")
     found = re.search(r"VmHWM:\s*(\d+) kB", status.read_text()) if status.is_file() else None
     if found:
@@ -33,15 +34,15 @@ def peak_memory(device: str) -> int:
 
 
 class MemoryStream:
-    """A GiB of memory on `device`, to be streamed through."""
+    """1 GiB of memory on `device`, to measure bandwidth with."""
 
     def __init__(self, device: str) -> None:
         self._data = torch.ones(BYTES // 4, dtype=torch.float32, device=device)
         self._copy = torch.empty_like(self._data) if device == "cuda" else None
-        self.bytes_per_s()  # threads, kernels and pages are made at the first pass
+        self.bytes_per_s()  # the first pass starts threads, loads kernels and maps pages
 
     def bytes_per_s(self) -> float:
-        """Bytes that went over the memory's wires in one pass, per second."""
+        """Bytes per second moved to and from memory in one pass."""
         if self._copy is None:
             start = time.perf_counter()
             self._data.sum()

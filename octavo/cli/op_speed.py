@@ -1,11 +1,12 @@
-"""How fast an op is next to other ways to the same result: what `octavo bench --ops` measures with.
+"""Time an op next to other ways of computing the same result: the stopwatch of `octavo bench --ops`.
 
-Ways take turns, round after round, so that what else the machine does falls on all of them; the medians of the rounds
-count. Each call gets the next copy of the weights, of so many that they fill `ROTATION_BYTES`: no cache holds them, and
-weights come from memory as they do in a model. A way is timed only after its result was held to float64.
+The ways take turns, round after round, so that other load on the machine slows all alike, and medians over the rounds
+are compared. Each call gets the next of several copies of the weights. Together they fill `ROTATION_BYTES`, more than
+any cache holds, so weights come from memory as they do in a model. Each way's result is checked against float64
+arithmetic before it is timed.
 
-On a GPU a turn is a replay of a CUDA graph of many calls, between two events: what Python and the driver need for a
-launch, which a compiled model does not pay either, is not in it.
+On a GPU a turn replays a CUDA graph of many calls between two events. It leaves out what Python and the driver need
+for a launch, which a compiled model does not pay either.
 """
 
 from __future__ import annotations
@@ -32,11 +33,11 @@ __all__ = [
 
 ROTATION_BYTES = 1_100_000_000
 SECONDS = 1.5
-"""That a race should take, if `FEWEST` to `MOST` rounds do."""
+"""How long a race should take, within `FEWEST` to `MOST` rounds."""
 FEWEST, MOST = 3, 60
 GROUP = 128
 CALLS = 64
-"""In a graph."""
+"""Calls in one CUDA graph."""
 
 STREAM, BF16 = "torch.sum", "bf16 F.linear"
 W8A16, W8A16_GROUPS, W8A8 = "w8a16", f"w8a16, groups of {GROUP}", "w8a8"
@@ -44,12 +45,12 @@ AMAX, QUANTIZE = "w.abs().amax(1)", "quantize_weight"
 LOOKUP_BF16, LOOKUP = "bf16 F.embedding", "w8a16_embedding"
 
 Weights = Iterator[tuple[Tensor, ...]]
-"""One copy of the weights after the other, without end."""
+"""Copies of the weights, one after the other, without end."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Way:
-    """One of those that take turns: `call(*weights)`, and whether what it returns `is_right`."""
+    """One way of computing the result: `call(*weights)` does it, and `is_right` checks what that returns."""
 
     name: str
     call: Callable[..., Any]
@@ -58,7 +59,7 @@ class Way:
 
 
 def race(ways: Sequence[Way], device: str = "cpu") -> dict[str, float]:
-    """Name -> median seconds of a call. Raises: OctavoError if one of them computes something else."""
+    """Time the ways in turns. Returns: name -> median seconds of a call. Raises: OctavoError for a wrong result."""
     with torch.no_grad():
         for way in ways:
             if not way.is_right(way.call(*next(way.weights))):
@@ -78,7 +79,7 @@ def _seconds(way: Way) -> float:
 
 
 def _turn_on_gpu(way: Way) -> Callable[[], float]:
-    """What runs the way's graph, and returns the seconds of one call in it."""
+    """Record a graph of the way's calls. Returns: a function that replays it and returns the seconds of one call."""
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         for _ in range(CALLS):
@@ -96,7 +97,7 @@ def _turn_on_gpu(way: Way) -> Callable[[], float]:
 
 
 def rotation(*tensors: Tensor) -> Weights:
-    """Copies of the tensors in turn, as many as fill `ROTATION_BYTES`."""
+    """Yield copies of the tensors in turn, enough of them to fill `ROTATION_BYTES`."""
     count = ROTATION_BYTES // sum(tensor.nbytes for tensor in tensors) + 1
     copies = [tensor.expand(count, *tensor.shape).contiguous() for tensor in tensors]
     for place in itertools.cycle(range(count)):
@@ -104,15 +105,16 @@ def rotation(*tensors: Tensor) -> Weights:
 
 
 def close_to(expected: Tensor) -> Callable[[Tensor], bool]:
-    """Whether each value is that of `expected` (float64), rounded to bf16 after a sum in fp32."""
+    """A check that each value is that of `expected` (float64), up to a sum in fp32 and rounding to bf16."""
     allowed = 2**-8 * expected.abs() + 2e-3 * expected.square().mean().sqrt()
     return lambda result: bool(((result.double() - expected).abs() <= allowed).all())
 
 
 class Layer:
-    """A linear layer with random weights [N, K], in bf16 and in int8, and the ways to run it, on up to M rows of input.
+    """A linear layer with random weights [N, K] in bf16 and in int8, and the ways to run it on up to M rows of input.
 
-    Group scales are the channel's, varied: any positive ones do, and the codes are there once.
+    The group scales are the channel scales times random factors: timing needs only some positive scales, and the same
+    codes serve both.
     """
 
     def __init__(self, N: int, K: int, M: int, device: str = "cpu") -> None:
@@ -123,14 +125,15 @@ class Layer:
         groups = K // GROUP if K % GROUP == 0 else 1
         self.group_scale = self.scale * (0.5 + torch.rand(N, groups, generator=chance, device=device))
         self.x = torch.randn(M, K, generator=chance, device=device).bfloat16()
-        # In fp64, for on CUDA devices a division by a number is not rounded to the nearest; the tensor's below is.
+        # In fp64: on CUDA, dividing a tensor by a number does not round to nearest. Dividing by a tensor, as below,
+        # does.
         self.x_scale = (self.x.double().abs().amax(1, keepdim=True) / 127).float()
         self.x_codes = (self.x.float() / self.x_scale).round().to(torch.int8)
         self.floats = rotation(self.weight)
         self.int8 = rotation(self.codes, self.scale, self.group_scale)
 
     def ways(self, M: int) -> list[Way]:
-        """The layer on M rows of bf16, and the streaming read of as many bytes as its int8 weight has."""
+        """The layer on M rows of bf16, and a streaming read of as many bytes as its int8 weight has."""
         x = self.x[:M]
 
         def w8a16(codes: Tensor, scale: Tensor, _: Tensor) -> Tensor:
@@ -153,7 +156,7 @@ class Layer:
         return ways
 
     def quantizing(self) -> list[Way]:
-        """Quantizing the weight, and the pass over it that finding its scales is."""
+        """Quantizing the weight, and the amax alone, which is the part of it that finds the scales."""
         amax = self.weight.double().abs().amax(1)
 
         def is_quantized(result: tuple[Tensor, Tensor]) -> bool:
@@ -168,7 +171,7 @@ class Layer:
         ]
 
     def lookups(self, M: int) -> list[Way]:
-        """M rows of the weight, taken as the table of an embedding."""
+        """Looking up M rows of the weight, used as an embedding table."""
         rows = torch.randint(self.N, (M,), generator=torch.Generator().manual_seed(0)).to(self.device)
 
         def int8(codes: Tensor, scale: Tensor, _: Tensor) -> Tensor:
@@ -181,15 +184,15 @@ class Layer:
         ]
 
     def _streams(self) -> Weights:
-        """As many bytes of the bf16 weights as the int8 weight has, as fp32 numbers."""
+        """Parts of the bf16 weights, each with as many bytes as the int8 weight, viewed as fp32."""
         count = self.N * self.K // 4
         return ((weight.flatten()[: 2 * count].view(torch.float32),) for (weight,) in self.floats)
 
-    # What is right, in float64, on all rows of x: [M, N].
+    # The expected results in float64 for all rows of x: [M, N].
 
     @functools.cached_property
     def sums(self) -> Tensor:
-        """Of codes times codes."""
+        """The sums of products of codes, without scales."""
         return self.x_codes.double() @ self.codes.double().T
 
     @functools.cached_property

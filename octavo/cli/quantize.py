@@ -1,7 +1,7 @@
 """`octavo quantize SRC DST`: a float checkpoint becomes an int8 one.
 
-File to file, where the weights are all that it takes. Static inputs and smoothing take a model that runs: then a
-language model is loaded, calibrated, smoothed, quantized and saved.
+Where the weights alone decide, files are converted to files without building a model. Static inputs and smoothing need
+a model that runs: then a language model is loaded, calibrated, smoothed, quantized and saved.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ def add_parser(verbs: Verbs) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class _Quantized:
-    """What was done. inputs: None where no static ones were asked for."""
+    """What was done. inputs: None if no static inputs were asked for."""
 
     coverage: Coverage
     smoothing: SmoothReport | None = None
@@ -94,7 +94,7 @@ class _Quantized:
 
 
 def run(args: argparse.Namespace, terminal: Terminal) -> Answer:
-    """Quantize the checkpoint; the answer is its coverage, and what smoothing did."""
+    """Quantize the checkpoint. The answer is its coverage and, with smoothing, the smoothing report."""
     recipe = _recipe(args)
     _check(args, recipe)
     start = time.perf_counter()
@@ -161,7 +161,7 @@ def _run_model(args: argparse.Namespace, terminal: Terminal, recipe: Recipe) -> 
     if args.observer is not None:
         check_observer(args.observer)
     check_shard_size(args.max_shard_size)
-    with new_folder(args.dst) as folder:  # a destination that exists is refused before the work
+    with new_folder(args.dst) as folder:  # refuses an existing destination before the work
         with terminal.progress(f"loading {args.src}"):
             from octavo.integrations.calibration import linear_inputs, load_float
             from octavo.integrations.hub import save

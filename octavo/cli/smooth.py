@@ -1,4 +1,4 @@
-"""`octavo smooth SRC DST`: a float language model becomes one that int8 activations suit, still float."""
+"""`octavo smooth SRC DST`: move activation outliers of a float language model into its weights; it stays float."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Alpha = float | Literal["auto"]
 
 
 def alpha(text: str) -> Alpha:
-    """An argument that is "auto" or a number from 0 to 1."""
+    """Parse "auto" or a number from 0 to 1."""
     if text == "auto":
         return "auto"
     value = float(text)
@@ -74,7 +74,7 @@ def run(args: argparse.Namespace, terminal: Terminal) -> Answer:
         report = _smoothed(args, terminal, stats, model)
         with terminal.progress(f"writing {args.dst}"):
             save_float(model, tokenizer, folder)
-    if args.plot is not None:  # once the model is safe
+    if args.plot is not None:  # after the model has been written
         channel_ranges(before, ranges_of(stats), args.plot)
     return Answer(
         {"source": args.src, "destination": args.dst, "calibration": source.name, "smoothing": report.to_dict()},

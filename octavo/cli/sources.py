@@ -1,4 +1,4 @@
-"""What a model is calibrated on, for the verbs that need it: text, documents, or statistics that are there already."""
+"""What the verbs calibrate a model on: text, documents, or statistics from an earlier calibration."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ _SEQ_LEN = 512
 
 
 def add_calibration(parser: argparse.ArgumentParser) -> None:
-    """The option --calibration, and those that say how much of it."""
+    """Add the option --calibration, and those that say how much of it to use."""
     parser.add_argument(
         "--calibration", metavar="FILE", type=a_path,
         help="text, .jsonl or what `octavo calibrate` wrote (default: Python's own documentation)",
@@ -44,7 +44,7 @@ def add_calibration(parser: argparse.ArgumentParser) -> None:
 
 
 def add_samples(parser: argparse.ArgumentParser) -> None:
-    """The options that say how much of a text a model is run on."""
+    """Add the options that say how much of a text the model is run on."""
     parser.add_argument(
         "--samples",
         metavar="N",
@@ -58,7 +58,7 @@ def add_samples(parser: argparse.ArgumentParser) -> None:
 
 
 def add_plot(parser: argparse.ArgumentParser) -> None:
-    """The option --plot."""
+    """Add the option --plot."""
     parser.add_argument(
         "--plot", metavar="FILE", type=a_path, help="draw the channels' ranges of the most uneven inputs, as PNG"
     )
@@ -66,7 +66,7 @@ def add_plot(parser: argparse.ArgumentParser) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """What to calibrate on: one of the three. name: what to call it."""
+    """What to calibrate on: exactly one of text, documents and stats. name: for messages."""
 
     name: str
     text: str | None = None
@@ -77,8 +77,8 @@ class Source:
 def source_of(args: argparse.Namespace) -> Source:
     """The source that --text, --jsonl or --calibration names; by default the sample text.
 
-    Raises: CommandError for a file of another form, --seq-len 1, and --samples or --seq-len beside statistics;
-        CalibrateError for a safetensors file that holds no statistics.
+    Raises: CommandError for a file in another format, for --seq-len 1, and for --samples or --seq-len together with
+        statistics; CalibrateError for a safetensors file that holds no statistics.
     """
     if args.seq_len == 1:
         raise CommandError("--seq-len is 1, expected at least 2: a token that follows none is not like the others")
@@ -110,7 +110,7 @@ def _stored(args: argparse.Namespace, file: str) -> Stats:
 
 
 def stats_of(args: argparse.Namespace, terminal: Terminal, source: Source, model: Any, tokenizer: Any) -> Stats:
-    """The statistics of a float model: those of the source, or new ones on its text."""
+    """The statistics of a float model: the source's own, or new ones from running the model on its text."""
     return source.stats or calibrated(args, terminal, source, model, tokenizer)[0]
 
 
@@ -123,7 +123,7 @@ def calibrated(
     *,
     route_all_experts: bool = False,
 ) -> tuple[Stats, list[Tensor]]:
-    """New statistics, and the samples that they are of: int64 [1, T] each."""
+    """Calibrate the model. Returns: the statistics, and the samples that they are of, int64 [1, T] each."""
     from octavo.calibration.calibrate import calibrate
     from octavo.integrations.calibration import document_batches, text_batches
     from octavo.integrations.language_model import refuse_unknown_tokens
@@ -152,10 +152,11 @@ def _seq_len(args: argparse.Namespace, model: Any) -> int:
 
 
 def check_outputs(args: argparse.Namespace, *files: str | None) -> None:
-    """See before the work that `files` and --plot can be written after it.
+    """Check before the work starts that `files` and --plot can be written at its end.
 
-    Raises: CommandError for a folder that is not there or cannot be written to, for a folder in the place of a file,
-        for two outputs in one and for a --plot that is not called .png; MissingExtra for --plot without matplotlib.
+    Raises: CommandError for a folder that does not exist or is not writable, for a folder in the place of a file, for
+        two outputs with one name, and for a --plot that does not end in .png; MissingExtra for --plot without
+        matplotlib.
     """
     outputs = [Path(file) for file in (*files, args.plot) if file is not None]
     for file in outputs:
@@ -182,5 +183,5 @@ def _check_picture(file: Path) -> None:
 
 
 def ranges_of(stats: Stats) -> dict[str, list[float]]:
-    """Layer's name -> amax of each channel [K], as `octavo.plot` takes them."""
+    """Layer's name -> amax of each channel [K], the form that `octavo.plot` takes."""
     return {name: seen.amax.tolist() for name, seen in stats.observers.items()}

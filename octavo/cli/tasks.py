@@ -12,7 +12,7 @@ __all__ = ["add_options", "refuse_options", "run"]
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """What --tasks takes."""
+    """Add --tasks and the options that go with it."""
     tasks = parser.add_argument_group("tasks of lm_eval, instead of a text (pip install 'octavo[lm-eval]')")
     tasks.add_argument("--tasks", metavar="NAMES", help="such as arc_easy,hellaswag; `lm_eval ls tasks` lists them")
     tasks.add_argument("--limit", metavar="N", type=positive, help="the first N documents of each task (default all)")
@@ -25,7 +25,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def refuse_options(args: argparse.Namespace) -> None:
-    """Raise CommandError for options of tasks where there are none, and of texts where there are."""
+    """Raise CommandError for options of tasks without --tasks, and for options of texts with it."""
     others: tuple[str, ...] = ("text", "window", "tokens")
     why = "is for a text, and --tasks are judged instead of one; leave it out"
     if args.tasks is None:

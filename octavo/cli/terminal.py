@@ -1,7 +1,7 @@
 """Where output goes: answers to stdout; progress, remarks and errors to stderr.
 
-A terminal gets tables that fold into its width, and progress bars; a pipe gets whole lines and no bars; --json gets one
-object on stdout. Libraries that log, warn or draw bars of their own are kept quiet, except under --debug.
+A terminal gets progress bars, and tables folded to its width. A pipe gets unfolded lines and no bars. With --json,
+stdout gets one JSON object. Logs, warnings and progress bars of other libraries are suppressed, except with --debug.
 """
 
 from __future__ import annotations
@@ -35,14 +35,14 @@ _NARROWEST = 7
 
 
 class OutputError(OctavoError, OSError):
-    """An answer that stdout does not take."""
+    """The answer could not be written to stdout."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Answer:
     """What a verb found.
 
-    data: for programs, printed by --json. shown: for people, in order, on stdout.
+    data: for programs, printed with --json. shown: for people, printed in this order without it.
     """
 
     data: Mapping[str, Any]
@@ -50,9 +50,9 @@ class Answer:
 
 
 class Terminal:
-    """The screen of one run of the command.
+    """Output of one run of the command.
 
-    json: answer in JSON, without progress bars. debug: leave libraries as noisy as they are.
+    json: answer in JSON, without progress bars. debug: let libraries log and warn as they like.
     """
 
     def __init__(self, *, json: bool = False, debug: bool = False) -> None:
@@ -72,8 +72,10 @@ class Terminal:
         return render(_folded(part, shutil.get_terminal_size().columns) if sys.stdout.isatty() else part)
 
     def write(self, text: str) -> None:
-        """Put text on stdout, at once; escaped is what its encoding has no word for. Raises: OutputError where it
-        cannot be written; BrokenPipeError where nobody reads it any more."""
+        """Write text to stdout and flush it; characters that its encoding lacks are escaped.
+
+        Raises: OutputError if it cannot be written; BrokenPipeError if the reader has closed the pipe.
+        """
         encoding = sys.stdout.encoding or "utf-8"
         try:
             sys.stdout.write(text.encode(encoding, "backslashreplace").decode(encoding))
@@ -86,12 +88,12 @@ class Terminal:
             ) from error
 
     def remark(self, line: str) -> None:
-        """A line for people beside the answer, on stderr; none with --json."""
+        """Print a line for people on stderr, beside the answer; nothing with --json."""
         if not self.json:
             print(line, file=sys.stderr)
 
     def complain(self, kind: str, message: str) -> None:
-        """A paragraph on stderr: "error: ..." or "warning: ..."."""
+        """Print a paragraph on stderr: "error: ..." or "warning: ..."."""
         paragraph = f"{kind}: {' '.join(message.split())}"
         if sys.stderr.isatty():
             width = shutil.get_terminal_size().columns
@@ -100,9 +102,9 @@ class Terminal:
 
     @contextlib.contextmanager
     def progress(self, label: str) -> Iterator[Callable[[int, int], None]]:
-        """A progress bar, if what runs inside takes a while; yields what to call with (done, total).
+        """Show a progress bar while open, if that takes a while. Yields a function to be called with (done, total).
 
-        Until it is called, the bar only says that work goes on.
+        Before its first call, the bar shows only that work goes on.
         """
         if self.json or not sys.stderr.isatty():
             yield lambda done, total: None
@@ -110,7 +112,7 @@ class Terminal:
         from rich.console import Console
         from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
-        # A bar needs some 50 characters beside what it is for.
+        # The bar and its numbers need about 50 characters beside the label.
         label = textwrap.shorten(label, max(20, shutil.get_terminal_size().columns - 50), placeholder="...")
         columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
         bar = Progress(*columns, console=Console(file=sys.stderr), transient=True)
@@ -128,13 +130,13 @@ class Terminal:
 
     @contextlib.contextmanager
     def without_bars(self) -> Iterator[None]:
-        """While open, what libraries write to stderr goes nowhere; a bar of `progress` that is open goes on."""
+        """While open, discard what libraries write to stderr. An open bar of `progress` continues."""
         with contextlib.nullcontext() if self.debug else contextlib.redirect_stderr(io.StringIO()):
             yield
 
     @contextlib.contextmanager
     def quiet(self) -> Iterator[None]:
-        """While open, octavo's warnings are one line each, and those of other libraries, and their logs, are none."""
+        """While open, show octavo's warnings in one line each, and discard other libraries' warnings and logs."""
         if self.debug:
             yield
             return
@@ -151,7 +153,7 @@ class Terminal:
 
 
 def _folded(table: Table, width: int) -> Table:
-    """The table with its widest columns folded so far that it fits into `width`, if it does not."""
+    """The table, with its widest columns folded as far as needed to fit into `width`."""
     rows = (table.columns, *table.rows)
     widths = [max(map(len, cells)) for cells in zip(*rows, strict=True)]
     room = width - _GAP * (len(widths) - 1)
@@ -162,7 +164,7 @@ def _folded(table: Table, width: int) -> Table:
 
 
 def _fold(cell: str, width: int) -> str:
-    """The cell in lines of at most `width` characters, broken after a space or punctuation where there is one."""
+    """The cell in lines of at most `width` characters, broken after a space or punctuation if possible."""
     lines = [""]
     for piece in re.findall(r"[^ ._/-]*[ ._/-]|[^ ._/-]+", cell):
         if len((lines[-1] + piece).rstrip()) > width and lines[-1]:

@@ -1,6 +1,7 @@
-"""Text for the verbs that read some: a file, or English that every Python has (its documentation, `pydoc_data.topics`).
+"""Text for the verbs that need some: a file's, or Python's own documentation (`pydoc_data.topics`), which is always
+there.
 
-A .jsonl file has one JSON object a line, with a "text", or with "messages" for the model's chat template.
+A .jsonl file has one JSON object per line, with a "text", or with "messages" for the model's chat template.
 """
 
 from __future__ import annotations
@@ -18,32 +19,34 @@ __all__ = ["read_documents", "read_text", "sample_text"]
 
 
 def sample_text() -> str:
-    """A third of a megabyte of English paragraphs; the same in every run of one Python version."""
+    """A third of a megabyte of English paragraphs, the same in every run of one Python version."""
     topics = "\n\n".join(pydoc_data.topics.topics[name] for name in sorted(pydoc_data.topics.topics))
     topics = re.sub(r"(?<=\w)-\n\s*(?=\w)", "-", topics)
     paragraphs = (re.sub(r"\s+", " ", paragraph).strip() for paragraph in re.split(r"\n\s*\n", topics))
-    # Grammar, code and headings are not sentences.
+    # Leave out grammar, code and headings: they are not sentences.
     return "\n\n".join(p for p in paragraphs if len(p) > 80 and p.endswith((".", ":")) and "::=" not in p)
 
 
 def read_text(option: str, file: str | None) -> tuple[str, str]:
-    """The text of a file (None: the sample text), and what to call it.
+    """The text of a file (None: the sample text), and a name for it.
 
-    option: through which the file was named. Raises: CommandError if it is not UTF-8; OSError if it cannot be read.
+    option: the option that named the file, for errors. Raises: CommandError if it is not UTF-8; OSError if it cannot be
+        read.
     """
     if file is None:
         return sample_text(), f"Python {platform.python_version()}'s documentation (pydoc_data.topics)"
     try:
-        # The mark that some editors begin UTF-8 with (a BOM) is none of the text.
+        # The byte order mark (BOM) that some editors put first is not part of the text.
         return Path(file).read_text(encoding="utf-8-sig"), file
     except UnicodeDecodeError as error:
         raise CommandError(f"{option} {file}: is not UTF-8 text ({error.reason} at byte {error.start})") from error
 
 
 def read_documents(option: str, file: str) -> list[Any]:
-    """The documents of a .jsonl file: a str for each "text", a list of dicts for each "messages"; blank lines aside.
+    """The documents of a .jsonl file: a str for each "text", a list of dicts for each "messages". Blank lines are
+    skipped.
 
-    option: through which the file was named. Raises: CommandError naming the line for anything else.
+    option: the option that named the file, for errors. Raises: CommandError naming the line for anything else.
     """
     documents = []
     for number, line in enumerate(read_text(option, file)[0].split("\n"), 1):

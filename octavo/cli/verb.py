@@ -1,9 +1,9 @@
-"""What every verb of the command line has.
+"""What the verbs of the command line have in common.
 
 A verb is a file with two functions:
 
-    add_parser(verbs)          its arguments, its one-line description and an example, through `new_verb`
-    run(args, terminal)        does the work and returns an Answer; torch is imported here, not before
+    add_parser(verbs)          declare its arguments, one-line description and example, with `new_verb`
+    run(args, terminal)        do the work and return an Answer; torch is imported here, so that help needs no torch
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ Verbs = Any
 
 
 class CommandError(OctavoError, ValueError):
-    """Arguments that are well-formed and cannot be honoured here."""
+    """The arguments are well-formed, but cannot be carried out here."""
 
 
 Run = Callable[[argparse.Namespace, Terminal], Answer | None]
@@ -33,7 +33,7 @@ Run = Callable[[argparse.Namespace, Terminal], Answer | None]
 
 
 def new_verb(verbs: Verbs, name: str, line: str, example: str, run: Run) -> argparse.ArgumentParser:
-    """The parser of `octavo NAME`, with the options that every verb has."""
+    """Add the parser of `octavo NAME`, with the options that every verb has."""
     parser: argparse.ArgumentParser = verbs.add_parser(
         name,
         help=line,
@@ -48,7 +48,7 @@ def new_verb(verbs: Verbs, name: str, line: str, example: str, run: Run) -> argp
 
 
 def _whole_number(least: int, called: str) -> Callable[[str], int]:
-    """An argument that is a whole number of at least that. argparse says: invalid positive whole number value: '0'."""
+    """A parser of whole numbers >= the minimum. argparse puts `called` into: invalid positive whole number value: '0'."""
 
     def number(text: str) -> int:
         value = int(text)
@@ -65,7 +65,7 @@ not_negative = _whole_number(0, "whole number")
 
 
 def utf_8(text: str) -> str:
-    """An argument whose bytes are UTF-8: tokenizers and safetensors take no others."""
+    """Parse text that is valid UTF-8, the only kind that tokenizers and safetensors take."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
@@ -74,7 +74,7 @@ def utf_8(text: str) -> str:
 
 
 def a_path(text: str) -> str:
-    """An argument that names a file, a folder or a model of the Hub; an empty one would name the current folder."""
+    """Parse the name of a file, a folder or a Hub model. Empty is refused: it would mean the current folder."""
     if not text:
         raise ValueError(text)
     return utf_8(text)
@@ -84,12 +84,12 @@ a_path.__name__ = "path (not an empty one)"
 
 
 def add_device(parser: argparse._ActionsContainer) -> None:
-    """The option --device of the verbs that run a model."""
+    """Add the option --device, for verbs that run a model."""
     parser.add_argument("--device", choices=("cpu", "cuda"), help="where to run (default: cuda if there is one)")
 
 
 def add_cache(parser: argparse._ActionsContainer) -> None:
-    """The option --cache of the verbs that feed a language model."""
+    """Add the option --cache, for verbs that run a language model."""
     parser.add_argument(
         "--cache", choices=("float", "int8"),
         help="how PATH keeps keys and values of earlier tokens (default: int8 if its attention is in int8, for then "
@@ -98,7 +98,7 @@ def add_cache(parser: argparse._ActionsContainer) -> None:
 
 
 def cache_of(args: argparse.Namespace) -> str | None:
-    """What --cache asks for, if anything. Raises CommandError for int8 where --compile was given."""
+    """The kind of cache that --cache asks for, or None. Raises: CommandError for int8 together with --compile."""
     if not args.compile:
         return args.cache  # type: ignore[no-any-return]
     if args.cache == "int8":
@@ -107,10 +107,14 @@ def cache_of(args: argparse.Namespace) -> str | None:
 
 
 def keep_cache(model: Any, asked: str | None) -> str:
-    """Have a language model keep keys and values as that, "float" or "int8"; if nothing is asked for, int8 where its
-    attention would find these codes anyway. In float, a model whose attention is octavo's keeps a cache with room for
-    more; others are left as transformers runs them. Returns: which it is. Raises: CommandError for int8, asked of a
-    model without keys and values."""
+    """Make a language model keep its KV cache in "float" or "int8".
+
+    asked: the kind; None means int8 if the model's attention is int8, since that quantizes keys and values to the same
+        codes anyway. A float model whose attention is octavo's gets a cache with room to grow. Other float models keep
+        transformers' cache.
+    Returns: the kind.
+    Raises: CommandError for "int8" and a model without a KV cache.
+    """
     from octavo.integrations import attention, float_attention
     from octavo.integrations.float_cache import use_float_cache
     from octavo.integrations.int8_cache import use_int8_cache
@@ -129,12 +133,12 @@ def keep_cache(model: Any, asked: str | None) -> str:
     except OctavoError:
         if asked == "int8":
             raise
-        return "float"  # an encoder-decoder's, and what else is not a decoder's
+        return "float"  # the model is no plain decoder: an encoder-decoder, for example
     return kind
 
 
 def device_of(args: argparse.Namespace) -> str:
-    """The device that --device asks for, or the best that there is. Raises CommandError for one that is not there."""
+    """The device that --device asks for, or the best available. Raises: CommandError for one that is not available."""
     import torch
 
     has_cuda = torch.cuda.is_available()
