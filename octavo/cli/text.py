@@ -1,5 +1,4 @@
-"""Text for the verbs that need some: a file's, or Python's own documentation (`pydoc_data.topics`), which is always
-there.
+"""Text for the verbs that need some: a file's, or Python's documentation (`pydoc_data.topics`), which is always there.
 
 A .jsonl file has one JSON object per line, with a "text", or with "messages" for the model's chat template.
 """
@@ -30,8 +29,8 @@ def sample_text() -> str:
 def read_text(option: str, file: str | None) -> tuple[str, str]:
     """The text of a file (None: the sample text), and a name for it.
 
-    option: the option that named the file, for errors. Raises: CommandError if it is not UTF-8; OSError if it cannot be
-        read.
+    option: the option that named the file, for errors.
+    Raises: CommandError if it is not UTF-8; OSError if it cannot be read.
     """
     if file is None:
         return sample_text(), f"Python {platform.python_version()}'s documentation (pydoc_data.topics)"
@@ -43,10 +42,11 @@ def read_text(option: str, file: str | None) -> tuple[str, str]:
 
 
 def read_documents(option: str, file: str) -> list[Any]:
-    """The documents of a .jsonl file: a str for each "text", a list of dicts for each "messages". Blank lines are
-    skipped.
+    """The documents of a .jsonl file: a str for each "text", a list of dicts for each "messages".
 
-    option: the option that named the file, for errors. Raises: CommandError naming the line for anything else.
+    Blank lines are skipped.
+    option: the option that named the file, for errors.
+    Raises: CommandError naming the line for anything else.
     """
     documents = []
     for number, line in enumerate(read_text(option, file)[0].split("\n"), 1):

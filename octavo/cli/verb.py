@@ -48,7 +48,7 @@ def new_verb(verbs: Verbs, name: str, line: str, example: str, run: Run) -> argp
 
 
 def _whole_number(least: int, called: str) -> Callable[[str], int]:
-    """A parser of whole numbers >= the minimum. argparse puts `called` into: invalid positive whole number value: '0'."""
+    """A parser of whole numbers from `least` on. `called` is for argparse: invalid positive whole number value: '0'."""
 
     def number(text: str) -> int:
         value = int(text)

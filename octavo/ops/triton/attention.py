@@ -1,19 +1,21 @@
 """Attention with both of its products in int8, in two passes over the keys: no score is ever written to memory.
 
-The definition, and what each letter stands for, is at the head of `octavo/ops/attention.py`. Codes of the probabilities
-need the largest p * sv of the whole row, which is known once all keys were seen; scores are cheap to compute again:
+The definition and the meaning of each letter are at the head of `octavo/ops/attention.py`. To quantize a row's
+probabilities, the largest p * sv of the whole row is needed, which is known only after all keys have been read. So the
+first pass finds it, and the second computes the scores again, which is cheap:
 
     _statistics   of each row: the largest score m, the sum l of exp(score - m), the largest g of exp(score - m) * sv
     _products     codes of exp(score - m) * sv under the scale g / 127, times v, summed exactly; times g / 127 / l
-    _add_parts    the same sums, where several programs share the keys of a row: integers, so their order says nothing
+    _add_parts    add up the sums of several programs that share the keys of a row: integers, in any order
 
-Query heads that share a key stand below each other as rows of one matrix, and so they do in memory already: when one
-token is decoded, a program reads each key once for all of them. Then there are few rows and many keys, and the keys are
-split, in so many parts that the programs fill a GPU. Sums are cut at 131072 keys in any case, to stay within int32.
+Query heads that share a key are rows of one matrix, as they are in memory already. So when one token is decoded, a
+program reads each key once for all of them. There are then few rows and many keys, and the keys are split into enough
+parts for the programs to fill a GPU. A part has at most 131072 keys, so that its sums fit int32.
 
-The int8 products of tensor cores take next to each other what they sum over, and values are not so. For many rows they
-are transposed first. For few, that would take longer than the attention itself: codes and scales are read where a cache
-keeps them, and each program arranges its values as it takes them from shared memory, byte by byte.
+For int8 products, tensor cores need the elements that are summed next to each other in memory, and in v they are not.
+For many rows, v is transposed first. For few rows that would take longer than the attention itself. Then codes and
+scales are read in place, where a cache keeps them, and each program rearranges its values byte by byte as it takes them
+from shared memory.
 """
 
 from __future__ import annotations
@@ -34,7 +36,7 @@ __all__ = ["as_it_lies", "broadcast_strides", "int8_attention", "int8_attention_
 
 @dataclasses.dataclass(frozen=True)
 class Tile:
-    """Rows of the query and keys that a program takes at a time, and how it is compiled."""
+    """How many rows of the query and how many keys a program takes at a time, and how it is compiled."""
 
     rows: int
     keys: int
@@ -59,7 +61,7 @@ _LEAST_KEYS, _MOST_KEYS = 256, 131072
 def int8_attention(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float, softcap: float | None = None
 ) -> Tensor:
-    """As `octavo.ops.int8_attention`; float64, of the query or the mask, goes to the composition in `attention.py`."""
+    """As `octavo.ops.int8_attention`. A float64 query or mask is left to the composition in `ops/attention.py`."""
     attention.check_heads(query, key, value, mask)
     k, k_scale = torch.ops.octavo.quantize_per_token(key)
     v, v_scale = attention.value_codes(value)
@@ -76,7 +78,7 @@ def int8_attention_of_codes(
     scaling: float,
     softcap: float | None = None,
 ) -> Tensor:
-    """As `octavo.ops.int8_attention_of_codes`; float64 as above."""
+    """As `octavo.ops.int8_attention_of_codes`. float64 as above."""
     attention.check_codes(query, key, key_scale, value, value_scale, mask)
     if torch.float64 in (query.dtype, None if mask is None else mask.dtype):
         return attention.int8_attention_of_codes(query, key, key_scale, value, value_scale, mask, scaling, softcap)
@@ -90,18 +92,18 @@ def int8_attention_of_codes(
         k, k_scale, v, v_scale = (as_it_lies(x) for x in (key, key_scale, value, value_scale))
     else:
         k, k_scale, v_scale = (x.contiguous() for x in (key, key_scale, value_scale))
-        # Rows of the transposed v are at multiples of 16 bytes. What fills them up is multiplied by codes that are 0.
+        # Rows of the transposed v start at multiples of 16 bytes. The padding is multiplied by codes that are 0.
         padded = (batch, kv_heads, width, ceil_div(keys, 16) * 16)
         v = torch.empty(padded, dtype=torch.int8, device=query.device).mT
         v[:, :, :keys] = value
-    # A compiler is told of multiples of 16 only: a token of a cache has 8 bytes more, and would be read byte by byte.
+    # Triton infers alignment for multiples of 16 only. A cached token takes 8 bytes more: reads would be byte by byte.
     unit = math.gcd(16, *k.stride()[:3])
 
     tile = _tile_of(shared, max(size, width), mask)
     tiles = ceil_div(shared, tile.rows)
     steps = _steps_of_part(tiles * groups, keys, tile.keys)
     parts = ceil_div(keys, steps * tile.keys)
-    # Of each row of each part: m, l and g.
+    # m, l and g for each row of each part.
     statistics = torch.empty((3, parts, groups * shared), dtype=torch.float32, device=query.device)
     strides = (0, 0, 0, 0) if mask is None else broadcast_strides(mask)
     operands = (
@@ -126,8 +128,8 @@ def int8_attention_of_codes(
 
 
 def as_it_lies(x: Tensor) -> Tensor:
-    """x [B, KV, S, n], or a copy where what belongs to a token is not next to each other, or 32 bits do not reach from
-    the first token of a head to the last."""
+    """x [B, KV, S, n], or a contiguous copy if the n elements of a token are not adjacent, or if offsets within a head
+    do not fit 32 bits."""
     return x if x.stride(3) == 1 and x.shape[2] * x.stride(2) < 2**31 else x.contiguous()
 
 
@@ -141,17 +143,17 @@ def _tile_of(rows: int, width: int, mask: Tensor | None) -> Tile:
 
 
 def _steps_of_part(programs: int, keys: int, step: int) -> int:
-    """How many times `step` keys a program takes, where so many programs would take all keys."""
+    """How many steps of `step` keys each program takes. programs: how many there would be if keys were not split."""
     wanted = max(1, min(_PROGRAMS // programs, keys // _LEAST_KEYS))
     return min(ceil_div(keys, wanted * step), _MOST_KEYS // step)
 
 
 def broadcast_strides(mask: Tensor) -> tuple[int, ...]:
-    """The strides of a mask, 0 where one entry is for all."""
+    """The strides of a mask; 0 for dimensions that it broadcasts over."""
     return tuple(0 if size == 1 else stride for size, stride in zip(mask.shape, mask.stride(), strict=True))
 
 
-# Not specialized: what changes from one decoded token to the next, or each kind of number would be compiled anew.
+# Not specialized: arguments that change from one decoded token to the next, as each kind would compile anew.
 @triton.jit(do_not_specialize=["rows", "shared", "steps"])
 def _statistics(
     statistics, q, q_scale, k, k_scale, v_scale, mask, scaling, softcap, k_strides, k_scale_strides, v_scale_strides,
@@ -181,7 +183,7 @@ def _statistics(
         shrunk = tl.exp(before - origin)
         total = total * shrunk + tl.sum(exponentials, 1)
         weights = exponentials * tl.load(v_scale + token * v_scale_strides[2], mask=token < keys, other=0.0)[None, :]
-        weights = tl.where(weights == weights, weights, float("inf"))  # a maximum may pass NaN over
+        weights = tl.where(weights == weights, weights, float("inf"))  # a maximum may drop NaN
         heaviest = tl.maximum(_shrink(heaviest, shrunk), tl.max(weights, 1))
     at = statistics + (part.to(tl.int64) * groups + group) * shared + row
     one = tl.cdiv(keys, steps * BLOCK_S).to(tl.int64) * groups * shared
@@ -198,7 +200,7 @@ def _products(
     WHOLE: tl.constexpr, UNIT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """y [rows, width] for a tile of rows, or the int32 sums of one part of the keys, y being [parts, rows, width]."""
+    """y [rows, width] for a tile of rows; with several parts, their int32 sums in y [parts, rows, width]."""
     row, group, part = _place(shared, groups, BLOCK_M)
     first = part * steps * BLOCK_S
     q_codes, scale = _query(q, q_scale, scaling, row, group, shared, size, BLOCK_D)
@@ -236,7 +238,7 @@ def _products(
 
 @triton.jit(do_not_specialize=["parts"])
 def _add_parts(y, sums, statistics, parts, width, BLOCK_N: tl.constexpr):
-    """One row of y. Sums of up to 2 ** 31 / parts each are exact in int64."""
+    """One row of y: the int32 sums of the parts, added in int64, which is exact."""
     row, rows = tl.program_id(0).to(tl.int64), tl.num_programs(0).to(tl.int64)
     channel = tl.arange(0, BLOCK_N)
     total = tl.zeros((BLOCK_N,), tl.int64)
@@ -250,7 +252,7 @@ def _add_parts(y, sums, statistics, parts, width, BLOCK_N: tl.constexpr):
 
 @triton.jit
 def _place(shared, groups, BLOCK_M: tl.constexpr):
-    """(rows [BLOCK_M], group of heads, part of the keys) of this program; the tile of rows changes fastest."""
+    """This program's (rows [BLOCK_M], group of heads, part of the keys). The tile of rows changes fastest."""
     tiles = tl.cdiv(shared, BLOCK_M)
     program = tl.program_id(0)
     row = program % tiles * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -260,7 +262,7 @@ def _place(shared, groups, BLOCK_M: tl.constexpr):
 
 @triton.jit
 def _query(q, q_scale, scaling, row, group, shared, size, BLOCK_D: tl.constexpr):
-    """Codes of the rows [BLOCK_M, BLOCK_D], and their scale times that of the scores."""
+    """The rows' codes [BLOCK_M, BLOCK_D], and their scales times the scaling of the scores."""
     channel = tl.arange(0, BLOCK_D)
     at = group * shared + row
     inside = (row < shared)[:, None] & (channel < size)[None, :]
@@ -270,7 +272,7 @@ def _query(q, q_scale, scaling, row, group, shared, size, BLOCK_D: tl.constexpr)
 
 @triton.jit
 def _mask_rows(mask_batch, mask_head, mask_row, row, group, rows, shared, heads, kv_heads):
-    """How far into the mask each row starts, past the last row that of the last."""
+    """The offset of each row in the mask. Rows past the end take that of the last row."""
     row = tl.minimum(row, shared - 1)
     number = group.to(tl.int32)  # 64 bits are slow to divide
     head = (number % kv_heads * heads + row // rows).to(tl.int64)
@@ -280,7 +282,7 @@ def _mask_rows(mask_batch, mask_head, mask_row, row, group, rows, shared, heads,
 
 @triton.jit
 def _first_token(strides, group, kv_heads):
-    """How far from the first token of all that of a group of heads is."""
+    """The offset of the first token of a group of heads."""
     number = group.to(tl.int32)
     return (number // kv_heads).to(tl.int64) * strides[0] + (number % kv_heads).to(tl.int64) * strides[1]
 
@@ -290,8 +292,10 @@ def _scores(
     q_codes, scale, k, k_scale, k_token, k_scale_token, mask, mask_at, softcap, mask_key, token, size, keys,
     BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Scores of the rows for BLOCK_S keys, in fp32; -inf for a key that the mask forbids or that is not there. Within
-    the keys of one group 32 bits are enough."""
+    """Scores of the rows for BLOCK_S keys, in fp32; -inf for keys that the mask hides and for those past the end.
+
+    Offsets within the keys of one group fit 32 bits.
+    """
     channel = tl.arange(0, BLOCK_D)
     k_codes = tl.load(
         k + token[None, :] * k_token + channel[:, None],
@@ -315,8 +319,11 @@ def _scores(
 
 @triton.jit
 def _of_all_parts(at, present, rows, parts):
-    """m, l and g of the rows whose first m is `at`. m is 0 for a row that may attend to nothing; g at least 2 ** -119,
-    of which 127 can be divided, and inf for a row whose result is NaN."""
+    """Combine m, l and g over the parts of the keys. at: offset of each row's first m.
+
+    m is 0 for a row that may attend to nothing. g is at least 2 ** -119, so that 127 / g is finite, and inf for a row
+    whose result is NaN.
+    """
     largest = tl.load(at, mask=present, other=0.0)
     for part in range(1, parts):
         largest = tl.maximum(largest, tl.load(at + part * rows, mask=present, other=0.0))
@@ -333,12 +340,12 @@ def _of_all_parts(at, present, rows, parts):
 
 @triton.jit
 def _shrink(heaviest, shrunk):
-    """g under a larger m; inf, of a row whose result is NaN, stays."""
+    """g for a larger m. inf, which marks a row whose result is NaN, stays inf."""
     return tl.where(heaviest == float("inf"), heaviest, heaviest * shrunk)
 
 
 @triton.jit
 def _result_scale(total, heaviest):
-    """sp of rows with l and g: 0 for a row that may attend to nothing."""
+    """sp of rows from l and g; 0 for a row that may attend to nothing."""
     scale = tl.where(total == 0.0, 0.0, heaviest / 127.0 / tl.where(total == 0.0, 1.0, total))
     return tl.where(heaviest == float("inf"), float("nan"), scale)

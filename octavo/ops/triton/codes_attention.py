@@ -1,14 +1,15 @@
 """Attention in float over keys and values that are int8 codes, for few rows: decode behind a long cache.
 
-    _parts    of a part of the tokens: the largest score m of each row, the sum l of exp(score - m), the products of
-              those with values, all in fp32
-    _join     the parts of a row, each under exp(m - the largest m), over the sum of their l
+    _parts    for one part of the tokens, in fp32: the largest score m of each row, the sum l of exp(score - m), and the
+              sum of exp(score - m) * v
+    _join     add up the parts of a row, each weighted with exp(m - the largest m), and divide by the sum of the l
 
-Query heads that share a key stand below each other as rows of one tile, so that each key is read once for all of them.
-A code is exact in every float dtype, so what is multiplied are codes: scores are under the key's scale afterwards, and
-exp(score - m) under the value's before.
+Query heads that share a key are rows of one tile, so that each key is read once for all of them. Codes are exact in
+every float dtype, so the products take codes as they are: scores are multiplied by the key's scale afterwards, and
+exp(score - m) by the value's scale beforehand.
 
-More rows (a prompt) are torch's, over dequantized keys and values: it is products that bound them, not bytes.
+For more rows (a prompt), torch computes attention over dequantized keys and values: there arithmetic is the bound, not
+the bytes read.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ __all__ = ["float_attention_of_codes"]
 
 @dataclasses.dataclass(frozen=True)
 class Tile:
-    """Tokens that a program takes at a time, and how it is compiled."""
+    """How many tokens a program takes at a time, and how it is compiled."""
 
     tokens: int
     warps: int
@@ -62,7 +63,7 @@ def float_attention_of_codes(
     scaling: float,
     is_causal: bool,
 ) -> Tensor:
-    """As `octavo.ops.float_attention_of_codes`; float64 goes to the reference."""
+    """As `octavo.ops.float_attention_of_codes`. float64 is left to the reference."""
     attention.check_codes(query, key, key_scale, value, value_scale, mask)
     (batch, heads, rows, size), (kv_heads, tokens), width = query.shape, key.shape[1:3], value.shape[3]
     if query.dtype == torch.float64:
@@ -84,8 +85,8 @@ def float_attention_of_codes(
     sums = torch.empty((parts, groups * shared, width), dtype=torch.float32, device=query.device)
     statistics = torch.empty((2, parts, groups * shared), dtype=torch.float32, device=query.device)
     key, key_scale, value, value_scale = (as_it_lies(x) for x in (key, key_scale, value, value_scale))
-    # A compiler is told of multiples of 16 only: a token of a cache has 8 bytes more, and would be read byte by byte.
-    # In fp32, which tensor cores do not multiply, it is: wider loads leave too few registers there.
+    # Triton infers alignment for multiples of 16 only. A cached token takes 8 bytes more: reads would be byte by byte.
+    # fp32 does read byte by byte: tensor cores do not multiply it, and wider loads would leave too few registers.
     unit = 1 if query.dtype == torch.float32 else math.gcd(16, *key.stride()[:3])
     strides = [s // unit for s in key.stride()[:3]]
     strides += [s for x in (key_scale, value, value_scale) for s in x.stride()[:3]]
@@ -107,7 +108,7 @@ def _tile_of(width: int, dtype: torch.dtype) -> Tile:
     return _NARROW if width <= 64 else _USUAL if width <= 128 else _WIDE
 
 
-# Not specialized: what changes from one decoded token to the next, or each kind of number would be compiled anew.
+# Not specialized: arguments that change from one decoded token to the next, as each kind would compile anew.
 @triton.jit(do_not_specialize=["rows", "shared", "tokens", "steps", "parts"])
 def _parts(
     sums, statistics, q, k, k_scale, v, v_scale, mask, scaling, k_batch, k_head, k_token, k_scale_batch, k_scale_head,
@@ -116,7 +117,7 @@ def _parts(
     CAUSAL: tl.constexpr, UNIT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """m, l and the products of one group of heads, over one part of the tokens."""
+    """m, l and the weighted sum of values for one group of heads, over one part of the tokens."""
     group, part = tl.program_id(0) // parts, tl.program_id(0) % parts
     batch, head = (group // kv_heads).to(tl.int64), (group % kv_heads).to(tl.int64)
     row, channel, column = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_N)
@@ -166,7 +167,7 @@ def _parts(
             weights *= scale[None, :]
             products = tl.dot(weights, values.to(tl.float32), products * shrunk[:, None], input_precision="ieee")
         else:
-            # In fp16, whose numbers from 0 to 1 are eight times as fine as those of bf16.
+            # In fp16, which resolves numbers from 0 to 1 eight times as finely as bf16.
             heaviest = tl.max(scale, 0)
             weights *= (scale / tl.where(heaviest == 0.0, 1.0, heaviest))[None, :]
             products = products * shrunk[:, None] + tl.dot(weights.to(tl.float16), values.to(tl.float16)) * heaviest
@@ -178,7 +179,7 @@ def _parts(
 
 @triton.jit(do_not_specialize=["parts"])
 def _join(y, sums, statistics, parts, width, BLOCK_N: tl.constexpr):
-    """One row of y; zeros where it may attend to nothing."""
+    """One row of y; zeros if it may attend to nothing."""
     row, rows = tl.program_id(0).to(tl.int64), tl.num_programs(0).to(tl.int64)
     column = tl.arange(0, BLOCK_N)
     largest = float("-inf")

@@ -1,8 +1,8 @@
-"""w8a16_embedding on GPUs: the rows that are looked up are read, multiplied by their scale and written, and no others.
+"""w8a16_embedding on GPUs: only the rows that are looked up are read, multiplied by their scale and written.
 
-An index that is no row of the table cannot raise here: the kernel runs later than the call. torch's own embedding then
-fails a device-side assertion, after which the process cannot use the GPU any more; here such an index reads no memory,
-and its row of the result is NaN, which the model's output will show. On CPUs it is an error.
+An index outside the table cannot raise an error here, because the kernel runs later than the call. torch's own
+embedding fails a device-side assertion, after which the process cannot use the GPU any more. Here such an index reads
+no memory, and its row of the result is NaN, which shows in the model's output. On CPUs it is an error.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ that even one token keeps a few of them busy."""
 
 
 def w8a16_embedding(indices: Tensor, weight: Tensor, weight_scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """Shapes as in the table of `octavo.ops`. The product is rounded to fp32, and then to `dtype`."""
+    """As in the table of `octavo.ops`. The product is rounded to fp32, and then to `dtype`."""
     if indices.dtype not in (torch.int32, torch.int64):
-        return reference.w8a16_embedding(indices, weight, weight_scale, dtype)  # torch says what it takes
+        return reference.w8a16_embedding(indices, weight, weight_scale, dtype)  # torch raises the error
     reference.check_table(weight, weight_scale)
     v, h = weight.shape
     y = torch.empty((*indices.shape, h), dtype=dtype, device=weight.device)

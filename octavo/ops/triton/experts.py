@@ -1,21 +1,21 @@
-"""The linear layers of a stack of experts as one launch: rows sorted by expert, a grid that no routing changes.
+"""The linear layers of a stack of experts in one launch: rows sorted by expert, a grid that does not depend on routing.
 
     row tiles        expert 0      expert 1      expert 3    past the last end
     of rows          [0 .. 15]     [16 .. 20]    [21 .. 29]  [30 .. 31]: zeros
 
-How many tiles there are is known on the device alone. The grid holds as many as the shapes allow,
-(S + (BLOCK_M - 1) * min(E + 1, S)) / BLOCK_M; each program counts, in `ends`, the tiles of the experts before it, and
-so finds its own, or that there is none. An expert without rows has no tile: its weights are not read.
+The number of tiles is known only on the device. So the grid has as many programs as the shapes allow tiles,
+(S + (BLOCK_M - 1) * min(E + 1, S)) / BLOCK_M. Each program counts in `ends` the tiles of the experts before it, and so
+finds its own tile, or that there is none for it. An expert without rows has no tile: its weights are not read.
 
 Two kernels serve both ops, in float and in int8:
 
-    _vector_kernel   a program for each row: where hardly two rows have the same expert, as when a token is decoded.
-                     The ordinary cores multiply (`vector.py`).
-    _tile_kernel     a program for each BLOCK_M rows of one expert: y.T = weight @ x.T on tensor cores. The weight
-                     stands left, for that is the side of which Hopper's wgmma wants 64 rows and takes them from
-                     registers, where codes become x's dtype; the rows of x, which are few, stand right.
+    _vector_kernel   a program for each row, for when hardly two rows have the same expert, as in decoding a token.
+                     Multiplies on the ordinary cores (`vector.py`).
+    _tile_kernel     a program for each BLOCK_M rows of one expert: y.T = weight @ x.T on tensor cores. The weight is
+                     the left operand because Hopper's wgmma needs 64 rows of that one and takes it from registers,
+                     where codes are converted to x's dtype. The few rows of x are the right operand.
 
-Neither splits K: in no mixture is N * S so small that the programs do not fill a GPU, see the tables.
+Neither splits K: in no mixture of experts is N * S too small for the programs to fill a GPU, see the tables.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ _BLOCK_E = 512
 
 
 def w8a16_experts_linear(x: Tensor, ends: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None) -> Tensor:
-    """As `octavo.ops.w8a16_experts_linear`; float64 goes to the reference, which waits for the device."""
+    """As `octavo.ops.w8a16_experts_linear`. float64 is left to the reference, which waits for the device."""
     reference.check_input(x, weight, weight_scale, bias)
     if x.dtype == torch.float64:
         return reference.w8a16_experts_linear(x, ends, weight, weight_scale, bias)
@@ -70,7 +70,7 @@ def w8a8_experts_linear(
     x: Tensor, x_scale: Tensor, ends: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None,
     dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
-    """As `octavo.ops.w8a8_experts_linear`; a result in float64 is the reference's, which waits for the device."""
+    """As `octavo.ops.w8a8_experts_linear`. A float64 result is left to the reference, which waits for the device."""
     reference.check_codes(x, x_scale, weight, weight_scale, bias)
     if dtype == torch.float64:
         return reference.w8a8_experts_linear(x, x_scale, ends, weight, weight_scale, bias, dtype)
@@ -114,8 +114,11 @@ def _options(tile: Tile) -> dict[str, int]:
 
 
 def _hardly_two_share(rows: int, experts: int) -> bool:
-    """One token of Mixtral (E = 8, top 2), 4 of Qwen3 (128, 8), 8 of DeepSeek-V3 (256, 8): were the experts drawn
-    evenly, 12 % of the rows would find theirs taken."""
+    """Whether so few rows meet so many experts that hardly two share one.
+
+    The limit is 1 token of Mixtral (E = 8, top 2), 4 of Qwen3 (128, 8) and 8 of DeepSeek-V3 (256, 8): if experts were
+    chosen uniformly, 12 % of the rows would share theirs with an earlier row.
+    """
     return rows <= 2 or 4 * rows <= experts
 
 
@@ -128,14 +131,15 @@ def _tile_of(dtype: torch.dtype, rows: int, experts: int, k: int) -> Tile:
     return table[min(step, len(table) - 1)]
 
 
-# Not specialized: the number of rows changes from call to call, and each kind of number would be compiled anew.
+# Not specialized: the number of rows changes from call to call, and each kind of number would compile anew.
 @triton.jit(do_not_specialize=["rows"])
 def _vector_kernel(
     y, x, x_scale, ends, weight, weight_scale, bias, rows, n, k, experts, x_row, x_scale_row, weight_expert,
     weight_row, bias_expert,
     COLUMNS: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
-    """y[row, channels] for one row, whose number changes fastest: rows of one expert read the same weights together."""
+    """y[row, channels] for one row. Row numbers change fastest, so that rows of one expert read its weights
+    together."""
     row = tl.program_id(0) % rows
     program = tl.program_id(0) // rows
     expert = _expert_of_row(ends, rows, experts, row, BLOCK_E)
@@ -169,7 +173,7 @@ def _tile_kernel(
     height = tl.minimum(row_tiles - group * GROUP_M, GROUP_M)
     expert, row, end = _rows_of_tile(ends, rows, experts, group * GROUP_M + within % height, BLOCK_M, BLOCK_E)
     if row >= end:
-        return  # there are fewer tiles than the grid has room for
+        return  # the grid has more programs than there are tiles
     routed = expert < experts
 
     row = row + tl.arange(0, BLOCK_M)
@@ -202,7 +206,7 @@ def _tile_kernel(
 
 @triton.jit
 def _expert_of_row(ends, rows, experts, row, BLOCK_E: tl.constexpr):
-    """`experts` for a row past the last end."""
+    """The expert that a row belongs to; `experts` for a row past the last end."""
     expert = 0
     for first in range(0, experts, BLOCK_E):
         e = first + tl.arange(0, BLOCK_E)
@@ -214,7 +218,7 @@ def _expert_of_row(ends, rows, experts, row, BLOCK_E: tl.constexpr):
 def _rows_of_tile(ends, rows, experts, tile, BLOCK_M: tl.constexpr, BLOCK_E: tl.constexpr):
     """(expert, first row, end of the expert's rows) of row tile number `tile`.
 
-    Rows past the last end stand under expert number `experts`. A tile that is not there has no rows.
+    Rows past the last end belong to expert number `experts`. A tile that does not exist has no rows.
     """
     expert = 0
     earlier = 0  # tiles of the experts before it

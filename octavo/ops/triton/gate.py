@@ -1,6 +1,6 @@
 """act(gate) * up on GPUs in one kernel, where torch has two: the activations of `octavo/ops/gates.py`.
 
-Only models that run eagerly are given it (`direct.py`): compiled, the formula is fused with what is around it.
+It serves eager models only (`direct.py`): when a model is compiled, torch fuses the formula with its neighbours.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ ELEMENTS = 1024
 
 
 def start_gated(gate: Tensor, up: Tensor, y: Tensor, a: float, b: float) -> Started:
-    """The kernel for gate and up, of one shape and dtype, each in one piece of memory."""
+    """Launch the kernel. gate, up: of one shape and dtype, contiguous."""
     numbers = (gate.numel(), a, b, ELEMENTS)
     count = ceil_div(gate.numel(), ELEMENTS)
     return Started(launch(_gated, (count,), gate, up, y, *numbers, num_warps=4), (count,), numbers)

@@ -1,8 +1,8 @@
-"""RMS norms on GPUs in one kernel, where torch's op and the product with the weight are two.
+"""RMS norms on GPUs in one kernel, instead of torch's op and a product with the weight.
 
     y = weight * x / sqrt(mean(x^2) + eps)      x [..., K], weight [K]      https://arxiv.org/abs/1910.07467
 
-Only models that run eagerly are given it (`direct.py`): compiled, the formula is fused with what is around it.
+It serves eager models only (`direct.py`): when a model is compiled, torch fuses the formula with its neighbours.
 """
 
 from __future__ import annotations
@@ -23,8 +23,10 @@ PIECE = 2048
 
 
 def start_rms_norm(x: Tensor, weight: Tensor, y: Tensor, eps: float, round_first: bool) -> Started:
-    """The kernel for rows x [..., K], which are next to each other, all of one dtype. round_first: whether x / rms is
-    rounded to it before it is multiplied by the weight."""
+    """Launch the kernel for contiguous x [..., K]; all tensors are of one dtype.
+
+    round_first: whether x / rms is rounded to that dtype before it is multiplied by the weight.
+    """
     k = x.shape[-1]
     m, columns = x.numel() // k, max(power_of_two(k), 16)
     rows = max(1, min(PIECE // columns, power_of_two(m)))

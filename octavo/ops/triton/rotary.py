@@ -1,8 +1,8 @@
-"""Rotary position embeddings on GPUs in one kernel, where torch has ten.
+"""Rotary position embeddings on GPUs in one kernel, instead of torch's ten.
 
     y = x * cos + (-second, first) * sin      x = (first, second), two halves      https://arxiv.org/abs/2104.09864
 
-Only models that run eagerly are given it (`direct.py`): compiled, the formula is fused with what is around it.
+It serves eager models only (`direct.py`): when a model is compiled, torch fuses the formula with its neighbours.
 """
 
 from __future__ import annotations
@@ -20,8 +20,10 @@ ELEMENTS = 2048
 
 
 def start_rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, q_out: Tensor, k_out: Tensor) -> Started:
-    """The kernel for heads of tokens q [B, T, H, D] and k [B, T, KV, D], cos and sin [B or 1, T, D], D even, all of one
-    dtype and each in one piece of memory."""
+    """Launch the kernel for q [B, T, H, D], k [B, T, KV, D], cos and sin [B or 1, T, D].
+
+    D is even; all are contiguous and of one dtype.
+    """
     batch, tokens, heads, size = q.shape
     columns = power_of_two(max(size // 2, 1))
     rows = max(1, min(ELEMENTS // (2 * columns), power_of_two(heads)))
@@ -51,7 +53,7 @@ def _rotary(
 def _turn(
     x_ptr, cos_ptr, sin_ptr, y_ptr, token, part, heads, HALF: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
 ):
-    """`part` of the heads of a token."""
+    """Rotate `part` of the heads of one token."""
     rows, columns = part * ROWS + tl.arange(0, ROWS)[:, None], tl.arange(0, COLUMNS)[None, :]
     there, within = (rows < heads) & (columns < HALF), columns < HALF
     at = (token * heads + rows) * (2 * HALF) + columns
@@ -64,5 +66,5 @@ def _turn(
 
 @triton.jit
 def _product(x, y):
-    """Rounded, as torch rounds it before it adds."""
+    """A product rounded to its dtype, as torch rounds it before adding."""
     return (x.to(tl.float32) * y.to(tl.float32)).to(x.dtype).to(tl.float32)

@@ -1,8 +1,7 @@
 """One row of x times rows of int8 codes, on the ordinary cores: what a layer does when a token is decoded.
 
-The time is that of reading the codes, as long as computing keeps up with it. Each thread has the same columns of ROWS
-rows, so that x, which is widened too, is widened once for that many codes; nothing is asked of another thread before
-the end.
+The time is that of reading the codes, as long as arithmetic keeps up. Each thread takes the same columns of ROWS rows,
+so that it converts each element of x only once for ROWS codes. Threads exchange nothing before the end.
 """
 
 from __future__ import annotations
@@ -39,22 +38,22 @@ MANY_PROGRAMS = 4096
 "Three of" and "two of" are layers side by side in one launch: `PIECE_OF_SEVERAL`."""
 
 PIECE_OF_SEVERAL = 4096, 1024
-"""Columns of a program, and of a warp, where one launch is of several layers."""
+"""Columns of a program and of a warp, where one launch serves several layers."""
 
 
 def piece(k: int, programs: int) -> tuple[int, int]:
-    """Columns that one of these programs takes at a time for rows of k codes, and its warps."""
+    """(Columns that a program takes at a time, its warps) for rows of k codes. programs: how many are launched."""
     return _piece(k, MOST_COLUMNS, COLUMNS_OF_WARP if programs >= MANY_PROGRAMS else COLUMNS_OF_WARP // 2)
 
 
 def piece_of_several(k: int) -> tuple[int, int]:
-    """The same for layers side by side."""
+    """The same for several layers in one launch."""
     return _piece(k, *PIECE_OF_SEVERAL)
 
 
 def _piece(k: int, most: int, of_warp: int) -> tuple[int, int]:
     columns = min(most, max(power_of_two(k), 16))
-    if k % 16:  # rows that start anywhere are read a byte at a time: many loads, each with registers
+    if k % 16:  # unaligned rows are read a byte at a time: many loads, each of which takes registers
         of_warp = min(of_warp, 128)
     return columns, min(16, max(1, columns // of_warp))
 
@@ -62,7 +61,7 @@ def _piece(k: int, most: int, of_warp: int) -> tuple[int, int]:
 def start_row(
     x: Tensor, x_scale: Tensor | None, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, y: Tensor
 ) -> Started:
-    """A layer of one row; rows of the operands are in line. x_scale: of an int8 x."""
+    """Launch a layer for one row of x. Elements of each row are adjacent. x_scale: for int8 x, else None."""
     n, k = weight.shape
     groups = weight_scale.shape[1]
     count = ceil_div(n, ROWS.value)
@@ -76,7 +75,7 @@ def start_layers(
     x: Tensor, x_scale: Tensor | None, weight: Sequence[Tensor], weight_scale: Sequence[Tensor],
     bias: Sequence[Tensor | None], dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
-    """Layers of one row, whose groups are alike, in one launch: their outputs next to each other."""
+    """Launch several layers for one row of x; all have the same groups. Returns: their outputs, concatenated."""
     weights = tuple(rows_in_line(one) for one in weight)
     sizes, row_strides = tuple(len(one) for one in weights), tuple(one.stride(0) for one in weights)
     k, groups = x.shape[-1], weight_scale[0].shape[1]
@@ -96,7 +95,7 @@ def _matrix_vector(
     x_ptr, x_scale_ptr, weight_ptr, scale_ptr, bias_ptr, y_ptr, n, k, row_stride,
     GROUP: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """Elements of y for one row of x; GROUP: columns to a scale, 0 if the whole row has one."""
+    """Elements of y for one row of x. GROUP: columns per scale; 0 if the whole row has one."""
     program = tl.program_id(0)
     _rows_of_y(x_ptr, x_scale_ptr, weight_ptr, scale_ptr, bias_ptr, y_ptr, program, n, k, row_stride, GROUP, COLUMNS)
 
@@ -106,7 +105,7 @@ def _matrix_vectors(
     x_ptr, x_scale_ptr, weights, scales, biases, y_ptr, sizes, row_strides, k,
     GROUP: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """The same for a program of any of several layers, whose elements of y follow each other; sizes: N of each."""
+    """The same for several layers, whose outputs follow each other in y. sizes: N of each layer."""
     program = tl.program_id(0)
     for layer in tl.static_range(len(weights)):
         programs = tl.cdiv(sizes[layer], ROWS)
@@ -140,7 +139,7 @@ def _rows_of_y(
 
 @triton.jit
 def rows_of_program(program, n):
-    """ROWS rows of a weight of n; the last program computes its last row more than once."""
+    """The program's ROWS rows of a weight of n rows; the last program may repeat the last row."""
     return tl.minimum(program.to(tl.int64) * ROWS + tl.arange(0, ROWS), n - 1)
 
 
@@ -149,8 +148,11 @@ def rows_times_vector(
     x_ptr, weight_ptr, scale_ptr, program, n, k, row_stride,
     SUMS: tl.constexpr, GROUP: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """Sums [ROWS] of the products of these rows (`rows_of_program`), in the dtype SUMS: fp32, or int32 for an int8 x.
-    GROUP: columns to a scale, by which each group's sum is multiplied; 0 if there are no groups."""
+    """Dot products [ROWS] of x with the rows of `rows_of_program`.
+
+    SUMS: their dtype, fp32, or int32 for int8 x. GROUP: columns per scale, by which each group's sum is multiplied;
+    0 without groups.
+    """
     first = program.to(tl.int64) * ROWS
     chunks = tl.arange(0, COLUMNS // 16) * 16
     zeros = tl.zeros((COLUMNS // 16,), SUMS)
@@ -173,7 +175,8 @@ def rows_times_vector(
 def _sums_of_chunks(
     x, weight_ptr, scale_ptr, first, row, n, k, row_stride, firsts, columns, GROUP: tl.constexpr
 ):  # fmt: skip
-    """Of one row: x [C, 16] times its codes there, each chunk of 16 added up, [C]; firsts: the column of each chunk."""
+    """For one row, the sums [C] of x [C, 16] times the codes, over each chunk of 16. firsts: each chunk's first
+    column."""
     row = tl.minimum(first + row, n - 1)
     codes = tl.load(weight_ptr + row * row_stride + columns, mask=columns < k, other=0)
     products = codes.to(x.dtype) * x
