@@ -1,8 +1,8 @@
-"""w8a8_linear on GPUs: the tensor cores multiply int8 and sum in int32, exactly, so that nothing is widened.
+"""w8a8_linear on GPUs: the tensor cores multiply int8 and sum in int32, exactly; no code is widened.
 
     y [M, N] = (x [M, K] @ weight [N, K].T) * (x_scale [M] * weight_scale [N]) + bias [N]
 
-As in `linear.py`, one row of x is multiplied on the ordinary cores, and where there are few tiles K is split; sums of
+As in `linear.py`, one row of x is multiplied on the ordinary cores, and K is split if there are few tiles. Sums of
 integers do not depend on their order.
 """
 
@@ -57,7 +57,7 @@ MULTIPROCESSORS = 132
 def w8a8_linear(
     x: Tensor, x_scale: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, dtype: torch.dtype
 ) -> Tensor:
-    """Shapes as in the table of `octavo.ops`. A result in fp64 is the reference's to compute."""
+    """As in the table of `octavo.ops`. A float64 result is left to the reference."""
     reference.check_codes(x, x_scale, weight, weight_scale, bias)
     if dtype == torch.float64:
         return reference.w8a8_linear(x, x_scale, weight, weight_scale, bias, dtype)
@@ -83,8 +83,10 @@ def w8a8_linear(
 def start_tiles(
     x: Tensor, x_scale: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, y: Tensor
 ) -> InTiles:
-    """The kernel for tiles of y [..., n], and the one that adds up parts; rows of x [m, k] and of the weight are in
-    line."""
+    """Launch the kernel for tiles of y [..., n], and the one that adds up the parts of K if it is split.
+
+    x: [m, k]. Elements of a row of x and of the weight are adjacent.
+    """
     (m, k), n = x.shape, len(weight)
     tile, tiles, parts, steps = plan(m, n, k, FEW_ROWS, MANY_ROWS)
     sums = y if parts == 1 else torch.empty((parts, m, n), dtype=torch.int32, device=x.device)
@@ -102,7 +104,7 @@ def start_copied(
     y: Tensor, x: TensorDescriptor, weight: TensorDescriptor, x_scale: Tensor, weight_scale: Tensor,
     bias: Tensor | None,
 ) -> Started:  # fmt: skip
-    """The kernel for many rows that the copy engine fetches; x and weight are described by pieces of `copied_tile`."""
+    """Launch the kernel for many rows, whose operands the copy engine fetches in pieces of `copied_tile`."""
     (m, k), n = x.shape, weight.shape[0]
     tile = copied_tile(m, n)
     count, numbers = programs(tile, m, n), (m, n, k, x_scale.numel() > 1, *tile[:3], GROUP_OF_PROGRAMS)
@@ -114,7 +116,7 @@ def start_copied(
 
 
 def copied_tile(m: int, n: int) -> Tile:
-    """Of y [m, n], where the copy engine fetches the operands."""
+    """The tile of y [m, n] for operands that the copy engine fetches."""
     return ON_HOPPER if programs(ON_HOPPER, m, n) > MULTIPROCESSORS else ALONE_ON_HOPPER
 
 
@@ -122,7 +124,7 @@ def w8a8_linears(
     x: Tensor, x_scale: Tensor, weight: Sequence[Tensor], weight_scale: Sequence[Tensor],
     bias: Sequence[Tensor | None], dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
-    """Layers of one input, their outputs next to each other: one launch for one row of x."""
+    """Several layers of one input; outputs concatenated. One launch if x has one row."""
     k = x.shape[-1]
     total = sum(len(one) for one in weight)
     if x.numel() != k or dtype == torch.float64 or not k or not total:
@@ -137,8 +139,7 @@ def _copied_product(
     y_ptr, x_codes, weight_codes, x_scale_ptr, scale_ptr, bias_ptr, m, n, k,
     EACH_ROW: tl.constexpr, M: tl.constexpr, N: tl.constexpr, K: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
-    """An [M, N] tile of y; x_codes and weight_codes describe the operands to the copy engine, which fills up with zeros
-    what lies past their ends."""
+    """An [M, N] tile of y. x_codes, weight_codes: `descriptors`. Past the ends, the copy engine pads with zeros."""
     tile_m, tile_n = tile_of_program(tl.program_id(0), m, n, M, N, TILES)
     sums = tl.zeros((M, N), tl.int32)
     for start in range(0, k, K):
@@ -152,7 +153,7 @@ def _copied_product(
 
 @triton.jit
 def _store_scaled(y_ptr, sums, x_scale_ptr, scale_ptr, bias_ptr, rows, channels, m, n, EACH_ROW: tl.constexpr):
-    """y = sums * (x_scale * weight_scale) + bias, where rows and channels are within [m, n]."""
+    """Store y = sums * (x_scale * weight_scale) + bias for rows and channels within [m, n]."""
     row, channel = tl.minimum(rows, m - 1), tl.minimum(channels, n - 1)
     x_scale = tl.load(x_scale_ptr + (row if EACH_ROW else row * 0))
     scaled = sums.to(tl.float32) * (x_scale[:, None] * tl.load(scale_ptr + channel)[None, :])
@@ -168,12 +169,12 @@ def _matrix_product(
     EACH_ROW: tl.constexpr, M: tl.constexpr, N: tl.constexpr, K: tl.constexpr, TILES: tl.constexpr,
     FINISH: tl.constexpr,
 ):  # fmt: skip
-    """An [M, N] tile of y, or of one part of its sums: y_ptr is [m, n], or int32 [parts, m, n] to be added up."""
+    """An [M, N] tile of y [m, n], or of the sums of one part of K: y_ptr is then int32 [parts, m, n]."""
     tile_m, tile_n = tile_of_program(tl.program_id(0), m, n, M, N, TILES)
     part = tl.program_id(1)
     rows = tile_m * M + tl.arange(0, M)
     channels = tile_n * N + tl.arange(0, N)
-    # Past the end are the last row and channel once more: what they give is not stored.
+    # Past the end, the last row and channel are read again; their results are not stored.
     row, channel = tl.minimum(rows, m - 1), tl.minimum(channels, n - 1)
     x_rows = x_ptr + row.to(tl.int64)[:, None] * x_stride
     weight_rows = weight_ptr + channel.to(tl.int64)[None, :] * weight_stride

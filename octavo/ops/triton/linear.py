@@ -1,13 +1,13 @@
-"""w8a16_linear on GPUs: int8 codes are widened in registers, on their way from memory to the product.
+"""w8a16_linear on GPUs: int8 codes are widened (converted to x's dtype) in registers, between memory and the product.
 
     y [M, N] = (x [M, K] @ weight [N, K].T) * scale [N] + bias [N]        per_group: each group's sum times its scale
 
-Up to a few hundred rows of x the time is that of reading the codes once, so all that matters is that many bytes are
-under way, and that widening them costs few instructions: one row of x is multiplied on the ordinary cores
-(`vector.py`), more on the tensor cores (`_matrix_product`), where few rows are one tile, padded to 16.
+Up to a few hundred rows of x, the time is that of reading the codes once. So two things matter: that many bytes are in
+flight, and that widening takes few instructions. One row of x is multiplied on the ordinary cores (`vector.py`), more
+rows on the tensor cores (`_matrix_product`), where few rows are one tile, padded to 16.
 
-Widening the whole weight and leaving the rest to cuBLAS would be faster for thousands of rows, but cuBLAS rounds its
-result to x's dtype before a scale can be applied: fp16 would overflow, and everything would be rounded twice.
+For thousands of rows, it would be faster to widen the whole weight and call cuBLAS. But cuBLAS rounds its result to x's
+dtype before a scale can be applied: fp16 would overflow, and everything would be rounded twice.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ __all__ = [
 
 
 class Tile(NamedTuple):
-    """An [m, n] piece of y that one program computes, in steps of k; by how many warps, how many steps under way."""
+    """An [m, n] piece of y that one program computes in steps of k, with so many warps and pipeline stages."""
 
     m: int
     n: int
@@ -68,23 +68,23 @@ of 4096 x 4096, 14336 x 4096 and 4096 x 14336: 1.2 to 2.2 times as fast as the t
 as cuBLAS in bf16. Shorter steps and tiles of 256 x 128 and 128 x 128 take 1.1 to 2.3 times as long."""
 
 LEAST_ROWS_ON_HOPPER = 256
-"""For it: a tile of x is full."""
+"""From so many rows on it is used: then a tile of x is full."""
 
 ENOUGH_PROGRAMS = 120
-"""Of a tile, to be taken: an H200 has 132 multiprocessors, an A100 108."""
+"""A tile is taken if it makes so many programs: an H200 has 132 multiprocessors, an A100 108."""
 
 WANTED_PROGRAMS = 264
-"""Two for each multiprocessor: if there are less than enough, K is split until there are so many."""
+"""Two for each multiprocessor. If there are fewer than `ENOUGH_PROGRAMS`, K is split to get so many."""
 
 MOST_PARTS = 16
-"""Of K. They are added up by loads that do not wait for each other, as many as there are parts."""
+"""The most parts that K is split into. Adding them up takes one load for each, none of which waits for another."""
 
 GROUP_OF_PROGRAMS = 8
-"""Tiles of the weight that programs which run at the same time share: they stay in the L2 cache meanwhile."""
+"""Programs that run at the same time share so many tiles of the weight, which stay in the L2 cache meanwhile."""
 
 
 class Plan(NamedTuple):
-    """The tile for a shape, how many of it there are, in how many parts K is split, and of how many steps each."""
+    """The tile for a shape, the number of tiles, the parts that K is split into, and the steps in each part."""
 
     tile: Tile
     tiles: int
@@ -93,12 +93,12 @@ class Plan(NamedTuple):
 
 
 def plan(m: int, n: int, k: int, few: Sequence[Tile], many: Sequence[Tile], step: int = 256) -> Plan:
-    """For x [m, k] and weight [n, k]: a tile of `few` if one holds all rows, else of `many`; step: of K, at most."""
+    """For x [m, k] and weight [n, k]: a tile of `few` if one holds all rows, else of `many`. step: the longest of K."""
     if m <= few[-1].m:
         tile = next(tile for tile in few if m <= tile.m)
     else:
         tile = next((tile for tile in many if programs(tile, m, n) >= ENOUGH_PROGRAMS), many[-1])
-    if k % 16:  # rows start anywhere, and are read a few bytes at a time: many loads, each with its registers
+    if k % 16:  # unaligned rows are read a few bytes at a time: many loads, each of which takes registers
         step = min(step, 64)
     tile = tile._replace(k=min(tile.k, step))
     steps = max(1, ceil_div(k, tile.k))
@@ -109,12 +109,12 @@ def plan(m: int, n: int, k: int, few: Sequence[Tile], many: Sequence[Tile], step
 
 
 def programs(tile: Tile, m: int, n: int) -> int:
-    """How many of the tile cover y [m, n]."""
+    """The number of tiles that cover y [m, n]."""
     return ceil_div(m, tile.m) * ceil_div(n, tile.n)
 
 
 def w8a16_linear(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None) -> Tensor:
-    """Shapes as in the table of `octavo.ops`. The reference computes in fp64, which is no work for a GPU, and K = 0."""
+    """As in the table of `octavo.ops`. float64, which is slow on GPUs, and K = 0 are left to the reference."""
     reference.check_input(x, weight, weight_scale, bias)
     if x.dtype == torch.float64 or not weight.shape[1]:
         return reference.w8a16_linear(x, weight, weight_scale, bias)
@@ -138,8 +138,12 @@ def w8a16_linear(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor |
 
 
 class InTiles(NamedTuple):
-    """Launches of a product in tiles. adding: up the parts of K, None where it is not split; the others are of what the
-    product makes, sums of the parts then."""
+    """The launches of a product in tiles.
+
+    product: computes y, or the sums of each part of K if it is split.
+    adding: adds up the parts; None if K is not split.
+    shape, dtype, device: of the product's result.
+    """
 
     product: Started
     adding: Started | None
@@ -153,8 +157,10 @@ class InTiles(NamedTuple):
 
 
 def start_tiles(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, y: Tensor) -> InTiles:
-    """The kernel for tiles of y [..., n], and the one that adds up parts; rows of x [m, k] and of the weight are in
-    line."""
+    """Launch the kernel for tiles of y [..., n], and the one that adds up the parts of K if it is split.
+
+    x: [m, k]. Elements of a row of x and of the weight are adjacent.
+    """
     (m, k), n, groups = x.shape, len(weight), weight_scale.shape[1]
     group = k // groups if groups > 1 else 0
     few: Sequence[Tile] = FEW_ROWS
@@ -175,14 +181,14 @@ def start_tiles(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | 
 
 
 def is_copied(x: Tensor, weight: Tensor, groups: int) -> bool:
-    """Whether the kernel for many rows that the copy engine fetches is for these [m, k] and [n, k]."""
+    """Whether `start_copied` takes x [m, k] and weight [n, k]: it needs the copy engine, and has no groups."""
     return x.dtype in (torch.bfloat16, torch.float16) and groups == 1 and copied_on_hopper(x, weight)
 
 
 def start_copied(
     y: Tensor, x: TensorDescriptor, weight: TensorDescriptor, weight_scale: Tensor, bias: Tensor | None
 ) -> Started:
-    """That kernel."""
+    """Launch the kernel for many rows, whose operands the copy engine fetches. See `descriptors`."""
     (m, k), n = x.shape, weight.shape[0]
     count, numbers = programs(ON_HOPPER, m, n), (m, n, k, *ON_HOPPER[:3], GROUP_OF_PROGRAMS)
     kernel = launch(
@@ -193,14 +199,14 @@ def start_copied(
 
 
 def descriptors(x: Tensor, weight: Tensor, tile: Tile) -> tuple[TensorDescriptor, TensorDescriptor]:
-    """x [m, k] and weight [n, k], of which the copy engine is to fetch pieces of the tile."""
+    """Descriptors of x [m, k] and weight [n, k], by which the copy engine (TMA) fetches pieces of a tile's size."""
     return TensorDescriptor.from_tensor(x, [tile.m, tile.k]), TensorDescriptor.from_tensor(weight, [tile.n, tile.k])
 
 
 def w8a16_linears(
     x: Tensor, weight: Sequence[Tensor], weight_scale: Sequence[Tensor], bias: Sequence[Tensor | None]
 ) -> Tensor:
-    """Layers of one input, their outputs next to each other: one launch for one row of x, if their groups are alike."""
+    """Several layers of one input; outputs concatenated. One launch if x has one row and all have the same groups."""
     k = x.shape[-1]
     groups = {scale.shape[1] for scale in weight_scale}
     total = sum(len(one) for one in weight)
@@ -212,12 +218,12 @@ def w8a16_linears(
 
 
 def contiguous_rows(x: Tensor, m: int, k: int) -> Tensor:
-    """x [..., k] as [m, k] with elements of a row next to each other; a copy only where they are not."""
+    """x [..., k] as [m, k] with adjacent elements in each row; a copy only if they are not."""
     return rows_in_line(x if x.dim() == 2 else x.reshape(m, k))
 
 
 def _longest_step(x: Tensor, group: int) -> int:
-    """Of K: a power of two that divides the group, and for fp32, whose three parts take registers, a short one."""
+    """The longest step of K: a power of two that divides the group; short for fp32, whose parts take registers."""
     longest = 32 if x.dtype == torch.float32 else 256
     return 16 if group % 16 else math.gcd(group, longest)
 
@@ -227,12 +233,12 @@ def _matrix_product(
     x_ptr, weight_ptr, scale_ptr, bias_ptr, y_ptr, m, n, k, steps, x_stride, weight_stride,
     GROUP: tl.constexpr, M: tl.constexpr, N: tl.constexpr, K: tl.constexpr, TILES: tl.constexpr, FINISH: tl.constexpr,
 ):  # fmt: skip
-    """An [M, N] tile of y, or of one part of its sums: y_ptr is [m, n], or fp32 [parts, m, n] to be added up."""
+    """An [M, N] tile of y [m, n], or of the sums of one part of K: y_ptr is then fp32 [parts, m, n]."""
     tile_m, tile_n = tile_of_program(tl.program_id(0), m, n, M, N, TILES)
     part = tl.program_id(1)
     rows = tile_m * M + tl.arange(0, M)
     channels = tile_n * N + tl.arange(0, N)
-    # Past the end are the last row and channel once more: what they give is not stored.
+    # Past the end, the last row and channel are read again; their results are not stored.
     x_rows = x_ptr + tl.minimum(rows, m - 1).to(tl.int64)[:, None] * x_stride
     channel = tl.minimum(channels, n - 1)
     weight_rows = weight_ptr + channel.to(tl.int64)[None, :] * weight_stride
@@ -266,8 +272,7 @@ def _copied_product(
     y_ptr, x_tiles, weight_tiles, scale_ptr, bias_ptr, m, n, k,
     M: tl.constexpr, N: tl.constexpr, K: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
-    """An [M, N] tile of y; x_tiles and weight_tiles describe the operands to the copy engine, which fills up with zeros
-    what lies past their ends."""
+    """An [M, N] tile of y. x_tiles, weight_tiles: `descriptors`. Past the ends, the copy engine pads with zeros."""
     tile_m, tile_n = tile_of_program(tl.program_id(0), m, n, M, N, TILES)
     sums = tl.zeros((N, M), tl.float32)
     for start in range(0, k, K):
@@ -285,12 +290,12 @@ def _copied_product(
 
 @triton.jit
 def _add_product(x, codes, sums):
-    """sums + x @ codes, which are exact in 16 bits; fp32 x is cut into three bf16 numbers, whose sum it is exactly."""
+    """sums + x @ codes. Codes are exact in 16 bits; fp32 x is split into three bf16 numbers, exactly."""
     if x.dtype == tl.float32:
         codes = codes.to(tl.bfloat16)
         high = _upper_half(x)
         rest = x - high
-        rest = tl.where(rest == rest, rest, 0.0)  # NaN where x is infinite: that is in `high` already
+        rest = tl.where(rest == rest, rest, 0.0)  # NaN if x is infinite, which `high` holds already
         middle = _upper_half(rest)
         sums = tl.dot(high.to(tl.bfloat16), codes, sums)
         sums = tl.dot(middle.to(tl.bfloat16), codes, sums)
@@ -301,8 +306,11 @@ def _add_product(x, codes, sums):
 
 @triton.jit
 def _widened(codes, dtype: tl.constexpr):
-    """Codes in bf16 or fp16, exactly. In fp16 by their bits: 1536 is 0x6600, and the next number 0x6601; a conversion
-    would go one at a time, this by two."""
+    """Codes in bf16 or fp16, exactly.
+
+    In fp16 by bit arithmetic, two codes at a time, where a conversion takes one: 1536 is 0x6600, and the next number,
+    1537, is 0x6601.
+    """
     if dtype == tl.float16:
         return (codes.to(tl.int16) + 0x6600).to(tl.float16, bitcast=True) - 1536.0
     else:
@@ -311,15 +319,18 @@ def _widened(codes, dtype: tl.constexpr):
 
 @triton.jit
 def _upper_half(x):
-    """fp32 without the lower 16 of its bits: a number of bf16."""
+    """fp32 with the lower 16 bits cleared: a bf16 number."""
     return (x.to(tl.int32, bitcast=True) & -65536).to(tl.float32, bitcast=True)
 
 
 @triton.jit
 def is_read(rows, columns, m, k, M: tl.constexpr):
-    """Whether a program whose tile of x has M rows reads these places of it, [rows, columns]. Of the least tile only
-    rows that are there: of four rows it would have the last one 13 times, all programs from the same place of the L2
-    cache. Larger ones are more than half full, and have no registers for it (on sm_80 three spill; Triton 3.9)."""
+    """The mask [rows, columns] of the elements that a program reads of its tile of x, which has M rows.
+
+    In the smallest tile, only rows that exist are read. Otherwise, of four rows, each program would read the last one
+    13 times, all from the same place of the L2 cache. Larger tiles are more than half full, and have no registers to
+    spare for the mask (on sm_80 three are spilled; Triton 3.9).
+    """
     within = (columns < k)[None, :]
     if M == 16:
         within = within & (rows < m)[:, None]
@@ -328,7 +339,7 @@ def is_read(rows, columns, m, k, M: tl.constexpr):
 
 @triton.jit
 def tile_of_program(program, m, n, M: tl.constexpr, N: tl.constexpr, TILES: tl.constexpr):
-    """Which tile of y a program computes: TILES tiles of the weight at a time meet all rows of x before the next do."""
+    """The tile of y that a program computes: TILES tiles of the weight meet all rows of x before the next ones do."""
     along_m, along_n = tl.cdiv(m, M), tl.cdiv(n, N)
     first = program // (TILES * along_m) * TILES
     height = tl.minimum(along_n - first, TILES)
@@ -337,7 +348,7 @@ def tile_of_program(program, m, n, M: tl.constexpr, N: tl.constexpr, TILES: tl.c
 
 
 def add_parts(parts: Tensor, x_scale: Tensor | None, scale: Tensor | None, bias: Tensor | None, y: Tensor) -> Started:
-    """The kernel for y = the sum of `parts` [P, M, N] over P, in that order, times the scales, plus the bias.
+    """Launch the kernel for y = the sum of `parts` [P, M, N] over P, in that order, times the scales, plus the bias.
 
     x_scale: fp32 [M] or [1]; scale: fp32 [N]; all but `parts` and `y` may be None.
     """

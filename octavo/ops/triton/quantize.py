@@ -1,13 +1,17 @@
-"""Floats to int8 codes on GPUs, bit for bit as `primitives.py` and `reference.py` do it.
+"""Floats to int8 codes on GPUs, with the same bits as `primitives.py` and `reference.py` give.
 
     scale = amax|x| / 127        code = clamp(round_half_even(x / scale), -127, 127)
 
-Both divisions are rounded to nearest, which Triton's `/` is not. x / scale is a product with the reciprocal, which is
-the same for a whole row, corrected by its remainder; that gives the quotient's bits (Markstein, "Computation of
-elementary functions on the IBM RISC System/6000 processor", 1990) in fewer instructions than a division. Rounding to an
-integer is adding 1.5 * 2**23, of which the next number is 1 more: what then stands in the lowest 8 bits is the code.
-The largest magnitude is found among the bits without the sign, read as integers: these are ordered as the numbers are,
-and NaN comes after infinity, so that it is not lost, as a maximum of floats would lose it.
+Three tricks:
+
+- Both divisions must round to nearest, which Triton's `/` does not. x / scale is computed as x times the reciprocal of
+  the scale, one for the whole row, and then corrected by the remainder. This gives exactly the quotient's bits
+  (Markstein, "Computation of elementary functions on the IBM RISC System/6000 processor", 1990) in fewer instructions
+  than a division.
+- To round to an integer, 1.5 * 2**23 is added. fp32 numbers of that size are 1 apart, so the lowest 8 bits of the sum
+  are the code.
+- The largest magnitude is a maximum of bits without the sign, read as integers. Their order is that of the numbers,
+  with NaN after infinity; so NaN is kept, which a maximum of floats would lose.
 
 A row is read once, and stays in registers between the maximum and the codes.
 """
@@ -57,7 +61,7 @@ def quantize_per_token(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def quantize_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """weight: [N, K]. Where it is not finite its scale is not either; looking for it would wait for the device."""
+    """weight: [N, K]. NaN and inf give scales that are not finite, and no error: a check would wait for the device."""
     if weight.dim() != 2 or not weight.is_floating_point():
         return reference.quantize_weight(weight)
     return _rows(weight, of_weight=True)
@@ -78,7 +82,7 @@ def _rows(x: Tensor, of_weight: bool) -> tuple[Tensor, Tensor]:
 def start_rows(
     x: Tensor, codes: Tensor, scale: Tensor, row_stride: int | None = None, of_weight: bool = False
 ) -> Started:
-    """The kernel for rows x [..., k], each `row_stride` elements after the one before it, or next to it."""
+    """Launch the kernel for rows x [..., k], `row_stride` elements apart; None: contiguous rows."""
     m, k = scale.numel(), x.shape[-1]
     row_stride = k if row_stride is None else row_stride
     padded = max(power_of_two(k), 16)
@@ -91,7 +95,7 @@ def start_rows(
 
 
 def quantize_per_tensor(x: Tensor) -> tuple[Tensor, Tensor]:
-    """In two launches: the largest magnitudes of pieces, then the codes."""
+    """Two launches: the first finds the largest magnitude of each piece, the second computes the codes."""
     reference.check_rows(x)
     x = x.contiguous()
     codes = torch.empty(x.shape, dtype=torch.int8, device=x.device)
@@ -119,8 +123,10 @@ def quantize_static(x: Tensor, input_scale: Tensor) -> Tensor:
 
 
 def quantize_states(x: Tensor, codes: Tensor, scale: Tensor, are_values: bool) -> None:
-    """As `octavo.ops.quantize_states`, in one launch: x, codes and scale are found by their strides. What is of another
-    shape, and heads longer than a row that is held whole, go to the reference."""
+    """As `octavo.ops.quantize_states`, in one launch that takes x, codes and scale with their strides.
+
+    Other shapes, and heads too long for a program to hold a row in registers, are left to the reference.
+    """
     reference.check_rows(x)
     alike = x.dim() == 4 and codes.shape == x.shape and scale.shape == (*x.shape[:3], 1)
     if not alike or codes.dtype != torch.int8 or scale.dtype != torch.float32 or x.shape[3] > LONGEST_ROW:
@@ -148,7 +154,7 @@ def _quantize_rows(
     if WHOLE:
         x = tl.load(x_rows + columns, mask=there & (columns < k), other=0.0).to(tl.float32)
         scale = _scale(tl.max(_magnitude(x), axis=1), x_ptr.dtype.element_ty, OF_WEIGHT)
-        # Each stores its own: codes handed on would take registers that rows of 16384 do not have (Triton 3.6).
+        # Both branches store: passing codes out of them would take registers that rows of 16384 lack (Triton 3.6).
         if _are_usual(scale) and not OF_WEIGHT:
             tl.store(codes_rows + columns, _usual_codes(x, scale[:, None]), mask=there & (columns < k))
         else:
@@ -172,7 +178,7 @@ def _quantize_states(
     codes_token, codes_channel, scale_batch, scale_head, scale_token,
     ARE_VALUES: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """Tokens of heads, which follow each other token by token, then head by head: m in all."""
+    """m rows, one for each token of each head; the token changes fastest, then the head."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     channel = tl.arange(0, COLUMNS)[None, :]
     there = (row < m)[:, None] & (channel < size)
@@ -184,7 +190,7 @@ def _quantize_states(
     scale = _scale(largest, tl.float32, False)
     codes_rows = codes_ptr + (batch * codes_batch + head * codes_head + token * codes_token)[:, None]
     tl.store(codes_rows + channel * codes_channel, _codes(x, scale[:, None]), mask=there)
-    if ARE_VALUES:  # a scale of 1 under a largest magnitude below 1 is that of zeros
+    if ARE_VALUES:  # a scale of 1 and a largest magnitude below 1: all are zeros
         scale = tl.where((scale == 1.0) & (largest.to(tl.float32, bitcast=True) < 1.0), 0.0, scale)
     tl.store(scale_ptr + batch * scale_batch + head * scale_head + token * scale_token, scale, mask=row < m)
 
@@ -204,7 +210,7 @@ def _largest_magnitudes(x_ptr, largest_ptr, count, PIECE: tl.constexpr):
 def _quantize_pieces(
     x_ptr, codes_ptr, scale_ptr, largest_ptr, count, programs, PARTIALS: tl.constexpr, PIECE: tl.constexpr
 ):
-    """One scale for all: the one that is there, or that of the largest of the magnitudes that programs have found."""
+    """Codes under one scale: a given one, or the one for the largest of the magnitudes that the first launch found."""
     if largest_ptr is None:
         scale = tl.load(scale_ptr)
     else:
@@ -220,13 +226,13 @@ def _quantize_pieces(
 
 @triton.jit
 def _magnitude(x):
-    """The bits of |x|."""
+    """The bits of |x|, as an integer."""
     return x.to(tl.int32, bitcast=True) & 0x7FFFFFFF
 
 
 @triton.jit
 def _scale(largest, dtype: tl.constexpr, OF_WEIGHT: tl.constexpr):
-    """Of the bits of the largest magnitude. A weight's is rounded to `dtype`, and a step up where it would clip."""
+    """The scale for the bits of the largest magnitude. A weight's is rounded to `dtype`, and up if it would clip."""
     largest = largest.to(tl.float32, bitcast=True)
     scale = tl.div_rn(largest, 127.0)
     if OF_WEIGHT:
@@ -245,27 +251,30 @@ def _scale(largest, dtype: tl.constexpr, OF_WEIGHT: tl.constexpr):
 
 @triton.jit
 def _codes(x, scale):
-    """Of x fp32 [R, C] and scale fp32 [R, 1], or of [C] and a scalar."""
-    # A power of two that nothing is lost by: the reciprocal and what is computed with it are no denormals.
+    """The codes of x fp32 [R, C] under scale fp32 [R, 1], or of x [C] under a scalar."""
+    # Multiplying by a power of two loses nothing, and keeps the reciprocal and its products from being denormal.
     power = tl.where(scale < LEAST_USUAL, MOST_USUAL, 1.0)
     power = tl.where(scale > MOST_USUAL, LEAST_USUAL, power)
     scale *= power
     most = 127 * scale
     steps = _quotient(tl.clamp(x * power, -most, most, propagate_nan=tl.PropagateNan.ALL), scale)
-    steps = tl.where(steps == steps, steps, 0.0)  # of an infinity under an infinite scale; a maximum may pass NaN over
+    steps = tl.where(steps == steps, steps, 0.0)  # NaN is inf / inf here; a maximum may drop it
     return _nearest(steps)
 
 
 @triton.jit
 def _are_usual(scale):
-    """Whether none of these scales [R] is NaN, infinite, or in need of a power of two."""
+    """Whether none of the scales [R] is NaN, infinite, or so small or large that `_codes` rescales it."""
     return tl.min(((scale > LEAST_USUAL) & (scale < MOST_USUAL)).to(tl.int32), axis=0) == 1
 
 
 @triton.jit
 def _usual_codes(x, scale):
-    """The same in half the instructions, for usual scales that are the rows' largest magnitudes / 127: no quotient is
-    then NaN, or above 127 by more than rounding took off the scale, and to the nearest integer that is 127."""
+    """The same in half the instructions, for usual scales (`_are_usual`) that are a row's largest magnitude / 127.
+
+    No quotient is then NaN, and none needs clamping: it exceeds 127 by no more than the scale was rounded down, so the
+    nearest integer is 127.
+    """
     return _nearest(_quotient(x, scale))
 
 
