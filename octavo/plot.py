@@ -1,9 +1,9 @@
 """Pictures of activations: the range of each input channel, before and after smoothing.
 
-The inputs of layers that need it most are shown: of each family (layers whose names differ in numbers only) the layer
-with the largest outlier ratio, that is its largest channel amax over its median channel amax, and of the families
-those with the largest ratios. Ranges are shown relative to the median channel, because it is not their size but their
-unevenness that int8 suffers from, and sorted, the outliers first; both axes are logarithmic.
+The outlier ratio of a layer's input is its largest channel amax over its median channel amax. The pictures show the
+inputs with the largest ratios, one from each family (layers whose names differ in numbers only). Ranges are relative to
+the median channel, because int8 suffers from their unevenness, not their size. They are sorted, the outliers first, and
+both axes are logarithmic.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ _BEFORE, _AFTER = "#c44e52", "#2a6fb0"
 
 
 def channel_ranges(before: Ranges, after: Ranges | None, path: str | Path) -> None:
-    """Write a PNG of 1200 x 800 pixels with the channel ranges of up to four layers, whole or not at all; an existing
-    file is replaced.
+    """Write a PNG of 1200 x 800 pixels with the channel ranges of up to four layers.
 
-    before: as calibration saw them. after: of the same layers in the smoothed model, of which those that it changed
-        are shown; None shows `before` alone.
+    The file is written whole or not at all; an existing one is replaced.
+    before: the ranges that calibration saw. after: those of the same layers in the smoothed model. Only layers whose
+        ranges changed are shown then; None shows `before` alone.
     Raises: MissingExtra without matplotlib; OSError naming the file if it cannot be written.
     """
     figure = new_figure()
@@ -52,7 +52,7 @@ def channel_ranges(before: Ranges, after: Ranges | None, path: str | Path) -> No
 
 
 def new_figure() -> Figure:
-    """An empty picture, which has nothing to do with the backend and the windows that matplotlib may have.
+    """An empty figure, independent of matplotlib's backend and open windows.
 
     Raises: MissingExtra without matplotlib.
     """
@@ -73,7 +73,7 @@ def outlier_ratio(channels: Sequence[float]) -> float:
 
 @dataclasses.dataclass
 class _Input:
-    """One input, and the layers that are fed it. channels: amax of each, [K]."""
+    """One input, and the layers that it feeds. channels: the amax of each channel, [K]."""
 
     channels: Sequence[float]
     layers: list[str]
@@ -81,7 +81,7 @@ class _Input:
 
 
 def _write_whole(path: Path, content: bytes) -> None:
-    """A device or a pipe, which nothing may take the place of, is written to itself."""
+    """Write to a temporary file and rename it; a device or a pipe, which must not be replaced, is written directly."""
     place = path.resolve()
     try:
         if place.exists() and not place.is_file():
@@ -94,7 +94,7 @@ def _write_whole(path: Path, content: bytes) -> None:
 
 
 def _most_uneven(ranges: Ranges) -> list[_Input]:
-    """The inputs to show, the most uneven first."""
+    """The inputs to show, largest outlier ratio first."""
     inputs: dict[tuple[float, ...], _Input] = {}
     for name, channels in ranges.items():
         one = inputs.setdefault(tuple(channels), _Input(channels, [], outlier_ratio(channels)))
@@ -120,7 +120,7 @@ def _draw(axes: Axes, one: _Input, after: Sequence[float] | None) -> None:
 
 
 def _draw_curve(axes: Axes, channels: Sequence[float], when: str, color: str) -> None:
-    median = statistics.median(channels) or 1.0  # of mostly dead channels the range itself is shown
+    median = statistics.median(channels) or 1.0  # where most channels are dead, show the range itself
     heights = [amax / median for amax in sorted(channels, reverse=True)]
     label = f"{when}: largest {_number(max(channels))}, {_number(outlier_ratio(channels))} x the median"
     axes.plot(range(1, len(heights) + 1), heights, color=color, label=label, linewidth=2)

@@ -1,12 +1,12 @@
-"""The arithmetic of int8: every kernel, format and test is held to this file.
+"""The arithmetic of int8, which every kernel, format and test follows.
 
     scale = amax(|x|) / 127              over the axis of the granularity, in fp32
     code  = clamp(round_half_even(x / scale), -127, 127)
     x'    = code * scale
 
-The scale that codes are computed against is the scale that is *stored*: it is rounded to the tensor's own dtype
-first (bf16 stays bf16), because readers of a checkpoint hold scales in the model's dtype, and codes fitted to a
-finer scale than the stored one lose accuracy there. In memory a scale is always a fp32 tensor.
+Codes are computed against the scale that is *stored*: it is first rounded to the tensor's own dtype (bf16 stays bf16).
+Readers of a checkpoint hold scales in the model's dtype, and codes computed against a finer scale would lose accuracy
+there. In memory a scale is always a fp32 tensor.
 
     granularity   for                  scale shape
     per_tensor    weight, activation   [1]
@@ -118,8 +118,9 @@ def _scale_of(largest: Tensor, dtype: torch.dtype, value_range: Range) -> Tensor
 def rounded_quotient(x: Tensor, number: float) -> Tensor:
     """x / number, rounded to the nearest on every device, so that scales have the same bits everywhere.
 
-    x: any shape, floating point. Returns: the same shape and dtype. On CUDA devices a division by a Python number is a
-    multiplication by the number's reciprocal, which is often one off in the last place.
+    x: any shape, floating point. Returns: the same shape and dtype.
+    Plain `x / number` is not enough: on CUDA, torch multiplies by the number's reciprocal, and the result is often one
+    off in the last place.
     """
     return x / torch.full_like(x, number)
 
@@ -163,7 +164,7 @@ def quantize_weight(
     value_range: Range = "narrow",
     name: str = "weight",
 ) -> tuple[Tensor, Tensor]:
-    """`choose_scale` and `quantize` of a weight in one pass over memory; the same bits as calling the two.
+    """`choose_scale` and `quantize` of a weight in one pass over memory, with the same bits as calling the two.
 
     weight: [N, ...] floating point, rows are output channels; not modified.
     Returns: codes int8 of the weight's shape (contiguous), scale fp32 [N, 1] (per_channel), [N, K/g] (per_group) or
@@ -201,7 +202,7 @@ def quantize_weight(
 
 
 def check_group_size(weight: Tensor, group_size: int | None, name: str = "weight") -> int:
-    """The group size. Raises: QuantizeError unless it divides K of weight [N, K]."""
+    """Returns: the group size. Raises: QuantizeError unless it divides K of weight [N, K]."""
     k = weight.shape[-1] if weight.dim() else 0
     if group_size is None or weight.dim() != 2 or group_size < 1 or not k or k % group_size:
         divisors = [g for g in (256, 128, 96, 64, 48, 32, 16) if k and k % g == 0]
@@ -229,8 +230,10 @@ def _blocks(x: Tensor, granularity: Granularity, group_size: int | None, name: s
 
 
 def _check(x: Tensor, granularity: Granularity, group_size: int | None, name: str) -> int:
-    """The group size of per_group, else 1. Raises: QuantizeError for x that is not float, and a group_size that does
-    not fit."""
+    """Returns: the group size for per_group, else 1.
+
+    Raises: QuantizeError for x that is not float, and for a group_size that does not fit.
+    """
     if x.dtype not in _FLOAT_DTYPES:
         raise QuantizeError(f"{name}: dtype is {x.dtype}, expected a floating point tensor (fp32, bf16, fp16, fp64)")
     if granularity == "per_group":

@@ -1,7 +1,7 @@
-"""What was measured: plain numbers and words, for people (`str`) and for programs (`to_json`). No torch here.
+"""Results of measurements, as plain numbers and words: `str` for people, `to_json` for programs. No torch here.
 
-`evaluate` fills in a Comparison, `smooth` a SmoothReport, `lm_eval` a TaskReport; the definitions of the measures are
-at the heads of those files and of `sensitivity`.
+`evaluate` returns a Comparison, `smooth` a SmoothReport and `lm_eval` a TaskReport. The measures are defined in the
+docstrings of those modules and of `sensitivity`.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ __all__ = [
 class LayerQuality:
     """How far a layer's output in the int8 model is from the float model's.
 
-    sqnr_db: SQNR of the output in dB, over all batches: inf (null in JSON) when it is the same in every bit. The error
-        is what arrives here: what the layers before it left, and what this layer adds.
+    sqnr_db: SQNR of the output in dB over all batches; inf (null in JSON) if all bits are the same. The error is
+        cumulative: that of the layers before, and that of this layer.
     """
 
     name: str
@@ -32,7 +32,7 @@ class LayerQuality:
 
 @dataclasses.dataclass(frozen=True)
 class NotCompared:
-    """A quantized layer without an SQNR, and why."""
+    """A quantized layer without an SQNR, and the reason."""
 
     name: str
     reason: str
@@ -40,15 +40,15 @@ class NotCompared:
 
 @dataclasses.dataclass(frozen=True)
 class Comparison:
-    """An int8 model held against its float model, on `batches` batches with `positions` rows of output.
+    """An int8 model compared with its float model, on `batches` batches with `positions` rows of output.
 
-    kl: mean KL(float || int8) in nats per position; None when the output is no logits.
-    top1: fraction of positions on which both models choose the same token, the first of equally likely ones; None when
-        the output is no logits.
-    sqnr_db: SQNR of the output in dB; inf (null in JSON) when it is the same in every bit.
-    cosine_mean, cosine_min: cosine of the two output rows, over positions.
+    kl: mean KL(float || int8) in nats per position; None if the output is not logits.
+    top1: fraction of positions on which both models choose the same token, the first of equally likely ones; None if
+        the output is not logits.
+    sqnr_db: SQNR of the output in dB; inf (null in JSON) if all bits are the same.
+    cosine_mean, cosine_min: mean and minimum over positions of the cosine between the two output rows.
     layers: the quantized layers, in the model's order.
-    not_compared: the quantized layers that no SQNR could be had of.
+    not_compared: the quantized layers for which there is no SQNR.
     """
 
     batches: int
@@ -68,7 +68,7 @@ class Comparison:
     def tables(self, count: int = 10, *, models: tuple[str, str] = ("float", "int8")) -> list[Table]:
         """The comparison for people: the measures, then the `count` worst layers, then the layers not compared.
 
-        models: what to call the two, if they are not float and int8.
+        models: names for the two models.
         """
         reference, judged = models
         measures = [
@@ -104,11 +104,11 @@ class Comparison:
 
 @dataclasses.dataclass(frozen=True)
 class SmoothedPair:
-    """A layer whose output was divided by factors, and the layers whose weights took them; or why it was left alone.
+    """A layer whose output was divided by factors, and the layers (sinks) whose weights were multiplied by them.
 
-    alpha: None if it was left alone, which `reason` says why.
+    alpha: None if the pair was left alone; `reason` then says why.
     amax_before, amax_after: largest magnitude of the sinks' input.
-    error_before, error_after: mean over tokens of |error|^2 / |output|^2 of the quantized sinks; None where calibration
+    error_before, error_after: mean over tokens of |error|^2 / |output|^2 of the quantized sinks; None if calibration
         kept no rows to measure it on.
     """
 
@@ -130,7 +130,7 @@ class SmoothReport:
 
     @property
     def smoothed(self) -> tuple[SmoothedPair, ...]:
-        """The pairs that were folded."""
+        """The pairs that were smoothed, not left alone."""
         return tuple(pair for pair in self.pairs if pair.reason is None)
 
     def table(self) -> Table:
@@ -170,12 +170,12 @@ class SmoothReport:
 
 @dataclasses.dataclass(frozen=True)
 class TaskScore:
-    """One metric of one task, of a model and, if there is one, of the baseline.
+    """One metric of one task, for a model and, if there is one, its baseline.
 
-    higher_is_better: None where the task does not say. documents: how many were answered.
-    error: standard error of `value`; None where it is no mean over documents, as perplexity is none.
+    higher_is_better: None if the task does not say. documents: how many were answered.
+    error: standard error of `value`; None if it is not a mean over documents, as perplexity is not.
     baseline: its value. change_error: standard error of value - baseline, from the change of each document.
-    flips: fraction of the documents that one of the two has right and the other wrong; None where a document is not
+    flips: fraction of the documents that one of the two answers right and the other wrong; None if documents are not
         right or wrong.
     """
 
@@ -190,7 +190,7 @@ class TaskScore:
     flips: float | None = None
 
     def against(self, baseline: float, change_error: float | None, flips: float | None) -> TaskScore:
-        """The same next to a baseline's."""
+        """The same scores next to a baseline's."""
         return dataclasses.replace(self, baseline=baseline, change_error=change_error, flips=flips)
 
     def _row(self) -> tuple[str, ...]:
@@ -211,12 +211,12 @@ class TaskScore:
 
 @dataclasses.dataclass(frozen=True)
 class TaskReport:
-    """What a model scored on tasks, next to a baseline. `print` it for a table; `.to_json()` for a program."""
+    """A model's scores on tasks, next to a baseline's. `print` it for a table; `.to_json()` for a program."""
 
     scores: tuple[TaskScore, ...]
 
     def table(self, *, models: tuple[str, str] = ("baseline", "model")) -> Table:
-        """A line for each metric. models: what to call the two."""
+        """One row for each metric. models: names for the two models."""
         rows = [score._row() for score in self.scores]
         columns: tuple[str, ...] = ("task", "metric", "better", "documents", *models, "change", "+-", "flips")
         if all(score.baseline is None for score in self.scores):

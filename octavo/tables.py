@@ -6,8 +6,8 @@
     ----------------------------
     lm_head   [64, 32]   2.05 kB
 
-A cell is a string that its author has formatted: a table knows nothing of what it shows. This file imports nothing
-but the standard library (the first `render` loads rich), so that every room may use it.
+Cells are strings, already formatted. This file imports only the standard library (the first `render` loads rich), so
+that any other module may use it.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ __all__ = ["Table", "human_bytes", "human_percent", "in_general", "jsonable", "m
 class Table:
     """Rows of formatted cells under named columns.
 
-    align: one letter a column, "l" or "r"; empty means all left.
+    align: one letter per column, "l" or "r"; empty means all left.
     """
 
     title: str
@@ -48,7 +48,7 @@ _UNLIMITED_WIDTH = 100_000
 
 
 def render(table: Table) -> str:
-    """The table as text, as wide as its cells need, framed in ASCII; no blanks at line ends, no last newline."""
+    """The table as ASCII text, as wide as its cells need, without trailing blanks or a final newline."""
     from rich import box, console, text
     from rich import table as rich_table
 
@@ -66,7 +66,7 @@ def render(table: Table) -> str:
 
 
 def markdown(table: Table) -> str:
-    """The table in GitHub's markdown, its title in bold above it; characters that markdown reads are escaped."""
+    """The table in GitHub's markdown, with its title in bold above it. Markdown's special characters are escaped."""
     rules = ("---:" if side == "r" else "---" for side in _sides(table))
     lines = [_markdown_row(map(_escape, table.columns)), _markdown_row(rules)]
     lines += [_markdown_row(map(_escape, row)) for row in table.rows]
@@ -75,7 +75,7 @@ def markdown(table: Table) -> str:
 
 
 def human_bytes(count: int) -> str:
-    """A number of bytes in three significant digits, by powers of 1000: 999 B, 2.05 kB, 269 MB."""
+    """A number of bytes with three significant digits, in powers of 1000: 999 B, 2.05 kB, 269 MB."""
     if abs(count) < 1000:
         return f"{count} B"
     value, units = count / 1000, ["kB", "MB", "GB", "TB", "PB"]
@@ -87,7 +87,7 @@ def human_bytes(count: int) -> str:
 
 
 def human_percent(fraction: float) -> str:
-    """A fraction in [0, 1] in percent with one digit: 99.8%. It says 0.0% and 100.0% only of exactly 0 and 1."""
+    """A fraction in [0, 1] in percent with one decimal: 99.8%. 0.0% and 100.0% mean exactly 0 and 1."""
     if 0 < fraction < 0.0005:
         return "<0.1%"
     if 0.9995 <= fraction < 1:
@@ -96,7 +96,7 @@ def human_percent(fraction: float) -> str:
 
 
 def in_general(name: str) -> str:
-    """A module's name with its numbers left open: what the layers of a family have in common."""
+    """A module's name with its numbers replaced by a placeholder: the common name of a family of layers."""
     return re.sub(r"\b\d+\b", "*", name)
 
 
@@ -108,7 +108,7 @@ def to_json(value: Any) -> str:
 def jsonable(value: Any) -> Any:
     """`value` in JSON's own types: dataclasses and mappings become dicts, tuples lists, NaN and infinities None.
 
-    JSON has no word for NaN and infinity; a field that may hold one says what null means there.
+    JSON has neither NaN nor infinity; the docstring of a field that may hold one says what null means there.
     Raises: TypeError for a type that JSON cannot hold, and for a key that is not a string.
     """
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
