@@ -1,8 +1,8 @@
 """What to quantize, and how: a `Recipe` is a `Scheme` and the rules that say which layers get it.
 
     Recipe.of("w8a16")                                              every layer that the scheme covers
-    Recipe.of("w8a16", ignore=["re:.*down_proj"])                   but these
-    Recipe.of("w8a16", include=["Embedding", "lm_head"])            and the kinds that are opt-in
+    Recipe.of("w8a16", ignore=["re:.*down_proj"])                   all but these
+    Recipe.of("w8a16", include=["Embedding", "lm_head"])            also these, whose kinds are opt-in
     Recipe.of("w8a16", overrides={"model.layers.0": Scheme.of("w8a16", group_size=64)})
 
 A pattern in `targets`, `ignore` or `overrides` is one of
@@ -84,11 +84,11 @@ def _check_choice(field: str, value: object, valid: tuple[str, ...]) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class WeightArgs:
-    """How a weight [N, K] becomes int8: one scale a row (per_channel), one for `group_size` columns of a row
-    (per_group), or one for all of it (per_tensor).
+    """How a weight [N, K] becomes int8.
 
-    Layer kinds without a K axis of their own (convolutions, embeddings) and experts are always per_channel.
-    Raises: RecipeError for a granularity that does not exist, or a group_size that does not go with it.
+    granularity: "per_channel" (one scale per row), "per_group" (one per `group_size` columns of a row) or "per_tensor"
+        (one for the whole weight). Convolutions, embeddings and experts are always per_channel.
+    Raises: RecipeError for an unknown granularity, or a group_size that does not fit it.
     """
 
     granularity: WeightGranularity = "per_channel"
@@ -107,11 +107,12 @@ class WeightArgs:
 
 @dataclasses.dataclass(frozen=True)
 class InputArgs:
-    """How the input [..., K] of a linear layer becomes int8: one scale a row (per_token), or one for all (per_tensor).
+    """How the input [..., K] of a linear layer becomes int8.
 
-    dynamic: the scale is that of the input at hand. Otherwise it is fixed (static) beforehand by calibration, which
-        only a per_tensor scale can be.
-    Raises: RecipeError for a granularity that does not exist, and for a static scale per_token.
+    granularity: "per_token" (one scale per row) or "per_tensor" (one for the whole input).
+    dynamic: the scale is computed from each input. Otherwise calibration fixes it beforehand (static), which is
+        possible only per_tensor.
+    Raises: RecipeError for an unknown granularity, and for a static scale per_token.
     """
 
     granularity: InputGranularity = "per_token"
@@ -127,7 +128,7 @@ class InputArgs:
 
 @dataclasses.dataclass(frozen=True)
 class Preset:
-    """What a scheme's name stands for; `line` is what `octavo quantize --help` says of it."""
+    """What a scheme's name stands for. line: its description in `octavo quantize --help`."""
 
     weight: WeightArgs
     input: InputArgs | None
@@ -157,10 +158,11 @@ PRESETS: dict[str, Preset] = {
 class Scheme:
     """What is int8 in a layer, and with which scales.
 
-    name: a preset's. weight, input: the preset's own where None is given; `input` stays None for w8a16, whose
-        activations are float. Linear layers and experts have int8 inputs; other kinds take the weight's part.
-    Raises: RecipeError for an unknown name, for an `input` of w8a16, and for weights per_group under int8 inputs (no
-        int8 kernel has them).
+    name: of a preset.
+    weight, input: None means the preset's own. w8a16 has float activations, so its `input` stays None. Only linear
+        layers and experts get int8 inputs; in other kinds of layers only the weight is int8.
+    Raises: RecipeError for an unknown name, for an `input` with w8a16, and for per_group weights with int8 inputs (no
+        int8 kernel supports them).
     """
 
     name: str = "w8a16"
@@ -193,11 +195,11 @@ class Scheme:
 
     @property
     def is_static(self) -> bool:
-        """Whether its inputs have a scale that calibration fixed."""
+        """Whether inputs have a scale fixed by calibration."""
         return self.input is not None and not self.input.dynamic
 
     def as_dynamic(self) -> Scheme:
-        """The same weights with dynamic inputs, a scale per token."""
+        """The same weights with dynamic inputs, one scale per token."""
         return Scheme("w8a8", self.weight)
 
     def __str__(self) -> str:
@@ -230,9 +232,9 @@ class Scheme:
 class Recipe:
     """A scheme and the rules for which layers get it.
 
-    targets: layer kinds and patterns; a layer is quantized when one of them matches. A kind that is opt-in
-        (`OPT_IN_TARGETS`) matches by its kind or when a pattern names the module itself.
-    ignore: patterns and kinds that stay float; stronger than targets.
+    targets: layer kinds and patterns; a layer is quantized if one of them matches. Layers of an opt-in kind
+        (`OPT_IN_TARGETS`) match only by their kind, or by a pattern that names the module itself.
+    ignore: patterns and kinds that stay float; takes precedence over targets.
     overrides: (pattern, scheme) pairs; the first that matches a module replaces the recipe's scheme there.
     attention: "float", or "int8" for Q K^T and P V as int8 products in every attention of a transformers model.
     Raises: RecipeError for a value of the wrong type, an empty pattern or a regular expression that does not compile.
@@ -273,11 +275,13 @@ class Recipe:
         group_size: int | None = None,
         attention: str | None = None,
     ) -> Recipe:
-        """A recipe from a preset's name, a Scheme or another Recipe, with `ignore`, `include` and `overrides` added
-        (these before its own, so that they count), and `attention` replaced if it is given.
+        """A recipe from a preset's name, a Scheme or another Recipe, with changes.
 
+        ignore: added to the recipe's own.
         include: patterns and kinds that become targets besides the recipe's own.
-        group_size: columns of a weight that share a scale; goes with a preset's name only.
+        overrides: put before the recipe's own, so that they take precedence.
+        group_size: columns of a weight that share a scale; only with a preset's name.
+        attention: replaces the recipe's own, unless None.
         Raises: RecipeError as `Recipe` and `Scheme` do, and for a group_size with anything but a preset's name.
         """
         for field, value in (("ignore", ignore), ("include", include)):
@@ -297,7 +301,7 @@ class Recipe:
 
     @property
     def schemes(self) -> tuple[Scheme, ...]:
-        """All that a layer may get: the recipe's own, then those of the overrides."""
+        """All schemes that a layer may get: the recipe's own, then those of the overrides."""
         return (self.scheme, *(scheme for _, scheme in self.overrides))
 
     def to_dict(self) -> dict[str, Any]:
@@ -384,7 +388,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _check_unique(keys: list[str]) -> None:
-    """Raise ValueError for a key that is there twice, of which readers would take the last."""
+    """Raise ValueError for a duplicate key, of which JSON and YAML readers would silently take the last."""
     twice = [key for key in dict.fromkeys(keys) if keys.count(key) > 1]
     if twice:
         raise ValueError(f"the key {twice[0]!r} is there twice, expected once; leave one out")
@@ -398,7 +402,7 @@ def _check_list(field: str, value: object) -> None:
 
 
 def _pairs(overrides: Any) -> tuple[tuple[Any, Any], ...]:
-    """`overrides`, a mapping or pairs, as pairs of anything."""
+    """`overrides`, a mapping or a sequence of pairs, as pairs whose parts are not checked yet."""
     items = overrides.items() if isinstance(overrides, Mapping) else overrides
     pairs = tuple(items) if isinstance(items, Iterable) else (items,)
     if isinstance(overrides, str) or not all(isinstance(pair, tuple | list) and len(pair) == 2 for pair in pairs):
