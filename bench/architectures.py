@@ -49,7 +49,7 @@ def measure() -> dict[str, Any]:
 
 
 def judge(name: str, mapping: str) -> dict[str, Any]:
-    """What became of one model type: the questions of `HOW`, True or False each where they could be asked."""
+    """The results for one model type: the questions of `HOW`, answered True or False where they apply."""
     found: dict[str, Any] = {"type": name, "class": None, "errors": {}}
     model, inputs = build(name, mapping)
     if model is None:
@@ -102,7 +102,7 @@ def _smoothed(model: nn.Module, inputs: dict[str, Tensor]) -> bool | None:
 
 
 def widened(model: nn.Module, int8: nn.Module) -> nn.Module:
-    """A copy of the float model whose weights are those that the codes of `int8` stand for."""
+    """A copy of the float model with the dequantized weights of `int8`."""
     wide = copy.deepcopy(model)
     layers = dict(wide.named_modules())
     for name, quantized in int8.named_modules():

@@ -113,13 +113,13 @@ def _race(heads: int, kv: int, size: int, rows: int, tokens: int) -> dict[str, f
 
 
 def _caches(key: Tensor, value: Tensor) -> Weights:
-    """Int8 caches of these, in turn, as many as fill `ROTATION_BYTES`."""
+    """Yield int8 caches of these in turn, enough of them to fill `ROTATION_BYTES`."""
     count = ROTATION_BYTES // (key.numel() + value.numel()) + 1
     return itertools.cycle([Int8Layer().update(key, value) for _ in range(count)])
 
 
 def _warm(call: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """`call`, whose first time is several: torch's threads are where they stay, and caches hold what they will."""
+    """`call`, but its first call runs several times, until torch's threads have settled and caches are warm."""
     calls = iter([WARM_UP_CALLS])
 
     def run(*args: Tensor) -> Tensor:

@@ -160,7 +160,7 @@ def _quality(path: str) -> dict[str, float]:
 
 
 def judge(name: str, mapping: str) -> dict[str, Any]:
-    """Of a model type: "right" where it could be asked, or "refused", the reason why it has no such cache."""
+    """For one model type: "right" (True or False), or "refused" with the reason why it has no int8 cache."""
     found: dict[str, Any] = {"type": name, "class": None, "errors": {}}
     model, inputs = build(name, mapping)
     if model is None or inputs is None or cache_name(model) is None:
@@ -202,7 +202,7 @@ def _in_pieces(model: Any, ids: Tensor, cache: Any) -> Tensor:
 
 
 def _rounding_cache(config: Any) -> Cache:
-    """Of keys and values that were quantized and dequantized."""
+    """A float cache of keys and values that were quantized and dequantized."""
     cache = DynamicCache(config=config)
     for layer in cache.layers:
         layer.update = partial(_update_rounded, layer.update)

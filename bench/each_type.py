@@ -49,13 +49,13 @@ Judge = Callable[[str, str], dict[str, Any]]
 
 
 def in_processes(judge: Judge, types: Iterable[tuple[str, str]]) -> list[dict[str, Any]]:
-    """What `judge` finds of each type, each in a process of its own, as many at once as there are cores."""
+    """Run `judge` on each type, each in a process of its own, as many at a time as there are cores."""
     with ThreadPool(os.cpu_count()) as pool:  # threads that wait, each for a process
         return pool.starmap(_in_a_process, [(judge, *each) for each in types], chunksize=1)
 
 
 def _in_a_process(judge: Judge, name: str, mapping: str) -> dict[str, Any]:
-    """In a fork of this process, for which transformers is imported once."""
+    """Run it in a fork of this process, so that transformers is imported only once."""
     context = multiprocessing.get_context("fork")
     receive, send = context.Pipe(duplex=False)
     process = context.Process(target=_quietly, args=(judge, name, mapping, send))
@@ -70,7 +70,7 @@ def _in_a_process(judge: Judge, name: str, mapping: str) -> dict[str, Any]:
 
 
 def model_types() -> Iterator[tuple[str, str]]:
-    """Each model type once, with the first mapping that it is in."""
+    """Each model type once, with the first mapping that has it."""
     from transformers.models.auto import configuration_auto, modeling_auto
 
     import octavo.integrations.transformers  # noqa: F401 -- before the processes are forked
@@ -94,7 +94,7 @@ def _quietly(judge: Judge, name: str, mapping: str, send: Any) -> None:
 
 
 def build(name: str, mapping: str) -> tuple[Any, dict[str, Tensor] | None]:
-    """A small model of the type and inputs that it takes, None without; (None, None) if there is no small one."""
+    """A small model of the type, and inputs for it or None; (None, None) if no small model can be built."""
     from transformers.models.auto import configuration_auto, modeling_auto
 
     built = None

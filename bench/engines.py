@@ -49,7 +49,7 @@ Start = Callable[[str, int, Sequence[int]], Tensor]
 
 @dataclasses.dataclass(frozen=True)
 class Engine:
-    """package: that it needs. model: a file or folder of those that `_write` makes."""
+    """package: the one that it needs. model: which file or folder made by `_write` it runs."""
 
     package: str
     model: str
@@ -137,7 +137,7 @@ def start_vllm(path: str, threads: int, ids: Sequence[int]) -> Tensor:
 
 
 def time_vllm(ids: Sequence[int], new_tokens: int) -> Round:
-    """As `bench_worker.time_round`: what it takes for one token, and what for the others more than that."""
+    """As `bench_worker.time_round`: the time for one token, and how much longer all of them take."""
     (generate,) = _engine
     seconds = []
     for new in (1, new_tokens):

@@ -1,4 +1,4 @@
-"""What must be reached, next to what is: a goal is a ratio to the best of its rivals, measured in the same run."""
+"""Speed goals next to what was measured. A goal is a ratio to the fastest of its rivals in the same run."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ COLUMNS = ("measure", "ours", "rival", "rival's", "times as fast", "must be", "a
 
 @dataclasses.dataclass(frozen=True)
 class Goal:
-    """`ours` is to be `must` times as fast as the fastest of `rivals`, better `aim` times. None: only reported."""
+    """`ours` must be `must` times as fast as the fastest of `rivals`, and should be `aim` times. None: only
+    reported."""
 
     measure: str
     ours: str
@@ -22,7 +23,7 @@ class Goal:
 
 
 def row(goal: Goal, seconds: Mapping[str, float], show: Callable[[float], str]) -> tuple[str, ...]:
-    """The goal's row under `COLUMNS`. seconds: of each that was measured; show: how they are written."""
+    """The goal's row under `COLUMNS`. seconds: name -> measured seconds. show: formats them."""
     must, aim = ("" if value is None else f"{value:g}" for value in (goal.must, goal.aim))
     rivals = [name for name in goal.rivals if name in seconds]
     if goal.ours not in seconds or not rivals:

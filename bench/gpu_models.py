@@ -57,10 +57,11 @@ DECODED = 64
 
 @dataclasses.dataclass(frozen=True)
 class Model:
-    """A shape and what is measured of it. at_once: how many processes may hold the bf16 model besides their own.
+    """A shape of model, and what is measured of it.
 
-    prompt: tokens of a prefill; gpt-fast gathers the experts of each, so that a mixture's is short. decoding and
-    prefilling: the runtimes of which that is compiled.
+    at_once: how many processes may hold the bf16 model besides their own at a time.
+    prompt: tokens of a prefill; short for a mixture of experts, because gpt-fast gathers the experts of each token.
+    decoding, prefilling: the runtimes for which decode or prefill is compiled.
     """
 
     make: Callable[[], Any]
@@ -124,7 +125,7 @@ MODELS = {
 
 
 def measure(name: str) -> Iterator[dict[str, Any]]:
-    """Of the model of that name: first what was measured of it eagerly, then all. Raises: as `need_gpu`."""
+    """Measure the model of that name. Yields the eager results first, then all. Raises: as `need_gpu`."""
     need_gpu()
     for found in _compare(name, MODELS[name], "cuda"):
         yield {name: found}
@@ -165,7 +166,7 @@ def _compare(name: str, model: Model, device: str) -> Iterator[dict[str, Any]]:
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """What makes a worker ready to be timed as the runtime `label`: a function and its arguments."""
+    """A function and its arguments that prepare a worker to be timed as the runtime `label`."""
 
     label: str
     worker: Worker
@@ -174,7 +175,8 @@ class Job:
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """A part of generation that is timed by itself. key: of `Round`; ids: the prompt; tokens: that come of it."""
+    """A part of generation that is timed by itself. key: of `Round`. ids: the prompt. tokens: how many are
+    generated."""
 
     key: str
     ids: list[int]
@@ -182,7 +184,8 @@ class Part:
 
 
 def _make_ready(jobs: list[Job], at_once: int, runs: dict[str, Any], missing: dict[str, str]) -> list[Job]:
-    """Do them, and note in `runs` what they return, in `missing` why one failed. Returns: those that did not."""
+    """Run the jobs; store their results in `runs`, and reasons of failures in `missing`. Returns: those that
+    succeeded."""
     with ThreadPoolExecutor(max(1, at_once)) as pool:
         futures = [(job, pool.submit(job.worker, *job.call)) for job in jobs]
     ready = []
@@ -201,7 +204,7 @@ def _make_ready(jobs: list[Job], at_once: int, runs: dict[str, Any], missing: di
 
 
 def _race(jobs: list[Job], part: Part, runs: dict[str, Any]) -> None:
-    """Time them in turns. Adds to their `runs` the seconds of a prompt or a token, in rounds, and their peak memory."""
+    """Time them in turns. Adds to `runs` the seconds per prompt or token of each round, and the peak memory."""
     steps = max(1, part.tokens - 1)
     for job in jobs:
         runs[job.label][part.key] = []
@@ -221,7 +224,7 @@ def _race(jobs: list[Job], part: Part, runs: dict[str, Any]) -> None:
 
 
 def start(runtime: str, name: str, ids: list[int], device: str) -> dict[str, Any]:
-    """Make the model of this process and run it. Returns: what a token reads, and the error of the layers."""
+    """Make the model of this process and run it. Returns: the bytes that a token reads, and the layers' error."""
     torch.manual_seed(0)
     with torch.device(device):
         model = transformers.AutoModelForCausalLM.from_config(MODELS[name].make(), dtype=torch.bfloat16).eval()
@@ -255,7 +258,7 @@ def compile_whole(part: Part) -> dict[str, Any]:
 
 
 def _read_by_a_token(model: Any) -> int:
-    """Bytes; of the experts in a mixture, those that one token is routed to."""
+    """Bytes of weights; of a mixture's experts, only those that one token is routed to."""
     config = model.config
     share = getattr(config, "num_experts_per_tok", 1) / getattr(config, "num_local_experts", 1)
     experts = sum(
@@ -297,7 +300,7 @@ def tables(found: dict[str, Any]) -> list[Table]:
 
 
 def _error(one: dict[str, Any], label: str) -> float:
-    """Of a compiled runtime: of the same model, run eagerly."""
+    """The layers' error. For a compiled runtime, that of the same model run eagerly."""
     return float(one["runtimes"][label.removesuffix(compiled(""))]["error"])
 
 

@@ -52,9 +52,9 @@ def measure() -> dict[str, Any]:
 def judge(
     float_model: nn.Module, model: nn.Module, ids: Tensor, *, compared: int, dtypes: Mapping[str, torch.dtype] = DTYPES
 ) -> dict[str, Any]:
-    """Quantize `model`, a copy of `float_model`, and hold the two against each other on `ids` int64 [T].
+    """Quantize `model`, a copy of `float_model`, and compare the two on `ids` int64 [T].
 
-    compared: how many of the tokens KL and top-1 are taken on; 0 for none. dtypes: of the activations.
+    compared: on how many of the tokens KL and top-1 are measured; 0 for none. dtypes: of the activations.
     """
     report = octavo.quantize(model, "w8a16")
     found: dict[str, Any] = {"int8_layers": sum(1 for row in report.rows if row.scheme), "perplexity": {}}

@@ -1,7 +1,7 @@
-"""How far each layer of a language model is from the float model's, when both are given the same.
+"""How far each layer of a language model is from the float model's, when both get the same input.
 
-The error of the logits says little where the weights are random: layers amplify what those before them rounded, and a
-router that had nearly chosen another expert chooses it. So each layer is given what the float model's was.
+With random weights, the error of the logits says little: layers amplify the rounding errors of those before them, and a
+router may choose another expert where the choice was close. So each layer gets the float model's input.
 """
 
 from __future__ import annotations
@@ -18,8 +18,11 @@ __all__ = ["layer_error", "run_by_layers"]
 
 @torch.no_grad()
 def run_by_layers(model: Any, ids: list[int], given: list[Tensor] | None = None) -> list[Tensor]:
-    """What a causal language model's decoder layers and its last norm are fed for these ids, [1, T, H] each, and the
-    logits after them. given: what another run returned, with which they are fed instead."""
+    """Returns: the inputs of a causal language model's decoder layers and of its last norm, [1, T, H] each, and the
+    logits.
+
+    given: the result of another run; its inputs are fed instead.
+    """
     fed: list[Tensor] = []
 
     def feed(module: Any, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -34,8 +37,8 @@ def run_by_layers(model: Any, ids: list[int], given: list[Tensor] | None = None)
 
 
 def layer_error(made: list[Tensor], given: list[Tensor]) -> float:
-    """The largest of three errors in what `run_by_layers` made of what it was given: that of the embedding, the layers'
-    median, as a share of the norm of what the layer adds, and that of the logits."""
+    """The largest of three errors after `run_by_layers` with `given`: that of the embedding, the median over layers,
+    and that of the logits. A layer's error is relative to the norm of what the layer adds."""
     added = [
         _share(one - expected, expected - before)
         for one, expected, before in zip(made[1:-1], given[1:-1], given[:-2], strict=True)

@@ -66,7 +66,7 @@ def with_pairs_together(weight: Tensor, heads: int) -> Tensor:
 
 
 def start(path: str, threads: int, ids: Sequence[int]) -> Tensor:
-    """Hold the engine, and return the logprobs of the token after `ids`, fp32 [V]."""
+    """Start the engine. Returns: the logprobs of the token after `ids`, fp32 [V]."""
     import llama_cpp
 
     engine = llama_cpp.Llama(
@@ -90,7 +90,7 @@ def time_round(ids: Sequence[int], new_tokens: int) -> Round:
 
 
 def _feed(engine: Any, ids: Sequence[int]) -> Tensor:
-    """The logits after `ids`, fp32 [V], where the engine has them: until it is fed again."""
+    """The logits after `ids`, fp32 [V], in the engine's own memory: valid until it is fed again."""
     import llama_cpp
 
     engine.eval(ids)

@@ -1,4 +1,4 @@
-"""What int8 does to a mixture of experts that has learnt something: to its perplexity, and to its routing."""
+"""What int8 does to the perplexity and the routing of a trained mixture of experts."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ WAYS = (
 
 @dataclasses.dataclass(frozen=True)
 class Trained:
-    """The float model, and what the others are held against.
+    """The float model, and what the quantized ones are compared with.
 
     calibration: windows that it was trained on, each int64 [1, WINDOW].
     ids: the held-out tokens, int64 [T], whole windows. losses, routing: the float model's, see `observe`.
@@ -114,9 +114,11 @@ def quantized(trained: Trained, way: Way) -> tuple[Any, octavo.Coverage]:
 
 @torch.no_grad()
 def put_outliers_in(model: Any) -> None:
-    """What language models of billions of parameters have of themselves, and this one has not: channels that are much
-    larger than others, here two of what attention and what experts are fed. The weights that they meet are as much
-    smaller, and by a power of two, so that the model computes the same bits."""
+    """Give the model outlier channels, which language models of billions of parameters have, and this one lacks.
+
+    Two input channels each of attention and of the experts become much larger, by a power of two, and the weights that
+    multiply them as much smaller. So the model computes the same bits.
+    """
     for layer in model.model.layers:
         attention, block = layer.self_attn, layer.mlp
         fed = {
@@ -130,7 +132,7 @@ def put_outliers_in(model: Any) -> None:
 
 
 def judge(trained: Trained, way: Way) -> dict[str, Any]:
-    """Hold a quantized copy against the float model."""
+    """Compare a quantized copy with the float model."""
     model, coverage = quantized(trained, way)
     q, routing = observe(model, trained.ids)
     change = q - trained.losses
@@ -170,7 +172,7 @@ def _recorder(pieces: list[Tensor]) -> Callable[..., None]:
 
 
 def chosen(routing: Tensor) -> Tensor:
-    """The experts that run, in the order of their numbers: [T, L, E] -> int64 [T, L, TOP_K]."""
+    """The experts that run, in ascending order: [T, L, E] -> int64 [T, L, TOP_K]."""
     return routing.topk(TOP_K).indices.sort(-1).values
 
 

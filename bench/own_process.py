@@ -1,4 +1,4 @@
-"""A process for each thing that is measured: its model, its memory and what it compiles are nobody else's."""
+"""A process for each thing that is measured, so that models, memory and compiled code are not shared."""
 
 from __future__ import annotations
 

@@ -99,7 +99,7 @@ def octavo_w8a16(model: nn.Module) -> object:
 
 
 def time_once(model: nn.Module, quantizer: Quantizer) -> dict[str, Any]:
-    """Seconds that `quantizer` takes, and by how many bytes the process's memory rose at its peak (None: not known)."""
+    """Seconds that `quantizer` takes, and by how many bytes it raised the process's memory at most (None: unknown)."""
     _give_back_free_memory()
     before = _memory("VmRSS") if _reset_peak() else None
     start = time.perf_counter()
@@ -149,7 +149,7 @@ def _quanto() -> Quantizer:
 
 
 def _give_back_free_memory() -> None:
-    """What earlier rounds freed, the allocator keeps: a peak inside it would not show."""
+    """Return freed memory to the system: the allocator keeps it, and a peak within it would go unnoticed."""
     gc.collect()
     try:
         ctypes.CDLL("libc.so.6").malloc_trim(0)
@@ -158,7 +158,7 @@ def _give_back_free_memory() -> None:
 
 
 def _reset_peak() -> bool:
-    """Let the peak of the process's memory start anew. Linux only: proc(5), clear_refs."""
+    """Reset the process's peak memory. Linux only: proc(5), clear_refs."""
     try:
         Path("/proc/self/clear_refs").write_text("5")
     except OSError:

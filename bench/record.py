@@ -1,4 +1,4 @@
-"""What a benchmark found, kept as JSON, and the page that is made of it.
+"""Results of benchmarks, stored as JSON, and the page generated from them.
 
 A benchmark is a file of this folder with
 
@@ -54,7 +54,7 @@ class Skipped(Exception):
 
 
 def kernels_of(op: str) -> str:
-    """What answers the op on this machine's CPU, and why."""
+    """The backend that serves the op on this machine's CPU, and why."""
     return next(f"{row.backend} ({row.why})" for row in backends() if row.op == op)
 
 

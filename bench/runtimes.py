@@ -32,9 +32,13 @@ TORCHAO_DYNAMIC, QUANTO = "torchao Int8DynamicActivation, compiled", "optimum-qu
 
 @dataclasses.dataclass(frozen=True)
 class Runtime:
-    """quantize: changes the bf16 model in place. compiled: by `torch.compile` as it is called by default. whole: as
-    `octavo generate --compile` does it, with a static cache. Otherwise eager. plain: the weights are tensors whose
-    bytes can be counted."""
+    """A library that runs the model.
+
+    quantize: changes the bf16 model in place.
+    compiled: by `torch.compile` with its defaults. whole: as `octavo generate --compile` does, with a static cache.
+        Otherwise eager.
+    plain: the weights are tensors whose bytes can be counted.
+    """
 
     quantize: Callable[[Any], object]
     compiled: bool = False
