@@ -7,6 +7,7 @@ import os
 import tempfile
 from collections.abc import Callable
 from functools import partial
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -111,8 +112,8 @@ def widened(model: nn.Module, int8: nn.Module) -> nn.Module:
             if computes_in_forward(layer):
                 layer.forward = partial(_with_weight, layer.forward, _weight(codes.flatten(1), scale).view(codes.shape))
                 continue
-            weight = getattr(layer, param).data
-            _rows(layer, weight).copy_(_weight(codes, scale))
+            weight = attrgetter(param)(layer).data
+            _rows(layer, param, weight).copy_(_weight(codes, scale))
             if parametrize.is_parametrized(layer, param):  # it was computed
                 setattr(layer, param, weight)
     return wide
@@ -136,11 +137,11 @@ def _with_weight(forward: Callable[..., Tensor], weight: Tensor, x: Tensor) -> T
         return forward(x)
 
 
-def _rows(layer: nn.Module, weight: Tensor) -> Tensor:
+def _rows(layer: nn.Module, param: str, weight: Tensor) -> Tensor:
     """A weight as its codes lie: output channels first."""
     spec, kind = spec_of(layer), kind_of(layer)
     assert kind is not None
-    return spec.rows(weight) if spec is not None else kind.rows(weight, layer)
+    return spec.rows(param, weight) if spec is not None else kind.rows(weight, layer)
 
 
 def _weight(codes: Tensor, scale: Tensor) -> Tensor:

@@ -19,6 +19,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from operator import attrgetter
 from typing import Any, Literal
 
 import torch
@@ -62,7 +63,7 @@ def weight_of(layer: nn.Module, param: str) -> Tensor:
     """The parameter `param` of a layer, or the weight that the layer computes in its place."""
     computed = _of_forward(layer) if param == "weight" else None  # under weight_norm it is an attribute
     if computed is None:
-        weight: Tensor = getattr(layer, param)
+        weight: Tensor = attrgetter(param)(layer)  # of experts a child may hold it
         return weight.detach()
     return computed.compute({part: layer.get_parameter(part).detach() for part in computed.parts})
 

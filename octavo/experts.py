@@ -1,4 +1,4 @@
-"""How a class of mixture-of-experts layers holds its experts: which 3-D weights, in which layout, called how.
+"""How a class of mixture-of-experts layers holds its experts: which weights, in which layout, called how.
 
 Every class under transformers' experts interface says so itself (`has_gate`, `has_bias`, `is_transposed`,
 `is_concatenated`, `_apply_gate`), and is known without being listed. Others are known by what they are seen to do
@@ -32,6 +32,7 @@ __all__ = [
     "argument_names",
     "arguments",
     "chosen_experts",
+    "held_for",
     "register_experts",
     "registered",
     "routers",
@@ -58,33 +59,49 @@ Gate = Callable[[nn.Module, Tensor], Tensor]
 class ExpertsSpec:
     """One class of experts; see `register_experts` for the fields.
 
+    up, down: a name with a dot is that of a parameter of a child, which holds it for the layer.
+    transposed: names of the weights that lie with input channels first.
     identity: whether an index of E or above, of a "weighted" routing, is that of an expert that returns its input.
+    experts: E, where the weights are 2-D, one expert's rows after another's; else 0.
     """
 
     up: tuple[str, ...]
     down: str
     gate: Gate
-    transposed: bool = False
+    transposed: tuple[str, ...] = ()
     interleaved: bool = False
     up_bias: str | None = None
     down_bias: str | None = None
     norm: str | None = None
     routing: Routing = "weighted"
     identity: bool = False
+    experts: int = 0
 
     @property
     def params(self) -> tuple[str, ...]:
-        """The 3-D weights, up before down."""
+        """The weights, up before down."""
         return (*self.up, self.down)
 
-    def rows(self, weight: Tensor) -> Tensor:
-        """A weight, of one expert or all, with output channels before input channels."""
-        return weight.transpose(-1, -2) if self.transposed else weight
+    def turned(self, name: str, stack: Tensor) -> Tensor:
+        """A view [E, N, K] for what lies as the parameter `name` does; and the other way around."""
+        return stack.transpose(-1, -2) if name in self.transposed else stack
+
+    def rows(self, name: str, weight: Tensor) -> Tensor:
+        """The parameter `name` as [E, N, K], output channels before input channels."""
+        return self.turned(name, weight.unflatten(0, (self.experts, -1)) if self.experts else weight)
+
+    def held(self, name: str, rows: Tensor) -> Tensor:
+        """Rows [E, N, K] as the parameter `name` holds them."""
+        return self.turned(name, rows).flatten(0, 1) if self.experts else self.turned(name, rows)
+
+    def stack(self, layer: nn.Module, name: str) -> Tensor:
+        """The parameter `name` of a float layer as [E, N, K]."""
+        return self.rows(name, layer.get_parameter(name))
 
     def down_input(self, layer: nn.Module, x: Tensor, expert: int) -> Tensor:
         """Rows x [S, H] through the up projection and the gate of one expert of a float layer: [S, I]."""
         bias = None if self.up_bias is None else getattr(layer, self.up_bias)[expert]
-        h = [nn.functional.linear(x, self.rows(getattr(layer, name)[expert]), bias) for name in self.up]
+        h = [nn.functional.linear(x, self.stack(layer, name)[expert], bias) for name in self.up]
         return self.gated(layer, x, h)
 
     def gated(self, layer: nn.Module, x: Tensor, h: list[Tensor]) -> Tensor:
@@ -169,7 +186,8 @@ def register_experts(
     if not callable(gate):
         raise QuantizeError(f"gate is {gate!r}, expected a function of the layer and h [S, U] that returns [S, I]")
     names = (up,) if isinstance(up, str) else tuple(up)
-    _REGISTERED[cls] = ExpertsSpec(names, down, gate, transposed, up_bias=up_bias, down_bias=down_bias, routing=routing)
+    turned = (*names, down) if transposed else ()
+    _REGISTERED[cls] = ExpertsSpec(names, down, gate, turned, up_bias=up_bias, down_bias=down_bias, routing=routing)
 
 
 _REGISTERED: dict[type[nn.Module], ExpertsSpec] = {}
@@ -183,7 +201,7 @@ def spec_of(layer: nn.Module) -> ExpertsSpec | None:
     if (told := registered(type(layer))) is not None:
         return told
     spec = _by_interface(layer) or _by_name(layer) or _by_run(layer)
-    return spec if spec is not None and all(_is_stack(layer, name) for name in spec.params) else None
+    return spec if spec is not None and all(_is_stack(layer, spec, name) for name in spec.params) else None
 
 
 def registered(cls: type[nn.Module]) -> ExpertsSpec | None:
@@ -196,22 +214,22 @@ def _same_forward(cls: type[nn.Module], base: Any) -> bool:
     return getattr(cls, "forward", None) is getattr(base, "forward", None)
 
 
-def _is_stack(layer: nn.Module, name: str) -> bool:
-    parameter = layer._parameters.get(name)
-    return parameter is not None and parameter.dim() == 3
+def _is_stack(layer: nn.Module, spec: ExpertsSpec, name: str) -> bool:
+    parameter = dict(layer.named_parameters(remove_duplicate=False)).get(name)
+    return parameter is not None and parameter.dim() == (2 if spec.experts else 3)
 
 
 def why_not_stacks(layer: nn.Module, spec: ExpertsSpec) -> str | None:
     """Why the parameters of `layer` are not what `spec` says; None if they are."""
     for name in spec.params:
-        if not _is_stack(layer, name):
+        if not _is_stack(layer, spec, name):
             return f"{type(layer).__name__} was registered with {name!r}, which is no 3-D parameter of it"
-        if hasattr(layer._parameters[name], "placements"):
+        if hasattr(layer.get_parameter(name), "placements"):
             return f"its {name} is spread over devices (a DTensor); quantize before parallelizing"
     for other in (spec.up_bias, spec.down_bias, spec.norm):
         if other is not None and getattr(layer, other, None) is None:
             return f"{type(layer).__name__} is said to have {other!r}, and has none"
-    counts = {name: len(layer.get_parameter(name)) for name in spec.params}
+    counts = {name: len(spec.stack(layer, name)) for name in spec.params}
     if len(set(counts.values())) > 1 and not spec.identity:  # which may have weights that it never reads
         return f"its weights are of different numbers of experts ({counts})"
     return None
@@ -230,7 +248,7 @@ def _by_interface(layer: Any) -> ExpertsSpec | None:
         (up,),
         "down_proj",
         own_gate if layer.has_gate else _activation,
-        transposed=layer.is_transposed,
+        transposed=(up, "down_proj") if layer.is_transposed else (),
         interleaved=not layer.is_concatenated,
         up_bias=f"{up}_bias" if layer.has_bias else None,
         down_bias="down_proj_bias" if layer.has_bias else None,
@@ -254,7 +272,7 @@ def _silu_on_first_half(layer: Any, h: Tensor) -> Tensor:
 
 _TRANSFORMERS = {
     "Llama4TextExperts": ExpertsSpec(
-        ("gate_up_proj",), "down_proj", _act_on_first_half, transposed=True, routing="sorted"
+        ("gate_up_proj",), "down_proj", _act_on_first_half, ("gate_up_proj", "down_proj"), routing="sorted"
     ),
 }
 """Classes of transformers that are not under its interface, and multiply by all weights at once."""
@@ -275,7 +293,20 @@ def _by_name(layer: nn.Module) -> ExpertsSpec | None:
 
 def _by_run(layer: nn.Module) -> ExpertsSpec | None:
     seen = watched_experts(layer)
-    return None if seen is None else ExpertsSpec(**vars(seen))
+    if seen is None or any(spec_of(child) is not None for child in layer.children()):  # which it only calls
+        return None
+    return ExpertsSpec(**vars(seen))
+
+
+def held_for(model: nn.Module) -> dict[str, str]:
+    """Name of each child that holds the weights of experts -> of the layer that it holds them for."""
+    found = {}
+    for name, module in model.named_modules():
+        spec = getattr(module, "spec", None)  # an int8 layer's
+        spec = spec if isinstance(spec, ExpertsSpec) else spec_of(module)
+        if spec is not None and (holder := spec.down.rpartition(".")[0]):
+            found[f"{name}.{holder}" if name else holder] = name
+    return found
 
 
 _ROUTER = re.compile(r"(gate|gating|router\w*|shared_experts?_gate)(\.|$)")

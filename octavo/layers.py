@@ -26,6 +26,7 @@ import dataclasses
 import functools
 import inspect
 from collections.abc import Callable, Iterable
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -119,8 +120,11 @@ class LayerKind:
             return self.module
         return modules.DynamicQuantLinear if scheme.input.dynamic else modules.StaticQuantLinear
 
-    def quantize_param(self, layer: nn.Module, weight: Tensor, scheme: Scheme, name: str) -> tuple[Tensor, Tensor]:
-        """Codes (int8, output channels first) and scale (fp32) of `weight`, a parameter of `layer`."""
+    def quantize_param(
+        self, layer: nn.Module, param: str, weight: Tensor, scheme: Scheme, name: str
+    ) -> tuple[Tensor, Tensor]:
+        """Codes (int8, output channels first) and scale (fp32) of `weight`, the parameter `param` of `layer`, which
+        errors call `name`."""
         args = self.effective(scheme).weight
         rows = self.rows(weight, layer)
         codes, scale = quantize_weight(rows, args.granularity, group_size=args.group_size, name=name)
@@ -134,12 +138,13 @@ class _ExpertsKind(LayerKind):
 
     def params_of(self, layer: nn.Module) -> tuple[str, ...]:
         spec = spec_of(layer)
-        return tuple(name for name in spec.params if getattr(layer, name, None) is not None) if spec else ()
+        held = {name for name, _ in layer.named_parameters(remove_duplicate=False)}
+        return tuple(name for name in spec.params if name in held) if spec else ()
 
     def row_lengths(self, layer: nn.Module) -> dict[str, int]:
         spec = spec_of(layer)
         assert spec is not None
-        return {name: spec.rows(getattr(layer, name)).shape[-1] for name in self.params_of(layer)}
+        return {name: spec.stack(layer, name).shape[-1] for name in self.params_of(layer)}
 
     def effective(self, scheme: Scheme) -> Scheme:
         return Scheme("w8a16" if scheme.input is None else "w8a8")
@@ -147,11 +152,13 @@ class _ExpertsKind(LayerKind):
     def module_for(self, scheme: Scheme) -> type[modules.QuantModule]:
         return self.module
 
-    def quantize_param(self, layer: nn.Module, weight: Tensor, scheme: Scheme, name: str) -> tuple[Tensor, Tensor]:
+    def quantize_param(
+        self, layer: nn.Module, param: str, weight: Tensor, scheme: Scheme, name: str
+    ) -> tuple[Tensor, Tensor]:
         """Codes int8 [E, N, K] and scale fp32 [E, N, 1], quantized one expert at a time."""
         spec = spec_of(layer)
         assert spec is not None
-        rows = spec.rows(weight)
+        rows = spec.rows(param, weight)
         codes = torch.empty(rows.shape, dtype=torch.int8, device=weight.device)
         scale = torch.empty((*rows.shape[:2], 1), dtype=torch.float32, device=weight.device)
         for e in range(len(rows)):
@@ -301,7 +308,7 @@ def _why_not_experts(layer: nn.Module) -> str | None:
 
 def _why_not_values(layer: nn.Module, params: Iterable[str]) -> str | None:
     for param in params:
-        values = getattr(layer, param)
+        values = attrgetter(param)(layer)
         if hasattr(type(values), "__tensor_flatten__"):  # torch's protocol of tensors made of others
             return (
                 f"its {param} is a {type(values).__name__}, which holds its values in tensors of its own (sharded, or "

@@ -3,12 +3,14 @@
     weighted    for e in range(E):                                                                      LongCat's
                     gate, up = F.linear(x[tokens of e], self.gate_up_proj[e]).chunk(2, -1)
                     y[tokens of e] += weights of e * F.linear(act(gate) * up, self.down_proj[e])
+                up, down = x @ self.mlp.w1.view(E, I, H)[e].T, h @ self.mlp.w2.view(E, I, H)[e]         DBRX's
     split       cat([F.linear(rows, self.weight[e]) for e, rows in enumerate(x.split(sizes))])          JetMoe's
 
-Meanwhile the weights are on `meta`, so that their sizes cost nothing. What is multiplied by a part of one, `self.up[e]`
-or its transpose, tells by that part which expert's weight it is and how it lies, and gets its product with a random
-weight of rank 1 in its place. What is returned, and what goes into the down projection, has to be what int8 experts
-would make of these products. Tokens are of many sizes, so that a clamp shows.
+The weights are 3-D, or 2-D with one expert's rows after another's, and are held by the layer or by one child of it.
+Meanwhile they are on `meta`, so that their sizes cost nothing. What is multiplied by a part of one, `self.up[e]` or its
+transpose, tells by that part which expert's weight it is and how it lies, and gets its product with a random weight of
+rank 1 in its place. What is returned, and what goes into the down projection, has to be what int8 experts would make of
+these products. Tokens are of many sizes, so that a clamp shows.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ import functools
 import inspect
 import zlib
 from collections.abc import Callable, Iterator, Mapping
+from operator import attrgetter
 from types import BuiltinFunctionType, FunctionType
 from typing import Any, Literal
 
@@ -29,7 +32,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from octavo.alike import Held, holding
-from octavo.stand_ins import attributes, is_plain_value, random
+from octavo.stand_ins import attributes, has_hooks, is_plain_value, random
 
 __all__ = ["WatchedExperts", "own_gate", "watched_experts"]
 
@@ -43,22 +46,40 @@ class WatchedExperts:
     up: tuple[str, ...]
     down: str
     gate: Gate
-    transposed: bool
+    transposed: tuple[str, ...]
     routing: Literal["weighted", "split"]
     identity: bool = False
+    experts: int = 0
 
 
 def watched_experts(layer: nn.Module) -> WatchedExperts | None:
     """How `layer`, which may be on `meta`, holds its experts; None if it is not seen to be a stack of experts."""
-    params = {name: parameter for name, parameter in layer._parameters.items() if parameter is not None}
-    if not params or layer._buffers or any(is_lazy(parameter) or parameter.dim() != 3 for parameter in params.values()):
+    if (params := _stacks_of(layer)) is None or next(layer.buffers(), None) is not None:
         return None
-    cls: Any = type(layer)
-    held = _held_by(layer)
-    children = tuple((name, type(child), _held_by_activation(child)) for name, child in layer._modules.items())
-    if held is None or any(its is None for _, _, its in children):
+    modules = dict(layer.named_modules(remove_duplicate=False))
+    held = {name: _held_by(module) for name, module in modules.items()}
+    if None in held.values() or None in layer._modules.values() or len(list(layer.parameters())) > len(params):
         return None
-    return _watched(cls, held, children, tuple((name, tuple(each.shape)) for name, each in params.items()))
+    holder = next(iter(params)).rpartition(".")[0]
+    if holder and has_hooks(modules[holder]):  # which int8 experts do not call
+        return None
+    described = tuple((name, type(module), held[name]) for name, module in modules.items())
+    return _watched(described, tuple((name, tuple(each.shape)) for name, each in params.items()))
+
+
+def _stacks_of(layer: nn.Module) -> dict[str, nn.Parameter] | None:
+    """The parameters of the layer, or of its one child that has any, if by their sizes they may be those of experts; a
+    single 2-D one may be anything."""
+    around = {f"{name}.": child for name, child in layer._modules.items() if child is not None}
+    params = {
+        prefix + name: parameter
+        for prefix, module in {"": layer, **around}.items()
+        for name, parameter in module._parameters.items()
+        if parameter is not None
+    }
+    dims = {parameter.dim() for parameter in params.values() if not is_lazy(parameter)}
+    in_one = len({name.rpartition(".")[0] for name in params}) == 1 and not any(map(is_lazy, params.values()))
+    return params if in_one and (dims == {3} or (dims == {2} and len(params) > 1)) else None
 
 
 def own_gate(layer: Any, h: Tensor) -> Tensor:
@@ -68,14 +89,15 @@ def own_gate(layer: Any, h: Tensor) -> Tensor:
 
 @dataclasses.dataclass(frozen=True)
 class _Act:
-    """act(one half) * the other, or act(h) where `half` is None. act: name of the layer's own activation, or of one of
-    torch's functions."""
+    """act(one half) * the other, or act(h) where `half` is None. act: name of an activation that the layer holds, or a
+    child of it, or else of one of torch's functions."""
 
     act: str
+    is_held: bool
     half: int | None
 
     def __call__(self, layer: nn.Module, h: Tensor) -> Tensor:
-        act = getattr(layer, self.act, None) or getattr(F, self.act)
+        act = attrgetter(self.act)(layer if self.is_held else F)
         if self.half is None:
             return act(h)  # type: ignore[no-any-return]
         halves = h.chunk(2, -1)
@@ -90,14 +112,18 @@ def _gates(layer: nn.Module) -> Iterator[Gate]:
     """What may stand between the projections of `layer`."""
     if hasattr(layer, "_apply_gate"):
         yield own_gate
-    held = {**layer._modules, **attributes(layer)}
-    for act in (*(name for name, each in held.items() if callable(each)), "silu", "gelu", "relu"):
-        yield from (_Act(act, half) for half in (0, 1, None))
+    acts = [(name, True) for name, module in layer.named_modules() if name and not module._parameters]
+    for prefix, module in layer.named_modules():
+        held = (f"{prefix}.{name}".lstrip(".") for name, each in attributes(module).items() if callable(each))
+        acts += [(name, True) for name in held]
+    for act, is_held in (*acts, ("silu", False), ("gelu", False), ("relu", False)):
+        yield from (_Act(act, is_held, half) for half in (0, 1, None))
 
 
 # -- a layer of the class, without weights -----------------------------------------------------------------------------
 
-_Children = tuple[tuple[str, Any, Any], ...]
+_Described = tuple[tuple[str, Any, Any], ...]
+"""Name, class and what it holds besides parameters of a layer and of the modules within it."""
 _Shapes = tuple[tuple[str, tuple[int, ...]], ...]
 _FUNCTIONS = (FunctionType, BuiltinFunctionType, functools.partial)
 
@@ -109,18 +135,16 @@ def _held_by(module: nn.Module) -> Held | None:
     return tuple(held.items()) if plain else None
 
 
-def _held_by_activation(child: nn.Module | None) -> Held | None:
-    """The same of a child that has no tensors; None of another."""
-    if child is None or child._parameters or child._buffers or child._modules:
-        return None
-    return _held_by(child)
-
-
-def _without_weights(cls: Any, held: Held, children: _Children, shapes: _Shapes) -> nn.Module:
-    layer = holding(cls, held, {name: torch.empty(shape, device="meta") for name, shape in shapes})
-    for name, child, its in children:
-        layer.add_module(name, holding(child, its, {}))
-    return layer
+def _without_weights(described: _Described, shapes: _Shapes) -> nn.Module:
+    made: dict[str, nn.Module] = {}
+    for name, cls, held in described:
+        made[name] = holding(cls, held, {})
+        if name:
+            made[name.rpartition(".")[0]].add_module(name.rpartition(".")[2], made[name])
+    for name, shape in shapes:
+        holder, _, short = name.rpartition(".")
+        made[holder].register_parameter(short, nn.Parameter(torch.empty(shape, device="meta"), requires_grad=False))
+    return made[""]
 
 
 # -- watching ----------------------------------------------------------------------------------------------------------
@@ -166,7 +190,8 @@ class _Watch(TorchFunctionMode):
         lies = (k, n) if transposed else (n, k)
         if stack is None or name is None or x.shape[1:] != (k,):
             raise TypeError(f"{list(x.shape)} is multiplied by {list(weight.shape)}")
-        if stack.shape[1:] != lies or first % (n * k):
+        is_whole = stack.shape[1:] in (lies, lies[1:]) and weight.stride() in ((1, n), (k, 1)) and first % (n * k) == 0
+        if not is_whole:
             raise TypeError(f"{list(weight.shape)} is not all of an expert's weight in {name}")
         return _Product(name, first // (n * k), transposed, x, _times(x, name, first // (n * k), n))
 
@@ -184,16 +209,22 @@ def _run(layer: nn.Module, x: Tensor, *routing: Any) -> tuple[Tensor, list[_Prod
     products: list[_Product] = []
     for dtype in (torch.bfloat16, torch.float32):
         given = [each.to(dtype) if isinstance(each, Tensor) and each.is_floating_point() else each for each in routing]
-        rows, before = x.to(dtype, copy=True), dict(vars(layer.to(dtype)))
+        rows, before = x.to(dtype, copy=True), _state(layer.to(dtype))
         try:
             with _Watch(dict(layer.named_parameters())) as watch:
                 y = layer.forward(rows, *given)
         except Exception:  # whatever it wants, it is not what experts are given
             return None
-        if not isinstance(y, Tensor) or y.dtype != dtype or vars(layer) != before or not torch.equal(rows, x.to(dtype)):
+        if not isinstance(y, Tensor) or y.dtype != dtype:
+            return None
+        if _state(layer) != before or not torch.equal(rows, x.to(dtype)):
             return None
         products = [product for product in watch.seen if len(product.x)]
     return y, products
+
+
+def _state(layer: nn.Module) -> list[dict[str, Any]]:
+    return [dict(vars(module)) for module in layer.modules()]
 
 
 # -- what is seen ------------------------------------------------------------------------------------------------------
@@ -202,29 +233,41 @@ _TOKENS = 16
 
 
 @functools.cache
-def _watched(cls: Any, held: Held, children: _Children, shapes: _Shapes) -> WatchedExperts | None:
+def _watched(described: _Described, shapes: _Shapes) -> WatchedExperts | None:
     """The same of a class, what a layer of it holds, and the shapes of its weights."""
     try:
-        takes = list(inspect.signature(cls.forward).parameters.values())[1:]
+        takes = list(inspect.signature(described[0][1].forward).parameters.values())[1:]
     except ValueError:  # a function of a library in C may have no signature
         return None
     see = {3: _weighted, 2: _split}.get(len(takes))
     if see is None or any(each.default is not each.empty for each in takes):
         return None
-    experts = min(shape[0] for _, shape in shapes)
     with torch.device("cpu"), torch.inference_mode(False), torch.no_grad():
-        layer = _without_weights(cls, held, children, shapes)
+        layer = _without_weights(described, shapes)
         for width in sorted({size for _, shape in shapes for size in shape[1:]}):
-            seen = [see(layer.train(mode), _tokens(width), experts) for mode in (False, True)]
-            if seen[0] is not None and seen[0] == seen[1]:
-                return seen[0]
+            for x in _tokens(width):
+                seen = [see(layer.train(mode), x) for mode in (False, True)]
+                if seen[0] is not None and seen[0] == seen[1]:
+                    return seen[0]
     return None
 
 
-def _tokens(width: int) -> Tensor:
-    """fp32 [T, width], from 1/16 to 2048."""
+def _tokens(width: int) -> tuple[Tensor, Tensor]:
+    """fp32 [T, width], from 1/16 to 2048; and the same as a batch, which some classes need."""
     x = random(_TOKENS, width, generator=torch.Generator("cpu").manual_seed(0))
-    return x * 2.0 ** (torch.arange(_TOKENS) % 16 - 4).unsqueeze(1)
+    x = x * 2.0 ** (torch.arange(_TOKENS) % 16 - 4).unsqueeze(1)
+    return x, x.view(2, -1, width)
+
+
+def _number_of_experts(layer: nn.Module, x: Tensor) -> int | None:
+    """E of a layer of "weighted" routing; of 2-D weights it is told by the rows that the first expert has."""
+    stacks = dict(layer.named_parameters())
+    if all(stack.dim() == 3 for stack in stacks.values()):
+        return min(map(len, stacks.values()))
+    run = _run(layer, x, torch.zeros(_TOKENS, 1, dtype=torch.int64), torch.ones(_TOKENS, 1))
+    found = {divmod(stacks[each.name].numel(), each.x.shape[-1] * each.y.shape[-1]) for each in (run[1] if run else ())}
+    experts, rest = found.pop() if len(found) == 1 else (0, 1)
+    return None if rest else experts
 
 
 def _some(experts: int) -> list[int]:
@@ -232,22 +275,36 @@ def _some(experts: int) -> list[int]:
     return sorted({i * (experts - 1) // (_TOKENS - 1) for i in range(_TOKENS)})
 
 
-def _split(layer: nn.Module, x: Tensor, experts: int) -> WatchedExperts | None:
+def _split(layer: nn.Module, x: Tensor) -> WatchedExperts | None:
     """Of a layer that is a linear one for each expert."""
+    (stack, *others) = layer.parameters()
+    if others or stack.dim() != 3 or x.dim() != 2:
+        return None
+    experts = len(stack)
     some = _some(experts)
     rows = dict(zip(some, x.tensor_split(len(some)), strict=True))
     run = _run(layer, x, [len(rows.get(e, ())) for e in range(experts)])
-    if run is None or [product.expert for product in run[1]] != some or len(layer._parameters) > 1:
+    if run is None or [product.expert for product in run[1]] != some:
         return None
-    first, *others = run[1]
-    if any(product.transposed != first.transposed for product in others):
+    first = run[1][0]
+    transposed = _turned(run[1])
+    if transposed is None:
         return None
     expected = torch.cat([_times(rows[e], first.name, e, first.y.shape[-1]) for e in some])
-    return WatchedExperts((), first.name, _as_it_is, first.transposed, "split") if _nearly(run[0], expected) else None
+    return WatchedExperts((), first.name, _as_it_is, transposed, "split") if _nearly(run[0], expected) else None
 
 
-def _weighted(layer: nn.Module, x: Tensor, experts: int) -> WatchedExperts | None:
+def _turned(products: list[_Product]) -> tuple[str, ...] | None:
+    """Names of the stacks that are transposed; None if only some of one stack's weights are."""
+    turned = dict.fromkeys(product.name for product in products if product.transposed)
+    return tuple(turned) if all(product.transposed == (product.name in turned) for product in products) else None
+
+
+def _weighted(layer: nn.Module, x: Tensor) -> WatchedExperts | None:
     """Of a layer that sums up what a token's experts return, each with up, gate and down projection."""
+    experts = _number_of_experts(layer, x)
+    if experts is None:
+        return None
     some = torch.tensor(_some(experts))
     index = some[(torch.arange(_TOKENS).unsqueeze(1) + torch.arange(min(2, experts))) % len(some)]
     weights = random(*index.shape, generator=torch.Generator("cpu").manual_seed(1))
@@ -255,6 +312,8 @@ def _weighted(layer: nn.Module, x: Tensor, experts: int) -> WatchedExperts | Non
     found = _projections(layer, run[1], some.tolist()) if run else None
     if run is None or found is None:
         return None
+    if layer.get_parameter(found.down).dim() == 2:
+        found = dataclasses.replace(found, experts=experts)
     widths = {product.name: product.y.shape[-1] for product in run[1]}
     if not _nearly(run[0], _expected(layer, found, widths, x, index, weights)):
         return None
@@ -262,7 +321,7 @@ def _weighted(layer: nn.Module, x: Tensor, experts: int) -> WatchedExperts | Non
     if (beyond := _run(layer, x, index, weights)) is None:
         return found
     others = _expected(layer, found, widths, x, index[:, :-1], weights[:, :-1])
-    if _nearly(beyond[0], others + x * weights[:, -1:]):
+    if _nearly(beyond[0], others + x * weights[:, -1].view(*x.shape[:-1], 1)):
         return dataclasses.replace(found, identity=True)
     return found if _nearly(beyond[0], others) else None
 
@@ -272,12 +331,12 @@ def _projections(layer: nn.Module, products: list[_Product], some: list[int]) ->
     by_expert = [[product for product in products if product.expert == e] for e in some]
     orders = {tuple(product.name for product in each) for each in by_expert}
     names = orders.pop()
-    if orders or len(names) < 2 or sorted(names) != sorted(layer._parameters):
+    if orders or len(names) < 2 or sorted(names) != sorted(name for name, _ in layer.named_parameters()):
         return None
-    if len({product.transposed for product in products}) > 1:
+    if (transposed := _turned(products)) is None:
         return None
     gate = next((each for each in _gates(layer) if _is_gate(each, layer, by_expert)), None)
-    return None if gate is None else WatchedExperts(names[:-1], names[-1], gate, products[0].transposed, "weighted")
+    return None if gate is None else WatchedExperts(names[:-1], names[-1], gate, transposed, "weighted")
 
 
 def _is_gate(gate: Gate, layer: nn.Module, by_expert: list[list[_Product]]) -> bool:
@@ -292,14 +351,15 @@ def _is_gate(gate: Gate, layer: nn.Module, by_expert: list[list[_Product]]) -> b
 def _expected(
     layer: nn.Module, found: WatchedExperts, widths: Mapping[str, int], x: Tensor, index: Tensor, weights: Tensor
 ) -> Tensor:
-    """What such experts return, [T, H]. widths: N of each weight."""
+    """What such experts return, of x's shape. widths: N of each weight."""
+    shape, x = x.shape, x.flatten(0, -2)
     y = torch.zeros_like(x)
     for token, chosen in enumerate(index.tolist()):
         for a, e in enumerate(chosen):
             h = torch.cat([_times(x[token : token + 1], name, e, widths[name]) for name in found.up], -1)
             down = _times(found.gate(layer, h), found.down, e, widths[found.down])
             y[token] += (weights[token, a] * down)[0]
-    return y
+    return y.view(shape)
 
 
 def _nearly(y: Tensor, expected: Tensor, ulps: int = 64) -> bool:

@@ -96,7 +96,7 @@ def dequantized(layer: nn.Module, codes: QuantExperts) -> nn.Module:
     with torch.no_grad():
         for name, (code, scale) in codes.codes().items():
             weight = torch.stack([dequantize(c, s) for c, s in zip(code, scale, strict=True)])
-            layer.get_parameter(name).copy_(codes.spec.rows(weight))
+            layer.get_parameter(name).copy_(codes.spec.held(name, weight))
     return layer
 
 
@@ -186,6 +186,37 @@ def test_a_linear_layer_for_each_expert() -> None:
     for wrong in ([2] * (E - 1), [3] * E):
         with pytest.raises(QuantizeError, match="JetMoeParallelExperts was called with 10 rows, and "):
             weights(torch.randn(10, H), wrong)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("act", ["silu", "gelu_pytorch_tanh"])
+def test_weights_of_two_dimensions_that_a_child_holds(act: str) -> None:
+    """DBRX's, which takes sequences only, and multiplies by its last weight turned around."""
+    module = pytest.importorskip("transformers.models.dbrx.modeling_dbrx")
+    layer = build(module.DbrxExperts, config(ffn_hidden_size=I, ffn_act_fn={"name": act}))
+    weights, activations = int8(layer), int8(layer, "w8a8")
+    assert {name: list(codes.shape) for name, (codes, _) in weights.codes().items()} == {
+        "mlp.w1": [E, I, H], "mlp.v1": [E, I, H], "mlp.w2": [E, H, I],
+    }  # fmt: skip
+    truth = dequantized(layer, weights).double()
+    for tokens, top_k in ((1, 1), (8, 2), (3, E)):
+        x, index, share = routing(tokens, top_k)
+        by_one = x.view(1, tokens, H)
+        y = weights(by_one, index, share)
+        assert y.shape == by_one.shape
+        assert relative_error(y, truth(by_one.double(), index, share.double())) < 1e-5
+        assert relative_error(activations(by_one, index, share), layer(by_one, index, share)) < 0.03
+        compiled = torch.compile(weights, fullgraph=True, backend="aot_eager")
+        torch.testing.assert_close(compiled(by_one, index, share), y)
+        for other in (pickle.loads(pickle.dumps(weights)), copy.deepcopy(weights)):
+            assert torch.equal(other(by_one, index, share), y)
+        torch._dynamo.reset()
+    names = {name for param in layer.state_dict() for name in (param, f"{param}_scale")}
+    assert weights.state_dict().keys() == names
+    half = copy.deepcopy(weights).half()
+    assert all(codes.dtype == torch.int8 and scale.dtype == torch.float32 for codes, scale in half.codes().values())
+    half.load_state_dict(weights.state_dict())
+    assert torch.equal(half.codes_and_scale("mlp.w2")[1], weights.codes_and_scale("mlp.w2")[1])
 
 
 # -- gpt-fast's class and the user's own ------------------------------------------------------------------------------
@@ -484,12 +515,8 @@ def test_a_3d_parameter_that_is_no_expert_is_left_alone_and_listed() -> None:
 
 NOT_COVERED = {
     "inkling": ("InklingSharedExperts", lambda module: module.InklingSharedExperts(config(n_shared_experts=2))),
-    "dbrx": (
-        "DbrxExpertGLU",
-        lambda module: module.DbrxExperts(config(ffn_hidden_size=I, ffn_act_fn={"name": "silu"})),
-    ),
 }
-"""Experts of other structures: all experts at once, 2-D weights."""
+"""Experts of other structures: all experts at once."""
 
 
 @pytest.mark.parametrize("name", NOT_COVERED)

@@ -98,7 +98,7 @@ def test_a_transposed_convolution_has_one_scale_for_each_output_channel(groups: 
     layer = nn.ConvTranspose2d(2 * groups, 4 * groups, (2, 3), groups=groups)
     kind = kind_of(layer)
     assert kind is not None
-    codes, scale = kind.quantize_param(layer, layer.weight.detach(), Scheme(), "weight")
+    codes, scale = kind.quantize_param(layer, "weight", layer.weight.detach(), Scheme(), "weight")
     assert codes.shape == (4 * groups, 2, 2, 3)
     assert scale.shape == (4 * groups, 1)
     for channel in range(4 * groups):
@@ -114,7 +114,7 @@ def test_conv1d_is_transposed() -> None:
     layer = pytorch_utils.Conv1D(4, 6)  # weight [K=6, N=4]
     kind = kind_of(layer)
     assert kind is not None
-    codes, scale = kind.quantize_param(layer, layer.weight.detach(), Scheme.of("w8a16", group_size=3), "w")
+    codes, scale = kind.quantize_param(layer, "weight", layer.weight.detach(), Scheme.of("w8a16", group_size=3), "w")
     assert (codes.shape, scale.shape) == ((4, 6), (4, 2))
     assert torch.equal(scale[1, 0], choose_scale(layer.weight.detach()[:3, 1], "per_tensor")[0])
 

@@ -101,12 +101,90 @@ class Dense(nn.Module):
         return sum(share[:, e, None] * out for e, out in enumerate(outs))  # type: ignore[return-value]
 
 
+class Turned(nn.Module):
+    """All weights [E, I, H], as megablocks has them: input channels come first in the last one only."""
+
+    def __init__(self, width: int = I) -> None:
+        super().__init__()
+        self.w1, self.w2 = stack(E, width, H), stack(E, width, H)
+
+    def expert(self, e: int, x: Tensor) -> Tensor:
+        return F.gelu(x @ self.w1[e].T) @ self.w2[e]
+
+    def forward(self, x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+        y = torch.zeros_like(x)
+        for e in index.unique().tolist():
+            token, place = torch.where(index == e)
+            y.index_add_(0, token, weights[token, place, None] * self.expert(e, x[token]))
+        return y
+
+
+class TurnedSquare(Turned):
+    def __init__(self) -> None:
+        super().__init__(H)
+
+
+class Flat(Turned):
+    """The same in two dimensions; E is told by nothing but the parts that are multiplied by."""
+
+    def __init__(self, width: int = I) -> None:
+        super().__init__()
+        self.w1, self.w2 = stack(E * width, H), stack(E * width, H)
+        self.width = width
+
+    def expert(self, e: int, x: Tensor) -> Tensor:
+        rows = slice(e * self.width, (e + 1) * self.width)
+        return F.gelu(F.linear(x, self.w1[rows])) @ self.w2[rows]
+
+
+class FlatNarrow(Flat):
+    def __init__(self) -> None:
+        super().__init__(1)
+
+
+class FlatPlain(Flat):
+    """Output channels first in both, which differ in both sizes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w2 = stack(E * H, I)
+
+    def expert(self, e: int, x: Tensor) -> Tensor:
+        return F.gelu(F.linear(x, self.w1.view(E, I, H)[e])) @ self.w2.unflatten(0, (E, H))[e].T
+
+
+class Holder(nn.Module):
+    """Holds the weights for the layer around it, with an activation that neither torch nor that one has."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down, self.act = stack(E * 2 * I, H), stack(E * I, H), nn.LeakyReLU(0.3)
+
+    def forward(self, x: Tensor, up: Tensor, down: Tensor) -> Tensor:
+        gate, up = (x @ up.T).chunk(2, -1)
+        return (self.act(gate) * up) @ down
+
+
+class Around(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = Holder()
+
+    def forward(self, x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+        y = torch.zeros_like(x)
+        for e in index.unique().tolist():
+            token, place = torch.where(index == e)
+            up, down = self.inner.up.view(-1, 2 * I, H)[e], self.inner.down.view(-1, I, H)[e]
+            y.index_add_(0, token, weights[token, place, None] * self.inner(x[token], up, down))
+        return y
+
+
 @torch.no_grad()
 def dequantized(layer: nn.Module, codes: QuantExperts) -> nn.Module:
     layer = copy.deepcopy(layer).double()
     for name, (code, scale) in codes.codes().items():
         weight = torch.stack([dequantize(c, s) for c, s in zip(code, scale, strict=True)])
-        layer.get_parameter(name).copy_(codes.spec.rows(weight))
+        layer.get_parameter(name).copy_(codes.spec.held(name, weight))
     return layer
 
 
@@ -118,8 +196,14 @@ def int8(layer: nn.Module, scheme: str = "w8a16") -> QuantExperts:
     return holder[0]
 
 
+EXPERTS = [
+    Three, Square, Narrow, Fused, FusedSquare, FusedNarrow, Dense,
+    Turned, TurnedSquare, Flat, FlatNarrow, FlatPlain, Around,
+]  # fmt: skip
+
+
 @torch.no_grad()
-@pytest.mark.parametrize("make", [Three, Square, Narrow, Fused, FusedSquare, FusedNarrow, Dense])
+@pytest.mark.parametrize("make", EXPERTS)
 def test_experts_are_found_and_computed(make: type[nn.Module]) -> None:
     torch.manual_seed(0)
     layer = make().eval()
@@ -143,7 +227,7 @@ def test_sizes_of_real_models_take_no_memory() -> None:
                 self.register_parameter(name, nn.Parameter(torch.empty(shape, device="meta")))
 
     spec = spec_of(Large())
-    assert spec is not None and (spec.up, spec.down, spec.transposed) == (("w1", "w3"), "w2", False)
+    assert spec is not None and (spec.up, spec.down, spec.transposed) == (("w1", "w3"), "w2", ())
 
 
 @pytest.mark.parametrize("around", [torch.device("meta"), torch.inference_mode()])
@@ -214,7 +298,7 @@ class Optional(Three):
         return super().forward(x, chosen, torch.ones(chosen.shape, dtype=x.dtype) if weights is None else weights)
 
 
-class Around(Three):
+class Modulo(Three):
     """An index too large starts again."""
 
     def forward(self, x: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
@@ -271,12 +355,6 @@ class Cut(Formula):
 class Normed(Formula):
     def expert(self, e: int, x: Tensor) -> Tensor:
         return super().expert(e, x) / self.down[e].norm()
-
-
-class OneTurned(Formula):
-    def expert(self, e: int, x: Tensor) -> Tensor:
-        gate, up = F.linear(x, self.up[e]).chunk(2, -1)
-        return (F.silu(gate) * up) @ self.down[e]
 
 
 class Biased(Formula):
@@ -352,6 +430,105 @@ class Followed(Formula):
         return self.after(super().expert(e, x))  # type: ignore[no-any-return]
 
 
+class FlatWithMore(Flat):
+    """Rows of no expert."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w1, self.w2 = stack(E * I + 1, H), stack(E * I + 1, H)
+
+
+class FlatInTurn(Flat):
+    """Each expert has every E-th row."""
+
+    def expert(self, e: int, x: Tensor) -> Tensor:
+        return F.gelu(F.linear(x, self.w1[e::E])) @ self.w2[e::E]
+
+
+class FlatColumns(Flat):
+    """Each expert has columns."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w2 = stack(I, E * H)
+
+    def expert(self, e: int, x: Tensor) -> Tensor:
+        return F.gelu(F.linear(x, self.w1[e * I : (e + 1) * I])) @ self.w2[:, e * H : (e + 1) * H]
+
+
+class FlatOverlapping(Flat):
+    """Of as many experts as it has weights, each begins within the one before."""
+
+    def expert(self, e: int, x: Tensor) -> Tensor:
+        rows = slice(e * I // 2, e * I // 2 + I)
+        return F.gelu(F.linear(x, self.w1[rows])) @ self.w2[rows]
+
+
+class AroundAndMore(Around):
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(H, 1))
+
+
+class AroundHooked(Around):
+    """Int8 experts would not call it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner.register_forward_hook(lambda module, args, y: 2 * y)
+
+
+class AroundCounting(Around):
+    """The child changes."""
+
+    def forward(self, x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+        self.inner.calls = getattr(self.inner, "calls", 0) + 1
+        return super().forward(x, index, weights)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [FlatWithMore, FlatInTurn, FlatColumns, FlatOverlapping, AroundAndMore, AroundHooked, AroundCounting],
+)
+def test_2d_weights_of_anything_else_stay_float_and_are_listed(make: type[nn.Module]) -> None:
+    layer = make()
+    with pytest.warns(OctavoWarning, match="is not a layer kind that octavo knows"):
+        report = octavo.quantize(nn.Sequential(layer), "w8a16")
+    assert report.quantized_fraction == 0 and report.unasked_fraction > 0.9
+    assert all(spec_of(each()) is not None for each in (Flat, Around))
+
+
+def test_what_only_calls_experts_is_none() -> None:
+    class Caller(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.experts = Three()
+
+        def forward(self, x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+            return self.experts(x, index, weights)  # type: ignore[no-any-return]
+
+    model = nn.Sequential(Caller())
+    assert spec_of(model[0]) is None
+    octavo.quantize(model, "w8a16")
+    assert isinstance(model[0], Caller) and isinstance(model[0].experts, QuantExperts)
+
+
+def test_2d_experts_that_stay_float_have_the_reason() -> None:
+    model = nn.Sequential(Around())
+    rows = octavo.coverage(model).rows
+    assert {row.reason for row in rows} == {"not quantized"}
+    rows = octavo.quantize(model, "w8a16", ignore=["Experts"], include=[]).rows
+    assert {row.reason for row in rows} == {"ignored by 'Experts'"} and all(row.asked for row in rows)
+
+
+def test_2d_experts_that_share_weights_stay_float() -> None:
+    model = nn.ModuleList([Around(), Around()])
+    model[1].inner.up = model[0].inner.up
+    with pytest.warns(OctavoWarning, match="shares its weight with"):
+        octavo.quantize(model, "w8a16")
+    assert not any(isinstance(module, QuantExperts) for module in model.modules())
+
+
 class IdleSplit(Split):
     def __init__(self) -> None:
         super().__init__()
@@ -385,8 +562,8 @@ class HalfSplit(Split):
 
 @pytest.mark.parametrize(
     "make",
-    [Doubled, Wide, Counting, InPlace, Training, Optional, Around, Reversed, Clamped, Interleaved, Twice, Cut, Normed,
-     OneTurned, Biased, Mixed, HalfSplit, Shifted, Viewed, Constant, Batched, Idle, Buffered, Followed,
+    [Doubled, Wide, Counting, InPlace, Training, Optional, Modulo, Reversed, Clamped, Interleaved, Twice, Cut, Normed,
+     Biased, Mixed, HalfSplit, Shifted, Viewed, Constant, Batched, Idle, Buffered, Followed,
      IdleSplit, NoProduct, SomeTurned, Other],
 )  # fmt: skip
 def test_what_does_anything_else_stays_float_and_is_listed(make: type[nn.Module]) -> None:

@@ -177,6 +177,19 @@ def longcat() -> Any:
     return LongcatFlashForCausalLM(config)
 
 
+def dbrx() -> Any:
+    """A child holds the weights of the experts, in two dimensions, one expert's rows after another's."""
+    from transformers import DbrxConfig, DbrxForCausalLM
+
+    ffn = {"ffn_hidden_size": 24, "moe_num_experts": 4, "moe_top_k": 2, "hidden_size": 32}
+    attention = {"kv_n_heads": 2, "clip_qkv": 8, "rope_theta": 10000.0}
+    config = DbrxConfig(
+        vocab_size=VOCABULARY, d_model=32, n_layers=2, n_heads=4, max_seq_len=64, ffn_config=ffn, attn_config=attention,
+        tie_word_embeddings=False,
+    )  # fmt: skip
+    return DbrxForCausalLM(config)
+
+
 def qwen3_moe(**changes: Any) -> Any:
     from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 

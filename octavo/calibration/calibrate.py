@@ -24,7 +24,7 @@ from torch.utils.hooks import RemovableHandle
 
 from octavo.calibration.expert_inputs import ExpertsObserver, observe_experts, rows_of_each
 from octavo.calibration.observers import Observer, observe
-from octavo.calibration.stats import Stats, is_watched, largest_of_columns, refuse_infinite
+from octavo.calibration.stats import Stats, largest_of_columns, refuse_infinite, watched_modules
 from octavo.errors import CalibrateError, OctavoWarning, QuantizeError
 from octavo.experts import ExpertsSpec, argument_names, arguments, spec_of
 from octavo.feeding import (
@@ -76,7 +76,7 @@ def calibrate(
     check_batches(batches)
     if not isinstance(rows, int) or rows < 0:
         raise CalibrateError(f"rows is {rows!r}, expected a number, 0 or more, of rows of each layer's input to keep")
-    layers = {name: module for name, module in model.named_modules() if is_watched(module)}
+    layers = watched_modules(model)
     if not layers:
         raise CalibrateError("the model has no linear layer to calibrate; expected nn.Linear or transformers' Conv1D")
     stacks = {name: layer for name, layer in layers.items() if is_stack(layer)}
@@ -99,7 +99,8 @@ def calibrate(
                 progress(count, total)
     if not count:
         raise CalibrateError("batches is empty, expected at least one; an iterator can be read only once")
-    stats = _merged(watch, layers, rows, example)
+    downs = [_down(name, spec) for name, layer in stacks.items() if (spec := spec_of(layer)) is not None]
+    stats = _merged(watch, layers, downs, rows, example)
     if not stats.observers:
         raise CalibrateError(
             f"batches: got {count}, of which no token reached a linear layer; expected some that are no padding (those "
@@ -219,7 +220,7 @@ class _Watch:
     def see_experts(self, name: str, layer: nn.Module, spec: ExpertsSpec, call: Sequence[Any]) -> None:
         """Observe a call of a stack of experts, after `see`. call: its arguments, in order."""
         x = call[0].reshape(-1, call[0].shape[-1])
-        rows = rows_of_each(self.rows, len(layer.get_parameter(spec.down)))
+        rows = rows_of_each(self.rows, len(spec.stack(layer, spec.down)))
         seen = observe_experts(
             layer,
             spec,
@@ -230,7 +231,7 @@ class _Watch:
             rows=rows,
             route_all=self.route_all_experts,
         )
-        down = self._stacks[name] = f"{name}.{spec.down}" if name else spec.down
+        down = self._stacks[name] = _down(name, spec)
         before = self.experts.get(down)
         self.experts[down] = seen if before is None else before.merged(seen, rows)
 
@@ -251,7 +252,7 @@ class _Watch:
         spec = spec_of(module)
         if spec is not None and spec.routing == "split":  # rows are sorted by expert: which token each is is not known
             return None
-        copies = len(module.get_parameter(spec.down)) if spec is not None and spec.routing == "sorted" else 1
+        copies = len(spec.stack(module, spec.down)) if spec is not None and spec.routing == "sorted" else 1
         counts: list[Tensor] = []
         for mask in self._masks:
             if x.dim() >= 3 and x.shape[:2] == mask.shape:
@@ -260,6 +261,11 @@ class _Watch:
                 counts.append(mask.reshape(-1).to(x.device).repeat(copies))
         # Encoder and decoder may have equal numbers of tokens. Which mask is whose is not known then: both count.
         return torch.stack(counts).any(0) if counts else None
+
+
+def _down(name: str, spec: ExpertsSpec) -> str:
+    """Name in the model of the down weights of the experts `name`."""
+    return f"{name}.{spec.down}" if name else spec.down
 
 
 def _input_hook(watch: _Watch) -> Callable[[str, nn.Module], RemovableHandle]:
@@ -297,8 +303,8 @@ def _share() -> tuple[int, int]:
     return 0, 1
 
 
-def _merged(watch: _Watch, layers: Iterable[str], rows: int, example: Any) -> Stats:
-    """The statistics of all processes together."""
+def _merged(watch: _Watch, layers: Iterable[str], downs: Iterable[str], rows: int, example: Any) -> Stats:
+    """The statistics of all processes together. downs: names of the weights of experts whose inputs are kept."""
     parts: list[tuple[dict[str, Observer], dict[str, str], dict[str, ExpertsObserver], list[_CodePath]]] = [
         (
             {name: seen.cpu() for name, seen in watch.observers.items()},
@@ -327,8 +333,7 @@ def _merged(watch: _Watch, layers: Iterable[str], rows: int, example: Any) -> St
         for name, seen in stacks.items():
             before = experts.get(name)
             experts[name] = seen if before is None else before.merged(seen, rows_of_each(rows, len(seen.amax)))
-    place = {name: at for at, name in enumerate(layers)}
-    experts = dict(sorted(experts.items(), key=lambda item: place[item[0].rpartition(".")[0]]))
+    experts = {name: experts[name] for name in downs if name in experts}
     further = _on_other_paths([path for *_, paths in parts for path in paths])
     unreached = tuple(name for name in layers if name not in observers)
     return Stats(observers, unreached, shared, example, further, experts)

@@ -107,7 +107,7 @@ def observe_experts(
     seed: different for every call of a layer. rows: keep at most so many rows of each expert.
     route_all: take statistics of every token in every expert.
     """
-    experts, width = spec.rows(layer.get_parameter(spec.down)).shape[::2]
+    experts, width = spec.stack(layer, spec.down).shape[::2]
     shown = _tokens_of_each(layer, spec, x, routing, counts, experts, route_all)
     x = x.reshape(-1, x.shape[-1])
     order = pseudo_random(len(x), seed, x.device)

@@ -27,9 +27,18 @@ from octavo.atomic import replacing
 from octavo.calibration.expert_inputs import ExpertsObserver
 from octavo.calibration.observers import Observer, ObserverKind
 from octavo.errors import CalibrateError
+from octavo.experts import held_for
 from octavo.layers import kind_of, why_not
 
-__all__ = ["Stats", "check_stats", "columns_of", "is_watched", "largest_of_columns", "refuse_infinite"]
+__all__ = [
+    "Stats",
+    "check_stats",
+    "columns_of",
+    "is_watched",
+    "largest_of_columns",
+    "refuse_infinite",
+    "watched_modules",
+]
 
 
 @dataclasses.dataclass
@@ -80,8 +89,7 @@ class Stats:
                     "calibrate this one"
                 )
         if any(len(seen.rows) for seen in self.observers.values()):  # SmoothQuant's files have linear layers only
-            watched = {name for name, module in modules.items() if is_watched(module)}
-            missing = watched - self.observers.keys() - set(self.unreached)
+            missing = watched_modules(model).keys() - self.observers.keys() - set(self.unreached)
             if missing:
                 raise CalibrateError(
                     f"stats are of another model: they do not know {min(missing)!r} ({len(missing)} such); calibrate "
@@ -213,6 +221,15 @@ def check_stats(stats: object) -> None:
 
 
 # -- which layers ------------------------------------------------------------------------------------------------
+
+
+def watched_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """The modules whose inputs calibration observes, by name.
+
+    A child that only holds the weights of the experts around it (`held_for`) is not one of them: it gets no tokens.
+    """
+    holders = held_for(model)
+    return {name: module for name, module in model.named_modules() if is_watched(module) and name not in holders}
 
 
 def is_watched(module: nn.Module) -> bool:

@@ -7,7 +7,8 @@
 How a transformers model cuts its stacks, and how it names the parts (`w1`, `w2`, `w3` for Mixtral), is found by asking
 the library: a stack that holds its own row indices as numbers goes through the library's conversion for saving, and the
 numbers in each part say which rows it consists of. Stacks that the library stores whole, and those of other models, are
-cut here. For transposed stacks (gpt-oss, Llama 4) the library is not asked, because codes have output channels first.
+cut here. For transposed stacks (gpt-oss, Llama 4) and 2-D ones (DBRX) the library is not asked, because codes are
+[E, N, K] in memory, output channels first.
 """
 
 from __future__ import annotations
@@ -33,22 +34,28 @@ def _tensor(rows: range) -> Tensor:
 class Part:
     """A 2-D weight of one expert: some rows of a stack.
 
-    param: name of the stack [E, N, K] in the model. is_shared: whether its name on disk is that of the model's library,
-    which other readers know, and not octavo's own.
+    layer: name of the experts in the model. short: name of the stack [E, N, K] in that layer. is_shared: whether the
+    name of the part on disk is that of the model's library, which other readers know, and not octavo's own.
     """
 
-    param: str
+    layer: str
+    short: str
     _rows: range | Tensor
     is_shared: bool
 
     @classmethod
-    def of_rows(cls, param: str, rows: Tensor, is_shared: bool) -> Part:
+    def of_rows(cls, layer: str, short: str, rows: Tensor, is_shared: bool) -> Part:
         """The part with these rows, int64 [n]; stored as a range if they are one, because a model has millions of
         rows."""
         step = int(rows[1] - rows[0]) if len(rows) > 1 else 1
         first = int(rows[0]) if len(rows) else 0
         even = range(first, first + step * len(rows), step or 1)
-        return cls(param, even if torch.equal(_tensor(even), rows) else rows, is_shared)
+        return cls(layer, short, even if torch.equal(_tensor(even), rows) else rows, is_shared)
+
+    @property
+    def param(self) -> str:
+        """Name of the stack in the model."""
+        return f"{self.layer}.{self.short}" if self.layer else self.short
 
     @property
     def rows(self) -> Tensor:
@@ -86,8 +93,8 @@ def _parts_of_layer(
     firsts: list[int] = []
     end = 0
     for param in spec.params:
-        stack = getattr(layer, param)
-        e, n = (stack if isinstance(layer, QuantExperts) else spec.rows(stack)).shape[:2]
+        stack = layer.codes_and_scale(param)[0] if isinstance(layer, QuantExperts) else spec.stack(layer, param)
+        e, n = stack.shape[:2]
         # Two equal columns: older releases of transformers squeeze what they cut out, and would drop a single one.
         ids = torch.arange(end, end + e * n, device="cpu").view(e, n, 1).repeat(1, 1, 2)
         numbered[f"{prefix}.{param}" if prefix else param] = ids
@@ -95,14 +102,15 @@ def _parts_of_layer(
         end += e * n
     params, whole = list(numbered), dict(numbered)
     parts: dict[str, Part] = {}
-    for name, ids in _cut_by_library({} if spec.transposed else numbered, on_disk).items():
+    for name, ids in _cut_by_library({} if spec.transposed or spec.experts else numbered, on_disk).items():
         if ids.dim() == 2:
             at = bisect.bisect_right(firsts, int(ids[0, 0])) - 1
-            parts[name] = Part.of_rows(params[at], ids[:, 0] - firsts[at], True)
+            parts[name] = Part.of_rows(prefix, spec.params[at], ids[:, 0] - firsts[at], True)
             whole.pop(params[at], None)
     for param, ids in whole.items():
-        own = ids[..., 0] - firsts[params.index(param)]
-        parts |= {name: Part.of_rows(param, part, False) for name, part in _cut(param, spec, own)}
+        at = params.index(param)
+        own = ids[..., 0] - firsts[at]
+        parts |= {name: Part.of_rows(prefix, spec.params[at], part, False) for name, part in _cut(param, spec, own)}
     return parts
 
 

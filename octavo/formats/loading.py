@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Collection, Mapping
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -365,9 +366,9 @@ def _are_one(reader: CheckpointReader, int8: Mapping[str, str], first: Decision,
 def _stacks(reader: CheckpointReader, int8: Mapping[str, str], parts: Mapping[str, Part]) -> list[str]:
     """Names of the modules whose experts are int8 on disk. Raises CheckpointError if only some experts of one are."""
     there = set(int8.values())
-    stacks = {parts[name].param.rpartition(".")[0] for name in there if name in parts}
+    stacks = {parts[name].layer for name in there if name in parts}
     for name, part in parts.items():
-        if part.param.rpartition(".")[0] in stacks and name not in there:
+        if part.layer in stacks and name not in there:
             raise CheckpointError(
                 f"{reader.path}: {name!r} is missing or float, and others of these experts are int8; download or "
                 "quantize the checkpoint again"
@@ -378,12 +379,12 @@ def _stacks(reader: CheckpointReader, int8: Mapping[str, str], parts: Mapping[st
 def _experts_decision(reader: CheckpointReader, prefix: str, layer: nn.Module, parts: Mapping[str, Part]) -> Decision:
     kind = kind_of(layer)
     assert kind is not None
-    own = {name: part for name, part in parts.items() if part.param.rpartition(".")[0] == prefix}
+    own = {name: part for name, part in parts.items() if part.layer == prefix}
     schemes = set()
     for name, part in own.items():
         spec = spec_of(layer)
         assert spec is not None
-        k = spec.rows(getattr(layer, part.param.rpartition(".")[2])).shape[-1]
+        k = spec.stack(layer, part.short).shape[-1]
         got = stored_shape(reader, name)
         if got != (len(part.rows), k):
             raise CheckpointError(
@@ -412,7 +413,8 @@ def _float_places(
     """
     where = str(reader.path)
     layers = [(decision, model.get_submodule(decision.name)) for decision in decisions]
-    int8_ids = {id(getattr(layer, param)) for decision, layer in layers for param in decision.kind.params_of(layer)}
+    params = [(layer, param) for decision, layer in layers for param in decision.kind.params_of(layer)]
+    int8_ids = {id(attrgetter(param)(layer)) for layer, param in params}
     state = model.state_dict(keep_vars=True)
     for _, layer in layers:  # for a computed weight the parameters that it is computed from
         int8_ids |= {id(layer.get_parameter(part)) for part in parts_of(layer)}

@@ -192,7 +192,7 @@ def _described(model: nn.Module, on_disk: OnDisk | None = None) -> tuple[dict[st
     }
     routed = routers(model)  # vLLM has linear layers in their place, transformers may not
     for name, part in expert_parts(model, on_disk).items():
-        stack = layers.get(part.param.rpartition(".")[0])
+        stack = layers.get(part.layer)
         if stack is not None:
             owners[name.rpartition(".")[0]] = (part.kind(stack.replaces), stack.scheme)
     others = [
@@ -250,10 +250,9 @@ def _stored_experts(model: nn.Module, on_disk: OnDisk | None) -> dict[str, _Stor
     layers = _int8_layers(model)
     stored = {}
     for name, part in expert_parts(model, on_disk).items():
-        prefix, _, param = part.param.rpartition(".")
-        if prefix in layers:
-            codes, scale = layers[prefix].codes()[param]
-            stored[name] = _Stored(codes, layers[prefix].float_dtype, scale, layers[prefix].scheme, rows=part.rows)
+        if layer := layers.get(part.layer):
+            codes, scale = layer.codes_and_scale(part.short)
+            stored[name] = _Stored(codes, layer.float_dtype, scale, layer.scheme, rows=part.rows)
     return stored
 
 

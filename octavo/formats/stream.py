@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from octavo.computed_weights import parts_of
 from octavo.errors import CheckpointError, QuantizeError
-from octavo.experts import routers, spec_of
+from octavo.experts import held_for, routers, spec_of
 from octavo.feeding import Progress
 from octavo.formats import compressed_tensors as layout
 from octavo.formats.checkpoint import CheckpointReader, CheckpointWriter, TensorInfo
@@ -136,11 +136,12 @@ class _Tensors:
     ) -> None:
         self._skeleton = skeleton
         self._modules = dict(skeleton.named_modules())
-        self._routers = routers(skeleton)
+        self._routers, self._held_for = routers(skeleton), held_for(skeleton)
         self._decisions = {decision.name: decision for decision in decisions}
         self._experts = expert_parts(skeleton, on_disk)
         others = [name for name in reader.names if name not in self._experts]
         int8 = {decision.name for decision in decisions if decision.scheme}
+        int8 |= {holder for holder, layer in self._held_for.items() if layer in int8}
         params = {name: rename(name) for name in others}
         computed = computed_weights(self._modules, params)
         for name in (source for conversion in computed for source in conversion.sources):
@@ -199,7 +200,7 @@ class _Tensors:
     def _experts_of(self, name: str) -> Decision | None:
         """The decision for the stack of experts that the tensor is a part of; None if it is not such a part."""
         part = self._experts.get(name)
-        return self._decisions.get(part.param.rpartition(".")[0]) if part else None
+        return self._decisions.get(part.layer) if part else None
 
     def _stack_of(self, name: str) -> Decision | None:
         """The same, if the stack is to be int8."""
@@ -213,6 +214,9 @@ class _Tensors:
         layer, computed, of = prefix.rpartition(".parametrizations.")
         if computed:
             prefix, short = layer, of
+        if prefix in self._held_for:
+            holder, prefix = prefix, self._held_for[prefix]
+            short = f"{holder}.{short}".removeprefix(f"{prefix}.")
         decision = self._decisions.get(prefix)
         return decision, self._modules[prefix] if decision else None, short
 
@@ -259,19 +263,18 @@ class _Tensors:
                     "config.json and the weights are of different models"
                 )
             return expected, (expected[0], 1)
-        decision, layer, _ = self._layer_of(name)
+        decision, layer, param = self._layer_of(name)
         assert decision and decision.scheme and layer is not None
         empty = torch.empty(info.shape, dtype=info.dtype, device="meta")
-        codes, scale = decision.kind.quantize_param(layer, empty, decision.scheme, name)
+        codes, scale = decision.kind.quantize_param(layer, param, empty, decision.scheme, name)
         return tuple(codes.shape), tuple(scale.shape)
 
     def _shape_of_part(self, name: str) -> tuple[int, int]:
         part = self._experts[name]
-        prefix, _, param = part.param.rpartition(".")
-        layer = self._modules[prefix]
+        layer = self._modules[part.layer]
         spec = spec_of(layer)
         assert spec is not None
-        return len(part.rows), spec.rows(getattr(layer, param)).shape[-1]
+        return len(part.rows), spec.stack(layer, part.short).shape[-1]
 
     def _parts_of(self, name: str) -> dict[str, Part]:
         """The parts that a stack of experts is cut into, if the tensor is a whole stack; {} for other tensors."""
@@ -304,9 +307,9 @@ class _Tensors:
             assert stack.scheme is not None
             codes, scale = quantize_weight(tensor, name=name)
             return layout.encode(name, codes, scale, dtype, stack.scheme)
-        decision, layer, _ = self._layer_of(name)
+        decision, layer, param = self._layer_of(name)
         assert decision and decision.scheme and layer is not None
-        codes, scale = decision.kind.quantize_param(layer, tensor, decision.scheme, name)
+        codes, scale = decision.kind.quantize_param(layer, param, tensor, decision.scheme, name)
         del tensor  # the float weight is not needed while the codes are packed
         cut = self._parts_of(name)
         if not cut:
@@ -358,7 +361,7 @@ class _Tensors:
             if decision.scheme and decision.name in with_codes and decision.kind.name != EXPERTS
         }
         for name, part in self._experts.items():  # each weight of an expert is a layer of its own on disk
-            decision = self._decisions.get(part.param.rpartition(".")[0])
+            decision = self._decisions.get(part.layer)
             if decision and decision.scheme:
                 found[name.rpartition(".")[0]] = (part.kind(decision.label), decision.scheme)
         return found

@@ -16,6 +16,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from functools import partial
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -225,14 +226,15 @@ class OctavoQuantizer(HfQuantizer):  # type: ignore[misc]
         """Put float tensors where codes will be: transformers before 5.23 casts what it reads to the dtype of the one
         that it replaces, even a weight that is yet to be quantized."""
         for name in self._targets:
-            _, layer, module = self.target(name)
-            param = name.rpartition(".")[2]
-            module._buffers[param] = module.codes()[param][0].to(getattr(layer, param).dtype)
+            _, layer, module, param = self.target(name)
+            codes, scale = module.codes_and_scale(param)
+            module.hold(param, codes.to(attrgetter(param)(layer).dtype), scale)
 
     def _float_parameter(self, name: str) -> Any:
         """`model.get_parameter`, which for an int8 layer returns the parameter of the float layer that it replaced."""
         if name in self._targets:
-            return getattr(self._targets[name][1], name.rpartition(".")[2])
+            _, layer, _, param = self.target(name)
+            return attrgetter(param)(layer)
         assert self._model is not None
         return nn.Module.get_parameter(self._model, name)
 
@@ -240,20 +242,20 @@ class OctavoQuantizer(HfQuantizer):  # type: ignore[misc]
         """Bytes of an element once loaded; transformers plans by it which layers go on which device."""
         return 1 if self.is_int8(param_name) else param.element_size()
 
-    def target(self, name: str) -> tuple[Decision, nn.Module, QuantModule]:
-        """(decision, float layer that was replaced, int8 layer) of the int8 parameter `name`."""
+    def target(self, name: str) -> tuple[Decision, nn.Module, QuantModule, str]:
+        """(decision, float layer that was replaced, int8 layer, name in both) of the int8 parameter `name`."""
         decision, layer = self._targets[name]
         assert self._model is not None
         module = self._model.get_submodule(decision.name)
         assert isinstance(module, QuantModule)
-        return decision, layer, module
+        return decision, layer, module, name.removeprefix(f"{decision.name}.")
 
     def put_off(self, error: OctavoError, name: str) -> dict[str, Tensor]:
         """Keep `error`, to raise it when loading is over: transformers would replace it by an error without the reason.
         Returns: placeholders for `name` until then."""
         self._error = self._error or error
-        module = self.target(name)[2]
-        codes, scale = module.codes()[name.rpartition(".")[2]]
+        _, _, module, param = self.target(name)
+        codes, scale = module.codes_and_scale(param)
         return {
             name: torch.zeros_like(codes, device="cpu"),
             f"{name}_scale": torch.ones_like(scale, device="cpu"),
@@ -311,7 +313,7 @@ class OctavoQuantizer(HfQuantizer):  # type: ignore[misc]
         missing = {re.escape(part.param) + "(_scale)?$" for part in own.values()}
         # By their names on disk, and as they are after transformers' renamings.
         stacks = {re.split(r"\.\d+\.[^.]+\.weight$", name)[0] for name in own}
-        stacks |= {part.param.rpartition(".")[0] for part in own.values()}
+        stacks |= {part.param.rpartition(".")[0] for part in own.values()}  # a child of the layer may hold it
         unexpected = {r"(^|\.)" + re.escape(stack) + r"\.\d+\." for stack in stacks}
         for attribute, patterns in (
             ("_keys_to_ignore_on_load_missing", missing),
@@ -320,26 +322,25 @@ class OctavoQuantizer(HfQuantizer):  # type: ignore[misc]
             if patterns:
                 setattr(model, attribute, {*(getattr(model, attribute, None) or ()), *patterns})
         # Nor to initialize them, which some classes do from the module around the stack.
-        for stack in {part.param.rpartition(".")[0] for part in own.values()}:
+        for stack in {part.layer for part in own.values()}:
             for name in (stack, stack.rpartition(".")[0]):
                 model.get_submodule(name)._is_hf_initialized = True  # type: ignore[assignment]
 
     def _int8_parts(self) -> dict[str, Part]:
         """The parts on disk of the experts that are int8."""
         int8 = {decision.name for decision in self._decisions}
-        return {name: part for name, part in self._parts.items() if part.param.rpartition(".")[0] in int8}
+        return {name: part for name, part in self._parts.items() if part.layer in int8}
 
     def _read_experts(self, model: PreTrainedModel) -> None:
         assert self._folder is not None
         with CheckpointReader(self._folder) as reader:
-            for param in {part.param for part in self._int8_parts().values()}:
-                prefix, _, short = param.rpartition(".")
-                module = model.get_submodule(prefix)
+            for layer, short, param in {(part.layer, part.short, part.param) for part in self._int8_parts().values()}:
+                module = model.get_submodule(layer)
                 assert isinstance(module, QuantModule)
                 codes, scale, module.float_dtype = formats.read_experts(reader, param, self._parts)
                 place = module.codes_and_scale(short)[0].device
                 device = "cpu" if place.type == "meta" else place
-                module._buffers[short], module._buffers[f"{short}_scale"] = codes.to(device), scale.to(device)
+                module.hold(short, codes.to(device), scale.to(device))
 
     def _make_own_buffers(self, model: PreTrainedModel) -> None:
         """Fill the buffers of int8 layers that no file holds (the factor of Gemma's embedding), by transformers' own

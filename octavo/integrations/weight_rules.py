@@ -14,6 +14,7 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Callable, Iterable
+from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
@@ -60,17 +61,16 @@ class QuantizeParameter(_SharedOp):
         return made
 
     def _quantized(self, name: str, weight: Tensor) -> dict[str, Tensor]:
-        decision, layer, module = self.quantizer.target(name)
+        decision, layer, module, param = self.quantizer.target(name)
         assert decision.scheme is not None
-        param = name.rpartition(".")[2]
-        expected = getattr(layer, param).shape
+        expected = attrgetter(param)(layer).shape
         try:
             if weight.shape != expected:
                 raise CheckpointError(
                     f"{name}: has shape {list(weight.shape)} in the checkpoint, the model's {list(expected)}; "
                     "config.json and the weights are of different models"
                 )
-            codes, scale = decision.kind.quantize_param(layer, weight, decision.scheme, name)
+            codes, scale = decision.kind.quantize_param(layer, param, weight, decision.scheme, name)
         except OctavoError as error:
             return self.quantizer.put_off(error, name)
         module.float_dtype = weight.dtype

@@ -29,6 +29,7 @@ from octavo.layers import EXPERTS, LayerKind, float_class
 from octavo.model_code.class_source import is_readable, methods_of
 from octavo.model_code.written_out import is_written_out
 from octavo.modules import QuantModule
+from octavo.modules.base import hold_rest
 from octavo.modules.int8_weight import Int8Weight
 from octavo.stand_ins import same_code
 
@@ -179,7 +180,7 @@ class _Facade(QuantModule):
         *_, params, _ = self.made_of
         self._shapes = {param: getattr(layer, param).shape for param in params}
         self._follow_casts(self.codes_and_scale(params[0])[0].device)  # where its values are, if the layer was empty
-        self._hold_rest(layer)
+        hold_rest(self, layer)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         return _empty, self.made_of, vars(self)

@@ -12,7 +12,24 @@ from octavo.errors import QuantizeError
 from octavo.recipe import Scheme
 from octavo.stand_ins import kept_attributes
 
-__all__ = ["Codes", "QuantModule"]
+__all__ = ["Codes", "QuantModule", "hold_rest"]
+
+
+def hold_rest(new: nn.Module, layer: nn.Module) -> None:
+    """Let `new` take over the attributes, parameters, buffers and children of the float layer that it lacks: methods
+    of its class may use them."""
+    for name, value in kept_attributes(layer).items():
+        if name not in vars(new):
+            setattr(new, name, value)
+    for name, parameter in layer._parameters.items():
+        if not hasattr(new, name):  # a weight it has, as codes
+            new.register_parameter(name, parameter)
+    for name, buffer in layer._buffers.items():
+        new.register_buffer(name, buffer, persistent=name not in layer._non_persistent_buffers_set)
+    for name, child in layer._modules.items():
+        if name != "parametrizations" and name not in new._modules:  # what the weight was computed of
+            new.add_module(name, child)
+
 
 Codes = Mapping[str, tuple[Tensor, Tensor]]
 """Parameter name -> (codes int8 [N, ...], scale fp32 [N, 1] or [N, K/g])."""
@@ -47,8 +64,7 @@ class QuantModule(nn.Module):
                 raise QuantizeError(
                     f"{name}: codes are {weight.dtype} and the scale is {scale.dtype}, expected int8 and fp32"
                 )
-            self._buffers[name] = weight  # not by register_buffer, which refuses names that a facade has as properties
-            self._buffers[f"{name}_scale"] = scale
+            self.hold(name, weight, scale)
         if "bias" in layer._parameters:
             self.register_parameter("bias", layer._parameters["bias"])
         self.train(layer.training)
@@ -83,9 +99,10 @@ class QuantModule(nn.Module):
 
     def _view_scales(self, dtype: torch.dtype) -> None:
         for name in self.scale_names():
-            scale = self._buffers[name]
+            buffers, short = self._place(name)
+            scale = buffers[short]
             assert scale is not None
-            self._buffers[name] = scale.view(dtype)
+            buffers[short] = scale.view(dtype)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         for name in self.quantized_params:
@@ -106,20 +123,15 @@ class QuantModule(nn.Module):
         if "_float" in self._buffers:
             self._float.fill_(torch.nan)
 
-    def _hold_rest(self, layer: nn.Module) -> None:
-        """Take over the attributes, parameters, buffers and children of the float layer that this layer lacks: the
-        methods of its class may use them."""
-        for name, value in kept_attributes(layer).items():
-            if name not in vars(self):
-                setattr(self, name, value)
-        for name, parameter in layer._parameters.items():
-            if not hasattr(self, name):  # not the quantized weights, which are buffers here
-                self.register_parameter(name, parameter)
-        for name, buffer in layer._buffers.items():
-            self.register_buffer(name, buffer, persistent=name not in layer._non_persistent_buffers_set)
-        for name, child in layer._modules.items():
-            if name != "parametrizations":  # what the weight was computed of
-                self.add_module(name, child)
+    def _place(self, name: str) -> tuple[dict[str, Tensor | None], str]:
+        """The buffers that hold the codes or the scale `name`, and their name in them."""
+        return self._buffers, name
+
+    def hold(self, param: str, weight: Tensor, scale: Tensor) -> None:
+        """Make these the codes and the scale of a parameter."""
+        buffers, short = self._place(param)
+        buffers[short] = weight  # not by register_buffer, which refuses names that a facade has as properties
+        buffers[f"{short}_scale"] = scale
 
     def codes(self) -> dict[str, tuple[Tensor, Tensor]]:
         """Parameter name -> (codes int8, scale fp32): the tensors themselves, not copies."""

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from octavo import ops
 from octavo.errors import QuantizeError
 from octavo.experts import ExpertsSpec, argument_names, arguments, chosen_experts, registered, spec_of
-from octavo.modules.base import Codes, QuantModule
+from octavo.modules.base import Codes, QuantModule, hold_rest
 from octavo.recipe import Scheme
 
 __all__ = ["QuantExperts"]
@@ -24,7 +24,8 @@ class QuantExperts(QuantModule):
     read.
 
     Each up and down weight of the float layer becomes int8 [E, N, K], output channels before input channels, with a
-    scale fp32 [E, N, 1]. Biases, norm, settings and the gate between the projections are the float layer's own.
+    scale fp32 [E, N, 1]. Biases, norm, settings and the gate between the projections are the float layer's own. Where a
+    child of the float layer holds the weights, a child of the same name holds the codes, and what else that child had.
     """
 
     spec: ExpertsSpec
@@ -40,8 +41,22 @@ class QuantExperts(QuantModule):
         )
         self.spec = spec
         self.source_class = type(layer)
-        self._hold_rest(layer)
+        for holder in {name.rpartition(".")[0] for name in spec.params}:
+            hold_rest(self.get_submodule(holder), layer.get_submodule(holder))
+        hold_rest(self, layer)
         self._names = argument_names(type(layer))
+
+    def _place(self, name: str) -> tuple[dict[str, Tensor | None], str]:
+        holder, _, short = name.rpartition(".")
+        if holder and holder not in self._modules:
+            self.add_module(holder, nn.Module())
+        return self.get_submodule(holder)._buffers, short
+
+    def codes_and_scale(self, param: str = "weight") -> tuple[Tensor, Tensor]:
+        buffers, short = self._place(param)
+        codes, scale = buffers[short], buffers[f"{short}_scale"]
+        assert codes is not None and scale is not None
+        return codes, scale
 
     def __getattr__(self, name: str) -> Any:
         """Methods, properties and constants of the float layer's class, which the gate may use.

@@ -8,12 +8,13 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Iterator
+from operator import attrgetter
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from octavo.experts import routers
+from octavo.experts import held_for, routers
 from octavo.layers import EXPERTS, kind_of
 from octavo.modules import QuantConvTranspose, QuantExperts, QuantModule, TiedQuantEmbedding, TiedQuantLinear
 from octavo.modules.float_linear import FloatLinear
@@ -148,10 +149,11 @@ def coverage(model: nn.Module) -> Coverage:
     reasons: dict[str, tuple[str, bool]] = getattr(model, REASONS_ATTRIBUTE, {})
     rows: list[Row] = []
     owners: dict[int, str] = {}
-    deciding = routers(model)
+    deciding, layer_of = routers(model), held_for(model)
     for prefix, module in model.named_modules():
         if isinstance(module, QuantModule):
             rows.extend(_int8_rows(prefix, module, owners))
+        layer = model.get_submodule(layer_of[prefix]) if prefix in layer_of else module
         for short, parameter in module._parameters.items():
             if parameter is None or not (parameter.is_floating_point() or parameter.is_complex()):
                 continue
@@ -159,7 +161,7 @@ def coverage(model: nn.Module) -> Coverage:
             kind = module.replaces if isinstance(module, (QuantModule, FloatLinear)) else type(module).__name__
             tied = owners.get(id(parameter))
             owners.setdefault(id(parameter), name)
-            reason, asked = reasons.get(name) or why_float(module, parameter, router=prefix in deciding)
+            reason, asked = reasons.get(name) or why_float(layer, parameter, router=prefix in deciding)
             rows.append(
                 Row(
                     name,
@@ -189,7 +191,7 @@ def _int8_rows(prefix: str, module: QuantModule, owners: dict[int, str]) -> Iter
         yield Row(
             f"{prefix}.weight",
             module.replaces,
-            _float_shape(module, table),
+            _float_shape(module, "weight", table),
             0,
             0,
             str(module.scheme),
@@ -200,13 +202,14 @@ def _int8_rows(prefix: str, module: QuantModule, owners: dict[int, str]) -> Iter
         owners.setdefault(id(codes), name)
         before = codes.numel() * module.float_dtype.itemsize
         after = codes.nbytes + scale.nbytes
-        yield Row(name, module.replaces, _float_shape(module, codes), before, after, str(module.scheme), module.note)
+        shape = _float_shape(module, param, codes)
+        yield Row(name, module.replaces, shape, before, after, str(module.scheme), module.note)
 
 
-def _float_shape(module: QuantModule, codes: Tensor) -> tuple[int, ...]:
+def _float_shape(module: QuantModule, param: str, codes: Tensor) -> tuple[int, ...]:
     """The shape that the parameter had before its output channels were brought to the front."""
     if isinstance(module, QuantExperts):
-        return tuple(module.spec.rows(codes).shape)
+        return tuple(module.spec.held(param, codes).shape)
     n, *rest = codes.shape
     if module.replaces == "Conv1D":
         return (*rest, n)
@@ -222,7 +225,8 @@ def why_float(module: nn.Module, parameter: Tensor, *, router: bool = False) -> 
     if router:
         return ROUTER_REASON, True
     kind = kind_of(module)
-    if parameter.dim() == 2 and (isinstance(module, QuantExperts) or (kind and kind.name == EXPERTS)):
+    is_stack = kind is not None and any(parameter is attrgetter(name)(module) for name in kind.params_of(module))
+    if parameter.dim() == 2 and not is_stack and (isinstance(module, QuantExperts) or (kind and kind.name == EXPERTS)):
         return "the biases of experts stay float", True
     if kind is not None:
         return "not quantized", True

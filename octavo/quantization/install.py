@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from operator import attrgetter
 from types import MethodType, ModuleType
 from typing import Any
 
@@ -45,10 +46,12 @@ def quantized_codes(decision: Decision, layer: nn.Module) -> tuple[Codes, torch.
     assert decision.scheme is not None
     params = decision.kind.params_of(layer)
     codes = {
-        param: decision.kind.quantize_param(layer, weight_of(layer, param), decision.scheme, f"{decision.name}.{param}")
+        param: decision.kind.quantize_param(
+            layer, param, weight_of(layer, param), decision.scheme, f"{decision.name}.{param}"
+        )
         for param in params
     }
-    return codes, getattr(layer, params[0]).dtype
+    return codes, attrgetter(params[0])(layer).dtype
 
 
 def install(

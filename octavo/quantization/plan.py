@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+from operator import attrgetter
 
 from torch import Tensor, nn
 
 from octavo.computed_weights import parts_of
 from octavo.errors import QuantizeError, RecipeError
-from octavo.experts import routers
+from octavo.experts import held_for, routers
 from octavo.layers import (
     EXPERTS,
     KINDS,
@@ -175,7 +176,7 @@ def _keep_readable(
             if is_foreign and name not in behind_facades:
                 return
             layer, params = layers[name], decision.kind.params_of(layers[name])
-            sizes[is_foreign] += sum(getattr(layer, param).numel() for param in params)
+            sizes[is_foreign] += sum(attrgetter(param)(layer).numel() for param in params)
             if is_foreign and not _names(recipe, name, layer):
                 few.append(decision)
     if sizes[True] <= sizes[False]:
@@ -293,11 +294,13 @@ def _tie(model: nn.Module, decisions: dict[str, Decision], obstacles: dict[str, 
     first. An opt-in layer becomes int8 with the layer that it shares with, unless there is an obstacle.
     """
     targets = getattr(model, "all_tied_weights_keys", None) or {}
+    layer_of = held_for(model)
     for users in users_of_parameters(model).values():
         if len(users) == 1:
             continue
         names = sorted(users, key=lambda name: name in targets)
-        members = [decisions.get(name.rpartition(".")[0]) for name in names]
+        holders = [name.rpartition(".")[0] for name in names]
+        members = [decisions.get(layer_of.get(holder, holder)) for holder in holders]
         known = [member for member in members if member is not None]
         wanted = [member for member in known if member.scheme]
         if not wanted or all("bias" in name.rpartition(".")[2] for name in names):

@@ -117,8 +117,10 @@ def _ranges_of_experts(model: nn.Module, pair: Pair, stats: Stats) -> _Ranges | 
     seen = stats.experts.get(sink.param)
     if seen is None:
         return "the statistics have nothing of the inputs of its experts' down projections"
-    weight = model.get_parameter(sink.param).detach()
-    w = weight.abs().amax(3 - sink.axis).float()
+    layer = model.get_submodule(sink.layer)
+    spec = spec_of(layer)
+    assert spec is not None
+    w = spec.stack(layer, spec.down).detach().abs().amax(1).float()
     if seen.amax.shape != w.shape:
         return f"the statistics have {list(seen.amax.shape)} experts and channels, the weights {list(w.shape)}"
     return _Ranges(seen.amax.to(w.device), lambda: seen.typical_range().to(w.device), w)
@@ -207,7 +209,7 @@ class _ExpertsError:
         assert spec is not None
         seen: ExpertsObserver = stats.experts[sink.param]
         experts = seen.expert.unique().tolist()
-        stack = spec.rows(model.get_parameter(sink.param).detach())
+        stack = spec.stack(layer, spec.down).detach()
         self._measured: list[tuple[int, Tensor, Tensor, Tensor]] = []
         for e in experts:
             x, weight = seen.rows_of(e).to(device).float(), evenly(stack[e], max(1, OUTPUTS // len(experts)))

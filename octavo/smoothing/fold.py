@@ -52,7 +52,7 @@ class Fold:
         for sink in self.pair.sinks:
             if why is None:
                 weight = self._model.get_parameter(sink.param)
-                shape = [1] * weight.dim()
+                shape = [1] * (weight.dim() if self.pair.experts is None else 3)
                 shape[sink.axis] = self.columns.shape[-1]
                 if self.pair.experts is not None:
                     shape[0] = len(self.columns)
@@ -93,10 +93,11 @@ class Fold:
         spec = spec_of(layer)
         assert spec is not None and self.pair.layout is not None
         weight = self._model.get_parameter(self.pair.source)
-        factors = torch.ones(spec.rows(weight).shape[:2], device=weight.device)  # [E, U]
+        up = next(name for name in spec.up if layer.get_parameter(name) is weight)
+        factors = torch.ones(spec.stack(layer, up).shape[:2], device=weight.device)  # [E, U]
         factors[: len(inverse), self.pair.layout.rows.to(weight.device)] = inverse
         bias = None if spec.up_bias is None else getattr(layer, spec.up_bias)
-        why = self._scale(weight, factors.unsqueeze(1 if spec.transposed else 2))
+        why = self._scale(weight, spec.turned(up, factors.unsqueeze(2)))
         return why or (None if bias is None else self._scale(bias, factors))
 
     def _scale_bias(self, layer: nn.Module, factors: Tensor) -> str | None:
@@ -109,22 +110,24 @@ class Fold:
         fp16 loses bits of the smallest products. That is accepted where it is small next to the largest weight; the
         original is kept then, to undo it.
         """
-        data = parameter.data
+        data = _as_factors(parameter.data, factors)
         scaled = (_wide(data) * factors).to(data.dtype)
         lost = ((_wide(scaled) / factors).to(data.dtype) - data).abs()
         if not bool((lost <= _MAY_BE_LOST * data.abs().amax()).all()):  # NaN and inf, too
             return f"{data.dtype} cannot hold its weights times the factors; smooth the model in fp32"
         inexact = bool(lost.any())
         self.exact = self.exact and not inexact
-        self._undo.append(partial(_restore, parameter, data) if inexact else partial(_divide, parameter, factors))
-        parameter.data = scaled
+        before = parameter.data
+        self._undo.append(partial(_restore, parameter, before) if inexact else partial(_divide, parameter, factors))
+        parameter.data = scaled.view(parameter.shape)
         return None
 
     def factors_of(self, product: Product) -> Tensor:
         """What the input x of a sink's product is divided by once this is folded, in a shape that broadcasts with x."""
         if self.columns.dim() == 1:
             return self.columns
-        columns = self.columns[product.experts]
+        each = len(self._model.get_parameter(product.sink.param)) // len(self.columns)  # rows of an expert, if 2-D
+        columns = self.columns[product.experts.start // each : product.experts.stop // each]
         return columns.unsqueeze(1) if product.x.dim() == 3 else columns
 
     def divide(self, stats: Stats) -> None:
@@ -147,7 +150,13 @@ def _restore(parameter: nn.Parameter, data: Tensor) -> None:
 
 
 def _divide(parameter: nn.Parameter, factors: Tensor) -> None:
-    parameter.data = (_wide(parameter.data) / factors).to(parameter.dtype)
+    divided = _wide(_as_factors(parameter.data, factors)) / factors
+    parameter.data = divided.to(parameter.dtype).view(parameter.shape)
+
+
+def _as_factors(data: Tensor, factors: Tensor) -> Tensor:
+    """2-D weights of experts as [E, ...], if the factors are [E, ...]."""
+    return data.unflatten(0, (len(factors), -1)) if factors.dim() > data.dim() else data
 
 
 _MAY_BE_LOST = 1e-3

@@ -34,7 +34,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from octavo.experts import ExpertsSpec, spec_of
+from octavo.experts import ExpertsSpec, held_for, spec_of
 from octavo.feeding import eval_mode, first_tensor, hooked
 from octavo.layers import EXPERTS, is_stack, kind_of, users_of_parameters
 from octavo.smoothing.layouts import Layout, numbers_of, partial_layouts
@@ -107,7 +107,7 @@ class _Search:
         self._modules = dict(model.named_modules())
         self._base, self._output = base
         self._run = run
-        self._users = users_of_parameters(model)
+        self._users, self._held_for = users_of_parameters(model), held_for(model)
         reached = {product.sink.param for product in self._base}
         self._unreached = [
             (name, p.shape) for name, p in model.named_parameters() if p.dim() >= 2 and name not in reached
@@ -202,7 +202,7 @@ class _Search:
             others = [user for user in users if user != f"{prefix}{param}"]
             if others:
                 return Pair(prefix + up, reason=f"{prefix}{param} is also {others[0]}", experts=name)
-        sink = Sink(prefix + spec.down, name, 1 if spec.transposed else 2)
+        sink = Sink(prefix + spec.down, name, 1 if spec.down in spec.transposed else 2)
         return Pair(prefix + up, layout, (sink,), experts=name)
 
     def _layouts(self, name: str) -> list[Layout]:
@@ -269,7 +269,8 @@ class _Search:
             if like and self._model.get_parameter(like[0].param).shape == shape:
                 if len(like) == 1:
                     return f"{name}, which the example did not reach, may be fed by it like {like[0].param}"
-                found.append(Sink(name, name.rpartition(".")[0], like[0].axis))
+                holder = name.rpartition(".")[0]
+                found.append(Sink(name, self._held_for.get(holder, holder), like[0].axis))
         return found
 
     def pairs(self) -> list[Pair]:
@@ -401,8 +402,8 @@ def _passed_on(layer: nn.Module, spec: ExpertsSpec) -> tuple[str, Layout] | None
 
     The gate is run in fp32, where no factor is too large, on tokens from 1/16 to 2048: no clamp is above them all.
     """
-    widths = {name: spec.rows(layer.get_parameter(name)).shape[1] for name in spec.up}
-    n, k = sum(widths.values()), spec.rows(layer.get_parameter(spec.down)).shape[2]
+    widths = {name: spec.stack(layer, name).shape[1] for name in spec.up}
+    n, k = sum(widths.values()), spec.stack(layer, spec.down).shape[2]
     device = layer.get_parameter(spec.down).device
     size = 2.0 ** (torch.arange(TOKENS) % 16 - 4).unsqueeze(1)
     h = (torch.randn(TOKENS, n, generator=torch.Generator().manual_seed(0)) * size).to(device)

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from octavo.experts import held_for
 from octavo.feeding import device_of, eval_mode, feed, on_tensors, same_random_numbers
 
 __all__ = [
@@ -29,8 +30,8 @@ __all__ = [
 class Sink:
     """A weight whose columns can be multiplied by the factors of a pair.
 
-    param: its name in the model. layer: name of the module that owns it. axis: the dimension of the input channels (1
-    for the weight [N, K] of nn.Linear).
+    param: its name in the model. layer: name of the module that computes with it. axis: the dimension of the input
+    channels (1 for the weight [N, K] of nn.Linear).
     """
 
     param: str
@@ -124,6 +125,7 @@ class Recorder(TorchDispatchMode):
         super().__init__()  # type: ignore[no-untyped-call]
         self.products: list[Product] = []
         self._count = 0
+        self._held_for = held_for(model)
         self._on_product = on_product
         self._weights: dict[int, list[tuple[str, Tensor]]] = {}
         for name, parameter in model.named_parameters():
@@ -162,7 +164,8 @@ class Recorder(TorchDispatchMode):
         k, stride = args[w_at].shape[k_dim], args[w_at].stride(k_dim)
         axes = [a for a in range(whole.dim()) if whole.shape[a] == k and whole.stride(a) == stride]
         if axes:
-            sink = Sink(name, name.rpartition(".")[0], axes[0])
+            holder = name.rpartition(".")[0]
+            sink = Sink(name, self._held_for.get(holder, holder), axes[0])
             if self._on_product is None:
                 self.products.append(Product(sink, args[x_at].clone(), _slices(whole, args[w_at])))
             else:

@@ -22,6 +22,7 @@ from octavo.formats.experts import Part, expert_parts
 from octavo.modules import QuantExperts
 from octavo.primitives import dequantize, quantize_weight
 from tests import tiny_models
+from tests.test_watched_experts import Around
 from tests.tiny_models import build
 
 # gpt-oss's experts have no names that others would look for, which is no matter here.
@@ -89,19 +90,23 @@ def test_from_file_to_file(tmp_path: Path, make: Callable[..., Any], scheme: str
 @pytest.mark.parametrize(
     ("make", "first"),
     [(tiny_models.jetmoe, "model.layers.0.self_attention.experts.input_linear.0"),
-     (tiny_models.longcat, "model.layers.0.mlp.experts.0.gate_proj")],
+     (tiny_models.longcat, "model.layers.0.mlp.experts.0.gate_proj"),
+     (tiny_models.dbrx, "transformer.blocks.0.ffn.experts.mlp.0.w1")],
 )  # fmt: skip
 @pytest.mark.parametrize("scheme", ["w8a16", "w8a8"])
 def test_experts_that_are_known_by_what_they_do(
     tmp_path: Path, make: Callable[..., Any], first: str, scheme: str
 ) -> None:
-    """Loaded as they were saved, and the same from file to file: LongCat's lie there one by one, JetMoe's in one."""
+    """Loaded as they were saved, and the same from file to file: LongCat's lie there one by one, JetMoe's
+    and DBRX's in one."""
     model = build(make)
     model.save_pretrained(tmp_path / "float")
     report = octavo.quantize(model, scheme)
     assert report.unasked_fraction == 0
     octavo.save(model, tmp_path / "memory")
     there = weights(tmp_path / "memory")
+    config = json.loads((tmp_path / "memory/config.json").read_text())["quantization_config"]
+    assert (config["quant_method"] == "octavo") == (make is not tiny_models.longcat), "others know LongCat's names only"
     assert f"{first}.weight_scale" in there
     assert torch.equal(logits(octavo.load(tmp_path / "memory")), logits(model))
     octavo.quantize_checkpoint(tmp_path / "float", tmp_path / "stream", scheme)
@@ -262,8 +267,35 @@ def test_a_model_of_ones_own(tmp_path: Path) -> None:
     torch.testing.assert_close(model(x), truth(x), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("scheme", ["w8a16", "w8a8"])
+def test_experts_of_ones_own_whose_weights_a_child_holds(tmp_path: Path, scheme: str) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(Around(), nn.Linear(32, 8))
+    routing = torch.randn(6, 32), torch.randint(5, (6, 2)), torch.rand(6, 2)
+    octavo.quantize(model, scheme)
+    octavo.save(model, tmp_path / "out")
+    assert {"0.inner.4.up.weight_scale", "0.inner.0.down.weight_scale"} <= weights(tmp_path / "out").keys()
+    for build_on in ("cpu", "meta"):
+        with torch.device(build_on):
+            fresh = nn.Sequential(Around(), nn.Linear(32, 8))
+        loaded = octavo.load(tmp_path / "out", model=fresh)
+        assert torch.equal(loaded[0](*routing), model[0](*routing))
+        assert octavo.coverage(loaded) == octavo.coverage(model)
+    assert loaded.state_dict().keys() == model.state_dict().keys()
+
+
+def test_a_model_within_dbrx_and_around_it(tmp_path: Path) -> None:
+    model = build(tiny_models.dbrx)
+    octavo.quantize(model, "w8a16")
+    model.save_pretrained(tmp_path / "whole")
+    model.transformer.save_pretrained(tmp_path / "base")
+    expected = hidden(model.transformer)
+    assert torch.equal(hidden(type(model.transformer).from_pretrained(tmp_path / "whole")), expected)
+    assert torch.equal(hidden(type(model).from_pretrained(tmp_path / "base").transformer), expected)
+
+
 def test_parts_are_all_rows_once() -> None:
-    for make in MODELS:
+    for make in (*MODELS, tiny_models.dbrx):
         model = build(make)
         parts = expert_parts(model)
         rows: dict[str, list[int]] = {}
@@ -291,7 +323,7 @@ def test_no_more_than_one_layers_rows_are_numbered_at_once(make: Callable[..., A
 
 @pytest.mark.parametrize("rows", [[], [5], [3, 4, 5], [1, 3, 5], [3, 3], [5, 3, 1], [1, 2, 4]])
 def test_rows_of_any_order_are_kept(rows: list[int]) -> None:
-    kept = Part.of_rows("stack", torch.tensor(rows, dtype=torch.int64), True).rows
+    kept = Part.of_rows("experts", "stack", torch.tensor(rows, dtype=torch.int64), True).rows
     assert kept.tolist() == rows and kept.dtype == torch.int64
 
 

@@ -93,6 +93,8 @@ CASES = [
     (tiny_models.qwen3_moe, {}),
     (tiny_models.jetmoe, {}),
     (tiny_models.longcat, {}),
+    (tiny_models.dbrx, {}),
+    (tiny_models.dbrx, {"scheme": "w8a8"}),
     (tiny_models.gte, {}),
     (tiny_models.gte, {"ignore": ["re:.*[qv]_proj"]}),
     (tiny_models.llama, {"scheme": "w8a8"}),

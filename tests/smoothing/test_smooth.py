@@ -432,6 +432,8 @@ def test_any_number_of_experts(count: int, top_k: int) -> None:
     [
         (tiny_models.longcat, "model.layers.0.mlp.experts.gate_up_proj", None),
         (tiny_models.jetmoe, "model.layers.0.post_attention_layernorm", "model.layers.0.mlp.input_linear.weight"),
+        (tiny_models.dbrx, "transformer.blocks.0.ffn.experts.mlp.v1", None),
+        (tiny_models.dbrx, "transformer.blocks.0.norm_attn_norm.norm_2", None),
     ],
 )
 @torch.no_grad()
@@ -993,3 +995,58 @@ def test_a_scheme_with_float_inputs_has_nothing_to_smooth_for() -> None:
     model = Net()
     with pytest.raises(QuantizeError, match="scheme is w8a16, whose inputs stay float"):
         smooth(model, calibrate(model, [X]), scheme="w8a16")
+
+
+class InTwoDimensions(nn.Module):
+    """Experts whose weights a child holds, one expert's rows after another's: the last with its output channels first,
+    or its input channels."""
+
+    def __init__(self, turned: bool) -> None:
+        super().__init__()
+        self.turned, self.held = turned, nn.Module()
+        self.held.up = nn.Parameter(torch.randn(4 * 24, 16) / 4)
+        self.held.down = nn.Parameter(torch.randn(4 * 24, 16) / 5 if turned else torch.randn(4 * 16, 24) / 5)
+
+    def forward(self, x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+        y = torch.zeros_like(x)
+        up, down = self.held.up.view(4, 24, 16), self.held.down.view(4, -1, self.held.down.shape[1])
+        for e in range(4):
+            token, place = torch.where(index == e)
+            h = (x[token] @ up[e].T).relu()
+            y.index_add_(0, token, weights[token, place, None] * (h @ (down[e] if self.turned else down[e].T)))
+        return y
+
+
+class RoutedInTwoDimensions(RoutedToRelu):
+    def __init__(self, turned: bool) -> None:
+        super().__init__()
+        self.norm, self.experts = nn.LayerNorm(16), InTwoDimensions(turned)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm(x)
+        weights, index = self.gate(x).topk(2)
+        return self.experts(x, index, weights)  # type: ignore[no-any-return]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("turned", [False, True])
+def test_experts_in_two_dimensions(turned: bool, tmp_path: Path) -> None:
+    model, x = nn.Sequential(RoutedInTwoDimensions(turned)), torch.randn(30, 16)
+    up, down = (getattr(model[0].experts.held, name) for name in ("up", "down"))
+    columns = down.view(4, 24, 16) if turned else down.view(4, 16, 24).mT  # [E, I, H]
+    up.view(4, 24, 16)[1, 5] *= 300
+    columns[1, 5] /= 300
+    wanted, before = model(x), columns.clone()
+    stats = calibrate(model, [x])
+    amax = stats.experts["0.experts.held.down"].amax.clone()
+    report = smooth(model, stats, 0.5)
+    folded = {pair.source: pair.sinks for pair in report.pairs if pair.reason is None}
+    assert folded == {"0.norm": ("0.gate", "0.experts"), "0.experts.held.up": ("0.experts.held.down",)}
+    columns = down.view(4, 24, 16) if turned else down.view(4, 16, 24).mT
+    s = columns / before
+    assert torch.equal(model(x), wanted) and torch.equal(s, s[..., :1].expand_as(s)) and s.unique().numel() > 2
+    torch.testing.assert_close(stats.experts["0.experts.held.down"].amax * s[..., 0], amax)
+    stats.save(tmp_path / "stats.safetensors")
+    quantize(model, "w8a8", stats=Stats.load(tmp_path / "stats.safetensors"))
+    assert isinstance(model[0].experts, QuantExperts)
+    assert float((model(x) - wanted).norm() / wanted.norm()) < 0.03
