@@ -10,13 +10,14 @@ import argparse
 import dataclasses
 import math
 import shlex
+import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from octavo.cli.terminal import Answer, Terminal
 from octavo.cli.verb import Verbs, a_path, new_verb
-from octavo.errors import CheckpointError, MissingExtra
+from octavo.errors import CheckpointError, MissingExtra, OctavoWarning
 from octavo.recipe import pattern_matches
 from octavo.tables import Table, human_bytes, human_percent, in_general
 
@@ -166,12 +167,20 @@ def _unexplained(reader: CheckpointReader) -> str | None:
 
 def _coverage(reader: CheckpointReader, int8: list[str], config: Mapping[str, Any]) -> Coverage:
     """The coverage that octavo saved beside the weights, or one derived from names and config."""
-    from octavo.formats.loading import stored_coverage, stored_parts
+    from octavo.formats import COVERAGE_FILE, stored_coverage
+    from octavo.formats.loading import stored_parts
     from octavo.quantization.coverage import Coverage
 
-    left = stored_coverage(reader.path if reader.path.is_dir() else reader.path.parent)
+    left = stored_coverage(reader)
     if left is not None:
         return left
+    if (stale := reader.path / COVERAGE_FILE).is_file():
+        warnings.warn(
+            f"{stale}: tells of other weights, which were there before those that are there now; what follows is read "
+            "from the weights and their config: remove the file",
+            OctavoWarning,
+            stacklevel=2,
+        )
     parts = {part for name in int8 for part in stored_parts(reader, name)}
     floats = [name for name in reader.names if name not in parts and reader.info(name).dtype.is_floating_point]
     rows = [_int8_row(reader, name) for name in int8] + [_float_row(reader, name, config) for name in floats]

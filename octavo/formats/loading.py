@@ -25,7 +25,7 @@ from octavo.formats import compressed_tensors as layout
 from octavo.formats.checkpoint import CheckpointReader, TensorInfo
 from octavo.formats.conversions import AsInModel, Conversion
 from octavo.formats.experts import Part, stored_expert_parts
-from octavo.formats.saving import COVERAGE_FILE, OnDisk
+from octavo.formats.saving import COVERAGE_FILE, OnDisk, fingerprint
 from octavo.layers import EXPERTS, kind_of, name_in_files
 from octavo.modules import Codes, QuantModule
 from octavo.quantization.coverage import REASONS_ATTRIBUTE, Coverage
@@ -115,8 +115,8 @@ def load_into(
     """
     if any(isinstance(module, QuantModule) for module in model.modules()):
         raise CheckpointError(f"{folder}: the model holds int8 layers already; build it anew, as a float model")
-    report = stored_coverage(Path(folder))
     with CheckpointReader(folder) as reader:
+        report = stored_coverage(reader)
         saved = model.state_dict().keys()
         int8 = {name: stored for name, stored in int8_names(reader, rename).items() if f"{stored}_packed" not in saved}
         parts = stored_expert_parts(model, on_disk, int8)
@@ -210,17 +210,24 @@ def _check_codes(reader: CheckpointReader, name: str) -> None:
     layout.decode(name, {**parts, codes.name: torch.empty(codes.shape, dtype=codes.dtype, device="meta")})
 
 
-def stored_coverage(folder: Path) -> Coverage | None:
-    """The coverage stored beside the weights; None if there is none. Raises CheckpointError if it is damaged."""
-    file = folder / COVERAGE_FILE
+def stored_coverage(reader: CheckpointReader) -> Coverage | None:
+    """The coverage stored beside the weights; None if there is none, or if it is of weights that were there before.
+
+    Raises: CheckpointError if it is damaged.
+    """
+    file = (reader.path if reader.path.is_dir() else reader.path.parent) / COVERAGE_FILE
     if not file.is_file():
         return None
     try:
-        return Coverage.from_dict(json.loads(file.read_text(encoding="utf-8")))
+        told = json.loads(file.read_text(encoding="utf-8"))
+        report = Coverage.from_dict(told)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(
             f"{file}: cannot be read as a coverage: {error!r}; remove it, it only tells what is float and why"
         ) from error
+    infos = map(reader.info, reader.names)
+    is_of_these = told.get("weights") in (None, fingerprint({info.name: (info.dtype, info.shape) for info in infos}))
+    return report if is_of_these else None
 
 
 def restore_reasons(model: nn.Module, report: Coverage | None, rename: Rename = lambda name: name) -> None:
@@ -308,6 +315,12 @@ def stored_decisions(
     for prefix in _stacks(reader, int8, parts):
         decisions[prefix] = _experts_decision(reader, prefix, modules[prefix], parts)
     for name, on_disk in int8.items():
+        codes = codes_info(reader, on_disk).name
+        if codes != on_disk and on_disk in reader:
+            raise CheckpointError(
+                f"{where}: holds {on_disk!r} ({reader.info(on_disk).dtype}) and its int8 codes, {codes!r}, expected "
+                "one of the two; download the checkpoint again, or remove the one that is not meant from the file"
+            )
         if on_disk in parts:
             continue
         prefix, _, param = name.rpartition(".")

@@ -11,6 +11,7 @@ int8 layers are all linear; a folder with others (convolutions, embeddings) is m
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import warnings
 from collections.abc import Callable, Collection, Iterable, Mapping
@@ -37,6 +38,7 @@ __all__ = [
     "COVERAGE_FILE",
     "OnDisk",
     "describe_layout",
+    "fingerprint",
     "quantization_config",
     "save",
     "state_dict",
@@ -45,7 +47,7 @@ __all__ = [
 ]
 
 COVERAGE_FILE = "octavo_coverage.json"
-"""File beside the weights that says what is float and why (`Coverage.to_json`)."""
+"""File beside the weights that says what is float and why (`Coverage.to_dict`), with the `fingerprint` of the weights."""
 
 OnDisk = Callable[[dict[str, Tensor]], Mapping[str, Tensor]]
 """Tensors by their names in the model -> the same tensors by their names on disk. A float tensor may become several,
@@ -94,7 +96,7 @@ def save(
         config["quantization_config"] = quantization_config(
             *_described(model, on_disk), ecosystem="model_type" in config, names=names, parts=parts, attention=attention
         )
-        write_descriptions(temporary, config, report)
+        write_descriptions(temporary, config, report, plan)
     return Path(folder)
 
 
@@ -383,7 +385,17 @@ def _dtype_of(model: nn.Module) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def write_descriptions(folder: Path, config: dict[str, Any], report: Coverage) -> None:
-    """Write config.json and, beside it, the coverage."""
+def write_descriptions(
+    folder: Path, config: dict[str, Any], report: Coverage, plan: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
+) -> None:
+    """Write config.json and, beside it, the coverage. plan: what the weights are, as `CheckpointWriter` takes it."""
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    (folder / COVERAGE_FILE).write_text(report.to_json() + "\n", encoding="utf-8")
+    told = {**report.to_dict(), "weights": fingerprint(plan)}
+    (folder / COVERAGE_FILE).write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
+
+
+def fingerprint(tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]) -> str:
+    """Of the tensors of a checkpoint, name -> (dtype, shape): by it a coverage is known to be of the weights that it
+    lies beside, which others may have replaced."""
+    described = sorted((name, str(dtype), list(shape)) for name, (dtype, shape) in tensors.items())
+    return hashlib.sha256(json.dumps(described).encode()).hexdigest()

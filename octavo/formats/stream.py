@@ -81,14 +81,15 @@ def quantize_files(
         )
         with new_folder(dst) as temporary:
             copy_companions(src, temporary)
-            with CheckpointWriter(temporary, tensors.stored(), max_shard_size=max_shard_size) as writer:
+            stored_tensors = tensors.stored()
+            with CheckpointWriter(temporary, stored_tensors, max_shard_size=max_shard_size) as writer:
                 for done, name in enumerate(tensors.kept, 1):
                     for stored_name, stored in tensors.encode(name).items():
                         writer.write(stored_name, stored)
                     if progress:
                         progress(done, len(tensors.kept))
             report = Coverage(tuple(tensors.rows()))
-            write_descriptions(temporary, config, report)
+            write_descriptions(temporary, config, report, stored_tensors)
     warn_unasked(report)
     return report
 

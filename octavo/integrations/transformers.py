@@ -374,7 +374,8 @@ class OctavoQuantizer(HfQuantizer):  # type: ignore[misc]
         used |= {id(rule) for rule, ours in self._of_parts.items() if used & set(map(id, ours))}
         model._weight_conversions = for_saving([rule for rule in self._rules if id(rule) in used], model)
         if self._folder is not None:
-            formats.restore_reasons(model, formats.stored_coverage(self._folder), renaming(model))
+            with CheckpointReader(self._folder) as reader:
+                formats.restore_reasons(model, formats.stored_coverage(reader), renaming(model))
         else:
             warn_unasked(record_reasons(model, self._decisions))
         if self.quantization_config.attention == "int8":

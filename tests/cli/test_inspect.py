@@ -48,7 +48,25 @@ def test_dtypes_and_bytes_are_those_of_the_files(run: Run, tiny_int8: Path) -> N
 
 def test_the_coverage_is_the_one_that_octavo_left(run: Run, tiny_int8: Path) -> None:
     left = json.loads((tiny_int8 / COVERAGE_FILE).read_text())
-    assert run("inspect", tiny_int8, "--json").data["coverage"] == left
+    shown = run("inspect", tiny_int8, "--json").data["coverage"]
+    assert {**shown, "weights": left["weights"]} == left  # and which weights it is of, for octavo itself
+    assert run("inspect", tiny_int8 / "model.safetensors", "--json").data["coverage"] == shown
+
+
+def test_a_coverage_that_is_not_of_the_weights_beside_it_is_left_out(run: Run, tiny_int8: Path, foreign: Path) -> None:
+    inferred = run("inspect", foreign, "--json").data["coverage"]
+    shutil.copy(tiny_int8 / COVERAGE_FILE, foreign)
+    tensors = load_file(foreign / "model.safetensors")
+    name = "model.layers.0.mlp.up_proj.weight"
+    rows = tensors.pop(f"{name}_shape"), tensors.pop(f"{name}_scale"), tensors.pop(f"{name}_packed")
+    save_file({**tensors, name: torch.zeros(*rows[0].tolist(), dtype=torch.bfloat16)}, foreign / "model.safetensors")
+    shown = run("inspect", foreign, "--json")
+    assert COVERAGE_FILE in shown.err and "other weights" in shown.err
+    fates = {row["name"]: row["scheme"] for row in shown.data["coverage"]["rows"]}
+    assert fates == {row["name"]: row["scheme"] if row["name"] != name else None for row in inferred["rows"]}
+    # Of one file no one said that the coverage is: no warning.
+    alone = run("inspect", foreign / "model.safetensors", "--json")
+    assert alone.err == "" and {row["name"]: row["scheme"] for row in alone.data["coverage"]["rows"]} == fates
 
 
 def test_without_it_bytes_schemes_and_reasons_are_inferred(run: Run, tiny_int8: Path, foreign: Path) -> None:

@@ -487,7 +487,14 @@ def check_refused_whole(
         (without("out.weight_packed"), r"the model lacks, such as 'out\.weight_(scale|shape)'"),
         (with_("out.weight_packed", torch.zeros(16, 9, dtype=torch.int32)), r"out\.weight_packed: .*expected"),
         (with_("out.weight_scale", torch.full((16, 1), torch.nan)), r"out\.weight_scale: holds NaN or inf"),
-        (with_("out.weight", torch.zeros(16, 6)), r"the model lacks, such as 'out\.weight'"),
+        (
+            with_("out.weight", torch.zeros(16, 6)),
+            r"'out\.weight' \(torch\.float32\) and its int8 codes, '.*weight_packed'",
+        ),
+        (
+            with_("out.weight", torch.zeros(16, 6, dtype=torch.int8)),
+            r"'out\.weight' \(torch\.int8\) and its int8 codes",
+        ),
         (with_("out.weight_shape", torch.tensor(6)), r"out\.weight_shape: is torch\.int64 \[\], expected .*dimensions"),
         (with_("out.bias", torch.zeros(16, dtype=torch.int8)), r"'out\.bias' is torch\.int8, the model's is .*float32"),
         (
@@ -582,6 +589,17 @@ def test_a_damaged_coverage_file_is_named_and_the_model_left_as_it_was(tmp_path:
     assert_same(bits(model), before)
     (tmp_path / "out" / COVERAGE_FILE).unlink()
     load_into(tmp_path / "out", model)
+
+
+def test_a_coverage_of_other_weights_is_left_out(tmp_path: Path) -> None:
+    for name, model in (("out", quantized()), ("other", quantized(ignore=["out"]))):
+        octavo.save(model, tmp_path / name)
+    shutil.copy(tmp_path / "other" / COVERAGE_FILE, tmp_path / "out")
+    reasons = {
+        name: {row.reason for row in octavo.coverage(octavo.load(tmp_path / name, model=Net())).rows}
+        for name in ("out", "other")
+    }
+    assert "ignored by 'out'" in reasons["other"] and "ignored by 'out'" not in reasons["out"]
 
 
 # -- transformers models: what is written ------------------------------------------------------------------------------

@@ -654,8 +654,12 @@ def damage(folder: Path, edit: Callable[[dict[str, Tensor]], object]) -> None:
             lambda t: t.pop("model.layers.0.mlp.up_proj.weight_packed"),
             r"up_proj\.weight' is missing, expected int8 codes",
         ),
+        (
+            lambda t: t.update({"model.layers.0.mlp.up_proj.weight": torch.zeros(42, 32)}),
+            r"holds '.*up_proj\.weight' \(torch\.float32\) and its int8 codes, '.*up_proj\.weight_packed'",
+        ),
     ],
-    ids=["nan", "missing", "shape", "codes"],
+    ids=["nan", "missing", "shape", "codes", "both"],
 )
 def test_a_damaged_int8_checkpoint_is_named(
     tmp_path: Path, edit: Callable[[dict[str, Tensor]], object], message: str
