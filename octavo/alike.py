@@ -50,6 +50,8 @@ def held_by(layer: nn.Module) -> Held | None:
 def is_linear(layer: nn.Module) -> bool:
     """Whether `layer`, whose class derives from no layer of torch, computes what `nn.Linear` does with its weight [N,
     K] and bias, and does nothing else. It may be on `meta`."""
+    if isinstance(layer, torch.jit.ScriptModule):
+        return False
     cls: Any = type(layer)
     weight = layer._parameters.get("weight")
     return (

@@ -237,6 +237,8 @@ def is_watched(module: nn.Module) -> bool:
     kind = kind_of(module)
     if kind is not None:
         return kind.int8_input
+    if isinstance(module, torch.jit.ScriptModule):
+        return False  # which takes no hooks
     if any(True for child in module.children() for _ in child.parameters()):
         return False  # a block, or a model that holds a table of positions, does not multiply its input by a weight
     return any(p is not None and p.dim() >= 2 and p.is_floating_point() for p in module._parameters.values())

@@ -350,8 +350,9 @@ def stored_decisions(
             raise _untied(where, int8[f"{first}.{param}"], on_disk)
         owner_of.setdefault(_memory(weight), prefix)
     for name, layer in modules.items():
-        kind, weight = kind_of(layer), layer._parameters.get("weight")
-        if kind is None or kind.name not in _TIED_KINDS or weight is None:
+        kind = kind_of(layer)
+        weight = layer._parameters.get("weight") if kind is not None and kind.name in _TIED_KINDS else None
+        if kind is None or weight is None:
             continue
         owner = owner_of.get(id(weight))
         if owner is None and f"{name}.weight" not in reader:
@@ -500,7 +501,8 @@ def _untied(where: str, name: str, other: str) -> CheckpointError:
 
 def _assign(places: list[tuple[nn.Module, str]], tensor: Tensor) -> None:
     """Put a loaded tensor into all of its places in the model, so that tied parameters stay tied."""
-    before = [module._parameters.get(short) for module, short in places]
+    # dict: what a module of torch.jit holds in place of one has no get.
+    before = [dict(module._parameters).get(short) for module, short in places]
     parameters = {id(old): nn.Parameter(tensor, requires_grad=old.requires_grad) for old in before if old is not None}
     for (module, short), old in zip(places, before, strict=True):
         if old is None:

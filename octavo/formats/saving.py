@@ -47,7 +47,7 @@ __all__ = [
 ]
 
 COVERAGE_FILE = "octavo_coverage.json"
-"""File beside the weights that says what is float and why (`Coverage.to_dict`), with the `fingerprint` of the weights."""
+"""File beside the weights: what is float and why (`Coverage.to_dict`), and the `fingerprint` of the weights."""
 
 OnDisk = Callable[[dict[str, Tensor]], Mapping[str, Tensor]]
 """Tensors by their names in the model -> the same tensors by their names on disk. A float tensor may become several,

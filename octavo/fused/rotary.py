@@ -103,7 +103,7 @@ def fused_rotaries(model: nn.Module) -> dict[str, FusedRotary]:
 
 def _rotations(source: Any) -> tuple[str, ...]:
     """The names in `forward` of the class `source` that refer to rotary functions."""
-    function = _innermost(source.forward)
+    function = _innermost(getattr(source, "forward", None))  # a class of torch.jit's has none
     return _named(function) if isinstance(function, FunctionType) else ()
 
 

@@ -220,10 +220,14 @@ def _float_shape(module: QuantModule, param: str, codes: Tensor) -> tuple[int, .
 
 def why_float(module: nn.Module, parameter: Tensor, *, router: bool = False) -> tuple[str, bool]:
     """Why `parameter` of `module` is float where the plan gives no reason, and whether that counts as asked for."""
+    if hasattr(parameter, "_is_flat_param"):  # FSDP's mark of its own; importing FSDP to ask is slow
+        return "FSDP keeps its weights in one flat parameter; quantize before wrapping it", False
     if sum(size > 1 for size in parameter.shape) <= 1:
         return "1-D: biases and norms stay float", True
     if router:
         return ROUTER_REASON, True
+    if isinstance(module, torch.jit.ScriptModule):
+        return "compiled by torch.jit, which lets no layer be replaced; quantize before scripting or tracing", False
     kind = kind_of(module)
     is_stack = kind is not None and any(parameter is attrgetter(name)(module) for name in kind.params_of(module))
     if parameter.dim() == 2 and not is_stack and (isinstance(module, QuantExperts) or (kind and kind.name == EXPERTS)):

@@ -76,7 +76,8 @@ def quantize(
         int8, and for what is no module; CalibrateError for static inputs without `stats`, or with those of another
         model, and for an unknown observer; MissingExtra for int8 attention without transformers. The plan is checked
         before anything is changed; a weight with NaN or inf stops at its layer, with the layers before it already int8.
-    Warns: OctavoWarning if more than 5% of the bytes stay float for a reason that the recipe did not ask for.
+    Warns: OctavoWarning if more than 5% of the bytes stay float for a reason that the recipe did not ask for, and if
+        nothing became int8 though nothing is ignored.
     """
     recipe = Recipe.of(
         scheme, ignore=ignore, include=include, overrides=overrides, group_size=group_size, attention=attention
@@ -109,7 +110,8 @@ def _refuse_missing_values(model: nn.Module) -> None:
 
 
 def warn_unasked(report: Coverage) -> None:
-    """Warn if more than 5% of the bytes stayed float for a reason that the recipe did not ask for."""
+    """Warn if more than 5% of the bytes stayed float for a reason that the recipe did not ask for, or all of them while
+    it ignores none."""
     if report.unasked_fraction > _UNASKED_LIMIT:
         unasked: dict[str, int] = {}
         for row in report.rows:
@@ -122,3 +124,6 @@ def warn_unasked(report: Coverage) -> None:
             OctavoWarning,
             stacklevel=4,  # the caller of octavo.quantize or quantize_checkpoint
         )
+    elif not any(row.scheme or (row.reason or "").startswith("ignored by") for row in report.rows):
+        reasons = list(report.float_reasons())[:3] or ["it has no float parameters"]
+        warnings.warn(f"nothing of the model became int8: {'; '.join(reasons)}", OctavoWarning, stacklevel=4)

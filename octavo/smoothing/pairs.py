@@ -143,9 +143,8 @@ class _Search:
         found = {}
         for name, module in self._modules.items():
             kind = kind_of(module)
-            weight = module._parameters.get("weight")
-            linear = kind is not None and kind.int8_input and kind.name != EXPERTS and weight is not None
-            if linear or is_norm(module):
+            linear = kind is not None and kind.int8_input and kind.name != EXPERTS
+            if (linear and module._parameters.get("weight") is not None) or is_norm(module):
                 found[name] = module
         return found
 

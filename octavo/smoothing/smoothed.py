@@ -56,8 +56,10 @@ def smooth_scales(model: nn.Module, int8_model: nn.Module, example: Any) -> dict
 
 def _is_one_layer(was: nn.Module, now: nn.Module | None) -> bool:
     """Whether `now` is what became of the linear layer or norm `was`."""
-    kind, weight = kind_of(was), was._parameters.get("weight")
-    if weight is None or not (is_norm(was) or (kind is not None and kind.module is QuantLinear)):
+    kind = kind_of(was)
+    is_either = is_norm(was) or (kind is not None and kind.module is QuantLinear)
+    weight = was._parameters.get("weight") if is_either else None
+    if weight is None:
         return False
     if isinstance(now, QuantLinear):
         return kind is not None and kind.rows(weight, was).shape == now.codes_and_scale()[0].shape

@@ -6,14 +6,16 @@ import copy
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
+from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy
 
 import octavo
-from octavo import QuantizeError, RecipeError, Scheme
+from octavo import OctavoWarning, QuantizeError, RecipeError, Scheme
 from octavo.modules import QuantConv, QuantLinear, QuantMultiheadAttention
 from octavo.primitives import dequantize
 from octavo.quantization.plan import output_heads
@@ -88,6 +90,61 @@ def test_a_layer_in_two_places_computes_in_both() -> None:
     octavo.quantize(model, "w8a16")
     assert model[2][0] is model[0]
     torch.testing.assert_close(model(x), with_dequantized_weights(twin, model)(x))
+
+
+@pytest.mark.parametrize(
+    ("model", "reason"),
+    [
+        (nn.Sequential(nn.LayerNorm(8)), "1-D: biases and norms stay float"),
+        (nn.Sequential(nn.Embedding(8, 4)), "opt-in: include 'Embedding' to quantize it"),
+        (nn.Sequential(nn.ReLU()), "it has no float parameters"),
+    ],
+)
+def test_where_nothing_becomes_int8_it_is_said(model: nn.Module, reason: str) -> None:
+    with pytest.warns(OctavoWarning, match=f"nothing of the model became int8: {reason}"):
+        octavo.quantize(model, "w8a16")
+
+
+class WithCompiledParts(nn.Module):
+    """A layer of its own, then parts that torch.jit scripted and traced."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.own = nn.Linear(8, 6)
+        self.scripted = torch.jit.script(nn.Sequential(nn.Linear(6, 6), nn.ReLU()))
+        self.traced = torch.jit.trace(nn.Linear(6, 4), torch.ones(1, 6))
+
+    def forward(self, x: torch.Tensor) -> Any:
+        return self.traced(self.scripted(self.own(x)))
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
+def test_parts_that_torch_jit_compiled_stay_float(tmp_path: Path) -> None:
+    model, x = WithCompiledParts(), torch.randn(3, 8)
+    twin, y = copy.deepcopy(model), model(x)
+    stats = octavo.calibrate(model, [x])
+    octavo.smooth(model, stats)
+    assert torch.equal(model(x), y)
+    with pytest.warns(OctavoWarning, match=r"compiled by torch\.jit, .* quantize before scripting or tracing"):
+        report = octavo.quantize(model, "w8a8-static", stats=stats, repair=False)
+    assert {row.name for row in report.rows if row.scheme} == {"own.weight"}
+    assert 0 < relative_error(model(x), y) < 0.03
+    assert octavo.compare(twin, model, [x]).sqnr_db > 30
+    octavo.save(model, tmp_path / "out")
+    assert torch.equal(octavo.load(tmp_path / "out", model=WithCompiledParts())(x), model(x))
+
+
+def test_of_a_flat_parameter_it_is_said_what_comes_first() -> None:
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        strategy = ShardingStrategy.NO_SHARD
+        model = FullyShardedDataParallel(mlp(), sharding_strategy=strategy, device_id=torch.device("cpu"))
+        with pytest.warns(
+            OctavoWarning, match="FSDP keeps its weights in one flat parameter; quantize before wrapping"
+        ):
+            octavo.quantize(model, "w8a16")
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 class TestRefusals:
