@@ -116,7 +116,28 @@ class QuantModule(nn.Module):
             scale = state_dict.get(prefix + name)
             if scale is not None:  # files hold it in the model's dtype, and `assign=True` would take that over
                 state_dict[prefix + name] = scale.float()
-        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        vars(self)["_is_loading"] = True
+        try:
+            super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        finally:
+            del vars(self)["_is_loading"]
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in vars(self).get("quantized_params", ()) and not self._can_hold(name, value):
+            raise QuantizeError(
+                f"{type(self).__name__}.{name}: holds int8 codes, which go with their scales, and a "
+                f"{type(value).__name__} was to replace them; tie, fuse or assign weights before quantizing, or load "
+                "codes with load_state_dict"
+            )
+        super().__setattr__(name, value)
+
+    def _can_hold(self, name: str, value: Any) -> bool:
+        """Whether `value` may take the place of the codes `name`: others do where scales come along, from a state dict
+        or, into what was built on meta, from files."""
+        codes = self._buffers[name]
+        if codes is None or not isinstance(value, Tensor) or (value.dtype, value.shape) != (codes.dtype, codes.shape):
+            return False
+        return codes.is_meta or "_is_loading" in vars(self) or value.data_ptr() == codes.data_ptr()
 
     def void_float(self) -> None:
         """Fill `_float` with NaN again: `to_empty` and the like leave arbitrary values in it."""

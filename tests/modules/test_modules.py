@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from octavo.errors import OctavoError, QuantizeError
 from octavo.modules import (
@@ -372,6 +373,34 @@ def test_a_state_with_scales_in_the_dtype_of_the_model(assign: bool) -> None:
     x = torch.randn(3, 12, dtype=torch.bfloat16)
     assert torch.equal(other(x), int8(x))
     other.half()
+
+
+@pytest.mark.parametrize("value", [torch.zeros(5, 12), nn.Parameter(torch.zeros(5, 12)), None])
+def test_codes_are_not_replaced_by_what_is_none(value: Any) -> None:
+    int8, _ = quantized(nn.Linear(12, 5))
+    before = copy.deepcopy(int8.state_dict())
+    with pytest.raises(QuantizeError, match=r"QuantLinear\.weight: holds int8 codes.* before quantizing"):
+        int8.weight = value
+    assert all(torch.equal(tensor, before[name]) for name, tensor in int8.state_dict().items())
+    int8.bias = nn.Parameter(torch.ones(5))  # which is a parameter as any other
+
+
+def test_codes_are_not_replaced_by_those_of_another_scale() -> None:
+    """As a model does that ties its head to its embedding anew."""
+    (int8, _), (other, _) = quantized(nn.Linear(12, 5)), quantized(nn.Linear(12, 5))
+    with pytest.raises(QuantizeError, match=r"QuantLinear\.weight: holds int8 codes.* before quantizing"):
+        int8.weight = other.weight
+    int8.weight = int8.weight
+    for assign in (False, True):
+        int8.load_state_dict(other.state_dict(), assign=assign)
+        assert torch.equal(int8.weight, other.weight)
+
+
+def test_a_fusion_with_a_batch_norm_is_refused() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)).eval()
+    quantize(model, "w8a16")
+    with pytest.raises(QuantizeError, match=r"QuantConv\.weight: holds int8 codes.* tie, fuse or assign"):
+        fuse_conv_bn_eval(model[0], model[1])
 
 
 def test_a_state_without_scales_is_incomplete() -> None:
