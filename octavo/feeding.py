@@ -18,12 +18,14 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 from torch.overrides import TorchFunctionMode
 
-from octavo.errors import EvaluateError, QuantizeError
+from octavo.errors import EvaluateError, OctavoError, QuantizeError
 
 __all__ = [
     "Progress",
     "check_batches",
+    "check_callable",
     "check_module",
+    "check_progress",
     "device_of",
     "eval_mode",
     "feed",
@@ -39,11 +41,31 @@ Progress = Callable[[int, int], None]
 
 
 def check_module(model: object) -> None:
-    """Raise QuantizeError if `model` is not an nn.Module, but a state dict or a pipeline that holds models, for two."""
+    """Raise QuantizeError if `model` is not an nn.Module, but a class, a state dict or a pipeline that holds models."""
+    if isinstance(model, type):
+        raise QuantizeError(f"model is the class {model.__name__}, expected a module: call it, {model.__name__}(...)")
     if not isinstance(model, nn.Module):
         raise QuantizeError(
             f"model is a {type(model).__name__}, expected an nn.Module; of a pipeline, give the modules that it holds "
             "one by one, of a state dict, the model with it loaded"
+        )
+
+
+def check_callable(model: object, name: str) -> None:
+    """Raise EvaluateError for what cannot be run as a model; name: of the argument."""
+    if isinstance(model, type) or not callable(model):
+        what = f"the class {model.__name__}" if isinstance(model, type) else f"a {type(model).__name__}"
+        raise EvaluateError(
+            f"{name} is {what}, expected a model: an nn.Module or a function that is called with a batch; octavo.load "
+            "reads one from a path"
+        )
+
+
+def check_progress(progress: object) -> None:
+    """Raise OctavoError for what cannot be called as the work goes on, which would stop it halfway."""
+    if progress is not None and not callable(progress):
+        raise OctavoError(
+            f"progress is {progress!r}, expected a function that is called with (steps done, steps in all), or None"
         )
 
 

@@ -296,7 +296,7 @@ class Recipe:
             targets=(*base.targets, *include),
             ignore=(*base.ignore, *ignore),
             overrides=(*_pairs({} if overrides is None else overrides), *base.overrides),
-            attention=attention or base.attention,
+            attention=base.attention if attention is None else attention,
         )
 
     @property

@@ -113,6 +113,11 @@ def test_sqnr_of_what_is_not_floating_point_is_an_error(dtype: torch.dtype) -> N
         sqnr(x, x.to(dtype))
 
 
+def test_sqnr_of_an_array_is_an_error() -> None:
+    with pytest.raises(EvaluateError, match=r"actual is a ndarray, expected a tensor; torch\.as_tensor makes one"):
+        sqnr(torch.ones(2), np.ones(2))  # type: ignore[arg-type]
+
+
 # --- perplexity -------------------------------------------------------------------------------------------------------
 
 

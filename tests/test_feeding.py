@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_sequence
 
-from octavo.feeding import feed, on_tensors
+from octavo.errors import EvaluateError
+from octavo.feeding import check_callable, feed, on_tensors
 
 META = torch.device("meta")
 
@@ -117,3 +118,13 @@ def test_tensors_are_replaced_where_they_are() -> None:
     short = on_tensors(batch, lambda tensor: tensor[:1])
     assert isinstance(short["x"], Pair) and short["x"].first.shape == (1, 2) and short["x"].second[0].shape == (1,)
     assert short["states"].seen[0].shape == (1,) and short["n"] == 4 and batch["states"].seen[0].shape == (4,)
+
+
+@pytest.mark.parametrize(("model", "what"), [("out/", "a str"), (None, "a NoneType"), (nn.ReLU, "the class ReLU")])
+def test_what_cannot_be_run_is_told_so(model: object, what: str) -> None:
+    with pytest.raises(EvaluateError, match=rf"int8_model is {what}, expected a model: .* octavo\.load"):
+        check_callable(model, "int8_model")
+
+
+def test_a_model_may_be_a_function() -> None:
+    check_callable(len, "model")

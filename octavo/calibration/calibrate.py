@@ -31,6 +31,7 @@ from octavo.feeding import (
     Progress,
     check_batches,
     check_module,
+    check_progress,
     device_of,
     eval_mode,
     feed,
@@ -74,6 +75,7 @@ def calibrate(
     """
     check_is_float(model)
     check_batches(batches)
+    check_progress(progress)
     if not isinstance(rows, int) or rows < 0:
         raise CalibrateError(f"rows is {rows!r}, expected a number, 0 or more, of rows of each layer's input to keep")
     layers = watched_modules(model)

@@ -23,6 +23,8 @@ from octavo.evaluate.outputs import Model, chunks, first_floating, float64, main
 from octavo.feeding import (
     Progress,
     check_batches,
+    check_callable,
+    check_progress,
     device_of,
     eval_mode,
     feed,
@@ -66,7 +68,10 @@ def compare(
     Memory: besides the models, both outputs of one batch, and a copy of the float output of every quantized layer for
     one batch; `layers=False` or smaller batches make it less. Sums are in float64.
     """
+    check_callable(float_model, "float_model")
+    check_callable(int8_model, "int8_model")
     check_batches(batches)
+    check_progress(progress)
     total = operator.length_hint(batches)  # 0 for a generator, and for a DataLoader of an IterableDataset
     tallies = _layers_to_compare(float_model, int8_model) if layers else {}
     devices = device_of(float_model, "float_model"), device_of(int8_model, "int8_model")
@@ -105,6 +110,8 @@ def sqnr(reference: Tensor, actual: Tensor) -> float:
     Raises: EvaluateError for another dtype, or different shapes.
     """
     for name, tensor in (("reference", reference), ("actual", actual)):
+        if not isinstance(tensor, Tensor):
+            raise EvaluateError(f"{name} is a {type(tensor).__name__}, expected a tensor; torch.as_tensor makes one")
         if not tensor.is_floating_point():
             raise EvaluateError(f"{name} is {tensor.dtype}, expected floating point; dequantize codes first")
     if reference.shape != actual.shape:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from octavo.errors import EvaluateError
 from octavo.evaluate.outputs import Model, chunks, float64, main_output
-from octavo.feeding import Progress, device_of, eval_mode, same_random_numbers
+from octavo.feeding import Progress, check_callable, check_progress, device_of, eval_mode, same_random_numbers
 from octavo.modules import QuantModule
 
 __all__ = ["perplexity"]
@@ -35,6 +35,8 @@ def perplexity(model: Model, token_ids: Tensor, *, window: int = 512, progress: 
         logits of another shape or holding NaN (naming the window), and a model that sees the tokens that it is to
         predict: a masked language model's number would mean nothing.
     """
+    check_callable(model, "model")
+    check_progress(progress)
     ids = _token_row(token_ids)
     if not isinstance(window, int) or window < 2:
         raise EvaluateError(

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from octavo.computed_weights import parts_of
 from octavo.errors import CheckpointError
 from octavo.experts import spec_of
-from octavo.feeding import Progress
+from octavo.feeding import Progress, check_progress
 from octavo.formats import compressed_tensors as layout
 from octavo.formats.checkpoint import CheckpointReader, TensorInfo
 from octavo.formats.conversions import AsInModel, Conversion
@@ -113,6 +113,7 @@ def load_into(
         be read or does not fit the model: missing or unexpected tensors, other shapes, int8 weights for layers that
         cannot have them, different weights for layers that the model ties.
     """
+    check_progress(progress)
     if any(isinstance(module, QuantModule) for module in model.modules()):
         raise CheckpointError(f"{folder}: the model holds int8 layers already; build it anew, as a float model")
     with CheckpointReader(folder) as reader:

@@ -21,9 +21,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from octavo.errors import CheckpointError, OctavoWarning, QuantizeError
+from octavo.errors import CheckpointError, OctavoError, OctavoWarning, QuantizeError
 from octavo.experts import routers
-from octavo.feeding import Progress
+from octavo.feeding import Progress, check_module, check_progress
 from octavo.formats import compressed_tensors as layout
 from octavo.formats.checkpoint import CheckpointWriter
 from octavo.formats.companions import NOT_A_TOKENIZERS, copy_companions
@@ -77,6 +77,13 @@ def save(
     Raises: QuantizeError if no layer is int8; CheckpointError if the folder exists or cannot be written whole.
     Warns: OctavoWarning if a layer's kind keeps transformers and vLLM from loading the folder.
     """
+    check_module(model)
+    check_progress(progress)
+    if tokenizer is not None and not hasattr(tokenizer, "save_pretrained"):
+        raise OctavoError(
+            f"tokenizer is {tokenizer!r}, expected a tokenizer or processor of transformers, such as "
+            "AutoTokenizer.from_pretrained returns, or None"
+        )
     report = coverage(model)
     if not _int8_layers(model):
         raise QuantizeError("the model has no int8 layer to save; call octavo.quantize(model, 'w8a16') first")
@@ -93,6 +100,8 @@ def save(
                 if progress:
                     progress(done, len(tensors))
         config = _describe_model(model, temporary, tokenizer)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(temporary)
         config["quantization_config"] = quantization_config(
             *_described(model, on_disk), ecosystem="model_type" in config, names=names, parts=parts, attention=attention
         )
@@ -340,7 +349,11 @@ def _copies(state: Mapping[str, Tensor], tied: Mapping[str, str]) -> set[str]:
 
 
 def _describe_model(model: Any, folder: Path, tokenizer: Any) -> dict[str, Any]:
-    """Write generation config, tokenizer and companion files. Returns: the content for config.json."""
+    """Write the generation config and the companion files of the model's own checkpoint.
+
+    tokenizer: if one is given, the checkpoint's is not copied.
+    Returns: the content for config.json.
+    """
     config = getattr(model, "config", None)
     if config is None or not hasattr(config, "save_pretrained"):
         return {}
@@ -359,8 +372,6 @@ def _describe_model(model: Any, folder: Path, tokenizer: Any) -> dict[str, Any]:
     if getattr(model, "can_generate", lambda: False)() and model.generation_config is not None:
         # Not save_pretrained, which refuses settings that transformers loads with a warning, as Vicuna's.
         model.generation_config.to_json_file(folder / "generation_config.json", keys_to_pop=["compile_config"])
-    if tokenizer is not None:
-        tokenizer.save_pretrained(folder)
     return described
 
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from octavo.computed_weights import parts_of
 from octavo.errors import CheckpointError, QuantizeError
 from octavo.experts import held_for, routers, spec_of
-from octavo.feeding import Progress
+from octavo.feeding import Progress, check_module, check_progress
 from octavo.formats import compressed_tensors as layout
 from octavo.formats.checkpoint import CheckpointReader, CheckpointWriter, TensorInfo
 from octavo.formats.companions import copy_companions
@@ -65,6 +65,8 @@ def quantize_files(
         and QuantizeError for a scheme with static inputs.
     Warns: OctavoWarning as `octavo.quantize` and `octavo.save` do.
     """
+    check_module(skeleton)
+    check_progress(progress)
     with CheckpointReader(src) as reader:
         _refuse_quantized(reader)
         decisions = plan(skeleton, recipe)

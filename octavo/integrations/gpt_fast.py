@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from octavo.errors import CheckpointError, QuantizeError
 from octavo.experts import spec_of
+from octavo.feeding import check_module
 from octavo.formats.compressed_tensors import can_be_scale
 from octavo.formats.loading import refuse_lost_buffers
 from octavo.formats.outputs import new_file
@@ -51,6 +52,7 @@ def state_dict(model: nn.Module) -> dict[str, Tensor]:
     Returns: name -> tensor, as in the head of this file.
     Raises: QuantizeError for int8 layers that gpt-fast does not have: other kinds than linear, per_group, int8 inputs.
     """
+    check_module(model)
     model = unwrapped(model)
     tensors = dict(model.state_dict())
     for name, module in model.named_modules():

@@ -19,7 +19,7 @@ from torch import nn
 
 from octavo import formats
 from octavo.errors import CheckpointError, MissingExtra, OctavoError
-from octavo.feeding import Progress
+from octavo.feeding import Progress, check_module
 from octavo.formats.checkpoint import CheckpointReader, check_shard_size
 from octavo.formats.outputs import new_folder
 from octavo.formats.saving import unwrapped
@@ -57,7 +57,9 @@ def _with_transformers(core: Callable[_Arguments, Coverage]) -> Callable[_Argume
     def quantize(*args: _Arguments.args, **kwargs: _Arguments.kwargs) -> Coverage:
         given = inspect.signature(core).bind(*args, **kwargs).arguments
         model, scheme = given["model"], given["scheme"]
-        asked = given.get("attention") or (scheme.attention if isinstance(scheme, Recipe) else "float")
+        asked = given.get("attention")
+        if asked is None:
+            asked = scheme.attention if isinstance(scheme, Recipe) else "float"
         if asked == "int8":
             _attention().check_int8_attention(model)
         report = core(*args, **kwargs)
@@ -107,7 +109,7 @@ def load(
         checkpoint that octavo can run; a folder, Hub id or .gguf file, with `model` one .safetensors file too. A float
         checkpoint loads as float.
     model: for what transformers cannot build, or is not to: the float model of the same structure, freshly built, on
-        `meta` or not; it is changed in place and returned.
+        `meta` or not; it is changed in place and returned. One that torch.compile or DataParallel wrapped stays so.
     progress: with `model` only (transformers shows its own): called with (layers done, number of layers).
     options: without `model` only: for `from_pretrained` of transformers (`dtype`, `device_map`, `trust_remote_code`,
         ...), which raises TypeError for one that it does not know.
@@ -121,10 +123,11 @@ def load(
                 f"{', '.join(options)} would have no effect: options are for transformers, which does not load what is "
                 "given as model=; leave them out"
             )
-        source = resolve(path)
-        loaded = formats.load_into(source, model, **_names_on_disk(model), progress=progress)
-        prepare_for_transformers(loaded, _stored_attention(source))
-        return loaded
+        check_module(model)
+        source, inner = resolve(path), unwrapped(model)
+        formats.load_into(source, inner, **_names_on_disk(inner), progress=progress)
+        prepare_for_transformers(inner, _stored_attention(source))
+        return model
     if progress is not None:
         raise OctavoError(
             "progress would never be called: without model=, transformers loads and shows its own; leave it out"

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from octavo.experts import held_for, routers
+from octavo.feeding import check_module
 from octavo.layers import EXPERTS, kind_of
 from octavo.modules import QuantConvTranspose, QuantExperts, QuantModule, TiedQuantEmbedding, TiedQuantLinear
 from octavo.modules.float_linear import FloatLinear
@@ -144,8 +145,9 @@ class Coverage:
 def coverage(model: nn.Module) -> Coverage:
     """A row for every float (or complex) parameter that `model` has, or had before its layers became int8.
 
-    model: any module, quantized or not; not modified.
+    model: any module, quantized or not; not modified. Raises: QuantizeError for what is no module.
     """
+    check_module(model)
     reasons: dict[str, tuple[str, bool]] = getattr(model, REASONS_ATTRIBUTE, {})
     rows: list[Row] = []
     owners: dict[int, str] = {}

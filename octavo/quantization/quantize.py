@@ -11,7 +11,7 @@ from torch.nn.parameter import is_lazy
 from octavo.calibration.observers import ObserverKind
 from octavo.calibration.stats import Stats
 from octavo.errors import OctavoWarning, QuantizeError
-from octavo.feeding import Progress, check_module
+from octavo.feeding import Progress, check_module, check_progress
 from octavo.modules import QuantLinear
 from octavo.quantization.coverage import Coverage
 from octavo.quantization.install import install, record_reasons
@@ -83,6 +83,7 @@ def quantize(
         scheme, ignore=ignore, include=include, overrides=overrides, group_size=group_size, attention=attention
     )
     check_module(model)
+    check_progress(progress)
     _refuse_missing_values(model)
     decisions = plan(model, recipe)
     set_input_scales(model, decisions, stats, observer=observer, repair=repair)

@@ -25,7 +25,7 @@ from torch import nn
 from octavo.calibration.calibrate import check_is_float
 from octavo.calibration.stats import Stats, check_stats, columns_of, largest_of_columns
 from octavo.errors import CalibrateError, OctavoWarning, QuantizeError, RecipeError
-from octavo.feeding import Progress
+from octavo.feeding import Progress, check_progress
 from octavo.recipe import Scheme
 from octavo.report import SmoothedPair, SmoothReport
 from octavo.smoothing.factors import choose_factors
@@ -76,6 +76,7 @@ def smooth(
     if alpha != "auto" and not (isinstance(alpha, float | int) and 0 <= alpha <= 1):
         raise QuantizeError(f"alpha is {alpha!r}, expected a number from 0 to 1, or 'auto'")
     check_stats(stats)
+    check_progress(progress)
     chosen = Scheme.of(scheme) if isinstance(scheme, str) else scheme
     if not isinstance(chosen, Scheme):
         raise RecipeError(f"scheme is {scheme!r}, expected a preset's name or a Scheme")

@@ -409,6 +409,19 @@ def test_what_lies_in_the_folder(tmp_path: Path) -> None:
     )
 
 
+def test_a_tokenizer_goes_along_with_any_model(tmp_path: Path) -> None:
+    class Tokenizer:
+        def save_pretrained(self, folder: Path) -> None:
+            (folder / "tokenizer.json").write_text("{}")
+
+    tokenizer: Any = Tokenizer()
+    octavo.save(quantized(), tmp_path / "out", tokenizer=tokenizer)
+    assert (tmp_path / "out/tokenizer.json").is_file()
+    with pytest.raises(octavo.OctavoError, match=r"tokenizer is 'gpt2', expected .* AutoTokenizer\.from_pretrained"):
+        octavo.save(quantized(), tmp_path / "other", tokenizer="gpt2")
+    assert not (tmp_path / "other").exists()
+
+
 # -- errors -----------------------------------------------------------------------------------------------------------
 
 
@@ -770,6 +783,9 @@ def test_of_a_wrapped_model_the_model_is_saved(tmp_path: Path, wrap: Any) -> Non
     octavo.quantize(model, "w8a16")
     octavo.save(wrap(model), tmp_path / "int8")
     assert torch.equal(octavo.load(tmp_path / "int8", model=nn.Sequential(nn.Linear(8, 8)))(x), model(x))
+    wrapped = wrap(nn.Sequential(nn.Linear(8, 8)))
+    assert octavo.load(tmp_path / "int8", model=wrapped) is wrapped
+    assert torch.equal(wrapped(x), model(x))
 
 
 def test_a_buffer_that_is_nowhere_is_an_error_before_anything_changes(tmp_path: Path) -> None:

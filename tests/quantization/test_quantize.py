@@ -15,7 +15,7 @@ from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy
 
 import octavo
-from octavo import OctavoWarning, QuantizeError, RecipeError, Scheme
+from octavo import OctavoError, OctavoWarning, QuantizeError, RecipeError, Scheme
 from octavo.modules import QuantConv, QuantLinear, QuantMultiheadAttention
 from octavo.primitives import dequantize
 from octavo.quantization.plan import output_heads
@@ -206,6 +206,19 @@ def test_what_is_no_module_is_told_so(model: Any) -> None:
         octavo.quantize(model, "w8a16")
     with pytest.raises(QuantizeError, match=f"model is a {type(model).__name__}, expected an nn.Module"):
         octavo.calibrate(model, [])
+
+
+def test_a_class_is_no_module() -> None:
+    for call in (lambda: octavo.quantize(Net, "w8a16"), lambda: octavo.coverage(Net)):  # type: ignore[arg-type]
+        with pytest.raises(QuantizeError, match=r"model is the class Net, expected a module: call it, Net\(\.\.\.\)"):
+            call()
+
+
+def test_what_cannot_be_told_of_progress_is_refused_before_anything_changes() -> None:
+    model, wrong = mlp(), True
+    with pytest.raises(OctavoError, match=r"progress is True, expected a function .*\(steps done, steps in all\)"):
+        octavo.quantize(model, "w8a16", progress=wrong)  # type: ignore[arg-type]
+    assert type(model[0]) is nn.Linear and type(model[2]) is nn.Linear
 
 
 @pytest.mark.slow
