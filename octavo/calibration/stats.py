@@ -153,6 +153,8 @@ class Stats:
     @classmethod
     def load(cls, path: str | Path) -> Stats:
         """Read what `save` wrote. Raises: CalibrateError naming the file for anything else."""
+        if Path(path).is_dir():
+            raise CalibrateError(f"{path}: is a folder, expected the file of statistics that `octavo calibrate` wrote")
         try:
             with safe_open(path, "pt") as file:
                 about = json.loads((file.metadata() or {}).get("octavo", "{}"))

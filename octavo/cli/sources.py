@@ -166,7 +166,7 @@ def check_outputs(args: argparse.Namespace, *files: str | None) -> None:
             raise CommandError(f"{file}: is a folder, expected the name of a file")
         if not os.access(file.parent, os.W_OK):
             raise CommandError(f"{file}: the folder {file.parent} cannot be written to; choose another")
-    if len({file.resolve() for file in outputs}) < len(outputs):
+    if len(set(map(os.path.realpath, outputs))) < len(outputs):
         raise CommandError(f"{', '.join(map(str, outputs))}: are one file, expected one for each output")
     if args.plot is not None:
         _check_picture(Path(args.plot))

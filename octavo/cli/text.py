@@ -30,7 +30,7 @@ def read_text(option: str, file: str | None) -> tuple[str, str]:
     """The text of a file (None: the sample text), and a name for it.
 
     option: the option that named the file, for errors.
-    Raises: CommandError if it is not UTF-8; OSError if it cannot be read.
+    Raises: CommandError if it cannot be read, or is not UTF-8.
     """
     if file is None:
         return sample_text(), f"Python {platform.python_version()}'s documentation (pydoc_data.topics)"
@@ -38,7 +38,13 @@ def read_text(option: str, file: str | None) -> tuple[str, str]:
         # The byte order mark (BOM) that some editors put first is not part of the text.
         return Path(file).read_text(encoding="utf-8-sig"), file
     except UnicodeDecodeError as error:
-        raise CommandError(f"{option} {file}: is not UTF-8 text ({error.reason} at byte {error.start})") from error
+        raise CommandError(
+            f"{option} {file}: is not UTF-8 text ({error.reason} at byte {error.start}); save it as UTF-8"
+        ) from error
+    except IsADirectoryError as error:
+        raise CommandError(f"{option} {file}: is a folder, expected a file; give one that is in it") from error
+    except OSError as error:
+        raise CommandError(f"{option} {file}: cannot be read: {error.strerror}; expected a file of text") from error
 
 
 def read_documents(option: str, file: str) -> list[Any]:

@@ -33,7 +33,7 @@ def new_folder(dst: str | Path) -> Iterator[Path]:
         nobody's way.)
     """
     _refuse_in_use(Path(dst))
-    with _replacing(Path(dst), lambda dst: any(dst.iterdir()) if dst.is_dir() else dst.exists()) as temporary:
+    with _replacing(Path(dst), lambda dst: any(dst.iterdir()) if dst.is_dir() else os.path.lexists(dst)) as temporary:
         temporary.mkdir()
         yield temporary
 
@@ -41,7 +41,7 @@ def new_folder(dst: str | Path) -> Iterator[Path]:
 def _refuse_in_use(dst: Path) -> None:
     """Raise CheckpointError for a folder that cannot be replaced (a mount point), or should not be: the current
     folder."""
-    is_mount, is_current = partial(os.path.ismount, dst.resolve()), partial(dst.samefile, ".")
+    is_mount, is_current = partial(os.path.ismount, os.path.realpath(dst)), partial(dst.samefile, ".")
     for what, is_that in (("a mount point", is_mount), ("the current folder", is_current)):
         if dst.is_dir() and is_that():
             raise CheckpointError(
@@ -52,14 +52,14 @@ def _refuse_in_use(dst: Path) -> None:
 @contextlib.contextmanager
 def new_file(dst: str | Path) -> Iterator[Path]:
     """As `new_folder` for one file: yields the path of a hidden file to write, which becomes `dst` at the end."""
-    with _replacing(Path(dst), Path.exists) as temporary:
+    with _replacing(Path(dst), os.path.lexists) as temporary:
         temporary.touch()
         yield temporary
 
 
 @contextlib.contextmanager
 def _replacing(given: Path, is_taken: Callable[[Path], bool]) -> Iterator[Path]:
-    dst = temporary = given.resolve()
+    dst = temporary = Path(os.path.realpath(given))  # of links in a circle the first, where Path.resolve would raise
     try:
         if is_taken(dst):
             raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(dst))
@@ -116,11 +116,16 @@ def _explain(error: OSError, given: Path, dst: Path, temporary: Path) -> Checkpo
             f"{given}: the disk is full ({error.strerror}, {free / 1e6:.0f} MB are free), nothing was kept; "
             "free some space or choose another disk"
         )
+    if error.errno == errno.EFBIG:
+        return CheckpointError(
+            f"{given}: a file would be larger than the disk, or the limit on files (ulimit -f), allows, nothing was "
+            "kept; give a smaller max_shard_size, raise the limit or choose another disk"
+        )
     met = [str(path) for path in (error.filename, error.filename2) if path]
     about = {path.replace(str(temporary), str(dst)) for path in met}
     if error.errno in (errno.EEXIST, errno.ENOTEMPTY) and str(dst) in about:
         return CheckpointError(f"{given}: already exists; choose another path or remove it")
-    refusals = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG)
+    refusals = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.ELOOP)
     if error.errno in refusals or any(path.startswith(str(temporary)) for path in met):
         where = ", ".join(sorted(about)) or str(dst)
         return CheckpointError(

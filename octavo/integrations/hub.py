@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import re
 import struct
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial, wraps
@@ -219,7 +220,16 @@ def load_tokenizer(path: str | Path) -> Any:
                 f"{path}: its tokenizer is in code that comes with the checkpoint, which is run only for who trusts "
                 "it; in Python, load it by transformers' AutoTokenizer with trust_remote_code=True"
             ) from error
+        if not any(_OF_A_TOKENIZER.search(file.name) for file in source.iterdir()):
+            raise CheckpointError(
+                f"{path}: its tokenizer cannot be loaded: the folder holds none (no tokenizer.json, nor another's "
+                "files); copy that of the model that it was made of there"
+            ) from error
         raise CheckpointError(f"{path}: its tokenizer cannot be loaded: {error}") from error
+
+
+_OF_A_TOKENIZER = re.compile(r"^(tokenizer|vocab|merges|spiece)|\.(model|tiktoken)$")
+"""Names of the files that tokenizers are made of."""
 
 
 def save(

@@ -206,3 +206,8 @@ def test_a_first_batch_with_strides_is_saved(tmp_path: Path) -> None:
     assert torch.equal(stats.example, x)
     (tmp_path / "plain").touch()
     assert (tmp_path / "stats.safetensors").stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
+def test_a_folder_is_no_file_of_statistics(tmp_path: Path) -> None:
+    with pytest.raises(CalibrateError, match=r"is a folder, expected the file of statistics that `octavo calibrate`"):
+        Stats.load(tmp_path)

@@ -216,6 +216,13 @@ def test_a_file_that_cannot_be_written_is_refused_before_the_work(option: str, r
     assert shown.code == 1 and f"{file}: there is no folder" in shown.err
 
 
+def test_links_in_a_circle_are_no_surprise(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "a.safetensors").symlink_to("b.safetensors")
+    (tmp_path / "b.safetensors").symlink_to("a.safetensors")
+    shown = run("calibrate", tmp_path / "no model", "-o", tmp_path / "a.safetensors", "--plot", tmp_path / "p.txt")
+    assert shown.code == 1 and "--plot is" in shown.err and "did not expect" not in shown.err
+
+
 @pytest.mark.parametrize("name", ["stats.txt", "stats", "stats.jsonl", ".safetensors"])
 def test_statistics_that_would_not_be_read_back_are_refused_before_the_work(
     name: str, run: Run, tmp_path: Path

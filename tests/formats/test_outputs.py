@@ -135,10 +135,22 @@ def test_a_relative_destination_and_a_link_to_a_folder(tmp_path: Path, monkeypat
 
 
 @pytest.mark.parametrize("output", OUTPUTS)
+def test_links_in_a_circle_are_there(tmp_path: Path, output: Output) -> None:
+    (tmp_path / "one").symlink_to("other")
+    (tmp_path / "other").symlink_to("one")
+    with pytest.raises(CheckpointError, match="one: already exists; choose another path"), output.new(tmp_path / "one"):
+        pytest.fail("the body must not run")
+    with pytest.raises(CheckpointError, match=r"one/in: not written: .*one: "), output.new(tmp_path / "one" / "in"):
+        pytest.fail("the body must not run")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["one", "other"]
+
+
+@pytest.mark.parametrize("output", OUTPUTS)
 @pytest.mark.parametrize(
     ("code", "message"),
     [
         (errno.ENOSPC, r"out: the disk is full .*MB are free.*free some space"),
+        (errno.EFBIG, r"out: a file would be larger than .* allows.*; give a smaller max_shard_size"),
         (errno.EDQUOT, r"out: the disk is full .*MB are free.*free some space"),
         (errno.EACCES, r"out: not written: .*Permission denied; choose another path or change the permissions"),
         (errno.EROFS, r"out: not written: .*Read-only file system"),

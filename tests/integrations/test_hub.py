@@ -393,7 +393,10 @@ def test_transformers_is_asked_for_by_name(tmp_path: Path, monkeypatch: pytest.M
 
 def test_a_missing_tokenizer_is_explained(tmp_path: Path) -> None:
     build(llama).save_pretrained(tmp_path / "float")
-    with pytest.raises(CheckpointError, match="its tokenizer cannot be loaded"):
+    with pytest.raises(CheckpointError, match=r"its tokenizer cannot be loaded: the folder holds none .*; copy that"):
+        hub.load_tokenizer(tmp_path / "float")
+    (tmp_path / "float" / "tokenizer.json").write_text("no JSON")
+    with pytest.raises(CheckpointError, match=r"its tokenizer cannot be loaded: (?!the folder holds none)"):
         hub.load_tokenizer(tmp_path / "float")
 
 
