@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import inspect
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
@@ -81,22 +82,47 @@ def feed(model: Callable[..., Any], batch: Any, device: torch.device | None, who
     """Call `model` with a copy of `batch`, its tensors moved to `device` (None: left where they are).
 
     who: what an error calls the model.
-    Returns: what the model returns. Raises: EvaluateError for a batch of another type.
+    Returns: what the model returns.
+    Raises: EvaluateError for a batch of another type, or of other arguments than the model takes.
     """
 
     def moved(tensor: Tensor) -> Tensor:
         return tensor.detach().to(device, copy=True).requires_grad_(tensor.requires_grad)
 
+    args: Any = ()
+    kwargs: Any = {}
     if isinstance(batch, Mapping):
-        return model(**on_tensors(batch, moved))
-    if isinstance(batch, Tensor | PackedSequence):
-        return model(on_tensors(batch, moved))
-    if isinstance(batch, tuple | list):
-        return model(*on_tensors(batch, moved))
-    raise EvaluateError(
-        f"{who} was to be fed a {type(batch).__name__}; expected a tensor, a tuple of positional arguments or a "
-        "dict of keyword arguments"
-    )
+        kwargs = on_tensors(batch, moved)
+    elif isinstance(batch, Tensor | PackedSequence):
+        args = (on_tensors(batch, moved),)
+    elif isinstance(batch, tuple | list):
+        args = on_tensors(batch, moved)
+    else:
+        raise EvaluateError(
+            f"{who} was to be fed a {type(batch).__name__}; expected a tensor, a tuple of positional arguments or a "
+            "dict of keyword arguments"
+        )
+    try:
+        return model(*args, **kwargs)
+    except TypeError as error:
+        _refuse_misfit(model, args, kwargs, who, error)
+        raise
+
+
+def _refuse_misfit(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any], who: str, error: TypeError) -> None:
+    """Raise EvaluateError if these are not the arguments that the model takes. error: what calling it gave."""
+    try:
+        takes = inspect.signature(model.forward if isinstance(model, nn.Module) else model)
+    except ValueError:  # what is written in C says nothing of it
+        return
+    try:
+        takes.bind(*args, **kwargs)
+    except TypeError as misfit:
+        given = f"the keywords {', '.join(kwargs)}" if kwargs else f"{len(args)} positional arguments"
+        raise EvaluateError(
+            f"{who} was fed {given}, and takes {takes}: {misfit}; of a loader of inputs and labels give the inputs "
+            "alone: (x for x, _ in loader)"
+        ) from error
 
 
 def on_tensors(batch: Any, do: Callable[[Tensor], Any]) -> Any:

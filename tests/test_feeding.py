@@ -128,3 +128,26 @@ def test_what_cannot_be_run_is_told_so(model: object, what: str) -> None:
 
 def test_a_model_may_be_a_function() -> None:
     check_callable(len, "model")
+
+
+@pytest.mark.parametrize(
+    ("batch", "given", "why"),
+    [
+        ([torch.ones(1, 4), torch.ones(1)], "2 positional arguments", "too many positional arguments"),
+        ({"input": torch.ones(1), "labels": torch.ones(1)}, "the keywords input, labels", "unexpected keyword"),
+        ((), "0 positional arguments", "missing a required argument: 'input'"),
+    ],
+)
+def test_of_a_batch_with_labels_it_is_said_what_the_model_takes(batch: Any, given: str, why: str) -> None:
+    with pytest.raises(EvaluateError, match=rf"batch 0: it was fed {given}, and takes \(input: .*{why}.*x for x, _ in"):
+        feed(nn.Linear(4, 2), batch, None, "batch 0: it")
+
+
+def test_an_error_within_the_model_is_its_own() -> None:
+    def model(x: Tensor) -> Any:
+        return x + object()  # type: ignore[operator]
+
+    with pytest.raises(TypeError, match="unsupported operand"):
+        feed(model, torch.ones(1), None, "it")
+    with pytest.raises(TypeError, match="not iterable"):
+        feed(max, (1,), None, "it")  # which has no signature

@@ -97,6 +97,7 @@ def compare(
     if not output.positions:
         raise EvaluateError(
             f"batches: got {count} with no position to compare in them, expected at least one that is not padding"
+            + ("" if count else "; an iterator can be read only once")
         )
     return output.comparison(count, tallies)
 

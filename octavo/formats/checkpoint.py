@@ -181,6 +181,12 @@ class CheckpointReader:
 def _find_shards(path: Path) -> tuple[list[Path], dict[str, str] | None]:
     """The shards that make up the checkpoint at `path`, and the index's tensor-to-shard map if it has one."""
     if path.is_file():
+        if path.suffix in PICKLE_SUFFIXES:
+            raise CheckpointError(
+                f"{path}: is not a .safetensors file, or a checkpoint's folder, but a pickle; read it with "
+                "torch.load(file, weights_only=True): a state dict is for the model's load_state_dict, or for "
+                "safetensors.torch.save_file"
+            )
         if path.suffix != ".safetensors":
             raise CheckpointError(f"{path}: is not a .safetensors file, expected one, or a checkpoint's folder")
         return [path], None

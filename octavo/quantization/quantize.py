@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterable, Mapping
 
+import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
@@ -86,8 +87,10 @@ def quantize(
     check_progress(progress)
     _refuse_missing_values(model)
     decisions = plan(model, recipe)
-    set_input_scales(model, decisions, stats, observer=observer, repair=repair)
-    install(model, decisions, ignore=recipe.ignore, progress=progress)
+    # In inference mode too, make ordinary tensors: gradients are to pass the int8 layers later.
+    with torch.inference_mode(False), torch.no_grad():
+        set_input_scales(model, decisions, stats, observer=observer, repair=repair)
+        install(model, decisions, ignore=recipe.ignore, progress=progress)
     if fake:
         for module in model.modules():
             if isinstance(module, QuantLinear):

@@ -147,6 +147,17 @@ def test_of_a_flat_parameter_it_is_said_what_comes_first() -> None:
         torch.distributed.destroy_process_group()
 
 
+@pytest.mark.parametrize("scheme", ["w8a16", "w8a8", "w8a8-static"])
+def test_gradients_pass_what_was_quantized_in_inference_mode(scheme: str) -> None:
+    model, x = mlp(), torch.randn(5, 24, requires_grad=True)
+    with torch.inference_mode():
+        stats = octavo.calibrate(model, [x]) if scheme == "w8a8-static" else None
+        octavo.quantize(model, scheme, stats=stats, repair=False)
+    assert not any(tensor.is_inference() for tensor in model.state_dict().values())
+    model(x).sum().backward()
+    assert x.grad is not None and x.grad.abs().sum() > 0
+
+
 class TestRefusals:
     """A refused plan leaves the model as it was."""
 
