@@ -132,12 +132,14 @@ class QuantModule(nn.Module):
         super().__setattr__(name, value)
 
     def _can_hold(self, name: str, value: Any) -> bool:
-        """Whether `value` may take the place of the codes `name`: others do where scales come along, from a state dict
-        or, into what was built on meta, from files."""
-        codes = self._buffers[name]
-        if codes is None or not isinstance(value, Tensor) or (value.dtype, value.shape) != (codes.dtype, codes.shape):
+        """Whether `value` may take the place of the codes `name`: others do from a state dict, where their scales come
+        along, and anything where there are none yet (on meta, whoever loads them looks at what they are)."""
+        codes = self._buffers.get(name)
+        if codes is None or codes.is_meta:
+            return True
+        if not isinstance(value, Tensor) or value.dtype != torch.int8 or value.shape != codes.shape:
             return False
-        return codes.is_meta or "_is_loading" in vars(self) or value.data_ptr() == codes.data_ptr()
+        return "_is_loading" in vars(self) or value.data_ptr() == codes.data_ptr()
 
     def void_float(self) -> None:
         """Fill `_float` with NaN again: `to_empty` and the like leave arbitrary values in it."""
