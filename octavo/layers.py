@@ -352,7 +352,10 @@ def why_not(layer: nn.Module, kind: LayerKind) -> str | None:
     for param in (*kind.params_of(layer), *kind.biases_of(layer)):
         is_own = param in layer._parameters or (merged and param == "weight")
         if not is_own:
-            return f"its {param} is not a parameter but computed elsewhere (an old-style weight_norm or pruning?)"
+            return (
+                f"its {param} is not a parameter but computed elsewhere (an old-style weight_norm or pruning?); "
+                "prune.remove, remove_weight_norm or remove_spectral_norm makes it one"
+            )
     if kind.name == "Embedding" and layer.max_norm is not None:
         return "max_norm renormalizes the float table at every lookup"
     return _why_not_names(layer, kind) or _why_not_values(layer, kind.params_of(layer))

@@ -383,6 +383,7 @@ def test_a_weight_that_is_computed_stays_float_with_the_reason_that_it_is() -> N
         report = octavo.quantize(model, "w8a16")
     reasons = {row.name: row.reason or "" for row in report.rows}
     assert "old-style weight_norm or pruning" in reasons["0.weight_orig"]
+    assert "prune.remove" in reasons["0.weight_orig"]
     for part in ("original0", "original1"):
         assert "remove_parametrizations first" in reasons[f"1.parametrizations.weight.{part}"]
 
