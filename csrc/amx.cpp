@@ -1,7 +1,7 @@
-// AMX: a unit that multiplies tiles, 16 rows of 64 bytes each, into 16 x 16 sums (tiles.h). Linear layers are its: with
-// few rows of x (few_tile_rows.h), and with many (many_tile_rows.h); and so are convolutions of many columns
-// (tile_convolution.h) and attention of many rows (tile_products.h). What it is not faster in, or cannot do, is left to
-// AVX-512: one or two rows of codes, groups of columns that are no multiple of 64, few rows of attention, and all else.
+// AMX: a unit that multiplies tiles, 16 rows of 64 bytes each, into 16 x 16 sums (tiles.h). It computes linear layers
+// with few rows of x (few_tile_rows.h) and with many (many_tile_rows.h), convolutions of many columns
+// (tile_convolution.h) and attention of many rows (tile_products.h). What it cannot do, or is not faster in, is left to
+// AVX-512: one or two rows of codes, groups along K that are no multiple of 64, few rows of attention, and the rest.
 
 #if defined(__x86_64__)
 
@@ -84,7 +84,7 @@ struct Avx512 {
   static int64_t passes(const Linear&) { return 1; }
 };
 
-// A layer is that of the first of `Tiles` that takes it, or else `Rest`'s.
+// A layer is computed by the first of `Tiles` that takes it, or else by `Rest`.
 template <class Rest, class... Tiles>
 struct InTiles : Rest {};
 
@@ -99,7 +99,7 @@ struct InTiles<Rest, First, More...> : Either<First, InTiles<Rest, More...>> {
   }
 };
 
-// Of rows with NaN or inf, which have no digits.
+// For rows with NaN or inf, which have no digits.
 template <Float type>
 using ByDots = DotLinear<Vec, Fp32<type>>;
 
@@ -118,7 +118,7 @@ using LinearInt8 = InTiles<Avx512<avx512_codes>, FewTileRows<CodeRow, Avx512<avx
 template <class Layer>
 constexpr LinearKernels tile_kernels{Layer::scratch_bytes, Layer::run, Layer::packed_bytes, Layer::pack, Layer::passes};
 
-// Few rows of attention, which are those kernels'.
+// Attention of few rows, by the kernels of AVX-512.
 template <class Of, const AttentionKernels* (*kernels)()>
 struct FewOfAvx512 {
   using Stored = Of;  // of keys and values
@@ -148,7 +148,7 @@ constexpr ConvolutionKernels convolution{Of::kLeastColumns, 1024, kBlock, Of::mo
 
 #pragma GCC pop_options
 
-// Compiled for any processor, since this runs when the library is loaded.
+// Compiled for any processor, since it runs when the library is loaded.
 namespace octavo {
 
 extern const Kernels amx_kernels = [] {
@@ -156,7 +156,7 @@ extern const Kernels amx_kernels = [] {
   kernels.int8_attention = &attention<Int8InTiles>;
   kernels.float_attention_of[static_cast<int>(Float::bf16)] = {kAnyNumber, &attention<Bf16InTiles>};
   kernels.attention_of_codes_of[static_cast<int>(Float::bf16)] = &attention<Bf16OfCodesInTiles>;
-  // Torch has tiles for bf16, too. It is slower where a few rows wait for weights that stay float.
+  // Torch uses tiles for bf16, too. It is slower if few rows wait for float weights to be read.
   kernels.float_linear_of[static_cast<int>(Float::f32)] = {};
   FloatLinearKernels &bf16 = kernels.float_linear_of[static_cast<int>(Float::bf16)],
                      &f16 = kernels.float_linear_of[static_cast<int>(Float::f16)];

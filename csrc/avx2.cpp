@@ -1,5 +1,5 @@
 // AVX2 with FMA and F16C: sixteen registers of eight fp32. No instruction multiplies bf16, or bytes without saturation,
-// so activations and codes are widened: to fp32, and codes that meet codes to 16 bits.
+// so activations and codes are widened: to fp32, or to 16 bits for products of codes with codes.
 
 #if defined(__x86_64__)
 
@@ -60,8 +60,8 @@ namespace {
 
 struct Int8Kept;
 
-// Products of codes, summed in int32. The instruction for bytes (vpmaddubsw) saturates at 16 bits, so they are widened
-// to 16 bits, of which pairs of products are summed exactly.
+// Products of codes, accumulated in int32. The instruction for bytes (vpmaddubsw) saturates at 16 bits, so they are
+// widened to 16 bits, of which pairs of products are summed exactly.
 struct Int8 : CodeSums {
   using Kept = Int8Kept;
   static constexpr int kStep = 16;
@@ -83,16 +83,16 @@ struct Int8Kept : Int8 {
   static WV load_w(const W* w, int) { return load_w(w); }
 };
 
-// The same in pairs, for outer products.
+// The same in units of two, for outer products.
 struct Int8Unit : Int8 {
   static constexpr int64_t kElements = 2;
   static constexpr int64_t kManyRows = 129;
   static __m256i product(__m256i sums, __m256i x, __m256i w) { return dot(sums, x, w); }
 };
 
-// Rows of codes, as pairs of 16 bits.
+// Rows of codes, interleaved into pairs of 16 bits.
 struct PairedCodes {
-  // In each 128 bits, four columns of the first vector and the four behind them in the second.
+  // In each 128 bits, w[0] has four columns and w[1] the next.
   OCTAVO_INLINE static void strip(const int8_t* const (&rows)[2], int count, __m256i (&w)[2]) {
     const __m256i first = row(rows[0], count), second = rows[1] ? row(rows[1], count) : Vec::zeros();
     w[0] = _mm256_unpacklo_epi16(first, second), w[1] = _mm256_unpackhi_epi16(first, second);
@@ -114,7 +114,7 @@ struct WeightedUnit : Int8Unit, PairedCodes {
   }
 };
 
-// Products of fixed-point numbers of 16 bits and of codes, summed in int32.
+// Products of 16-bit fixed-point numbers and codes, accumulated in int32.
 struct Fixed : Int8 {
   using Kept = Fixed;
   using X = int16_t;
@@ -150,7 +150,7 @@ extern constexpr Kernels avx2_kernels = [] {
                                     linear<LinearFloat<Float::bf16>, OuterLinear<Fp32Unit<Float::bf16>>>,
                                     linear<LinearFloat<Float::f16>, OuterLinear<Fp32Unit<Float::f16>>>,
                                     linear<LinearInt8, OuterLinear<Int8Unit>>);
-  // Next to wider ones so few that memory bounds both.
+  // Where torch has wider vectors, only so few rows that memory bounds both.
   kernels.float_linear_of[0] = {64, 8, linear_kernels<DotLinear<Vec, WithFloats<Fp32<Float::f32>>>>};
   kernels.float_linear_of[1] = {kAnyNumber, 16, linear_kernels<DotLinear<Vec, WithFloats<Fp32<Float::bf16>>>>};
   kernels.float_linear_of[2] = {kAnyNumber, kAnyNumber, linear_kernels<DotLinear<Vec, WithFloats<Fp32<Float::f16>>>>};

@@ -1,4 +1,4 @@
-// The vectors of AVX2 that its kernels (avx2.cpp) share.
+// The vectors of AVX2 that its kernels (avx2.cpp, avxvnni.cpp) share.
 //
 // Included by a translation unit after its target pragma, which must name AVX2, FMA and F16C.
 #pragma once
@@ -8,8 +8,8 @@
 namespace octavo {
 namespace {
 
-// The first `bytes` of 16, with zeros behind; no more than these are read. There is no masked load of bytes, and a call
-// of memcpy would drive the accumulators out of their registers.
+// The first `bytes` of 16, padded with zeros; no more are read. AVX2 has no masked load of bytes, and a call of memcpy
+// would spill the accumulators.
 inline __m128i load_first(const void* p, int bytes) {
   alignas(16) char buffer[16] = {};
   const char* from = static_cast<const char*>(p);
@@ -32,7 +32,7 @@ inline void store_first(void* p, int bytes, __m128i v) {
   if (bytes & 1) *to = *from;
 }
 
-// An even number of bytes up to 32, in two pieces that meet or overlap.
+// Copies an even number of bytes up to 32, in two pieces that meet or overlap.
 inline void copy(char* to, const char* from, int bytes) {
   const auto ends = [&](auto piece) {
     memcpy(&piece, from, sizeof piece), memcpy(to, &piece, sizeof piece);
@@ -52,11 +52,11 @@ inline __m256i mask8(int count) {
 
 struct Vec {
   static constexpr int kLanes = 8;
-  static constexpr int kRegisterRows = 6;  // 12 of 16 registers hold sums
+  static constexpr int kRegisterRows = 6;  // accumulators take 12 of 16 registers
   using F = __m256;
   using I = __m256i;
   using Bits = unsigned;
-  using Lanes = __m256;  // all bits of those that are meant
+  using Lanes = __m256;  // a mask: all bits are set in the lanes that it selects
 
   static F set1(float value) { return _mm256_set1_ps(value); }
   static F add(F a, F b) { return _mm256_add_ps(a, b); }
@@ -65,13 +65,13 @@ struct Vec {
   static F div(F a, F b) { return _mm256_div_ps(a, b); }
   static F fmadd(F a, F b, F c) { return _mm256_fmadd_ps(a, b, c); }
   static F fnmadd(F a, F b, F c) { return _mm256_fnmadd_ps(a, b, c); }
-  static F min(F a, F b) { return _mm256_min_ps(a, b); }  // b, where either is NaN
+  static F min(F a, F b) { return _mm256_min_ps(a, b); }  // b if either is NaN
   static F max(F a, F b) { return _mm256_max_ps(a, b); }  // the same
   static F magnitude(F v) { return _mm256_andnot_ps(_mm256_set1_ps(-0.0f), v); }
   static F with_sign_of(F v, F magnitude) { return _mm256_or_ps(magnitude, _mm256_and_ps(v, _mm256_set1_ps(-0.0f))); }
   static F whole(F v) { return _mm256_round_ps(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 
-  // In two halves, for the smallest numbers have no such exponent.
+  // In two steps, each with half of the exponent: 2^n may be too small for a normal number.
   static F times_two_to(Lanes there, F v, F n) {
     const __m256i whole = _mm256_and_si256(units(there), _mm256_cvtps_epi32(n)), half = _mm256_srai_epi32(whole, 1);
     return _mm256_and_ps(there, mul(mul(v, power_of_two(half)), power_of_two(_mm256_sub_epi32(whole, half))));
@@ -116,7 +116,7 @@ struct Vec {
 
   static I both(I a, I b) { return _mm256_or_si256(a, b); }
 
-  // Lanes [first, end), of elements and of elements between which another lies.
+  // Masks of lanes [first, end): for adjacent elements, and for every other element (`spread`).
   struct Range {
     int first, end;
     int32_t lanes[kLanes], spread[2 * kLanes];
@@ -132,12 +132,12 @@ struct Vec {
     if (size == 4 && step == 1) return masked(x, range.lanes);
     if (size == 4 && step == 2) {
       const F front = floats(masked(x, range.spread)), back = floats(masked(x + 32, range.spread + kLanes));
-      const F even = _mm256_shuffle_ps(front, back, _MM_SHUFFLE(2, 0, 2, 0));  // first of both lower halves
+      const F even = _mm256_shuffle_ps(front, back, _MM_SHUFFLE(2, 0, 2, 0));  // each half: 2 of `front`, 2 of `back`
       return _mm256_permute4x64_epi64(units(even), _MM_SHUFFLE(3, 1, 2, 0));
     }
     if (size == 2 && step == 1 && range.first == 0) {
       if (range.end == kLanes) return _mm256_cvtepu16_epi32(load16(x));
-      // Which is what a tile of twelve leaves.
+      // What a tile of twelve leaves over.
       if (range.end == kLanes / 2) return _mm256_cvtepu16_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(x)));
     }
     alignas(32) char together[2 * sizeof(I)] = {};
@@ -155,7 +155,7 @@ struct Vec {
     return _mm256_maskload_epi32(reinterpret_cast<const int*>(x), load_units(mask));
   }
 
-  // Elements of a type of two bytes, as `strided` loads them.
+  // Widens elements of a 2-byte type, as `strided` loads them.
   static F from_integers(I v, Float type) {
     if (type == Float::bf16) return floats(_mm256_slli_epi32(v, 16));
     return _mm256_cvtph_ps(_mm_packus_epi32(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1)));
@@ -181,7 +181,7 @@ struct Vec {
     return widen(load_first(p, 2 * count), type);
   }
 
-  // To what bf16 holds of it, rounded half to even, in the upper halves; NaN stays.
+  // Rounded to bf16, half to even, in the upper half of each lane; the lower half is to be dropped. NaN stays.
   static __m256i rounded_to_bf16(F v) {
     const __m256i bits = _mm256_castps_si256(v);
     const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
@@ -196,7 +196,7 @@ struct Vec {
     return _mm_packus_epi32(_mm256_castsi256_si128(high), _mm256_extracti128_si256(high, 1));
   }
 
-  // To one of the types of two bytes.
+  // Narrows to one of the 2-byte types.
   static __m128i narrow(F v, Float type) {
     return type == Float::bf16 ? to_bf16(v) : _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT);
   }
@@ -209,7 +209,7 @@ struct Vec {
 
   static void store(void* p, Float type, int count, F v) {
     if (type == Float::f32) {
-      // A masked store takes Zen 3 as long as ten others.
+      // On Zen 3, a masked store takes as long as ten others.
       if (count == kLanes) return store(static_cast<float*>(p), v);
       return _mm256_maskstore_ps(static_cast<float*>(p), mask8(count), v);
     }
@@ -218,7 +218,7 @@ struct Vec {
     store_first(p, 2 * count, half);
   }
 
-  // As integers, magnitudes are ordered, and NaN is the largest.
+  // As integers, magnitudes have the same order, and NaN is the largest.
   static F largest(F sofar, F x) {
     const __m256i magnitude = _mm256_and_si256(_mm256_castps_si256(x), _mm256_set1_epi32(0x7fffffff));
     return _mm256_castsi256_ps(_mm256_max_epu32(_mm256_castps_si256(sofar), magnitude));
@@ -242,7 +242,7 @@ struct Vec {
     return _mm_cvtss_f32(_mm_max_ss(most, _mm_movehdup_ps(most)));
   }
 
-  // With e = e^-|z|, of which nothing overflows.
+  // By e = e^-|z|, which cannot overflow.
   static F sigmoid(F z) {
     const F e = exp_of_negative<Vec>(_mm256_or_ps(z, _mm256_set1_ps(-0.0f))), one = _mm256_set1_ps(1.0f);
     return _mm256_div_ps(_mm256_blendv_ps(one, e, z), _mm256_add_ps(one, e));
@@ -255,12 +255,12 @@ struct Vec {
     explicit Divisor(float s) : scale(_mm256_set1_ps(s)), inverse(_mm256_set1_ps(1.0f / s)) {}
   };
 
-  // Eight codes, in the low half.
+  // Eight codes, in the lower half.
   static __m128i codes(F x, const Divisor& by) {
     F quotient = _mm256_mul_ps(x, by.inverse);
     const F whole = _mm256_round_ps(quotient, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
     const F distance = _mm256_andnot_ps(_mm256_set1_ps(-0.0f), _mm256_sub_ps(quotient, whole));
-    // "not less" is true for NaN too
+    // "Not less" is true for NaN, too.
     const F close = _mm256_cmp_ps(distance, _mm256_set1_ps(kNearHalf), _CMP_NLT_UQ);
     if (__builtin_expect(_mm256_movemask_ps(close) != 0, 0)) {
       quotient = _mm256_div_ps(x, by.scale);
@@ -272,7 +272,7 @@ struct Vec {
     return _mm_packs_epi16(half, half);
   }
 
-  // To 16 bits.
+  // Narrows to 16 bits.
   static __m128i narrowed(I v) { return _mm_packs_epi32(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1)); }
 
   static void store_codes(int8_t* to, F x, const Divisor& by) {
@@ -292,7 +292,7 @@ struct Vec {
   }
 };
 
-// 8 rows of 8 units of four bytes: in steps of 1, 2 and 4 units.
+// Transposes 8 rows of 8 units of 4 bytes, in steps of 1, 2 and 4 units.
 inline __attribute__((always_inline)) void transpose(__m256i (&r)[8]) {
   __m256i t[8];
 #pragma GCC unroll 4
@@ -316,8 +316,8 @@ inline __attribute__((always_inline)) void transpose(__m256i (&r)[8]) {
   for (int i = 0; i < 8; i++) r[i] = t[i];
 }
 
-// What products in fp32 add up to. The twelve accumulators of a tile leave four registers: the multiplications read W
-// from memory, which is L1 where it is kept.
+// Accumulates products in fp32. The twelve accumulators of a tile leave four registers, so that products read W from
+// memory: from L1, if it is kept there.
 struct FloatSums {
   using Stored = int8_t;
   using Sum = float;
@@ -339,7 +339,7 @@ struct FloatSums {
   }
 };
 
-// What products of codes, in int32, add up to.
+// Accumulates products of codes, in int32.
 struct CodeSums {
   using Stored = int8_t;
   using X = int8_t;

@@ -1,4 +1,5 @@
-// AVX-512 with VBMI, VNNI and BF16.
+// AVX-512 with VBMI, VNNI and BF16: thirty-two registers of sixteen fp32, and instructions for products of pairs of
+// bf16 and of four bytes (avx512_products.h).
 
 #if defined(__x86_64__)
 
@@ -59,7 +60,7 @@
 namespace octavo {
 namespace {
 
-// Two elements of an image in bf16; of codes in fp32, whose other halves are zero.
+// Two elements of an image in bf16. Codes come in fp32, whose lower halves are zero: the upper ones are bf16.
 struct Pair {
   static constexpr int kElements = 2;
   static constexpr int64_t kBytes = 2;
@@ -79,7 +80,7 @@ struct Pair {
   }
 };
 
-// The sums of a vector of windows: sixteen.
+// The accumulator of a vector of sixteen windows.
 struct Sixteen {
   using Sums = __m512;
   using Units = __m512i;

@@ -8,14 +8,14 @@
 namespace octavo {
 namespace {
 
-// The first `count` lanes, which may be none, and not all of 64.
+// Masks of the first `count` lanes, where `count` may be 0, but not 64.
 inline __mmask16 mask16(int count) { return static_cast<__mmask16>((1u << count) - 1); }
 inline __mmask32 mask32(int count) { return static_cast<__mmask32>((1ull << count) - 1); }
 inline __mmask64 mask64(int count) { return (1ull << count) - 1; }
 
 struct Vec {
   static constexpr int kLanes = 16;
-  static constexpr int kRegisterRows = 12;  // 24 of 32 registers hold sums
+  static constexpr int kRegisterRows = 12;  // accumulators take 24 of 32 registers
   using F = __m512;
   using I = __m512i;
   using Bits = __mmask16;
@@ -28,7 +28,7 @@ struct Vec {
   static F div(F a, F b) { return _mm512_div_ps(a, b); }
   static F fmadd(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
   static F fnmadd(F a, F b, F c) { return _mm512_fnmadd_ps(a, b, c); }
-  static F min(F a, F b) { return _mm512_min_ps(a, b); }  // b, where either is NaN
+  static F min(F a, F b) { return _mm512_min_ps(a, b); }  // b if either is NaN
   static F max(F a, F b) { return _mm512_max_ps(a, b); }  // the same
   static F magnitude(F v) { return _mm512_abs_ps(v); }
   static F with_sign_of(F v, F magnitude) { return _mm512_or_ps(magnitude, _mm512_and_ps(v, _mm512_set1_ps(-0.0f))); }
@@ -37,7 +37,8 @@ struct Vec {
   static F times_two_to(Lanes there, F v, F n) { return _mm512_maskz_scalef_ps(there, v, n); }
   static Lanes is_not_below(F a, F b) { return _mm512_cmp_ps_mask(a, b, _CMP_NLT_UQ); }
 
-  // Of lanes: the first `count`, all, those that a comparison holds for; of a value where they are set, or another.
+  // Masks of lanes: the first `count`, all, those where a comparison holds. `select` takes `there` in the lanes of a
+  // mask, and `elsewhere` in the others.
   static Bits first(int count) { return mask16(count); }
   static constexpr Bits kAll = 0xffff;
   static Bits is_less(F a, F b) { return _mm512_cmp_ps_mask(a, b, _CMP_LT_OQ); }
@@ -63,7 +64,7 @@ struct Vec {
 
   static I both(I a, I b) { return _mm512_or_si512(a, b); }
 
-  // Lanes [first, end), of elements and of elements between which another lies.
+  // Masks of lanes [first, end): for adjacent elements, and for every other element (`spread`).
   struct Range {
     __mmask16 lanes;
     uint32_t spread;
@@ -73,8 +74,8 @@ struct Vec {
           spread(static_cast<uint32_t>((1ull << 2 * end) - (1ull << 2 * first)) & 0x55555555) {}
   };
 
-  // Elements 0, step, 2 step, ... of x, of which only those of a range are there; zeros for the others. Elements of two
-  // bytes are integers, those of four are as they are.
+  // Elements 0, step, 2 step, ... of x. Only those of the range are read; the others are zero. Elements of 2 bytes are
+  // widened to integers, those of 4 bytes are loaded as they are.
   template <int64_t size>
   OCTAVO_INLINE static I strided(const char* x, int64_t step, const Range& range) {
     if (step == 1 && size == 4) return _mm512_maskz_loadu_epi32(range.lanes, x);
@@ -92,7 +93,7 @@ struct Vec {
     return _mm512_load_si512(together);
   }
 
-  // Elements of a type of two bytes, as `strided` loads them.
+  // Widens elements of a 2-byte type, as `strided` loads them.
   static F from_integers(I v, Float type) {
     return type == Float::bf16 ? floats(_mm512_slli_epi32(v, 16)) : _mm512_cvtph_ps(_mm512_cvtepi32_epi16(v));
   }
@@ -106,7 +107,7 @@ struct Vec {
 
   static Bits subnormal(F v) { return _mm512_fpclass_ps_mask(v, 0x20); }
 
-  // Rounded half to even. The instruction for it makes zeros of subnormal numbers, which are rare.
+  // Rounded half to even. The instruction flushes subnormal numbers to zero; these are rare.
   static __m256i to_bf16(F v) {
     if (__builtin_expect(subnormal(v) != 0, 0)) return to_bf16_by_hand(v);
     return (__m256i)_mm512_cvtneps_pbh(v);
@@ -121,7 +122,7 @@ struct Vec {
     return _mm512_cvtepi32_epi16(_mm512_srli_epi32(result, 16));
   }
 
-  // 32 numbers, two vectors, in bf16.
+  // Stores two vectors, 32 numbers, in bf16.
   static void store_bf16(void* p, F front, F back) {
     if (__builtin_expect((subnormal(front) | subnormal(back)) != 0, 0)) {
       _mm512_storeu_si512(p, _mm512_inserti64x4(_mm512_castsi256_si512(to_bf16(front)), to_bf16(back), 1));
@@ -130,7 +131,7 @@ struct Vec {
     }
   }
 
-  // From one of the types of two bytes, and to it.
+  // Widens from, and narrows to, one of the 2-byte types.
   static F widen(__m256i v, Float type) { return type == Float::bf16 ? from_bf16(v) : _mm512_cvtph_ps(v); }
   static __m256i narrow(F v, Float type) {
     return type == Float::bf16 ? to_bf16(v) : _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT);
@@ -155,7 +156,7 @@ struct Vec {
     _mm256_mask_storeu_epi16(p, mask, narrow(v, type));
   }
 
-  // As integers, magnitudes are ordered, and NaN is the largest.
+  // As integers, magnitudes have the same order, and NaN is the largest.
   static F largest(F sofar, F x) {
     const __m512i magnitude = _mm512_and_si512(_mm512_castps_si512(x), _mm512_set1_epi32(0x7fffffff));
     return _mm512_castsi512_ps(_mm512_max_epu32(_mm512_castps_si512(sofar), magnitude));
@@ -170,7 +171,7 @@ struct Vec {
   static float total(F v) { return _mm512_reduce_add_ps(v); }
   static float most(F v) { return _mm512_reduce_max_ps(v); }
 
-  // With e = e^-|z|, of which nothing overflows.
+  // By e = e^-|z|, which cannot overflow.
   static F sigmoid(F z) {
     const F e = exp_of_negative<Vec>(_mm512_or_ps(z, _mm512_set1_ps(-0.0f)));
     const F above = _mm512_mask_mov_ps(_mm512_set1_ps(1.0f), _mm512_movepi32_mask(_mm512_castps_si512(z)), e);
@@ -188,10 +189,10 @@ struct Vec {
     F quotient = _mm512_mul_ps(x, by.inverse);
     const F whole = _mm512_roundscale_ps(quotient, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
     const F distance = _mm512_abs_ps(_mm512_sub_ps(quotient, whole));
-    // "not less" is true for NaN too
+    // "Not less" is true for NaN, too.
     const __mmask16 close = _mm512_cmp_ps_mask(distance, _mm512_set1_ps(kNearHalf), _CMP_NLT_UQ);
     if (__builtin_expect(close != 0, 0)) quotient = _mm512_div_ps(x, by.scale);
-    // In this order of operands NaN stays, and becomes code 0.
+    // With this order of operands NaN stays, and becomes code 0.
     const F bounded = _mm512_max_ps(_mm512_set1_ps(-kQmax), _mm512_min_ps(_mm512_set1_ps(kQmax), quotient));
     return _mm512_cvtps_epi32(bounded);
   }
@@ -216,7 +217,7 @@ struct Vec {
   }
 };
 
-// 32 codes -> bf16, which holds each exactly.
+// Widens 32 codes to bf16, which holds each exactly.
 inline __m512i widened_to_bf16(const int8_t* codes) {
   return (__m512i)_mm512_cvtne2ps_pbh(Vec::load_codes(codes + 16), Vec::load_codes(codes));
 }
@@ -225,7 +226,8 @@ inline __m512i widened_to_bf16(const int8_t* codes, int count) {
   return (__m512i)_mm512_cvtne2ps_pbh(Vec::load_codes(codes + 16, count - low), Vec::load_codes(codes, low));
 }
 
-// 64 elements of bf16, as interleaving leaves them: of each 16 the first 8 are `first`, the others `second`.
+// 64 elements of bf16, in the order that interleaving bytes gives: of each 16, the first 8 are in `first`, the others
+// in `second`.
 struct Halves {
   __m512i first, second;
 };
@@ -234,7 +236,7 @@ inline Halves halves(__m512i front, __m512i back) {
   return {_mm512_shuffle_i64x2(front, back, 0x88), _mm512_shuffle_i64x2(front, back, 0xdd)};
 }
 
-// The bytes of 0 to 127 in bf16.
+// The two bytes of 0 to 127 in bf16: a lookup table.
 struct Bf16Bytes {
   alignas(64) uint8_t low[128], high[128];
   constexpr Bf16Bytes() : low(), high() {
@@ -252,18 +254,18 @@ inline __attribute__((always_inline)) __m512i byte_of(const uint8_t* table, __m5
   return _mm512_permutex2var_epi8(_mm512_load_si512(table), at, _mm512_load_si512(table + 64));
 }
 
-// 64 codes -> bf16: both bytes are looked up by the magnitude.
+// Widens 64 codes to bf16: both bytes are looked up by the code's magnitude.
 inline __attribute__((always_inline)) Halves looked_up(__m512i codes) {
   const __m512i magnitude = _mm512_abs_epi8(codes);
   const __m512i low = byte_of(kBf16Bytes.low, magnitude);
-  // with the code's sign: high | (codes & 0x80)
+  // With the code's sign: high | (codes & 0x80).
   __m512i high = _mm512_ternarylogic_epi32(byte_of(kBf16Bytes.high, magnitude), codes, _mm512_set1_epi8(-128), 0xf8);
-  // -128, whose magnitude is one more than there is in the table
+  // -128: its magnitude is just past the end of the table.
   high = _mm512_mask_mov_epi8(high, _mm512_movepi8_mask(magnitude), _mm512_set1_epi8(static_cast<char>(0xc3)));
   return {_mm512_unpacklo_epi8(low, high), _mm512_unpackhi_epi8(low, high)};
 }
 
-// 16 rows of 16 units of four bytes: in steps of 1, 2, 4 and 8 units.
+// Transposes 16 rows of 16 units of 4 bytes, in steps of 1, 2, 4 and 8 units.
 inline __attribute__((always_inline)) void transpose(__m512i (&r)[16]) {
   __m512i t[16];
 #pragma GCC unroll 8
@@ -292,7 +294,7 @@ inline __attribute__((always_inline)) void transpose(__m512i (&r)[16]) {
   }
 }
 
-// Sums of the four accumulators across their lanes, as one vector of four.
+// Sums of four accumulators across their lanes, as one vector of four.
 inline __m128 across4(__m512 a, __m512 b, __m512 c, __m512 d) {
   const __m512 ab = _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
   const __m512 cd = _mm512_add_ps(_mm512_unpacklo_ps(c, d), _mm512_unpackhi_ps(c, d));
@@ -311,7 +313,7 @@ inline __m128i across4(__m512i a, __m512i b, __m512i c, __m512i d) {
   return _mm_add_epi32(_mm256_castsi256_si128(half), _mm256_extracti128_si256(half, 1));
 }
 
-// What products in fp32 add up to.
+// Accumulates products in fp32.
 struct FloatSums {
   using Stored = int8_t;
   using Sum = float;
@@ -332,7 +334,7 @@ struct FloatSums {
   }
 };
 
-// What products of codes, in int32, add up to.
+// Accumulates products of codes, in int32.
 struct CodeSums {
   using Stored = int8_t;
   using X = int8_t;

@@ -1,5 +1,5 @@
-// What AVX-512 multiplies: dot products (dot_linear.h), and units of four bytes for outer products (outer_linear.h) and
-// for attention (attention_rows.h, int8_rows.h).
+// The products of AVX-512: as dot products (dot_linear.h), and in units of 4 bytes for outer products (outer_linear.h)
+// and for attention (attention_rows.h, int8_rows.h).
 //
 // Included by a translation unit after its target pragma, like avx512.h and dot_linear.h.
 #pragma once
@@ -9,7 +9,7 @@ namespace {
 
 struct Bf16Kept;
 
-// Products of bf16 pairs, summed in fp32. A code is exact in bf16.
+// Products of pairs of bf16, accumulated in fp32. A code is exact in bf16.
 struct Bf16 : FloatSums {
   using Kept = Bf16Kept;
   using X = uint16_t;
@@ -34,7 +34,8 @@ struct Bf16Kept : Bf16 {
   static WV load_w(const W* w, int) { return load_w(w); }
 };
 
-// The same, twice as many at a time, in the order that looking up gives them. With more rows registers would not do.
+// The same with twice as many elements in a step, in the order that looking up gives (`Halves`). There are no registers
+// for more rows.
 struct Bf16Codes : Bf16 {
   using Kept = Bf16Codes;
   using XV = Halves;
@@ -51,7 +52,7 @@ struct Bf16Codes : Bf16 {
   static Acc dot(Acc acc, XV x, WV w) { return Bf16::dot(Bf16::dot(acc, x.first, w.first), x.second, w.second); }
 };
 
-// Products of codes, summed in int32. The instruction wants one operand without sign: W + 128.
+// Products of codes, accumulated in int32. The instruction takes one unsigned operand: W + 128.
 struct Int8 : CodeSums {
   using Kept = Int8;
   static constexpr int kStep = 64;
@@ -76,8 +77,7 @@ struct Int8 : CodeSums {
   }
 };
 
-// Pairs of 16 bits, of 32 columns: in each 128 bits, four of them in the first vector and the four behind in the
-// second.
+// Interleaves two rows of 32 columns of 16 bits into pairs. In each 128 bits, w[0] has four columns and w[1] the next.
 OCTAVO_INLINE void interleave(__m512i first, __m512i second, __m512i (&w)[2]) {
   w[0] = _mm512_unpacklo_epi16(first, second), w[1] = _mm512_unpackhi_epi16(first, second);
 }
@@ -88,7 +88,7 @@ OCTAVO_INLINE void pairs_in_order(__m512i (&w)[2]) {
   w[1] = _mm512_permutex2var_epi64(w[0], back, w[1]), w[0] = first;
 }
 
-// The same in pairs and in fours, for outer products.
+// The same in units of two and of four elements, for outer products.
 struct Bf16Unit : Bf16 {
   static constexpr int64_t kElements = 2;
   static __m512i product(__m512i sums, __m512i x, __m512i w) {
@@ -111,7 +111,7 @@ struct Int8Unit : Int8 {
   static __m512i product(__m512i sums, __m512i x, __m512i w) { return dot(sums, x, w); }
 };
 
-// Products of fixed-point numbers of 16 bits and of codes, summed in int32.
+// Products of 16-bit fixed-point numbers and codes, accumulated in int32.
 struct Fixed : CodeSums {
   using Kept = Fixed;
   using X = int16_t;
@@ -141,7 +141,7 @@ struct FixedUnit : Fixed {
   }
 };
 
-// Codes of probabilities, which are not negative, times codes of values.
+// Codes of probabilities, which are the unsigned operand, times codes of values.
 struct WeightedUnit {
   using X = int8_t;
   using Sum = int32_t;
@@ -156,7 +156,7 @@ struct WeightedUnit {
     const auto row = [&](int i) { return rows[i] ? _mm256_maskz_loadu_epi8(there, rows[i]) : _mm256_setzero_si256(); };
     const __m512i front = _mm512_inserti64x4(_mm512_castsi256_si512(row(0)), row(1), 1);
     const __m512i back = _mm512_inserti64x4(_mm512_castsi256_si512(row(2)), row(3), 1);
-    // Column c of all four: bytes c and 32 + c of `front`, then of `back`, whose bytes count from 64 on.
+    // Column c of all four rows: bytes c and 32 + c of `front`, then of `back`, whose bytes count from 64 on.
     const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
     const __m512i first =
         _mm512_add_epi32(_mm512_set1_epi32(0x60402000), _mm512_mullo_epi32(lane, _mm512_set1_epi32(0x01010101)));

@@ -1,8 +1,8 @@
-// AVX-VNNI, which is AVX2 with the instruction for products of bytes that AVX-512 has (vpdpbusd), on processors that
-// may have no AVX-512: Intel's from Alder Lake on. Products of codes are these, in linear layers and in attention; the
-// rest is AVX2's.
+// AVX-VNNI: AVX2, and the instruction for products of bytes that AVX-512 has (vpdpbusd), on processors that may have no
+// AVX-512: Intel's from Alder Lake on. It computes products of codes with codes, in linear layers and in attention; all
+// else is AVX2's.
 //
-// Defined OCTAVO_EMULATED_VNNI, the instruction is composed of AVX2's: so tests run this on any processor.
+// If OCTAVO_EMULATED_VNNI is defined, the instruction is composed of AVX2's, so that tests run this on any processor.
 
 #if defined(__x86_64__)
 
@@ -44,7 +44,7 @@
 namespace octavo {
 namespace {
 
-// sums + products of four bytes each, of which those of `a` have no sign.
+// sums + products of four bytes each, where those of `a` are unsigned.
 #if defined(OCTAVO_EMULATED_VNNI)
 inline __m256i dot_bytes(__m256i sums, __m256i a, __m256i b) {
   const __m256i even =
@@ -61,17 +61,17 @@ inline __m256i dot_bytes(__m256i sums, __m256i a, __m256i b) {
 constexpr const char* kName = "avxvnni";
 #endif
 
-// The first `bytes` of 32, with zeros behind.
+// The first `bytes` of 32, padded with zeros.
 inline __m256i load_first_of_32(const int8_t* p, int bytes) {
   if (bytes < 16) return _mm256_castsi128_si256(load_first(p, bytes));
   return _mm256_setr_m128i(load16(p), load_first(p + 16, bytes - 16));
 }
 
-// Products of codes, summed in int32; W is the operand without sign: W + 128.
+// Products of codes, accumulated in int32. W is the unsigned operand: W + 128.
 struct Int8 : CodeSums {
   using Kept = Int8;
   static constexpr int kStep = 32;
-  static constexpr int kTileM = 2;  // four registers hold W
+  static constexpr int kTileM = 2;  // W takes four registers
   static constexpr int32_t kOffset = 128;
   static WV unsign(__m256i codes) { return _mm256_xor_si256(codes, _mm256_set1_epi8(-128)); }
   static XV load_x(const X* x) { return Vec::load_units(x); }
@@ -91,14 +91,14 @@ struct Int8 : CodeSums {
   }
 };
 
-// The same in fours, for outer products.
+// The same in units of four, for outer products.
 struct Int8Unit : Int8 {
   static constexpr int64_t kElements = 4;
   static constexpr int64_t kManyRows = 193;
   static __m256i product(__m256i sums, __m256i x, __m256i w) { return dot(sums, x, w); }
 };
 
-// Codes of probabilities, which are not negative, times codes of values.
+// Codes of probabilities, which are the unsigned operand, times codes of values.
 struct WeightedUnit {
   using X = int8_t;
   using Sum = int32_t;
@@ -122,7 +122,7 @@ struct WeightedUnit {
   static void in_order(__m256i (&)[2]) {}
 };
 
-// What is other than in the table of AVX2.
+// What differs from the table of AVX2.
 constexpr LinearKernels kInt8Linear = linear<DotLinear<Vec, Int8>, OuterLinear<Int8Unit>>;
 constexpr const AttentionKernels* kInt8Attention = &attention<Int8Attention<Int8Unit, WeightedUnit>>;
 constexpr const AttentionKernels* kInt8AttentionOfFew = &attention_in_parts<FewInt8Queries<Int8Unit, WeightedUnit>>;
@@ -132,7 +132,7 @@ constexpr const AttentionKernels* kInt8AttentionOfFew = &attention_in_parts<FewI
 
 #pragma GCC pop_options
 
-// Compiled for any processor, since this runs when the library is loaded.
+// Compiled for any processor, since it runs when the library is loaded.
 namespace octavo {
 
 extern const Kernels avxvnni_kernels = [] {

@@ -1,11 +1,11 @@
-// exp and tanh of a vector, by range reduction and a polynomial: right to two units of the last place.
+// exp and tanh of a vector, by range reduction and a polynomial: accurate to two units in the last place.
 //
 // `V` is a vector of fp32 (see avx512.h):
 //     set1, add, sub, mul, div, min, max, magnitude, with_sign_of, is_less, select
 //     fmadd, fnmadd           a b + c, c - a b, rounded once
 //     whole                   the nearest whole number
-//     is_not_below            lanes of a vector, NaN's too
-//     times_two_to            x 2^n, in some lanes, and 0 in the others
+//     is_not_below            a mask of the lanes where a >= b, or where one is NaN
+//     times_two_to            x 2^n in the lanes of a mask, and 0 in the others
 //
 // Included by a translation unit after its target pragma.
 #pragma once
@@ -13,14 +13,18 @@
 namespace octavo {
 namespace {
 
-// e^x for x <= 0, where nothing overflows: x = n ln 2 + r with |r| <= ln 2 / 2, e^x = 2^n e^r. e^r = 1 + r + r^2 p(r),
-// p fitted to the least relative error, which is 2^-28. -inf gives 0, NaN stays.
+// e^x for x <= 0, so that nothing overflows.
+//
+//     x = n ln 2 + r with |r| <= ln 2 / 2        e^x = 2^n e^r        e^r = 1 + r + r^2 p(r)
+//
+// p is fitted to the least relative error, 2^-28. -inf gives 0, NaN stays.
 template <class V, class F = typename V::F>
 inline __attribute__((always_inline)) F exp_of_negative(F x) {
-  // Below, e^x is 0 in fp32. It is not rounded to that, which takes Intel's processors 100 ns a vector.
+  // Below -104, e^x is 0 in fp32. The mask sets it to that instead of letting it underflow, which takes 100 ns for a
+  // vector on Intel's processors.
   const typename V::Lanes there = V::is_not_below(x, V::set1(-104.0f));
   const F n = V::whole(V::mul(x, V::set1(1.44269504f)));
-  // ln 2 in two parts: n times the first is exact
+  // ln 2 in two parts: n times the first is exact.
   F r = V::fnmadd(n, V::set1(0.693359375f), x);
   r = V::fnmadd(n, V::set1(-2.12194440e-4f), r);
   F p = V::set1(1.38145394e-3f);
@@ -33,11 +37,11 @@ inline __attribute__((always_inline)) F exp_of_negative(F x) {
   return V::times_two_to(there, p, n);
 }
 
-// (1 - t) / (1 + t) with t = e^-2|x|; where that would cancel, the polynomial of Moshier's Cephes library (tanhf). NaN
-// stays.
+// (1 - t) / (1 + t) with t = e^-2|x|. Where that would cancel, for small |x|, the polynomial of Moshier's Cephes
+// library (tanhf). NaN stays.
 template <class V, class F = typename V::F>
 inline F tanh_of(F x) {
-  const F one = V::set1(1.0f), bounded = V::min(V::set1(10.0f), V::magnitude(x));  // of which it is 1
+  const F one = V::set1(1.0f), bounded = V::min(V::set1(10.0f), V::magnitude(x));  // tanh(10) is 1
   const F t = exp_of_negative<V>(V::mul(bounded, V::set1(-2.0f)));
   const F large = V::div(V::sub(one, t), V::add(one, t));
   const F z = V::mul(bounded, bounded);

@@ -1,9 +1,9 @@
-// Products in fp32, of activations of any type: as dot products along K (dot_linear.h), and as units of outer products
-// (outer_linear.h).
+// Products in fp32, for activations of any type: activations and codes are widened in registers. They are dot products
+// along K (dot_linear.h), or units of outer products (outer_linear.h).
 //
-// `FloatSums` is what the instruction set has for their sums (see avx512.h):
-//     kTileM                       rows of x in a register tile
-//     kManyRows, kManyRowsOfGroups    of x, from which outer products are faster
+// `FloatSums` is how an instruction set accumulates them (see avx512.h):
+//     kTileM                          rows of x in a register tile
+//     kManyRows, kManyRowsOfGroups    rows of x from which outer products are faster
 //
 // Included by a translation unit after its vectors.
 #pragma once
@@ -37,7 +37,7 @@ struct Fp32Kept : Fp32<type> {
   static Vec::F load_w(const W* w, int) { return load_w(w); }
 };
 
-// The same one by one.
+// The same as units of one element.
 template <Float type>
 struct Fp32Unit : Fp32<type> {
   using typename Fp32<type>::X;

@@ -1,23 +1,23 @@
-// Rows of floats to int8 codes and back, for any vector length.
+// Kernels on rows, for any vector length: floats to int8 codes and back, norms, gates, rotary embeddings, recurrences.
 //
 //     code = clamp(round_half_even(x / scale), -127, 127)        in fp32, as octavo/primitives.py defines it
 //
-// and 0 where x / scale is NaN: a row that holds inf has scale inf and codes 0, whose product is NaN.
+// The code is 0 if x / scale is NaN: a row that contains inf has scale inf and codes 0, whose product is NaN.
 //
-// A `V` is a vector of fp32 (see avx512.cpp):
+// A `V` is a vector of fp32 (see avx512.h):
 //     kLanes, F                   its length and its register
 //     load, store                 `count` elements of a `Float` type, widened to fp32 or rounded from it
-//     rounded                     what is left of it once it is stored as a `Float` type
+//     rounded                     a value after rounding to a `Float` type
 //     set1, add, mul
-//     largest                     of a magnitude so far and of |x|, lane by lane; NaN stays
+//     largest                     per lane, the larger of a magnitude so far and |x|; NaN stays
 //     across                      the largest of all lanes
 //     total                       the sum of all lanes
 //     sigmoid                     1 / (1 + e^-z)
 //     tanh
 //     Divisor                     a scale to divide by; see kNearHalf
-//     store_codes                 `count` codes of x under a Divisor
-//     load_codes                  `count` codes as fp32
-//     from_sums                   kLanes sums of a dot product, less an excess, as fp32
+//     store_codes                 `count` codes of x / (a Divisor)
+//     load_codes                  `count` codes, widened to fp32
+//     from_sums                   kLanes sums of a dot product, minus an excess, as fp32
 #pragma once
 
 #define OCTAVO_INLINE inline __attribute__((always_inline))
@@ -32,9 +32,8 @@ inline void* element(void* base, Float type, int64_t i) { return static_cast<cha
 
 constexpr float kQmax = 127.0f;
 
-// x / scale is rounded after a multiplication by 1 / scale, which is many times faster than a division, and is off by
-// less than 2^-15 for quotients up to 128. Only where that could decide how it is rounded, at least so far from a whole
-// number, it is divided.
+// x / scale is computed as x * (1 / scale), which is many times faster, and off by less than 2^-15 for quotients up to
+// 128. It is divided only if that error could matter: if the product is at least so far from a whole number.
 constexpr float kNearHalf = 0.5f - 1.0f / 16384;
 
 template <class V>
@@ -88,10 +87,10 @@ struct RowKernels {
     }
   }
 
-  // amax / 127 as the type of the weight stores it; its next larger value where the largest weight would clip.
+  // amax / 127 as the weight's type stores it; the next larger value if the largest weight would clip.
   static float weight_scale(float amax, Float type) {
     if (amax == 0) return 1;
-    uint32_t stored = 0;  // fp32, bf16 or fp16, of which the next larger value is the next larger integer
+    uint32_t stored = 0;  // bits of fp32, bf16 or fp16: the next larger integer is the next larger value
     V::store(&stored, type, 1, V::set1(amax / kQmax));
     float scale = value(&stored, type);
     if (amax / scale > kQmax + 0.5f) {
@@ -161,7 +160,7 @@ struct RowKernels {
                                                                 void* y, int64_t k, int count) {
     const typename V::F g = V::load(element(gate, type, k), type, count);
     const typename V::F a = V::set1(in.a), b = V::set1(in.b);
-    // Without b it is no summand: 0 times infinity would be NaN.
+    // If b is 0, its term is left out: 0 times infinity would be NaN.
     const typename V::F z = V::mul(g, in.b == 0 ? a : V::add(a, V::mul(b, V::mul(g, g))));
     const typename V::F acted = V::rounded(V::mul(g, V::sigmoid(z)), type);
     V::store(element(y, type, k), type, count, V::mul(acted, V::load(element(up, type, k), type, count)));
@@ -193,7 +192,7 @@ struct RowKernels {
     }
   }
 
-  // A product that no compiler joins with the sum it goes into: torch rounds both.
+  // Keeps the compiler from fusing a product with the sum that it goes into: torch rounds both.
   OCTAVO_INLINE static typename V::F apart(typename V::F product) {
 #if defined(__x86_64__)
     asm("" : "+x"(product));
@@ -246,7 +245,7 @@ struct RowKernels {
   }
 };
 
-// A table of kernels: those of rows, and the linear layers that it is given, by the type of x. None for attention.
+// A table of kernels: those on rows, and the given linear layers, by the type of x. No convolutions, no attention.
 template <class V>
 constexpr Kernels kernels_of(const char* isa, LinearKernels f32, LinearKernels bf16, LinearKernels f16,
                              LinearKernels int8) {

@@ -1,4 +1,5 @@
-// One value at a time, in plain C++: right on any processor, and what every other file of this folder means.
+// One value at a time, in plain C++: correct on any processor, and the definition of what the vectors of every other
+// file compute.
 
 #include <cmath>
 #include <cstring>
@@ -54,11 +55,11 @@ inline uint16_t to_f16(float value) {
   uint32_t half;
   if (magnitude > 0x7f800000u)
     half = 0x7e00 | ((magnitude >> 13) & 0x1ff);  // NaN
-  else if (magnitude >= bits_of(65520.0f))        // half way between the largest and 2^16
+  else if (magnitude >= bits_of(65520.0f))        // halfway between the largest fp16 and 2^16
     half = 0x7c00;
   else if (magnitude >= bits_of(0x1p-14f))
     half = rounded_shift(magnitude - ((127u - 15u) << 23), 13);  // a carry out of the fraction raises the exponent
-  else  // subnormal: the sum ends at 2^-24, to which it is rounded, and 0.5 has no bits in its fraction
+  else  // subnormal: next to 0.5, fp32 rounds to multiples of 2^-24; and 0.5 has no bits in its fraction
     half = bits_of(float_of(magnitude) + 0.5f) - bits_of(0.5f);
   return static_cast<uint16_t>(sign | half);
 }
@@ -97,7 +98,7 @@ struct Vec {
     return load(&v, type);
   }
 
-  // As integers, magnitudes are ordered, and NaN is the largest.
+  // As integers, magnitudes have the same order, and NaN is the largest.
   static F largest(F sofar, F x) {
     const uint32_t magnitude = bits_of(x) & 0x7fffffffu;
     return magnitude > bits_of(sofar) ? float_of(magnitude) : sofar;
@@ -105,7 +106,7 @@ struct Vec {
   static float total(F v) { return v; }
   static float across(F v) { return v; }
 
-  // With e = e^-|z|, of which nothing overflows.
+  // By e = e^-|z|, which cannot overflow.
   static F sigmoid(F z) {
     const float e = std::exp(-std::fabs(z));
     return (z >= 0 ? 1.0f : e) / (1.0f + e);
@@ -123,7 +124,7 @@ struct Vec {
     const float below = quotient < kQmax ? quotient : kQmax;
     const float bounded = below > -kQmax ? below : -kQmax;
     constexpr float kNoFraction =
-        0x1.8p23f;  // next to which fp32 has no bits for one: the sum is rounded, half to even
+        0x1.8p23f;  // next to it, fp32 has no bits for a fraction: the sum is rounded, half to even
     *codes = static_cast<int8_t>((bounded + kNoFraction) - kNoFraction);
   }
   static void store_codes(int8_t* codes, F x, const Divisor& by, int) { store_codes(codes, x, by); }
@@ -135,8 +136,8 @@ struct Vec {
   static F from_sums(const int32_t* sums, int32_t) { return static_cast<float>(*sums); }
 };
 
-// x86-64 has sixteen registers for floats, and sixteen for integers and addresses: a tile of int32 sums is half as
-// high.
+// x86-64 has sixteen registers for floats, and sixteen for integers and addresses together: a tile of int32 sums has
+// half as many rows.
 template <class X_, class Sum_>
 struct Product {
   using X = X_;

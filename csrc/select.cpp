@@ -1,3 +1,6 @@
+// Asks the processor what it supports (cpuid), and the operating system what it saves and permits, and chooses the best
+// kernels that this allows.
+
 #include "select.h"
 
 #include <cstdio>
@@ -33,7 +36,7 @@ unsigned long long saved_states() {
 
 bool has(unsigned value, int bit) { return (value >> bit) & 1; }
 
-// Linux hands out tiles on request only: arch_prctl(ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA), for the whole process.
+// Linux permits tiles on request only: arch_prctl(ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA), for the whole process.
 bool request_tiles() {
 #if defined(__linux__)
   return syscall(SYS_arch_prctl, 0x1023, 18) == 0;
