@@ -1,16 +1,18 @@
-// A row of x as tiles want it: int8 codes as they are, bf16 in the order of looked up codes, or floats as int8 digits.
+// A row of x as tiles multiply it: int8 codes as they are, bf16 in the order of looked-up codes (avx512.h), or floats
+// as int8 digits.
 //
-// Digits are those of fixed-point numbers, in base 256, with signs. The unit is a power of two, so small that the
-// largest magnitude of the row takes all but one bit: of three digits it is 2^-22 of what that is rounded up to. A
-// value of bf16 within 2^14 of the row's largest is exact, and what is smaller is off by half a unit at most. Products
-// of digits and codes, and their sums, are exact in int32; what they come to is put together in fp32.
+// Digits let the int8 products of the tile unit serve floats, too. A row becomes fixed-point numbers, and these are cut
+// into signed digits in base 256. The unit of the fixed-point numbers is a power of two, so small that the largest
+// magnitude of the row takes all bits but one: with three digits, it is 2^-22 of that magnitude rounded up to a power
+// of two. A value of bf16 within 2^14 of the row's largest is exact, and a smaller one is off by half a unit at most.
+// Products of digits and codes, and their sums, are exact in int32; the sums of all digits are combined in fp32.
 //
-// Each kind has
-//     kVectors     vectors of 64 bytes that a unit of 64 values becomes
-//     kDigits      which are that many digits; or else they lie behind each other along K
+// Each kind of row has
+//     kVectors     vectors of 64 bytes that 64 values become
+//     kDigits      digits of a value, each in a vector of its own; if it is 1, vectors follow each other along K
 //     kSize        bytes of a value
-//     is_finite    false: it has NaN or inf, of which there are no digits
-//     of           the first `count` of 64 values, zeros behind them
+//     is_finite    false if the row has NaN or inf, which have no digits
+//     of           the first `count` of 64 values, padded with zeros
 //
 // Included by amx.cpp after its target pragma.
 #pragma once
@@ -18,7 +20,7 @@
 namespace octavo {
 namespace {
 
-// What needs to know nothing of a row before it is taken.
+// A row of which nothing needs to be known in advance.
 struct PlainRow {
   PlainRow() = default;
   PlainRow(const char*, int64_t) {}
@@ -51,7 +53,7 @@ struct DigitRow {
   static constexpr int kVectors = kCount, kDigits = kCount;
   static constexpr int64_t kSize = size_of(kType);
 
-  float shift;  // values times 2^shift are in units
+  float shift;  // a value's fixed-point number is value * 2^shift
 
   DigitRow() = default;
   DigitRow(const char* x, int64_t K) {
@@ -74,7 +76,7 @@ struct DigitRow {
       const __m512i units = _mm512_cvtps_epi32(Vec::times_two_to(v, Vec::set1(shift)));
       fixed[i] = _mm512_add_epi32(units, _mm512_set1_epi32(static_cast<int>(0x80808080)));
     }
-    // Bytes of that sum are the digits, 128 too large.
+    // The bytes of that sum are the digits plus 128.
     const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 0, 0, 0, 0, 0, 0, 0, 0);
     const __m512i lowest =
         _mm512_add_epi32(_mm512_mullo_epi32(lane, _mm512_set1_epi32(0x10101010)), _mm512_set1_epi32(0x0c080400));
@@ -91,7 +93,7 @@ struct DigitRow {
   bool finite_;
 };
 
-// The sums of all digits, `sums(d)` of one -> in units.
+// The sums of all digits, `sums(d)` for digit d, combined in units of the fixed-point numbers.
 template <int kDigits, class Sums>
 OCTAVO_INLINE __m512 together(const Sums& sums) {
   __m512 total = sums(kDigits - 1);

@@ -1,24 +1,29 @@
 // y = x W^T by dot products along K, for any vector length.
 //
-// Both operands are read along K, as they lie in memory: nothing is transposed, and a weight is never repacked. A
-// register tile is up to kTileM rows of x times kTileN rows of W; each of its sums is a vector, added up across its
-// lanes once, when K is done. Codes are widened in registers by the first tile of rows of x that meets them; it keeps
-// them, widened, in L1 for those that follow.
+//                        4 rows of W
+//                       w0  w1  w2  w3
+//     a row of x   x0   acc acc acc acc        an accumulator is a vector: kStep elements of both rows are multiplied
+//     the next     x1   acc acc acc acc        at a time, and its lanes are added up once, at the end of K
+//     ...
 //
-// A `Dot` is the dot product of one instruction set (see avx512.cpp):
-//     X, W, Sum         element types of x, of W as the dot reads it, and of the sums (float or int32)
+// Both operands are read along K, in place: nothing is transposed, and a weight is never repacked. A register tile is
+// up to kTileM rows of x by kTileN rows of W. The first tile of rows of x widens codes in registers, and keeps them,
+// widened, in L1 for the tiles that follow.
+//
+// A `Dot` is the dot product of one instruction set (see avx512_products.h):
+//     X, W, Sum         element types of x, of W as the dot product reads it, and of the sums (float or int32)
 //     Stored            element type of W in memory
-//     XV, WV, Acc       a step's operands, and an accumulator, in registers
-//     kStep             elements of K per step
+//     XV, WV, Acc       the operands of a step, and an accumulator, in registers
+//     kStep             elements of K in a step
 //     kTileM            rows of x in a register tile
-//     kOffset           what was added to every code of W: the sums are too large by kOffset * (sum of x's row)
-//     load_x, load_w    a step's operand: whole, or its first `count` elements with zeros behind
-//     zero, dot         an accumulator, and one step added to it
-//     Kept              the same product of what `keep` has stored; `Dot` itself where widening is not worth a store
-//     kGroups           whether groups of columns may have scales of their own, and then
+//     kOffset           what was added to each code of W: sums are too large by kOffset * (sum of x's row)
+//     load_x, load_w    an operand of a step: whole, or its first `count` elements, padded with zeros
+//     zero, dot         an empty accumulator, and a step added to one
+//     Kept              the same product for what `keep` has stored; `Dot` itself if widening is cheaper than a store
+//     kGroups           whether groups along K may have scales of their own; if so:
 //     scaled_add        total + partial * scale
 //     store4            four accumulators, each added up across its lanes, stored or added to 4 sums
-//     sum_x             the sum of a row of x (only where there is an offset)
+//     sum_x             the sum of a row of x (only if there is an offset)
 //
 // Included by a translation unit after its target pragma: all of this is compiled for that instruction set.
 #pragma once
@@ -27,20 +32,20 @@ namespace octavo {
 namespace {
 
 constexpr int kTileN = 4;
-constexpr int64_t kBlockN = 32;        // columns of y whose sums wait in scratch until all of K is done
-constexpr int64_t kBlockM = 36;        // and rows, at most: as many of x stay in L2 while W passes by
-constexpr int64_t kPieceBytes = 4096;  // of a row of W that is kept: a tile's four rows stay in L1
+constexpr int64_t kBlockN = 32;        // columns of y whose sums stay in scratch until all of K is done
+constexpr int64_t kBlockM = 36;        // rows of y, at most: so many of x stay in L2 while W is read
+constexpr int64_t kPieceBytes = 4096;  // of a row of W that is kept widened: a tile's four rows stay in L1
 
-constexpr int64_t kFetchAhead = 4096;  // bytes by which a tile's fetching is ahead of the next tile
-constexpr int kLine = 64;              // bytes in a line of the cache
-constexpr int kShortTile = 4;          // rows of x, too few to keep a step busy until memory answers
-constexpr int kIntoL2 = 2;             // what __builtin_prefetch calls it: L1 is full of the tile
+constexpr int64_t kFetchAhead = 4096;  // bytes by which prefetching is ahead of the next tile
+constexpr int kLine = 64;              // bytes of a cache line
+constexpr int kShortTile = 4;          // rows of x that are too few to hide the latency of memory
+constexpr int kIntoL2 = 2;             // locality for __builtin_prefetch: L1 is full of the tile
 
 constexpr int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
 constexpr int64_t max64(int64_t a, int64_t b) { return a > b ? a : b; }
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// The same products of a W that is float too, of x's type.
+// The same products, with a float W of x's type.
 template <class Dot>
 struct WithFloats : Dot {
   using Kept = WithFloats;
@@ -53,9 +58,9 @@ struct WithFloats : Dot {
   }
 };
 
-// What a tile reads: rows of x, `ldx` elements apart, and kTileN rows of W, over K elements. `kept`: where those go
-// once they are widened, if they are to be kept. `next`: kTileN * K codes that will be needed, fetched from memory
-// meanwhile, in the order in which they lie there.
+// The operands of a tile: rows of x, `ldx` elements apart, and kTileN rows of W, over K elements. `kept`: where the
+// rows of W are stored once they are widened, if they are to be kept. `next`: kTileN * K codes that will be needed,
+// prefetched meanwhile in memory order.
 template <class Dot>
 struct Operands {
   const typename Dot::X* x;
@@ -66,15 +71,15 @@ struct Operands {
   const char* next;
 };
 
-// The scales of groups of `size` columns, for kTileN rows of W; `first`: the column of the row with which the tile
-// begins.
+// The scales of groups of `size` elements along K, for kTileN rows of W. `first`: the element of the row at which the
+// tile begins.
 struct Groups {
   int64_t size;
   int64_t first;
   const float* scale[kTileN];
 };
 
-// acc += x[MR, a step from k] W[kTileN, the same]^T. `count`: how many elements of the step are there, or none: all.
+// acc += x[MR, a step from k] W[kTileN, the same]^T. `count`: how many elements the step has; all, if it is left out.
 template <class Dot, int MR, bool Keep, class... Count>
 OCTAVO_INLINE void step(typename Dot::Acc (&acc)[MR][kTileN], const Operands<Dot>& in, int64_t k, Count... count) {
   const typename Dot::WV b0 = Dot::load_w(in.w[0] + k, count...), b1 = Dot::load_w(in.w[1] + k, count...),
@@ -93,8 +98,9 @@ OCTAVO_INLINE void step(typename Dot::Acc (&acc)[MR][kTileN], const Operands<Dot
   }
 }
 
-// Asks for a line of W ahead of time. The processor drops requests that come faster than memory answers, as they do
-// where a step takes a whole line at once and meets few rows; there it is asked for again, further ahead and less far.
+// Prefetches a line of W. The processor drops requests that come faster than memory answers, as they do if a step takes
+// a whole line and multiplies it by few rows. Each line is then requested three times: further ahead, at the usual
+// distance, and closer.
 template <class Dot, int MR>
 OCTAVO_INLINE void fetch(const char* line) {
   constexpr bool often = Dot::kStep * sizeof(typename Dot::Stored) == kLine && MR <= kShortTile;
@@ -131,7 +137,7 @@ OCTAVO_INLINE void store(const typename Dot::Acc (&acc)[MR][kTileN], typename Do
   for (int i = 0; i < MR; i++) Dot::store4(acc[i][0], acc[i][1], acc[i][2], acc[i][3], sums + i * kBlockN, add);
 }
 
-// A register tile: sums[MR][kTileN], rows kBlockN apart. `add`: to the sums that are there.
+// A register tile -> sums[MR][kTileN], rows kBlockN apart. `add`: to what is there.
 template <class Dot, int MR, bool Keep>
 __attribute__((noinline)) void tile(const Operands<Dot>& in, typename Dot::Sum* sums, bool add) {
   typename Dot::Acc acc[MR][kTileN];
@@ -140,7 +146,7 @@ __attribute__((noinline)) void tile(const Operands<Dot>& in, typename Dot::Sum* 
   store<Dot, MR>(acc, sums, add);
 }
 
-// The same, each group's sum under its scale.
+// The same, with each group's sum multiplied by its scale.
 template <class Dot, int MR, bool Keep>
 __attribute__((noinline)) void grouped_tile(const Operands<Dot>& in, const Groups& groups, typename Dot::Sum* sums,
                                             bool add) {
@@ -164,13 +170,13 @@ __attribute__((noinline)) void grouped_tile(const Operands<Dot>& in, const Group
   store<Dot, MR>(total, sums, add);
 }
 
-// Half as many rows where there are two accumulators for each sum.
+// With groups half as many rows: each sum takes two accumulators.
 template <class Dot, bool Grouped>
 constexpr int tile_m() {
   return Grouped ? (Dot::kTileM + 1) / 2 : Dot::kTileM;
 }
 
-// A tile of `rows` rows, 1 to MR.
+// The same for 1 to MR rows.
 template <class Dot, bool Grouped, bool Keep, int MR = tile_m<Dot, Grouped>()>
 OCTAVO_INLINE void tile_of(int64_t rows, const Operands<Dot>& in, const Groups& groups, typename Dot::Sum* sums,
                            bool add) {
@@ -187,11 +193,11 @@ template <class Dot>
 struct Scratch {
   typename Dot::Sum sums[kBlockM * kBlockN];
   int32_t excess[kBlockM];
-  // Rows end at odd multiples of a cache line, so that they do not all fall into the same sets of the cache.
+  // Rows are an odd number of cache lines long, so that they do not all fall into the same sets of the cache.
   alignas(64) typename Dot::Kept::W kept[kTileN][(kPieceBytes + 64) / sizeof(typename Dot::Kept::W)];
 };
 
-// What makes sums of columns [n, n + count) of W values of y. Those of groups are under their scales already.
+// The epilogue: sums with rows [n, n + count) of W -> y. Those of groups are already multiplied by their scales.
 template <class V>
 struct Finish {
   const Linear& layer;
@@ -204,7 +210,7 @@ struct Finish {
     if (layer.bias) bias = V::load(element(layer.bias, layer.bias_type, n), layer.bias_type, count);
   }
 
-  // y[m, n : n + count], before it is rounded
+  // y[m, n : n + count], before rounding
   OCTAVO_INLINE typename V::F value(int64_t m, typename V::F y) const {
     const float x_scale = layer.x_scale ? layer.x_scale[m * layer.x_scale_step] : 1.0f;
     if (layer.groups == 1) y = V::mul(y, V::mul(V::set1(x_scale), scale));
@@ -217,7 +223,7 @@ struct Finish {
   }
 };
 
-// The sums of a block -> y. They are `excess[row]` too large.
+// The epilogue of a block: sums -> y. Sums of a row are too large by excess[row].
 template <class V, class Sum>
 void finish(const Linear& layer, Block part, const Sum* sums, const int32_t* excess) {
   for (int64_t n = part.n0; n < part.n1; n += V::kLanes, sums += V::kLanes) {
@@ -227,7 +233,7 @@ void finish(const Linear& layer, Block part, const Sum* sums, const int32_t* exc
   }
 }
 
-// By how much an offset of W's codes makes the sums of a row of x too large.
+// By how much the offset of W's codes makes the sums of a row of x too large.
 template <class Dot>
 OCTAVO_INLINE int32_t excess_of(const typename Dot::X* x, int64_t K) {
   if constexpr (Dot::kOffset != 0)
@@ -246,7 +252,7 @@ struct DotLinear {
 
   static size_t scratch_bytes(const Linear&) { return sizeof(Scratch<Dot>); }
 
-  // Whether the rows of x are one tile.
+  // Whether the rows of x fit one tile.
   static bool takes(const Linear& layer) {
     return layer.M <= (layer.groups > 1 ? tile_m<Dot, true>() : tile_m<Dot, false>());
   }
@@ -272,7 +278,7 @@ struct DotLinear {
     return static_cast<const typename Dot::W*>(layer.w) + n * layer.K + k;
   }
 
-  // Row j of the tile that begins at row n of W. Past the last row the last is met again; its sums are not used.
+  // Row j of the tile that begins at row n of W. Past the end, the last row is repeated; its sums are not used.
   static int64_t w_row(int64_t n, int j, int64_t end) { return min64(n + j, end - 1); }
 
   static Groups groups_of(const Linear& layer, int64_t n, int64_t end, int64_t first) {
@@ -281,8 +287,8 @@ struct DotLinear {
     return groups;
   }
 
-  // The sums of a part. K passes by in pieces where there is more than one tile of rows, for which they are kept: in
-  // the layer, since how many there are in a part depends on the number of threads, and a sum must not.
+  // The sums of a part. If the layer has more than one tile of rows, K is cut into pieces, whose widened codes are
+  // kept. The layer decides, not the part, whose rows depend on the number of threads: sums must not.
   template <bool Grouped>
   static void products(const Linear& layer, Block part, Scratch<Dot>& scratch) {
     const int64_t rows = part.m1 - part.m0;
@@ -327,7 +333,7 @@ struct DotLinear {
   }
 };
 
-// Layers that `Special` takes are its, others `General`'s.
+// `Special` runs the layers that it takes, `General` the others.
 template <class Special, class General>
 struct Either {
   static size_t scratch_bytes(const Linear& layer) {

@@ -1,10 +1,11 @@
-// Few rows of x in tiles: W is read once, as codes, from where it lies. Included by amx.cpp.
+// Few rows of x in tiles: W is read once, as codes, in place. Included by amx.cpp.
 //
-// What takes time with few rows is to read W, as long as nothing is done to a code on its way: 16 cycles of the tile
-// unit pass for 1 KB of it. So codes stay codes, and it is x that becomes int8, in digits (digits.h): each row of x is
-// a column of a tile, or three or four. Up to 6 tiles of columns meet 16 rows of W at once, up to 2 of them 32 rows.
+// With few rows the time is that of reading W, as long as nothing is done to a code on its way: the tile unit takes 16
+// cycles for 1 KB of codes. So codes stay codes, and it is x that becomes int8, in digits (digits.h): each row of x is
+// one, three or four columns of a tile. Up to 6 tiles of columns are multiplied by 16 rows of W at once, up to 2 tiles
+// by 32 rows.
 //
-// While a panel of W is met, the next one is asked for in the order in which it lies in memory.
+// While one panel of W is multiplied, the next one is prefetched in memory order.
 #pragma once
 
 namespace octavo {
@@ -13,10 +14,10 @@ namespace {
 constexpr int kMostTiles = 6;  // of x
 constexpr int64_t kColumnsOfTiles = kMostTiles * kTile;
 
-// 16 rows of W each, which meet so many tiles of x at once: there are 8 tiles in all.
+// Panels of 16 rows of W that are multiplied by so many tiles of x at once: there are 8 tiles in all.
 constexpr int panels_for(int tiles) { return tiles <= 2 ? 2 : 1; }
 
-// Panels of W, whose rows are `row` bytes apart, and kTiles tiles of x: a step along K.
+// A step along K: panels of W, whose rows are `row` bytes apart, times kTiles tiles of x.
 template <int kTiles>
 OCTAVO_INLINE void few_step(const char* w, int64_t row, const char* x) {
   _tile_loadd(6, w, row);
@@ -52,7 +53,7 @@ OCTAVO_INLINE void few_step(const char* w, int64_t row, const char* x) {
   }
 }
 
-// Lines of memory that will be needed, in the order in which they lie there.
+// Memory that will be needed, to be prefetched line by line.
 struct Ahead {
   const char* line;
   const char* end;
@@ -65,8 +66,8 @@ struct Ahead {
   }
 };
 
-// sums[a tile for each 16 columns of x][panels of W] = W x^T over steps [step, end). Behind `whole` is what is left of
-// K, with zeros behind it, in `rest`.
+// sums[tile of 16 columns of x][panel of W] = W x^T over steps [step, end). From step `whole` on, what is left of W's
+// rows is in `rest`, padded with zeros.
 template <int kTiles>
 __attribute__((noinline)) void few_products(const char* w, int64_t row, const char* x, int64_t step, int64_t end,
                                             int64_t whole, const char* rest, Ahead& ahead, int32_t* sums) {
@@ -92,7 +93,7 @@ __attribute__((noinline)) void few_products(const char* w, int64_t row, const ch
   settle();
 }
 
-// `Rest` serves rows that have no digits. `kLeast`: rows of x; fewer are not faster than dot products.
+// `Rest` computes rows that have no digits. `kLeast`: rows of x; fewer are no faster than by dot products.
 template <class Row, class Rest, int kLeast>
 struct FewTileRows {
   static constexpr int64_t kDigits = Row::kDigits, kMostRows = kColumnsOfTiles / kDigits;
@@ -103,7 +104,7 @@ struct FewTileRows {
     alignas(64) char rest[2 * kTileBytes];
     alignas(64) int32_t sums[kMostTiles * kTileSums];
     alignas(64) float totals[kMostTiles * kTileSums];
-    alignas(64) int32_t columns_of_sums[kColumnsOfTiles][kBlock + kTile];  // of each column of x, for rows of W
+    alignas(64) int32_t columns_of_sums[kColumnsOfTiles][kBlock + kTile];  // [column of x][row of W]
     alignas(64) char x[];
   };
 
@@ -129,7 +130,7 @@ struct FewTileRows {
  private:
   static int64_t tiles_of(int64_t rows) { return ceil_div(rows * kDigits, kTile); }
 
-  // x -> tiles, those of a step next to each other. Returns whether its rows have digits.
+  // Packs x into tiles; those of one step are adjacent. Returns whether its rows have digits.
   static bool lay(const Linear& layer, Block block, Scratch& scratch) {
     const int64_t rows = block.m1 - block.m0, row = layer.K * Row::kSize, tiles = tiles_of(rows);
     const char* const x = static_cast<const char*>(layer.x) + block.m0 * row;
@@ -152,7 +153,7 @@ struct FewTileRows {
     return true;
   }
 
-  // So many tiles of x, 1 to kTiles.
+  // The same for 1 to kTiles tiles of x.
   template <int kTiles = kMostTiles>
   static void run_tiles(int64_t tiles, const Linear& layer, Block block, Scratch& scratch) {
     if constexpr (kTiles > 1) {
@@ -186,7 +187,7 @@ struct FewTileRows {
     }
   }
 
-  // totals (+)= a group's sums under the scales of its rows of W.
+  // totals = or += a group's sums, each multiplied by the scale of its row of W.
   template <int kTiles>
   static void add_group(const float* scale, int64_t step, bool add, Scratch& scratch) {
     constexpr int kPanels = panels_for(kTiles);
@@ -204,7 +205,7 @@ struct FewTileRows {
     }
   }
 
-  // Tiles of sums, whose rows are those of W from `first` on -> y of a part.
+  // The epilogue: tiles of sums, for rows of W from `first` on -> y of a part.
   template <int kTiles, class Sum>
   static void finish(const Linear& layer, Block part, int64_t first, const Sum* sums, Scratch& scratch) {
     for (int t = 0; t < kTiles; t++)

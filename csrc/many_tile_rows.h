@@ -1,7 +1,7 @@
-// Many rows of x in tiles: each is a column of many_tiles.h.
+// Many rows of x in tiles: each row is a column of many_tiles.h.
 //
-// Groups of columns of W that have scales of their own, and the digits of fp16 and fp32 (digits.h), are parts of a sum:
-// each is a block of sums of its own, and they are folded together in fp32.
+// Groups along K that have scales of their own, and the digits of fp16 and fp32 (digits.h), are parts of a sum: each
+// part has a block of sums of its own, and these are folded together in fp32.
 //
 // Included by amx.cpp after its target pragma.
 #pragma once
@@ -27,7 +27,7 @@ class RowColumns {
 
   RowColumns(const Linear& layer, Memory& memory) : layer_(layer), memory_(memory) {}
 
-  // Returns whether the rows have digits.
+  // Returns whether all rows are finite, if they are to become digits.
   bool meet(int64_t m0, int64_t m1) {
     first_ = m0;
     if constexpr (kFolds) {
@@ -46,7 +46,7 @@ class RowColumns {
     for (; m < m1; m += kTile, to += second) lay_tiles(m, min64(kTile, m1 - m), k, length, to, 2 * second);
   }
 
-  // Each lies on a page of its own.
+  // Each line is on a page of its own.
   void ask_for_y(Block block) const {
     for (int64_t m = block.m0; m < block.m1; m++)
       __builtin_prefetch(element(layer_.y, layer_.y_type, m * layer_.N + block.n0), 1, kIntoL2);
@@ -55,7 +55,7 @@ class RowColumns {
  private:
   const char* row(int64_t m) const { return static_cast<const char*>(layer_.x) + m * layer_.K * Row::kSize; }
 
-  // Past the last of `rows` it is met again; the sums are not used.
+  // Past the last of `rows`, that one is repeated; its sums are not used.
   __attribute__((noinline)) void lay_tiles(int64_t m, int64_t rows, int64_t k0, int64_t length, char* tiles,
                                            int64_t part) {
     const char* const x = row(m) + k0 * Row::kSize;
@@ -79,10 +79,10 @@ class RowColumns {
   }
 
   Memory& memory_;
-  int64_t first_ = 0;  // of the rows that were met
+  int64_t first_ = 0;  // the first of the prepared rows
 };
 
-// Two tiles of 16 rows of x are turned around, then a few rows at a time stored.
+// The epilogue: two tiles, for 16 rows of x, are transposed, and then stored a few rows at a time.
 template <class Row, class Sum>
 class RowColumns<Row, Sum>::Finishing {
  public:
@@ -105,7 +105,7 @@ class RowColumns<Row, Sum>::Finishing {
   }
 
  private:
-  static constexpr int64_t kRows = 4, kPortions = 2 + kTile / kRows;  // of 16 rows
+  static constexpr int64_t kRows = 4, kPortions = 2 + kTile / kRows;  // for 16 rows: two are transpositions
 
   template <class Any>
   OCTAVO_INLINE void portion(Any* sums) {
@@ -119,7 +119,7 @@ class RowColumns<Row, Sum>::Finishing {
     turn(sums, kRowBytes, sums);
   }
 
-  // Some rows of 16 from m on, from the `first` of these on.
+  // Stores some of the 16 rows from m on, beginning with the row `first` of these.
   template <class Any>
   __attribute__((noinline)) void store(int64_t m, int64_t first, const Any* sums) {
     const int64_t end = min64(first + kRows, part_.m1 - m), columns = part_.n1 - part_.n0;
@@ -145,7 +145,7 @@ class RowColumns<Row, Sum>::Finishing {
   int64_t left_ = 0;
 };
 
-// `Rest` serves rows that have no digits. `kLeast`: rows of x; fewer are not faster than dot products.
+// `Rest` computes rows that have no digits. `kLeast`: rows of x; fewer are no faster than by dot products.
 template <class Row, class Tiles, class Rest, int kLeast>
 struct ManyTileRows {
   using Columns = RowColumns<Row, typename Tiles::Sum>;

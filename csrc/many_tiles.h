@@ -1,15 +1,15 @@
-// Many columns in tiles: a block of sums, 32 rows of W by 32 columns of x, fills four of the eight tiles.
+// Many columns in tiles: a block of sums, 32 rows of W by 32 columns of x, takes four of the eight tiles.
 //
 //                            16 columns of x   16 columns of x
 //                                tile 6            tile 7
-//     16 rows of W  tile 4       tile 0            tile 2       4 loads of a tile for 4 products at each step along K
+//     16 rows of W  tile 4       tile 0            tile 2       4 tiles are loaded for 4 products at each step along K
 //     16 rows of W  tile 5       tile 1            tile 3
 //
-// A column is a row of x (many_tile_rows.h) or a window of an image (tile_convolution.h). Columns, laid out once, stay
-// in the L2 cache while panels of W, 32 rows each, pass by. Codes are read from where they lie, if their rows begin at
-// lines of the cache, and asked for a panel ahead; otherwise, or to be widened to bf16, a panel is copied into tiles in
-// L2. That, and the way from sums to y, are work for the vector units. They do it while the tile unit is busy, 16
-// cycles for each product: see `Meanwhile`.
+// A column is a row of x (many_tile_rows.h) or a window of an image (tile_convolution.h). Columns are packed once, and
+// stay in the L2 cache while panels of W, 32 rows each, are read. Codes are read in place, and prefetched a panel
+// ahead, if their rows are aligned to cache lines; otherwise, or if they are to be widened to bf16, a panel is copied
+// into tiles in L2. That, and the epilogue (sums -> y), are work for the vector units. They do it while the tile unit
+// is busy, 16 cycles for each product: see `Meanwhile`.
 //
 // Included by amx.cpp after its target pragma.
 #pragma once
@@ -17,16 +17,16 @@
 namespace octavo {
 namespace {
 
-constexpr int64_t kStepBytes = 2 * kTileBytes + 64;  // of a panel: odd, in cache lines, to spread over a cache's sets
+constexpr int64_t kStepBytes = 2 * kTileBytes + 64;  // of a panel: an odd number of cache lines, to use all sets
 
-// Sizes in scratch, of what should stay in L2, which holds 2 MB.
+// Sizes in scratch, for what should stay in L2, which holds 2 MB.
 constexpr int64_t kPackedTiles = 1024;   // of x: 1 MB, or half of it next to panels that are twice as large in bf16
-constexpr int64_t kPieceSteps = 64;      // of K, at most, that x is laid out for at a time: a panel has 132 KB, twice
-constexpr int64_t kWaitingBlocks = 128;  // of sums, where K is in pieces: 512 KB
+constexpr int64_t kPieceSteps = 64;      // of K that x is packed for at a time, at most: 132 KB for each of two panels
+constexpr int64_t kWaitingBlocks = 128;  // of sums, if K is cut into pieces: 512 KB
 constexpr int64_t kMostBlocks = 32;      // of columns
-constexpr int64_t kLeastBlocks = 4;      // the same: or to fill panels would take longer than to multiply
+constexpr int64_t kLeastBlocks = 4;      // of columns: with fewer, filling panels would take longer than multiplying
 
-// How tiles multiply: `left` with tile 6, `right` with tile 7. `kSteps` tiles for a unit of 64 values.
+// How tiles multiply: `left` by tile 6, `right` by tile 7. `kSteps`: tiles for 64 values along K.
 struct Int8Tiles {
   using Sum = int32_t;
   static constexpr int64_t kSteps = 1;
@@ -41,7 +41,7 @@ struct Int8Tiles {
   static void store_w(char* to, __m512i codes) { _mm512_storeu_si512(to, codes); }
 };
 
-// Subnormal numbers of x are zeros to the tile unit.
+// The tile unit flushes subnormal numbers of x to zero.
 struct Bf16Tiles {
   using Sum = float;
   static constexpr int64_t kSteps = 2;
@@ -60,22 +60,22 @@ struct Bf16Tiles {
   }
 };
 
-// A panel of W: where its first tile lies, and bytes to the next row, to the next step, and to the second tile.
+// A panel of W: its first tile, and the bytes to the next row, to the next step along K, and to the second tile.
 struct Panel {
   const char* tiles;
   int64_t row, step, second;
 };
 
-// A panel of W on its way: up to 32 rows, over `length` columns, into tiles; or, where it is read from where it lies,
-// into the cache. A row is read to its end before the next is begun, so that W is read as it lies in memory; the row
-// after it is asked for at the same time.
+// Loads the next panel of W, up to 32 rows of `length` codes, in portions: into tiles or, if the panel is read in
+// place, into the cache. A row is read to its end before the next one, in memory order, and the row after it is
+// prefetched at the same time.
 template <class Tiles>
 class Filling {
  public:
   Filling(const int8_t* w, int64_t row, int64_t rows, int64_t length, char* tiles)
       : w_(w), row_(row), rows_(rows), length_(length), units_(ceil_div(length, kUnitCodes)), tiles_(tiles) {}
 
-  // The next `count` units of rows.
+  // The next `count` units of 64 codes.
   OCTAVO_INLINE void some(int64_t count) { tiles_ ? copy(count) : fetch(count); }
 
   void rest() { some(kBlock * units_ + 1); }
@@ -118,19 +118,19 @@ class Filling {
   int64_t done_ = 0, unit_ = 0;
 };
 
-// The sums of a block, a row for each of W: as the tile unit has them, or parts of them folded together.
+// The sums of a block, with a row for each row of W: as the tile unit stores them, or parts of a sum folded together.
 template <class Sum>
 union Sums {
   Sum whole[4 * kTileSums];
   float folded[4 * kTileSums];
 };
 
-// What the vector units do while the tile unit multiplies: the next panel of W, and the sums of the block before.
+// What the vector units do while the tile unit multiplies: load the next panel of W, and finish the previous block.
 template <class Tiles, class Finishing>
 struct Meanwhile {
   Filling<Tiles> panel;
   Finishing sums;
-  int64_t portion;  // units of rows after each step: the panel is full when the one before it has met all of x
+  int64_t portion;  // units to load after each step, so that the panel is full once the current one has been used
 
   OCTAVO_INLINE void work() {
     panel.some(portion);
@@ -138,8 +138,8 @@ struct Meanwhile {
   }
 };
 
-// A block of sums, added to those that are there or not, over `steps` of a panel of W and of one or two tiles of x,
-// `x_second` bytes apart.
+// A block of sums, added to `sums` if `add`, over `steps` of a panel of W and of one or two tiles of x, `x_second`
+// bytes apart.
 template <class Tiles, int kTilesOfX, class Finishing>
 __attribute__((noinline)) void multiply(const Panel& panel, const char* x, int64_t x_second, int64_t steps,
                                         typename Tiles::Sum* sums, bool add, Meanwhile<Tiles, Finishing>& meanwhile) {
@@ -172,7 +172,7 @@ __attribute__((noinline)) void multiply(const Panel& panel, const char* x, int64
     }
     meanwhile.work();
   }
-  meanwhile.sums.rest();  // they may lie where these are stored
+  meanwhile.sums.rest();  // which may still be where these are stored
   _tile_stored(0, sums, kRowBytes);
   _tile_stored(1, sums + kTileSums, kRowBytes);
   if constexpr (kTilesOfX == 2) {
@@ -182,20 +182,20 @@ __attribute__((noinline)) void multiply(const Panel& panel, const char* x, int64
   settle();
 }
 
-// The products of W and all columns. `Columns` is what these are:
+// The product of W and all columns. `Columns` is what these are:
 //
-//     kParts       into which values are split, which have sums each; and
-//     kFolds       these are of digits, and are folded together; or else they add up
-//     kVectors     tiles of 16 columns over a unit of 64 values, in all parts
-//     kMixes       the columns of a block are in both tiles, however few there are
-//     Memory       of the columns that are met, in scratch
-//     meet         columns [m0, m1), for which there is room: returns whether they can be laid out
-//     lay          columns [m, m1), up to 32, over values [k, k + length) -> tiles of 16 columns each, `second` bytes
-//                  apart, of each part behind the one before
-//     down         for 16 columns from m on, of those that are met: the exponent of their digits' unit
-//     ask_for_y    the lines of y that a block writes
-//     Finishing    the sums of a block on their way into y, in portions of some hundred operations: the processor looks
-//                  some 500 ahead, and has to find the next tiles there
+//     kParts       how many parts a value is split into, each with sums of its own
+//     kFolds       parts are digits, whose sums are folded together (digits.h); otherwise their sums are added
+//     kVectors     tiles of 16 columns for 64 values along K, all parts together
+//     kMixes       the columns of a block are spread over both tiles, however few there are
+//     Memory       what `Columns` keeps in scratch
+//     meet         prepares columns [m0, m1), no more than fit: returns whether they can be packed
+//     lay          packs columns [m, m1), up to 32, over values [k, k + length), into tiles of 16 columns each,
+//                  `second` bytes apart, one part after the other
+//     down         the exponents of the digits' units, for 16 of the prepared columns, from the m-th on
+//     ask_for_y    prefetches the lines of y that a block writes
+//     Finishing    the epilogue of a block, in portions of some hundred operations: the processor looks some 500 ahead,
+//                  and has to find the next loads of tiles there
 template <class Columns, class Tiles>
 struct ManyTiles {
   static constexpr int64_t kParts = Columns::kParts, kSteps = Tiles::kSteps;
@@ -214,9 +214,9 @@ struct ManyTiles {
 
   static int64_t units_of_group(const Linear& layer) { return layer.K / layer.groups / kUnitCodes; }
 
-  // Along K and along x, how much is multiplied at a time.
+  // How much is multiplied at a time, along K and along x.
   struct Plan {
-    int64_t all, units, most;  // units of K; of a piece of it; and blocks of columns
+    int64_t all, units, most;  // units of K: all, and those of a piece; the most blocks of columns
 
     explicit Plan(const Linear& layer) : all(ceil_div(layer.K, kUnitCodes)) {
       const int64_t group = layer.groups > 1 ? units_of_group(layer) : 1;
@@ -226,11 +226,11 @@ struct ManyTiles {
       most = min64(kMostBlocks, kPackedTiles / (2 * units * Columns::kVectors * kSteps));
     }
 
-    // For so many columns.
+    // How often W is read for so many columns.
     int64_t passes(int64_t columns) const { return ceil_div(ceil_div(columns, kBlock), most); }
   };
 
-  // `rest(block)` serves columns that cannot be laid out.
+  // `rest(block)` computes columns that cannot be packed.
   template <class Rest>
   static void run(const Linear& layer, Columns& x, Block block, Scratch& scratch, const Rest& rest) {
     const Plan plan(layer);
@@ -255,14 +255,14 @@ struct ManyTiles {
   }
 
  private:
-  // The sums of `part` over K elements [k, k + length); and y, if these are the last.
+  // The sums of `part` over [k, k + length) of K; and y, if this is the last piece.
   static void piece(const Linear& layer, Columns& columns, Block part, int64_t k, int64_t length, Scratch& scratch) {
     const int64_t units = ceil_div(length, kUnitCodes), steps = units * kSteps;
     const int64_t blocks = ceil_div(part.m1 - part.m0, kBlock);
     const int64_t group = layer.groups > 1 ? units_of_group(layer) : units;
     const bool folds = Columns::kFolds || layer.groups > 1;
     const bool first = k == 0, last = k + length == layer.K, whole = first && last;
-    const int64_t tile = steps * kTileBytes;  // bytes
+    const int64_t tile = steps * kTileBytes;  // bytes that 16 columns take
     char* to = scratch.x;
     for (int64_t m = part.m0; m < part.m1; m += kBlock, to += kParts * 2 * tile)
       columns.lay(m, min64(m + kBlock, part.m1), k, length, to, tile);
@@ -270,7 +270,7 @@ struct ManyTiles {
     const bool lies_well = kSteps == 1 && (reinterpret_cast<uintptr_t>(w) | static_cast<uintptr_t>(layer.K)) % 64 == 0;
     const auto in_place = [&](int64_t n) { return lies_well && n + kBlock <= part.n1; };
     const auto filling = [&](int64_t n, char* tiles) {
-      const int64_t rows = max64(0, min64(kBlock, part.n1 - n));  // past the last column there is nothing to fill
+      const int64_t rows = max64(0, min64(kBlock, part.n1 - n));  // past the last column there is nothing to load
       return Filling<Tiles>(w + n * layer.K, layer.K, rows, length, in_place(n) ? nullptr : tiles);
     };
 
@@ -308,7 +308,7 @@ struct ManyTiles {
     sums_before.rest();
   }
 
-  // The sums of a block over `steps` from `step` on.
+  // The sums of a block over `steps` steps, from `step` on.
   static void products(const Panel& panel, int64_t step, const char* x, int64_t x_second, int64_t steps, Block block,
                        Sum* sums, bool add, Meanwhile<Tiles, Finishing>& meanwhile) {
     const Panel from{panel.tiles + step * panel.step, panel.row, panel.step, panel.second};
@@ -319,8 +319,8 @@ struct ManyTiles {
       multiply<Tiles, 1>(from, x, x_second, steps, sums, add, meanwhile);
   }
 
-  // sums (+)= parts: digits put together, under the scales of a group if there are groups. `i`: of the columns that
-  // were met, the block's first; `unit`: of K, the group's first.
+  // sums = or += parts: digits are combined and, if there are groups, multiplied by the group's scale. `i`: the first
+  // column of the block among the prepared ones. `unit`: the first unit of the group along K.
   static void fold(const Linear& layer, const Columns& columns, Block block, int64_t i, int64_t unit, bool add,
                    const Scratch& scratch, float* sums) {
     const int64_t tiles = block.m1 - block.m0 > kTile ? 4 : 2;

@@ -1,34 +1,38 @@
-// y = x W^T by outer products, for many rows of x: vectors of columns of y.
+// y = x W^T by outer products, for many rows of x: accumulators are vectors of columns of y.
 //
-// Dot products along K (dot_linear.h) read each vector of x and of W whole. With many rows of x it pays to lay both
-// across instead, in units of u elements, 4 bytes: 32 rows of W as [K / u][32][u], and 12 rows of x as [K / u][12][u].
-// A step then takes two vectors of W and one unit of each row of x, which fills a vector by broadcast: less than half
-// of the bytes from cache for the same products, and all in the order in which they lie.
+//                           32 rows of W, a unit of each
+//                          [ w0: vector ][ w1: vector ]
+//     a unit of row 0   *    acc[0][0]     acc[0][1]         a step along K: two vectors of W are loaded, and a unit of
+//     a unit of row 1   *    acc[1][0]     acc[1][1]         each row of x is broadcast
+//     ...
 //
-//     x              packed before, once, by all threads (`pack`): tiles of 12 rows
-//     W              a panel of 32 rows at a time, laid across piece by piece of K into scratch, where it stays in L2
-//                    while all tiles pass by. Where two vectors are not 32 columns, a panel is as many strips, one
-//                    behind the other, as they fit it
+// Dot products along K (dot_linear.h) load whole vectors of x and of W. With many rows of x it pays to pack both, in
+// units of 4 bytes, which are u elements along K: 32 rows of W as [K / u][32][u], and 12 rows of x as [K / u][12][u].
+// The same products then take less than half of the bytes from cache, and all of them in sequence.
 //
-// Groups of columns with scales of their own are tiles of their own, whose sums are added under the group's scale.
+//     x   is packed in advance, once, by all threads (`pack`): tiles of 12 rows
+//     W   is packed a panel of 32 rows at a time, piece by piece of K, into scratch, where it stays in L2 while all
+//         tiles are multiplied. If two vectors hold fewer than 32 columns, a panel is several strips in a row
 //
-// `Vec` is what the instruction set has for it (see avx512.h):
+// Groups along K with scales of their own are multiplied one by one, and their sums are scaled as they are added.
+//
+// `Vec` is the instruction set's part (see avx512.h):
 //     kLanes, F, I            a vector of fp32, and of units
-//     kRegisterRows           rows of x, each with two vectors of sums, for which there are registers
+//     kRegisterRows           rows of x, with two accumulators each, for which there are registers
 //     zeros, load_units, store_units, store_first_units, broadcast, transpose
-//     floats, units           a vector as the other kind
+//     floats, units           a vector, reinterpreted as the other kind
 //
-// A `Unit` is the product of one instruction (see avx512.cpp):
+// A `Unit` is the product of one instruction (see avx512_products.h):
 //     X, Sum      element types of x and of the sums
-//     kOffset     what was added to every code of W, to be taken off again: offset * (sum of x's row)
-//     kElements   in a unit
-//     kManyRows   of x, from which outer products are faster than dot products
-//     load_x      kLanes units of a row of x: whole, or their first `count` elements with zeros behind
-//     load_w      the same of a row of W, as the product wants them
+//     kOffset     what was added to each code of W, to be subtracted again: offset * (sum of x's row)
+//     kElements   elements in a unit: u
+//     kManyRows   rows of x from which outer products are faster than dot products
+//     load_x      kLanes units of a row of x: whole, or their first `count` elements, padded with zeros
+//     load_w      the same for a row of W, as `product` takes it
 //     product     sums + unit of x * unit of W
-//     sum_x       the sum of a row of x (only where there is an offset)
-//     kGroups     whether groups of columns may have scales of their own (fp32 sums only), and then
-//     kManyRowsOfGroups   in their place: fewer, as dot products need two accumulators there for each sum
+//     sum_x       the sum of a row of x (only if there is an offset)
+//     kGroups     whether groups along K may have scales of their own (fp32 sums only); if so:
+//     kManyRowsOfGroups   kManyRows for these: fewer, since dot products then take two accumulators for each sum
 #pragma once
 
 namespace octavo {
@@ -37,22 +41,22 @@ namespace {
 constexpr int kTileRows = kPackedRows;
 constexpr int64_t kUnitBytes = 4;
 
-constexpr int64_t kStrip = 2 * Vec::kLanes;  // columns of a panel that a tile meets at once
+constexpr int64_t kStrip = 2 * Vec::kLanes;  // columns of a panel that a tile multiplies at once
 constexpr int64_t kStripBytes = kStrip * kUnitBytes;
 static_assert(kBlockN % kStrip == 0);
 
-// Where a panel of `steps` units of K has the unit of a column.
+// The offset of a column's unit in a panel of `steps` units along K.
 constexpr int64_t in_panel(int64_t steps, int64_t step, int64_t column) {
   return (column / kStrip * steps + step) * kStripBytes + column % kStrip * kUnitBytes;
 }
 
-// What a tile reads: rows of x, and 32 rows of W laid across, over `steps` units of K, which a panel may have more of.
-// `next`: codes that later panels need, fetched from memory meanwhile, 32 rows times a unit for each step; or null.
+// The operands of a tile: rows of x, and a panel of 32 rows of W, over `steps` units of K; the panel may have more.
+// `next`: codes that later panels need, prefetched meanwhile, 32 rows times a unit for each step; or null.
 struct OuterOperands {
   const char* x;
-  int64_t row, unit;  // bytes from one row of x to the next, and from one of its units to the next
+  int64_t row, unit;  // bytes from one row of x to the next, and from one unit of a row to the next
   const char* panel;
-  int64_t strip;  // bytes from one of its strips to the next
+  int64_t strip;  // bytes from one strip of the panel to the next
   int64_t steps;
   const int8_t* next;
 };
@@ -78,7 +82,7 @@ OCTAVO_INLINE void store_scaled(float* sums, Vec::I partial, Vec::F scale, bool 
 }
 
 // sums[MR][kStrip] += x[MR, units] panel[units], or = if not `add`; rows of sums are kBlockN apart. `Scaled`: what is
-// added is under scale[kStrip].
+// added is multiplied by scale[kStrip].
 template <class Unit, int MR, bool Ahead, bool Scaled>
 __attribute__((noinline)) void outer_tile(const OuterOperands& in, typename Unit::Sum* sums, bool add,
                                           const float* scale) {
@@ -107,7 +111,8 @@ __attribute__((noinline)) void outer_tile(const OuterOperands& in, typename Unit
     for (int j = 0; j < (MR + 2) / 3; j++) p[j] += unit;
   }
   if constexpr (Scaled) {
-    // Else the compiler prefers registers for what follows, and copies or spills each at every step above.
+    // Without this the compiler allocates registers to suit what follows, and copies or spills each accumulator in
+    // every step above.
 #pragma GCC unroll 12
     for (int i = 0; i < MR; i++) __asm__("" : "+v"(acc[i][0]), "+v"(acc[i][1]));
     const Vec::F scale0 = Vec::load(scale), scale1 = Vec::load(scale + kHalf);
@@ -125,7 +130,7 @@ __attribute__((noinline)) void outer_tile(const OuterOperands& in, typename Unit
   }
 }
 
-// The same of `rows` rows, 1 to MR.
+// The same for 1 to MR rows.
 template <class Unit, bool Scaled, int MR = Vec::kRegisterRows>
 OCTAVO_INLINE void outer_rows(int64_t rows, const OuterOperands& in, typename Unit::Sum* sums, bool add,
                               const float* scale) {
@@ -138,7 +143,7 @@ OCTAVO_INLINE void outer_rows(int64_t rows, const OuterOperands& in, typename Un
     outer_tile<Unit, MR, false, Scaled>(in, sums, add, scale);
 }
 
-// A tile of `rows` rows, 1 to kTileRows, of all columns.
+// A tile of 1 to kTileRows rows, over all columns.
 template <class Unit, bool Scaled = false>
 OCTAVO_INLINE void outer_tile_of(int64_t rows, OuterOperands in, typename Unit::Sum* sums, bool add,
                                  const float* scale = nullptr) {
@@ -155,7 +160,8 @@ OCTAVO_INLINE void outer_tile_of(int64_t rows, OuterOperands in, typename Unit::
   }
 }
 
-// kLanes rows of kLanes units, `load(row)` -> `count` units of `kRows` rows, `unit` bytes from one to the next.
+// Transposes kLanes rows of kLanes units, `load(row)`, and stores the first `count` units of `kRows` rows, `unit` bytes
+// from one unit to the next.
 template <int kRows, class Load>
 OCTAVO_INLINE void lay_units(const Load& load, int64_t count, char* to, int64_t unit) {
   Vec::I r[Vec::kLanes];
@@ -167,8 +173,8 @@ OCTAVO_INLINE void lay_units(const Load& load, int64_t count, char* to, int64_t 
     if (j < count) Vec::store_first_units<kRows>(to + unit * j, r[j]);
 }
 
-// Up to 32 rows over `length` elements -> panel. What the missing rows would be is zeros. `load(row, k)`: kLanes units
-// of it from element k on; `load(row, k, count)` its first `count` elements.
+// Packs up to 32 rows of `length` elements into a panel; missing rows are zeros. `load(row, k)`: kLanes units of the
+// row from element k on; `load(row, k, count)`: its first `count` elements.
 template <class Unit, class Load>
 OCTAVO_INLINE void lay_across(const Load& load, int64_t rows, int64_t length, char* panel) {
   constexpr int64_t kVector = Vec::kLanes * Unit::kElements;
@@ -186,14 +192,14 @@ OCTAVO_INLINE void lay_across(const Load& load, int64_t rows, int64_t length, ch
   }
 }
 
-// Rows of codes, `step` from one to the next.
+// The same for rows of codes, `step` elements apart.
 template <class Unit>
 void lay_codes_across(const int8_t* codes, int64_t step, int64_t rows, int64_t length, char* panel) {
   const auto load = [&](int64_t n, int64_t k, auto... count) { return Unit::load_w(codes + n * step + k, count...); };
   lay_across<Unit>(load, rows, length, panel);
 }
 
-// The rows of a tile of x over kLanes units, `load(row)` -> `count` units of all 12.
+// Packs a tile of x over kLanes units: `load(row)` -> `count` units of all 12 rows.
 template <int kFirst = 0, class Load>
 OCTAVO_INLINE void lay_rows(const Load& load, int64_t count, char* to) {
   constexpr int kRows = Vec::kLanes < kTileRows - kFirst ? Vec::kLanes : kTileRows - kFirst;
@@ -201,8 +207,7 @@ OCTAVO_INLINE void lay_rows(const Load& load, int64_t count, char* to) {
   if constexpr (kFirst + kRows < kTileRows) lay_rows<kFirst + kRows>(load, count, to);
 }
 
-// A row of x -> its units, as they lie, zeros behind the last element; what follows up to a whole vector is
-// overwritten.
+// A row of x -> its units, in order. The last vector is stored whole, with zeros past the last element.
 template <class Unit>
 void lay_row(const typename Unit::X* x, int64_t K, char* to) {
   constexpr int64_t kVector = Vec::kLanes * Unit::kElements;
@@ -215,8 +220,8 @@ struct OuterLinear {
   using X = typename Unit::X;
   static constexpr int64_t kPanelSteps = 512;  // units of K at a time: 64 KB of a panel
   static constexpr int64_t kPanelK = kPanelSteps * Unit::kElements;
-  static constexpr int64_t kTiles = kRowsAtOnce / kTileRows;  // of x, whose sums wait in scratch
-  static constexpr int64_t kGroupSteps = 8;                   // of a group, at least: smaller ones are not served
+  static constexpr int64_t kTiles = kRowsAtOnce / kTileRows;  // of x, whose sums stay in scratch
+  static constexpr int64_t kGroupSteps = 8;                   // of a group, at least: smaller groups are not served
   static constexpr int64_t kGroups = kPanelSteps / kGroupSteps + 1;  // in a panel: one may have begun before it
 
   struct Scratch {
@@ -225,9 +230,9 @@ struct OuterLinear {
     float scales[kGroups][kBlockN];
   };
 
-  // What is left to dot products: few rows, and groups that are small or cut a unit.
   static size_t scratch_bytes(const Linear&) { return sizeof(Scratch); }
 
+  // Few rows, and groups that are small or that cut a unit, are left to dot products.
   static bool takes(const Linear& layer) {
     if (layer.groups == 1) return layer.M >= Unit::kManyRows;
     if constexpr (Unit::kGroups) {
@@ -277,7 +282,8 @@ struct OuterLinear {
 
   static const X* x_row(const Linear& layer, int64_t m) { return static_cast<const X*>(layer.x) + m * layer.K; }
 
-  // A tile of x: its units, and by how much an offset of W's codes makes the sums of its rows too large.
+  // The bytes of a tile of x: its units, and in the last 64 bytes, for each row, by how much the offset of W's codes
+  // makes its sums too large.
   static int64_t tile_bytes(const Linear& layer) {
     return ceil_div(ceil_div(layer.K, Unit::kElements) * kTileRows * kUnitBytes, 64) * 64 + 64;
   }
@@ -286,7 +292,7 @@ struct OuterLinear {
     return reinterpret_cast<int32_t*>(tile_of(layer, m) + tile_bytes(layer) - 64);
   }
 
-  // The sums of `part` over columns [k, k + length) of W; and what is then done with each tile.
+  // The sums of `part` over [k, k + length) of K. `then(m)` is called after each tile.
   template <class Then>
   static void products(const Linear& layer, Block part, int64_t k, int64_t length, Scratch& scratch, const Then& then) {
     lay_codes_across<Unit>(layer.codes() + part.n0 * layer.K + k, layer.K, part.n1 - part.n0, length, scratch.panel);
@@ -310,14 +316,14 @@ struct OuterLinear {
     }
   }
 
-  // The scales of the groups that have columns in the panel.
+  // The scales of the groups that overlap the panel -> [group][column].
   static void lay_scales_across(const Linear& layer, Block part, int64_t k, int64_t length, float (*scales)[kBlockN]) {
     const int64_t first = k / group_size(layer), end = ceil_div(k + length, group_size(layer));
     for (int64_t n = part.n0; n < part.n1; n++)
       for (int64_t g = first; g < end; g++) scales[g - first][n - part.n0] = layer.w_scale[n * layer.groups + g];
   }
 
-  // A tile for each of these groups.
+  // A tile over the panel, one group after another.
   static void grouped_tile(const Linear& layer, int64_t k, int64_t length, int64_t rows, OuterOperands in,
                            typename Unit::Sum* sums, const float (*scale)[kBlockN]) {
     const int64_t size = group_size(layer);
@@ -331,7 +337,7 @@ struct OuterLinear {
     }
   }
 
-  // The sums of a tile of `part` -> y, from row m0 on: a block may begin inside of a tile.
+  // The sums of a tile of `part` -> y, from row m0 on: a block may begin within a tile.
   static void store(const Linear& layer, Block part, int64_t m, int64_t m0, const Scratch& scratch) {
     const int64_t from = max64(m, m0);
     finish<Vec>(layer, {from, min64(m + kTileRows, part.m1), part.n0, part.n1},
@@ -339,7 +345,7 @@ struct OuterLinear {
   }
 };
 
-// Few rows of x by one, many by the other, for which they are packed.
+// `FewRows` runs layers with few rows of x, `ManyRows` those with many, whose rows are packed.
 template <class FewRows, class ManyRows>
 constexpr LinearKernels linear{
     Either<ManyRows, FewRows>::scratch_bytes,
