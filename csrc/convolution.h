@@ -2,15 +2,15 @@
 //
 //     y[b, n, p] = sum_k x[start of window p of image b + element k] * w[n, k] * w_scale[n] + bias[n]
 //
-// No window is ever laid out as a row. The tiles that outer_linear.h multiplies are filled from the image directly, an
-// element of 12 windows at a time (windows.h), piece by piece into scratch, where the piece stays while all rows of W
-// pass by. Sums are turned around as they are stored.
+// The matrix of all windows is never made (there is no im2col). The tiles that outer_linear.h multiplies are packed
+// from the image directly, one element of 12 windows at a time (windows.h), into scratch, for as many windows as stay
+// in a cache while all rows of W are read. Sums are transposed as they are stored.
 #pragma once
 
 namespace octavo {
 namespace {
 
-// `Elements`: of the image, as a `Unit` multiplies them: see units.h.
+// `Elements`: the image's elements in the units that a `Unit` multiplies, see units.h.
 template <class Unit, class Elements>
 class OuterConvolution : OuterLinear<Unit> {
   using Outer = OuterLinear<Unit>;
@@ -18,8 +18,8 @@ class OuterConvolution : OuterLinear<Unit> {
   static_assert(Unit::kElements == Elements::kElements);
   static constexpr int64_t kBytes = Elements::kBytes;
 
-  static constexpr int64_t kPackedBytes = 1 << 21;  // of windows, at most: they stay in a cache
-  static constexpr int64_t kLeastTiles = 4;  // but so many, or to lay W across would take longer than to multiply
+  static constexpr int64_t kPackedBytes = 1 << 21;  // of packed windows, at most: they stay in a cache
+  static constexpr int64_t kLeastTiles = 4;  // but at least so many, or packing W would take longer than multiplying
 
  public:
   static int64_t most_windows(const Convolution& c) {
@@ -55,7 +55,7 @@ class OuterConvolution : OuterLinear<Unit> {
     }
   }
 
-  // Windows [p, p + count) of an image -> a tile.
+  // Packs windows [p, p + count) of an image into a tile.
   static void pack(const Convolution& c, int64_t image, int64_t p, int64_t count, char* to) {
     WindowsAcross<kTileRows, kBytes>::each(c, image, p, count, [&](auto piece, const auto& across) {
       lay_windows<piece>(c, across, to + piece * Vec::kLanes * kUnitBytes);
@@ -72,7 +72,7 @@ class OuterConvolution : OuterLinear<Unit> {
     }
   }
 
-  // Sums [m1 - m0, 32] -> y, in which the windows of a column lie next to each other.
+  // The epilogue: sums [m1 - m0, 32] -> y, in which the windows of a column are contiguous.
   static void store(const Convolution& c, int64_t image, Block part, const float* sums) {
     const int64_t P = windows_of(c);
     constexpr int kLanes = Vec::kLanes;

@@ -1,40 +1,46 @@
-// Convolutions of few columns: depthwise ones, narrow groups of channels, the last layer of a decoder.
+// Convolutions with few columns (output channels): depthwise, in narrow groups of channels, the last of a decoder.
 //
 //     y[b, n, p] = sum_k x[b, element k of window p] * w[n, k] * w_scale[n] + bias[n]
 //
-// Outer products (convolution.h) take 32 columns at a time: here they would be nothing but for a few. So the lanes of a
-// vector are windows next to each other, whose elements k it takes in one load, for a product with each column.
+// Outer products (convolution.h) take 32 columns at a time, and most of them would be empty here. So the lanes of a
+// vector are adjacent windows instead: one load takes their elements k, for a product with each column.
 //
-// For that, a part of the work (some rows of windows of a group) begins with what it sees of the image, which is laid
-// into scratch in units of 4 bytes, zeros around it included: in as many rows for one as windows are elements apart, so
-// that the units of windows next to each other are next to each other. A unit is an element in fp32, or two in bf16: of
-// two channels, or, where there is only one, of neighbours in a window.
+// For that, each part of the work (some rows of windows of a group) first copies what it needs of the image to scratch,
+// in units of 4 bytes, with the zero padding. A row of the image becomes as many rows as the stride, so that the units
+// of adjacent windows are adjacent, too:
+//
+//     a row of an image     a b c d e f g h
+//     with stride 2         a c e g             element 0 of windows 0, 1, ...; element 2 from the second unit on
+//                           b d f h             element 1
+//
+// A unit is one element, in fp32, or two in bf16: of two channels or, if there is only one channel, two neighbours
+// within a window.
 #pragma once
 
 namespace octavo {
 namespace {
 
-// Of units as units.h has them, in vectors of `Wide` windows, or of `Short` ones where rows are no longer.
+// `Unit`: see units.h. A vector has `Wide` windows, or `Short` ones if rows are no longer.
 template <class Unit, class Wide, class Short>
 class NarrowKernel {
   using V = Vec;
   static constexpr int64_t kLanes = Vec::kLanes;
-  static constexpr int kSums = kLanes == 16 ? 16 : 12;  // that stay in registers
+  static constexpr int kSums = kLanes == 16 ? 16 : 12;  // accumulators that stay in registers
   static constexpr int kColumns = 8;                    // that share a load
   static constexpr int64_t kUnits = 1 << 17;            // of an image in scratch: they stay in a cache
   static constexpr int64_t kLeastWindows = 64;          // of a row, at a time
-  static constexpr int64_t kLeastRows = 4;              // or most of what is laid out would be laid out for others too
+  static constexpr int64_t kLeastRows = 4;              // or most of what a part copies, others would copy, too
 
-  // A product of all columns: where its unit is in scratch, and of which codes of a filter it is. The one behind the
-  // last of them is 0.
+  // A product for all columns: where its unit is in scratch, and which codes of a filter it takes. The code past the
+  // last one is 0.
   struct Step {
     int64_t at, first, second;
   };
 
-  // How the work is cut: `rows` of `width` windows are a part; and what of the image lies in scratch for it:
-  // [channels, count[0], height, stride[2], pitch] units.
+  // How the work is cut: a part has `rows` rows of `width` windows, and [channels, count[0], height, stride[2], pitch]
+  // units of the image in scratch.
   struct Plan {
-    int64_t channels, steps, whole;  // in the steps behind the whole ones a neighbour is left over
+    int64_t channels, steps, whole;  // steps from `whole` on take one element: a neighbour that is left over
     int64_t width, rows, across, down, parts;
     int64_t pitch, chunks, row, height, slice, channel;
 
@@ -45,7 +51,7 @@ class NarrowKernel {
       steps = whole + (pairs_neighbours(c) ? of_rows * (c.count[2] % 2) : 0);
       const int64_t reach = (c.count[2] - 1) * c.dilation[2] / c.stride[2];
       const int64_t tall = (c.count[1] - 1) * c.dilation[1] + 1, of_line = channels * c.count[0] * c.stride[2];
-      const int64_t sharers = ceil_div(c.threads, c.images * c.groups * c.windows[0]);  // of a plane
+      const int64_t sharers = ceil_div(c.threads, c.images * c.groups * c.windows[0]);  // threads that share a plane
       const int64_t of_thread = c.windows[1] > 1 ? c.windows[2] : ceil_div(c.windows[2], sharers);
       const int64_t fitting = kUnits / 4 / (of_line * tall);
       width = min64(c.windows[2], max64(kLeastWindows, ceil_div(min64(fitting, of_thread), kLanes) * kLanes));
@@ -63,12 +69,12 @@ class NarrowKernel {
     }
   };
 
-  // A vector of units of a row, and which elements make them: from where on in the rows that the first ones and the
-  // second ones are of, in bytes, and which are there.
+  // A vector of units of a row: where it is stored, where its first and its second elements begin in the rows of the
+  // image, in bytes, and which of them exist.
   struct Chunk {
     int64_t to, first_at, second_at;
     Vec::Range first, second;
-    bool has_first, has_second;  // any
+    bool has_first, has_second;  // whether any exist
   };
 
   struct Scratch {
@@ -91,14 +97,14 @@ class NarrowKernel {
     }
   };
 
-  // Windows next to each other.
+  // Adjacent windows.
   struct Vector {
     int64_t p;
     int count;
-    const uint32_t* x;  // the unit that the first one begins with
+    const uint32_t* x;  // the first unit of the first window
   };
 
-  // The windows of a group of an image (`plane`: of all images) that a part of the work is about.
+  // The windows of a part: some of one group of one image. `plane`: the group, counted over all images.
   struct Part {
     int64_t plane, from[3], rows, width;
 
@@ -123,7 +129,7 @@ class NarrowKernel {
     const Plan plan(c);
     const Scratch scratch(c, plan, memory);
     lay_steps(c, plan, scratch.steps);
-    int64_t laid = -1;  // the first of the columns whose codes are laid out
+    int64_t laid = -1;  // the first of the columns whose codes are in scratch
     for (int64_t i = i0, from = -1; i < i1; i++) {
       const Part part(c, plan, i);
       if (part.from[2] != from) lay_chunks(c, plan, from = part.from[2], scratch.chunks);
@@ -156,10 +162,10 @@ class NarrowKernel {
         }
   }
 
-  // Of rows that windows from `from` on begin in.
+  // The chunks of the rows in which windows from `from` on begin.
   static void lay_chunks(const NarrowConvolution& c, const Plan& plan, int64_t from, Chunk* chunk) {
     const int64_t step = c.stride[2];
-    const auto before = [&](int64_t start, int64_t end) {  // lanes, in a row that starts there
+    const auto before = [&](int64_t start, int64_t end) {  // lanes before `end`, in a row from `start` on
       return min64(kLanes, ceil_div(max64(0, end - start), step));
     };
     for (int64_t phase = 0; phase < step; phase++)
@@ -185,8 +191,8 @@ class NarrowKernel {
         }
   }
 
-  // Row (i, j) of a channel, counted from where the part begins; null for zeros: it is outside of the image, or there
-  // is no such channel.
+  // Row (i, j) of a channel, counted from the beginning of the part. Null means zeros: the row is outside of the image,
+  // or there is no such channel.
   static const char* row_of(const NarrowConvolution& c, const Part& part, int64_t channel, int64_t i, int64_t j) {
     const int64_t x0 = part.from[0] * c.stride[0] + i * c.dilation[0] - c.padding[0];
     const int64_t x1 = part.from[1] * c.stride[1] + j - c.padding[1];
@@ -195,7 +201,7 @@ class NarrowKernel {
     return static_cast<const char*>(element(c.x, c.type, row * c.size[2]));
   }
 
-  // The last chunk of a row may reach beyond it, where the next one will be.
+  // The last chunk may reach past the end of its row, into the next one, which is stored later.
   static void lay_row(const NarrowConvolution& c, const Plan& plan, const char* first, const char* second,
                       const Chunk* chunks, uint32_t* to) {
     const auto elements = [&](const char* row, bool has_some, int64_t at, const Vec::Range& lanes) {
@@ -209,7 +215,7 @@ class NarrowKernel {
     }
   }
 
-  // Of columns [column, column + N) of w.
+  // The codes of columns [column, column + N) of w, in the order of the steps.
   template <int N>
   static void lay_codes(const NarrowConvolution& c, const Plan& plan, int64_t column, const Scratch& scratch) {
     const int64_t K = filter_size(c);
@@ -226,7 +232,7 @@ class NarrowKernel {
     }
   }
 
-  // The first N columns of y from n on, or fewer; how many.
+  // Computes the first N columns of y from n on, or fewer; returns how many.
   template <class Of, int N>
   static int64_t columns(const NarrowConvolution& c, const Plan& plan, const Part& part, int64_t n, int64_t& laid,
                          const Scratch& scratch) {
@@ -254,7 +260,8 @@ class NarrowKernel {
     return N;
   }
 
-  // `many` vectors, 1 to M, of columns [column, column + N) of w, `before` columns of y being of images before.
+  // Vectors of windows, `many` of them (1 to M), times columns [column, column + N) of w. `before`: columns of y that
+  // belong to earlier images.
   template <class Of, int N, int M>
   static void tile(const NarrowConvolution& c, const Plan& plan, int64_t before, int64_t column, const Vector* vectors,
                    int many, const Scratch& scratch) {
@@ -270,8 +277,8 @@ class NarrowKernel {
       for (int j = 0; j < N; j++) sums[i][j] = Of::zero();
     }
     const uint32_t* codes = scratch.codes;
-    // Of what is left over, the units' second elements are of no window: not even 0 times them is 0 if they are
-    // infinite.
+    // In a unit that is left over, the second element is in no window, and is cleared: if it is infinite, even 0 times
+    // it is not 0.
     const auto products = [&](int64_t from, int64_t to, auto is_left_over) {
       for (int64_t k = from; k < to; k++, codes += N) {
         const int64_t at = scratch.steps[k].at;

@@ -2,13 +2,12 @@
 //
 //     y[b, n, p] = sum_k x[start of window p of image b + element k] * w[n, k] * w_scale[n] + bias[n]
 //
-// No window is ever laid out as a row: tiles are filled from the image directly, an element of many at a time
-// (windows.h). Sums have a row for each column of y, in which windows lie next to each other: they are stored as they
-// are.
+// The matrix of all windows is never made: tiles are packed from the image directly, one element of many windows at a
+// time (windows.h). Sums have a row for each column of y, in which windows are contiguous: they are stored as they are.
 //
-// What tiles multiply is bf16. An element of fp16 is the sum of two such numbers, its parts, one of fp32 that of three,
-// exactly, since each takes the eight bits of a significand that come next. Products with all parts add up in fp32, the
-// smallest first.
+// Tiles multiply bf16. An element of fp16 is the sum of two bf16 numbers, its parts, and one of fp32 the sum of three,
+// exactly, since each part takes the next eight bits of the significand. Products with all parts are added up in fp32,
+// the smallest first.
 //
 // Included by amx.cpp after its target pragma.
 #pragma once
@@ -16,13 +15,13 @@
 namespace octavo {
 namespace {
 
-// An element of windows of fp32 or fp16, 16 at a time, as `Vec` loads them, -> pairs in bf16, of each part.
+// One element of 16 windows in fp32 or fp16, as `Vec` loads it -> pairs in bf16, for each part.
 template <Float kType>
 struct Parts : Vec {
   static constexpr int kCount = kType == Float::f32 ? 3 : 2;
   static constexpr bool kMixes = false;
 
-  // The part `part` of pairs lies `next` bytes behind the first one.
+  // The pairs of each part are stored `next` bytes after those of the part before.
   OCTAVO_INLINE static void store_pairs(__m512i first, __m512i second, char* to, int64_t, int64_t next) {
     if (kType == Float::f16) first = units(from_integers(first, kType)), second = units(from_integers(second, kType));
     const __m512i high = _mm512_set1_epi32(static_cast<int>(0xffff0000));
@@ -36,14 +35,14 @@ struct Parts : Vec {
   }
 
  private:
-  // What is left of a value behind its first part; nothing of inf.
+  // What is left of a value after its first part; 0 if it is infinite.
   OCTAVO_INLINE static __m512i behind(__m512i value, __m512i part) {
     const __mmask16 infinite = _mm512_fpclass_ps_mask(floats(value), 0x18);
     return units(_mm512_maskz_sub_ps(static_cast<__mmask16>(~infinite), floats(value), floats(part)));
   }
 };
 
-// Of bf16, 32 windows at a time. The first of two tiles has the windows whose number is 0 to 3 of each eight.
+// bf16, 32 windows at a time. Of each eight windows, the first four are in the first of two tiles.
 template <>
 struct Parts<Float::bf16> {
   static constexpr int kCount = 1;
@@ -54,7 +53,7 @@ struct Parts<Float::bf16> {
   static I zeros() { return Vec::zeros(); }
   static I both(I a, I b) { return Vec::both(a, b); }
 
-  // As those of `Vec`.
+  // Like `Vec::Range`.
   struct Range {
     __mmask32 lanes;
     uint64_t spread;
@@ -123,7 +122,7 @@ class WindowColumns {
     }
   }
 
-  // In the order of looked up codes: of each 16 elements the first 8 are the first tile's.
+  // In the order of looked-up codes (avx512.h): of each 16 elements, the first 8 are in the first tile.
   template <class One>
   OCTAVO_INLINE static void lay_unit(const One& one, char* to, int64_t second) {
     for (int64_t i = 0; i < kUnitCodes; i += 16) {
@@ -136,7 +135,7 @@ class WindowColumns {
   }
 };
 
-// A few rows at a time, of 32 windows.
+// The epilogue: a few rows at a time, of 32 windows each.
 template <Float kType>
 class WindowColumns<kType>::Finishing {
  public:
@@ -175,7 +174,7 @@ class WindowColumns<kType>::Finishing {
     }
   }
 
-  // Fours of the first and of the second in turn.
+  // Puts windows in order again: four of the first vector and four of the second in turn.
   OCTAVO_INLINE static void in_order(__m512& first, __m512& second) {
     const __m512i low = _mm512_setr_epi64(0, 1, 8, 9, 2, 3, 10, 11),
                   high = _mm512_setr_epi64(4, 5, 12, 13, 6, 7, 14, 15);
@@ -191,7 +190,7 @@ class WindowColumns<kType>::Finishing {
   const WindowColumns* columns_ = nullptr;
   Block part_{};
   const float* sums_ = nullptr;
-  int64_t n_ = 0;  // of the next row
+  int64_t n_ = 0;  // the next row
 };
 
 template <Float kType>
@@ -199,7 +198,7 @@ struct TileConvolution {
   using Columns = WindowColumns<kType>;
   using Many = ManyTiles<Columns, Bf16Tiles>;
   using Scratch = typename Many::Scratch;
-  // Fewer are faster by AVX-512's narrow convolutions, which take no value apart.
+  // With fewer, AVX-512's narrow convolutions are faster: they split no value into parts.
   static constexpr int64_t kLeastColumns = kType == Float::bf16 ? 9 : kType == Float::f16 ? 17 : 32;
 
   static int64_t most_windows(const Convolution& c) {

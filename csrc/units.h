@@ -1,10 +1,10 @@
-// The units of 4 bytes in which convolutions multiply: an element of an image in fp32, or two in bf16 where there is an
-// instruction for that (see avx512.cpp).
+// The 4-byte units in which convolutions multiply: one element of an image, widened to fp32, or two in bf16 if there is
+// an instruction for pairs (see avx512.cpp).
 //
-//     kElements, kBytes    in a unit, and of one in the image
-//     unit                 a vector of units, of vectors of elements as `Vec::strided` loads them
-//     unit_of_codes        the same of codes in fp32
-//     product              sums + x * w, of vectors `Of` so many windows
+//     kElements, kBytes    elements in a unit, and bytes of an element in the image
+//     unit                 a vector of units, from vectors of elements as `Vec::strided` loads them
+//     unit_of_codes        a unit of codes, from codes in fp32
+//     product              sums + x * w, where `Of` is a vector of windows
 //
 // Included by a translation unit after its target pragma.
 #pragma once
@@ -25,7 +25,7 @@ struct Single {
   }
 };
 
-// The sums of a vector of windows: eight.
+// The accumulator of a vector of eight windows.
 struct Eight {
   using Sums = __m256;
   using Units = __m256i;

@@ -1,5 +1,5 @@
-// The windows of an image, an element of several at a time. Windows that are next to each other begin at elements that
-// are, as a rule: a load takes that element of all.
+// The windows of an image, one element of several at a time. Adjacent windows begin at adjacent elements, as a rule, or
+// at every other one: one load then takes that element of all of them.
 //
 // Included by a translation unit after its target pragma.
 #pragma once
@@ -7,10 +7,10 @@
 namespace octavo {
 namespace {
 
-// Windows of an image.
+// How many windows an image has.
 inline int64_t windows_of(const Convolution& c) { return c.windows[0] * c.windows[1] * c.windows[2]; }
 
-// M of them as rows of x.
+// M windows as the rows of x of a linear layer.
 inline Linear layer_of(const Convolution& c, int64_t M) {
   Linear layer{};
   layer.M = M, layer.N = c.N, layer.K = c.K;
@@ -18,14 +18,14 @@ inline Linear layer_of(const Convolution& c, int64_t M) {
   return layer;
 }
 
-// `kCount` windows, or fewer, of which elements have `kBytes`, in vectors of `V`.
+// Up to `kCount` windows, of elements of `kBytes` bytes, in vectors of `V`.
 template <int64_t kCount, int64_t kBytes, class V = Vec>
 class WindowsAcross {
   static constexpr int64_t kPieces = (kCount + V::kLanes - 1) / V::kLanes;
 
  public:
-  // Windows [p, p + count) of an image: lay(piece, across) for each vector of them. `piece` is a constant, its number;
-  // across(at) is the element `at` bytes behind the first of each, zero where there is no window.
+  // Calls lay(piece, across) for each vector of windows [p, p + count) of an image. `piece` is its number, a constant;
+  // across(at) is the element `at` bytes after the beginning of each window, and zero where there is no window.
   template <class Lay>
   static void each(const Convolution& c, int64_t image, int64_t p, int64_t count, const Lay& lay) {
     const int64_t step = c.step[2] == 2 ? 2 : 1;
@@ -40,8 +40,8 @@ class WindowsAcross {
   }
 
  private:
-  // Windows that begin at the same distance from each other: where that of lane 0 would begin, and which lanes they are
-  // of each piece, a vector's.
+  // A run of windows at equal distances: where that of lane 0 would begin, and which windows these are. A piece is one
+  // vector of windows, and `lanes` are those that the run has of it.
   struct Run {
     int64_t start, first, end;
     typename V::Range lanes(int piece) const {
@@ -61,7 +61,8 @@ class WindowsAcross {
     if constexpr (kPiece + 1 < kPieces) pieces<kStep, kPiece + 1>(c, runs, many, lay);
   }
 
-  // Where the lanes of a piece are, each from an element of the image on. As a rule they are one run or two.
+  // Lanes of a piece that are in one run, and the element of the image that lane 0 would have. A piece has one run or
+  // two, as a rule.
   struct Some {
     const char* x;
     typename V::Range lanes;
@@ -75,7 +76,7 @@ class WindowsAcross {
     for (const Run* run = runs; run < runs + many; run++)
       if (run->first < kFirst + V::kLanes && run->end > kFirst)
         some[count++] = {static_cast<const char*>(c.x) + (run->start + kFirst * kStep) * kBytes, run->lanes(kPiece)};
-    // As copies, for what is laid out could lie where `some` does, as far as the compiler knows.
+    // By copy: for all the compiler knows, what is packed could overwrite `some`.
     constexpr std::integral_constant<int, kPiece> number;
     if (count == 1) lay(number, [one = some[0]](int64_t at) { return load<kStep>(one, at); });
     if (count == 2)
