@@ -1,12 +1,13 @@
-// Attention in float: what is done with the rows of a tile, whichever way their keys and values are multiplied.
+// Attention in float: what is done to the rows of a tile around its two products, however these are computed.
 //
-//     scale    sums of codes -> scores, under the scales of keys
-//     weigh    scores -> e^(score - largest) as units, and their sum. Of values that are codes, units have their scales
-//     store    sums of those with values, over that sum -> y
+//     scale    sums of codes -> scores: multiplied by the scales of keys
+//     weigh    scores -> weights e^(score - largest), as units, and their sum. Weights for values that are codes are
+//              multiplied by the scales of these
+//     store    sums of weights times values, divided by the sum of weights -> y
 //
-// In bf16 the e^... are rounded to it, as torch's kernel rounds them; their sum is of what they were before. Where
-// units are fixed-point, of 16 bits, they are whole numbers up to 32767 times a scale that is the row's. Tokens that
-// the mask forbids to all of the rows, at either end, are not looked at.
+// In bf16, weights are rounded to bf16, as torch's kernel rounds them; their sum is taken before rounding. In units of
+// 16-bit fixed-point numbers, they are whole numbers up to 32767, times a scale of the row. Tokens at either end that
+// the mask forbids to all of the rows are skipped.
 //
 // Included by a translation unit after its target pragma, like outer_linear.h, whose units these are, heads.h, mask.h
 // and exponential.h.
@@ -15,17 +16,17 @@
 namespace octavo {
 namespace {
 
-// Tokens [begin, begin + count), the last block of 32 as a whole. Scales of codes: [count]; else null.
+// Tokens [begin, begin + count), where the last block of 32 counts as a whole. Scales of codes: [count]; else null.
 struct Tokens {
   int64_t begin, count;
   const float *k_scale, *v_scale;
 };
 
-// Numbers of magnitudes up to `largest` as fixed-point ones: whole ones, up to 32767, times `scale`, which is NaN if
-// what is there is not finite.
+// Numbers of magnitudes up to `largest` in fixed-point: whole numbers up to 32767, times `scale`, which is NaN if
+// `largest` is not finite.
 struct FixedPoint {
   static constexpr float kMost = 32767;
-  float lift, inverse, scale;  // `lift` is out of the numbers that are too small to divide by
+  float lift, inverse, scale;  // `lift` scales up numbers that are too small to divide by
 
   explicit FixedPoint(float largest)
       : lift(largest < 0x1p-60f ? 0x1p60f : 1),
@@ -34,10 +35,10 @@ struct FixedPoint {
   Vec::F of(Vec::F x) const { return Vec::mul(Vec::mul(x, Vec::set1(lift)), Vec::set1(inverse)); }
 };
 
-// `Unit`, beyond what linear layers ask of it:
+// `Unit`, beyond what linear layers ask of it, has
 //     rounded      kElements vectors of fp32 -> units
-//     kFixed       whether they are fixed-point
-// `kRows`: of a tile, at most.
+//     kFixed       whether units are fixed-point numbers
+// `kRows`: the most rows of a tile.
 template <class Unit, int64_t kRows = kAttentionRows>
 struct AttentionTile {
   using V = Vec;
@@ -48,13 +49,13 @@ struct AttentionTile {
 
   static int64_t bytes_of(int64_t tokens) { return tokens / kUnit * kUnitBytes; }  // of a multiple of 32
 
-  // What is between the two products of a tile, and the second.
+  // Scratch for what is between the two products of a tile, and for the second product.
   struct Scratch {
     int64_t ldq, ldp;  // bytes
     float* scores;     // [tokens / 32][kRows][32]
     float* y;          // [kRows][32]
     char *q, *p;       // [kRows][ldq], [kRows][ldp]: units
-    float* p_scale;    // [kRows], of fixed-point ones
+    float* p_scale;    // [kRows], of fixed-point numbers
 
     Scratch(const Attention& a, int64_t tokens, char* memory)
         : ldq(padded_row(ceil_div(a.D, kVector) * kVectorBytes)),
@@ -80,12 +81,12 @@ struct AttentionTile {
     find_places(a, key_head, r0, r1, places);
   }
 
-  // Tokens from `first`, a multiple of 32, up to `last`.
+  // Tokens [first, last), where `first` is a multiple of 32.
   struct Range {
     int64_t first, last;
   };
 
-  // Sums of row i, int32 or float, -> scores: times the scales of keys and `by`.
+  // Sums of row i, int32 or float -> scores: multiplied by the scales of keys, and `by`.
   template <class Sum>
   static void scale(const Tokens& tokens, const Range& range, const Scratch& scratch, int64_t i, float by) {
     for (int64_t s = range.first; s < range.last; s += kBlockN) {
@@ -97,8 +98,8 @@ struct AttentionTile {
     }
   }
 
-  // multiply(range): the products of the tile's rows with keys -> scratch.scores. top, total: of the tile's rows.
-  // Returns: the tokens outside of which all e^... are 0.
+  // multiply(range): the products of the tile's rows with keys -> scratch.scores. top, total: of each row, the largest
+  // score and the sum of weights. Returns the tokens outside of which all weights are 0.
   template <class Multiply>
   Range weigh(const Attention& a, const Tokens& tokens, const Scratch& scratch, float* top, float* total,
               const Multiply& multiply) const {
@@ -116,7 +117,7 @@ struct AttentionTile {
     return range;
   }
 
-  // Sums over `total` -> columns [n, n + 32) of row i; zeros where nothing may be attended to.
+  // Sums / `total` -> columns [n, n + 32) of row i; zeros if it may attend to nothing.
   void store(const Attention& a, int64_t i, int64_t n, const float* sums, float total) const {
     const Allowed allowed = allowed_of(a, places[i]);
     const F scale = V::set1(allowed.first < allowed.last ? 1 / total : 0);
@@ -127,12 +128,12 @@ struct AttentionTile {
   }
 
  private:
-  // Which tokens a row may attend to.
+  // The tokens that a row may attend to.
   static Allowed allowed_of(const Attention& a, const Place& place) {
     return a.mask.kind == Mask::Kind::none ? Allowed{0, a.S, true, true} : a.mask.allowed[place.of_mask];
   }
 
-  // ... and which of these.
+  // ... and those of them that are among `tokens`.
   static Allowed allowed_of(const Attention& a, const Place& place, const Tokens& tokens) {
     Allowed row = allowed_of(a, place);
     row.first = max64(row.first, tokens.begin), row.last = min64(row.last, tokens.begin + tokens.count);
@@ -147,7 +148,7 @@ struct AttentionTile {
     return all.first < all.last ? Range{all.first / kBlockN * kBlockN, all.last} : Range{tokens.begin, tokens.begin};
   }
 
-  // Of row i. Scores that the mask forbids, next to others, become -inf.
+  // The largest score of row i. Scores that the mask forbids, in the same blocks as others, become -inf.
   static float largest_score(const Attention& a, int64_t of_mask, const Allowed& row, const Tokens& tokens,
                              const Scratch& scratch, int64_t i) {
     F most = V::set1(-INFINITY);
@@ -156,14 +157,14 @@ struct AttentionTile {
       if (!row.plain || s < row.first || s + kBlockN > row.last)
         for (int j = 0; j < kBlockN; j += V::kLanes)
           V::store(x + j, V::select(lanes(a, of_mask, row, s + j), V::load(x + j), V::set1(-INFINITY)));
-      // In this order of operands NaN is passed over.
+      // With this order of operands NaN is skipped.
 #pragma GCC unroll 4
       for (int j = 0; j < kBlockN; j += V::kLanes) most = V::max(V::load(x + j), most);
     }
     return V::most(most);
   }
 
-  // Those of a vector of tokens, from s on, that may be attended to.
+  // A mask of the lanes that may be attended to, in the vector of tokens from s on.
   static V::Bits lanes(const Attention& a, int64_t of_mask, const Allowed& row, int64_t s) {
     const V::Bits there = lanes_within(row.first, row.last, s);
     if (row.plain || !there) return there;
@@ -172,10 +173,10 @@ struct AttentionTile {
     return there & MaskRows::changes_nothing<kind>(MaskRows::row(a.mask, of_mask), s, count);
   }
 
-  // e^(scaling * (score - top)) of row i -> units, zeros for the other tokens of `range`. Returns: their sum.
+  // e^(scaling * (score - top)) of row i -> units, zeros for the other tokens of `range`. Returns their sum.
   static float exponentials(float by, const Allowed& row, const Range& range, const Tokens& tokens,
                             const Scratch& scratch, int64_t i, float top) {
-    const int64_t end = whole(range.last);  // of the tokens, and of the zeros behind the last
+    const int64_t end = whole(range.last);  // of the tokens, and of the zeros after the last one
     const int64_t from = row.first < row.last ? row.first / kBlockN * kBlockN : end, to = max64(from, whole(row.last));
     memset(scratch.units_of(i, range.first - tokens.begin), 0, bytes_of(from - range.first));
     memset(scratch.units_of(i, to - tokens.begin), 0, bytes_of(end - to));

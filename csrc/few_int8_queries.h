@@ -1,13 +1,13 @@
-// Attention with both products in int8 of so few rows that one tile has all that share a key head: decode, a few tokens
-// of a draft. Each key and each value is met once, so what is laid across of keys stays in L1, and values are
-// multiplied as they lie (value_strips.h):
+// Attention with both products in int8, for so few rows that one tile holds all that share a key head: decode, or a few
+// draft tokens. Each key and each value is used once, so keys are packed a block at a time, which stays in L1, and
+// values are multiplied in place (value_strips.h):
 //
-//     tokens   keys -> their sums with the rows; what are no codes yet is quantized
-//     rows     sums with all keys -> codes of the probabilities (int8_rows.h), under the scale of the largest
-//     values   128 at a time: codes times values -> a part of y's sums
-//     join     all parts -> y
+//     tokens   keys -> their sums with the rows; keys and values that are not codes yet are quantized
+//     rows     sums with all keys -> codes of the probabilities (int8_rows.h), whose scale is set by the largest of all
+//     values   128 at a time: codes times values -> partial sums of y
+//     join     all partial sums -> y
 //
-// Sums are of integers, so that it says nothing how they are cut: y has the bits that int8_attention.h gives.
+// Sums are whole numbers, so it makes no difference how they are split: y has the same bits as by int8_attention.h.
 //
 // Included by a translation unit after its target pragma, like int8_rows.h and value_strips.h.
 #pragma once
@@ -24,9 +24,9 @@ struct FewInt8Queries {
 
   static int64_t parts_of(const Attention& a) { return ceil_div(a.S, kAttentionTokens); }
 
-  // What `packed` holds of one key head.
+  // `packed`, for one key head.
   struct Packed {
-    // Of all tokens: outside of [first, last) all codes are 0. What the sums of each row are multiplied by.
+    // Of all tokens: outside of [first, last) all codes are 0. `scale` is what each row's sums are multiplied by.
     struct Weights {
       int64_t first, last;
       float scale[kAttentionRows];
@@ -34,10 +34,10 @@ struct FewInt8Queries {
     int64_t rows, ldp, ldy;
     Weights* weights;
     int32_t* scores;           // [tokens / 32][rows][32]
-    float *k_scale, *v_scale;  // [tokens, up to a multiple of 32], where they are 0
+    float *k_scale, *v_scale;  // [tokens rounded up to a multiple of 32], padded with zeros
     int32_t* y;                // [parts][rows][ldy]
     char* p;                   // [rows][ldp]: units
-    int8_t* values;            // [tokens][ldy], if they are no codes yet
+    int8_t* values;            // [tokens][ldy], unless they are codes already
 
     Packed(const Attention& a, int64_t key_head) : Packed(a, a.packed + key_head * bytes(a)) {}
     static int64_t bytes(const Attention& a) {
@@ -66,7 +66,7 @@ struct FewInt8Queries {
   static size_t packed(const Attention& a) { return Packed::bytes(a); }
 
   struct Scratch {
-    char *q, *panel;  // [12][of q], [D / u][32 keys][u]: units
+    char *q, *panel;  // units: [12][a row of q], [D / u][32 keys][u]
     int8_t* codes;    // [32][D]
 
     Scratch(const Attention& a, void* memory) : q(static_cast<char*>(memory)) {
@@ -144,7 +144,7 @@ struct FewInt8Queries {
                      in.y_of(s0 / kAttentionTokens, i) + n, in.ldy);
   }
 
-  // `count` keys from s on -> scratch.panel, laid across, and their scales.
+  // Packs `count` keys from s on into scratch.panel, quantized if they are not codes, and stores their scales.
   static void lay_keys(const Attention& a, int64_t key_head, int64_t s, int64_t count, const Scratch& scratch,
                        float* scale) {
     const int64_t batch = key_head / a.KV, head = key_head % a.KV;
@@ -164,7 +164,7 @@ struct FewInt8Queries {
     lay_across<Score>(load, count, a.D, scratch.panel);
   }
 
-  // `count` values from s on -> codes, if they are none, and their scales.
+  // Stores the scales of `count` values from s on; and their codes, if they are not codes yet.
   static void keep_values(const Attention& a, int64_t key_head, int64_t s, int64_t count, const Packed& to) {
     const int64_t batch = key_head / a.KV, head = key_head % a.KV;
     if (a.v_scale.x) return copy_scales(a.v_scale, batch, head, s, s + count, to.v_scale + s);

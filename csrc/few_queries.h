@@ -1,17 +1,18 @@
-// Attention in float of so few rows that one tile has all that share a key head: decode, a few tokens of a draft.
+// Attention in float for so few rows that one tile holds all that share a key head: decode, or a few draft tokens.
 //
-// Each key and each value is met once, so nothing is laid out: scores are dot products with keys as they lie
-// (dot_linear.h), and values, rows of columns of y, are multiplied by units of e^... that are broadcast:
+// Each key and each value is used once, so nothing is packed. Scores are dot products with keys in place
+// (dot_linear.h). Values are multiplied in place, too: a token's values are a row of columns of y, and a unit of
+// weights is broadcast (value_strips.h).
 //
-//     tokens   128 at a time: what the rows make of them, sums that are not yet divided (`packed`)
-//     rows     those of all tokens, joined by their largest scores -> y
+//     tokens   128 at a time: the rows' results with these tokens, not yet divided by the sum of weights (`packed`)
+//     rows     the results with all tokens, combined by their largest scores (online softmax) -> y
 //
-// While keys are multiplied the values behind them are fetched, and then the next keys: memory is never idle. Which
-// tokens form a part depends on nothing but their number, so threads change no bit.
+// While keys are multiplied, their values are prefetched, and then the next keys: memory is never idle. Which tokens
+// form a part depends on nothing but their number, so the number of threads changes no bit.
 //
-// Of keys and values that are codes, both products are of whole numbers, in int32: q and e^... are fixed-point numbers
-// of 16 bits, and codes are widened to as many, which takes a third of the instructions that make bf16 of them. (In
-// fp32 they become fp32.)
+// If keys and values are codes, both products are of whole numbers, in int32: q and weights become 16-bit fixed-point
+// numbers, and codes are widened to 16 bits, which takes a third of the instructions that widen them to bf16. (If q is
+// fp32, codes are widened to fp32.)
 //
 // Included by a translation unit after its target pragma, like dot_linear.h, attention_rows.h and value_strips.h.
 #pragma once
@@ -19,11 +20,11 @@
 namespace octavo {
 namespace {
 
-// `Dot` is the dot product of a row of q and a key, `Unit` of e^... and values.
+// `Dot`: the dot product of a row of q and a key. `Unit`: the product of weights and values.
 template <class Unit, class Dot>
 struct FewQueries {
   using V = Vec;
-  using X = typename Dot::X;       // of q, as products read it
+  using X = typename Dot::X;       // of q, as `Dot` reads it
   using Stored = typename Dot::W;  // of keys and values: X, or codes
   static constexpr bool kCodes = std::is_same_v<Stored, int8_t>;
   using Tile = AttentionTile<Unit>;
@@ -31,9 +32,9 @@ struct FewQueries {
   using Strips = ValueStrips<Unit, Stored>;
   static constexpr int64_t kUnit = Unit::kElements;
 
-  // What is made of one part of the tokens: sums of e^... times v, the largest score, the sum of the e^...
+  // The result with a part of the tokens: sums of weights times v, the largest score, the sum of weights.
   struct Part {
-    float *y, *top, *total;  // [12][Dv, up to a multiple of 32], [12 of 16], [12 of 16]
+    float *y, *top, *total;  // [12][Dv rounded up to a multiple of 32], [12 of 16], [12 of 16]
 
     Part(const Attention& a, int64_t key_head, int64_t part) {
       y = reinterpret_cast<float*>(a.packed + key_head * packed(a) + part * bytes(a));
@@ -44,7 +45,7 @@ struct FewQueries {
     }
   };
 
-  static constexpr int64_t kLongestFixed = 512;  // products of fixed-point numbers and codes, whose sum fits int32
+  static constexpr int64_t kLongestFixed = 512;  // the most products of such numbers and codes whose sum fits int32
   static bool take(const Attention& a) { return a.rows() <= kAttentionRows && (!Unit::kFixed || a.D <= kLongestFixed); }
 
   static size_t packed(const Attention& a) { return ceil_div(a.S, kAttentionTokens) * Part::bytes(a); }
@@ -73,7 +74,7 @@ struct FewQueries {
     }
   }
 
-  // All parts -> y: each under e^(scaling * (its top - the largest)), which takes the top's place.
+  // Combines all parts -> y: each is multiplied by e^(scaling * (its top - the largest)), which replaces its top.
   static void rows(const Attention& a, int64_t key_head, int64_t r0, int64_t r1, void*) {
     const Tile tile(a, key_head, r0, r1);
     const int64_t parts = ceil_div(a.S, kAttentionTokens);
@@ -101,7 +102,8 @@ struct FewQueries {
  private:
   // -- keys ------------------------------------------------------------------------------------------------------
 
-  // Rows of q, `ldq` elements apart, and up to 32 keys, `ldk` apart. `next`: their values, `Dv` elements each; or null.
+  // Rows of q, `ldq` elements apart, and up to 32 keys, `ldk` apart. `next`: their values, `Dv` elements each, to be
+  // prefetched; or null.
   struct Keys {
     const X* q;
     int64_t ldq;
@@ -111,7 +113,7 @@ struct FewQueries {
     int64_t Dv;
   };
 
-  // Products of the rows with keys of `range` -> scores.
+  // Products of the rows and the keys of `range` -> scores.
   static void keys(const Attention& a, const Tile& tile, const typename Tile::Range& range, const Tokens& tokens,
                    const float* q_scale, const Scratch& scratch) {
     const int64_t batch = tile.key_head / a.KV, head = tile.key_head % a.KV;
@@ -130,7 +132,7 @@ struct FewQueries {
         Tile::template scale<typename Dot::Sum>(tokens, range, scratch, i, q_scale[i]);
   }
 
-  // Row i of q -> scratch, as products read it. Returns: its scale.
+  // Row i of q -> scratch, as `Dot` reads it. Returns its scale.
   static float lay_query(const Attention& a, const Tile& tile, int64_t i, const Scratch& scratch) {
     const void* const row = query_row(a, tile.key_head / a.KV, tile.places[i]);
     auto* const to = reinterpret_cast<X*>(scratch.q + i * scratch.ldq);
@@ -161,7 +163,7 @@ struct FewQueries {
     some_scores<MR>(in, reinterpret_cast<typename Dot::Sum*>(scores));
   }
 
-  // scores[MR][32]. Past the last key the last is met again; its sums are not used.
+  // scores[MR][32]. Past the last key, that one is repeated; its sums are not used.
   template <int MR>
   __attribute__((noinline)) static void some_scores(const Keys& in, typename Dot::Sum* scores) {
     const Stored *k = in.k, *next = in.next.row;
@@ -181,7 +183,7 @@ struct FewQueries {
 
   // -- values ----------------------------------------------------------------------------------------------------
 
-  // e^... of the tokens of `range` times their values -> y [12][Dv, up to a multiple of 32].
+  // Weights of the tokens of `range` times their values -> y [12][Dv rounded up to a multiple of 32].
   static void values(const Attention& a, const Tile& tile, const typename Tile::Range& range, int64_t begin,
                      const Scratch& scratch, float* y) {
     const int64_t batch = tile.key_head / a.KV, head = tile.key_head % a.KV, ldy = whole(a.Dv);

@@ -2,13 +2,14 @@
 //
 //     y = softmax(scaling * q k^T) v             sums and the softmax in fp32
 //
-//     tokens   32 keys are laid across, as units [D / u][32 keys][u] (outer_linear.h), and 32 values, [S / u][32
-//              columns][u] for each 32 columns of v: u is 2 in bf16, whose products are of pairs, and 1 otherwise (fp16
-//              is widened to fp32 on the way)
-//     rows     12, or 32 in tiles, with up to 1024 tokens at a time: scores, e^(score - largest) as units
-//              (attention_rows.h), and their sums with values; y is what all tokens' are, joined by the largest scores
+//     tokens   32 keys at a time are packed in units, [D / u][32 keys][u] (outer_linear.h), and 32 values, [S / u][32
+//              columns][u] for each 32 columns of v. u is 2 in bf16, whose products are of pairs, and 1 otherwise (fp16
+//              is widened to fp32 when it is packed)
+//     rows     12 at a time, or 32 in tiles, by up to 1024 tokens: scores, weights e^(score - largest) as units
+//              (attention_rows.h), and sums of weights times values. The results with all tokens are combined by their
+//              largest scores (online softmax) -> y
 //
-// Many rows of a key head share what is laid out (`packed`). For few nothing is: see few_queries.h.
+// Many rows of a key head share what is packed (`packed`). For few rows nothing is packed: see few_queries.h.
 //
 // Included by a translation unit after its target pragma, like outer_linear.h, whose tiles it uses, attention_rows.h
 // and few_queries.h.
@@ -17,7 +18,7 @@
 namespace octavo {
 namespace {
 
-// What `Unit` has is at the head of attention_rows.h and few_queries.h. `Products`: see heads.h.
+// `Unit`: see the heads of attention_rows.h and few_queries.h. `Products`: see heads.h.
 template <class Unit, class Few, class Products = OuterProducts>
 struct FloatAttention {
   using V = Vec;
@@ -31,10 +32,10 @@ struct FloatAttention {
   static int64_t units(int64_t elements) { return ceil_div(elements, kUnit); }
   static int64_t of_keys(const Attention& a) { return Products::read(units(a.D)); }
 
-  // Of one key head.
+  // The packed keys and values of one key head.
   struct Laid {
-    int64_t count;             // S, and zeros up to a multiple of 32
-    int64_t panel;             // bytes of 32 keys
+    int64_t count;             // S rounded up to a multiple of 32, padded with zeros
+    int64_t panel;             // bytes of 32 packed keys
     char *keys, *values;       // [count / 32][D / u][32][u], [Dv / 32][count / u][32][u]
     float *k_scale, *v_scale;  // [count] of codes
 
@@ -60,27 +61,28 @@ struct FloatAttention {
     return whole(a.S) * (of_keys(a) * kUnitBytes + scales) + Tile::bytes_of(whole(a.S)) * whole(a.Dv);
   }
 
-  // Many tokens are met in parts, whose keys and values are in L2 while some tiles pass by.
+  // Many tokens are taken in parts, whose keys and values stay in L2 while some tiles use them.
   static constexpr int64_t kPart = 1024, kTiles = 8;
   static int64_t part_of(const Attention& a) { return min64(kPart, a.S); }
   static int64_t most_rows(const Attention& a) { return (a.S <= kPart ? 1 : kTiles) * kRows; }
 
-  // Of a tile, of tokens that it has met: the largest scores, and the sums of e^(score - largest).
+  // The softmax of a tile over the tokens so far: of each row, the largest score, and the sum of weights.
   struct Sofar {
     static constexpr int64_t kCount = ceil_div(kRows, V::kLanes) * V::kLanes;
     static constexpr float kLowest = std::numeric_limits<float>::lowest();
     float top[kCount], total[kCount];
 
-    // Of no tokens.
+    // Before the first token.
     Sofar() {
       for (int64_t i = 0; i < kCount; i++) top[i] = -INFINITY, total[i] = 0;
     }
 
-    // kept, taken: what these sums with values, and those of `more`, are multiplied by to be added.
+    // Adds `more` tokens. kept, taken: the factors for the sums of weights times values, of this and of `more`, when
+    // these are added.
     void add(const Sofar& more, float scaling, float* kept, float* taken) {
       for (int64_t i = 0; i < kCount; i += V::kLanes) {
         const auto mine = V::load(top + i), its = V::load(more.top + i), largest = V::max(mine, its);
-        const auto shift = V::max(largest, V::set1(kLowest));  // so that -inf less this is a number
+        const auto shift = V::max(largest, V::set1(kLowest));  // so that -inf - shift is not NaN
         const auto weight = [&](V::F top) { return exp_of_negative<V>(V::mul(V::set1(scaling), V::sub(top, shift))); };
         const auto keep = weight(mine), take = weight(its);
         V::store(kept + i, keep), V::store(taken + i, take), V::store(top + i, largest);
@@ -89,11 +91,11 @@ struct FloatAttention {
     }
   };
 
-  // A tile on its way.
+  // A tile in progress.
   struct Sums {
     Tile tile;
     Sofar sofar;
-    float* y;  // [kRows][Dv, up to a multiple of 32]: sums with values
+    float* y;  // [kRows][Dv rounded up to a multiple of 32]: sums of weights times values
   };
   static Sums* sums_at(const Attention& a, void* memory) {
     return reinterpret_cast<Sums*>(static_cast<char*>(memory) + ceil_div(Scratch::bytes(a, part_of(a)), 64) * 64);
@@ -138,7 +140,8 @@ struct FloatAttention {
     }
   }
 
-  // Columns of v, from `column` on, of the tokens of a unit, the first of them `token`. What is missing is zeros.
+  // Columns of v from `column` on, for the tokens of a unit, of which `token` is the first. Missing tokens and columns
+  // are zeros.
   static void values(const Attention& a, int64_t batch, int64_t head, int64_t token, int64_t end, int64_t column,
                      V::I (&w)[2]) {
     const int count = static_cast<int>(min64(kStrip, a.Dv - column));
@@ -181,7 +184,7 @@ struct FloatAttention {
           sums[t].tile.store(a, i, n, sums[t].y + i * whole(a.Dv) + n, sums[t].sofar.total[i]);
   }
 
-  // The part that begins at token s.
+  // Adds the part that begins at token s.
   static void add_part(const Attention& a, const Laid& laid, int64_t s, const Scratch& scratch, Sums& sums) {
     Sofar of_part;
     const auto range = weigh(a, sums.tile, laid, s, scratch, of_part);
@@ -195,7 +198,7 @@ struct FloatAttention {
     });
   }
 
-  // e^(score - largest) of the tile with tokens of that part, as units -> scratch. Returns: of which tokens.
+  // Weights of the tile with tokens of the part that begins at s, as units -> scratch. Returns which tokens have any.
   static typename Tile::Range weigh(const Attention& a, const Tile& tile, const Laid& laid, int64_t s,
                                     const Scratch& scratch, Sofar& of_part) {
     return tile.weigh(a, laid.tokens(s), scratch, of_part.top, of_part.total, [&](const auto& range) {
@@ -203,7 +206,7 @@ struct FloatAttention {
     });
   }
 
-  // put(i, n, sums): those of row i with columns [n, n + 32) of values.
+  // put(i, n, sums): takes the sums of row i with columns [n, n + 32) of values.
   template <class Put>
   static void multiply_values(const Attention& a, const Tile& tile, const Laid& laid, const typename Tile::Range& range,
                               int64_t s, const Scratch& scratch, const Put& put) {
@@ -217,7 +220,7 @@ struct FloatAttention {
     }
   }
 
-  // Scores of tokens of a part that begins at s.
+  // Scores with the tokens of `range`, of the part that begins at s.
   static void multiply_keys(const Attention& a, const Tile& tile, const Laid& laid, const typename Tile::Range& range,
                             int64_t s, const Scratch& scratch) {
     const int64_t steps = of_keys(a);
@@ -230,7 +233,7 @@ struct FloatAttention {
       for (int64_t i = 0; i < tile.count; i++) Tile::template scale<float>(laid.tokens(s), range, scratch, i, 1);
   }
 
-  // The tile's rows of q -> scratch.
+  // The tile's rows of q -> scratch, in units.
   static void lay_rows(const Attention& a, const Tile& tile, const Scratch& scratch) {
     const int64_t batch = tile.key_head / a.KV;
     for (int64_t i = 0; i < tile.count; i++) fetch(query_row(a, batch, tile.places[i]), size_of(a.q.type) * a.D);

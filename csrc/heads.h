@@ -1,4 +1,4 @@
-// Heads of attention: where their rows lie, which of them one call computes, and how many are multiplied at once.
+// Heads of attention: where their rows are in memory, which rows one call computes, and how they are multiplied.
 //
 // Included by a translation unit after its target pragma, like outer_linear.h, whose blocks these are.
 #pragma once
@@ -6,23 +6,23 @@
 namespace octavo {
 namespace {
 
-// Tokens, or columns of v, up to the next multiple of 32.
+// A number of tokens, or of columns of v, rounded up to a multiple of 32.
 inline int64_t whole(int64_t count) { return ceil_div(count, kBlockN) * kBlockN; }
 
-// Bytes of a row in scratch: an odd multiple of a cache line, so that rows do not all fall into the same sets of L1.
+// Bytes of a row in scratch: an odd number of cache lines, so that rows do not all fall into the same sets of L1.
 inline int64_t padded_row(int64_t bytes) { return ceil_div(bytes, 128) * 128 + 64; }
 
 inline const void* head_row(const Heads& x, int64_t batch, int64_t head, int64_t token) {
   return element(x.x, x.type, batch * x.batch_step + head * x.head_step + token * x.token_step);
 }
 
-// The same where it is known what the elements are.
+// The same, if the type of the elements is known.
 template <class T>
 inline const T* row_of(const Heads& x, int64_t batch, int64_t head, int64_t token) {
   return static_cast<const T*>(x.x) + batch * x.batch_step + head * x.head_step + token * x.token_step;
 }
 
-// Scales of tokens [s0, s1) of a key head -> to, zeros behind them up to a multiple of 32.
+// Copies the scales of tokens [s0, s1) of a key head, padded with zeros to a multiple of 32.
 inline void copy_scales(const Heads& scale, int64_t batch, int64_t head, int64_t s0, int64_t s1, float* to) {
   for (int64_t s = s0; s < s1; s++) *to++ = *row_of<float>(scale, batch, head, s);
   for (int64_t s = s1; s < s0 + whole(s1 - s0); s++) *to++ = 0;
@@ -32,7 +32,7 @@ inline void fetch(const void* row, int64_t bytes) {
   for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(static_cast<const char*>(row) + i, 0, kIntoL2);
 }
 
-// The block of tokens behind the one from s on, rows of `size` elements of `bytes` bytes.
+// Prefetches the block of 32 tokens after the one at s, in rows of `size` elements of `bytes` bytes each.
 inline void fetch_next_tokens(const Heads& x, int64_t bytes, int64_t size, int64_t batch, int64_t key_head, int64_t s,
                               int64_t S) {
   const int64_t at = batch * x.batch_step + key_head * x.head_step;
@@ -40,7 +40,8 @@ inline void fetch_next_tokens(const Heads& x, int64_t bytes, int64_t size, int64
     fetch(static_cast<const char*>(x.x) + (at + j * x.token_step) * bytes, bytes * size);
 }
 
-// Row r of a key head, the heads that share it taking turns: whose it is, and which of the mask's rows it has.
+// Where row r of a key head comes from: its head (the heads that share a key head take turns), its query, and its row
+// of the mask.
 struct Place {
   int64_t head, query, of_mask;  // `head` is counted over the batch
 };
@@ -57,27 +58,27 @@ inline void find_places(const Attention& a, int64_t key_head, int64_t r0, int64_
   }
 }
 
-// The row of q of a place, which is in that batch.
+// The row of q at a place in that batch.
 inline const void* query_row(const Attention& a, int64_t batch, const Place& place) {
   return head_row(a.q, batch, place.head - batch * a.H, place.query);
 }
 
-// The first element of its row of y.
+// The first element of a place's row of y.
 inline int64_t result_row(const Attention& a, const Place& place) { return (place.head * a.T + place.query) * a.Dv; }
 
 constexpr int64_t kTogether = kAttentionRows;  // rows whose scores are in L1 at the same time
 
-// How attention multiplies rows by what is laid across, where outer products are what there is. (Another way is
-// tile_products.h.)
+// How attention multiplies rows by packed columns: here by outer products. (The other way is tile_products.h.)
 struct OuterProducts {
   static constexpr int64_t kRows = kAttentionRows;  // at once, at most
   static int64_t rows_next_to(int64_t /*tokens*/) { return kRows; }
 
-  // Of so many units of a sum as many are read, up to `kPast` more: those of x are zeros, and others finite.
+  // How many units are read to sum over `units` of them: up to `kPast` more. Past the end, units of x are zeros, and
+  // the others are finite.
   static constexpr int64_t kPast = 0;
   static int64_t read(int64_t units) { return units; }
 
-  // Of a thread that multiplies.
+  // Held by a thread while it multiplies.
   struct InUse {
     InUse() {}
   };

@@ -1,12 +1,13 @@
 // Attention with both products in int8, a few rows of the query at a time.
 //
-//     tokens   32 keys are quantized, unless they are codes, and laid across, [D / u][32 keys][u], as a linear layer's
-//              rows of W are (outer_linear.h); 32 values too, [S / u][32 columns][u] for each 32 columns of v, where
-//              the u tokens of a unit are u rows as they lie
-//     rows     12, in tiles 32 or 16: their codes, their scores with all keys, the probabilities' codes, y
-//              (int8_rows.h). What is between the two products stays in scratch: in L1 for 500 tokens, in L2 for 10000
+//     tokens   32 keys at a time are quantized, unless they are codes, and packed, [D / u][32 keys][u], like a linear
+//              layer's rows of W (outer_linear.h); so are 32 values, [S / u][32 columns][u] for each 32 columns of v,
+//              where the u tokens of a unit are u rows in memory
+//     rows     12 at a time, in tiles 32 or 16: their codes, their scores with all keys, the codes of the
+//              probabilities, y (int8_rows.h). What is between the two products stays in scratch: in L1 for 500 tokens,
+//              in L2 for 10000
 //
-// Many rows of a key head share what is laid out. For few nothing is: see few_int8_queries.h.
+// Many rows of a key head share what is packed. For few rows nothing is kept packed: see few_int8_queries.h.
 //
 // Included by a translation unit after its target pragma, like outer_linear.h, whose tiles it uses, and int8_rows.h.
 #pragma once
@@ -22,10 +23,10 @@ struct Int8Attention {
   using Rows = Int8Rows<Score, Weighted, kRows>;
   static constexpr int64_t kUnit = Score::kElements;
 
-  // What `packed` holds of one key head.
+  // `packed`, for one key head.
   struct Tokens {
-    int64_t count;             // S, and tokens up to the next multiple of 32: their scale is 0
-    int64_t panel;             // bytes of 32 keys
+    int64_t count;             // S rounded up to a multiple of 32; tokens past S have scale 0
+    int64_t panel;             // bytes of 32 packed keys
     char *keys, *values;       // [count / 32][D / u][32][u], [Dv / 32][count / u][32][u]
     float *k_scale, *v_scale;  // [count]
 
@@ -76,9 +77,9 @@ struct Int8Attention {
 
   struct Scratch {
     int64_t ldp;
-    int32_t* scores;  // [tokens / 32][kRows][32]; after the softmax's first pass fp32
+    int32_t* scores;  // [tokens / 32][kRows][32]; fp32 after the softmax's first pass
     int32_t* y;       // [kRows][32]
-    char *q, *p;      // units: [kRows][of q], [kRows][ldp]
+    char *q, *p;      // units: [kRows][a row of q], [kRows][ldp]
     int8_t* codes;    // [kRows][D]
 
     Scratch(const Attention& a, void* memory) : ldp(Rows::bytes_of_codes(a)), scores(static_cast<int32_t*>(memory)) {

@@ -1,12 +1,12 @@
-// Attention with both products in int8: what is done with rows of a tile, whichever way keys and values are multiplied.
+// Attention with both products in int8: what is done to the rows of a tile around them, however they are computed.
 //
 //     codes_of    tokens of k or v -> codes, and their scales
-//     Queries     rows of q: units, what scales their sums, by how much these are too large
-//     softmax     sums with keys -> codes of the probabilities (softmax.h). What the mask forbids to all of the rows at
-//                 either end of the tokens is passed over where that changes no bit (mask.h)
+//     Queries     rows of q: their units, the scales of their sums, and by how much sums are too large
+//     softmax     sums with keys -> codes of the probabilities (softmax.h). Tokens at either end that the mask forbids
+//                 to all of the rows are skipped, if that changes no bit (mask.h)
 //     store       sums with values -> y
 //
-// Each value of e^(score - largest) * (scale of v) is computed once and kept. Its sum over the row divides y at the
+// Each weight, e^(score - largest) * (scale of v), is computed once and kept. The sum of the e^... divides y at the
 // end, not the probabilities: a factor of the whole row changes no code.
 //
 // Included by a translation unit after its target pragma, like outer_linear.h, whose units these are, softmax.h and
@@ -16,10 +16,11 @@
 namespace octavo {
 namespace {
 
-// `Score` is the unit of q times k, `Weighted` of probabilities times v, which beyond what linear layers ask of it has
-//     kCodeBytes     of a code in a unit
-//     store_codes    a vector of whole numbers, as such codes
-// and what value_strips.h asks of it. `kRows`: at once, at most.
+// `Score` is the unit of q times k. `Weighted` is that of probabilities times v, and beyond what linear layers ask of
+// it has
+//     kCodeBytes     bytes of a code in a unit
+//     store_codes    stores a vector of whole numbers as such codes
+// and what value_strips.h asks of it. `kRows`: the most rows at once.
 template <class Score, class Weighted, int64_t kRows = kAttentionRows>
 struct Int8Rows {
   using V = Vec;
@@ -36,8 +37,8 @@ struct Int8Rows {
 
   static int64_t bytes_of(const Heads& x, const Heads& x_scale) { return x_scale.x ? 1 : size_of(x.type); }
 
-  // Up to 32 tokens of x from s on, rows of `size` -> codes, `step` apart, and scales, zeros behind them: quantized,
-  // unless x has scales.
+  // Up to 32 tokens of x from s on, rows of `size` -> codes, `step` apart, and scales, padded with zeros. x is
+  // quantized unless it has scales.
   static void codes_of(const Heads& x, const Heads& x_scale, int64_t size, int64_t batch, int64_t head, int64_t s,
                        int64_t rows, int8_t* codes, int64_t step, float* scale, float of_zeros) {
     if (x_scale.x) {
@@ -49,8 +50,9 @@ struct Int8Rows {
     for (int64_t j = rows; j < kBlockN; j++) scale[j] = 0;
   }
 
-  // Rows that lie anywhere -> codes, `step` apart, and scales, `of_zeros` for a row of zeros. In two passes, for what
-  // is found across the lanes of a vector takes long, and the next row need not wait for it.
+  // Quantizes rows, wherever they are in memory -> codes, `step` apart, and scales; that of a row of zeros is
+  // `of_zeros`. There are two passes, because reductions across the lanes of a vector take long, and the next row need
+  // not wait for them.
   template <class RowOf>
   static void quantize(int64_t rows, const RowOf& row_of, Float type, int64_t K, int8_t* codes, int64_t step,
                        float* scale, float of_zeros) {
@@ -64,12 +66,12 @@ struct Int8Rows {
 
   // -- rows ------------------------------------------------------------------------------------------------------
 
-  // Rows [r0, r1) of q. units: [kRows][ldq], what they are laid to; codes: [kRows][D], of use to nobody afterwards.
+  // Rows [r0, r1) of q. units: [kRows][ldq], where they are stored; codes: [kRows][D], not used afterwards.
   struct Queries {
     int64_t count, ldq;
     char* units;
     Place places[kRows];
-    float scale[kRows];  // times scaling
+    float scale[kRows];  // times the attention's scaling
     int32_t excess[kRows];
 
     Queries(const Attention& a, int64_t key_head, int64_t r0, int64_t r1, char* units, int8_t* codes)
@@ -90,10 +92,10 @@ struct Int8Rows {
   // Tokens [first, last), multiples of 32, outside of which each probability is 0.
   struct Part {
     int64_t first, last;
-    bool trusted;  // so is each of a row outside of what its mask allows
+    bool trusted;  // outside of what its own mask allows, the probabilities of a row are 0, too
   };
 
-  // k_scale, v_scale: of all tokens, and zeros behind them up to a multiple of 32.
+  // k_scale, v_scale: of all tokens, padded with zeros to a multiple of 32.
   static Part part_of(const Attention& a, const float* k_scale, const float* v_scale, const Queries& queries) {
     const Part all{0, whole(a.S), false};
     const Mask& m = a.mask;
@@ -104,7 +106,7 @@ struct Int8Rows {
       if (!row.certain) return all;
       if (row.first < row.last) first = min64(first, row.first), last = max64(last, row.last);
     }
-    // What is not finite is NaN in the result, times 0 too.
+    // A scale that is not finite makes the result NaN, even times 0.
     if (!std::isfinite(RowKernels<V>::amax_of(v_scale, Float::f32, a.S))) return all;
     if (m.kind != Mask::Kind::boolean) {
       const float largest = RowKernels<V>::amax_of(k_scale, Float::f32, a.S) *
@@ -116,8 +118,8 @@ struct Int8Rows {
     return {first / kBlockN * kBlockN, whole(last), true};
   }
 
-  // Sums of all rows, [tokens / 32][`rows`][32] -> codes, [rows][`ldp`] bytes, and what multiplies their sums with v:
-  // scale[count]. The codes of what a row's own mask forbids, and only others' allow, are zeros.
+  // Sums of all rows, [tokens / 32][`rows`][32] -> codes, [rows][`ldp`] bytes, and the factors of their sums with v,
+  // scale[count]. Codes of tokens that a row's own mask forbids, and only other rows' masks allow, are zeros.
   static void softmax(const Attention& a, const float* k_scale, const float* v_scale, const Queries& queries,
                       const Part& part, int32_t* sums, int64_t rows, char* codes, int64_t ldp, float* scale) {
     SoftmaxRow row[kTogether];
@@ -139,7 +141,7 @@ struct Int8Rows {
     }
   }
 
-  // Sums -> y[n : n + 32] of a row that begins at element `row`.
+  // Sums -> y[n : n + 32] of a row of y, whose first element is `row`.
   static void store(const Attention& a, int64_t row, int64_t n, const int32_t* sums, float scale) {
     const int64_t end = min64(n + kBlockN, a.Dv);
     for (; n < end; n += V::kLanes, sums += V::kLanes)

@@ -1,11 +1,11 @@
 // What a mask forbids to a row of attention at either end of its tokens: the future, what left a window, padding.
 //
-// Most masks say nothing else, and hold zeros (or true) where something is allowed. Their rows are read once, for all
-// heads that share them, and what is known of them afterwards are two numbers.
+// Most masks forbid nothing else, and hold zeros (or true) where they allow something. The rows of a mask are read
+// once, for all heads that share them; from then on, a row is known by two numbers (`Allowed`).
 //
-// A finite entry forbids as well as -inf does where another entry of its row is so far above it that e^(difference) is
-// 0: masks of transformers hold the lowest number of their type. Entries <= `never` do, next to one >= -`reach`, as
-// long as no score is as large as `reach`.
+// A finite entry forbids as well as -inf does if another entry of its row is so far above it that e^(difference) is 0:
+// masks of transformers hold the lowest number of their type. Entries <= `never` do, next to one >= -`reach`, as long
+// as no score is as large as `reach`.
 //
 // Included by a translation unit after its target pragma, like dot_linear.h.
 #pragma once
@@ -13,7 +13,7 @@
 namespace octavo {
 namespace {
 
-// Of the tokens of a vector, from s on, those in [first, last).
+// A mask of the lanes that are in [first, last), in the vector of tokens from s on.
 inline Vec::Bits lanes_within(int64_t first, int64_t last, int64_t s) {
   const auto before = [s](int64_t token) { return static_cast<int>(max64(0, min64(Vec::kLanes, token - s))); };
   return Vec::first(before(last)) & ~Vec::first(before(first));
@@ -27,7 +27,7 @@ struct MaskRows {
     return kind == Kind::f32 ? Float::f32 : kind == Kind::bf16 ? Float::bf16 : Float::f16;
   }
 
-  // Entries of row i, counted over all that the mask has.
+  // The entries of row i, counted over all rows of the mask.
   static const void* row(const Mask& m, int64_t i) {
     const int64_t at = i / (m.H * m.T) * m.batch_step + i / m.T % m.H * m.head_step + i % m.T * m.row_step;
     return m.kind == Kind::boolean ? static_cast<const char*>(m.x) + at : element(m.x, float_of(m.kind), at);
@@ -36,7 +36,7 @@ struct MaskRows {
   static float never(Kind kind) { return kind == Kind::f16 ? -6e4f : -1e30f; }
   static float reach(Kind kind) { return kind == Kind::f16 ? 1e4f : 1e29f; }
 
-  // mask rows [i0, i1) -> allowed
+  // Reads rows [i0, i1) of the mask -> allowed.
   static void look(const Attention& a, int64_t i0, int64_t i1) {
     const Mask& m = a.mask;
     const int64_t S = a.S;
@@ -58,7 +58,7 @@ struct MaskRows {
     Allowed found{0, 0, true, kind == Kind::boolean};
     int64_t s = 0;
     while (s < S && !allows_some<kind>(entries, s, S)) s += kMany;
-    // Else all are equally far from what is allowed, and share the attention.
+    // Nothing is allowed. With a float mask all tokens are then equally low, and share the attention: not certain.
     if (s >= S) return found;
     while (!allows<kind>(entries, s, count(S - s))) s += kLanes;
     found.first = s + __builtin_ctz(allows<kind>(entries, s, count(S - s)));
@@ -73,7 +73,7 @@ struct MaskRows {
     return found;
   }
 
-  static constexpr int64_t kMany = 64;  // entries that are looked at before it is asked what was found
+  static constexpr int64_t kMany = 64;  // entries that are read between two branches on what was found
 
   template <Kind kind>
   static bool allows_some(const void* entries, int64_t s, int64_t S) {
@@ -95,14 +95,14 @@ struct MaskRows {
 
   static int count(int64_t left) { return static_cast<int>(min64(kLanes, left)); }
 
-  // Which of up to kLanes entries allow something. NaN does, for it reaches the result.
+  // Which of up to kLanes entries allow something. NaN does, since it reaches the result.
   template <Kind kind>
   static Vec::Bits allows(const void* entries, int64_t s, int count) {
     if constexpr (kind == Kind::boolean) return changes_nothing<kind>(entries, s, count);
     return Vec::is_not_at_most(load<kind>(entries, s, count), Vec::set1(never(kind))) & Vec::first(count);
   }
 
-  // Which are true, or add nothing.
+  // Which are true, or 0.
   template <Kind kind>
   static Vec::Bits changes_nothing(const void* entries, int64_t s, int count) {
     if constexpr (kind == Kind::boolean) return Vec::nonzero_bytes(static_cast<const char*>(entries) + s, count);
@@ -124,7 +124,7 @@ struct MaskRows {
 template <class Of>
 constexpr AttentionKernels attention{Of::most_rows, Of::packed, Of::scratch, MaskRows::look, Of::tokens, Of::rows};
 
-// With the steps that follow where rows need all tokens before values are multiplied.
+// With two more steps, for kernels that need all tokens' scores before values are multiplied.
 template <class Of>
 constexpr AttentionKernels attention_in_parts{Of::most_rows, Of::packed, Of::scratch, MaskRows::look,
                                               Of::tokens,    Of::rows,   Of::values,  Of::join};

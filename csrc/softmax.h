@@ -1,11 +1,11 @@
-// A row of attention between its two products: sums -> scores -> probabilities -> codes.
+// A row of int8 attention between its two products: sums -> scores -> weights -> codes of the probabilities.
 //
 //     score   sum * (scale of q * scale of k), softcap, mask                     -inf where nothing is allowed
 //     weight  e^(score - largest) * (scale of v)                                 computed once, and kept
 //     code    weight / step, rounded, with step = (largest weight) / 127
 //
-// The sum of the e^... divides at the end, with the step, what is multiplied with v: a factor of the whole row changes
-// no code. Each pass keeps its results where the sums were.
+// The product of codes and v is multiplied by `step`, and divided by the sum of the e^..., at the end: a factor of the
+// whole row changes no code. Each pass stores its results where the sums were.
 //
 // Included by a translation unit after its target pragma, like mask.h.
 #pragma once
@@ -13,15 +13,15 @@
 namespace octavo {
 namespace {
 
-constexpr int64_t kChunk = 32;  // tokens whose sums lie next to each other
+constexpr int64_t kChunk = 32;  // tokens whose sums are contiguous
 
 struct SoftmaxRow {
-  float* x;  // of token s, a multiple of kChunk, and of those behind it: x + s / kChunk * step. First sums, int32
+  float* x;  // tokens from s on, a multiple of kChunk, are at x + s / kChunk * step. At first int32 sums
   int64_t step;
-  int32_t excess;  // by which the sums are too large
-  float scale;     // of q, times scaling
+  int32_t excess;  // what the sums are too large by
+  float scale;     // of q, times the attention's scaling
   const float *k_scale, *v_scale;
-  int64_t first, last;  // tokens that may be attended to, if the mask says so too
+  int64_t first, last;  // tokens that may be attended to, unless `mask` forbids them
   Mask::Kind kind;
   const void* mask;
   bool has_softcap;
@@ -29,25 +29,25 @@ struct SoftmaxRow {
   char* codes;  // as `Weighted` stores them
 
   float top, total;  // the largest score; the sum of e^(score - top)
-  float largest;     // weight
+  float largest;     // the largest weight
 };
 
-// `Weighted` is the unit of codes times values.
+// `Weighted`: the unit of codes of probabilities times values.
 template <class Weighted>
 struct Softmax {
   using V = Vec;
   using F = Vec::F;
   using Kind = Mask::Kind;
 
-  // Codes of tokens [first, last), and up to the multiples of kChunk around them, of some rows: pass after pass, for
-  // the sums across lanes at the end of one row's pass then wait for nobody.
+  // Codes of tokens [first, last), and up to the multiples of kChunk around them, of some rows. Each pass is done for
+  // all rows before the next, so that the next row need not wait for the reduction across lanes at the end of a row.
   static void run(SoftmaxRow* rows, int64_t count) {
     for (int64_t i = 0; i < count; i++) rows[i].has_softcap ? scores_of<true>(rows[i]) : scores_of<false>(rows[i]);
     for (int64_t i = 0; i < count; i++) weights(rows[i]);
     for (int64_t i = 0; i < count; i++) codes(rows[i]);
   }
 
-  // What multiplies the product of a row's codes with v's. Where nothing is allowed 0, but NaN if a scale is.
+  // The factor for the product of a row's codes and v's: 0 if nothing is allowed, but NaN if a scale is.
   static float scale_of(const SoftmaxRow& row) {
     const float lift = lift_of(row);
     return row.largest * lift / kQmax / (row.total == 0 ? 1 : row.total) / lift;
@@ -57,7 +57,7 @@ struct Softmax {
   static int64_t from(const SoftmaxRow& row) { return row.first / kChunk; }
   static int64_t to(const SoftmaxRow& row) { return ceil_div(row.last, kChunk); }
 
-  // Out of the numbers that are too small to divide by.
+  // Scales up numbers that are too small to divide by.
   static float lift_of(const SoftmaxRow& row) { return row.largest < 0x1p-60f ? 0x1p60f : 1.0f; }
 
   template <bool capped>
@@ -81,7 +81,7 @@ struct Softmax {
         F one = score<kind, capped>(row, x, s, i);
         if (!is_whole) one = V::select(lanes_within(row.first, row.last, s + i), one, V::set1(-INFINITY));
         V::store(x + i, one);
-        most = V::max(one, most);  // in this order of operands NaN is passed over
+        most = V::max(one, most);  // with this order of operands NaN is skipped
       }
     }
     given.top = V::most(most);
@@ -124,7 +124,7 @@ struct Softmax {
     row.total = V::total(total), row.largest = V::across(most);
   }
 
-  // Weights -> codes: a product with 127 / largest, not a division by the step.
+  // Weights -> codes: multiplied by 127 / largest, not divided by the step.
   static void codes(const SoftmaxRow& row) {
     const float lift = lift_of(row);
     const F up = V::set1(lift), inverse = V::set1(row.largest == 0 ? 0 : kQmax / (row.largest * lift));

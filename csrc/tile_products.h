@@ -1,11 +1,12 @@
-// How attention multiplies rows in tiles: 32 at a time, by 32 columns.
+// How attention multiplies rows in tiles: 32 rows by 32 columns at a time.
 //
 //                             16 columns   16 columns
 //                               tile 6       tile 7
-//     16 rows      tile 4       tile 0       tile 1        x is read as it lies: rows of units of four bytes along K
-//     16 rows      tile 5       tile 2       tile 3        columns are laid across, as outer products have them
+//     16 rows      tile 4       tile 0       tile 1        rows of x are loaded as they are: units of 4 bytes along K
+//     16 rows      tile 5       tile 2       tile 3        columns are packed as for outer products (outer_linear.h)
 //
-// Included by amx.cpp after its target pragma, like heads.h, which has the other way, avx512_products.h and tiles.h.
+// Included by amx.cpp after its target pragma, like heads.h, which has the other way (`OuterProducts`),
+// avx512_products.h and tiles.h.
 #pragma once
 
 namespace octavo {
@@ -13,7 +14,7 @@ namespace {
 
 struct TileProducts {
   static constexpr int64_t kRows = 2 * kTile;
-  // Whose scores with all tokens stay in L2.
+  // So few that their scores with all tokens stay in L2.
   static int64_t rows_next_to(int64_t tokens) { return tokens > 4096 ? kTile : kRows; }
   static constexpr int64_t kPast = kTile - 1;
   static int64_t read(int64_t units) { return ceil_div(units, kTile) * kTile; }
@@ -26,7 +27,7 @@ struct TileProducts {
   }
 
  private:
-  // Past the last row are others, whose sums are not used.
+  // Rows past the last one are multiplied, too; their sums are not used.
   template <class Unit, int kTilesOfX>
   __attribute__((noinline)) static void of_tiles(const OuterOperands& in, typename Unit::Sum* sums) {
     constexpr int64_t kSumsRow = kBlockN * sizeof(typename Unit::Sum);
@@ -83,7 +84,7 @@ struct TileProducts {
   }
 };
 
-// Codes with their signs, which tiles multiply as they are.
+// Codes with their sign, as tiles multiply them: no offset.
 struct SignedUnit : Int8Unit {
   static constexpr int32_t kOffset = 0;
   static WV load_w(const W* w) { return load_x(w); }

@@ -1,4 +1,5 @@
-// Rows of weights times values as they lie, rows of columns of y: those of few queries, which meet each value once.
+// Rows of weights times values, in place, for few queries, which use each value once. A token's values are a row of
+// columns of y: those of kElements tokens are interleaved into units in registers, and a unit of weights is broadcast.
 //
 // Included by a translation unit after its target pragma, like outer_linear.h, whose units these are, and heads.h.
 #pragma once
@@ -6,25 +7,25 @@
 namespace octavo {
 namespace {
 
-// Rows in memory, that will be needed: `step` elements from one to the next.
+// Rows in memory to be prefetched, `step` elements apart.
 template <class T>
 struct Ahead {
   const T* row;
   int64_t step;
 };
 
-// `Unit` is the product of a unit of weights, broadcast, and of as many values. Beyond what linear layers ask of it, it
-// has
-//     strip       kElements rows of values over kStrip columns, of which the first `count` are there -> units, in two
-//                 vectors. A null row is of zeros
-//     in_order    two vectors of such columns, or of their sums, in the order of the columns
+// `Unit` is the product of a unit of weights, broadcast, and a vector of units of values. Beyond what linear layers ask
+// of it, it has
+//     strip       kElements rows of values, the first `count` of kStrip columns -> units, in two vectors. A null row is
+//                 zeros
+//     in_order    puts two vectors of such columns, or of their sums, into the order of the columns
 template <class Unit, class Stored>
 struct ValueStrips {
   using V = Vec;
   static constexpr int64_t kUnit = Unit::kElements;
 
-  // Units of rows, `ldp` bytes apart, and values of `tokens`, `ldv` elements apart, of which `columns` are there.
-  // `next`: rows of which kStrip columns are fetched, one for each token.
+  // Units of weights, rows `ldp` bytes apart, and the values of `tokens`, `ldv` elements apart, with `columns` columns
+  // left. `next`: rows of which kStrip columns are prefetched, one row for each token.
   struct Values {
     const char* p;
     int64_t ldp;
@@ -55,7 +56,7 @@ struct ValueStrips {
     for (int j = 0; j < (MR + 2) / 3; j++) p[j] = in.p + 3 * j * ldp;
     const Stored *v = in.v, *next = in.next.row;
     const int64_t ldv = in.ldv, step = in.next.step;
-    // A unit, of which so many tokens are there.
+    // One unit, in which `there` tokens are left.
     const auto unit = [&](int64_t there) __attribute__((always_inline)) {
       const Stored* rows[kUnit];
 #pragma GCC unroll 4
