@@ -1,5 +1,5 @@
-// The only file that knows torch, with its parts in bind/: ops in, kernels out. Tensors are checked here and the work
-// is split over torch's threads. Built on torch's stable ABI: one build serves torch 2.10 and later.
+// The only file that knows torch, with its parts in bind/: it turns ops into calls of kernels. Tensors are checked
+// here, and the work is split over torch's threads. Built on torch's stable ABI: one build serves torch 2.10 and later.
 
 #include "bind/attention.h"
 #include "bind/convolution.h"
@@ -38,7 +38,7 @@ STABLE_TORCH_LIBRARY_IMPL(octavo, CPU, m) {
 
 }  // namespace
 
-// For Python (octavo/ops/native.py): choose the kernels. Returns why these, or, with `*error` set, what is wrong.
+// For Python (octavo/ops/native.py): chooses the kernels. Returns why these or, with `*error` set, what is wrong.
 extern "C" __attribute__((visibility("default"))) const char* octavo_select(const char* forced, int* error) {
   static octavo::Choice choice;
   choice = octavo::choose(octavo::this_machine(), forced);
@@ -47,28 +47,27 @@ extern "C" __attribute__((visibility("default"))) const char* octavo_select(cons
   return choice.why;
 }
 
-// The name of the instruction set of the chosen kernels; null if there are none.
+// The instruction set of the chosen kernels; null if there are none.
 extern "C" __attribute__((visibility("default"))) const char* octavo_isa() {
   return active.load() ? kernels().isa : nullptr;
 }
 
-// Whether convolutions have kernels there; else they are the reference's.
+// Whether they have convolutions; otherwise the reference computes these.
 extern "C" __attribute__((visibility("default"))) bool octavo_convolves() {
   return active.load() && kernels().convolution(Float::bf16);
 }
 
-// Whether int8 attention has kernels of its own there; else it is composed of the other ops.
+// Whether they have int8 attention; otherwise it is composed of the other ops.
 extern "C" __attribute__((visibility("default"))) bool octavo_attends() {
   return active.load() && kernels().int8_attention;
 }
 
-// Up to how many rows of x float linear layers have kernels that are faster than torch's own, for a type of `Float`.
+// The most rows of x for which float linear layers are faster than torch's own, for a type of `Float`.
 extern "C" __attribute__((visibility("default"))) int64_t octavo_multiplies_in(int type) {
   return active.load() ? most_rows(static_cast<Float>(type)) : 0;
 }
 
-// Up to how many rows of a key head float attention has kernels that are faster than torch's own, for a type of
-// `Float`.
+// The most rows of a key head for which float attention is faster than torch's own, for a type of `Float`.
 extern "C" __attribute__((visibility("default"))) int64_t octavo_attends_in(int type) {
   return active.load() ? kernels().float_attention(static_cast<Float>(type)).most_rows : 0;
 }

@@ -1,4 +1,4 @@
-// The ops of attention: keys and values are packed by all threads, then rows of queries dealt out to them.
+// The ops of attention: all threads pack keys and values, and then take rows of queries.
 #pragma once
 
 #include "tensors.h"
@@ -12,7 +12,7 @@ using octavo::AttentionKernels;
 using octavo::Heads;
 using octavo::Mask;
 
-// [batch, heads, tokens, values], a token's values next to each other.
+// [batch, heads, tokens, values]; the values of a token are contiguous.
 Heads heads_of(const Tensor& x) {
   return {x.const_data_ptr(), float_type(x.scalar_type()).value_or(Float::f32), x.stride(0), x.stride(1), x.stride(2)};
 }
@@ -27,7 +27,7 @@ std::optional<Mask::Kind> mask_kind(ScalarType type) {
   return std::nullopt;
 }
 
-// The mask with an entry for each of `tokens`, next to each other in each row.
+// The mask with an entry for each of `tokens`, contiguous in each row.
 Tensor with_all_columns(const Tensor& mask, int64_t tokens) {
   if (mask.size(3) == tokens && (tokens == 1 || mask.stride(3) == 1)) return mask;
   Tensor all = empty(mask, with_last(mask, tokens), mask.scalar_type());
@@ -51,11 +51,11 @@ Mask mask_of(const Tensor& mask, const Attention& a) {
           nullptr};
 }
 
-// Rows in the middle of a causal attention cost as much as all do on average: the first goes with the last, the second
-// with the last but one, so that every thread gets its share.
+// In causal attention a row costs more the later it is, and those in the middle cost what all do on average. So the
+// first goes with the last, the second with the last but one, and every thread gets its share.
 int64_t from_both_ends(int64_t i, int64_t count) { return i % 2 == 0 ? i / 2 : count - 1 - i / 2; }
 
-// Rows for one call: as many as it takes, unless threads had too few calls then.
+// Rows for one call: as many as it takes, unless threads would have too few calls then.
 int64_t rows_at_once(int64_t key_heads, int64_t rows, int64_t most) {
   const int64_t of_call = ceil_div(key_heads * rows, kUnitsOfThread * torch::stable::get_num_threads());
   return std::min(most, std::max(of_call, octavo::kAttentionRows));
@@ -73,7 +73,7 @@ void run(Attention& a, const AttentionKernels& k) {
     in_parallel(key_heads * parts, octavo::kAttentionTokens * cost, [&](int64_t begin, int64_t end) {
       void* const memory = scratch_of(bytes);
       for (int64_t i = begin, next; i < end; i = next) {
-        next = std::min(end, (i / parts + 1) * parts);  // of the same key head
+        next = std::min(end, (i / parts + 1) * parts);  // within the same key head
         const int64_t s0 = i % parts * octavo::kAttentionTokens, s1 = s0 + (next - i) * octavo::kAttentionTokens;
         step(a, i / parts, s0, std::min(s1, a.S), memory);
       }
@@ -96,7 +96,7 @@ void run(Attention& a, const AttentionKernels& k) {
   over_rows(k.join, parts * a.Dv);
 }
 
-// The operands of an attention, its scaling, and who computes it.
+// Completes `a` by its operands and scaling, and runs `kernels`.
 Tensor attend(Attention a, const AttentionKernels& kernels, const Tensor& query, const Tensor& key, const Tensor& value,
               const std::optional<Tensor>& mask, double scaling) {
   STD_TORCH_CHECK(query.dim() == 4 && key.dim() == 4 && value.dim() == 4,
@@ -126,14 +126,14 @@ Tensor attend(Attention a, const AttentionKernels& kernels, const Tensor& query,
 
 bool is_mask(const std::optional<Tensor>& mask) { return !mask || mask_kind(mask->scalar_type()); }
 
-// int32 holds sums over tokens, and over channels, up to a length.
+// int32 holds sums over tokens, and over channels, of products of codes, up to a length.
 void check_lengths(const Tensor& key) {
   for (const int64_t summed : {key.size(2), key.size(3)})
     STD_TORCH_CHECK(summed <= octavo::kLongestExact, "int32 holds sums of up to ", octavo::kLongestExact,
                     " products of codes");
 }
 
-// `Attention::rows`, of operands that may not go together yet.
+// `Attention::rows`, for operands that have not been checked yet.
 int64_t rows_of_key_head(const Tensor& query, const Tensor& key) {
   const bool some = query.dim() == 4 && key.dim() == 4 && key.size(1) > 0;
   return some ? query.size(1) / key.size(1) * query.size(2) : 0;
@@ -144,7 +144,7 @@ const AttentionKernels& int8_attention_kernels(const Tensor& query, const Tensor
   return few ? *kernels().int8_attention_of_few : *kernels().int8_attention;
 }
 
-// Whether these are codes with a scale for each token.
+// Whether x is codes, with a scale for each token.
 bool are_codes(const Tensor& x, const Tensor& scale) {
   if (x.dim() != 4 || scale.dim() != 4 || x.scalar_type() != ScalarType::Char ||
       scale.scalar_type() != ScalarType::Float)
@@ -164,7 +164,7 @@ Tensor int8_attention(const Tensor& query, const Tensor& key, const Tensor& valu
   return attend(a, int8_attention_kernels(query, key), query, key, value, mask, scaling);
 }
 
-// Whether kernels of float attention have this mask and scaling.
+// Whether the kernels of float attention serve this mask and scaling.
 bool is_float_attention(const std::optional<Tensor>& mask, double scaling, bool is_causal) {
   return (!mask || (mask->scalar_type() == ScalarType::Bool && !is_causal)) && scaling > 0;
 }

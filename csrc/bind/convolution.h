@@ -1,7 +1,7 @@
 // The ops of convolutions: which kernel serves one, and what it is given.
 //
-// Few columns are a narrow convolution, many a wide one. A transposed convolution is an ordinary one with a column for
-// each place between two strides, whose results lie side by side in y.
+// A convolution with few columns (output channels) is narrow, one with many is wide. A transposed convolution is run as
+// ordinary ones, with a column for each place between two strides, and the results are interleaved in y.
 #pragma once
 
 #include "tensors.h"
@@ -16,10 +16,10 @@ using octavo::NarrowConvolution;
 using octavo::NarrowConvolutionKernels;
 
 using Sizes = std::vector<int64_t>;
-using Three = std::array<int64_t, 3>;  // of dimensions: of fewer, those in front have nothing to say
+using Three = std::array<int64_t, 3>;  // of dimensions: if there are fewer, the first ones have no effect
 
-constexpr int64_t kFewWindows = 48;        // of a part that are worth it
-constexpr int64_t kFewColumnsOfPart = 64;  // the same, where other parts have the same windows
+constexpr int64_t kFewWindows = 48;        // of a part that are worth it, at least
+constexpr int64_t kFewColumnsOfPart = 64;  // the same for columns, if other parts have the same windows
 
 Three three(const Sizes& sizes, int64_t in_front) {
   Three all{in_front, in_front, in_front};
@@ -31,7 +31,7 @@ int64_t product(const Three& sizes) { return sizes[0] * sizes[1] * sizes[2]; }
 
 Sizes after_two(const Tensor& tensor) { return Sizes(tensor.sizes().begin() + 2, tensor.sizes().end()); }
 
-// Dense operands, and the geometry: an image of `size` with zeros around it, and the windows over it.
+// Dense operands, and the geometry: images of `size`, their zero padding, and the windows over them.
 struct Convolved {
   Tensor x, weight, scale;     // [B, groups * C, *size]; [groups * N, C, *count]; [groups * N] in fp32
   std::optional<Tensor> bias;  // [groups * N]
@@ -57,7 +57,7 @@ struct Convolved {
   }
 };
 
-// Images with the zeros around them.
+// Images with their zero padding.
 struct Padded {
   Tensor x;
   Three size;
@@ -80,7 +80,7 @@ struct Padded {
     });
   }
 
-  int64_t step(int d) const { return d == 2 ? 1 : size[d + 1] * step(d + 1); }  // from a place along d to the next
+  int64_t step(int d) const { return d == 2 ? 1 : size[d + 1] * step(d + 1); }  // from one place along d to the next
 };
 
 // From each place so far, `count` places along one more dimension.
@@ -91,7 +91,7 @@ Sizes with_dimension(const Sizes& so_far, int64_t count, int64_t step) {
   return all;
 }
 
-// The convolutions of all groups and images, of which each has `part(group)`.
+// The convolutions of all groups and images, where `part(group)` is that of a group.
 template <class Part>
 void run(const Convolution& c, const ConvolutionKernels& kernels, int64_t groups, int64_t images, const Part& part) {
   const int64_t P = c.windows[0] * c.windows[1] * c.windows[2], most = kernels.most_windows(c);
@@ -100,7 +100,8 @@ void run(const Convolution& c, const ConvolutionKernels& kernels, int64_t groups
   parts *= even_parts(of_widest * parts, P / parts, kFewWindows);
   const int64_t height = up_to_multiple(ceil_div(P, parts), kernels.unit);
   parts = ceil_div(P, height);
-  const int64_t sharers = std::max<int64_t>(1, torch::stable::get_num_threads() / (of_widest * parts));  // of windows
+  // Threads that share the same windows.
+  const int64_t sharers = std::max<int64_t>(1, torch::stable::get_num_threads() / (of_widest * parts));
   const int64_t width = up_to_multiple(std::max(kFewColumnsOfPart, ceil_div(c.N, widest * sharers)), kColumns);
   const int64_t columns = ceil_div(c.N, width), whole = groups * images * columns;
   const size_t bytes = kernels.scratch_bytes(c);
@@ -140,7 +141,7 @@ Tensor wide_convolution(const Convolved& in, const ConvolutionKernels& kernel) {
   Sizes element = with_dimension({0}, in.C(), product(image.size));
   for (int d = 0; d < 3; d++) element = with_dimension(element, in.count[d], in.dilation[d] * image.step(d));
   std::fill_n(c.windows, 3, 1);
-  for (int d = 2, last = 2; d >= 0; d--)  // those with a single window are no dimensions
+  for (int d = 2, last = 2; d >= 0; d--)  // dimensions with a single window are left out
     if (in.windows[d] > 1) c.windows[last] = in.windows[d], c.step[last--] = in.stride[d] * image.step(d);
   if (in.bias) c.bias_type = *float_type(in.bias->scalar_type());
   c.N = in.N(), c.K = static_cast<int64_t>(element.size()), c.type = in.type;
@@ -170,7 +171,7 @@ bool has_kernel(const Tensor& x) {
   return type && kernels().convolution(*type) && kernels().narrow_convolution(*type);
 }
 
-// Whether these are the operands of a convolution that kernels may have, as far as types and dimensions tell.
+// Whether kernels may serve a convolution of these operands, as far as types and dimensions tell.
 bool is_convolution(const Tensor& x, const Tensor& weight, const Tensor& weight_scale,
                     const std::optional<Tensor>& bias, const Sizes& stride, const Sizes& padding, const Sizes& dilation,
                     int64_t groups) {
@@ -205,10 +206,11 @@ Tensor w8a16_conv(const Tensor& x, const Tensor& weight, const Tensor& weight_sc
 
 // -- transposed ones -------------------------------------------------------------------------------------------------
 //
-// Along a dimension, element t of x and element k of a filter meet at place t * stride + k * dilation - padding of y.
-// So place q, of phase r = (q + padding) % stride, is of the elements r, r + stride, ... of a filter, its taps, and of
-// a window of x that ends with number (q + padding) / stride. The phases of a filter are filters of an ordinary
-// convolution. Those that have a tap less than others are one of their own: 0 times what is infinite would not be 0.
+// Along a dimension, element t of x and element k of a filter contribute to place t * stride + k * dilation - padding
+// of y. So place q, of phase r = (q + padding) % stride, gets elements r, r + stride, ... of a filter, its taps, and a
+// window of x that ends with element (q + padding) / stride. The phases of a filter are filters of an ordinary
+// convolution. Those with one tap less than others have a convolution of their own: with a tap of 0 instead, 0 times
+// infinity would not be 0.
 
 struct Phases {
   Three from, many, taps;
@@ -217,9 +219,9 @@ struct Phases {
 struct Transposed {
   Three count, stride, padding, dilation;
   Three size = {};                 // of y
-  Three first = {}, windows = {};  // the first window, and how many there are
+  Three first = {}, windows = {};  // the first window, and their number
 
-  // Those with as many taps as any along dimensions whose bit is not set, those with one less along others.
+  // The phases with the most taps along dimensions whose bit is not set, and with one tap less along the others.
   Phases phases(int bits) const {
     Phases some{};
     for (int d = 0; d < 3; d++) {
@@ -262,7 +264,7 @@ Tensor filters_of(const Phases& phases, const Tensor& weight, const Transposed& 
   return rows;
 }
 
-// Each of [N] `times` times.
+// Each of [N] values, `times` times.
 Tensor repeated(const Tensor& values, int64_t times, int64_t bytes) {
   Tensor all = empty(values, {values.numel() * times}, values.scalar_type());
   for (int64_t i = 0; i < all.numel(); i++)
@@ -270,7 +272,7 @@ Tensor repeated(const Tensor& values, int64_t times, int64_t bytes) {
   return all;
 }
 
-// Columns [N * phases, windows] -> y [N, *size], where they lie between each other.
+// Columns [N * phases, windows] -> y [N, *size], where phases are interleaved.
 template <class Value>
 void interleave(const Tensor& columns, const Phases& phases, const Transposed& of, Tensor& y) {
   const auto* from = static_cast<const Value*>(columns.const_data_ptr());
@@ -293,7 +295,7 @@ void interleave(const Tensor& columns, const Phases& phases, const Transposed& o
   });
 }
 
-// Nothing for what is left to the reference.
+// Nothing, if it is left to the reference.
 std::optional<Transposed> transposed(const Convolved& in, const Sizes& stride, const Sizes& padding,
                                      const Sizes& dilation, const Sizes& output_padding) {
   Transposed of{in.count, three(stride, 1), three(padding, 0), three(dilation, 1)};
@@ -304,14 +306,14 @@ std::optional<Transposed> transposed(const Convolved& in, const Sizes& stride, c
     of.first[d] = of.padding[d] / step;
     of.windows[d] = (of.size[d] - 1 + of.padding[d]) / step - of.first[d] + 1;
     const bool is_valid = of.size[d] > 0 && more[d] >= 0 && more[d] < std::max(step, apart);
-    // Else the elements of a phase are no strides apart, or it has none, or the first window begins inside of x.
+    // Otherwise the elements of a phase are not strides apart, or it has none, or the first window begins inside of x.
     const bool has_taps = (step == 1 || apart == 1) && of.count[d] >= step;
     if (!is_valid || !has_taps || of.first[d] > (of.count[d] / step - 1) * apart) return std::nullopt;
   }
   return of;
 }
 
-// The ordinary convolution of some phases.
+// The ordinary convolution that computes some phases.
 Convolved convolved(const Phases& phases, const Convolved& given, const Transposed& of) {
   Convolved in = given;
   const int64_t many = product(phases.many);

@@ -1,4 +1,4 @@
-// The ops of linear layers and of experts: rows of x and columns of y, dealt out to the threads.
+// The ops of linear layers and of experts: threads share rows of x and columns of y.
 #pragma once
 
 #include <cstring>
@@ -14,10 +14,10 @@ using octavo::Block;
 using octavo::Linear;
 using octavo::LinearKernels;
 
-constexpr int64_t kRowsOfPart = 129;   // of x, that are worth laying W across for
-constexpr int64_t kUnpackedRows = 32;  // of x, the unit of parts where it is not packed
+constexpr int64_t kRowsOfPart = 129;   // of x, that are worth packing W for
+constexpr int64_t kUnpackedRows = 32;  // of x: parts are multiples of this, if x is not packed
 
-// What the operands of a linear layer are, before anyone asks which rows of them.
+// The operands of a linear layer, of which some rows are chosen later.
 struct Operands {
   Tensor x, x_scale, weight, weight_scale, bias;
 
@@ -36,7 +36,7 @@ struct Operands {
                     "bias must be of the weight's rows");
   }
 
-  // The layer with rows [m0, m1) of x, and the weight of expert e (0 where there are no experts).
+  // The layer with rows [m0, m1) of x, and the weight of expert e (0 if there are no experts).
   Linear layer(int64_t m0, int64_t m1, int64_t e, Tensor& y, Float y_type) const {
     Linear layer{};
     layer.M = m1 - m0, layer.N = weight.size(-2), layer.K = weight.size(-1);
@@ -67,7 +67,7 @@ struct Operands {
   }
 
  private:
-  // Whether the sizes that come before the weight's last are those of `one`, too.
+  // Whether `one` has the weight's sizes in all dimensions but the last.
   bool is_by_row(const Tensor& one) const {
     for (int64_t d = 0; d + 1 < weight.dim(); d++)
       if (one.size(d) != weight.size(d)) return false;
@@ -75,10 +75,10 @@ struct Operands {
   }
 };
 
-// Deals out units of `size` to the threads, of all layers together, of which each has `of(layer)`.
+// Splits all layers together among the threads, in units of `size`. `of(layer)`: how many of what is split a layer has.
 template <class Of, class Work>
 void deal_out(const std::vector<Linear>& layers, int64_t size, const Of& of, const Work& work) {
-  std::vector<int64_t> ends;  // of the layers, counted in units
+  std::vector<int64_t> ends;  // where layers end, counted in units
   int64_t units = 0, products = 0;
   for (const Linear& layer : layers) {
     ends.push_back(units += ceil_div(of(layer), size));
@@ -94,14 +94,15 @@ void deal_out(const std::vector<Linear>& layers, int64_t size, const Of& of, con
   });
 }
 
-// Into how many parts rows of x are cut, of which threads take columns of y, one part after the other: so that each has
-// as much to do; or has rows of its own to lay out, where W is read for some rows at a time, and no more often so.
+// How many parts the rows of x are cut into, where threads take columns of y, one part after the other. So many that
+// threads get equal work; or, if W is read in several passes, each for some of the rows, so many that threads pack rows
+// of their own, without further passes.
 int64_t parts_of(const Linear& layer, const LinearKernels& kernels) {
   const int64_t passes = kernels.passes ? kernels.passes(layer) : 1;
   return std::max(even_parts(ceil_div(layer.N, kColumns), layer.M, kRowsOfPart), even_shares(passes));
 }
 
-// Rows of x are packed where the kernels want it, then columns of y computed. `like`: what memory is allocated like.
+// Packs the rows of x if the kernels want it, and computes the columns of y. `like`: memory is allocated as for it.
 void run(std::vector<Linear> layers, const LinearKernels& kernels, const Tensor& like) {
   size_t scratch_bytes = 0, packed_bytes = 0;
   for (const Linear& layer : layers) {
@@ -119,7 +120,7 @@ void run(std::vector<Linear> layers, const LinearKernels& kernels, const Tensor&
     deal_out(layers, octavo::kPackedRows, [](const Linear& layer) { return layer.packed ? layer.M : 0; }, kernels.pack);
   }
   const auto columns = [](const Linear& layer) { return up_to_multiple(layer.N, kColumns); };
-  const int64_t parts = layers.size() == 1 ? parts_of(layers[0], kernels) : 1;  // of experts each is a part
+  const int64_t parts = layers.size() == 1 ? parts_of(layers[0], kernels) : 1;  // of experts, each is a part
   deal_out(
       layers, kColumns, [&](const Linear& layer) { return parts * columns(layer); },
       [&](const Linear& layer, int64_t begin, int64_t end) {
@@ -134,9 +135,10 @@ void run(std::vector<Linear> layers, const LinearKernels& kernels, const Tensor&
       });
 }
 
-constexpr size_t kPackedAtOnce = 4 << 20;  // bytes of x, which stay in cache until they are read
+constexpr size_t kPackedAtOnce = 4 << 20;  // bytes of packed x, which stay in cache until they are read
 
-// Cuts a layer with rows [m0, m1) of x into layers of so many at most. `layer(m0, m1)`: with these.
+// Cuts a layer with rows [m0, m1) of x into layers with no more than kPackedAtOnce to pack. `layer(m0, m1)`: the layer
+// with these rows.
 template <class Of>
 void cut(int64_t m0, int64_t m1, const Of& layer, const LinearKernels& kernels, std::vector<Linear>& layers) {
   const Linear all = layer(m0, m1);
@@ -147,7 +149,7 @@ void cut(int64_t m0, int64_t m1, const Of& layer, const LinearKernels& kernels, 
   for (int64_t m = m0; m < m1; m += step) layers.push_back(layer(m, std::min(m + step, m1)));
 }
 
-// Layers, as many at a time as stay in cache together.
+// Runs layers, as many at a time as stay in cache together.
 void run_in_turns(const std::vector<Linear>& layers, const LinearKernels& kernels, const Tensor& like) {
   std::vector<Linear> turn;
   size_t packed = 0;
@@ -191,8 +193,9 @@ Tensor w8a8_linear(const Tensor& x, const Tensor& x_scale, const Tensor& weight,
 
 constexpr int64_t kMostAtOnce = 8192;  // values of x
 
-// Not of the table of ops: two of them, where nobody differentiates or compiles. Without an input_scale each row of x
-// finds its own. The codes of a row or a few are no tensors: to make those takes longer than to find codes.
+// Not in the table of ops: it is two of them in one, called where nobody differentiates or compiles. Without an
+// input_scale, each row of x has a scale of its own. The codes of a few rows are not made into tensors, which would
+// take longer than quantizing.
 Tensor w8a8_linear_at_once(const Tensor& x, const std::optional<Tensor>& input_scale, const Tensor& weight,
                            const Tensor& weight_scale, const std::optional<Tensor>& bias) {
   if (!served(x.scalar_type(), bias) || x.numel() == 0 || x.numel() > kMostAtOnce) {
@@ -221,14 +224,14 @@ Tensor w8a8_linear_at_once(const Tensor& x, const std::optional<Tensor>& input_s
   return y;
 }
 
-// Of x, in float linear layers.
+// The most rows of x for which float linear layers have kernels.
 int64_t most_rows(Float type) {
   static const bool wider = octavo::this_machine().wider;
   const octavo::FloatLinearKernels& of = kernels().float_linear(type);
   return wider ? of.most_rows_next_to_wider : of.most_rows;
 }
 
-// Not of the table of ops: it is called where nobody differentiates. Where no kernel is faster it is torch's own.
+// Not in the table of ops: it is called where nobody differentiates. If no kernel is faster, it is torch's own.
 Tensor float_linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias) {
   STD_TORCH_CHECK(weight.scalar_type() == x.scalar_type() && weight.dim() == 2, "weight must be [N, K], of x's type");
   STD_TORCH_CHECK(x.dim() >= 1 && x.size(-1) == weight.size(1), "x must have rows of ", weight.size(1), " values");

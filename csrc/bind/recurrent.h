@@ -1,4 +1,4 @@
-// The op of recurrent layers: step after step, a product that the threads share, and the gates.
+// The op of recurrent layers: step after step, a product that the threads share, and then the gates.
 #pragma once
 
 #include "../kernels.h"
@@ -11,11 +11,11 @@ namespace {
 using octavo::Recurrence;
 using octavo::Rows;
 
-// Not of the table of ops: it is called where nobody differentiates or compiles, with operands of one type.
+// Not in the table of ops: it is called where nobody differentiates or compiles, with operands of one type.
 //
 //     p [T, B, gates * H]    W_ih x + b_ih of all steps
 //     weight, bias           W_hh int8 [gates * H, H], b_hh
-//     h [B, H], c            the state before; c, fp32, is that after in the end
+//     h [B, H], c            the state before; c, fp32, is updated in place
 //     kind                   of `Recurrence`
 //     int8_inputs            each step quantizes the rows of h, as quantize_per_token does
 //     backwards              from the last step to the first

@@ -1,4 +1,4 @@
-// The ops on rows: quantization, lookups, norms, gates.
+// The ops on rows: quantization, lookups, norms, gates, rotary embeddings.
 #pragma once
 
 #include <cmath>
@@ -39,8 +39,8 @@ std::tuple<Tensor, Tensor> quantize_per_token(const Tensor& x) {
   return quantize_rows(x, *type, kernels().quantize_token);
 }
 
-// Keys or values [B, KV, T, D] -> codes and scales that lie anywhere, a token's codes next to each other. The scale of
-// a row of zeros is 0 where they are values.
+// Keys or values [B, KV, T, D] -> codes and scales with any strides; the codes of a token are contiguous. For values,
+// the scale of a row of zeros is 0.
 void quantize_states(const Tensor& x, Tensor codes, Tensor scale, bool are_values) {
   const auto type = float_type(x.scalar_type());
   const bool dense_rows = x.dim() == 4 && codes.dim() == 4 && scale.dim() == 4 && codes.stride(3) == 1;
@@ -72,10 +72,10 @@ std::tuple<Tensor, Tensor> quantize_weight(const Tensor& weight) {
   return quantize_rows(weight, *type, kernels().quantize_weight);
 }
 
-// One scale for all: the rows are pieces of equal length then, as many as is convenient.
+// If there is one scale for all values, rows are pieces of any equal length.
 constexpr int64_t kPiece = 16 << 10;
 
-// Calls work(piece) for each piece of `count` values that lie one after another.
+// Calls work(i, start, length) for each piece of `count` contiguous values.
 template <class Work>
 void in_pieces(int64_t count, const Work& work) {
   over_rows(ceil_div(count, kPiece), kPiece, [&](int64_t begin, int64_t end) {
@@ -125,7 +125,7 @@ std::tuple<Tensor, Tensor> quantize_per_tensor(const Tensor& x) {
   float amax = 0;
   for (const float one : largest) amax = one > amax || std::isnan(one) ? one : amax;
   const float step = amax / 127.0f;
-  in.scale[0] = step == 0 ? 1 : step;  // of the smallest numbers too, of which a 127th is zero
+  in.scale[0] = step == 0 ? 1 : step;  // also for numbers so small that a 127th of them is zero
   in_pieces(x.numel(), [&](int64_t, int64_t start, int64_t length) {
     kernels().quantize_given(piece_of(in, start, length), 0, 1);
   });
@@ -158,7 +158,7 @@ Tensor w8a16_embedding(const Tensor& indices, const Tensor& weight, const Tensor
   return y;
 }
 
-// Not of the table of ops: it is called where nobody differentiates or compiles, with operands of one type.
+// Not in the table of ops: it is called where nobody differentiates or compiles, with operands of one type.
 Tensor rms_norm(const Tensor& x, const Tensor& weight, double eps, bool round_first) {
   const auto type = float_type(x.scalar_type());
   STD_TORCH_CHECK(type && x.scalar_type() == weight.scalar_type(), "x and weight must be floats of one type");
@@ -171,8 +171,8 @@ Tensor rms_norm(const Tensor& x, const Tensor& weight, double eps, bool round_fi
   return y;
 }
 
-// Elements from one row [..., K] to the next, if it is the same between all and a row's values are next to each other:
-// a half of what one layer returned for two is such.
+// Elements from one row [..., K] to the next, if they are the same for all rows, and the values of a row are
+// contiguous. That holds for either half of what one layer computes for two (gate and up).
 std::optional<int64_t> row_step(const Tensor& x) {
   if (x.is_contiguous()) return x.size(-1);
   if (x.size(-1) > 1 && x.stride(-1) != 1) return std::nullopt;
@@ -186,7 +186,7 @@ std::optional<int64_t> row_step(const Tensor& x) {
   return step;
 }
 
-// Not of the table of ops either, for the same reason.
+// Not in the table of ops either, for the same reason.
 Tensor gated(const Tensor& gate, const Tensor& up, double a, double b) {
   const auto type = float_type(gate.scalar_type());
   STD_TORCH_CHECK(type && gate.scalar_type() == up.scalar_type(), "gate and up must be floats of one type");
@@ -202,12 +202,12 @@ Tensor gated(const Tensor& gate, const Tensor& up, double a, double b) {
   return y;
 }
 
-// Where token t of sequence b lies in [B, H, T, D], or in [B, T, D].
+// Where token t of sequence b is in [B, H, T, D], or in [B, T, D].
 int64_t token_at(const Tensor& x, int64_t b, int64_t t) {
   return (x.size(0) == 1 ? 0 : b * x.stride(0)) + t * x.stride(x.dim() - 2);
 }
 
-// Nor this one: queries [B, H, T, D] and keys [B, KV, T, D] by one cos and sin, [B or 1, T, D].
+// Not in the table of ops either: turns queries [B, H, T, D] and keys [B, KV, T, D] by one cos and sin, [B or 1, T, D].
 std::tuple<Tensor, Tensor> rotary(const Tensor& q, const Tensor& k, const Tensor& cos, const Tensor& sin) {
   const auto type = float_type(q.scalar_type());
   STD_TORCH_CHECK(type && q.dim() == 4 && q.size(3) % 2 == 0, "q must be floats [B, H, T, D], D even");
@@ -218,7 +218,7 @@ std::tuple<Tensor, Tensor> rotary(const Tensor& q, const Tensor& k, const Tensor
                     "k, cos and sin must have q's type, tokens and D");
   }
   const auto in_line = [](const Tensor& x) { return x.stride(-1) == 1 ? x : dense(x); };
-  // As torch's ops lay them out: heads of a token side by side, where they are so in x.
+  // In the layout of torch's ops: heads of a token are adjacent if they are in x.
   const auto laid_out_like = [](const Tensor& x) {
     const Tensor y = torch::stable::empty_like(x);
     return y.stride(-1) == 1 ? y : empty(x, {x.sizes().begin(), x.sizes().end()}, x.scalar_type());

@@ -1,4 +1,4 @@
-// What every op does with tensors: their types and sizes, and the reference for what no kernel is written for.
+// What every op does with tensors: types, sizes, and calls of the reference where there is no kernel.
 #pragma once
 
 #include <algorithm>
@@ -23,7 +23,7 @@ using torch::stable::Tensor;
 std::atomic<const Kernels*> active{nullptr};  // null: the reference serves
 const Kernels& kernels() { return *active.load(std::memory_order_relaxed); }
 
-// Of what the kernels serve; the rest is the reference's.
+// A type that the kernels serve; the reference serves the others.
 std::optional<Float> float_type(ScalarType type) {
   if (!active.load(std::memory_order_relaxed)) return std::nullopt;
   if (type == ScalarType::Float) return Float::f32;
@@ -32,7 +32,7 @@ std::optional<Float> float_type(ScalarType type) {
   return std::nullopt;
 }
 
-// Whether there are kernels for floats of these types: of x in w8a16, of y in w8a8.
+// Whether the kernels serve this type (of x in w8a16, of y in w8a8) and that of the bias.
 bool served(ScalarType type, const std::optional<Tensor>& bias) {
   return float_type(type) && (!bias || float_type(bias->scalar_type()));
 }
@@ -58,7 +58,7 @@ Tensor empty(const Tensor& like, const std::vector<int64_t>& sizes, ScalarType t
 const void* at(const void* base, int64_t bytes) { return static_cast<const char*>(base) + bytes; }
 void* at(void* base, int64_t bytes) { return static_cast<char*>(base) + bytes; }
 
-// An op of torch's, or of anybody's, by its name.
+// Calls an op of torch, or of any library, by its name.
 template <class Result, class... Args>
 Result call(const std::string& op, const Args&... args) {
   std::array<StableIValue, std::max<size_t>(sizeof...(Args), 2)> stack{torch::stable::detail::from(args)...};
@@ -69,7 +69,7 @@ Result call(const std::string& op, const Args&... args) {
     return torch::stable::detail::to<Result>(stack[0]);
 }
 
-// The same op of the reference, for what no kernel is written for: float64.
+// Calls the same op of the reference, where there is no kernel: in float64.
 template <class Result, class... Args>
 Result reference(const std::string& name, const Args&... args) {
   return call<Result>("octavo_reference::" + name, args...);

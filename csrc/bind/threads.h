@@ -1,4 +1,4 @@
-// Work is split over torch's threads (`torch.set_num_threads`), each with memory of its own.
+// Splits work over torch's threads (`torch.set_num_threads`), each with scratch memory of its own.
 #pragma once
 
 #include <algorithm>
@@ -10,12 +10,12 @@
 
 namespace {
 
-constexpr int64_t kWorthAThread = 128 << 10;  // products that a thread should at least have to make
-constexpr int64_t kColumns = 32;              // of y, the unit in which work is dealt out
-constexpr int64_t kUnitsOfThread = 8;         // of work, from which it does not matter who has one more
+constexpr int64_t kWorthAThread = 128 << 10;  // products that are worth a thread, at least
+constexpr int64_t kColumns = 32;              // of y: work is split among threads in multiples of this
+constexpr int64_t kUnitsOfThread = 8;         // of work per thread, from which one more or less does not matter
 constexpr int64_t kElement = 8;               // products that take as long as what is done to an element of a row
 
-// The first address in `memory`, which has 64 bytes more than are used, that is a multiple of 64.
+// The first address in `memory` that is a multiple of 64. It has 64 bytes more than are used.
 char* aligned(void* memory) {
   return reinterpret_cast<char*>((reinterpret_cast<uintptr_t>(memory) + 63) & ~static_cast<uintptr_t>(63));
 }
@@ -39,21 +39,21 @@ void in_parallel(int64_t units, int64_t cost_of_unit, const Work& work) {
     torch::stable::parallel_for(0, units, grain, work);
 }
 
-// The same for what is done to each element of rows [rows, K].
+// The same for work on each element of rows [rows, K].
 template <class Work>
 void over_rows(int64_t rows, int64_t K, const Work& work) {
   in_parallel(rows, K * kElement, work);
 }
 
-// Into how many parts rows are to be cut, if `whole` units of work are all there is of each, so that threads get as
-// much of them. least: rows of a part that are worth it.
+// How many parts rows are to be cut into, if each part has `whole` units of work, so that threads get equal shares.
+// least: the fewest rows that are worth a part.
 int64_t even_parts(int64_t whole, int64_t rows, int64_t least) {
   const int64_t threads = torch::stable::get_num_threads();
   if (whole >= kUnitsOfThread * threads || whole % threads == 0) return 1;
   return std::max<int64_t>(1, std::min(threads, rows / least));
 }
 
-// Into how many shares, of as many each, threads can take `whole` units of work.
+// The most equal shares, of whole units, in which threads can take `whole` units of work.
 int64_t even_shares(int64_t whole) {
   int64_t shares = std::max<int64_t>(1, std::min<int64_t>(torch::stable::get_num_threads(), whole));
   while (whole % shares != 0) shares--;

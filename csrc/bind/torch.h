@@ -1,5 +1,5 @@
-// torch's stable ABI. What fails behind it is told in torch's own words (memory that is not there, above all), where
-// torch has them to give: 2.13 and later. The macro is of 2.10, whose words are those of the call.
+// torch's stable ABI. Errors behind it (out of memory, above all) are reported in torch's own words, if torch passes
+// them on: 2.13 and later do. The macro is torch 2.10's, whose message only quotes the call.
 #pragma once
 
 #include <torch/headeronly/util/shim_utils.h>
