@@ -1,8 +1,8 @@
-// Walks the shapes of every kernel that this processor has, under AddressSanitizer and UBSan (`make sanitize`).
+// Runs every kernel that this processor has on many shapes, under AddressSanitizer and UBSan (`make sanitize`).
 //
-// Every operand lies in memory of exactly its size: before a page that may not be touched, after one, or in a block of
-// the heap, which the sanitizer watches. (It sees no masked load and no inline assembly; the processor sees the page.)
-// Results are held to loops over double and int64. Ends with the first that is wrong, and says which.
+// Every operand is in memory of exactly its size: before a guard page, which must not be touched, after one, or in a
+// block of the heap, which the sanitizer watches. (It sees no masked load and no inline assembly; the guard page stops
+// them.) Results are compared with loops over double and int64. The first wrong one ends the run, and is reported.
 
 #include <sys/mman.h>
 #include <unistd.h>
@@ -53,7 +53,7 @@ T one_of(const T (&values)[count]) {
 enum class Place { before_guard, after_guard, heap };
 constexpr Place kPlaces[] = {Place::before_guard, Place::after_guard, Place::heap};
 
-// `count` elements of T, filled with 0xff: NaN, where a float is read before it is written.
+// `count` elements of T, filled with 0xff, which is NaN: so it shows if a float is read before it is written.
 template <class T>
 class Array {
  public:
@@ -97,7 +97,7 @@ Format format_of(Float type) {
   return type == Float::f32 ? Format{8, 23} : type == Float::bf16 ? Format{8, 7} : Format{5, 10};
 }
 
-double power_of_two(int exponent) {  // of a normal double
+double power_of_two(int exponent) {  // for normal doubles
   const uint64_t bits = static_cast<uint64_t>(exponent + 1023) << 52;
   double power;
   memcpy(&power, &bits, sizeof power);
@@ -121,7 +121,7 @@ double ulp(double value, Float type) {
   return power_of_two(std::max(exponent - 1, 2 - (1 << (e - 1))) - f);
 }
 
-// The bits of |value| rounded to a 16-bit type: half way, to the even one. Infinity is where the next number would be.
+// The bits of |value| rounded to a 16-bit type, half to even. Infinity is where the next number would be.
 uint32_t encode(double value, Float type) {
   const auto [e, f] = format_of(type);
   const uint32_t infinity = ((1u << e) - 1) << f;
@@ -137,7 +137,7 @@ uint32_t encode(double value, Float type) {
   return down < up || (down == up && low % 2 == 0) ? low : high;
 }
 
-// An array of floats of a type that is known at run time.
+// An array of floats whose type is known at run time.
 class Floats {
  public:
   Floats(int64_t count, Float type) : type_(type), bytes_(count * size_of(type)) {}
@@ -194,7 +194,7 @@ const char* name_of(Scheme scheme) {
   return scheme == Scheme::w8a8 ? "w8a8" : scheme == Scheme::w8a16 ? "w8a16" : "floats";
 }
 
-// One layer, and what it should compute. x is codes in w8a8, else values of `type`; so is W where it is floats.
+// A layer, and its expected result. x is codes in w8a8, else values of `type`; so is W if the scheme is floats.
 struct Problem {
   Shape shape;
   Scheme scheme;
@@ -229,7 +229,7 @@ struct Problem {
   double weight(int64_t i) { return scheme == Scheme::floats ? w[i] : w_codes[i]; }
   double scale_of(int64_t i) { return scheme == Scheme::floats ? 1 : w_scale[i]; }
 
-  // fp32 rounds each of the products' sums; their errors are as often up as down.
+  // fp32 rounds each sum of products; its errors go up as often as down, so they grow with the root of K.
   void solve() {
     std::vector<double> values(shape.K), weights(shape.N * shape.K);
     for (int64_t i = 0; i < shape.N * shape.K; i++) weights[i] = weight(i);
@@ -346,7 +346,7 @@ void check_linear_layers(const std::vector<const Kernels*>& all) {
 
 // -- convolutions ----------------------------------------------------------------------------------------------------
 
-// Images of [C, *size], and what windows over them should give.
+// Images of [C, *size], and the windows over them.
 struct Windows {
   int64_t images, C, N, K = 1, P = 1, image = 1;
   int64_t size[3], count[3], stride[3], dilation[3], windows[3];
@@ -382,7 +382,7 @@ struct Windows {
   }
 };
 
-// y should be sum * scale + added, of the sum of K products whose magnitudes add up to `magnitude`, in fp32.
+// The expected y, sum * scale + added, where fp32 sums K products whose magnitudes add up to `magnitude`.
 struct Convolved {
   double sum, magnitude;
   int64_t K;
@@ -433,7 +433,7 @@ void check_convolution(const Kernels& kernels, const Windows& in) {
   }
 }
 
-// Images of groups with zeros around them, and what windows over them should give.
+// A convolution of zero-padded images with groups, compared with sums over their windows.
 void check_narrow_convolution(const Kernels& kernels, int64_t C, int64_t N, const int64_t (&most)[3]) {
   const bool has_bias = random_below(2);
   NarrowConvolution c{};
@@ -489,7 +489,7 @@ void check_narrow_convolutions(const Kernels& kernels) {
   if (!kernels.narrow_convolution(Float::f32)) return;
   for (int i = 0; i < 400; i++)
     check_narrow_convolution(kernels, 1 + random_below(5), 1 + random_below(20), {2, 6, 40});
-  for (int i = 0; i < 3; i++) check_narrow_convolution(kernels, 1, 2, {1, 1, 3000});   // more than at once
+  for (int i = 0; i < 3; i++) check_narrow_convolution(kernels, 1, 2, {1, 1, 3000});   // more than are taken at once
   for (int i = 0; i < 3; i++) check_narrow_convolution(kernels, 300, 3, {1, 3, 100});  // long windows
 }
 
@@ -498,7 +498,7 @@ void check_convolutions(const Kernels& kernels) {
   constexpr int64_t kN[] = {1, 2, 7, 15, 16, 17, 31, 32, 33, 40, 70};
   for (int i = 0; i < 300; i++)
     check_convolution(kernels, Windows(1 + random_below(2), 1 + random_below(6), one_of(kN), {2, 6, 30}));
-  for (int i = 0; i < 3; i++) check_convolution(kernels, Windows(1, 1, 3, {1, 50, 50}));   // more than at once
+  for (int i = 0; i < 3; i++) check_convolution(kernels, Windows(1, 1, 3, {1, 50, 50}));  // more than are taken at once
   for (int i = 0; i < 3; i++) check_convolution(kernels, Windows(1, 300, 3, {1, 2, 30}));  // long windows
 }
 
@@ -566,7 +566,7 @@ void check_rows(const Kernels& kernels, int64_t rows, int64_t K, Float type) {
     (weight ? kernels.quantize_weight : kernels.quantize_token)(in, last, rows);
     for (int64_t r = 0; r < rows; r++) {
       const float largest = static_cast<float>(largest_of(x, r * K, (r + 1) * K)), token = largest / 127;
-      if (weight && !std::isfinite(largest)) continue;  // refused by whoever asked
+      if (weight && !std::isfinite(largest)) continue;  // refused by the caller
       const float expected = weight ? weight_scale_of(largest, type) : token == 0 ? 1 : token;
       check_codes(kernels.isa, weight ? "quantize_weight" : "quantize_token", x, K, codes, r, scale[r], expected);
     }
@@ -595,7 +595,7 @@ void check_lookup(const Kernels& kernels, int64_t count, int64_t H, Float type) 
   Array<float> scale(kRows);
   Floats y(count * H, type);
   fill_codes(table);
-  // Short fractions, so that products end half way between two numbers; subnormal and infinite as fp16.
+  // Short fractions, so that products end halfway between two numbers; some are subnormal or infinite in fp16.
   for (int64_t i = 0; i < kRows; i++)
     scale[i] = std::ldexp(1.0f + random_below(64) / 64.0f, static_cast<int>(random_below(46)) - 34);
   for (int64_t i = 0; i < count; i++) indices[i] = random_below(kRows);
@@ -611,7 +611,7 @@ void check_lookup(const Kernels& kernels, int64_t count, int64_t H, Float type) 
   }
 }
 
-// Whether y is `expected` to within `error` and its own rounding.
+// Whether y is `expected`, up to `error` and its own rounding.
 bool is_near(double y, double expected, double error, Float type) {
   return std::fabs(y - expected) <= error + ulp(expected, type);
 }
@@ -636,7 +636,7 @@ void check_norm(const Kernels& kernels, int64_t rows, int64_t K, Float type, boo
 }
 
 void check_rotary(const Kernels& kernels, int64_t heads, int64_t half, Float type) {
-  const int64_t D = 2 * half, gap = random_below(3);  // heads have so much between them, but not behind the last
+  const int64_t D = 2 * half, gap = random_below(3);  // gap: elements between heads, but not after the last
   Floats x(heads > 0 ? heads * (D + gap) - gap : 0, type), cos(D, type), sin(D, type), y(heads * D, type);
   x.fill(-4, 3), cos.fill(-3, 0), sin.fill(-3, 0);
   kernels.rotary({heads, D, x.data(), cos.data(), sin.data(), y.data(), D + gap, D, type});
@@ -650,7 +650,7 @@ void check_rotary(const Kernels& kernels, int64_t heads, int64_t half, Float typ
 }
 
 void check_gated(const Kernels& kernels, int64_t rows, int64_t K, Float type, bool cubic) {
-  const int64_t gap = random_below(3);  // rows of gate have so much between them, but not behind the last
+  const int64_t gap = random_below(3);  // gap: elements between rows of gate, but not after the last
   Floats gate(rows > 0 ? rows * (K + gap) - gap : 0, type), up(rows * K, type), y(rows * K, type);
   gate.fill(-6, 5), up.fill(-2, 2);
   const float a = cubic ? 1.5957691f : 1.0f, b = cubic ? 0.0713548f : 0.0f;
@@ -721,7 +721,7 @@ void check_rows_and_lookups(const Kernels& kernels) {
 
 // -- attention -------------------------------------------------------------------------------------------------------
 
-// One operand, [batch, heads, tokens, size] as it lies in memory: heads before tokens, or tokens before heads.
+// One operand, [batch, heads, tokens, size], with heads before tokens in memory, or tokens before heads.
 struct Operand {
   int64_t heads, tokens, size;
   bool tokens_first;
@@ -777,7 +777,7 @@ struct Stored {
   }
 };
 
-// A mask whose rows forbid something at their ends, or anywhere; as booleans, or as numbers that are added.
+// A mask whose rows forbid tokens at their ends, or anywhere; of booleans, or of numbers that are added.
 struct RandomMask {
   int64_t B, H, T, S;
   Mask::Kind kind;
@@ -802,7 +802,7 @@ struct RandomMask {
     const uint32_t sign = 1u << (e + f), infinity = ((1u << e) - 1) << f, lowest = sign | (infinity - 1);
     const int form = static_cast<int>(random_below(4));
     for (int64_t row = 0; row < B * H * T; row++) {
-      // Next to fp16's lowest number a score loses its last bits: a row of nothing else has no exact result.
+      // A score that is added to fp16's lowest number loses its last bits: a row of nothing else has no exact result.
       const bool some = form == 0 && kind == Mask::Kind::f16;
       const int64_t first = random_below(S + !some), last = first + some + random_below(S - first + !some);
       for (int64_t s = 0; s < S; s++) {
@@ -831,14 +831,14 @@ struct RandomMask {
   }
 };
 
-// What an attention is of: heads of kv * shared queries and kv keys, and a mask.
+// An attention to be computed: kv * shared query heads, kv key heads, and a mask.
 struct AttentionCase {
   int64_t batch, kv, shared, T, S, D, Dv;
   Operand q, k, v;
   RandomMask mask;
   Floats y;
 
-  // type: of q, k, v and y, or null: of each its own.
+  // type: of q, k, v and y; if null, each has its own.
   AttentionCase(int64_t batch, int64_t kv, int64_t shared, int64_t T, int64_t S, int64_t D, int64_t Dv, Mask::Kind kind,
                 const Float* type)
       : batch(batch),
@@ -873,7 +873,7 @@ struct AttentionCase {
   }
 };
 
-// All steps, in parts.
+// All steps, in several parts.
 void attend(const AttentionKernels& kernels, Attention a) {
   Array<char> packed(kernels.packed_bytes(a) * a.B * a.KV), scratch((kernels.scratch_bytes(a) + 63) / 64 * 64);
   a.packed = packed.data();
@@ -907,7 +907,7 @@ void check_int8_attention(const Kernels& kernels, AttentionCase c, bool of_codes
   Stored keys(k), values(v);
   if (of_codes) keys.put(a.k, a.k_scale), values.put(a.v, a.v_scale);
   a.has_softcap = random_below(3) == 0, a.softcap = 2;
-  const bool few = c.shared * c.T <= kAttentionRows && random_below(4);  // else as many are
+  const bool few = c.shared * c.T <= kAttentionRows && random_below(4);  // else as if they were many
   attend(few ? *kernels.int8_attention_of_few : *kernels.int8_attention, a);
 
   std::vector<double> weight(S);
@@ -927,7 +927,7 @@ void check_int8_attention(const Kernels& kernels, AttentionCase c, bool of_codes
       for (int64_t s = 0; s < S && most > 0; s++) {
         const double exact = weight[s] * 127 / most, code = v.codes[v.row(b, h / c.shared, s) * Dv + d];
         sum += std::nearbyint(exact) * code;
-        if (std::fabs(exact - std::floor(exact) - 0.5) < 2e-3) allowed += std::fabs(code);  // may get either code
+        if (std::fabs(exact - std::floor(exact) - 0.5) < 2e-3) allowed += std::fabs(code);  // either code is right
       }
       const double step = most > 0 ? most / 127 / total : 0, expected = sum * step;
       allowed = allowed * step + 1e-4 * std::fabs(expected) + ulp(expected, c.y.type());
@@ -946,8 +946,8 @@ void check_float_attention(const Kernels& kernels, AttentionCase c, bool of_code
     const int64_t at = row * x.size + i;
     return of_codes ? x.codes[at] * static_cast<double>(static_cast<float>(x.scale[row])) : x.values[at];
   };
-  // To which e^... are rounded, and what is lost of a score and of the sums; and half a step of fixed-point numbers, of
-  // the largest of them.
+  // Relative errors: of weights e^... that are rounded, and of scores and sums; and half a step of fixed-point numbers,
+  // relative to the largest of them.
   const double rounding = c.y.type() == Float::bf16 ? 0x1p-8 : 1e-4;
   const double half_step = of_codes && c.y.type() != Float::f32 ? 0.51 / 32767 : 0;
   std::vector<double> weight(c.S);
@@ -985,7 +985,7 @@ void check_attentions(const Kernels& kernels) {
   constexpr int64_t kT[] = {1, 2, 3, 7, 12, 13, 30, 45}, kS[] = {1, 2, 15, 16, 17, 31, 32, 33, 64, 65, 129, 200, 300};
   constexpr int64_t kD[] = {1, 2, 3, 4, 5, 15, 16, 31, 33, 63, 64, 65, 130};
   using Kind = Mask::Kind;
-  constexpr int64_t kMany = 1060;  // tokens, more than float attention meets at a time
+  constexpr int64_t kMany = 1060;  // tokens, more than float attention takes at a time
   for (const Float type : kTypes)
     if (kernels.float_attention(type).attention)
       for (const Kind kind : {Kind::causal, Kind::boolean})
@@ -1066,7 +1066,7 @@ int main() {
 #endif
   for (size_t i = 0; i < all.size(); i++) {
     const Kernels& kernels = *all[i];
-    // What a table has from one before it is right, or that one was not.
+    // What a table shares with an earlier one has been checked with that.
     const auto is_new = [&](const auto& of) {
       return std::none_of(all.begin(), all.begin() + i, [&](const Kernels* one) { return of(*one) == of(kernels); });
     };

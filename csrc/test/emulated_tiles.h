@@ -1,6 +1,6 @@
-// The tile unit of AMX in plain C++, for machines that have none: the intrinsics that amx.cpp uses, by the pseudo code
-// of Intel's Software Developer's Manual (volume 2: LDTILECFG, TILELOADD, TILESTORED, TDPBSSD, TDPBF16PS). Slow, and
-// strict: what the processor would refuse ends the program, and each access to memory is one that sanitizers see.
+// The tile unit of AMX in plain C++, for machines that have none: the intrinsics that amx.cpp uses, after the
+// pseudocode of Intel's Software Developer's Manual (volume 2: LDTILECFG, TILELOADD, TILESTORED, TDPBSSD, TDPBF16PS).
+// Slow, and strict: what the processor would refuse ends the program, and sanitizers see each access to memory.
 //
 // Included by amx.cpp under -DOCTAVO_EMULATED_TILES, after <immintrin.h>, whose macros it replaces.
 #pragma once
@@ -17,10 +17,10 @@ namespace emulated {
 
 struct Tile {
   uint8_t bytes[16][64];
-  int rows = 0, colsb = 0;  // as configured; 0 is not configured
+  int rows = 0, colsb = 0;  // as configured; 0: not configured
 };
 
-// As the operating system keeps them: one set for each thread.
+// One set for each thread, as the operating system keeps them.
 struct Unit {
   Tile tiles[8];
   bool configured = false;
@@ -100,7 +100,7 @@ inline void dpbssd(int c, int a, int b) {
   }
 }
 
-// Subnormal numbers are zeros, on the way in and on the way out.
+// Subnormal numbers are flushed to zero, on the way in and on the way out.
 inline float flushed(float value) {
   return std::fabs(value) < std::numeric_limits<float>::min() ? std::copysign(0.0f, value) : value;
 }
@@ -114,8 +114,8 @@ inline float from_bf16(const uint8_t* bytes) {
   return flushed(value);
 }
 
-// C[m][n] += sum of A[m][2 k + i] * B[k][2 n + i], even and odd products apart, each added by a fused multiply-add: in
-// double, which holds the product, for a call of std::fma at each takes most of a minute.
+// C[m][n] += sum of A[m][2 k + i] * B[k][2 n + i]. Even and odd products are summed apart, each added by a fused
+// multiply-add: in double, which holds the product, because calling std::fma each time takes most of a minute.
 inline void dpbf16ps(int c, int a, int b) {
   check_product(c, a, b);
   Tile &C = tile(c), &A = tile(a), &B = tile(b);
@@ -139,7 +139,7 @@ inline void dpbf16ps(int c, int a, int b) {
 
 }  // namespace emulated
 
-// Whether this thread holds tiles: a kernel must have given them back when it returns.
+// Whether this thread holds tiles: a kernel must have released them when it returns.
 bool holds_tiles() { return emulated::unit.configured; }
 
 }  // namespace octavo

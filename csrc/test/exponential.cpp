@@ -1,6 +1,6 @@
-// Checks exp and tanh of csrc/exponential.h against those of double: a value in each 64 of all that there are, and the
+// Checks exp and tanh of csrc/exponential.h against those of double: for every 64th of all values of fp32, and at the
 // ends of their ranges. tests/ops/test_exponential.py builds and runs this, with OCTAVO_VECTORS for "avx2.h" or
-// "avx512.h", and the instructions that go with it. Exit status 0: all is right.
+// "avx512.h", and the instruction sets that go with it. Exit status 0: all is right.
 
 #include <immintrin.h>
 
@@ -20,7 +20,7 @@ namespace {
 using octavo::Vec;
 constexpr int kLanes = Vec::kLanes;
 
-constexpr double kSmallest = 0x1p-149;  // fp32, between which and the next there is no number
+constexpr double kSmallest = 0x1p-149;  // the smallest number of fp32 above 0
 
 float value_of(uint32_t bits) {
   float value;
@@ -28,7 +28,7 @@ float value_of(uint32_t bits) {
   return value;
 }
 
-// Units of the last place between a fp32 value and what it should be.
+// The error of an fp32 value, in units in the last place.
 double distance(float value, double expected) {
   int exponent;
   std::frexp(expected, &exponent);
@@ -42,7 +42,7 @@ Vec::F tanh_of(Vec::F x) { return octavo::tanh_of<Vec>(x); }
 
 void apply(Function function, const float* x, float* y) { Vec::store(y, function(Vec::load(x))); }
 
-// Of the numbers with these bits, 64 apart. Returns: whether each is right to `allowed` units of the last place.
+// Checks every 64th of the numbers with these bits. Returns whether each is right to `allowed` units in the last place.
 bool check(const char* name, Function function, double (*exact)(double), uint32_t first, uint32_t last,
            double allowed) {
   double worst = 0;

@@ -1,8 +1,7 @@
-// Checks the AMX kernels on machines without AMX: amx.cpp, compiled over emulated tiles, against loops in int64 and
-// double. Every operand ends at a page that must not be touched, or begins right after one.
+// Checks the AMX kernels on machines without AMX: amx.cpp, compiled for emulated tiles, against loops in int64 and
+// double. Every operand ends right before a guard page, which must not be touched, or begins right after one.
 //
-// `make sanitize` and tests/ops/test_tiles.py build and run this. AVX-512, which stands beside the tiles, is not
-// emulated.
+// `make sanitize` and tests/ops/test_tiles.py build and run this. AVX-512, which is used beside tiles, is not emulated.
 
 #include <sys/mman.h>
 #include <unistd.h>
@@ -26,8 +25,7 @@ namespace {
 
 using namespace octavo;
 
-// Memory between two pages that must not be touched. It ends right before the second one, or, `at_start`, begins right
-// behind the first.
+// Memory between two guard pages. It ends right before the second or, if `at_start`, begins right after the first.
 class Fenced {
  public:
   Fenced(size_t bytes, bool at_start, size_t alignment = 1) {
@@ -92,7 +90,7 @@ void write(void* base, Float type, int64_t i, float value) {
     static_cast<_Float16*>(base)[i] = static_cast<_Float16>(value);
 }
 
-// Half a unit in the last place of `type`, relative; and the smallest difference there is.
+// Half a unit in the last place of `type`, relative; and the smallest distance of two numbers.
 double half_ulp(Float type) { return std::ldexp(1, type == Float::f32 ? -24 : type == Float::bf16 ? -8 : -11); }
 double smallest(Float type) { return std::ldexp(1, type == Float::f16 ? -24 : -133); }
 
@@ -104,15 +102,15 @@ struct Case {
   Shape shape;
   bool codes;       // w8a8, else w8a16
   Float x_type;     // in w8a16
-  int64_t groups;   // of columns, in w8a16
+  int64_t groups;   // along K, in w8a16
   bool ends_only;   // codes are -128 and 127 only
   bool row_scales;  // x_scale is [M], else [1]
   bool bias;
   Float bias_type, y_type;
-  int64_t threads;  // columns are dealt out to so many, in units of 32
+  int64_t threads;  // that share the columns, in units of 32
   bool at_start;
-  int64_t odd_row;  // of x in w8a16, or -1: it has a value that is
-  float odd;        // NaN, inf, or so large that next to it the others have few bits
+  int64_t odd_row;  // of x in w8a16, or -1: the row with an odd value
+  float odd;        // NaN, inf, or so large that the others in its row keep few bits
 };
 
 [[noreturn]] void fail(const Case& c, const char* what, int64_t m, int64_t n, double got, double expected) {
@@ -154,7 +152,7 @@ void check(const Case& c) {
   const LinearKernels& kernels = c.codes ? amx_kernels.w8a8 : amx_kernels.w8a16(c.x_type);
   const size_t packed_bytes = kernels.packed_bytes(layer);
   const Fenced scratch(kernels.scratch_bytes(layer), c.at_start, 64), packed(packed_bytes, c.at_start, 64);
-  if (packed_bytes) {  // left to AVX-512
+  if (packed_bytes) {  // computed by AVX-512
     layer.packed = packed.as<char>();
     kernels.pack(layer, 0, M);
   }
@@ -179,7 +177,7 @@ void check(const Case& c) {
       if (c.codes) {
         int64_t sum = 0;
         for (int64_t k = 0; k < K; k++) sum += int64_t{x.as<int8_t>()[m * K + k]} * row[k];
-        // The sum is exact, its conversion to fp32 is not, nor are the scales' product and the product with it.
+        // The sum is exact. Its conversion to fp32, the product of the scales, and the product with that are not.
         expected = static_cast<double>(sum) * layer.x_scale[m * layer.x_scale_step] * layer.w_scale[n];
         error = 3 * std::fabs(expected) * half_ulp(Float::f32);
       } else {
@@ -190,7 +188,7 @@ void check(const Case& c) {
           sum += value * scaled, magnitude += std::fabs(value * scaled), codes += std::fabs(scaled);
           largest = std::max(largest, std::fabs(value));
         }
-        // Digits have a unit of 2^-22 of what the largest is rounded up to, or of 2^-30 in fp32.
+        // The unit of digits is 2^-22 of the largest magnitude rounded up to a power of two, and 2^-30 of it in fp32.
         const double half_unit = largest * std::ldexp(1, c.x_type == Float::f32 ? -30 : -22);
         expected = sum;
         error = (16 + std::sqrt(static_cast<double>(K))) * magnitude * half_ulp(Float::f32) + half_unit * codes;
@@ -200,7 +198,7 @@ void check(const Case& c) {
         error += std::fabs(expected) * half_ulp(Float::f32);
       }
       error = 1.001 * (error + (std::fabs(expected) + error) * half_ulp(c.y_type)) + smallest(c.y_type);
-      if (c.y_type == Float::f16 && std::fabs(expected) + error >= 65504) continue;  // infinite, or not
+      if (c.y_type == Float::f16 && std::fabs(expected) + error >= 65504) continue;  // y may be infinite
       if (!(std::fabs(got - expected) <= error)) fail(c, "y", m, n, got, expected);
     }
   }
@@ -217,7 +215,7 @@ Case any_case(Shape shape, bool codes, Float x_type, int64_t groups = 1) {
           bias_type, y_type, any(1, 3), at_start, odd_row,   odd};
 }
 
-// Codes, and one type of floats in turn.
+// Codes, and the types of floats in turn.
 void check_both(Shape shape) {
   static int turn = 0;
   check(any_case(shape, true, Float::f32));
@@ -291,7 +289,7 @@ void check_convolution(const Plane& in, Float type, float odd) {
     double error = (16 + std::sqrt(static_cast<double>(K))) * magnitude * c.w_scale[n] * half_ulp(Float::f32);
     error += std::fabs(expected) * half_ulp(Float::f32);
     error = 1.001 * (error + (std::fabs(expected) + error) * half_ulp(type)) + smallest(type);
-    if (type == Float::f16 && std::fabs(expected) + error >= 65504) continue;  // infinite, or not
+    if (type == Float::f16 && std::fabs(expected) + error >= 65504) continue;  // y may be infinite
     if (!(std::fabs(got - expected) <= error)) fail(i, got, expected);
   }
 }
@@ -311,7 +309,7 @@ void check_convolutions() {
 
 // -- attention -------------------------------------------------------------------------------------------------------
 
-// Operands of float type, or codes with scales, each token of each head behind the one before.
+// Operands of float type, or codes with scales. Tokens of a head are contiguous, and so are heads.
 struct Sequence {
   int64_t heads, tokens, size;
   Fenced x, scale;
@@ -351,7 +349,7 @@ void attend(const AttentionKernels& kernels, Attention a, bool at_start) {
       kernels.rows(a, head, r, std::min(r + height, a.rows()), scratch.as<void>());
 }
 
-// Int8 products have the bits of AVX-512's, which driver.cpp checks; bf16 ones are held to double.
+// Int8 results must have the bits of AVX-512's, which driver.cpp checks; those in bf16 are compared with double.
 void check_attention(int64_t KV, int64_t shared, int64_t T, int64_t S, int64_t D, int64_t Dv, bool codes, bool causal) {
   const bool at_start = any(0, 1);
   const Sequence q(KV * shared, T, D, false, at_start), k(KV, S, D, codes, at_start), v(KV, S, Dv, codes, at_start);
@@ -413,7 +411,7 @@ void check_attentions() {
   for (const int64_t T : kT)
     for (const int64_t S : kS)
       check_attention(any(1, 2), any(1, 2), T, S, kD[any(0, 6)], kD[any(0, 6)], any(0, 1), any(0, 1));
-  for (const bool codes : {true, false}) check_attention(1, 2, 530, 1060, 17, 33, codes, !codes);  // in parts
+  for (const bool codes : {true, false}) check_attention(1, 2, 530, 1060, 17, 33, codes, !codes);  // in several parts
 }
 
 }  // namespace
@@ -429,20 +427,20 @@ int main(int argc, char** argv) {
     for (const int64_t N : {1, 15, 16, 17, 32, 33, 95})
       for (const int64_t K : {0, 1, 31, 32, 33, 63, 64, 65, 257}) check_both({M, N, K});
   for (int i = 0; i < 60; i++) check_both({any(1, 300), any(1, 130), any(0, 700)});
-  for (const int64_t M : {1, 3, 16, 25, 33, 70})  // groups: of units of 64, and of others, which are left to AVX-512
+  for (const int64_t M : {1, 3, 16, 25, 33, 70})  // groups of whole units of 64, and others, which AVX-512 computes
     for (const Float type : kTypes) {
       check(any_case({M, 49, 640}, false, type, 5));
       check(any_case({M, 33, 192}, false, type, 3));
       check(any_case({M, 33, 2112}, false, type, 11));
       check(any_case({M, 49, 96}, false, type, 3));
     }
-  check_both({300, 70, 4160});  // several blocks of rows of x, W as it lies
+  check_both({300, 70, 4160});  // several blocks of rows of x; W is read in place
   for (const Float type : kTypes) {
     check(any_case({37, 70, 4100}, true, type));  // several pieces of K
     check(any_case({37, 70, 4100}, false, type));
     check(any_case({133, 40, 2176}, false, type, 17));
   }
-  for (const bool codes : {true, false}) {  // and several rounds of columns, since sums wait for the last piece
+  for (const bool codes : {true, false}) {  // several rounds of columns, too, since sums wait for the last piece
     Case all_at_once = any_case({129, 1060, codes ? 4160 : 2112}, codes, Float::bf16);
     all_at_once.threads = 1;
     check(all_at_once);
