@@ -122,7 +122,7 @@ struct FewTileRows {
 
   static void run(const Linear& layer, Block block, void* memory) {
     auto& scratch = *static_cast<Scratch*>(memory);
-    if (!lay(layer, block, scratch)) return Rest::run(layer, block, memory);
+    if (!pack(layer, block, scratch)) return Rest::run(layer, block, memory);
     const TilesInUse in_use;
     run_tiles(tiles_of(block.m1 - block.m0), layer, block, scratch);
   }
@@ -131,7 +131,7 @@ struct FewTileRows {
   static int64_t tiles_of(int64_t rows) { return ceil_div(rows * kDigits, kTile); }
 
   // Packs x into tiles; those of one step are adjacent. Returns whether its rows have digits.
-  static bool lay(const Linear& layer, Block block, Scratch& scratch) {
+  static bool pack(const Linear& layer, Block block, Scratch& scratch) {
     const int64_t rows = block.m1 - block.m0, row = layer.K * Row::kSize, tiles = tiles_of(rows);
     const char* const x = static_cast<const char*>(layer.x) + block.m0 * row;
     for (int64_t m = 0; m < rows; m++) {

@@ -17,7 +17,7 @@ class RowColumns {
   static constexpr int64_t kParts = Row::kDigits, kVectors = Row::kVectors;
   static constexpr bool kFolds = kParts > 1, kMixes = false;
 
-  class Finishing;
+  class Epilogue;
 
   struct Memory {
     alignas(64) char columns[kVectors][kTileBytes];
@@ -28,7 +28,7 @@ class RowColumns {
   RowColumns(const Linear& layer, Memory& memory) : layer_(layer), memory_(memory) {}
 
   // Returns whether all rows are finite, if they are to become digits.
-  bool meet(int64_t m0, int64_t m1) {
+  bool prepare(int64_t m0, int64_t m1) {
     first_ = m0;
     if constexpr (kFolds) {
       for (int64_t m = m0, i = 0; m < m1; m++, i++) {
@@ -42,12 +42,12 @@ class RowColumns {
 
   __m512 down(int64_t i) const { return Vec::load(memory_.down + i); }
 
-  void lay(int64_t m, int64_t m1, int64_t k, int64_t length, char* to, int64_t second) {
-    for (; m < m1; m += kTile, to += second) lay_tiles(m, min64(kTile, m1 - m), k, length, to, 2 * second);
+  void pack(int64_t m, int64_t m1, int64_t k, int64_t length, char* to, int64_t second) {
+    for (; m < m1; m += kTile, to += second) pack_tiles(m, min64(kTile, m1 - m), k, length, to, 2 * second);
   }
 
   // Each line is on a page of its own.
-  void ask_for_y(Block block) const {
+  void prefetch_y(Block block) const {
     for (int64_t m = block.m0; m < block.m1; m++)
       __builtin_prefetch(element(layer_.y, layer_.y_type, m * layer_.N + block.n0), 1, kIntoL2);
   }
@@ -56,8 +56,8 @@ class RowColumns {
   const char* row(int64_t m) const { return static_cast<const char*>(layer_.x) + m * layer_.K * Row::kSize; }
 
   // Past the last of `rows`, that one is repeated; its sums are not used.
-  __attribute__((noinline)) void lay_tiles(int64_t m, int64_t rows, int64_t k0, int64_t length, char* tiles,
-                                           int64_t part) {
+  __attribute__((noinline)) void pack_tiles(int64_t m, int64_t rows, int64_t k0, int64_t length, char* tiles,
+                                            int64_t part) {
     const char* const x = row(m) + k0 * Row::kSize;
     const int64_t step = layer_.K * Row::kSize;
     for (int64_t k = 0; k < length; k += kUnitCodes, tiles += kVectors / kParts * kTileBytes) {
@@ -84,10 +84,10 @@ class RowColumns {
 
 // The epilogue: two tiles, for 16 rows of x, are transposed, and then stored a few rows at a time.
 template <class Row, class Sum>
-class RowColumns<Row, Sum>::Finishing {
+class RowColumns<Row, Sum>::Epilogue {
  public:
-  Finishing() = default;
-  Finishing(const RowColumns& columns, Block part, Sums<Sum>& sums, bool folded)
+  Epilogue() = default;
+  Epilogue(const RowColumns& columns, Block part, Sums<Sum>& sums, bool folded)
       : layer_(&columns.layer_),
         part_(part),
         sums_(&sums),

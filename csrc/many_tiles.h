@@ -70,9 +70,9 @@ struct Panel {
 // place, into the cache. A row is read to its end before the next one, in memory order, and the row after it is
 // prefetched at the same time.
 template <class Tiles>
-class Filling {
+class PanelLoader {
  public:
-  Filling(const int8_t* w, int64_t row, int64_t rows, int64_t length, char* tiles)
+  PanelLoader(const int8_t* w, int64_t row, int64_t rows, int64_t length, char* tiles)
       : w_(w), row_(row), rows_(rows), length_(length), units_(ceil_div(length, kUnitCodes)), tiles_(tiles) {}
 
   // The next `count` units of 64 codes.
@@ -126,10 +126,10 @@ union Sums {
 };
 
 // What the vector units do while the tile unit multiplies: load the next panel of W, and finish the previous block.
-template <class Tiles, class Finishing>
+template <class Tiles, class Epilogue>
 struct Meanwhile {
-  Filling<Tiles> panel;
-  Finishing sums;
+  PanelLoader<Tiles> panel;
+  Epilogue sums;
   int64_t portion;  // units to load after each step, so that the panel is full once the current one has been used
 
   OCTAVO_INLINE void work() {
@@ -140,9 +140,9 @@ struct Meanwhile {
 
 // A block of sums, added to `sums` if `add`, over `steps` of a panel of W and of one or two tiles of x, `x_second`
 // bytes apart.
-template <class Tiles, int kTilesOfX, class Finishing>
+template <class Tiles, int kTilesOfX, class Epilogue>
 __attribute__((noinline)) void multiply(const Panel& panel, const char* x, int64_t x_second, int64_t steps,
-                                        typename Tiles::Sum* sums, bool add, Meanwhile<Tiles, Finishing>& meanwhile) {
+                                        typename Tiles::Sum* sums, bool add, Meanwhile<Tiles, Epilogue>& meanwhile) {
   const char *const w = panel.tiles, *const next_w = w + panel.second, *const next_x = x + x_second;
   const int64_t row = panel.row, w_step = panel.step;
   settle();
@@ -189,12 +189,12 @@ __attribute__((noinline)) void multiply(const Panel& panel, const char* x, int64
 //     kVectors     tiles of 16 columns for 64 values along K, all parts together
 //     kMixes       the columns of a block are spread over both tiles, however few there are
 //     Memory       what `Columns` keeps in scratch
-//     meet         prepares columns [m0, m1), no more than fit: returns whether they can be packed
-//     lay          packs columns [m, m1), up to 32, over values [k, k + length), into tiles of 16 columns each,
+//     prepare      for columns [m0, m1), no more than fit: returns whether they can be packed
+//     pack         columns [m, m1), up to 32, over values [k, k + length), into tiles of 16 columns each,
 //                  `second` bytes apart, one part after the other
 //     down         the exponents of the digits' units, for 16 of the prepared columns, from the m-th on
-//     ask_for_y    prefetches the lines of y that a block writes
-//     Finishing    the epilogue of a block, in portions of some hundred operations: the processor looks some 500 ahead,
+//     prefetch_y   the lines of y that a block writes
+//     Epilogue     sums of a block -> y, in portions of some hundred operations: the processor looks some 500 ahead,
 //                  and has to find the next loads of tiles there
 template <class Columns, class Tiles>
 struct ManyTiles {
@@ -202,7 +202,7 @@ struct ManyTiles {
   static_assert(Columns::kVectors == kParts * kSteps);
 
   using Sum = typename Tiles::Sum;
-  using Finishing = typename Columns::Finishing;
+  using Epilogue = typename Columns::Epilogue;
 
   struct Scratch {
     alignas(64) char x[kPackedTiles / kSteps * kTileBytes];
@@ -240,7 +240,7 @@ struct ManyTiles {
     const TilesInUse in_use;
     for (int64_t m = block.m0; m < block.m1; m += rows) {
       const int64_t m1 = min64(m + rows, block.m1);
-      if (!x.meet(m, m1)) {
+      if (!x.prepare(m, m1)) {
         rest(Block{m, m1, block.n0, block.n1});
         continue;
       }
@@ -265,29 +265,29 @@ struct ManyTiles {
     const int64_t tile = steps * kTileBytes;  // bytes that 16 columns take
     char* to = scratch.x;
     for (int64_t m = part.m0; m < part.m1; m += kBlock, to += kParts * 2 * tile)
-      columns.lay(m, min64(m + kBlock, part.m1), k, length, to, tile);
+      columns.pack(m, min64(m + kBlock, part.m1), k, length, to, tile);
     const int8_t* const w = layer.codes() + k;
-    const bool lies_well = kSteps == 1 && (reinterpret_cast<uintptr_t>(w) | static_cast<uintptr_t>(layer.K)) % 64 == 0;
-    const auto in_place = [&](int64_t n) { return lies_well && n + kBlock <= part.n1; };
-    const auto filling = [&](int64_t n, char* tiles) {
+    const bool is_aligned = kSteps == 1 && (reinterpret_cast<uintptr_t>(w) | static_cast<uintptr_t>(layer.K)) % 64 == 0;
+    const auto in_place = [&](int64_t n) { return is_aligned && n + kBlock <= part.n1; };
+    const auto loading = [&](int64_t n, char* tiles) {
       const int64_t rows = max64(0, min64(kBlock, part.n1 - n));  // past the last column there is nothing to load
-      return Filling<Tiles>(w + n * layer.K, layer.K, rows, length, in_place(n) ? nullptr : tiles);
+      return PanelLoader<Tiles>(w + n * layer.K, layer.K, rows, length, in_place(n) ? nullptr : tiles);
     };
 
     char *copy = scratch.panels[0], *next = scratch.panels[1];
-    if (!in_place(part.n0)) filling(part.n0, copy).rest();
-    Finishing sums_before;
+    if (!in_place(part.n0)) loading(part.n0, copy).rest();
+    Epilogue sums_before;
     Sums<Sum>* sums = scratch.sums;
     for (int64_t n = part.n0; n < part.n1; n += kBlock) {
       const char* const there = reinterpret_cast<const char*>(w + n * layer.K);
       const Panel panel = in_place(n) ? Panel{there, layer.K, kRowBytes, kTile * layer.K}
                                       : Panel{copy, kRowBytes, kStepBytes, kTileBytes};
       const int64_t portion = ceil_div(kBlock, kSteps * blocks * kParts);
-      Meanwhile<Tiles, Finishing> meanwhile{filling(n + kBlock, next), sums_before, portion};
+      Meanwhile<Tiles, Epilogue> meanwhile{loading(n + kBlock, next), sums_before, portion};
       const char* x = scratch.x;
       for (int64_t m = part.m0; m < part.m1; m += kBlock, x += kParts * 2 * tile) {
         const Block block{m, min64(m + kBlock, part.m1), n, min64(n + kBlock, part.n1)};
-        if (last) columns.ask_for_y(block);
+        if (last) columns.prefetch_y(block);
         for (int64_t p = 0; !folds && p < kParts; p++)
           products(panel, 0, x + p * 2 * tile, tile, steps, block, sums->whole, !first || p > 0, meanwhile);
         for (int64_t g = 0; folds && g < units; g += group) {
@@ -296,7 +296,7 @@ struct ManyTiles {
                      meanwhile);
           fold(layer, columns, block, m - part.m0, k / kUnitCodes + g, !first || g > 0, scratch, sums->folded);
         }
-        if (last) meanwhile.sums = Finishing(columns, block, *sums, folds);
+        if (last) meanwhile.sums = Epilogue(columns, block, *sums, folds);
         if (!whole) sums++;
       }
       meanwhile.panel.rest();
@@ -310,7 +310,7 @@ struct ManyTiles {
 
   // The sums of a block over `steps` steps, from `step` on.
   static void products(const Panel& panel, int64_t step, const char* x, int64_t x_second, int64_t steps, Block block,
-                       Sum* sums, bool add, Meanwhile<Tiles, Finishing>& meanwhile) {
+                       Sum* sums, bool add, Meanwhile<Tiles, Epilogue>& meanwhile) {
     const Panel from{panel.tiles + step * panel.step, panel.row, panel.step, panel.second};
     x += step * kTileBytes;
     if (block.m1 - block.m0 > kTile || Columns::kMixes)

@@ -86,20 +86,20 @@ class WindowColumns {
   static constexpr int64_t kParts = Parts<kType>::kCount, kVectors = kParts * Bf16Tiles::kSteps;
   static constexpr bool kFolds = false, kMixes = Parts<kType>::kMixes;
 
-  class Finishing;
+  class Epilogue;
   struct Memory {};
 
   WindowColumns(const Convolution& c, int64_t image) : c_(c), image_(image) {}
 
-  bool meet(int64_t, int64_t) { return true; }
+  bool prepare(int64_t, int64_t) { return true; }
 
-  void lay(int64_t m, int64_t m1, int64_t k, int64_t length, char* to, int64_t second) {
+  void pack(int64_t m, int64_t m1, int64_t k, int64_t length, char* to, int64_t second) {
     WindowsAcross<kBlock, kBytes, Parts<kType>>::each(c_, image_, m, m1 - m, [&](auto piece, const auto& across) {
-      lay_tiles(across, c_.element + k, length, to + piece * second, second);
+      pack_tiles(across, c_.element + k, length, to + piece * second, second);
     });
   }
 
-  void ask_for_y(Block block) const {
+  void prefetch_y(Block block) const {
     for (int64_t n = block.n0; n < block.n1; n++) __builtin_prefetch(y(n, block.m0), 1, kIntoL2);
   }
 
@@ -111,7 +111,7 @@ class WindowColumns {
   }
 
   template <class Across>
-  static void lay_tiles(const Across& across, const int64_t* element, int64_t length, char* to, int64_t second) {
+  static void pack_tiles(const Across& across, const int64_t* element, int64_t length, char* to, int64_t second) {
     for (int64_t k = 0; k < length; k += kUnitCodes, to += Bf16Tiles::kSteps * kTileBytes) {
       const int64_t left = length - k;
       const auto one = [&](int64_t i) { return across(element[k + i] * kBytes); };
@@ -137,10 +137,10 @@ class WindowColumns {
 
 // The epilogue: a few rows at a time, of 32 windows each.
 template <Float kType>
-class WindowColumns<kType>::Finishing {
+class WindowColumns<kType>::Epilogue {
  public:
-  Finishing() = default;
-  Finishing(const WindowColumns& columns, Block part, const Sums<float>& sums, bool)
+  Epilogue() = default;
+  Epilogue(const WindowColumns& columns, Block part, const Sums<float>& sums, bool)
       : columns_(&columns), part_(part), sums_(sums.whole), n_(part.n0) {}
 
   OCTAVO_INLINE void one() {

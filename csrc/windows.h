@@ -24,10 +24,10 @@ class WindowsAcross {
   static constexpr int64_t kPieces = (kCount + V::kLanes - 1) / V::kLanes;
 
  public:
-  // Calls lay(piece, across) for each vector of windows [p, p + count) of an image. `piece` is its number, a constant;
+  // Calls pack(piece, across) for each vector of windows [p, p + count) of an image. `piece` is its number, a constant;
   // across(at) is the element `at` bytes after the beginning of each window, and zero where there is no window.
-  template <class Lay>
-  static void each(const Convolution& c, int64_t image, int64_t p, int64_t count, const Lay& lay) {
+  template <class Pack>
+  static void each(const Convolution& c, int64_t image, int64_t p, int64_t count, const Pack& pack) {
     const int64_t step = c.step[2] == 2 ? 2 : 1;
     Run runs[kCount];
     int many = 0;
@@ -36,7 +36,7 @@ class WindowsAcross {
       if (!many || runs[many - 1].start != start) runs[many++] = {start, i, i};
       runs[many - 1].end = i + 1;
     }
-    step == 2 ? pieces<2>(c, runs, many, lay) : pieces<1>(c, runs, many, lay);
+    step == 2 ? pieces<2>(c, runs, many, pack) : pieces<1>(c, runs, many, pack);
   }
 
  private:
@@ -55,10 +55,10 @@ class WindowsAcross {
     return p / c.windows[2] / c.windows[1] * c.step[0] + middle * c.step[1] + last * c.step[2];
   }
 
-  template <int kStep, int kPiece = 0, class Lay>
-  static void pieces(const Convolution& c, const Run* runs, int many, const Lay& lay) {
-    piece<kStep, kPiece>(c, runs, many, lay);
-    if constexpr (kPiece + 1 < kPieces) pieces<kStep, kPiece + 1>(c, runs, many, lay);
+  template <int kStep, int kPiece = 0, class Pack>
+  static void pieces(const Convolution& c, const Run* runs, int many, const Pack& pack) {
+    piece<kStep, kPiece>(c, runs, many, pack);
+    if constexpr (kPiece + 1 < kPieces) pieces<kStep, kPiece + 1>(c, runs, many, pack);
   }
 
   // Lanes of a piece that are in one run, and the element of the image that lane 0 would have. A piece has one run or
@@ -68,8 +68,8 @@ class WindowsAcross {
     typename V::Range lanes;
   };
 
-  template <int kStep, int kPiece, class Lay>
-  static void piece(const Convolution& c, const Run* runs, int many, const Lay& lay) {
+  template <int kStep, int kPiece, class Pack>
+  static void piece(const Convolution& c, const Run* runs, int many, const Pack& pack) {
     constexpr int64_t kFirst = kPiece * V::kLanes;
     Some some[kCount];
     int count = 0;
@@ -78,13 +78,13 @@ class WindowsAcross {
         some[count++] = {static_cast<const char*>(c.x) + (run->start + kFirst * kStep) * kBytes, run->lanes(kPiece)};
     // By copy: for all the compiler knows, what is packed could overwrite `some`.
     constexpr std::integral_constant<int, kPiece> number;
-    if (count == 1) lay(number, [one = some[0]](int64_t at) { return load<kStep>(one, at); });
+    if (count == 1) pack(number, [one = some[0]](int64_t at) { return load<kStep>(one, at); });
     if (count == 2)
-      lay(number, [one = some[0], other = some[1]](int64_t at) {
+      pack(number, [one = some[0], other = some[1]](int64_t at) {
         return V::both(load<kStep>(one, at), load<kStep>(other, at));
       });
     if (count > 2)
-      lay(number, [&](int64_t at) {
+      pack(number, [&](int64_t at) {
         typename V::I v = load<kStep>(some[0], at);
         for (int i = 1; i < count; i++) v = V::both(v, load<kStep>(some[i], at));
         return v;
