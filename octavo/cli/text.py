@@ -44,7 +44,7 @@ def read_text(option: str, file: str | None) -> tuple[str, str]:
     except IsADirectoryError as error:
         raise CommandError(f"{option} {file}: is a folder, expected a file; give one that is in it") from error
     except OSError as error:
-        raise CommandError(f"{option} {file}: cannot be read: {error.strerror}; expected a file of text") from error
+        raise CommandError(f"{option} {file}: {error.strerror}; expected a file of text") from error
 
 
 def read_documents(option: str, file: str) -> list[Any]:

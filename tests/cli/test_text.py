@@ -33,7 +33,7 @@ def test_what_cannot_be_read_is_named_with_its_option(tmp_path: Path) -> None:
     (tmp_path / "wide").write_text("a word", encoding="utf-16")
     for name, why in (
         ("", "is a folder, expected a file; give one that is in it"),
-        ("nowhere", "cannot be read: No such file or directory; expected a file of text"),
+        ("nowhere", "No such file or directory; expected a file of text"),
         ("wide", "is not UTF-8 text (invalid start byte at byte 0); save it as UTF-8"),
     ):
         with pytest.raises(CommandError) as raised:
