@@ -1,8 +1,8 @@
-"""How a class of mixture-of-experts layers holds its experts: which weights, in which layout, called how.
+"""How a class of mixture-of-experts layers holds its experts: which weights, in which layout, and how it is called.
 
-Every class under transformers' experts interface says so itself (`has_gate`, `has_bias`, `is_transposed`,
-`is_concatenated`, `_apply_gate`), and is known without being listed. Others are known by what they are seen to do
-(`watched_experts.py`). Any other class is told with one call:
+Classes under transformers' experts interface say so themselves (`has_gate`, `has_bias`, `is_transposed`,
+`is_concatenated`, `_apply_gate`), and need not be listed. Others are recognized by what they do
+(`watched_experts.py`). Any other class can be registered with one call:
 
     octavo.register_experts(MyExperts, up=("w1", "w3"), down="w2", gate=lambda layer, h: ...)
 
@@ -48,8 +48,8 @@ each       (x [T, H], expert indices [T, A]) -> [T, A, H]                       
 sorted     (x [E * n, H], n rows for each expert in turn) -> [E * n, H]          Llama 4's
 split      (x [S, H], how many rows each expert has, in turn) -> [S, H]          JetMoe's linear layers
 
-T may be several sizes ([B, S, H] with [B, S, A] or [B * S, A]), and an A of 1 be left out. An index below 0, or of E or
-above (expert parallelism's sign for another process's), belongs to no expert.
+T may be several dimensions ([B, S, H] with [B, S, A] or [B * S, A]), and an A of 1 may be left out. An index below 0,
+or of E or above, belongs to no expert here (expert parallelism marks those of other processes so).
 """
 
 Gate = Callable[[nn.Module, Tensor], Tensor]
@@ -57,12 +57,12 @@ Gate = Callable[[nn.Module, Tensor], Tensor]
 
 @dataclasses.dataclass(frozen=True)
 class ExpertsSpec:
-    """One class of experts; see `register_experts` for the fields.
+    """How one class holds its experts; see `register_experts` for the fields.
 
     up, down: a name with a dot is that of a parameter of a child, which holds it for the layer.
-    transposed: names of the weights that lie with input channels first.
-    identity: whether an index of E or above, of a "weighted" routing, is that of an expert that returns its input.
-    experts: E, where the weights are 2-D, one expert's rows after another's; else 0.
+    transposed: names of the weights that are stored with input channels first.
+    identity: whether, in a "weighted" routing, an index of E or above means an expert that returns its input.
+    experts: E if the weights are 2-D, one expert's rows after another's; else 0.
     """
 
     up: tuple[str, ...]
@@ -83,19 +83,19 @@ class ExpertsSpec:
         return (*self.up, self.down)
 
     def turned(self, name: str, stack: Tensor) -> Tensor:
-        """A view [E, N, K] for what lies as the parameter `name` does; and the other way around."""
+        """[E, N, K] as the 3-D parameter `name` is stored, or the reverse: a view."""
         return stack.transpose(-1, -2) if name in self.transposed else stack
 
     def rows(self, name: str, weight: Tensor) -> Tensor:
-        """The parameter `name` as [E, N, K], output channels before input channels."""
+        """The parameter `name` as [E, N, K], output channels before input channels: a view."""
         return self.turned(name, weight.unflatten(0, (self.experts, -1)) if self.experts else weight)
 
     def held(self, name: str, rows: Tensor) -> Tensor:
-        """Rows [E, N, K] as the parameter `name` holds them."""
+        """`rows` [E, N, K] in the layout of the parameter `name`."""
         return self.turned(name, rows).flatten(0, 1) if self.experts else self.turned(name, rows)
 
     def stack(self, layer: nn.Module, name: str) -> Tensor:
-        """The parameter `name` of a float layer as [E, N, K]."""
+        """The parameter `name` of a float layer as [E, N, K]: a view."""
         return self.rows(name, layer.get_parameter(name))
 
     def down_input(self, layer: nn.Module, x: Tensor, expert: int) -> Tensor:
@@ -105,26 +105,26 @@ class ExpertsSpec:
         return self.gated(layer, x, h)
 
     def gated(self, layer: nn.Module, x: Tensor, h: list[Tensor]) -> Tensor:
-        """What goes into the down projection: of what the up projections made of x, or of x where there are none."""
+        """The input of the down projection. h: outputs of the up projections for x; without any, x itself is gated."""
         return self.gate(layer, x if not h else h[0] if len(h) == 1 else torch.cat(h, -1))
 
 
 def argument_names(cls: type[nn.Module]) -> tuple[str, ...]:
-    """What a class of experts calls the arguments of its `forward`: x, then its routing."""
+    """Names of the arguments of a class's `forward`: x, then its routing."""
     return tuple(inspect.signature(cls.forward).parameters)[1:]
 
 
 def arguments(names: Sequence[str], args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Any]:
-    """The arguments of one call, positional or not, in the order of `names`; those that were not given are left out."""
+    """The arguments of one call, positional or by keyword, in the order of `names`; without those not given."""
     given = dict(zip(names, args, strict=False)) | dict(kwargs)
     return [given[name] for name in names if name in given]
 
 
 def chosen_experts(cls: type[nn.Module], spec: ExpertsSpec, x: Tensor, routing: Sequence[Any]) -> Tensor:
-    """The experts of each token, int [T, A], of a routing that is not "sorted".
+    """The experts of each token, int [T, A], for a routing that is "weighted" or "each".
 
-    x: [..., H] of T tokens. routing: the arguments after it.
-    Raises: QuantizeError if they are no integers, or not A for each token, with a routing weight each.
+    x: [..., H] of T tokens. routing: the arguments after x.
+    Raises: QuantizeError if the indices are not integers, or do not fit x or the routing weights in shape.
     """
     wanted = 2 if spec.routing == "weighted" else 1
     if len(routing) < wanted:
@@ -194,9 +194,9 @@ _REGISTERED: dict[type[nn.Module], ExpertsSpec] = {}
 
 
 def spec_of(layer: nn.Module) -> ExpertsSpec | None:
-    """How `layer` holds its experts; None if it is no such layer, or one that nothing is known of.
+    """How `layer` holds its experts; None if it has none, or is of a class that is neither known nor recognized.
 
-    A subclass counts if it does not change `forward`.
+    A subclass of a known class counts if it does not change `forward`.
     """
     if (told := registered(type(layer))) is not None:
         return told
@@ -205,7 +205,7 @@ def spec_of(layer: nn.Module) -> ExpertsSpec | None:
 
 
 def registered(cls: type[nn.Module]) -> ExpertsSpec | None:
-    """What `register_experts` was told of `cls`, or of the class whose `forward` it has; None if nothing."""
+    """What was registered for `cls`, or for the base class whose `forward` it inherits; None if nothing was."""
     bases = (base for base in cls.__mro__ if base in _REGISTERED and _same_forward(cls, base))
     return next((_REGISTERED[base] for base in bases), None)
 
@@ -220,7 +220,7 @@ def _is_stack(layer: nn.Module, spec: ExpertsSpec, name: str) -> bool:
 
 
 def why_not_stacks(layer: nn.Module, spec: ExpertsSpec) -> str | None:
-    """Why the parameters of `layer` are not what `spec` says; None if they are."""
+    """Why the parameters of `layer` do not fit `spec`; None if they do."""
     for name in spec.params:
         if not _is_stack(layer, spec, name):
             return f"{type(layer).__name__} was registered with {name!r}, which is no 3-D parameter of it"
@@ -230,7 +230,7 @@ def why_not_stacks(layer: nn.Module, spec: ExpertsSpec) -> str | None:
         if other is not None and getattr(layer, other, None) is None:
             return f"{type(layer).__name__} is said to have {other!r}, and has none"
     counts = {name: len(spec.stack(layer, name)) for name in spec.params}
-    if len(set(counts.values())) > 1 and not spec.identity:  # which may have weights that it never reads
+    if len(set(counts.values())) > 1 and not spec.identity:  # identity experts may have weights, never read
         return f"its weights are of different numbers of experts ({counts})"
     return None
 
@@ -239,9 +239,9 @@ _INTERFACE = "transformers.integrations.moe"
 
 
 def _by_interface(layer: Any) -> ExpertsSpec | None:
-    """A class that transformers' `use_experts_implementation` decorated: its instances carry what it was told."""
+    """For a class that transformers' `use_experts_implementation` decorated: its instances carry the settings."""
     forward = getattr(type(layer), "forward", None)
-    if getattr(forward, "__globals__", {}).get("__name__") != _INTERFACE:  # not by a subclass's own, for one
+    if getattr(forward, "__globals__", {}).get("__name__") != _INTERFACE:  # a subclass may have its own forward
         return None
     up = "gate_up_proj" if layer.has_gate else "up_proj"
     return ExpertsSpec(
@@ -275,7 +275,7 @@ _TRANSFORMERS = {
         ("gate_up_proj",), "down_proj", _act_on_first_half, ("gate_up_proj", "down_proj"), routing="sorted"
     ),
 }
-"""Classes of transformers that are not under its interface, and multiply by all weights at once."""
+"""Classes of transformers that are not under its interface, and multiply by all experts' weights at once."""
 
 _CONDITIONAL_FEED_FORWARD = ExpertsSpec(("w1", "w3"), "w2", _silu_on_first_half, routing="each")
 
@@ -284,7 +284,7 @@ def _by_name(layer: nn.Module) -> ExpertsSpec | None:
     for base in type(layer).__mro__:
         if base.__module__.startswith("transformers.") and base.__name__ in _TRANSFORMERS:
             return _TRANSFORMERS[base.__name__] if _same_forward(type(layer), base) else None
-    # gpt-fast is no package: its class is known by its name and by the arguments that it is called with.
+    # gpt-fast is not a package: its class is known by its name and its arguments.
     if type(layer).__name__ == "ConditionalFeedForward":
         arguments = list(inspect.signature(type(layer).forward).parameters)
         return _CONDITIONAL_FEED_FORWARD if arguments == ["self", "x", "expert_indices"] else None
@@ -293,13 +293,13 @@ def _by_name(layer: nn.Module) -> ExpertsSpec | None:
 
 def _by_run(layer: nn.Module) -> ExpertsSpec | None:
     seen = watched_experts(layer)
-    if seen is None or any(spec_of(child) is not None for child in layer.children()):  # which it only calls
+    if seen is None or any(spec_of(child) is not None for child in layer.children()):  # it only calls them
         return None
     return ExpertsSpec(**vars(seen))
 
 
 def held_for(model: nn.Module) -> dict[str, str]:
-    """Name of each child that holds the weights of experts -> of the layer that it holds them for."""
+    """Children that hold the weights of experts: name of the child -> name of the layer that computes with them."""
     found = {}
     for name, module in model.named_modules():
         spec = getattr(module, "spec", None)  # an int8 layer's
@@ -313,9 +313,11 @@ _ROUTER = re.compile(r"(gate|gating|router\w*|shared_experts?_gate)(\.|$)")
 
 
 def routers(model: nn.Module) -> set[str]:
-    """Names of the modules that say which experts run and how much each counts: what stands next to experts under the
-    name of a router, with all that it is made of. A few thousand weights decide over all the others' use, so that an
-    error in them costs more than their bytes are worth."""
+    """Names of the routers and of all modules in them: modules beside experts that are named like a router.
+
+    A router decides which experts run and how much each counts. Its few thousand weights decide on the use of all the
+    others, so an error in them costs more than their bytes are worth.
+    """
     blocks = {
         name.rpartition(".")[0] for name, module in model.named_modules() if name and _holds_experts(name, module)
     }
@@ -327,7 +329,7 @@ def routers(model: nn.Module) -> set[str]:
 
 
 def _holds_experts(name: str, module: nn.Module) -> bool:
-    """Experts of any kind: a stack, int8 or float, of a class that is known or only called so, or a list of modules."""
+    """Whether `module` is experts of any kind: a stack, int8 or float, a list of modules, or only called experts."""
     if name.rpartition(".")[2] == "experts" or "experts" in type(module).__name__.lower():
         return True
     return isinstance(getattr(module, "spec", None), ExpertsSpec) or spec_of(module) is not None

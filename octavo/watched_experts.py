@@ -1,4 +1,4 @@
-"""Experts of a class that nobody told of, known by what it does: it is run on a few tokens, and its products watched.
+"""Recognize experts of an unknown class by what it does: run a layer on a few tokens and watch its matrix products.
 
     weighted    for e in range(E):                                                                      LongCat's
                     gate, up = F.linear(x[tokens of e], self.gate_up_proj[e]).chunk(2, -1)
@@ -6,11 +6,13 @@
                 up, down = x @ self.mlp.w1.view(E, I, H)[e].T, h @ self.mlp.w2.view(E, I, H)[e]         DBRX's
     split       cat([F.linear(rows, self.weight[e]) for e, rows in enumerate(x.split(sizes))])          JetMoe's
 
-The weights are 3-D, or 2-D with one expert's rows after another's, and are held by the layer or by one child of it.
-Meanwhile they are on `meta`, so that their sizes cost nothing. What is multiplied by a part of one, `self.up[e]` or its
-transpose, tells by that part which expert's weight it is and how it lies, and gets its product with a random weight of
-rank 1 in its place. What is returned, and what goes into the down projection, has to be what int8 experts would make of
-these products. Tokens are of many sizes, so that a clamp shows.
+The weights are 3-D, or 2-D with one expert's rows after another's, and belong to the layer or to one child of it.
+
+The layer runs with weights on `meta`, so that large ones cost no memory. A product with a part of a weight
+(`self.up[e]` or its transpose) shows, by the offset and strides of that part, which expert it is and whether the weight
+is transposed; the product returns x times a random rank-1 matrix instead. The class is accepted if the inputs of its
+down projections and its output are what int8 experts would compute from these products. Tokens are of many magnitudes,
+so that a clamp would be noticed.
 """
 
 from __future__ import annotations
@@ -41,7 +43,7 @@ Gate = Callable[[nn.Module, Tensor], Tensor]
 
 @dataclasses.dataclass(frozen=True)
 class WatchedExperts:
-    """What was seen of a class; the fields are those of `octavo.experts.ExpertsSpec`."""
+    """How a class holds its experts, as it was observed. The fields are those of `octavo.experts.ExpertsSpec`."""
 
     up: tuple[str, ...]
     down: str
@@ -53,7 +55,7 @@ class WatchedExperts:
 
 
 def watched_experts(layer: nn.Module) -> WatchedExperts | None:
-    """How `layer`, which may be on `meta`, holds its experts; None if it is not seen to be a stack of experts."""
+    """How `layer` holds its experts; None if it does not behave like a stack of experts. It may be on `meta`."""
     if (params := _stacks_of(layer)) is None or next(layer.buffers(), None) is not None:
         return None
     modules = dict(layer.named_modules(remove_duplicate=False))
@@ -61,15 +63,17 @@ def watched_experts(layer: nn.Module) -> WatchedExperts | None:
     if None in held.values() or None in layer._modules.values() or len(list(layer.parameters())) > len(params):
         return None
     holder = next(iter(params)).rpartition(".")[0]
-    if holder and has_hooks(modules[holder]):  # which int8 experts do not call
+    if holder and has_hooks(modules[holder]):  # they would no longer run: int8 experts do not call the child
         return None
     described = tuple((name, type(module), held[name]) for name, module in modules.items())
     return _watched(described, tuple((name, tuple(each.shape)) for name, each in params.items()))
 
 
 def _stacks_of(layer: nn.Module) -> dict[str, nn.Parameter] | None:
-    """The parameters of the layer, or of its one child that has any, if by their sizes they may be those of experts; a
-    single 2-D one may be anything."""
+    """The parameters of the layer, or of the only child that has any; None if their dimensions rule experts out.
+
+    A single 2-D parameter does not count: it may be any weight.
+    """
     around = {f"{name}.": child for name, child in layer._modules.items() if child is not None}
     params = {
         prefix + name: parameter
@@ -83,14 +87,16 @@ def _stacks_of(layer: nn.Module) -> dict[str, nn.Parameter] | None:
 
 
 def own_gate(layer: Any, h: Tensor) -> Tensor:
-    """The gate of a class that has it as a method, under transformers' name for it."""
+    """The gate of a class that has it as a method, named as in transformers."""
     return layer._apply_gate(h)  # type: ignore[no-any-return]
 
 
 @dataclasses.dataclass(frozen=True)
 class _Act:
-    """act(one half) * the other, or act(h) where `half` is None. act: name of an activation that the layer holds, or a
-    child of it, or else of one of torch's functions."""
+    """act(one half of h) * the other half, or act(h) if `half` is None.
+
+    act: name of an activation that the layer or a child holds (`is_held`), or of a function in `torch.nn.functional`.
+    """
 
     act: str
     is_held: bool
@@ -109,7 +115,7 @@ def _as_it_is(layer: nn.Module, h: Tensor) -> Tensor:
 
 
 def _gates(layer: nn.Module) -> Iterator[Gate]:
-    """What may stand between the projections of `layer`."""
+    """Candidates for what is computed between the projections of `layer`."""
     if hasattr(layer, "_apply_gate"):
         yield own_gate
     acts = [(name, True) for name, module in layer.named_modules() if name and not module._parameters]
@@ -123,13 +129,13 @@ def _gates(layer: nn.Module) -> Iterator[Gate]:
 # -- a layer of the class, without weights -----------------------------------------------------------------------------
 
 _Described = tuple[tuple[str, Any, Any], ...]
-"""Name, class and what it holds besides parameters of a layer and of the modules within it."""
+"""Of a layer and each module in it: name, class, and what it holds besides parameters and modules."""
 _Shapes = tuple[tuple[str, tuple[int, ...]], ...]
 _FUNCTIONS = (FunctionType, BuiltinFunctionType, functools.partial)
 
 
 def _held_by(module: nn.Module) -> Held | None:
-    """What a module holds besides parameters and modules; None if that is more than plain values and functions."""
+    """What a module holds besides parameters and modules; None if not all of it is plain values and functions."""
     held = {name: tuple(value) if isinstance(value, list) else value for name, value in attributes(module).items()}
     plain = all(is_plain_value(value) or isinstance(value, _FUNCTIONS) for value in held.values())
     return tuple(held.items()) if plain else None
@@ -164,7 +170,7 @@ class _Product:
 
 
 class _Watch(TorchFunctionMode):
-    """Products with parts of `stacks`, which are on `meta`. Raises: TypeError where a part is used in another way."""
+    """Records products with parts of `stacks`, which are on `meta`. Raises: TypeError for any other use of a part."""
 
     def __init__(self, stacks: Mapping[str, Tensor]) -> None:
         super().__init__()
@@ -197,15 +203,18 @@ class _Watch(TorchFunctionMode):
 
 
 def _times(x: Tensor, name: str, expert: int, n: int) -> Tensor:
-    """x W^T [S, N] with a random W of rank 1 in the place of that expert's."""
+    """x W^T [S, N], where W is a random matrix of rank 1 that stands for the weight of that expert."""
     generator = torch.Generator("cpu").manual_seed(zlib.crc32(f"{name} {expert}".encode()))
     rows, columns = random(n, generator=generator), random(x.shape[-1], generator=generator)
     return ((x.double() * columns).sum(-1, keepdim=True) * rows).to(x.dtype)
 
 
 def _run(layer: nn.Module, x: Tensor, *routing: Any) -> tuple[Tensor, list[_Product]] | None:
-    """What `layer` returns, and its products of any rows; None if it cannot be run so, does anything else, or does not
-    keep to x's dtype, which is fp32 here and may be bf16."""
+    """The output of `layer`, and its products with at least one row, in fp32.
+
+    None if it fails on these arguments in bf16 or fp32, uses its weights in another way, changes its own state or x, or
+    returns another dtype than x's.
+    """
     products: list[_Product] = []
     for dtype in (torch.bfloat16, torch.float32):
         given = [each.to(dtype) if isinstance(each, Tensor) and each.is_floating_point() else each for each in routing]
@@ -213,7 +222,7 @@ def _run(layer: nn.Module, x: Tensor, *routing: Any) -> tuple[Tensor, list[_Prod
         try:
             with _Watch(dict(layer.named_parameters())) as watch:
                 y = layer.forward(rows, *given)
-        except Exception:  # whatever it wants, it is not what experts are given
+        except Exception:  # it wants other arguments than experts
             return None
         if not isinstance(y, Tensor) or y.dtype != dtype:
             return None
@@ -234,10 +243,10 @@ _TOKENS = 16
 
 @functools.cache
 def _watched(described: _Described, shapes: _Shapes) -> WatchedExperts | None:
-    """The same of a class, what a layer of it holds, and the shapes of its weights."""
+    """As `watched_experts`, for layers of the same classes, contents and weight shapes."""
     try:
         takes = list(inspect.signature(described[0][1].forward).parameters.values())[1:]
-    except ValueError:  # a function of a library in C may have no signature
+    except ValueError:  # functions written in C may have no signature
         return None
     see = {3: _weighted, 2: _split}.get(len(takes))
     if see is None or any(each.default is not each.empty for each in takes):
@@ -253,14 +262,16 @@ def _watched(described: _Described, shapes: _Shapes) -> WatchedExperts | None:
 
 
 def _tokens(width: int) -> tuple[Tensor, Tensor]:
-    """fp32 [T, width], from 1/16 to 2048; and the same as a batch, which some classes need."""
+    """Tokens fp32 [T, width] with magnitudes from 1/16 to 2048; and the same as [2, T / 2, width], which some classes
+    need."""
     x = random(_TOKENS, width, generator=torch.Generator("cpu").manual_seed(0))
     x = x * 2.0 ** (torch.arange(_TOKENS) % 16 - 4).unsqueeze(1)
     return x, x.view(2, -1, width)
 
 
 def _number_of_experts(layer: nn.Module, x: Tensor) -> int | None:
-    """E of a layer of "weighted" routing; of 2-D weights it is told by the rows that the first expert has."""
+    """E of a layer with "weighted" routing. If the weights are 2-D, the first expert's product shows how many rows each
+    expert has."""
     stacks = dict(layer.named_parameters())
     if all(stack.dim() == 3 for stack in stacks.values()):
         return min(map(len, stacks.values()))
@@ -271,12 +282,12 @@ def _number_of_experts(layer: nn.Module, x: Tensor) -> int | None:
 
 
 def _some(experts: int) -> list[int]:
-    """Those that get tokens: all, if they are few."""
+    """The experts that get tokens: all of them if there are at most 16, else 16 spread evenly."""
     return sorted({i * (experts - 1) // (_TOKENS - 1) for i in range(_TOKENS)})
 
 
 def _split(layer: nn.Module, x: Tensor) -> WatchedExperts | None:
-    """Of a layer that is a linear one for each expert."""
+    """For a layer that is one linear layer per expert."""
     (stack, *others) = layer.parameters()
     if others or stack.dim() != 3 or x.dim() != 2:
         return None
@@ -295,13 +306,14 @@ def _split(layer: nn.Module, x: Tensor) -> WatchedExperts | None:
 
 
 def _turned(products: list[_Product]) -> tuple[str, ...] | None:
-    """Names of the stacks that are transposed; None if only some of one stack's weights are."""
+    """Names of the stacks that are transposed; None if a stack is used in both ways."""
     turned = dict.fromkeys(product.name for product in products if product.transposed)
     return tuple(turned) if all(product.transposed == (product.name in turned) for product in products) else None
 
 
 def _weighted(layer: nn.Module, x: Tensor) -> WatchedExperts | None:
-    """Of a layer that sums up what a token's experts return, each with up, gate and down projection."""
+    """For a layer that returns the weighted sum of a token's experts, each an up projection, a gate and a down
+    projection."""
     experts = _number_of_experts(layer, x)
     if experts is None:
         return None
@@ -317,7 +329,7 @@ def _weighted(layer: nn.Module, x: Tensor) -> WatchedExperts | None:
     widths = {product.name: product.y.shape[-1] for product in run[1]}
     if not _nearly(run[0], _expected(layer, found, widths, x, index, weights)):
         return None
-    index[:, -1] = experts  # of which there are no weights
+    index[:, -1] = experts  # beyond the last: is that an identity expert?
     if (beyond := _run(layer, x, index, weights)) is None:
         return found
     others = _expected(layer, found, widths, x, index[:, :-1], weights[:, :-1])
@@ -327,7 +339,7 @@ def _weighted(layer: nn.Module, x: Tensor) -> WatchedExperts | None:
 
 
 def _projections(layer: nn.Module, products: list[_Product], some: list[int]) -> WatchedExperts | None:
-    """What products each expert is made of, if all are of the same: each weight once, down last."""
+    """The projections, if every expert uses each weight once, in the same order, the down projection last."""
     by_expert = [[product for product in products if product.expert == e] for e in some]
     orders = {tuple(product.name for product in each) for each in by_expert}
     names = orders.pop()
@@ -340,10 +352,10 @@ def _projections(layer: nn.Module, products: list[_Product], some: list[int]) ->
 
 
 def _is_gate(gate: Gate, layer: nn.Module, by_expert: list[list[_Product]]) -> bool:
-    """Whether it makes what the down projections are given of what the up projections return."""
+    """Whether it computes the inputs of the down projections from the outputs of the up projections."""
     try:
         made = [(gate(layer, torch.cat([each.y for each in up], -1)), down.x) for *up, down in by_expert]
-    except Exception:  # it may be no function of one tensor
+    except Exception:  # not every callable is a function of one tensor
         return False
     return all(_nearly(y, x, ulps=4) for y, x in made)
 
@@ -351,7 +363,7 @@ def _is_gate(gate: Gate, layer: nn.Module, by_expert: list[list[_Product]]) -> b
 def _expected(
     layer: nn.Module, found: WatchedExperts, widths: Mapping[str, int], x: Tensor, index: Tensor, weights: Tensor
 ) -> Tensor:
-    """What such experts return, of x's shape. widths: N of each weight."""
+    """What experts of this description return, in x's shape. widths: N of each weight."""
     shape, x = x.shape, x.flatten(0, -2)
     y = torch.zeros_like(x)
     for token, chosen in enumerate(index.tolist()):
@@ -363,7 +375,7 @@ def _expected(
 
 
 def _nearly(y: Tensor, expected: Tensor, ulps: int = 64) -> bool:
-    """Whether each row is the same but for rounding."""
+    """Whether each row is equal up to rounding."""
     if y.shape != expected.shape:
         return False
     off = (y.float() - expected.float()).abs().amax(-1)

@@ -41,9 +41,8 @@ class QuantExperts(QuantModule):
         )
         self.spec = spec
         self.source_class = type(layer)
-        for holder in {name.rpartition(".")[0] for name in spec.params}:
+        for holder in {"", *(name.rpartition(".")[0] for name in spec.params)}:
             hold_rest(self.get_submodule(holder), layer.get_submodule(holder))
-        hold_rest(self, layer)
         self._names = argument_names(type(layer))
 
     def _place(self, name: str) -> tuple[dict[str, Tensor | None], str]:
