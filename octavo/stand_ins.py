@@ -72,8 +72,7 @@ def share_contents(new: nn.Module, module: nn.Module) -> None:
 
 class Derived(nn.Module):
     """Base class of stand-ins whose class derives from both a kind of stand-in (`FusedGatedMLP`, ...) and the class of
-    the
-    module that it replaces: it has that module's layers, attributes and methods, and `isinstance` still holds."""
+    the module that it replaces: it has that module's layers, attributes and methods, and `isinstance` still holds."""
 
     source_class: type[nn.Module]
 

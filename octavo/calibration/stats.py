@@ -54,8 +54,7 @@ class Stats:
         numbers of dimensions (at most 16 batches for the latter).
     experts: name of a stack of down projections -> its inputs, expert by expert.
     columns: layer's name -> the largest magnitude of each column of its weight, fp32 [K]. By it a model is told from
-        its
-        smoothed version.
+        its smoothed version.
     """
 
     observers: dict[str, Observer]

@@ -7,8 +7,7 @@
 
 Two functions are compiled, each into one graph (`fullgraph=True`): prefill, once for prompts of all lengths, and
 decode, for one token. The position at which keys and values are written is kept in the cache, on the device, and so is
-the
-token: no step waits for the CPU. On CUDA devices decode is recorded as a CUDA graph, so that a step is one launch.
+the token: no step waits for the CPU. On CUDA devices decode is recorded as a CUDA graph, so that a step is one launch.
 
 The caches of all layers have the full length; a sliding window is expressed by the mask. (transformers' own static
 sliding windows count tokens in Python, so that a compiler would see a different program at each token.)

@@ -1,11 +1,10 @@
 """Quantize an input once for all layers that read it: q/k/v, and gate/up, are fed the same tensor.
 
 Which layers share is not configured. The codes of the last quantized tensor are kept, and a layer gets them if its
-input
-is that very tensor, unchanged: the same object with the same version counter, on the same CUDA stream (another stream
-would not wait until the codes are written). The version counter does not notice writes that bypass torch (a numpy
-buffer that is refilled for each call). So no layer gets the same codes twice: when a layer asks again, its input is
-quantized anew.
+input is that very tensor, unchanged: the same object with the same version counter, on the same CUDA stream (another
+stream would not wait until the codes are written). The version counter does not notice writes that bypass torch (a
+numpy buffer that is refilled for each call). So no layer gets the same codes twice: when a layer asks again, its input
+is quantized anew.
 """
 
 from __future__ import annotations

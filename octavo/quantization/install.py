@@ -68,8 +68,8 @@ def install(
     decisions: from `plan`; a layer with a scheme becomes int8.
     codes_of: where the codes come from: by default the layer's own weights are quantized.
     ignore: RMS norms, gated MLPs and attentions that these patterns select keep their own class, as do those whose
-        class
-        the model's code tests. (Float linear layers become `FloatLinear` even if ignored: "ignore" means "stay float".)
+        class the model's code tests. (Float linear layers become `FloatLinear` even if ignored: "ignore" means "stay
+        float".)
     progress: called with (layers done, number of layers).
 
     Modules that read the weight of an int8 layer in training mode raise OctavoError there from now on.

@@ -2,8 +2,7 @@
 
 Smoothing divides output channels (of up_proj, v_proj) by powers of two that the next layer's weights take back.
 Compared with the float model such an output looks wrong, although nothing is. No record of the factors is kept, because
-they
-follow from the weights of both models: for the source of a pair
+they follow from the weights of both models: for the source of a pair
 
     W'_nk = W_nk * c_k / s_n     c: what its columns took from the pair before it, s: what its rows were divided by
 
