@@ -13,7 +13,7 @@ from octavo.integrations.language_model import load_causal, load_language_model,
 
 pytestmark = pytest.mark.slow
 
-WINDOWS = {"bf16": 48, "fp32": 24}  # of text; in fp32, which takes longer, nothing but the weights differs
+WINDOWS = {"bf16": 24, "fp32": 24}  # of text; in fp32, which takes longer, nothing but the weights differs
 ACTIVATIONS = list(WINDOWS) if multiplies_bf16() else ["fp32"]  # a float model in bf16 would take torch six minutes
 
 

@@ -20,7 +20,7 @@ pytestmark = [
     ),
 ]
 
-TOKENS = 24 * WINDOW
+TOKENS = 16 * WINDOW
 
 
 @pytest.fixture(scope="module")
