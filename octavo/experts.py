@@ -201,7 +201,7 @@ def spec_of(layer: nn.Module) -> ExpertsSpec | None:
     if (told := registered(type(layer))) is not None:
         return told
     spec = _by_interface(layer) or _by_name(layer) or _by_run(layer)
-    return spec if spec is not None and all(_is_stack(layer, spec, name) for name in spec.params) else None
+    return spec if spec is not None and all(_holds(layer, spec, name) for name in spec.params) else None
 
 
 def registered(cls: type[nn.Module]) -> ExpertsSpec | None:
@@ -214,7 +214,8 @@ def _same_forward(cls: type[nn.Module], base: Any) -> bool:
     return getattr(cls, "forward", None) is getattr(base, "forward", None)
 
 
-def _is_stack(layer: nn.Module, spec: ExpertsSpec, name: str) -> bool:
+def _holds(layer: nn.Module, spec: ExpertsSpec, name: str) -> bool:
+    """Whether `layer` has a parameter `name` with the dimensions that `spec` says."""
     parameter = dict(layer.named_parameters(remove_duplicate=False)).get(name)
     return parameter is not None and parameter.dim() == (2 if spec.experts else 3)
 
@@ -222,7 +223,7 @@ def _is_stack(layer: nn.Module, spec: ExpertsSpec, name: str) -> bool:
 def why_not_stacks(layer: nn.Module, spec: ExpertsSpec) -> str | None:
     """Why the parameters of `layer` do not fit `spec`; None if they do."""
     for name in spec.params:
-        if not _is_stack(layer, spec, name):
+        if not _holds(layer, spec, name):
             return f"{type(layer).__name__} was registered with {name!r}, which is no 3-D parameter of it"
         if hasattr(layer.get_parameter(name), "placements"):
             return f"its {name} is spread over devices (a DTensor); quantize before parallelizing"
@@ -302,8 +303,7 @@ def held_for(model: nn.Module) -> dict[str, str]:
     """Children that hold the weights of experts: name of the child -> name of the layer that computes with them."""
     found = {}
     for name, module in model.named_modules():
-        spec = getattr(module, "spec", None)  # an int8 layer's
-        spec = spec if isinstance(spec, ExpertsSpec) else spec_of(module)
+        spec = _float_or_int8(module)
         if spec is not None and (holder := spec.down.rpartition(".")[0]):
             found[f"{name}.{holder}" if name else holder] = name
     return found
@@ -332,4 +332,10 @@ def _holds_experts(name: str, module: nn.Module) -> bool:
     """Whether `module` is experts of any kind: a stack, int8 or float, a list of modules, or only called experts."""
     if name.rpartition(".")[2] == "experts" or "experts" in type(module).__name__.lower():
         return True
-    return isinstance(getattr(module, "spec", None), ExpertsSpec) or spec_of(module) is not None
+    return _float_or_int8(module) is not None
+
+
+def _float_or_int8(module: nn.Module) -> ExpertsSpec | None:
+    """`spec_of` a float layer, or what an int8 one keeps of it; None for other modules."""
+    kept = getattr(module, "spec", None)
+    return kept if isinstance(kept, ExpertsSpec) else spec_of(module)

@@ -101,7 +101,20 @@ class Dense(nn.Module):
         return sum(share[:, e, None] * out for e, out in enumerate(outs))  # type: ignore[return-value]
 
 
-class Turned(nn.Module):
+class Loop(nn.Module):
+    """One expert after another; each class has an `expert` of its own."""
+
+    expert: Any
+
+    def forward(self, x: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
+        y = torch.zeros_like(x)
+        for e in chosen.unique().tolist():
+            token, place = torch.where(chosen == e)
+            y.index_add_(0, token, weights[token, place, None] * self.expert(e, x[token]))
+        return y
+
+
+class Turned(Loop):
     """All weights [E, I, H], as megablocks has them: input channels come first in the last one only."""
 
     def __init__(self, width: int = I) -> None:
@@ -110,13 +123,6 @@ class Turned(nn.Module):
 
     def expert(self, e: int, x: Tensor) -> Tensor:
         return F.gelu(x @ self.w1[e].T) @ self.w2[e]
-
-    def forward(self, x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
-        y = torch.zeros_like(x)
-        for e in index.unique().tolist():
-            token, place = torch.where(index == e)
-            y.index_add_(0, token, weights[token, place, None] * self.expert(e, x[token]))
-        return y
 
 
 class TurnedSquare(Turned):
@@ -165,18 +171,14 @@ class Holder(nn.Module):
         return (self.act(gate) * up) @ down
 
 
-class Around(nn.Module):
+class Around(Loop):
     def __init__(self) -> None:
         super().__init__()
         self.inner = Holder()
 
-    def forward(self, x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
-        y = torch.zeros_like(x)
-        for e in index.unique().tolist():
-            token, place = torch.where(index == e)
-            up, down = self.inner.up.view(-1, 2 * I, H)[e], self.inner.down.view(-1, I, H)[e]
-            y.index_add_(0, token, weights[token, place, None] * self.inner(x[token], up, down))
-        return y
+    def expert(self, e: int, x: Tensor) -> Tensor:
+        up, down = self.inner.up.view(-1, 2 * I, H)[e], self.inner.down.view(-1, I, H)[e]
+        return self.inner(x, up, down)  # type: ignore[no-any-return]
 
 
 @torch.no_grad()
@@ -305,7 +307,7 @@ class Modulo(Three):
         return super().forward(x, chosen % E, weights)
 
 
-class Formula(nn.Module):
+class Formula(Loop):
     """One expert's formula, in the place of which each class has another."""
 
     def __init__(self) -> None:
@@ -315,13 +317,6 @@ class Formula(nn.Module):
     def expert(self, e: int, x: Tensor) -> Tensor:
         gate, up = F.linear(x, self.up[e]).chunk(2, -1)
         return F.linear(F.silu(gate) * up, self.down[e])
-
-    def forward(self, x: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
-        y = torch.zeros_like(x)
-        for e in chosen.unique().tolist():
-            token, place = torch.where(chosen == e)
-            y.index_add_(0, token, weights[token, place, None] * self.expert(e, x[token]))
-        return y
 
 
 class Reversed(Formula):

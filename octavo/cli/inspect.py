@@ -174,7 +174,7 @@ def _coverage(reader: CheckpointReader, int8: list[str], config: Mapping[str, An
     left = stored_coverage(reader)
     if left is not None:
         return left
-    if (stale := reader.path / COVERAGE_FILE).is_file():
+    if (stale := reader.path / COVERAGE_FILE).is_file():  # of a folder: one shard alone never has its coverage
         warnings.warn(
             f"{stale}: tells of other weights, which were there before those that are there now; what follows is read "
             "from the weights and their config: remove the file",
