@@ -70,6 +70,7 @@ LATE = {"yaml", "rich", "matplotlib"}
 
 ONLY_IN = {
     "transformers": "octavo.integrations",
+    "diffusers": "octavo.integrations",
     "tokenizers": "octavo.integrations",
     "compressed_tensors": "octavo.integrations",
     "gguf": "octavo.integrations",

@@ -124,7 +124,7 @@ def _how_to_quantize(path: str, source: Path) -> str:
             "To make it int8, in Python, if you trust the code that comes with it:   "
             f"octavo.quantize_checkpoint({given!r}, 'OUT', 'w8a16', trust_remote_code=True)"
         )
-    if config.get("architectures"):
+    if config.get("architectures") or "_class_name" in config:  # of transformers, or of diffusers
         return f"To make it int8:   octavo quantize {shlex.quote(given)} OUT"
     return (
         "To make it int8, in Python, with the model that it is of:   "

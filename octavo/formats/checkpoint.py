@@ -6,6 +6,7 @@ A checkpoint is a folder of
     model.safetensors                        its tensors, or
     model-00001-of-00002.safetensors, ...    its tensors in shards, with
     model.safetensors.index.json             {"metadata": {"total_size": ...}, "weight_map": {tensor: shard}}
+                                             (for "model" some libraries have a stem of their own)
     tokenizer.json, README.md, ...           companions: everything that is not weights
 
 and a .safetensors file is [header's length: 8 bytes][header: JSON, padded with spaces to 8 bytes][data]. The header
@@ -221,6 +222,12 @@ def _find_shards(path: Path) -> tuple[list[Path], dict[str, str] | None]:
         raise CheckpointError(
             f"{path}: holds no safetensors; for a .gguf file give its own path, such as {path / ggufs[0]}"
         )
+    if (path / "model_index.json").is_file():
+        models = sorted(file.parent.name for file in path.glob("*/*.safetensors"))
+        raise CheckpointError(
+            f"{path}: is a pipeline of several models, expected one; give that model's folder, such as "
+            f"{path / models[0] if models else path / 'unet'}"
+        )
     raise CheckpointError(f"{path}: holds no weights, expected model.safetensors or model.safetensors.index.json")
 
 
@@ -322,6 +329,7 @@ class CheckpointWriter:
     folder: an existing folder, such as `new_folder` yields.
     plan: tensor's name -> (dtype, shape) of every tensor that will be written.
     max_shard_size: in bytes, or as "5GB"; a tensor that is larger gets a shard of its own.
+    stem: what the files' names begin with.
     Raises: CheckpointError for an empty plan, a dtype that safetensors does not have, an invalid max_shard_size, and a
         disk without room for the plan.
 
@@ -336,15 +344,17 @@ class CheckpointWriter:
         plan: Mapping[str, tuple[torch.dtype, tuple[int, ...]]],
         *,
         max_shard_size: int | str = "5GB",
+        stem: str = "model",
     ) -> None:
         self.folder = Path(folder)
+        self._stem = stem
         self._plan = {name: (dtype, tuple(shape)) for name, (dtype, shape) in plan.items()}
         for name, (dtype, _) in self._plan.items():
             if dtype not in _DTYPE_NAMES:
                 raise CheckpointError(f"tensor {name!r} is of dtype {dtype}, which safetensors cannot hold")
         if not self._plan:
             raise CheckpointError(f"{self.folder}: there is no tensor to write")
-        split = _split(self._plan, max_shard_size)
+        split = _split(self._plan, max_shard_size, stem)
         self._shards = split.filename_to_tensors
         self._total_size = int(split.metadata["total_size"])
         self._places: dict[str, tuple[Path, int]] = {}
@@ -410,7 +420,7 @@ class CheckpointWriter:
             weight_map = {name: self._places[name][0].name for name in self._plan}
             index = {"metadata": {"total_size": self._total_size}, "weight_map": weight_map}
             text = json.dumps(index, indent=2) + "\n"
-            (self.folder / "model.safetensors.index.json").write_text(text, encoding="utf-8")
+            (self.folder / f"{self._stem}.safetensors.index.json").write_text(text, encoding="utf-8")
 
     def __enter__(self) -> CheckpointWriter:
         return self
@@ -425,7 +435,9 @@ def check_shard_size(max_shard_size: int | str) -> None:
     _split({}, max_shard_size)
 
 
-def _split(plan: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], max_shard_size: int | str) -> Any:
+def _split(
+    plan: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], max_shard_size: int | str, stem: str = "model"
+) -> Any:
     """How huggingface_hub splits the tensors into files. Raises CheckpointError for an invalid size."""
     from huggingface_hub import split_state_dict_into_shards_factory
 
@@ -435,7 +447,7 @@ def _split(plan: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], max_shard_si
         return split_state_dict_into_shards_factory(
             dict(plan),
             get_storage_size=lambda planned: _nbytes(*planned),
-            filename_pattern="model{suffix}.safetensors",
+            filename_pattern=stem + "{suffix}.safetensors",
             max_shard_size=int(max_shard_size) if str(max_shard_size).isdecimal() else max_shard_size,
         )
     except ValueError as error:

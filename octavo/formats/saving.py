@@ -62,6 +62,8 @@ def save(
     max_shard_size: int | str = "5GB",
     on_disk: OnDisk | None = None,
     attention: str = "float",
+    config: Mapping[str, Any] | None = None,
+    stem: str = "model",
     progress: Progress | None = None,
 ) -> Path:
     """Write a quantized model as a checkpoint folder: safetensors, config.json, tokenizer and generation files.
@@ -73,6 +75,9 @@ def save(
     max_shard_size: bytes, or "5GB".
     on_disk: gives the tensors the names that they have on disk, where those differ from the model's.
     attention: of the model, "float" or "int8".
+    config: content of config.json but for the quantization; by default that of a transformers model, with the files
+        that belong to it.
+    stem: what the names of the weights' files begin with.
     Returns: the folder's path.
     Raises: QuantizeError if no layer is int8; CheckpointError if the folder exists or cannot be written whole.
     Warns: OctavoWarning if a layer's kind keeps transformers and vLLM from loading the folder.
@@ -93,19 +98,23 @@ def save(
         plan: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
         for name, stored in tensors.items():
             plan.update(stored.plan(name))
-        with CheckpointWriter(temporary, plan, max_shard_size=max_shard_size) as writer:
+        with CheckpointWriter(temporary, plan, max_shard_size=max_shard_size, stem=stem) as writer:
             for done, (name, stored) in enumerate(tensors.items(), 1):
                 for stored_name, encoded in stored.encode(name).items():
                     writer.write(stored_name, encoded)
                 if progress:
                     progress(done, len(tensors))
-        config = _describe_model(model, temporary, tokenizer)
+        described = dict(config) if config is not None else _describe_model(model, temporary, tokenizer)
         if tokenizer is not None:
             tokenizer.save_pretrained(temporary)
-        config["quantization_config"] = quantization_config(
-            *_described(model, on_disk), ecosystem="model_type" in config, names=names, parts=parts, attention=attention
+        described["quantization_config"] = quantization_config(
+            *_described(model, on_disk),
+            ecosystem="model_type" in described,
+            names=names,
+            parts=parts,
+            attention=attention,
         )
-        write_descriptions(temporary, config, report, plan)
+        write_descriptions(temporary, described, report, plan)
     return Path(folder)
 
 

@@ -49,6 +49,7 @@ def quantize_files(
     conversions: Callable[[list[str]], list[Conversion]] = lambda names: [],
     dtype_of: DtypeOf = lambda name: None,
     max_shard_size: int | str = "5GB",
+    stem: str = "model",
     progress: Progress | None = None,
 ) -> Coverage:
     """Quantize the safetensors checkpoint `src` into the new folder `dst`.
@@ -59,6 +60,7 @@ def quantize_files(
     conversions: (names on disk) -> the conversions for those that are stored in another form than the model has.
     dtype_of: name on disk -> dtype to cast a float tensor to before it is quantized: scales are rounded to the dtype in
         which the model would be loaded.
+    stem: what the names of the weights' files begin with.
     Returns: the coverage, with bytes as on disk.
     Raises: CheckpointError for a source that is damaged, already quantized or not of this model, and for a
         destination that exists or cannot be written whole; RecipeError and QuantizeError as `octavo.quantize` does,
@@ -84,7 +86,7 @@ def quantize_files(
         with new_folder(dst) as temporary:
             copy_companions(src, temporary)
             stored_tensors = tensors.stored()
-            with CheckpointWriter(temporary, stored_tensors, max_shard_size=max_shard_size) as writer:
+            with CheckpointWriter(temporary, stored_tensors, max_shard_size=max_shard_size, stem=stem) as writer:
                 for done, name in enumerate(tensors.kept, 1):
                     for stored_name, stored in tensors.encode(name).items():
                         writer.write(stored_name, stored)

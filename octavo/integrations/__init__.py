@@ -4,6 +4,7 @@ hub.py              the public quantize, save, load and quantize_checkpoint, for
 local_files.py      where the files of a folder, a file or a Hub id are
 model_classes.py    the class of transformers that a checkpoint's model has
 transformers.py     quantize while transformers loads, and save int8 when it saves
+diffusers.py        the same for diffusers' models, and pipelines of them
 weight_rules.py     transformers' rules for loading and saving weights, where a layer is int8
 stored_names.py     what the tensors of its models are called in files
 stored_weights.py   which weights of an empty model are in the files: what is tied, what is new

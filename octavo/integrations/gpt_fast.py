@@ -32,7 +32,7 @@ from octavo.formats.compressed_tensors import can_be_scale
 from octavo.formats.loading import refuse_lost_buffers
 from octavo.formats.outputs import new_file
 from octavo.formats.saving import unwrapped
-from octavo.integrations.hub import prepare_for_transformers
+from octavo.integrations.hub import prepare_for_library
 from octavo.layers import kind_of, why_not
 from octavo.modules import Codes, QuantExperts, QuantLinear, QuantModule
 from octavo.primitives import quantize_weight
@@ -177,7 +177,7 @@ def load(file: str | Path, model: nn.Module) -> nn.Module:
 
     install(model, decisions, codes_of=codes_of)
     model.load_state_dict({name: tensor.clone() for name, tensor in floats.items()}, strict=False, assign=True)
-    prepare_for_transformers(model, "float")
+    prepare_for_library(model, "float")
     return model
 
 

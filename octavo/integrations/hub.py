@@ -1,7 +1,7 @@
 """From a path or a Hub id to a model, and from a float checkpoint to an int8 one.
 
 A source is a local checkpoint folder, the id of a model on the Hugging Face Hub ("org/name"), or a .gguf file (read
-and dequantized by transformers).
+and dequantized by transformers). The models in them are those of transformers and of diffusers.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import contextlib
 import inspect
 import re
 import struct
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial, wraps
 from pathlib import Path
@@ -21,7 +22,7 @@ from torch import nn
 from octavo import formats
 from octavo.errors import CheckpointError, MissingExtra, OctavoError
 from octavo.feeding import Progress, check_module
-from octavo.formats.checkpoint import CheckpointReader, check_shard_size
+from octavo.formats.checkpoint import CheckpointReader, check_shard_size, read_config
 from octavo.formats.outputs import new_folder
 from octavo.formats.saving import unwrapped
 from octavo.formats.stream import quantize_files
@@ -35,7 +36,7 @@ __all__ = [
     "load",
     "load_tokenizer",
     "no_progress_bar",
-    "prepare_for_transformers",
+    "prepare_for_library",
     "quantize",
     "quantize_checkpoint",
     "save",
@@ -49,10 +50,10 @@ _ABOUT_THE_HUB = (
 """Options of `from_pretrained` that say what is downloaded, or from where."""
 
 
-def _with_transformers(core: Callable[_Arguments, Coverage]) -> Callable[_Arguments, Coverage]:
-    """`octavo.quantize`: `core`, which is that of quantization/quantize.py, and what models of transformers need
-    besides (`prepare_for_transformers`). Whether a model's attention can be int8 is checked before anything is
-    changed."""
+def _with_libraries(core: Callable[_Arguments, Coverage]) -> Callable[_Arguments, Coverage]:
+    """`octavo.quantize`: `core`, which is that of quantization/quantize.py, and what models of transformers and
+    diffusers need besides (`prepare_for_library`). Whether a model's attention can be int8, and what the libraries
+    need is there, is checked before anything is changed."""
 
     @wraps(core)
     def quantize(*args: _Arguments.args, **kwargs: _Arguments.kwargs) -> Coverage:
@@ -63,22 +64,26 @@ def _with_transformers(core: Callable[_Arguments, Coverage]) -> Callable[_Argume
             asked = scheme.attention if isinstance(scheme, Recipe) else "float"
         if asked == "int8":
             _attention().check_int8_attention(model)
+        if _has_parts_of_diffusers(model):
+            _diffusers()
         report = core(*args, **kwargs)
-        prepare_for_transformers(model, asked)
+        prepare_for_library(model, asked)
         return report
 
     return quantize
 
 
-quantize = _with_transformers(quantize_layers)
+quantize = _with_libraries(quantize_layers)
 
 
-def prepare_for_transformers(model: nn.Module, attention: str) -> None:
-    """Prepare a model that has become int8 for transformers, if it has parts that are transformers' models.
+def prepare_for_library(model: nn.Module, attention: str) -> None:
+    """Prepare a model that has become int8 for the libraries that its parts are from: `save_pretrained` writes int8.
 
-    Their attention is switched to that of this package: int8 attention, or for attention="float" a faster float
-    attention; and `save_pretrained` will write int8.
+    The attention of transformers' models is switched to that of this package: int8 attention, or for attention="float"
+    a faster float attention.
     """
+    if _has_parts_of_diffusers(model):
+        _diffusers()  # its import is all that it takes
     if attention == "int8":
         _attention().use_int8_attention(model)
     if not any(map(_is_of_transformers, model.modules())):
@@ -101,6 +106,35 @@ def _is_of_transformers(module: nn.Module) -> bool:
     return _is_pretrained(module) or type(module).__module__.startswith("transformers.")
 
 
+def _has_parts_of_diffusers(model: Any) -> bool:
+    """Whether it is a model of diffusers, contains one or is, as a block, a part of one."""
+    modules = model.modules() if isinstance(model, nn.Module) else ()
+    return any(type(module).__module__.startswith("diffusers.") or _is_of_diffusers(module) for module in modules)
+
+
+def _is_of_diffusers(module: nn.Module) -> bool:
+    """Whether it is a model of diffusers, which need not be installed."""
+    base = sys.modules.get("diffusers.models.modeling_utils")
+    return base is not None and isinstance(module, base.ModelMixin)
+
+
+def _diffusers() -> Any:
+    """octavo.integrations.diffusers. Raises: MissingExtra where the package is not installed."""
+    try:
+        from octavo.integrations import diffusers
+    except ImportError as error:
+        raise MissingExtra(
+            f"diffusers and transformers are needed for models of diffusers: pip install 'octavo[diffusers]' ({error})"
+        ) from error
+    return diffusers
+
+
+def _diffusers_config(source: Path) -> dict[str, Any] | None:
+    """config.json's content if it is of a model of diffusers; else None."""
+    config = read_config(source)
+    return config if config is not None and "_class_name" in config else None
+
+
 def load(
     path: str | Path, *, model: nn.Module | None = None, progress: Progress | None = None, **options: Any
 ) -> nn.Module:
@@ -109,14 +143,14 @@ def load(
     path: a folder that `octavo.save` or `octavo.quantize_checkpoint` wrote, or another int8 compressed-tensors
         checkpoint that octavo can run; a folder, Hub id or .gguf file, with `model` one .safetensors file too. A float
         checkpoint loads as float.
-    model: for what transformers cannot build, or is not to: the float model of the same structure, freshly built, on
-        `meta` or not; it is changed in place and returned. One that torch.compile or DataParallel wrapped stays so.
+    model: for what these libraries cannot build, or are not to: the float model of the same structure, freshly built,
+        on `meta` or not; it is changed in place and returned. One that torch.compile or DataParallel wrapped stays so.
     progress: with `model` only (transformers shows its own): called with (layers done, number of layers).
-    options: without `model` only: for `from_pretrained` of transformers (`dtype`, `device_map`, `trust_remote_code`,
-        ...), which raises TypeError for one that it does not know.
-    Returns: the model, in eval mode if transformers built it.
+    options: without `model` only: for `from_pretrained` of the model's library (`dtype`, `device_map`,
+        `trust_remote_code`, ...); transformers raises TypeError for one that it does not know.
+    Returns: the model, in eval mode if transformers or diffusers built it.
     Raises: CheckpointError for a source that is missing, damaged or in a format that octavo cannot run; MissingExtra
-        if transformers is needed and not installed; OctavoError for an argument that would have no effect.
+        if transformers or diffusers is needed and not installed; OctavoError for an argument that would have no effect.
     """
     if model is not None:
         if options:
@@ -127,7 +161,7 @@ def load(
         check_module(model)
         source, inner = resolve(path), unwrapped(model)
         formats.load_into(source, inner, **_names_on_disk(inner), progress=progress)
-        prepare_for_transformers(inner, _stored_attention(source))
+        prepare_for_library(inner, _stored_attention(source))
         return model
     if progress is not None:
         raise OctavoError(
@@ -146,6 +180,11 @@ def load(
         int8 = formats.int8_names(reader)
     if int8:
         refuse_adapters_beside(source)
+    if (diffusers_config := _diffusers_config(source)) is not None:
+        model_class = _diffusers().model_class_of(diffusers_config, source / "config.json")
+        loaded, info = model_class.from_pretrained(source, output_loading_info=True, **options)
+        _refuse_unfit(source, loaded, info)
+        return loaded  # type: ignore[no-any-return]
     config = config_of(source, options.get("trust_remote_code", False))
     model_class = model_class_of(config, source)
     if int8:
@@ -157,7 +196,7 @@ def load(
                 f"{source}: holds int8 codes, and its config.json has no quantization_config to say what they are; "
                 "download or quantize the checkpoint again"
             )
-        config.quantization_config = {**described, "quant_method": METHOD}
+        config.quantization_config = {**described, "quant_method": METHOD.value}
     try:
         loaded, info = model_class.from_pretrained(
             source,
@@ -178,7 +217,9 @@ def load(
 
 
 def _names_on_disk(model: nn.Module) -> dict[str, Any]:
-    """`rename`, `on_disk` and `conversions` of a model of transformers, for `formats`; none of another."""
+    """`rename`, `on_disk` and `conversions` of a model of transformers or diffusers, for `formats`; none of another."""
+    if _is_of_diffusers(model):
+        return {"rename": _diffusers().renaming(model)}
     if not _is_pretrained(model):
         return {}
     from octavo.integrations import stored_names
@@ -191,7 +232,7 @@ def _names_on_disk(model: nn.Module) -> dict[str, Any]:
 
 
 def _refuse_unfit(source: Path, loaded: nn.Module, info: Mapping[str, Any]) -> None:
-    """Raise CheckpointError for a model that transformers filled up with random weights. info: of its loading."""
+    """Raise CheckpointError for a model with weights that are not the files'. info: of its loading."""
     other = [f"{name} (is {list(got)}, expected {list(needed)})" for name, got, needed in info["mismatched_keys"]]
     for what, names in (("are missing", info["missing_keys"]), ("have other shapes", other)):
         if names:
@@ -242,8 +283,9 @@ def save(
 ) -> Path:
     """Write a quantized model as a checkpoint folder: safetensors, config.json, tokenizer and generation files.
 
-    model: has at least one int8 layer. For a transformers model the folder loads in transformers and vLLM. Of a model
-        that torch.compile, DataParallel or DistributedDataParallel wrapped, the model itself is saved.
+    model: has at least one int8 layer. For a transformers model the folder loads in transformers and vLLM, for one of
+        diffusers in diffusers where octavo is. Of a model that torch.compile, DataParallel or DistributedDataParallel
+        wrapped, the model itself is saved.
     folder: must not exist (an empty one may).
     tokenizer: tokenizer or processor to save along. The files beside the model's own checkpoint are copied, if it was
         loaded from a local folder: all without a tokenizer, else code and the settings of processors.
@@ -254,8 +296,10 @@ def save(
         torch.compile wrapped; CheckpointError if the folder exists or cannot be written whole.
     Warns: OctavoWarning if a layer's kind keeps transformers and vLLM from loading the folder.
     """
-    on_disk, attention = None, "float"
+    on_disk, attention, of_library = None, "float", {}
     model = unwrapped(model)
+    if _is_of_diffusers(model):
+        of_library = {"config": _diffusers().config_of(model), "stem": _diffusers().STEM}
     if _is_pretrained(model):
         from octavo.integrations import stored_names
         from octavo.integrations.attention import attention_of
@@ -270,6 +314,7 @@ def save(
         on_disk=on_disk,
         attention=attention,
         progress=progress,
+        **of_library,
     )
 
 
@@ -294,8 +339,8 @@ def quantize_checkpoint(
         dequantized in memory, in bf16).
     dst: must not exist (an empty folder may).
     scheme, ignore, include, overrides, group_size, attention: as for `octavo.quantize`.
-    model: a skeleton that says what the tensors are, for a checkpoint that transformers cannot build a model of, or is
-        not to (nor for a .gguf file); on `meta` or not, it is not modified.
+    model: a skeleton that says what the tensors are, for a checkpoint that transformers and diffusers cannot build a
+        model of, or are not to (nor for a .gguf file); on `meta` or not, it is not modified.
     max_shard_size: bytes, or "5GB".
     progress: called with (tensors done, number of tensors); of a .gguf file (layers done, number of layers).
     Returns: what became int8, what stayed float and why, in bytes on disk. Peak memory is about twice the largest
@@ -303,8 +348,8 @@ def quantize_checkpoint(
         memory: bytes are in memory, and the peak is that of the whole model.
     Raises: CheckpointError, RecipeError, QuantizeError as `octavo.quantize` and `octavo.save` do; QuantizeError (of a
         .gguf file CalibrateError) for static inputs too, whose scales only a model that runs can give; MissingExtra if
-        transformers is needed and not installed; OctavoError for `model` with a .gguf file. Nothing is left of `dst`
-        after an error.
+        transformers or diffusers is needed and not installed; OctavoError for `model` with a .gguf file. Nothing is
+        left of `dst` after an error.
     """
     recipe = Recipe.of(
         scheme, ignore=ignore, include=include, overrides=overrides, group_size=group_size, attention=attention
@@ -315,11 +360,19 @@ def quantize_checkpoint(
             raise OctavoError(f"model would have no effect: transformers builds that of {source}; leave it out")
         return _quantize_gguf(source, dst, recipe, max_shard_size, progress)
     refuse_adapters_beside(source)
-    built = model if model is not None else skeleton(source, trust_remote_code=trust_remote_code)
+    diffusers_config = _diffusers_config(source)
+    if model is not None:
+        built = model
+    elif diffusers_config is not None:
+        built = _diffusers().skeleton(source, diffusers_config)
+    else:
+        built = skeleton(source, trust_remote_code=trust_remote_code)
     if recipe.attention == "int8":
         _attention().check_int8_attention(built)
     known = _names_on_disk(built)
-    if model is None and built.config.dtype is not None:  # else transformers takes the dtype of the files
+    if diffusers_config is not None:
+        known["stem"] = _diffusers().STEM
+    elif model is None and built.config.dtype is not None:  # else transformers takes the dtype of the files
         from octavo.integrations.stored_names import loaded_dtypes
 
         known["dtype_of"] = loaded_dtypes(built)

@@ -47,11 +47,14 @@ def load_causal(path: str | Path, *, device: str = "cpu") -> Any:
 
 
 def other_kind(source: Path) -> str | None:
-    """The class of the model that a source holds, if it is one of transformers' and no causal language model."""
+    """The class of the model that a source holds, if it is one of transformers' or diffusers' and no causal language
+    model."""
     if is_gguf(source):
         return None
     with CheckpointReader(source) as reader:
         config = reader.config or {}
+    if "_class_name" in config:  # of diffusers
+        return str(config["_class_name"])
     name = (config.get("architectures") or [""])[0]
     model_class = transformers_class(name)
     # A class that transformers does not have is `load`'s to refuse, or the checkpoint's own code.

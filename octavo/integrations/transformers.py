@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
+from enum import Enum
 from functools import partial
 from operator import attrgetter
 from pathlib import Path
@@ -55,7 +56,14 @@ from octavo.recipe import Pattern, Recipe, Scheme
 
 __all__ = ["OctavoConfig", "OctavoQuantizer", "let_transformers_save"]
 
-METHOD = "octavo"
+
+class _Method(str, Enum):
+    """Of one value, since diffusers asks a method for its `value`; everywhere else it is the string."""
+
+    OCTAVO = "octavo"
+
+
+METHOD = _Method.OCTAVO
 
 
 @register_quantization_config(METHOD)
@@ -118,7 +126,7 @@ class OctavoConfig(QuantizationConfigMixin):  # type: ignore[misc]
 
     def to_dict(self) -> dict[str, Any]:
         """What lands in config.json."""
-        return {**self.layout, "quant_method": METHOD}
+        return {**self.layout, "quant_method": METHOD.value}
 
     def to_diff_dict(self) -> dict[str, Any]:
         return self.to_dict()

@@ -142,8 +142,12 @@ class QuantModule(nn.Module):
         return "_is_loading" in vars(self) or value.data_ptr() == codes.data_ptr()
 
     def void_float(self) -> None:
-        """Fill `_float` with NaN again: `to_empty` and the like leave arbitrary values in it."""
+        """Fill `_float` with NaN again: `to_empty` and the like leave arbitrary values in it. In a layer that was built
+        on meta and has its codes now, make it where they are."""
         if "_float" in self._buffers:
+            device = self.codes_and_scale()[0].device
+            if self._float.is_meta and device.type != "meta":
+                self._buffers["_float"] = torch.empty((), dtype=self.float_dtype, device=device)
             self._float.fill_(torch.nan)
 
     def _place(self, name: str) -> tuple[dict[str, Tensor | None], str]:
