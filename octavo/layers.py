@@ -39,6 +39,7 @@ from octavo.computed_weights import computed_weight
 from octavo.experts import spec_of, why_not_stacks
 from octavo.modules.recurrent import recurrent_weights
 from octavo.ops import quantize_weight
+from octavo.primitives import check_finite
 from octavo.recipe import Scheme, WeightArgs
 from octavo.stand_ins import attributes, made_by
 
@@ -132,6 +133,10 @@ class LayerKind:
             scale = scale.expand(len(rows), 1).contiguous()
         return codes, scale
 
+    def refuse_not_finite(self, layer: nn.Module, param: str, weight: Tensor, name: str) -> None:
+        """Raise the QuantizeError that `quantize_param` would raise for NaN and inf, without quantizing."""
+        check_finite(weight, name)
+
 
 class _ExpertsKind(LayerKind):
     """Stacks of experts: the names of the weights come from the spec; scales are per channel, int8 inputs dynamic."""
@@ -164,6 +169,12 @@ class _ExpertsKind(LayerKind):
         for e in range(len(rows)):
             codes[e], scale[e] = quantize_weight(rows[e], name=f"{name}[{e}]")
         return codes, scale
+
+    def refuse_not_finite(self, layer: nn.Module, param: str, weight: Tensor, name: str) -> None:
+        spec = spec_of(layer)
+        assert spec is not None
+        for e, rows in enumerate(spec.rows(param, weight)):
+            check_finite(rows, f"{name}[{e}]")
 
 
 class _DynamicKind(LayerKind):

@@ -11,12 +11,13 @@ from torch.nn.parameter import is_lazy
 
 from octavo.calibration.observers import ObserverKind
 from octavo.calibration.stats import Stats
+from octavo.computed_weights import weight_of
 from octavo.errors import OctavoWarning, QuantizeError
 from octavo.feeding import Progress, check_module, check_progress
 from octavo.modules import QuantLinear
 from octavo.quantization.coverage import Coverage
 from octavo.quantization.install import install, record_reasons
-from octavo.quantization.plan import plan
+from octavo.quantization.plan import Decision, plan
 from octavo.quantization.static_inputs import set_input_scales
 from octavo.recipe import Pattern, Recipe, Scheme
 
@@ -75,8 +76,8 @@ def quantize(
         a layer that is ignored while it shares its weight with one that is not; QuantizeError for a model that is
         already quantized, on `meta`, lazy, itself a single layer, that holds NaN or inf, or whose attention cannot be
         int8, and for what is no module; CalibrateError for static inputs without `stats`, or with those of another
-        model, and for an unknown observer; MissingExtra for int8 attention without transformers. The plan is checked
-        before anything is changed; a weight with NaN or inf stops at its layer, with the layers before it already int8.
+        model, and for an unknown observer; MissingExtra for int8 attention without transformers. All of this is
+        checked before anything is changed.
     Warns: OctavoWarning if more than 5% of the bytes stay float for a reason that the recipe did not ask for, and if
         nothing became int8 though nothing is ignored.
     """
@@ -87,6 +88,7 @@ def quantize(
     check_progress(progress)
     _refuse_missing_values(model)
     decisions = plan(model, recipe)
+    _refuse_not_finite(model, decisions)
     # In inference mode too, make ordinary tensors: gradients are to pass the int8 layers later.
     with torch.inference_mode(False), torch.no_grad():
         set_input_scales(model, decisions, stats, observer=observer, repair=repair)
@@ -111,6 +113,17 @@ def _refuse_missing_values(model: nn.Module) -> None:
                 f"{name} is on the meta device and has no values; load the weights first, or quantize the checkpoint's "
                 "files with octavo.quantize_checkpoint"
             )
+
+
+def _refuse_not_finite(model: nn.Module, decisions: Iterable[Decision]) -> None:
+    """Raise QuantizeError for a weight that cannot be int8, while all weights are still there."""
+    with torch.no_grad():
+        for decision in decisions:
+            if decision.scheme and decision.owner is None:
+                layer = model.get_submodule(decision.name)
+                for param in decision.kind.params_of(layer):
+                    weight = weight_of(layer, param)
+                    decision.kind.refuse_not_finite(layer, param, weight, f"{decision.name}.{param}")
 
 
 def warn_unasked(report: Coverage) -> None:

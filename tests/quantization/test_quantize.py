@@ -203,12 +203,24 @@ class TestRefusals:
             octavo.quantize(mlp(), "w8a16", ignore=["zzz"])
 
     @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
-    def test_values_that_int8_cannot_hold_are_named(self, value: float) -> None:
+    @pytest.mark.parametrize("at", [0, 2])
+    def test_values_that_int8_cannot_hold_are_named_and_nothing_is_changed(self, value: float, at: int) -> None:
         model = mlp()
         with torch.no_grad():
-            model[2].weight[3, 5] = value
-        with pytest.raises(QuantizeError, match=r"2\.weight: holds (NaN|inf)"):
+            model[at].weight[3, 5] = value
+        before = dict(model.named_modules())
+        with pytest.raises(QuantizeError, match=rf"{at}\.weight: holds (NaN|inf)"):
             octavo.quantize(model, "w8a16")
+        assert dict(model.named_modules()) == before
+        octavo.quantize(model, "w8a16", ignore=[str(at)])
+
+    def test_computed_weights_that_int8_cannot_hold_are_named_too(self) -> None:
+        model = nn.Sequential(nn.Conv1d(4, 4, 3), nn.utils.parametrizations.weight_norm(nn.Conv1d(4, 4, 3)))
+        with torch.no_grad():
+            model[1].parametrizations.weight.original1[2] = 0.0  # 0 / 0
+        with pytest.raises(QuantizeError, match=r"1\.weight: holds NaN"):
+            octavo.quantize(model, "w8a16")
+        assert type(model[0]) is nn.Conv1d
 
 
 @pytest.mark.parametrize("model", [{"weight": torch.ones(2, 2)}, object(), None])
