@@ -64,6 +64,7 @@ class DiffusersOctavoQuantizer(DiffusersQuantizer):  # type: ignore[misc]
         self._layers: dict[str, tuple[Decision, nn.Module]] = {}
         self._later: list[Decision] = []
         self._awaited: set[str] = set()
+        self._int8: set[str] = set()
 
     # -- loading -----------------------------------------------------------------------------------------------------
 
@@ -85,7 +86,8 @@ class DiffusersOctavoQuantizer(DiffusersQuantizer):  # type: ignore[misc]
         return []
 
     def update_missing_keys(self, model: ModelMixin, missing_keys: list[str], prefix: str) -> list[str]:
-        return [] if self.pre_quantized else [name for name in missing_keys if name not in _int8_tensors(model)]
+        """Those of float weights; which of int8 ones are missing is found when all is loaded."""
+        return [] if self.pre_quantized else [name for name in missing_keys if name not in self._int8]
 
     def _process_model_before_weight_loading(self, model: ModelMixin, **kwargs: Any) -> None:
         """Swap the layers of the empty model. An int8 checkpoint is read here; of a float one the weights then find
@@ -96,13 +98,13 @@ class DiffusersOctavoQuantizer(DiffusersQuantizer):  # type: ignore[misc]
             if self._folder is None:
                 raise CheckpointError("the int8 checkpoint has no folder; load it by from_pretrained")
             formats.load_into(self._folder, model, rename=renaming(model))
+            self._int8 = _int8_tensors(model)
             return
         self._decisions = plan(model, self.quantization_config.recipe)
         now: list[Decision] = []
-        for (
-            decision
-        ) in self._decisions:  # a weight that is computed is quantized once those it is computed from are here
-            (self._later if parts_of(model.get_submodule(decision.name)) else now).append(decision)
+        for decision in self._decisions:
+            computed = parts_of(model.get_submodule(decision.name))
+            (self._later if computed else now).append(decision)  # once the weights that it is computed from are loaded
         for decision in now:
             if decision.scheme and not decision.owner:
                 layer = model.get_submodule(decision.name)
@@ -110,19 +112,26 @@ class DiffusersOctavoQuantizer(DiffusersQuantizer):  # type: ignore[misc]
                 self._layers |= dict.fromkeys(names, (decision, layer))
         self._awaited = set(self._layers)
         install(model, now, ignore=self.quantization_config.recipe.ignore)
+        self._int8 = _int8_tensors(model)
 
     def check_if_quantized_param(
         self, model: ModelMixin, param_value: Tensor, param_name: str, state_dict: dict[str, Any], **kwargs: Any
     ) -> bool:
         """Whether the tensor of a file becomes (or is) int8; diffusers leaves such to `create_quantized_param`."""
-        return param_name in (_int8_tensors(model) if self.pre_quantized else self._layers)
+        return param_name in self._int8
 
     def create_quantized_param(
         self, model: ModelMixin, param_value: Tensor, param_name: str, target_device: Any, *args: Any, **kwargs: Any
     ) -> None:
-        """Quantize a float weight, as just read and cast. Raises: QuantizeError for NaN and inf."""
+        """Quantize a float weight, as just read and cast. Raises: QuantizeError for NaN and inf; CheckpointError for a
+        checkpoint that holds codes although its config does not say so."""
         if self.pre_quantized:
             return  # it was read with its scale
+        if param_name not in self._layers or not param_value.is_floating_point():
+            raise CheckpointError(
+                f"{param_name}: belongs to int8 codes, expected float weights to quantize; give the float model, or load "
+                "the int8 one with the config.json that it was saved with"
+            )
         decision, layer = self._layers[param_name]
         assert decision.scheme is not None
         param = param_name.removeprefix(f"{decision.name}.")
@@ -146,7 +155,7 @@ class DiffusersOctavoQuantizer(DiffusersQuantizer):  # type: ignore[misc]
                     layer.void_float()
             install(model, self._later, ignore=self.quantization_config.recipe.ignore)
             warn_unasked(record_reasons(model, self._decisions))
-        self._model, self._layers, self._later, self._decisions = model, {}, [], []
+        self._model, self._layers, self._later, self._decisions, self._int8 = model, {}, [], [], set()
         _describe(model)
         return model
 

@@ -413,6 +413,21 @@ def test_a_damaged_int8_checkpoint(tmp_path: Path) -> None:
         type(model).from_pretrained(tmp_path / "int8")
 
 
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_int8_weights_are_not_quantized_again(scheme: str, tmp_path: Path) -> None:
+    model, _ = made(flux, tmp_path / "float")
+    octavo.quantize(model, scheme)
+    model.save_pretrained(tmp_path / "int8")
+    file = tmp_path / "int8" / "config.json"
+    config = json.loads(file.read_text())
+    del config["quantization_config"]
+    file.write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match=r"belongs to int8 codes, expected float weights"):
+        type(model).from_pretrained(tmp_path / "int8", quantization_config=OctavoConfig())
+    with pytest.raises(QuantizeError, match="the model already holds int8 layers"):
+        octavo.quantize(model, scheme)
+
+
 def test_arguments_that_int8_models_cannot_have(tmp_path: Path) -> None:
     model, _ = made(flux, tmp_path / "float")
     load = type(model).from_pretrained
