@@ -129,8 +129,8 @@ class DiffusersOctavoQuantizer(DiffusersQuantizer):  # type: ignore[misc]
             return  # it was read with its scale
         if param_name not in self._layers or not param_value.is_floating_point():
             raise CheckpointError(
-                f"{param_name}: belongs to int8 codes, expected float weights to quantize; give the float model, or load "
-                "the int8 one with the config.json that it was saved with"
+                f"{param_name}: belongs to int8 codes, expected float weights to quantize; give the float model, or "
+                "load the int8 one with the config.json that it was saved with"
             )
         decision, layer = self._layers[param_name]
         assert decision.scheme is not None
