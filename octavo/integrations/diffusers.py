@@ -35,7 +35,7 @@ from octavo.computed_weights import parts_of
 from octavo.errors import CheckpointError, OctavoError, QuantizeError
 from octavo.formats import Rename
 from octavo.integrations.stored_names import refuse_wrapped_parts
-from octavo.integrations.transformers import METHOD, OctavoConfig
+from octavo.integrations.transformers import METHOD, OctavoConfig, holds_int8
 from octavo.modules import QuantModule
 from octavo.quantization.install import install, record_reasons
 from octavo.quantization.plan import Decision, plan
@@ -58,12 +58,12 @@ class DiffusersOctavoQuantizer(DiffusersQuantizer):  # type: ignore[misc]
 
     def __init__(self, quantization_config: OctavoConfig, model: ModelMixin | None = None, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
+        self.pre_quantized = bool(quantization_config.layout)  # diffusers' from_single_file always says that it is
         self._model = model
         self._folder: Path | None = None
         self._decisions: list[Decision] = []
-        self._layers: dict[str, tuple[Decision, nn.Module]] = {}
+        self._awaited: dict[str, tuple[Decision, nn.Module]] = {}  # weight's name -> decision, float layer
         self._later: list[Decision] = []
-        self._awaited: set[str] = set()
         self._int8: set[str] = set()
 
     # -- loading -----------------------------------------------------------------------------------------------------
@@ -109,8 +109,7 @@ class DiffusersOctavoQuantizer(DiffusersQuantizer):  # type: ignore[misc]
             if decision.scheme and not decision.owner:
                 layer = model.get_submodule(decision.name)
                 names = [f"{decision.name}.{param}" for param in decision.kind.params_of(layer)]
-                self._layers |= dict.fromkeys(names, (decision, layer))
-        self._awaited = set(self._layers)
+                self._awaited |= dict.fromkeys(names, (decision, layer))
         install(model, now, ignore=self.quantization_config.recipe.ignore)
         self._int8 = _int8_tensors(model)
 
@@ -127,12 +126,12 @@ class DiffusersOctavoQuantizer(DiffusersQuantizer):  # type: ignore[misc]
         checkpoint that holds codes although its config does not say so."""
         if self.pre_quantized:
             return  # it was read with its scale
-        if param_name not in self._layers or not param_value.is_floating_point():
+        if param_name not in self._awaited or not param_value.is_floating_point():
             raise CheckpointError(
                 f"{param_name}: belongs to int8 codes, expected float weights to quantize; give the float model, or "
                 "load the int8 one with the config.json that it was saved with"
             )
-        decision, layer = self._layers[param_name]
+        decision, layer = self._awaited.pop(param_name)
         assert decision.scheme is not None
         param = param_name.removeprefix(f"{decision.name}.")
         weight = param_value.to(target_device)
@@ -141,7 +140,6 @@ class DiffusersOctavoQuantizer(DiffusersQuantizer):  # type: ignore[misc]
         assert isinstance(module, QuantModule)
         module.hold(param, codes, scale)
         module.float_dtype = weight.dtype
-        self._awaited.discard(param_name)
 
     def _process_model_after_weight_loading(self, model: ModelMixin, **kwargs: Any) -> ModelMixin:
         if self._awaited:
@@ -155,7 +153,7 @@ class DiffusersOctavoQuantizer(DiffusersQuantizer):  # type: ignore[misc]
                     layer.void_float()
             install(model, self._later, ignore=self.quantization_config.recipe.ignore)
             warn_unasked(record_reasons(model, self._decisions))
-        self._model, self._layers, self._later, self._decisions, self._int8 = model, {}, [], [], set()
+        self._model, self._later, self._decisions, self._int8 = model, [], [], set()
         _describe(model)
         return model
 
@@ -208,7 +206,7 @@ class _QuantizerIfInt8:
     """
 
     def __get__(self, model: ModelMixin | None, owner: type) -> DiffusersOctavoQuantizer:
-        if model is None or not any(isinstance(module, QuantModule) for module in model.modules()):
+        if model is None or not holds_int8(model):
             raise AttributeError(f"{owner.__name__!r} object has no attribute 'hf_quantizer'")
         _describe(model)
         return DiffusersOctavoQuantizer(OctavoConfig(), model)

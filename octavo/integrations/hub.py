@@ -370,7 +370,7 @@ def quantize_checkpoint(
     if recipe.attention == "int8":
         _attention().check_int8_attention(built)
     known = _names_on_disk(built)
-    if diffusers_config is not None:
+    if _is_of_diffusers(built):
         known["stem"] = _diffusers().STEM
     elif model is None and built.config.dtype is not None:  # else transformers takes the dtype of the files
         from octavo.integrations.stored_names import loaded_dtypes

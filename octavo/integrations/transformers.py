@@ -54,7 +54,7 @@ from octavo.quantization.plan import Decision, plan
 from octavo.quantization.quantize import warn_unasked
 from octavo.recipe import Pattern, Recipe, Scheme
 
-__all__ = ["OctavoConfig", "OctavoQuantizer", "let_transformers_save"]
+__all__ = ["OctavoConfig", "OctavoQuantizer", "holds_int8", "let_transformers_save"]
 
 
 class _Method(str, Enum):
@@ -441,7 +441,7 @@ def let_transformers_save(model: nn.Module) -> None:
     for part in model.modules():
         if not isinstance(part, PreTrainedModel) or isinstance(vars(part).get("hf_quantizer"), OctavoQuantizer):
             continue
-        if _holds_int8(part):  # one of its own: a pickle brings this module along
+        if holds_int8(part):  # one of its own: a pickle brings this module along
             part.hf_quantizer = OctavoQuantizer(OctavoConfig())
 
 
@@ -452,10 +452,11 @@ class _QuantizerIfInt8:
     """
 
     def __get__(self, model: PreTrainedModel | None, owner: type) -> OctavoQuantizer:
-        if model is None or not _holds_int8(model):
+        if model is None or not holds_int8(model):
             raise AttributeError(f"{owner.__name__!r} object has no attribute 'hf_quantizer'")
         return OctavoQuantizer(OctavoConfig())
 
 
-def _holds_int8(model: nn.Module) -> bool:
+def holds_int8(model: nn.Module) -> bool:
+    """Whether there is an int8 layer in it."""
     return any(isinstance(module, QuantModule) for module in model.modules())

@@ -235,6 +235,19 @@ def test_old_names_of_attention_layers(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
+def test_one_file_is_quantized_while_it_loads(scheme: str, tmp_path: Path) -> None:
+    model, inputs = made(flux, tmp_path / "float")
+    octavo.quantize(model, scheme)
+    loaded = type(model).from_single_file(
+        str(tmp_path / "float" / f"{STEM}.safetensors"),
+        config=str(tmp_path / "float"),
+        quantization_config=OctavoConfig(scheme),
+    )
+    assert int8_layers(loaded).keys() == int8_layers(model).keys()
+    assert torch.equal(output(loaded.eval(), inputs), output(model, inputs))
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
 def test_a_part_or_a_copy_that_is_int8_is_saved_as_int8(scheme: str, tmp_path: Path) -> None:
     model, inputs = made(flux, tmp_path / "float")
     octavo.quantize(model.transformer_blocks, scheme)
@@ -352,6 +365,12 @@ def test_diffusers_is_asked_for_by_name(tmp_path: Path, monkeypatch: pytest.Monk
         with pytest.raises(octavo.MissingExtra, match=r"pip install 'octavo\[diffusers\]'"):
             act()
     assert not int8_layers(model)
+    own = nn.Sequential(nn.Linear(4, 4))  # of a model of one's own, whatever its config says
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own" / "config.json").write_text('{"_class_name": "Mine"}')
+    save_file(own.state_dict(), tmp_path / "own" / "weights.safetensors")
+    octavo.quantize_checkpoint(tmp_path / "own", tmp_path / "out", "w8a16", model=own)
+    assert int8_layers(octavo.load(tmp_path / "out", model=own))
 
 
 def test_a_pipelines_folder_is_no_model(tmp_path: Path) -> None:
